@@ -1,0 +1,140 @@
+"""The entry point: commands are imported when they are called, errors become exit codes here."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from looptx_cli.console import is_plain
+from looptx_core import __version__
+from looptx_core.errors import Interrupted, LooptxError
+
+# A command is a function of the module of the same name, with '_' for '-'.
+COMMANDS = {
+    "tokenize": "Turn text into tokens.",
+    "train": "Train a looped model.",
+    "generate": "Write text, each token as deep as it needs.",
+}
+
+# Typer may bring its own copy of Click, so take the base class from a public subclass.
+_ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def load_command(name: str) -> Any:
+    """Import a command's module and make it a command of Click's."""
+    function_name = name.replace("-", "_")
+    function = getattr(importlib.import_module(f"looptx_cli.{function_name}"), function_name)
+    alone = typer.Typer(add_completion=False)
+    alone.command(name, epilog="--debug shows the traceback of an error.")(function)
+    return typer.main.get_command(alone)
+
+
+class LazyGroup(TyperGroup):
+    """Lists commands by name and summary only, and imports the one that is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, load_command(str(name)), rest
+
+
+app = typer.Typer(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+for _name, _summary in COMMANDS.items():
+    app.command(_name, help=_summary)(lambda: None)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"looptx {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Each command has its own --help, with examples.")
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Looped language models: more thinking, no more parameters.
+
+    \b
+    looptx tokenize corpus/*.txt --out data      text to tokens
+    looptx train --data data --out runs/a        tokens to a looped model
+    looptx generate "Call me" --model runs/a     a model to text, with its loops
+
+    Each of these runs without any argument, too.
+    """
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code; nothing is raised.
+
+    argv: the arguments without the program's name; absent: this process's.
+    """
+    args, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
+    if is_plain(sys.stdout):
+        os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
+    try:
+        code = typer.main.get_command(app).main(
+            args or ["--help"], prog_name="looptx", standalone_mode=False
+        )
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _closed_pipe()
+    except SystemExit as error:  # Click's own end for a closed pipe
+        return _closed_pipe() if error.code == 1 else int(error.code or 0)
+    except BaseException as error:
+        code, line = _explain(error)
+        if debug:
+            traceback.print_exc()
+        typer.echo(f"looptx: error: {' '.join(line.split())}", err=True)
+        return code
+    if code == Interrupted.exit_code:  # Click turned a KeyboardInterrupt into a code
+        typer.echo("looptx: interrupted", err=True)
+    return code if isinstance(code, int) else 0
+
+
+def _take_debug(args: list[str]) -> tuple[list[str], bool]:
+    """The arguments without --debug, wherever it stands before a '--', and whether it did."""
+    end = args.index("--") if "--" in args else len(args)
+    head = [arg for arg in args[:end] if arg != "--debug"]
+    wanted = len(head) < end or os.environ.get("LOOPTX_DEBUG", "") not in ("", "0")
+    return head + args[end:], wanted
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    """Exit code and message for whatever ended a command."""
+    match error:
+        case LooptxError():
+            return error.exit_code, str(error)
+        case _ClickException():
+            return 2, f"{error.format_message()} (--help shows all options)"  # type: ignore[attr-defined]
+        case KeyboardInterrupt() | typer.Abort():
+            return Interrupted.exit_code, "interrupted"
+        case ModuleNotFoundError(name=str(name)) if not name.startswith("looptx"):
+            return 3, f"the package {name} is not installed; pip install looptx again, or {name}"
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            where = f" while writing {error.filename}" if error.filename else ""
+            return 1, f"the disk is full{where}; free some space or choose another --out"
+        case OSError(strerror=str(reason), filename=filename) if filename:
+            return 1, f"{filename}: {reason}"
+    what = f"{type(error).__name__}: {error}"
+    return 1, f"internal error, {what}; run again with --debug and report it"
+
+
+def _closed_pipe() -> int:
+    """The reader of our output left, as `head` does: end quietly."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

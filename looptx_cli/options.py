@@ -1,0 +1,62 @@
+"""Flags made from a configuration's fields: one place for each name, type, default and help."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from looptx_core.config.resolve import field_help
+
+
+def with_fields(schema: type, skip: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Any]:
+    """Give a command a flag for each field of `schema`; it gets them as `flags`, a mapping.
+
+    The value of a flag that was not given is None, so that the merging can tell.
+    """
+
+    def decorate(command: Callable[..., None]) -> Any:
+        names = [field.name for field in fields(schema) if field.name not in skip]
+        hints, helps = get_type_hints(schema), field_help(schema)
+
+        def run(**given: Any) -> None:
+            flags = {name: given.pop(name) for name in names}
+            command(flags=flags, **given)
+
+        own = get_type_hints(command, include_extras=True)
+        parameters = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[_flag_type(hints[name]), typer.Option(help=helps.get(name))],
+            )
+            for name in names
+        ]
+        parameters += [
+            parameter.replace(annotation=own[name], kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in inspect.signature(command).parameters.items()
+            if name != "flags"
+        ]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__doc__, run.__name__ = command.__doc__, command.__name__
+        return run
+
+    return decorate
+
+
+def _flag_type(hint: Any) -> Any:
+    """What Typer reads for a field's type; the merging checks the value again."""
+    if get_origin(hint) in (Union, types.UnionType):
+        kinds = [kind for kind in get_args(hint) if kind is not types.NoneType]
+        return _flag_type(kinds[0]) if len(kinds) == 1 else str | None
+    if get_origin(hint) is Literal:
+        return str | None
+    if get_origin(hint) is tuple:
+        return list[str] | None
+    return hint | None

@@ -1,0 +1,138 @@
+"""looptx tokenize: from text to a tokenizer and packed shards."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from looptx_cli.console import note, stderr, stdout
+from looptx_core.config.corpus import TokenizeConfig
+from looptx_core.config.resolve import field_help, resolve
+from looptx_core.errors import UsageError
+
+SCHEMA_VERSION = 1
+_HELP = field_help(TokenizeConfig)
+_STAGES = {"read": "Reading the text", "encode": "Encoding"}
+_LINE_EVERY = 10.0  # seconds between plain lines of progress
+
+Progress = Callable[[str, int, int | None], None]
+
+
+def tokenize(
+    inputs: Annotated[list[str] | None, typer.Argument(help=_HELP["data"])] = None,
+    data: Annotated[list[str] | None, typer.Option(help="The same as INPUTS.")] = None,
+    out: Annotated[str | None, typer.Option(help=_HELP["out"])] = None,
+    vocab_size: Annotated[int | None, typer.Option(help=_HELP["vocab_size"])] = None,
+    tokenizer: Annotated[str | None, typer.Option(help=_HELP["tokenizer"])] = None,
+    val_fraction: Annotated[float | None, typer.Option(help=_HELP["val_fraction"])] = None,
+    text_key: Annotated[str | None, typer.Option(help=_HELP["text_key"])] = None,
+    seed: Annotated[int | None, typer.Option(help=_HELP["seed"])] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of these settings.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no notes.")] = False,
+) -> None:
+    """Turn text into tokens: a byte-level BPE vocabulary and packed shards.
+
+    \b
+    looptx tokenize
+    looptx tokenize corpus/*.txt --vocab-size 4096 --out data
+    looptx tokenize talks.jsonl --text-key body --tokenizer data
+    cat notes.txt | looptx tokenize - --json
+
+    Takes text, JSON lines, Parquet, folders, globs and standard input.
+    """
+    from looptx_core.checkpoint.registry import next_run_dir
+    from looptx_core.data.corpus import bundled_text
+    from looptx_core.data.shards import tokenize_corpus
+    from looptx_core.data.tokenizer import load_tokenizer
+
+    flags = {
+        "data": [*(inputs or []), *(data or [])],
+        "out": out,
+        "vocab_size": vocab_size,
+        "tokenizer": tokenizer,
+        "val_fraction": val_fraction,
+        "text_key": text_key,
+        "seed": seed,
+    }
+    resolved = resolve(TokenizeConfig, flags=flags, config=config)
+    settings = resolved.build(TokenizeConfig)
+    if settings.tokenizer and vocab_size:
+        raise UsageError("--tokenizer brings its own vocabulary; leave --vocab-size out")
+    folder = next_run_dir(settings.out, "tokenize", overwrite)
+    if not settings.data:
+        note("no input given, so this is the bundled text", quiet)
+
+    started = time.perf_counter()
+    with _progress(quiet) as on_progress:
+        manifest = tokenize_corpus(
+            settings.data or [str(bundled_text())],
+            folder,
+            vocab_size=settings.vocab_size,
+            tokenizer=load_tokenizer(settings.tokenizer) if settings.tokenizer else None,
+            val_fraction=settings.val_fraction,
+            seed=settings.seed,
+            text_key=settings.text_key,
+            overwrite=overwrite,
+            on_progress=on_progress,
+        )
+    seconds = time.perf_counter() - started
+
+    if as_json:
+        report = {
+            "schema_version": SCHEMA_VERSION,
+            "documents": manifest.documents,
+            "bytes": manifest.bytes,
+            "tokens": manifest.tokens,
+            "bytes_per_token": manifest.bytes_per_token,
+            "vocab_size": manifest.vocab_size,
+            "out": str(folder),
+        }
+        typer.echo(json.dumps(report))
+        return
+    splits = ", ".join(f"{name} {counts.tokens:,}" for name, counts in manifest.splits.items())
+    stdout().print(
+        f"{manifest.documents:,} documents, {manifest.bytes:,} bytes -> {manifest.tokens:,} tokens "
+        f"({splits}), {manifest.bytes_per_token:.2f} bytes a token, "
+        f"vocabulary {manifest.vocab_size:,}, {seconds:.1f} s -> {folder}",
+        markup=False,
+        soft_wrap=True,
+    )
+    note(f"try next: looptx train --data {folder}", quiet)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress | None]:
+    """A bar on a terminal, else a plain line for each stage and then every few seconds."""
+    console = stderr()
+    if quiet:
+        yield None
+    elif console.is_terminal:
+        from rich.progress import Progress as Bars
+
+        with Bars(console=console, transient=True) as bars:
+            tasks = {stage: bars.add_task(text, start=False) for stage, text in _STAGES.items()}
+
+            def show(stage: str, done: int, total: int | None) -> None:
+                bars.start_task(tasks[stage])
+                bars.update(tasks[stage], completed=done, total=total)
+
+            yield show
+    else:
+        last: dict[str, float] = {}
+
+        def tell(stage: str, done: int, total: int | None) -> None:
+            now = time.monotonic()
+            if now - last.get(stage, -_LINE_EVERY) >= _LINE_EVERY:
+                last[stage] = now
+                of = f" of {total / 1e6:.1f}" if total else ""
+                note(f"{_STAGES[stage]}: {done / 1e6:.1f}{of} MB")
+
+        yield tell

@@ -1,0 +1,192 @@
+"""looptx train: from tokens to a looped model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from looptx_cli.console import note, stdout
+from looptx_cli.options import with_fields
+from looptx_core.config.model import ModelConfig
+from looptx_core.config.resolve import Resolved, read_resolved, resolve, write_resolved
+from looptx_core.config.run import TrainConfig
+from looptx_core.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from looptx_core.training.plan import Plan
+    from looptx_core.training.run import TrainResult
+
+SCHEMA_VERSION = 1
+SECTIONS = {"model": ModelConfig}
+
+
+@with_fields(TrainConfig)
+def train(
+    flags: dict[str, Any],
+    config: Annotated[Path | None, typer.Option(help="A YAML file of these settings.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run, exactly.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show size and cost only.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no notes.")] = False,
+) -> None:
+    """Train a looped model.
+
+    \b
+    looptx train
+    looptx train --data my.txt --steps 2000 --out runs/mine
+    looptx train --data data --preset small --max-minutes 60
+    looptx train --resume runs/mine
+    looptx train --preset 1b --dry-run
+    """
+    if resume is not None:
+        resolved, folder = _resumed(resume, flags), resume
+    else:
+        resolved = resolve(TrainConfig, SECTIONS, flags=flags, config=config)
+        folder = None
+    settings = resolved.build(TrainConfig)
+    model_config = resolved.build(ModelConfig, "model")
+    if dry_run:
+        from looptx_core.training.plan import plan
+
+        _show_plan(plan(model_config, settings), as_json)
+        return
+
+    from looptx_core.checkpoint.registry import next_run_dir
+    from looptx_core.data.bundled import bundled_shards
+    from looptx_core.data.shards import Manifest, resolve_data
+
+    if folder is None:
+        folder = next_run_dir(settings.out, "train", overwrite)
+    note(f"run: {folder}", quiet)
+    if settings.data:
+        shards = resolve_data(list(settings.data), model_config.vocab_size)
+    else:
+        note("data: the bundled text, Moby Dick, and generated lines that need depth", quiet)
+        shards = bundled_shards(model_config.vocab_size)
+
+    from looptx_core.training.run import fit_vocabulary, train
+
+    model_config = fit_vocabulary(
+        model_config, Manifest.read(shards).vocab_size, resolved.given("model.vocab_size")
+    )
+    if resume is None:
+        _begin(folder, resolved, model_config, overwrite)
+
+    from looptx_cli.progress import train_progress
+
+    result = train(
+        settings,
+        model_config,
+        data=shards,
+        folder=folder,
+        resume=resume is not None,
+        callbacks=[train_progress(settings.steps, as_json, quiet)],
+        report=lambda line: note(line, quiet),
+    )
+    if as_json:
+        sys.stdout.write(json.dumps(_json_summary(result)) + "\n")
+        return
+    _show_result(result)
+    note(
+        f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet
+    )
+
+
+def _resumed(folder: Path, flags: dict[str, Any]) -> Resolved:
+    """The settings of an interrupted run; only a limit of time may differ."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise DataError(f"{folder}: not a run of looptx train (no config.yaml); check --resume")
+    given = {key: value for key, value in flags.items() if value not in (None, [], ())}
+    if other := given.keys() - {"max_minutes"}:
+        name = sorted(other)[0].replace("_", "-")
+        raise UsageError(
+            f"--{name} can't change on --resume, which repeats the run exactly; "
+            "leave it out, or start a new run"
+        )
+    resolved = read_resolved(file, TrainConfig, SECTIONS)
+    resolved.values["max_minutes"] = given.get("max_minutes")
+    return resolved
+
+
+def _begin(folder: Path, resolved: Resolved, model: ModelConfig, overwrite: bool) -> None:
+    """Make the run's folder, empty but for its settings."""
+    import shutil
+
+    from looptx_core.errors import LooptxError
+
+    for key, value in model.to_dict().items():
+        if resolved.values[f"model.{key}"] != value:
+            resolved.values[f"model.{key}"], resolved.origins[f"model.{key}"] = value, "the data"
+    try:
+        if overwrite and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LooptxError(
+            f"cannot make {folder}: {error.strerror}; choose another --out"
+        ) from error
+    write_resolved(folder / "config.yaml", resolved, omit={"out", "max_minutes"})
+
+
+def _json_summary(result: TrainResult) -> dict[str, Any]:
+    summary = asdict(result) | {"folder": str(result.folder), "model": str(result.model_folder)}
+    del summary["model_folder"]
+    return {"schema_version": SCHEMA_VERSION, "summary": summary}
+
+
+def _show_result(result: TrainResult) -> None:
+    from rich.table import Table
+
+    out = stdout()
+    table = Table(title="Held-out, by loop", title_justify="left", box=None, pad_edge=False)
+    table.add_column("loops", justify="right")
+    table.add_column("bits per byte", justify="right")
+    table.add_column("accuracy", justify="right")
+    for name in result.probes:
+        table.add_column(name, justify="right")
+    for loop, bits in enumerate(result.bits_per_byte_by_loop):
+        table.add_row(
+            str(loop + 1),
+            f"{bits:.4f}",
+            f"{result.accuracy_by_loop[loop]:.1%}",
+            *(f"{accuracy[loop]:.0%}" for accuracy in result.probes.values()),
+        )
+    out.print(table)
+    rate = result.tokens / max(result.seconds, 1e-9)
+    out.print(
+        f"{result.steps:,} steps, {result.tokens:,} tokens in {result.seconds:,.0f} s "
+        f"({rate:,.0f} tokens/s), {result.flops:.3g} FLOPs",
+        soft_wrap=True,
+    )
+    out.print(result.verdict, soft_wrap=True)
+    if result.probes:
+        first = sum(a[0] for a in result.probes.values()) / len(result.probes)
+        last = sum(a[-1] for a in result.probes.values()) / len(result.probes)
+        out.print(
+            f"On lines that need depth, one loop answers {first:.0%} and "
+            f"{len(result.loss_by_loop)} loops {last:.0%}.",
+            soft_wrap=True,
+        )
+    out.print(f"model: {result.model_folder}, curves: {result.folder / 'curves.png'}",
+              soft_wrap=True)  # fmt: skip
+
+
+def _show_plan(plan: Plan, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, **asdict(plan)}) + "\n")
+        return
+    out = stdout()
+    out.print(f"{plan.parameters:,} parameters", highlight=False)
+    for loops, flops in plan.flops_per_token.items():
+        out.print(f"{loops:>4} loops: {flops:.3g} FLOPs a token forward, read out once")
+    for part, size in plan.bytes.items():
+        out.print(f"{part:>20}: {size / 2**30:8.3f} GiB")
+    out.print(f"{'memory here':>20}: {plan.available / 2**30:8.3f} GiB ({plan.device})")
+    out.print("It fits." if plan.fits else "It does not fit. " + plan.advice, soft_wrap=True)

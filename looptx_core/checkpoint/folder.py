@@ -1,0 +1,437 @@
+"""The model folder, by Hugging Face's conventions.
+
+    config.json             shape, format_version, fingerprint of the tokenizer, facts
+    model.safetensors       or shards with model.safetensors.index.json; tied tensors once
+    tokenizer.json          and tokenizer_config.json
+    generation_config.json  end and padding ids; under `exit` the model's own exit rule
+    README.md               the model card
+
+A folder appears whole or not at all: it is written under a temporary name beside its place, then
+renamed. Weights are safetensors only; a pickle is refused, since reading one can run its code.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor
+
+import looptx_core
+from looptx_core.checkpoint.card import model_card
+from looptx_core.config.generation import ExitSettings
+from looptx_core.config.model import FORMAT_VERSION, ModelConfig
+from looptx_core.config.resolve import coerce
+from looptx_core.errors import DataError, LooptxError, UsageError
+from looptx_core.model.loop import LoopedTransformer
+
+MODEL_TYPE = "looptx"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_END_TOKENS = ("<|end|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+_NOT_SHAPE = {
+    *("model_type", "architectures", "format_version", "torch_dtype", "looptx_version"),
+    *("tokenizer_fingerprint", "facts"),
+}
+T = TypeVar("T")
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with all that running it takes. The model is in evaluation mode."""
+
+    model: LoopedTransformer
+    config: ModelConfig
+    tokenizer: Tokenizer
+    exit: ExitSettings
+    facts: dict[str, Any]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The folder's name, or the run's for its `final`."""
+        path = self.folder.resolve()
+        return path.parent.name if path.name == "final" else path.name
+
+
+def save_model(
+    folder: str | Path,
+    model: LoopedTransformer,
+    tokenizer: Tokenizer,
+    *,
+    exit_settings: ExitSettings,
+    facts: Mapping[str, Any],
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a model folder, whole or not at all.
+
+    Args:
+        facts: of the training, for the card and config.json; JSON values.
+        overwrite: replace a model folder that is there; the old one stays until the new is whole.
+        max_shard_size: bytes a file of weights, or text such as '5GB'.
+        dtype: of the stored weights; absent: the model's own.
+    Raises:
+        UsageError: the folder exists and may not be replaced.
+        DataError: the tokenizer has more tokens than the model.
+        LooptxError: it can't be written; what was there is intact.
+    """
+    folder = Path(folder)
+    _check_target(folder, overwrite)
+    _check_vocabulary(tokenizer, model.config, "the tokenizer")
+    weights = _tensors(model, dtype)
+    stored = next(iter(weights.values())).dtype
+    config = {
+        "model_type": MODEL_TYPE,
+        "architectures": [type(model).__name__],
+        "format_version": FORMAT_VERSION,
+        "looptx_version": looptx_core.__version__,
+        "torch_dtype": str(stored).removeprefix("torch."),
+        **model.config.to_dict(),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "facts": dict(facts),
+    }
+    end, pad = _token_id(tokenizer, *_END_TOKENS), _token_id(tokenizer, "<|pad|>", "<pad>")
+    generation = {"eos_token_id": end, "pad_token_id": pad, "exit": asdict(exit_settings)}
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.config.max_seq_len,
+        "eos_token": tokenizer.id_to_token(end) if end is not None else None,
+        "pad_token": tokenizer.id_to_token(pad) if pad is not None else None,
+    }
+    name = folder.resolve().parent.name if folder.name == "final" else folder.name
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    card = model_card(name, model.config, parameters, exit_settings, facts)
+
+    def write(place: Path) -> None:
+        save_torch_state_dict(weights, place, max_shard_size=max_shard_size)
+        (place / "tokenizer.json").write_text(tokenizer.to_str(), "utf-8")
+        (place / "tokenizer_config.json").write_text(_json(tokenizer_config), "utf-8")
+        (place / "generation_config.json").write_text(_json(generation), "utf-8")
+        (place / "README.md").write_text(card, "utf-8")
+        (place / "config.json").write_text(_json(config), "utf-8")
+
+    _write_folder(folder, write)
+    return folder
+
+
+def load_model(
+    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> LoadedModel:
+    """Read a model folder, of this format or an older one.
+
+    Args:
+        dtype: of the weights in memory; absent: as stored.
+    Raises:
+        DataError: a file is missing, damaged, of a newer format or not of this model, or the
+            weights are a pickle.
+    """
+    folder = Path(folder)
+    config, settings = _read_config(folder)
+    tokenizer = _read_tokenizer(folder, config, settings.get("tokenizer_fingerprint"))
+    exit_settings = _read_exit(folder)
+    with torch.device("meta"):
+        model = LoopedTransformer(config)
+    expected = _tensors(model, None)
+    found: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        found |= _read_tensors(file, expected, torch.device(device), dtype)
+    if missing := sorted(expected.keys() - found.keys()):
+        raise DataError(
+            f"{folder}: the weights lack {_some(missing)}; config.json or the weights are another "
+            "model's, so copy the folder again"
+        )
+    model.load_state_dict(found, strict=False, assign=True)
+    if config.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()]), "a tensor is unset"
+    facts = settings.get("facts") or {}
+    return LoadedModel(model.eval(), config, tokenizer, exit_settings, facts, folder)
+
+
+def update_generation_config(folder: str | Path, exit_settings: ExitSettings) -> None:
+    """Store another exit rule in a model folder, atomically; its other settings stay.
+
+    Raises:
+        DataError: the folder has no readable generation_config.json.
+        LooptxError: it can't be written; the old one is intact.
+    """
+    file = Path(folder) / "generation_config.json"
+    text = _json({**_read_json(file), "exit": asdict(exit_settings)})
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        temporary.write_text(text, "utf-8")
+        _sync(temporary)
+        temporary.replace(file)
+        _sync(file.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _unwritable(file, error) from error
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """SHA-256 of all that decides which tokens a text becomes; as in the shards' manifest."""
+    settings = json.loads(tokenizer.to_str())
+    for passing in ("truncation", "padding"):  # of a call, not of the vocabulary
+        settings.pop(passing, None)
+    canonical = json.dumps(settings, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files. Raises `DataError` where they are missing or pickles."""
+    if (folder / INDEX).is_file():
+        try:
+            names = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{folder / INDEX}: damaged; copy the model again") from error
+        for name in names:
+            # A name from a file must not lead out of the folder.
+            if Path(name).name != name or not (folder / name).is_file():
+                raise DataError(f"{folder}: {name} is missing; copy the model again")
+        return [folder / name for name in names]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    for file in sorted(folder.iterdir()):
+        if file.suffix in PICKLES:
+            refuse_pickle(file)
+    raise DataError(f"{folder}: {WEIGHTS} is missing; copy the model again")
+
+
+def refuse_pickle(file: Path) -> None:
+    """Raise `DataError` for a file that is a pickle by its name or its first bytes."""
+    with file.open("rb") as data:
+        magic = data.read(8)
+    zipped, pickled = magic[:4] == b"PK\x03\x04", magic[:1] == b"\x80" and magic[1:2] < b"\x08"
+    # A safetensors header of 128 bytes starts like a pickle too, but zeros and '{' follow.
+    pickled = pickled and magic[2:] != b"\0" * 6
+    if file.suffix in PICKLES or zipped or pickled:
+        raise DataError(
+            f"{file}: a pickle can run code when read and is refused; convert it where you trust "
+            "it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
+            f"'{WEIGHTS}')"
+        )
+
+
+def _tensors(model: LoopedTransformer, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Parameters by name, each once (`embedding.weight` stands for a tied head), and buffers."""
+    persistent = model.state_dict().keys()
+    buffers = {name: b for name, b in model.named_buffers() if name in persistent}
+    tensors = {name: p.detach() for name, p in model.named_parameters()} | buffers
+    if dtype is None:
+        return tensors
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def _read_tensors(
+    file: Path, expected: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The tensors of one file, by name; each must be expected, of its shape and a float."""
+    refuse_pickle(file)
+    found: dict[str, Tensor] = {}
+    try:
+        with safe_open(file, framework="pt") as data:
+            names = list(data.keys())
+            if unknown := sorted(set(names) - expected.keys()):
+                raise DataError(
+                    f"{file}: unexpected {_some(unknown)}; config.json or the weights are another "
+                    "model's, so copy the folder again"
+                )
+            for name in names:
+                tensor = data.get_tensor(name)
+                if tensor.shape != expected[name].shape or not tensor.is_floating_point():
+                    raise DataError(
+                        f"{file}: {name} is {tensor.dtype} {list(tensor.shape)}, but config.json "
+                        f"asks for floats {list(expected[name].shape)}; copy the folder again"
+                    )
+                # A copy: aligned, and independent of the file.
+                found[name] = tensor.to(device, dtype or tensor.dtype, copy=True)
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{file}: not a whole safetensors file ({reason}); copy or save the model again"
+        ) from error
+    return found
+
+
+def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The shape and all of config.json."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such model folder; give a run or a model folder")
+    file = folder / "config.json"
+    settings = _read_json(file)
+    if (kind := settings.get("model_type")) != MODEL_TYPE:
+        raise DataError(f"{file}: model_type is {kind!r}, not '{MODEL_TYPE}'; give a looptx model")
+    version = settings.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise DataError(f"{file}: format_version is {version!r}; copy the model again")
+    if version > FORMAT_VERSION:
+        raise DataError(
+            f"{file}: format_version {version} is newer than {FORMAT_VERSION}, the last that "
+            f"looptx {looptx_core.__version__} reads; upgrade looptx"
+        )
+    shape = {key: value for key, value in settings.items() if key not in _NOT_SHAPE}
+    return _typed(ModelConfig, shape, str(file)), settings
+
+
+def _typed(schema: type[T], values: Mapping[str, Any], where: str) -> T:
+    """The dataclass with these values; absent ones, of an older format, take the default."""
+    hints = get_type_hints(schema)
+    if unknown := sorted(values.keys() - hints.keys()):
+        raise DataError(f"{where}: unknown {_some(unknown)}; upgrade looptx or remove it")
+    try:
+        return schema(**{key: coerce(v, hints[key], key) for key, v in values.items()})
+    except UsageError as error:
+        raise DataError(f"{where}: {error}; copy the model again") from error
+
+
+def _read_tokenizer(folder: Path, config: ModelConfig, fingerprint: str | None) -> Tokenizer:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise DataError(f"{folder}: tokenizer.json is missing; copy the model again")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{file}: not a tokenizer ({reason}); copy the model again") from error
+    # '<|end|>' in a text is just these characters, and no call cuts or pads.
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    _check_vocabulary(tokenizer, config, str(file))
+    if fingerprint != tokenizer_fingerprint(tokenizer):
+        raise DataError(
+            f"{file}: not the tokenizer that this model was trained with; put that one back"
+        )
+    return tokenizer
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: str) -> None:
+    """Ids must fit the embedding; a model may have more rows, to fill up to a round number."""
+    if (size := tokenizer.get_vocab_size()) > config.vocab_size:
+        raise DataError(
+            f"{where} has {size} tokens, but the model has {config.vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def _read_exit(folder: Path) -> ExitSettings:
+    file = folder / "generation_config.json"
+    settings = _read_json(file).get("exit", {})
+    if not isinstance(settings, dict):
+        raise DataError(f"{file}: exit must hold keys of its own; copy the model again")
+    return _typed(ExitSettings, settings, f"{file}, exit")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{file.parent}: {file.name} is missing; copy the model again") from error
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{file}: not valid JSON ({reason}); copy the model again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: expected a JSON object; copy the model again")
+    return content
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    """A new place, or a model folder that may be replaced; nothing else is ever removed."""
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise UsageError(f"{folder} exists; pass --overwrite or choose another --out")
+    try:
+        replaceable = _read_json(folder / "config.json").get("model_type") == MODEL_TYPE
+    except DataError:
+        replaceable = False
+    if not replaceable:
+        raise UsageError(
+            f"{folder} is no looptx model, so it is not replaced; choose another --out"
+        )
+
+
+def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary sibling, then move it into place."""
+    folder = folder.resolve()
+    temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
+    try:
+        if old.exists() and not folder.exists():  # a crash between the two renames below
+            old.rename(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            write(temporary)
+            for file in temporary.iterdir():
+                _sync(file)
+            _sync(temporary)
+            if folder.exists():
+                folder.rename(old)
+            try:
+                temporary.rename(folder)
+            except BaseException:
+                if old.exists():
+                    old.rename(folder)
+                raise
+            _sync(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(folder, error) from error
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or a folder's entries, to the disk."""
+    if os.name == "nt":  # its fsync takes no read-only handle
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _unwritable(path: Path, error: Exception) -> LooptxError:
+    """One line for a failed write; safetensors reports the system's error as text only."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (match := _OS_ERROR.search(str(error))):
+        number = int(match[1])
+    reason = os.strerror(number) if number else str(error).splitlines()[0]
+    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    mend = "free some space or choose another --out" if full else "choose another --out"
+    return LooptxError(f"cannot write {path}: {reason}; {mend}")
+
+
+def _token_id(tokenizer: Tokenizer, *names: str) -> int | None:
+    """The id of the first of these tokens that the tokenizer has."""
+    found = (tokenizer.token_to_id(name) for name in names)
+    return next((token for token in found if token is not None), None)
+
+
+def _some(names: list[str]) -> str:
+    """'a, b, c and 4 more'."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

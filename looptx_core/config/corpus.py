@@ -1,0 +1,25 @@
+"""What turning text into shards needs to know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TokenizeConfig:
+    """Settings of `looptx tokenize`, after merging."""
+
+    data: tuple[str, ...] = ()
+    """Files, folders or globs, - for standard input; absent: the bundled text."""
+    out: str | None = None
+    """The folder of shards; absent: runs/tokenize-<n>."""
+    vocab_size: int = 2048
+    """Tokens of the vocabulary to learn, special ones included."""
+    tokenizer: str | None = None
+    """An existing tokenizer.json, or a folder with one, in place of a new vocabulary."""
+    val_fraction: float = 0.05
+    """Share of documents held out for validation."""
+    text_key: str = "text"
+    """The key or column of the text in JSON lines and Parquet."""
+    seed: int = 0
+    """Seed of the split."""

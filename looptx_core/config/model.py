@@ -1,0 +1,91 @@
+"""What a looped model is: the numbers that fix its shape."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from looptx_core.errors import UsageError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a looped transformer: prelude, a core that is iterated, coda.
+
+    Raises `UsageError` for values that fit no model.
+    """
+
+    vocab_size: int = 2048
+    """Number of token ids, special tokens included."""
+    d_model: int = 128
+    """Width of the residual stream."""
+    n_heads: int = 4
+    """Query heads."""
+    n_kv_heads: int = 2
+    """Key and value heads; each serves n_heads / n_kv_heads query heads (GQA, arXiv 2305.13245)."""
+    head_dim: int = 32
+    """Width of one head; even, for RoPE."""
+    d_ff: int = 384
+    """Width of the GeGLU layer (arXiv 2002.05202)."""
+    prelude_layers: int = 1
+    """Blocks before the loop, run once."""
+    core_layers: int = 2
+    """Blocks inside the loop."""
+    coda_layers: int = 1
+    """Blocks after the loop, run once for each read-out."""
+    loops: int = 1
+    """Loops of a plain forward pass."""
+    max_loops: int = 10
+    """The most loops that this model is trained for."""
+    injection: Literal["decay", "add", "none"] = "decay"
+    """How the prelude's output enters each loop; see `looptx_core.model.loop.Injection`."""
+    qk_norm: bool = True
+    """RMSNorm on queries and keys of each head (arXiv 2302.05442)."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies (arXiv 2104.09864)."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm."""
+    max_seq_len: int = 2048
+    """Longest sequence, prompt and generated tokens together."""
+    dropout: float = 0.0
+    """Dropout on each residual branch, in training only."""
+    tie_embeddings: bool = True
+    """One matrix serves as embedding and as output head."""
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, what: str) -> None:
+            if not ok:
+                raise UsageError(f"model configuration: {what}")
+
+        for name in ("vocab_size", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff",
+                     "core_layers", "loops", "max_loops", "max_seq_len"):  # fmt: skip
+            need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("prelude_layers", "coda_layers"):
+            need(getattr(self, name) >= 0, f"{name} must not be negative")
+        need(
+            self.n_heads % self.n_kv_heads == 0,
+            f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})",
+        )
+        need(self.head_dim % 2 == 0, f"head_dim must be even for RoPE, not {self.head_dim}")
+        need(
+            self.loops <= self.max_loops,
+            f"loops ({self.loops}) must not exceed max_loops ({self.max_loops})",
+        )
+        need(
+            self.injection in ("decay", "add", "none"),
+            f"injection must be decay, add or none, not {self.injection!r}",
+        )
+        need(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), not {self.dropout}")
+
+    def effective_layers(self, loops: int) -> int:
+        """Blocks that a token passes at a given number of loops."""
+        return self.prelude_layers + loops * self.core_layers + self.coda_layers
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        return [field.name for field in fields(cls)]

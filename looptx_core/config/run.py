@@ -1,0 +1,112 @@
+"""What a training run is. A field's docstring is its help on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run's settings, after merging; `config.yaml` holds them with each value's origin."""
+
+    data: tuple[str, ...] = ()
+    """Tokenised shards, or raw text to tokenise; absent: the bundled text."""
+    out: str | None = None
+    """The run's folder; absent: runs/train-<n>."""
+    preset: str = "nano"
+    """nano, small, medium, 1b or 7b."""
+    seed: int = 0
+    """Seed of the weights, the order of the data, the depths and dropout."""
+
+    steps: int = 600
+    """Optimizer steps; fixes the schedule of the learning rate."""
+    max_minutes: float | None = None
+    """Stop after so many minutes, saved; the learning rate's schedule does not change."""
+    seq_len: int = 256
+    """Tokens a sequence."""
+    batch_size: int = 32
+    """Sequences an optimizer step, over all devices."""
+    micro_batch: int | None = None
+    """Sequences a forward pass on one device; absent: the whole batch."""
+    workers: int = 0
+    """Processes that read data."""
+
+    lr: float = 2e-3
+    """Peak learning rate."""
+    min_lr: float = 0.1
+    """The last learning rate, as a share of the peak (cosine)."""
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: float = 0.1
+    """On matrices only."""
+    beta2: float = 0.95
+    """AdamW's second decay."""
+    clip: float = 1.0
+    """Largest norm of the gradient, of the trunk and of the confidence head apart."""
+
+    loop_schedule: Literal["loss", "sampled", "fixed"] = "loss"
+    """How deep each sequence goes in training; see `looptx_core.training.loop_schedule`."""
+    loops: int | None = None
+    """fixed: the depth (absent: the maximum). loss: the base depth (absent: 1)."""
+    max_loops: int | None = None
+    """The most loops in training; absent: the model's maximum."""
+    mean_loops: float = 4.0
+    """Mean of the distribution that depths are drawn from."""
+    loss_threshold: float | None = None
+    """loss: go deeper above this loss, in nats a token; absent: adaptive."""
+    deeper_share: float = 0.5
+    """loss, adaptive: the share of sequences that the threshold sends deeper."""
+    explore: float = 0.2
+    """loss: the share of the other sequences that go deeper at random."""
+    loss_at: Literal["pair", "all", "last"] = "pair"
+    """Loops with a loss: each sequence's last two, all, or its last alone."""
+
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """auto: bf16 where a short probe finds it faster."""
+    attention: Literal["auto", "sdpa", "flash", "explicit"] = "auto"
+    """Back end of attention."""
+    compile: bool = False
+    """Compile the block with torch.compile."""
+    grad_checkpointing: bool = False
+    """Recompute each loop in the backward pass to save memory."""
+    devices: int = 1
+    """Processes, one for each device."""
+
+    save_every: int = 100
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+    val_every: int = 100
+    """Steps between validations."""
+    val_batches: int = 8
+    """Batches of one validation."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        from looptx_core.errors import UsageError
+
+        for name in ("steps", "seq_len", "batch_size", "devices", "save_every", "keep",
+                     "val_every", "val_batches", "log_every"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        micro = self.micro_batch or self.batch_size
+        if self.batch_size % (micro * self.devices):
+            raise UsageError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch x devices "
+                f"({micro} x {self.devices}); pass --micro-batch {self._fitting_micro()}"
+            )
+        if not self.lr > 0:
+            raise UsageError(f"lr must be above 0, not {self.lr}")
+
+    def _fitting_micro(self) -> int:
+        per_device = max(1, self.batch_size // self.devices)
+        limit = min(self.micro_batch or per_device, per_device)
+        fits = [m for m in range(1, limit + 1) if self.batch_size % (m * self.devices) == 0]
+        return fits[-1] if fits else 1
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes of one optimizer step."""
+        return self.batch_size // ((self.micro_batch or self.batch_size) * self.devices)

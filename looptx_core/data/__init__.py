@@ -1,0 +1,1 @@
+"""From raw text to tokens: readers, tokenizer, shards. Import the modules, not this package."""

@@ -1,0 +1,47 @@
+"""The text that ships with the package, and beside it generated lines that need depth."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from looptx_core.data.corpus import bundled_text
+from looptx_core.data.hops import hop_lines, hop_probes
+from looptx_core.data.probes import FILE, write_probes
+from looptx_core.data.shards import Progress, cache_folder, cached_shards
+
+_LINES_PER_DOCUMENT = 40
+_DOCUMENTS = 700
+_PROBES = 64  # of each number of hops
+_SEED = 0
+
+
+def bundled_corpus() -> Path:
+    """Moby Dick by chapters and the hop lines, as JSON lines in the cache; made when absent."""
+    chapters = re.split(r"(?m)^(?=CHAPTER \d+\.)", bundled_text().read_text("utf-8"))
+    documents = [chapter.strip() for chapter in chapters if chapter.strip()]
+    lines = list(hop_lines(_SEED, _DOCUMENTS * _LINES_PER_DOCUMENT))
+    for start in range(0, len(lines), _LINES_PER_DOCUMENT):
+        documents.append("\n".join(lines[start : start + _LINES_PER_DOCUMENT]))
+    text = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
+    file = cache_folder() / "bundled" / "moby-dick-and-hops.jsonl"
+    if not file.exists() or file.read_text("utf-8") != text:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(text, "utf-8")
+        partial.replace(file)
+    return file
+
+
+def bundled_shards(vocab_size: int, on_progress: Progress | None = None) -> Path:
+    """The bundled corpus, tokenised through the cache, with its probes."""
+    folder = cached_shards([bundled_corpus()], vocab_size, on_progress=on_progress)
+    if not (folder / FILE).exists():
+        add_bundled_probes(folder)
+    return folder
+
+
+def add_bundled_probes(folder: Path) -> None:
+    """Put the hop lines' probes beside shards of the bundled corpus."""
+    write_probes(folder, hop_probes(_SEED, _PROBES))

@@ -1,0 +1,318 @@
+"""Readers that stream text out of files, folders, globs and standard input.
+
+A document comes as pieces of at most 64 Ki characters, so memory stays bounded however long the
+document or its lines are. Pieces are cut just before a whitespace that follows something else: no
+pre-token of a GPT-2 style regex spans such a place, so the tokens of the pieces, joined, are the
+tokens of the whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import glob
+import hashlib
+import importlib.resources
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from looptx_core.errors import DataError, LooptxError
+
+PIECE = 1 << 16  # the most characters in a piece, and the bytes read at a time
+RECORD_LIMIT = 200 << 20  # the most bytes in one JSON line: it must be parsed in one go
+_BATCH_BYTES = 16 << 20  # about as much of a Parquet column is decoded at a time
+
+# Only ASCII whitespace starts a piece: Python and the tokenizer's regex agree on it.
+_BOUNDARY = re.compile(r"[\s\S]+(?<=\S)(?=[ \t\n\r])")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+
+
+class Source(NamedTuple):
+    """One input file: where its bytes are, what the user calls it, and how to read it."""
+
+    path: Path
+    name: str
+    kind: str  # text | jsonl | parquet
+    size: int  # bytes
+
+
+class Document(NamedTuple):
+    """A named stream of text pieces; read it before asking for the next document."""
+
+    name: str
+    pieces: Iterator[str]
+
+
+def bundled_text() -> Path:
+    """The public-domain text that ships with the package."""
+    return Path(str(importlib.resources.files("looptx_core").joinpath("assets", "moby-dick.txt")))
+
+
+def boundary(text: str, start: int, stop: int) -> int:
+    """The last place in (start, stop] to cut `text` without changing tokens, else `stop`."""
+    match = _BOUNDARY.match(text, start, stop + 1)
+    return match.end() if match else stop
+
+
+def cut_pieces(chunks: Iterable[str], limit: int = PIECE) -> Iterator[str]:
+    """Re-cut a stream of text into pieces of at most `limit` characters, at boundaries.
+
+    The pieces depend on the text alone, not on how it came in chunks.
+    """
+    rest = ""
+    for chunk in chunks:
+        rest += chunk
+        start = 0
+        while len(rest) - start > limit:
+            end = boundary(rest, start, start + limit)
+            yield rest[start:end]
+            start = end
+        rest = rest[start:]
+    if rest:
+        yield rest
+
+
+class Corpus:
+    """Inputs that can be read several times; a context manager, for standard input is spooled.
+
+    Args:
+        inputs: files, folders (all visible files below, sorted), globs, or '-'.
+        text_key: the key or column that holds the text in JSON lines and Parquet.
+    Raises:
+        DataError: an input is missing, matches nothing or cannot be read.
+    """
+
+    def __init__(self, inputs: Sequence[str | os.PathLike[str]], text_key: str = "text") -> None:
+        self.text_key = text_key
+        self._spool: tempfile.TemporaryDirectory[str] | None = None
+        try:
+            found = chain.from_iterable(self._resolve(os.fspath(item)) for item in inputs)
+            # A file that is named twice counts once, lest it end up on both sides of a split.
+            self.sources = list({source.path.resolve(): source for source in found}.values())
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                raise _unreadable(error.filename or "input", error) from error
+            raise
+        if not self.sources:
+            raise DataError("no input given: name text files, folders or '-' for standard input")
+
+    def __enter__(self) -> Corpus:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove what was spooled."""
+        if self._spool:
+            self._spool.cleanup()
+
+    def documents(self) -> Iterator[Document]:
+        """Every document that holds any text, in order.
+
+        Raises:
+            DataError: bad UTF-8, JSON or Parquet, naming file and place.
+        """
+        for source in self.sources:
+            try:
+                for pieces in self._read(source):
+                    first = next(pieces, None)
+                    if first is not None:
+                        yield Document(source.name, chain([first], pieces))
+            except OSError as error:
+                raise _unreadable(source.name, error) from error
+
+    def digest(self) -> str:
+        """SHA-256 of what the inputs hold, in order, whatever they are called."""
+        total = hashlib.sha256()
+        for source in self.sources:
+            try:
+                with source.path.open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise _unreadable(source.name, error) from error
+            total.update(f"{source.kind} {content}\n".encode())
+        return total.hexdigest()
+
+    def _resolve(self, item: str) -> Iterator[Source]:
+        path = Path(item)
+        if item == "-":
+            yield self._spooled(None, "standard input")
+        elif path.is_dir():
+            yield from _sources(_visible_files(path), f"{item}: the folder holds no files")
+        elif path.is_file():
+            yield from _sources([path], item)
+        elif path.exists():  # a pipe or the like, which can be read only once
+            yield self._spooled(path, item)
+        elif glob.has_magic(item):
+            matches = sorted(glob.glob(item, recursive=True))  # noqa: PTH207, it may be absolute
+            files = [Path(match) for match in matches if Path(match).is_file()]
+            yield from _sources(files, f"{item}: the pattern matches no files; check its spelling")
+        else:
+            raise DataError(f"{item}: no such file or folder; check the path")
+
+    def _spooled(self, path: Path | None, name: str) -> Source:
+        try:
+            self._spool = self._spool or tempfile.TemporaryDirectory(prefix="looptx-")
+            copy = Path(self._spool.name) / hashlib.sha256(name.encode()).hexdigest()
+            if not copy.exists():
+                with copy.open("wb") as target:
+                    if path is None:
+                        shutil.copyfileobj(sys.stdin.buffer, target, PIECE)
+                    else:
+                        with path.open("rb") as stream:
+                            shutil.copyfileobj(stream, target, PIECE)
+            return Source(copy, name, "text", copy.stat().st_size)
+        except OSError as error:
+            raise _unreadable(name, error) from error
+
+    def _read(self, source: Source) -> Iterator[Iterator[str]]:
+        if source.kind == "jsonl":
+            return _jsonl(source, self.text_key)
+        if source.kind == "parquet":
+            return _parquet(source, self.text_key)
+        return iter([cut_pieces(_decoded(source))])
+
+
+def documents(
+    inputs: Sequence[str | os.PathLike[str]], text_key: str = "text"
+) -> Iterator[Document]:
+    """The documents of `inputs`, streamed once; see `Corpus`."""
+    with Corpus(inputs, text_key) as corpus:
+        yield from corpus.documents()
+
+
+def _unreadable(name: str, error: OSError) -> LooptxError:
+    if error.errno == errno.ENOSPC:  # while spooling
+        folder = tempfile.gettempdir()
+        return LooptxError(f"{name}: no space left in {folder} for a copy; set TMPDIR elsewhere")
+    return DataError(f"{name}: cannot be read ({error.strerror or error}); check the file")
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """Files below `folder`, sorted, without hidden ones and hidden folders."""
+    found = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(root, name) for name in files if not name.startswith(".")]
+    return sorted(file for file in found if file.is_file())
+
+
+def _sources(files: Sequence[Path], if_none: str) -> Iterator[Source]:
+    if not files:
+        raise DataError(if_none)
+    for file in files:
+        kind = _KINDS.get(file.suffix.lower(), "text")
+        yield Source(file, str(file), kind, file.stat().st_size)
+
+
+def _decoded(source: Source) -> Iterator[str]:
+    """The text of a file, a chunk at a time, byte for byte except for a leading BOM."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0
+    with source.path.open("rb") as file:
+        while True:
+            raw = file.read(PIECE)
+            pending = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(raw, final=not raw)
+            except UnicodeDecodeError as error:
+                at = offset - pending + error.start
+                raise DataError(f"{source.name}: {_INVALID.format(at)}") from error
+            yield text if offset else text.removeprefix("\ufeff")
+            if not raw:
+                return
+            offset += len(raw)
+
+
+_INVALID = "invalid UTF-8 at byte {}; convert the file to UTF-8 or name the text files by a glob"
+
+
+def _jsonl(source: Source, key: str) -> Iterator[Iterator[str]]:
+    offset = 0
+    number = 0
+    with source.path.open("rb") as file:
+        while raw := file.readline(RECORD_LIMIT + 1):
+            number += 1
+            where = f"{source.name}, line {number}"
+            if len(raw) > RECORD_LIMIT:
+                most = RECORD_LIMIT >> 20
+                raise DataError(f"{where}: longer than {most} MiB; give such text as a .txt file")
+            start, offset = offset, offset + len(raw)
+            try:
+                line = raw.decode()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where}: {_INVALID.format(start + error.start)}") from error
+            del raw  # a line may be huge: hold it once
+            if start == 0:
+                line = line.removeprefix("\ufeff")
+            if line.isspace() or not line:
+                continue
+            text = _json_text(line, key, where)
+            del line
+            yield cut_pieces([text])
+            del text
+
+
+def _json_text(line: str, key: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", "nested too deeply")
+        raise DataError(f"{where}: not valid JSON ({reason}); write one object a line") from error
+    if not isinstance(record, dict) or key not in record:
+        raise DataError(f"{where}: no key '{key}'; name the text's key with --text-key")
+    return _checked(record[key], key, where)
+
+
+def _checked(text: object, key: str, where: str) -> str:
+    if not isinstance(text, str):
+        kind = type(text).__name__
+        raise DataError(f"{where}: '{key}' is {kind}, not text; mend or drop this record")
+    if _SURROGATE.search(text):
+        raise DataError(f"{where}: '{key}' holds half a surrogate pair; mend or drop this record")
+    return text
+
+
+def _parquet(source: Source, key: str) -> Iterator[Iterator[str]]:
+    import pyarrow as pa  # here, since it takes a while to import
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:
+            if key not in file.schema_arrow.names:
+                names = ", ".join(file.schema_arrow.names)
+                raise DataError(
+                    f"{source.name}: no column '{key}' for --text-key; there are: {names}"
+                )
+            row = 0
+            for group in range(file.num_row_groups):
+                facts = file.metadata.row_group(group)
+                columns = (facts.column(place) for place in range(facts.num_columns))
+                sizes = [c.total_uncompressed_size for c in columns if c.path_in_schema == key]
+                rows = _BATCH_BYTES * facts.num_rows // max(sum(sizes), 1)
+                rows = max(1, min(4096, rows))
+                batches = file.iter_batches(rows, row_groups=[group], columns=[key])
+                for value in (value for batch in batches for value in batch.column(0)):
+                    row += 1
+                    yield cut_pieces([_parquet_text(value, key, f"{source.name}, row {row}")])
+    except pa.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{source.name}: not a readable Parquet file ({reason})") from error
+
+
+def _parquet_text(value: object, key: str, where: str) -> str:
+    try:
+        return _checked(value.as_py(), key, where)  # type: ignore[attr-defined]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: {_INVALID.format(error.start)}") from error

@@ -1,0 +1,128 @@
+"""Tokens to batches: windows over the shards, in an order that is a function of the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from looptx_core.data.shards import Shards, Tokens, open_shards
+from looptx_core.errors import DataError
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """The stream cut into windows of seq_len inputs and their targets, without overlap."""
+
+    def __init__(self, tokens: Tokens, seq_len: int) -> None:
+        self.tokens, self.seq_len = tokens, seq_len
+
+    def __len__(self) -> int:
+        return max(0, (len(self.tokens) - 1) // self.seq_len)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """tokens: (seq_len + 1,) int64. ids: the window's number."""
+        start = index * self.seq_len
+        window = self.tokens.read(start, start + self.seq_len + 1)
+        return {"tokens": torch.from_numpy(window), "ids": torch.tensor(index)}
+
+
+class SeededBatches:
+    """Batch n of a run, for any n: each epoch a permutation drawn from (seed, epoch).
+
+    Iteration starts at batch `start`, while the length is the whole run's, as Lightning
+    goes on counting where a checkpoint stopped.
+    """
+
+    def __init__(
+        self, windows: int, batch: int, total: int, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.windows, self.batch, self.total, self.seed = windows, batch, total, seed
+        self.rank, self.world = rank, world
+        self.start = 0
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        for number in range(self.start, self.total):
+            chosen = []
+            for place in range(self.batch):
+                index = (number * self.world + self.rank) * self.batch + place
+                if index // self.windows != epoch:
+                    epoch = index // self.windows
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.windows)
+                chosen.append(int(order[index % self.windows]))
+            yield chosen
+
+
+class TokenData(L.LightningDataModule):
+    """Train and validation batches of a shard folder, resumable at any batch.
+
+    micro_batch: sequences a batch on one device. batches: batches of the whole run.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        seq_len: int,
+        micro_batch: int,
+        batches: int,
+        val_batches: int = 8,
+        seed: int = 0,
+        workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.shards: Shards = open_shards(folder)
+        self.micro_batch, self.batches, self.workers = micro_batch, batches, workers
+        self.seed = seed
+        self.train = Windows(self.shards.tokens("train"), seq_len)
+        self.val = Windows(self.shards.tokens("val"), seq_len)
+        for split, windows in (("train", self.train), ("val", self.val)):
+            if not len(windows):
+                raise DataError(
+                    f"{folder}: the {split} split has {len(windows.tokens)} tokens, fewer than one "
+                    f"sequence of {seq_len}; add text or pass a smaller --seq-len"
+                )
+        self.val_sequences = min(len(self.val), val_batches * micro_batch)
+        self._done = 0
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        rank, world = (
+            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        )
+        batches = SeededBatches(
+            len(self.train), self.micro_batch, self.batches, self.seed, rank, world
+        )
+        batches.start = self._done
+        return self._loader(self.train, batch_sampler=batches)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        # Spread over the whole split, the same sequences each time.
+        chosen = np.linspace(0, len(self.val) - 1, self.val_sequences).astype(int)
+        subset = torch.utils.data.Subset(self.val, chosen.tolist())
+        return self._loader(subset, batch_size=self.micro_batch)
+
+    def _loader(self, dataset: Dataset[dict[str, Tensor]], **how: Any) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            # Workers read files only; the seed is given, so that the main generator is untouched.
+            generator=torch.Generator().manual_seed(self.seed),
+            **how,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        return {"batches": self.trainer.global_step * self.trainer.accumulate_grad_batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._done = int(state["batches"])

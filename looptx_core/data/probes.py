@@ -1,0 +1,68 @@
+"""Probes: held-out lines with marked answers, to see what each loop brings on a task.
+
+A data folder may hold `probes.jsonl`, a line each: `{"group": "4 hops", "text": "...",
+"answers": [[start, end], ...]}`, the answers as character spans of the text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from looptx_core.errors import DataError
+
+FILE = "probes.jsonl"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A text and the spans of characters in it that count."""
+
+    group: str
+    text: str
+    answers: list[tuple[int, int]]
+
+
+def write_probes(folder: Path, probes: Iterable[Probe]) -> None:
+    lines = [json.dumps(asdict(probe)) + "\n" for probe in probes]
+    (folder / FILE).write_text("".join(lines), "utf-8")
+
+
+def read_probes(folder: Path) -> list[Probe]:
+    """The probes of a data folder; none where it has no file of them."""
+    file = folder / FILE
+    if not file.exists():
+        return []
+    try:
+        return [Probe(**json.loads(line)) for line in file.read_text("utf-8").splitlines()]
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{file}: damaged ({error}); remove it") from error
+
+
+def probe_batches(
+    probes: list[Probe], tokenizer: Tokenizer
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """For each group: name, tokens (lines, length + 1), counted (lines, length).
+
+    `counted` marks the targets that lie in an answer. Shorter lines are padded at the end.
+    """
+    for name, members in groupby(sorted(probes, key=lambda p: p.group), key=lambda p: p.group):
+        lines = list(members)
+        encoded = tokenizer.encode_batch([line.text for line in lines])
+        length = max(len(item.ids) for item in encoded)
+        tokens = torch.zeros(len(lines), length, dtype=torch.long)
+        counted = torch.zeros(len(lines), length, dtype=torch.bool)
+        for row, (line, item) in enumerate(zip(lines, encoded)):
+            tokens[row, : len(item.ids)] = torch.tensor(item.ids)
+            for start, end in line.answers:
+                for place, (left, right) in enumerate(item.offsets):
+                    if left < end and right > start:
+                        counted[row, place] = True
+        yield name, tokens, counted[:, 1:]

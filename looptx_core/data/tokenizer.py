@@ -1,0 +1,249 @@
+"""Byte-level BPE: training in bounded memory, loading, and decoding a stream of tokens."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from looptx_core.errors import DataError, UsageError
+
+END, PAD, IMAGE = "<|end|>", "<|pad|>", "<|image|>"
+USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
+# Their ids are their places here, for good: shards and models depend on them.
+SPECIAL_TOKENS = (
+    *(END, PAD, IMAGE, USER, ASSISTANT, SYSTEM),
+    *(f"<|reserved_{i}|>" for i in range(10)),
+)
+MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
+_FOREIGN_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # GPT-2, Llama, Gemma
+
+SAMPLE_BYTES = 64 << 20  # the most text that the trainer sees
+SAMPLE_UNIQUE = 8 << 20  # bytes of different words: the trainer's memory is some 60 times that
+_LONGEST_WORD = 256  # characters; the trainer's time is quadratic in a word's length
+_LONGEST_TOKEN = 32  # bytes
+_WORD = re.compile(rf"\s?\S{{1,{_LONGEST_WORD - 1}}}|\s{{1,{_LONGEST_WORD}}}")
+_LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD}}}|\s{{{_LONGEST_WORD}}}")
+
+
+def train_tokenizer(
+    pieces: Iterable[str],
+    vocab_size: int,
+    *,
+    sample_bytes: int = SAMPLE_BYTES,
+    sample_unique: int = SAMPLE_UNIQUE,
+) -> Tokenizer:
+    """Learn a vocabulary from a stream of text, which is read to its end.
+
+    Args:
+        pieces: the text; equal pieces give an equal tokenizer.
+        vocab_size: tokens, the special ones included.
+        sample_bytes, sample_unique: bounds of the sample; see `spread_sample`.
+    Raises:
+        UsageError: `vocab_size` has no room for all bytes and the special tokens.
+        DataError: the text does not support so large a vocabulary.
+    """
+    check_vocab_size(vocab_size)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=_LONGEST_TOKEN,
+        show_progress=False,
+    )
+    sample = spread_sample(pieces, sample_bytes, sample_unique)
+    tokenizer.train_from_iterator(_without_long_words(sample), trainer)
+    if (largest := tokenizer.get_vocab_size()) < vocab_size:
+        raise DataError(
+            f"the text supports a vocabulary of at most {largest} tokens, not {vocab_size}; "
+            f"use --vocab-size {largest} or give more text"
+        )
+    return _plain(tokenizer)
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise UsageError for a vocabulary too small to hold all bytes and the special tokens."""
+    if vocab_size < MIN_VOCAB:
+        raise UsageError(
+            f"--vocab-size {vocab_size} is too small; 256 bytes and {len(SPECIAL_TOKENS)} "
+            f"special tokens need at least {MIN_VOCAB}"
+        )
+
+
+def spread_sample(
+    pieces: Iterable[str], max_bytes: int = SAMPLE_BYTES, max_unique: int = SAMPLE_UNIQUE
+) -> list[str]:
+    """Every 2^k-th piece of a stream, with the least k that keeps the sample within its bounds.
+
+    Args:
+        max_bytes: bytes of text.
+        max_unique: bytes of different words.
+    """
+    sample: list[str] = []
+    words: set[str] = set()
+    size = unique = 0
+    stride = 1
+
+    def count(piece: str) -> None:
+        nonlocal size, unique
+        new = set(_WORD.findall(piece)) - words
+        words.update(new)
+        size += len(piece.encode())
+        unique += len("".join(new).encode())
+
+    for number, piece in enumerate(pieces):
+        if number % stride:
+            continue
+        sample.append(piece)
+        count(piece)
+        while (size > max_bytes or unique > max_unique) and len(sample) > 1:
+            del sample[1::2]
+            stride *= 2
+            size = unique = 0
+            words.clear()
+            for kept in sample:
+                count(kept)
+    return sample
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Read a `tokenizer.json`, or the one in a folder.
+
+    Raises:
+        DataError: there is none, or it is something else.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file /= "tokenizer.json"
+    try:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not a tokenizer; give a tokenizer.json") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{file}: no tokenizer ({reason}); give a tokenizer.json") from error
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{file}: not a tokenizer ({reason}); give a tokenizer.json") from error
+    return _plain(tokenizer)
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """SHA-256 of all that decides which tokens a text becomes."""
+    settings = json.loads(tokenizer.to_str())
+    for passing in ("truncation", "padding"):  # of a call, not of the vocabulary
+        settings.pop(passing, None)
+    canonical = json.dumps(settings, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def end_id(tokenizer: Tokenizer) -> int:
+    """The id of the token that ends a document.
+
+    Raises:
+        DataError: the tokenizer has none that we know.
+    """
+    for name in (END, *_FOREIGN_ENDS):
+        if (found := tokenizer.token_to_id(name)) is not None:
+            return int(found)
+    raise DataError(f"the tokenizer has no token that ends a document; add '{END}' to it")
+
+
+class StreamDecoder:
+    """Turns token ids into text one at a time; the joined parts equal `decode` of all ids.
+
+    A token that completes no character gives '', and the one that completes it the whole.
+    The library's own `DecodeStream` holds back bytes that are no UTF-8 and has no flush.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special_tokens
+        self._special = {
+            token_id
+            for token_id, token in tokenizer.get_added_tokens_decoder().items()
+            if token.special and skip_special_tokens
+        }
+        self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._ids: list[int] = []  # of a foreign decoder, which has no state of its own
+        self._given = 0
+
+    def step(self, token_id: int) -> str:
+        """The text that this token completes."""
+        if not self._byte_level:
+            return self._foreign(token_id)
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None or token_id in self._special:
+            return ""
+        return self._utf8.decode(token_bytes(token))
+
+    def flush(self) -> str:
+        """What remains at the end: U+FFFD for a character that was never completed."""
+        if self._byte_level:
+            return self._utf8.decode(b"", final=True)
+        return self._decoded()[self._given :]
+
+    def _decoded(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip_special)
+
+    def _foreign(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        text = self._decoded()
+        if text.endswith("\ufffd"):
+            return ""
+        given, self._given = self._given, len(text)
+        return text[given:]
+
+
+def token_bytes(token: str) -> bytes:
+    """The bytes that a byte-level token stands for."""
+    try:
+        return bytes(_BYTE_OF[char] for char in token)
+    except KeyError:  # an added token, written as it is
+        return token.encode()
+
+
+def _byte_map() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 stands for itself, the rest follows from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + place): byte for place, byte in enumerate(others)
+    }
+
+
+_BYTE_OF = _byte_map()
+
+
+def _plain(tokenizer: Tokenizer) -> Tokenizer:
+    """Make '<|end|>' in a text just these characters, and no call cut or padded."""
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _without_long_words(pieces: Sequence[str]) -> Iterator[str]:
+    for piece in pieces:
+        if _LONG_WORD.search(piece):
+            yield from _WORD.findall(piece)
+        else:
+            yield piece

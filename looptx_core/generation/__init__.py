@@ -1,0 +1,1 @@
+"""Generation: `Engine.generate` yields one record for each token. Start with `engine.py`."""

@@ -1,0 +1,67 @@
+"""How the next token is drawn from a row of logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from looptx_core.config.generation import GenerationOptions
+from looptx_core.errors import UsageError
+
+
+def check(options: GenerationOptions) -> None:
+    """Raise `UsageError` for settings that no draw can follow."""
+    for ok, what in (
+        (options.max_new_tokens >= 1, f"--max-new-tokens {options.max_new_tokens}: at least 1"),
+        (options.temperature >= 0, f"--temperature {options.temperature}: at least 0"),
+        (options.top_k >= 0, f"--top-k {options.top_k}: at least 0, where 0 keeps all"),
+        (0 < options.top_p <= 1, f"--top-p {options.top_p}: above 0 and at most 1"),
+        (0 <= options.min_p <= 1, f"--min-p {options.min_p}: between 0 and 1"),
+        (
+            options.repetition_penalty > 0,
+            f"--repetition-penalty {options.repetition_penalty}: above 0, where 1 is none",
+        ),
+        ("" not in options.stop, "--stop '': give a string that is not empty"),
+    ):
+        if not ok:
+            raise UsageError(what)
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make seen tokens less likely (CTRL, arXiv 1909.05858). logits (vocab,), seen (n,) ids."""
+    values = logits[seen]
+    return logits.index_put((seen,), torch.where(values > 0, values / penalty, values * penalty))
+
+
+def keep(logits: Tensor, options: GenerationOptions) -> Tensor:
+    """Which tokens, (vocab,), may be drawn: top-k, then top-p and min-p of what it leaves.
+
+    logits (vocab,) are already divided by the temperature. The most likely token always stays.
+    """
+    kept = torch.ones_like(logits, dtype=torch.bool)
+    if 0 < options.top_k < logits.numel():
+        best = logits.topk(options.top_k).indices
+        kept = torch.zeros_like(kept).index_fill(0, best, True)
+    if options.top_p < 1 or options.min_p > 0:
+        chances = logits.masked_fill(~kept, float("-inf")).softmax(-1)
+        kept &= chances >= options.min_p * chances.max()
+        if options.top_p < 1:
+            ordered, order = chances.sort(descending=True, stable=True)
+            # What comes before a token decides, so that the one that crosses the bound stays.
+            inside = ordered.cumsum(-1) - ordered < options.top_p
+            kept &= torch.zeros_like(kept).index_put((order,), inside)
+    return kept
+
+
+def draw(
+    logits: Tensor, options: GenerationOptions, seen: Tensor, generator: torch.Generator
+) -> int:
+    """The next token's id from logits (vocab,); greedy at temperature 0."""
+    if options.repetition_penalty != 1.0:
+        logits = penalise(logits, seen, options.repetition_penalty)
+    if options.temperature == 0:
+        return int(logits.argmax())
+    logits = (logits - logits.max()) / options.temperature  # no overflow near 0
+    chances = logits.masked_fill(~keep(logits, options), float("-inf")).softmax(-1)
+    # On the CPU in one type, so that a seed means the same tokens on every device.
+    return int(torch.multinomial(chances.double().cpu(), 1, generator=generator))

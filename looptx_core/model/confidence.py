@@ -1,0 +1,52 @@
+"""The confidence head: how sure is a token at this depth, and would one more loop help?
+
+Targets, taken from the main loss of the same forward pass (see `training/objective.py`):
+
+- `logit`: the log-odds that the model's most likely token is the right one, trained by binary
+  cross-entropy against [argmax == label]. The target is that of CALM's and TRM's halting heads
+  (arXiv 2207.07061, 2510.04871).
+- `gain`: the expected drop of the token's loss from this loop to the next, in nats, by squared
+  error against L[t] - L[t+1]. Ouro (arXiv 2510.25741) squashes the same difference into a
+  probability; the plain mean keeps its unit, so that a threshold on it means nats per loop.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from looptx_core.config.model import ModelConfig
+
+
+class Confidence(NamedTuple):
+    """Both (batch, length)."""
+
+    logit: Tensor
+    gain: Tensor
+
+
+class ConfidenceHead(nn.Module):
+    """A small network on the detached state after a loop.
+
+    It reads the hidden state only, so that deciding to stop costs no product with the
+    vocabulary, and it is detached, so that it can't disturb the trunk.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = max(32, config.d_model // 4)
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.hidden = nn.Linear(config.d_model, hidden)
+        self.loop = nn.Embedding(config.max_loops, hidden)
+        self.out = nn.Linear(hidden, 2)
+
+    def forward(self, state: Tensor, loop: int | Tensor) -> Confidence:
+        """state: (batch, length, d_model) after `loop`, an int or (batch,), counted from 1."""
+        state = state.detach()
+        index = torch.as_tensor(loop, device=state.device).clamp(max=self.loop.num_embeddings) - 1
+        depth = self.loop(index.reshape(-1, 1))
+        hidden = nn.functional.gelu(self.hidden(self.norm(state)) + depth)
+        logit, gain = self.out(hidden).unbind(-1)
+        return Confidence(logit, gain)

@@ -1,0 +1,51 @@
+"""What a model costs, counted: parameters, FLOPs and bytes, heads included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from looptx_core.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class TokenFlops:
+    """Forward FLOPs of one token, two per multiply-add, by part."""
+
+    prelude: int
+    loop: int
+    readout: int
+    """Coda, final norm's product with the vocabulary."""
+    confidence: int
+
+    def at(self, loops: float, readouts: float = 1, decisions: float = 0) -> float:
+        """A token of so many loops, read out and judged so many times."""
+        return (
+            self.prelude + loops * self.loop + readouts * self.readout + decisions * self.confidence
+        )
+
+
+def token_flops(config: ModelConfig, context: float) -> TokenFlops:
+    """FLOPs of one token that attends to `context` tokens (mean of a causal sequence: T / 2)."""
+    heads, width = config.n_heads, config.head_dim
+    attention = (
+        config.d_model * (heads + 2 * config.n_kv_heads) * width + heads * width * config.d_model
+    )
+    scores = 2 * context * heads * width
+    block = int(2 * (attention + 3 * config.d_model * config.d_ff + scores))
+    hidden = max(32, config.d_model // 4)
+    return TokenFlops(
+        prelude=config.prelude_layers * block,
+        loop=config.core_layers * block,
+        readout=config.coda_layers * block + 2 * config.d_model * config.vocab_size,
+        confidence=2 * (config.d_model * hidden + 2 * hidden),
+    )
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of a model of this shape, tied ones once, without building its tensors."""
+    import torch
+
+    from looptx_core.model.loop import LoopedTransformer
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in LoopedTransformer(config).parameters())

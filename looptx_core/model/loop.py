@@ -1,0 +1,200 @@
+"""The looped transformer: prelude, a core that is iterated, coda.
+
+    tokens -> embedding -> prelude -> e
+    state 0 = e
+    state t = core(inject(state t-1, e))        for t = 1 .. loops
+    logits  = head(norm(coda(state t)))         at whichever t one wants to read
+
+Every state can be read out, and the state after t loops never depends on how many follow: there
+is no draw, no scaling by the depth, and the start is the prelude's output itself. Early exit,
+loss-triggered training and speculation all rest on that.
+
+The shape (prelude, core, coda) is Huginn's (arXiv 2502.05171); the injection is Parcae's
+(arXiv 2604.12946): a per-channel decay below 1 on the normalised state, plus the normalised
+embedding. With `injection="none"` one loop is an ordinary pre-norm decoder, and with no prelude
+and no coda the whole stack is looped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from looptx_core.config.model import ModelConfig
+from looptx_core.model.attention import Attend, sdpa
+from looptx_core.model.block import Block, Surroundings
+from looptx_core.model.cache import LoopCache
+from looptx_core.model.confidence import Confidence, ConfidenceHead
+from looptx_core.model.rope import rotary_tables
+
+
+class LoopOutput(NamedTuple):
+    """logits: (batch, length, vocab_size); state: (batch, length, d_model)."""
+
+    logits: Tensor
+    state: Tensor
+    confidence: Confidence
+
+
+class Injection(nn.Module):
+    """What enters the core at each loop, from the last state and the prelude's output.
+
+    decay: exp(-softplus(a)) * norm(state) + b * norm(embedding), a and b per channel, so that a
+    state's share shrinks from loop to loop and the norm bounds its size at any depth.
+    add: norm(state) + norm(embedding), the ablation. none: the state as it is.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.kind = config.injection
+        if self.kind == "none":
+            return
+        self.state_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.embedding_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        if self.kind == "decay":
+            self.decay = nn.Parameter(torch.zeros(config.d_model))
+            self.gain = nn.Parameter(torch.full((config.d_model,), 0.5))
+
+    def forward(self, state: Tensor, embedding: Tensor) -> Tensor:
+        if self.kind == "none":
+            return state
+        state, embedding = self.state_norm(state), self.embedding_norm(embedding)
+        if self.kind == "add":
+            return state + embedding
+        return torch.exp(-F.softplus(self.decay)) * state + self.gain * embedding
+
+
+class LoopedTransformer(nn.Module):
+    """A decoder whose core block is iterated. See the module's docstring for the equations."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.attend: Attend = sdpa
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.prelude = nn.ModuleList(Block(config) for _ in range(config.prelude_layers))
+        self.injection = Injection(config)
+        self.core = nn.ModuleList(Block(config) for _ in range(config.core_layers))
+        self.coda = nn.ModuleList(Block(config) for _ in range(config.coda_layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.confidence = ConfidenceHead(config)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal of 0.02, residual outputs smaller by the depth of a pass of middling loops.
+
+        GPT-2's rule with the depth counted in passes of a block, so that a learning rate carries
+        over between loop counts (arXiv 2606.18524 scales the branches themselves).
+        """
+        depth = self.config.effective_layers((1 + self.config.max_loops) // 2)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("out_proj.weight", "down_proj.weight")):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth))
+            elif parameter.dim() >= 2:
+                nn.init.normal_(parameter, std=0.02)
+        # A halting bias starts low: unsure until shown otherwise (ACT, arXiv 1603.08983).
+        nn.init.zeros_(self.confidence.hidden.bias)
+        with torch.no_grad():
+            self.confidence.out.bias.copy_(torch.tensor([-3.0, 0.0]))
+
+    # The four moves of a forward pass. The engine and the trainer use them one by one.
+
+    def surroundings(self, length: int, cache: LoopCache | None = None) -> Surroundings:
+        """Positions and mask for the next `length` tokens of a batch."""
+        weight = self.embedding.weight
+        if cache is None:
+            positions, mask = torch.arange(length, device=weight.device)[None], None
+        else:
+            positions, mask = cache.positions(length), cache.mask(length)
+        rotary = rotary_tables(
+            positions, self.config.head_dim, self.config.rope_theta, _compute_dtype(weight)
+        )
+        return Surroundings(rotary, mask, self.attend)
+
+    def encode(
+        self, tokens: Tensor, around: Surroundings, cache: LoopCache | None = None
+    ) -> Tensor:
+        """tokens (batch, length) -> the prelude's output (batch, length, d_model)."""
+        x = self.embedding(tokens)
+        for layer, block in enumerate(self.prelude):
+            x = block(x, around, cache and cache.prelude(layer))
+        return x
+
+    def step(
+        self,
+        state: Tensor,
+        embedding: Tensor,
+        loop: int,
+        around: Surroundings,
+        cache: LoopCache | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """One iteration of the core: the state after `loop`, counted from 1.
+
+        `rows`: which rows of the cache's batch these are, (n,); None means all of them.
+        """
+        x = self.injection(state, embedding)
+        for layer, block in enumerate(self.core):
+            x = block(x, around, cache and cache.core(layer, loop, rows))
+        return x
+
+    def decode(
+        self,
+        state: Tensor,
+        around: Surroundings,
+        cache: LoopCache | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """A loop's state -> what the head reads, (batch, length, d_model)."""
+        for layer, block in enumerate(self.coda):
+            state = block(state, around, cache and cache.coda(layer, rows))
+        return self.norm(state)
+
+    def states(
+        self, tokens: Tensor, loops: int, cache: LoopCache | None = None
+    ) -> Iterator[Tensor]:
+        """The state after each of the loops 1..loops."""
+        around = self.surroundings(tokens.shape[1], cache)
+        state = embedding = self.encode(tokens, around, cache)
+        for loop in range(1, loops + 1):
+            state = self.step(state, embedding, loop, around, cache)
+            yield state
+
+    def forward(
+        self, tokens: Tensor, loops: int | None = None, cache: LoopCache | None = None
+    ) -> LoopOutput:
+        """Run a fixed number of loops and read out the last.
+
+        tokens: (batch, length) ids. loops: the configuration's, 1 by default. With a cache the
+        tokens continue it, and it is advanced.
+        """
+        loops = loops or self.config.loops
+        assert loops >= 1, "at least one loop"
+        around = self.surroundings(tokens.shape[1], cache)
+        state = embedding = self.encode(tokens, around, cache)
+        for loop in range(1, loops + 1):
+            state = self.step(state, embedding, loop, around, cache)
+        logits = self.head(self.decode(state, around, cache))
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return LoopOutput(logits, state, self.confidence(state, loops))
+
+    def trunk_parameters(self) -> list[nn.Parameter]:
+        """All parameters but the confidence head's."""
+        own = {id(p) for p in self.confidence.parameters()}
+        return [p for p in self.parameters() if id(p) not in own]
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    """The type of the activations: autocast's where it is on, else the weights'."""
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype

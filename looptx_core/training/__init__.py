@@ -1,0 +1,1 @@
+"""Training: a LightningModule and callbacks that fit any Lightning Trainer."""

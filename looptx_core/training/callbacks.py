@@ -1,0 +1,124 @@
+"""Lightning callbacks and the logger of a run."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+
+
+class JsonLines(Logger):
+    """`metrics.jsonl`: a line a record; values by loop are lists."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """`config.yaml` has them."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        # Lightning counts optimizer steps from 0 here.
+        record: dict[str, Any] = {"step": (step or 0) + 1}
+        for name, value in metrics.items():
+            base, _, loop = name.partition("/")
+            if loop:
+                record.setdefault(f"{base}_by_loop", []).append(value)
+            elif name not in ("epoch", "flops_epoch"):
+                record[name] = value
+        with self.file.open("a") as out:
+            out.write(json.dumps(record) + "\n")
+
+    def cut_back(self, step: int) -> None:
+        """Drop the records after `step`, and what a kill left half-written."""
+        if not self.file.exists():
+            return
+        kept = []
+        for line in self.file.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] > step:
+                    continue
+            except ValueError:
+                continue
+            kept.append(line + "\n")
+        self.file.write_text("".join(kept))
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+class Checkpoints(ModelCheckpoint):
+    """Keeps the newest checkpoints, saved when an optimizer step is over and validated."""
+
+    def __init__(self, folder: Path, every: int, keep: int) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename="step-{step:07d}",
+            auto_insert_metric_name=False,
+            monitor="step",
+            mode="max",
+            save_top_k=keep,
+            every_n_train_steps=every,
+            save_on_train_epoch_end=False,
+        )
+
+
+class StopCleanly(L.Callback):
+    """Ends a run between two optimizer steps: on Ctrl-C or SIGTERM, or when its time is up.
+
+    After the run `reason` is None, 'interrupted' or 'time'; the state is saved either way.
+    """
+
+    def __init__(self, folder: Path, max_minutes: float | None) -> None:
+        self.folder = folder
+        self.max_seconds = max_minutes * 60 if max_minutes else float("inf")
+        self.reason: str | None = None
+        self.begun = time.monotonic()
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.begun = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.reason = "interrupted"
+        signal.signal(number, self._handlers[number])  # a second one stops at once
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if self.reason is None and time.monotonic() - self.begun > self.max_seconds:
+            self.reason = "time"
+        if self.reason and not trainer.fit_loop._should_accumulate():
+            path = self.folder / f"step-{trainer.global_step:07d}.ckpt"
+            if not path.exists():
+                trainer.save_checkpoint(path)
+            trainer.should_stop = True
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint that was written whole."""
+    found = sorted(folder.glob("step-*.ckpt"))
+    return found[-1] if found else None

@@ -1,0 +1,149 @@
+"""The LightningModule: a looped model, its objective, its optimizer, and what it logs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from looptx_core.config.run import TrainConfig
+from looptx_core.errors import LooptxError
+from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.evaluate import LoopEvaluation, evaluate_loops
+from looptx_core.training.loop_schedule import LoopSchedule
+from looptx_core.training.objective import loop_loss
+from looptx_core.training.optimizer import (
+    build_optimizer,
+    clip_by_part,
+    learning_rate_factor,
+)
+
+
+class LoopedLM(L.LightningModule):
+    """Trains a `LoopedTransformer` in any Lightning Trainer.
+
+    A batch is a mapping with `tokens`, (batch, length + 1) ids, and `ids`, (batch,) sample
+    numbers. After a validation `evaluation` holds loss, accuracy and confidence by loop.
+    """
+
+    def __init__(self, model: LoopedTransformer, config: TrainConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.schedule = LoopSchedule(config, model.config.max_loops)
+        self.evaluation: LoopEvaluation | None = None
+        self.flops: Tensor
+        self.register_buffer("flops", torch.zeros((), dtype=torch.float64))
+        self._parts: list[LoopEvaluation] = []
+        self._begun = self._tokens = 0.0
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.model, self.config)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(self.config))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def on_train_start(self) -> None:
+        self._begun, self._tokens = time.monotonic(), 0.0
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        tokens, ids = batch["tokens"], batch["ids"]
+        # Dropout is a function of the step too, so that a resumed run draws the same masks.
+        torch.manual_seed(hash((self.config.seed, self.global_step, int(ids[0]))) % 2**63)
+        result = loop_loss(
+            self.model,
+            tokens,
+            self.schedule,
+            self.global_step,
+            ids,
+            loss_at=self.config.loss_at,
+            recompute=self.config.grad_checkpointing,
+        )
+        loss = result.loss + result.confidence_loss
+        if not math.isfinite(loss.item()):
+            raise NotFinite(self.global_step + 1)
+        self._tokens += tokens[:, 1:].numel() * self.trainer.world_size
+        self.flops += result.flops * self.trainer.world_size
+        self.log_dict(
+            {
+                "train_loss": result.deepest,
+                "mean_loops": result.mean_loops,
+                "confidence_error": result.confidence_error,
+            },
+            prog_bar=True,
+            sync_dist=True,
+        )
+        return loss
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        norm = clip_by_part(self.model, self.config.clip)
+        self.log("gradient_norm", norm)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        seconds = time.monotonic() - self._begun
+        self.log("tokens_per_second", self._tokens / max(seconds, 1e-9), prog_bar=True)
+        self.log("lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        self.log("flops", self.flops.float())
+
+    def on_validation_epoch_start(self) -> None:
+        self._parts = []
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        self._parts.append(evaluate_loops(self.model, batch["tokens"], self.schedule.max_loops))
+
+    def on_validation_epoch_end(self) -> None:
+        total = self._parts[0]
+        for part in self._parts[1:]:
+            total = total + part
+        self.evaluation, self._parts = total, []
+        self.log("val_loss", total.loss_by_loop[-1], prog_bar=True, sync_dist=True)
+        by_loop = {
+            f"{name}/{loop}": value
+            for name, values in (
+                ("val_loss", total.loss_by_loop),
+                ("val_accuracy", total.accuracy_by_loop),
+                ("state_norm", total.norm_by_loop),
+            )
+            for loop, value in enumerate(values, start=1)
+        }
+        self.log_dict(by_loop, sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Two loggers' and the loops' states are plain numbers; nothing here needs a pickle.
+        checkpoint["looptx"] = {"step": self.global_step}
+
+
+class NotFinite(LooptxError):
+    """The loss became NaN or infinite."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            f"the loss is not finite at step {step}; the checkpoint before it is kept: "
+            "lower --lr, or resume with another --seed"
+        )
+        self.step = step
+
+
+@contextlib.contextmanager
+def quiet_lightning() -> Any:
+    """Lightning's own tips and banners say nothing that this project's users can act on."""
+    import logging
+    import warnings
+
+    names = ("lightning", "lightning.pytorch", "lightning.fabric")
+    levels = [logging.getLogger(name).level for name in names]
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning.*")
+        yield
+    for name, level in zip(names, levels):
+        logging.getLogger(name).setLevel(level)

@@ -1,0 +1,255 @@
+"""One training run, from settings to a model folder: what the command line calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from looptx_core.checkpoint.folder import save_model
+from looptx_core.config.generation import ExitSettings
+from looptx_core.config.model import ModelConfig
+from looptx_core.config.run import TrainConfig
+from looptx_core.data.datamodule import TokenData
+from looptx_core.data.probes import probe_batches, read_probes
+from looptx_core.errors import DataError, Interrupted, LooptxError, UsageError
+from looptx_core.model.attention import choose_backend
+from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.callbacks import (
+    Checkpoints,
+    JsonLines,
+    StopCleanly,
+    newest_checkpoint,
+    read_metrics,
+)
+from looptx_core.training.curves import plot_run, verdict
+from looptx_core.training.evaluate import LoopEvaluation, evaluate_loops, fit_temperature
+from looptx_core.training.hardware import choose_precision
+from looptx_core.training.module import LoopedLM, quiet_lightning
+
+
+@dataclass
+class TrainResult:
+    """What a finished run has to show."""
+
+    folder: Path
+    model_folder: Path
+    steps: int
+    seconds: float
+    tokens: int
+    loss_by_loop: list[float]
+    """Held-out nats a token."""
+    bits_per_byte_by_loop: list[float]
+    accuracy_by_loop: list[float]
+    probes: dict[str, list[float]] = field(default_factory=dict)
+    """Accuracy by loop on generated lines that need depth, by name."""
+    temperature: float = 1.0
+    flops: float = 0.0
+    verdict: str = ""
+
+
+def fit_vocabulary(model: ModelConfig, vocab_size: int, asked: bool) -> ModelConfig:
+    """The model's shape with the data's vocabulary.
+
+    Raises `UsageError` where the user asked for another size.
+    """
+    if asked and model.vocab_size != vocab_size:
+        raise UsageError(
+            f"model.vocab_size {model.vocab_size} is not the tokenizer's {vocab_size}; "
+            "leave it out, or tokenise again with --vocab-size"
+        )
+    return replace(model, vocab_size=vocab_size)
+
+
+def train(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    *,
+    data: Path,
+    folder: Path,
+    resume: bool = False,
+    callbacks: Sequence[L.Callback] = (),
+    report: Any = lambda line: None,
+) -> TrainResult:
+    """Train in `folder` on the shards `data`, and write `folder`/final.
+
+    callbacks: Lightning's, for progress displays and the like. report: called with lines of
+    one choice each ("attention: sdpa, ...").
+
+    Raises `Interrupted` after a Ctrl-C (saved), `NotFinite` for a loss of NaN, `DataError` for
+    unusable data or checkpoints.
+    """
+    started = time.monotonic()
+    batches = TokenData(
+        data,
+        seq_len=config.seq_len,
+        micro_batch=config.micro_batch or config.batch_size // config.devices,
+        batches=config.steps * config.accumulation,
+        val_batches=config.val_batches,
+        seed=config.seed,
+        workers=config.workers,
+    )
+    if config.seq_len > model_config.max_seq_len:
+        raise UsageError(
+            f"--seq-len {config.seq_len} exceeds the model's max_seq_len "
+            f"({model_config.max_seq_len}); set model.max_seq_len in the config"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision, why = choose_precision(config.precision, device)
+    report(f"precision: {precision}, {why}")
+    backend = choose_backend(
+        config.attention, device, torch.bfloat16 if precision == "bf16" else torch.float32
+    )
+    report(f"attention: {backend.name}, {backend.reason}")
+
+    torch.manual_seed(config.seed)
+    model = LoopedTransformer(model_config)
+    model.attend = backend.attend
+    if config.compile:
+        for block in (*model.prelude, *model.core, *model.coda):
+            block.compile(dynamic=True)
+    module = LoopedLM(model, config)
+
+    checkpoints, metrics = folder / "checkpoints", JsonLines(folder / "metrics.jsonl")
+    start_from = newest_checkpoint(checkpoints) if resume else None
+    if start_from is not None:
+        step = _step_of(start_from)
+        metrics.cut_back(step)
+        report(f"resumed: at step {step}, from {start_from}")
+    elif resume:
+        metrics.cut_back(0)
+        report("resumed: no checkpoint yet, so from the start")
+
+    stop = StopCleanly(checkpoints, config.max_minutes)
+    trainer = _trainer(config, folder, precision, device, [*callbacks, stop], metrics)
+    with quiet_lightning():
+        try:
+            trainer.fit(module, datamodule=batches, ckpt_path=start_from, weights_only=True)
+        except OSError as error:
+            raise LooptxError(
+                f"cannot save to {checkpoints}: {error.strerror or error}; free some space and "
+                f"go on with looptx train --resume {folder}"
+            ) from error
+    if stop.reason == "interrupted":
+        left = (config.steps - trainer.global_step) * (time.monotonic() - stop.begun)
+        left /= max(1, trainer.global_step - (_step_of(start_from) if start_from else 0))
+        raise Interrupted(
+            f"stopped and saved at step {trainer.global_step} of {config.steps}; go on with "
+            f"looptx train --resume {folder} (about {left / 60:.1f} minutes left)"
+        )
+
+    model.eval()
+    model.to(torch.device("cpu"))
+    return _finish(model, module, batches, config, data, folder, trainer, started)
+
+
+def _trainer(
+    config: TrainConfig,
+    folder: Path,
+    precision: str,
+    device: torch.device,
+    callbacks: list[L.Callback],
+    metrics: JsonLines,
+) -> L.Trainer:
+    return L.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=config.devices,
+        strategy="ddp" if config.devices > 1 else "auto",
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+        max_steps=config.steps,
+        accumulate_grad_batches=config.accumulation,
+        gradient_clip_val=config.clip,
+        val_check_interval=config.val_every * config.accumulation,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=config.log_every,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            *callbacks,
+            Checkpoints(folder / "checkpoints", config.save_every, config.keep),
+        ],
+        logger=[
+            metrics,
+            CSVLogger(folder, name=None, version="csv"),
+            TensorBoardLogger(folder, name=None, version="tensorboard"),
+        ],
+    )
+
+
+def _finish(
+    model: LoopedTransformer,
+    module: LoopedLM,
+    batches: TokenData,
+    config: TrainConfig,
+    data: Path,
+    folder: Path,
+    trainer: L.Trainer,
+    started: float,
+) -> TrainResult:
+    loops = module.schedule.max_loops
+    evaluation = _evaluate(model, batches, loops)
+    temperature = fit_temperature(evaluation.logit, evaluation.hit)
+    counts = batches.shards.manifest.splits["val"]
+    bits = [loss / 0.6931471805599453 * counts.tokens / counts.bytes
+            for loss in evaluation.loss_by_loop]  # fmt: skip
+    probes = {
+        name: evaluate_loops(model, tokens, loops, counted).accuracy_by_loop
+        for name, tokens, counted in probe_batches(read_probes(data), batches.shards.tokenizer)
+    }
+    records = read_metrics(folder / "metrics.jsonl")
+    result = TrainResult(
+        folder=folder,
+        model_folder=folder / "final",
+        steps=trainer.global_step,
+        seconds=time.monotonic() - started,
+        tokens=trainer.global_step * config.batch_size * config.seq_len,
+        loss_by_loop=evaluation.loss_by_loop,
+        bits_per_byte_by_loop=bits,
+        accuracy_by_loop=evaluation.accuracy_by_loop,
+        probes=probes,
+        temperature=temperature,
+        flops=float(module.flops),
+        verdict=verdict(evaluation.loss_by_loop),
+    )
+    plot_run(records, probes, folder / "curves.png")
+    save_model(
+        result.model_folder,
+        model,
+        batches.shards.tokenizer,
+        exit_settings=ExitSettings(temperature=temperature),
+        facts={
+            "data": [item["name"] for item in batches.shards.manifest.inputs],
+            "steps": result.steps,
+            "tokens": result.tokens,
+            "seed": config.seed,
+            "loop_schedule": config.loop_schedule,
+            "loss_by_loop": [round(loss, 4) for loss in result.loss_by_loop],
+            "bits_per_byte_by_loop": [round(value, 4) for value in bits],
+            "training_flops": result.flops,
+        },
+        overwrite=True,
+    )
+    return result
+
+
+def _evaluate(model: LoopedTransformer, batches: TokenData, loops: int) -> LoopEvaluation:
+    parts = [evaluate_loops(model, batch["tokens"], loops) for batch in batches.val_dataloader()]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _step_of(checkpoint: Path) -> int:
+    try:
+        return int(checkpoint.stem.removeprefix("step-"))
+    except ValueError as error:
+        raise DataError(f"{checkpoint}: not a checkpoint of looptx; remove it") from error

@@ -1,0 +1,408 @@
+"""The engine against slow references, and the small parts by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from looptx_core.config.generation import EXIT_RULES, ExitSettings, GenerationOptions
+from looptx_core.config.model import ModelConfig
+from looptx_core.data.tokenizer import train_tokenizer
+from looptx_core.errors import UsageError
+from looptx_core.generation.engine import Engine
+from looptx_core.generation.exits import RULES, Readout, resolve_exit
+from looptx_core.generation.sampling import draw, keep, penalise
+from looptx_core.generation.text import TextStream
+from looptx_core.model.attention import explicit
+from looptx_core.model.block import Block
+from looptx_core.model.cache import LoopCache
+from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.rope import rotary_tables, rotate
+
+CONFIG = ModelConfig(
+    **dict(vocab_size=280, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48),
+    **dict(prelude_layers=1, core_layers=2, coda_layers=1, max_loops=10, max_seq_len=64),
+)
+GREEDY = GenerationOptions(temperature=0, max_new_tokens=12, ignore_eos=True)
+# Near the medians of the model below, so that tokens leave at many depths.
+SETTINGS = ExitSettings(
+    confidence=0.9, gain=-0.5, kl=1.5, entropy=2.0, maxprob=0.5, temperature=2.0
+)
+PROMPTS = ["Call me", "Some years ago, never mind how long", "", "whale"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    text = "Call me Ishmael. Some years ago, never mind how long precisely.\n" * 4
+    return train_tokenizer([text], 280)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = LoopedTransformer(CONFIG).double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.3 if name.startswith("confidence") else 0.5
+            parameter.add_(torch.randn_like(parameter) * scale)
+        model.confidence.out.bias.zero_()
+    return model
+
+
+@pytest.fixture(scope="module")
+def engine(model, tokenizer):
+    return Engine(model, tokenizer, SETTINGS)
+
+
+def facts(generation):
+    """What must not depend on the batch."""
+    steps = [(s.id, s.text, s.loops) for s in generation.tokens]
+    numbers = [x for s in generation.tokens for x in (s.confidence, s.logprob)]
+    return (steps, generation.finish_reason), pytest.approx(numbers, abs=1e-9)
+
+
+class Reference:
+    """One sequence, a token at a time, with plain lists: `memory[part, layer][position]` holds
+    the keys and values of every loop that this position computed."""
+
+    def __init__(self, model, settings, policy):
+        self.model, self.settings, self.policy = model, settings, policy
+        self.memory = {}
+
+    def block(self, block: Block, key, x, position, loop, seen_at):
+        """`seen_at(entries)`: which of an earlier position's entries this loop looks at."""
+        attention = block.attention
+        rotary = rotary_tables(
+            torch.tensor([[position]]), CONFIG.head_dim, CONFIG.rope_theta, x.dtype
+        )
+        heads = attention.qkv_proj(block.attention_norm(x)).view(1, 1, -1, CONFIG.head_dim)
+        q, k, v = heads.split([CONFIG.n_heads, CONFIG.n_kv_heads, CONFIG.n_kv_heads], dim=2)
+        q = rotate(attention.q_norm(q).transpose(1, 2), rotary)
+        k = rotate(attention.k_norm(k).transpose(1, 2), rotary)
+        entries = self.memory.setdefault(key, [])
+        past = [seen_at(one) for one in entries[:position]]
+        if loop == 1:
+            entries[position:] = [[]]
+        entries[position].append((k, v.transpose(1, 2)))
+        past.append(entries[position][-1])
+        keys, values = (torch.cat(parts, dim=2) for parts in zip(*past))
+        out = explicit(q, keys, values, None).transpose(1, 2).reshape(1, 1, -1)
+        x = x + attention.out_proj(out)
+        return x + block.mlp(block.mlp_norm(x))
+
+    def token(self, token, position, depth=None, *, minimum=1):
+        """Logits, loops and confidence after a token; `depth` of a prompt's, else by `auto`."""
+        model, settings = self.model, self.settings
+        e = model.embedding(torch.tensor([[token]]))
+        for i, block in enumerate(model.prelude):
+            e = self.block(block, ("prelude", i), e, position, 1, lambda one: one[0])
+        state, loop = e, 0
+        while True:
+            loop += 1
+
+            def seen_at(one, loop=loop):
+                if depth is None and self.policy == "last":
+                    return one[-1]
+                return one[min(loop, len(one)) - 1]
+
+            state = model.injection(state, e)
+            for i, block in enumerate(model.core):
+                state = self.block(block, ("core", i), state, position, loop, seen_at)
+            logit, gain = model.confidence(state, loop)
+            sure = torch.sigmoid(logit / settings.temperature).item()
+            if depth is not None:
+                if loop == depth:
+                    break
+            elif loop == CONFIG.max_loops or (
+                loop >= minimum and (sure >= settings.confidence or gain.item() < settings.gain)
+            ):
+                break
+        y = state
+        for i, block in enumerate(model.coda):
+            y = self.block(block, ("coda", i), y, position, 1, lambda one: one[0])
+        return model.head(model.norm(y))[0, -1], loop, sure
+
+    @torch.no_grad()
+    def generate(self, prompt, new, *, prompt_loops, minimum=1):
+        for position, token in enumerate(prompt):
+            logits, loops, sure = self.token(token, position, prompt_loops)
+        found = []
+        for position in range(len(prompt), len(prompt) + new):
+            chosen = int(logits.argmax())
+            found.append((chosen, loops, sure, float(logits.log_softmax(-1)[chosen])))
+            logits, loops, sure = self.token(chosen, position, minimum=minimum)
+        return found
+
+
+@pytest.mark.parametrize("loops", range(1, 11))
+def test_fixed_depth_equals_uncached_forward(engine, model, tokenizer, loops):
+    [found] = engine.complete(["Call me"], replace(GREEDY, loops=loops))
+    ids = tokenizer.encode("Call me").ids
+    for step in found.tokens:
+        with torch.no_grad():
+            out = model(torch.tensor([ids]), loops)
+        logs = out.logits[0, -1].log_softmax(-1)
+        sure = torch.sigmoid(out.confidence.logit[0, -1] / SETTINGS.temperature)
+        assert step.id == logs.argmax() and step.loops == loops
+        assert step.logprob == pytest.approx(logs[step.id].item(), abs=1e-9)
+        assert step.confidence == pytest.approx(sure.item(), abs=1e-9)
+        ids.append(step.id)
+
+
+@pytest.mark.parametrize("policy", ["fill", "last"])
+@pytest.mark.parametrize(("prompt_loops", "minimum"), [(10, 1), (3, 2)])
+def test_auto_exit_equals_the_slow_reference(
+    engine, model, tokenizer, policy, prompt_loops, minimum
+):
+    options = replace(
+        GREEDY, kv_policy=policy, prompt_loops=prompt_loops, min_loops=minimum, max_new_tokens=20
+    )
+    [found] = engine.complete(["precisely"], options)
+    prompt = tokenizer.encode("precisely").ids
+    expected = Reference(model, SETTINGS, policy).generate(
+        prompt, 20, prompt_loops=prompt_loops, minimum=minimum
+    )
+    assert [(s.id, s.loops) for s in found.tokens] == [one[:2] for one in expected]
+    assert [x for s in found.tokens for x in (s.confidence, s.logprob)] == pytest.approx(
+        [x for one in expected for x in one[2:]], abs=1e-9
+    )
+    assert len({s.loops for s in found.tokens[1:]}) >= 3, "the case is too easy"
+
+
+@pytest.mark.parametrize("rule", EXIT_RULES)
+@pytest.mark.parametrize("policy", ["fill", "last"])
+def test_batch_of_auto_exits_equals_single_runs(engine, rule, policy):
+    options = replace(GREEDY, exit=rule, kv_policy=policy)
+    together = engine.complete(PROMPTS, options)
+    for prompt, one in zip(PROMPTS, together):
+        (exact, close), (same, numbers) = facts(one), facts(*engine.complete([prompt], options))
+        assert exact == same and close.expected == numbers
+    assert len({s.loops for one in together for s in one.tokens}) >= 3, "the case is too easy"
+
+
+def test_batch_of_different_settings_equals_single_runs(engine):
+    options = [
+        replace(GREEDY, loops=2),
+        replace(GREEDY, loops=7, prompt_loops=3, max_new_tokens=5),
+        replace(GREEDY, exit="kl", min_loops=2),
+        replace(GREEDY, loops=9, temperature=1.0, top_k=40, seed=3),
+        replace(GREEDY, exit="gain", kv_policy="last", max_loops=6),
+        replace(GREEDY, temperature=1.0, prompt_loops=2, max_new_tokens=9),
+    ]
+    prompts = [*PROMPTS, "mind", "how long precisely"]
+    together = engine.complete(prompts, options)
+    for prompt, option, one in zip(prompts, options, together):
+        (exact, close), (same, numbers) = facts(one), facts(*engine.complete([prompt], option))
+        assert exact == same and close.expected == numbers
+
+
+def test_batches_are_cut_to_the_engine_s_size(model, tokenizer, engine):
+    small = Engine(model, tokenizer, SETTINGS, batch_size=3)
+    for one, other in zip(small.complete(PROMPTS, GREEDY), engine.complete(PROMPTS, GREEDY)):
+        assert facts(one)[0] == facts(other)[0]
+
+
+def test_seed_repeats_and_differs(engine):
+    options = replace(GREEDY, temperature=1.0)
+    first, again = (engine.complete(["Call me"], options)[0] for _ in range(2))
+    other = engine.complete(["Call me"], replace(options, seed=1))[0]
+    assert facts(first)[0] == facts(again)[0] != facts(other)[0]
+
+
+def test_confidence_rules_need_no_vocabulary_product(engine, model, monkeypatch):
+    calls, product = [], model.head.forward
+    monkeypatch.setattr(model.head, "forward", lambda x: (calls.append(x), product(x))[1])
+    [found] = engine.complete(["Call me"], GREEDY)
+    assert len(calls) == len(found.tokens)
+    calls.clear()
+    [found] = engine.complete(["Call me"], replace(GREEDY, exit="entropy"))
+    assert len(calls) == 1 + sum(s.loops for s in found.tokens[1:])
+
+
+def test_fixed_depth_takes_the_straight_path(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_pass_adaptive", None)
+    seen, left, add = [], [], LoopCache.advance
+    monkeypatch.setattr(LoopCache, "leave", lambda self, *_: left.append(self))
+    monkeypatch.setattr(LoopCache, "advance", lambda self, n: (seen.append(self), add(self, n)))
+    engine.complete(["Call me"], replace(GREEDY, loops=4))
+    assert not left and {id(cache): cache.loops for cache in seen} == {id(seen[0]): 4}
+
+
+def test_context_bounds(engine, tokenizer):
+    with pytest.raises(UsageError, match=r"100 tokens .* 64.*shorten"):
+        engine.generate([[20] * 100], GREEDY)
+    with pytest.raises(UsageError):
+        engine.generate([[20] * 64], GREEDY)
+    [found] = engine.complete([[20] * 60], replace(GREEDY, max_new_tokens=50))
+    assert len(found.tokens) == 4 and found.finish_reason == "length"
+
+
+def test_end_of_document(model, tokenizer, engine):
+    [plain] = engine.complete(["Call me"], GREEDY)
+    ending = Engine(model, tokenizer, SETTINGS)
+    ending.end = plain.tokens[4].id  # as if this token ended documents
+    first = [s.id for s in plain.tokens].index(ending.end)
+    [found] = ending.complete(["Call me"], replace(GREEDY, ignore_eos=False))
+    assert found.finish_reason == "end" and len(found.tokens) == first + 1
+    assert ending.complete(["Call me"], GREEDY)[0].finish_reason == "length"
+
+
+def test_text_is_the_joined_records(engine, tokenizer):
+    options = replace(GREEDY, temperature=1.5, max_new_tokens=50)
+    results = engine.complete(PROMPTS, [replace(options, seed=i) for i in range(4)])
+    for found in results:
+        assert found.text == "".join(s.text for s in found.tokens)
+        assert found.text == tokenizer.decode([s.id for s in found.tokens])
+    assert any("\ufffd" in r.text for r in results), "no split character was met"
+
+
+def pieces(tokenizer, text, stop=()):
+    stream, parts = TextStream(tokenizer, stop), []
+    for token in tokenizer.encode(text).ids:
+        parts.append(stream.push(token))
+        if stream.stopped:
+            return parts, True
+    return [*parts, stream.finish()], stream.stopped
+
+
+def test_split_characters_and_stop_strings(tokenizer):
+    parts, _ = pieces(tokenizer, "a€b😀")
+    assert parts == ["a", "", "", "€", "b", "", "", "", "😀", ""]
+    for text, stop, kept in (
+        ("xyz END of", ("END",), "xyz "),
+        ("aaab", ("aab",), "a"),
+        ("xyEN", ("END",), "xyEN"),
+        ("abcd", ("cd", "bcd"), "a"),
+        ("q€r", ("€",), "q"),
+        ("abab!", ("abac",), "abab!"),
+    ):
+        parts, stopped = pieces(tokenizer, text, stop)
+        assert "".join(parts) == kept, (text, stop)
+        assert stopped == (kept != text)
+
+
+def test_engine_stops_before_a_string_that_straddles_tokens(engine):
+    [plain] = engine.complete(["Call me"], GREEDY)
+    a, b = plain.tokens[3].text, plain.tokens[4].text
+    stop = a[-1:] + b[:1]
+    assert len(stop) == 2
+    [found] = engine.complete(["Call me"], replace(GREEDY, stop=(stop,)))
+    assert found.finish_reason == "stop"
+    assert found.text == plain.text[: plain.text.index(stop)]
+    assert "".join(s.text for s in found.tokens) == found.text
+
+
+def test_each_rule_by_hand():
+    sure = torch.tensor([0.5, 0.9, 0.95])
+    gain = torch.tensor([0.5, 0.5, 0.0])
+    even, peaked = [0.0, 0.0], [math.log(9.0), 0.0]  # probabilities 1/2, 1/2 and 9/10, 1/10
+    logits = torch.tensor([even, peaked, peaked])
+    previous = torch.tensor([even, even, peaked])
+    read = Readout(sure, gain, logits, previous)
+    at = ExitSettings(confidence=0.9, gain=0.01, kl=0.3, entropy=0.4, maxprob=0.85)
+
+    def stops(name, **changes):
+        return RULES[name].stops(read, replace(at, **changes)).tolist()
+
+    assert stops("confidence") == [False, True, True]
+    assert stops("gain") == [False, False, True]
+    assert stops("auto") == [False, True, True]
+    assert stops("auto", confidence=0.99) == [False, False, True]
+    # KL(9/10, 1/10 || 1/2, 1/2) = ln 2 - 0.325083 = 0.368064; the other way round it is 0.510826.
+    assert stops("kl") == [True, False, True]
+    assert stops("kl", kl=0.3680) == [True, False, True]
+    assert stops("kl", kl=0.3681) == [True, True, True]
+    first = read._replace(previous=None)
+    assert RULES["kl"].stops(first, at).tolist() == [False] * 3
+    # Entropies: 0.693147 and 0.325083.
+    assert stops("entropy") == [False, True, True]
+    assert stops("entropy", entropy=0.325) == [False] * 3
+    assert stops("maxprob") == [False, True, True]
+    assert stops("maxprob", maxprob=0.91) == [False] * 3
+
+
+def test_resolve_exit():
+    def resolve(**options):
+        return resolve_exit(SETTINGS, GenerationOptions(**options), CONFIG)
+
+    own = resolve()
+    assert (own.rule, own.min_loops, own.max_loops, own.settings) == ("auto", 1, 10, SETTINGS)
+    assert resolve(threshold=0.3).settings.confidence == 0.3
+    assert resolve(exit="kl", threshold=0.3).settings.kl == 0.3
+    assert resolve(kv_policy="last").settings.kv_policy == "last"
+    assert resolve(loops=3).describe() == {"rule": "fixed", "loops": 3}
+    for bad in (
+        dict(exit="luck"), dict(kv_policy="all"), dict(loops=0), dict(min_loops=0),
+        dict(min_loops=5, max_loops=4), dict(max_loops=0), dict(prompt_loops=0),
+    ):  # fmt: skip
+        with pytest.raises(UsageError):
+            resolve(**bad)
+
+
+def test_filters_by_hand():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+
+    def kept(**options):
+        return keep(logits, GenerationOptions(**options)).nonzero()[:, 0].tolist()
+
+    assert kept() == [0, 1, 2, 3]
+    assert kept(top_k=2) == [0, 1] and kept(top_k=9) == [0, 1, 2, 3]
+    assert kept(top_p=0.45) == [0] and kept(top_p=0.6) == [0, 1] and kept(top_p=0.9) == [0, 1, 2]
+    assert kept(min_p=0.25) == [0, 1, 2] and kept(min_p=0.4) == [0, 1]
+    # Top-p counts in what top-k leaves: 0.625 and 0.375.
+    assert kept(top_k=2, top_p=0.6) == [0] and kept(top_k=2, top_p=0.7) == [0, 1]
+    shuffled = keep(logits[[2, 0, 3, 1]], GenerationOptions(top_p=0.6))
+    assert shuffled.tolist() == [False, True, False, True]
+    ids = torch.tensor([0, 1, 1])
+    assert penalise(torch.tensor([2.0, -1.0, 3.0]), ids, 2.0).tolist() == [1.0, -2.0, 3.0]
+
+
+def test_draws_follow_the_distribution():
+    logits, none = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([], dtype=torch.long)
+    generator = torch.Generator().manual_seed(0)
+
+    def shares(**options):
+        options = GenerationOptions(**options)
+        drawn = [draw(logits, options, none, generator) for _ in range(2000)]
+        return [drawn.count(i) / 2000 for i in range(3)]
+
+    assert shares(temperature=1.0) == pytest.approx([0.5, 0.3, 0.2], abs=0.04)
+    # Squares of the probabilities, normalised: 25, 9 and 4 of 38.
+    assert shares(temperature=0.5) == pytest.approx([25 / 38, 9 / 38, 4 / 38], abs=0.04)
+    assert shares(temperature=1.0, top_k=2) == pytest.approx([0.625, 0.375, 0], abs=0.04)
+    assert shares(temperature=1e-30)[0] == shares(temperature=0)[0] == 1
+    seen = torch.tensor([0])
+    assert draw(logits, GenerationOptions(temperature=0, repetition_penalty=3.0), seen, generator)
+
+
+def test_settings_that_cannot_be_followed(engine):
+    for bad in (
+        dict(max_new_tokens=0), dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0),
+        dict(min_p=1.5), dict(repetition_penalty=0.0), dict(stop=("",)),
+    ):  # fmt: skip
+        with pytest.raises(UsageError):
+            engine.generate(["a"], GenerationOptions(**bad))
+
+
+def test_compute_saved(engine):
+    [full] = engine.complete(["Call me"], replace(GREEDY, loops=10))
+    [half] = engine.complete(["Call me"], replace(GREEDY, loops=5))
+    # At full depth only the confidence head is extra.
+    assert -0.01 < engine.compute_saved(full) <= 0
+    assert 0.3 < engine.compute_saved(half) < 0.5
+
+
+def test_record_of_a_generation(engine):
+    [found] = engine.complete(["Call me"], GREEDY)
+    record = found.to_dict()
+    assert list(record) == [
+        "prompt", "text", "tokens", "mean_loops", "tokens_per_second", "prompt_tokens",
+        "finish_reason", "exit", "model",
+    ]  # fmt: skip
+    assert list(record["tokens"][0]) == ["id", "text", "loops", "confidence", "logprob"]
+    assert record["mean_loops"] == sum(t["loops"] for t in record["tokens"]) / 12
+    seconds = found.tokens[-1].seconds
+    assert record["tokens_per_second"] == 12 / seconds and 0 < seconds < 60
