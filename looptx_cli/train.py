@@ -93,9 +93,7 @@ def train(
         sys.stdout.write(json.dumps(_json_summary(result)) + "\n")
         return
     _show_result(result)
-    note(
-        f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet
-    )
+    note(f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet)
 
 
 def _resumed(folder: Path, flags: dict[str, Any]) -> Resolved:

@@ -1,0 +1,242 @@
+"""looptx generate: text from a model, each token with its depth and its confidence."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from looptx_cli.console import is_plain, note, stdout
+from looptx_cli.options import with_fields
+from looptx_core.config.generation import GenerationOptions
+from looptx_core.config.resolve import resolve
+from looptx_core.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from looptx_core.generation.engine import Engine, Generation, Step
+
+SCHEMA_VERSION = 1
+
+
+@with_fields(GenerationOptions)
+def generate(
+    flags: dict[str, Any],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts; none: a chat, or standard input.")
+    ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="A prompt a line, or JSON lines with `prompt`.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A run or a model folder; absent: the newest run.")
+    ] = None,
+    show_iterations: Annotated[
+        bool, typer.Option("--show-iterations", help="Show each token's loops and confidence.")
+    ] = False,
+    compare_loops: Annotated[
+        str | None, typer.Option(help="Depths to show side by side, as 1,4,10.")
+    ] = None,
+    attention: Annotated[str, typer.Option(help="auto, sdpa, flash or explicit.")] = "auto",
+    precision: Annotated[str, typer.Option(help="float32 or bf16.")] = "float32",
+    config: Annotated[Path | None, typer.Option(help="A YAML file of these settings.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No notes.")] = False,
+) -> None:
+    """Write text, each token as deep as it needs.
+
+    \b
+    looptx generate "Call me"
+    looptx generate "Call me" --model runs/a --show-iterations
+    looptx generate "Call me" --compare-loops 1,4,10
+    looptx generate "Call me" --json | jq .tokens[0]
+    looptx generate --prompts-file prompts.txt --loops 4 --temperature 0
+    """
+    resolved = resolve(GenerationOptions, flags=flags, config=config)
+    options = resolved.build(GenerationOptions)
+    depths = _depths(compare_loops)
+    texts = [*(prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
+    chat = not texts and sys.stdin.isatty()
+    if not texts and not chat:
+        texts = [sys.stdin.read().rstrip("\n")]
+
+    engine = _load(model, attention, precision, quiet)
+    if chat:
+        _chat(engine, options, quiet)
+    elif depths:
+        _compare(engine, texts, options, depths, as_json)
+    elif as_json:
+        results = [result.to_dict() for result in engine.complete(texts, options)]
+        document = results[0] if len(results) == 1 else {"results": results}
+        _print(json.dumps({"schema_version": SCHEMA_VERSION, **document}) + "\n")
+    elif len(texts) == 1:
+        _stream(engine, texts[0], options, show_iterations, quiet)
+    else:
+        for result in engine.complete(texts, options):
+            _show(engine, result, show_iterations, quiet)
+
+
+def _load(model: str | None, attention: str, precision: str, quiet: bool) -> Engine:
+    from looptx_core.checkpoint.registry import resolve_model
+
+    found = resolve_model(model)
+    if model is None:
+        note(f"model: {found.folder}, {found.reason}", quiet)
+    import torch
+
+    from looptx_core.checkpoint.folder import load_model
+    from looptx_core.generation.engine import Engine
+    from looptx_core.model.attention import choose_backend
+
+    types = {"float32": torch.float32, "bf16": torch.bfloat16}
+    if precision not in types:
+        raise UsageError(f"--precision {precision}: not one of {', '.join(types)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_model(found.folder, device=device, dtype=types[precision])
+    backend = choose_backend(attention, device, types[precision])
+    note(f"attention: {backend.name}, {backend.reason}", quiet)
+    loaded.model.attend = backend.attend
+    return Engine(loaded.model, loaded.tokenizer, loaded.exit, name=loaded.name)
+
+
+def _depths(text: str | None) -> list[int]:
+    if text is None:
+        return []
+    try:
+        depths = [int(part) for part in text.split(",")]
+    except ValueError:
+        depths = [0]
+    if min(depths) < 1:
+        raise UsageError(f"--compare-loops {text}: give depths from 1 up, as in 1,4,10")
+    return depths
+
+
+def _read_prompts(file: Path) -> list[str]:
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}; check --prompts-file") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: byte {error.start} is not UTF-8; convert the file") from error
+    if file.suffix not in (".jsonl", ".ndjson"):
+        prompts = [line for line in lines if line]
+    else:
+        prompts = [_prompt_of(file, number, line) for number, line in enumerate(lines, 1) if line]
+    if not prompts:
+        raise DataError(f"{file}: holds no prompts; write one a line")
+    return prompts
+
+
+def _prompt_of(file: Path, number: int, line: str) -> str:
+    try:
+        return str(json.loads(line)["prompt"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f'{file}, line {number}: expected a line such as {{"prompt": "…"}}'
+        ) from error
+
+
+def _stream(
+    engine: Engine, prompt: str, options: GenerationOptions, iterations: bool, quiet: bool
+) -> None:
+    """Print a continuation as it comes; with `iterations` in colours, then its figures."""
+    from looptx_cli.render import legend, token_line, token_text
+
+    plain = is_plain(sys.stdout)
+    deepest = engine.model.config.max_loops
+    out = stdout()
+
+    def watch(step: Step) -> None:
+        if not iterations:
+            _print(step.text)
+        elif plain:
+            _print(token_line(step) + "\n")
+        else:
+            out.print(token_text(step, deepest), end="")
+
+    if not iterations or not plain:
+        _print(prompt)
+    (result,) = engine.complete([prompt], options, watch)
+    _print("" if iterations and plain else "\n")
+    if iterations:
+        if not plain:
+            out.print(legend(result, deepest))
+        _summarise(engine, result, quiet)
+
+
+def _show(engine: Engine, result: Generation, iterations: bool, quiet: bool) -> None:
+    """One of several finished requests."""
+    from looptx_cli.render import token_line
+
+    _print(f"{result.prompt}{result.text}\n")
+    if iterations:
+        _print("".join(token_line(step) + "\n" for step in result.tokens))
+        _summarise(engine, result, quiet)
+
+
+def _summarise(engine: Engine, result: Generation, quiet: bool) -> None:
+    deepest = engine.model.config.max_loops
+    stdout().print(
+        f"{len(result.tokens)} tokens, {result.mean_loops:.2f} loops a token of {deepest}, "
+        f"{result.tokens_per_second:.0f} tokens/s, "
+        f"{engine.compute_saved(result):.0%} of full depth's compute saved",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    note(f"try next: --compare-loops 1,4,{deepest}, or --exit gain", quiet)
+
+
+def _compare(
+    engine: Engine,
+    prompts: Sequence[str],
+    options: GenerationOptions,
+    depths: list[int],
+    as_json: bool,
+) -> None:
+    """Each prompt's continuation at each fixed depth."""
+    from looptx_cli.render import comparison
+
+    found = {
+        loops: engine.complete(prompts, replace(options, loops=loops, prompt_loops=loops))
+        for loops in depths
+    }
+    if as_json:
+        results = [r.to_dict() | {"loops": n} for n, each in found.items() for r in each]
+        _print(json.dumps({"schema_version": SCHEMA_VERSION, "results": results}) + "\n")
+        return
+    for number, prompt in enumerate(prompts):
+        stdout().print(comparison(prompt, {n: each[number] for n, each in found.items()}))
+
+
+def _chat(engine: Engine, options: GenerationOptions, quiet: bool) -> None:
+    """Lines in, continuations out; what was said so far is the prompt of the next."""
+    note("A chat: /loops N sets the depth, /new starts afresh, Ctrl-D ends.", quiet)
+    said = ""
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            _print("\n")
+            return
+        if line == "/new":
+            said = ""
+        elif line.startswith("/loops"):
+            asked = line.removeprefix("/loops").strip()
+            options = replace(options, loops=int(asked) if asked.isdigit() else "auto")
+        elif line:
+            said += line
+            room = engine.model.config.max_seq_len - options.max_new_tokens
+            ids = engine.tokenizer.encode(said).ids[-max(1, room) :]
+            (result,) = engine.complete([ids], options, lambda step: _print(step.text))
+            _print("\n")
+            said += result.text + "\n"
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
