@@ -1,9 +1,7 @@
-"""Training's progress: a live line on a terminal, plain lines elsewhere, JSON lines on demand."""
+"""Training's progress: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from typing import Any
 
@@ -22,10 +20,8 @@ _SHOWN = {
 }
 
 
-def train_progress(steps: int, as_json: bool, quiet: bool) -> L.Callback:
+def train_progress(steps: int, quiet: bool) -> L.Callback:
     """The display that fits the streams."""
-    if as_json:
-        return JsonProgress()
     if quiet:
         return L.Callback()
     return LiveProgress(steps) if stderr().is_terminal else PlainProgress(steps)
@@ -80,19 +76,3 @@ class PlainProgress(L.Callback):
         self.last = now
         left = (now - self.begun) / max(1, step - self.first) * (self.steps - step)
         note(f"step {step}/{self.steps}  {_numbers(trainer)}  {left / 60:.1f} min left")
-
-
-class JsonProgress(L.Callback):
-    """The records of `metrics.jsonl` on stdout, as they come."""
-
-    def setup(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        metrics = trainer.loggers[0]
-        write = metrics.log_metrics
-
-        def both(values: dict[str, float], step: int | None = None) -> None:
-            write(values, step)
-            with metrics.file.open() as lines:  # type: ignore[attr-defined]
-                sys.stdout.write(json.dumps(json.loads(list(lines)[-1])) + "\n")
-                sys.stdout.flush()
-
-        metrics.log_metrics = both  # type: ignore[method-assign]

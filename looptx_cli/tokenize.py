@@ -49,7 +49,7 @@ def tokenize(
     Takes text, JSON lines, Parquet, folders, globs and standard input.
     """
     from looptx_core.checkpoint.registry import next_run_dir
-    from looptx_core.data.corpus import bundled_text
+    from looptx_core.data.bundled import add_bundled_probes, bundled_corpus
     from looptx_core.data.shards import tokenize_corpus
     from looptx_core.data.tokenizer import load_tokenizer
 
@@ -68,12 +68,12 @@ def tokenize(
         raise UsageError("--tokenizer brings its own vocabulary; leave --vocab-size out")
     folder = next_run_dir(settings.out, "tokenize", overwrite)
     if not settings.data:
-        note("no input given, so this is the bundled text", quiet)
+        note("data: the bundled text, Moby Dick, and generated lines that need depth", quiet)
 
     started = time.perf_counter()
     with _progress(quiet) as on_progress:
         manifest = tokenize_corpus(
-            settings.data or [str(bundled_text())],
+            settings.data or [str(bundled_corpus())],
             folder,
             vocab_size=settings.vocab_size,
             tokenizer=load_tokenizer(settings.tokenizer) if settings.tokenizer else None,
@@ -83,6 +83,8 @@ def tokenize(
             overwrite=overwrite,
             on_progress=on_progress,
         )
+    if not settings.data:
+        add_bundled_probes(folder)
     seconds = time.perf_counter() - started
 
     if as_json:

@@ -86,8 +86,9 @@ def train(
         data=shards,
         folder=folder,
         resume=resume is not None,
-        callbacks=[train_progress(settings.steps, as_json, quiet)],
+        callbacks=[train_progress(settings.steps, quiet or as_json)],
         report=lambda line: note(line, quiet),
+        watch=_write if as_json else None,
     )
     if as_json:
         sys.stdout.write(json.dumps(_json_summary(result)) + "\n")
@@ -131,6 +132,11 @@ def _begin(folder: Path, resolved: Resolved, model: ModelConfig, overwrite: bool
             f"cannot make {folder}: {error.strerror}; choose another --out"
         ) from error
     write_resolved(folder / "config.yaml", resolved, omit={"out", "max_minutes"})
+
+
+def _write(line: str) -> None:
+    sys.stdout.write(line)
+    sys.stdout.flush()
 
 
 def _json_summary(result: TrainResult) -> dict[str, Any]:

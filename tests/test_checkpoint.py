@@ -20,13 +20,12 @@ from looptx_core.checkpoint import folder as folder_module
 from looptx_core.checkpoint.folder import (
     load_model,
     save_model,
-    tokenizer_fingerprint,
     update_generation_config,
 )
 from looptx_core.checkpoint.registry import next_run_dir, resolve_model
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
-from looptx_core.data.tokenizer import fingerprint, train_tokenizer
+from looptx_core.data.tokenizer import train_tokenizer
 from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.model.loop import LoopedTransformer
 
@@ -111,10 +110,6 @@ def test_dtypes(tmp_path: Path, model: LoopedTransformer, tokenizer: Tokenizer) 
     wide = load_model(path, dtype=torch.float64).model
     assert wide.norm.weight.dtype == torch.float64
     assert torch.equal(wide.head.weight, model.head.weight.bfloat16().double())
-
-
-def test_the_fingerprint_is_the_shards(tokenizer: Tokenizer) -> None:
-    assert tokenizer_fingerprint(tokenizer) == fingerprint(tokenizer)
 
 
 def test_format_version_1_loads() -> None:

@@ -13,7 +13,6 @@ renamed. Weights are safetensors only; a pickle is refused, since reading one ca
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -34,6 +33,7 @@ from looptx_core.checkpoint.card import model_card
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import FORMAT_VERSION, ModelConfig
 from looptx_core.config.resolve import coerce
+from looptx_core.data.tokenizer import fingerprint
 from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.model.loop import LoopedTransformer
 
@@ -102,7 +102,7 @@ def save_model(
         "looptx_version": looptx_core.__version__,
         "torch_dtype": str(stored).removeprefix("torch."),
         **model.config.to_dict(),
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "tokenizer_fingerprint": fingerprint(tokenizer),
         "facts": dict(facts),
     }
     end, pad = _token_id(tokenizer, *_END_TOKENS), _token_id(tokenizer, "<|pad|>", "<pad>")
@@ -181,15 +181,6 @@ def update_generation_config(folder: str | Path, exit_settings: ExitSettings) ->
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _unwritable(file, error) from error
-
-
-def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """SHA-256 of all that decides which tokens a text becomes; as in the shards' manifest."""
-    settings = json.loads(tokenizer.to_str())
-    for passing in ("truncation", "padding"):  # of a call, not of the vocabulary
-        settings.pop(passing, None)
-    canonical = json.dumps(settings, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -299,7 +290,7 @@ def _typed(schema: type[T], values: Mapping[str, Any], where: str) -> T:
         raise DataError(f"{where}: {error}; copy the model again") from error
 
 
-def _read_tokenizer(folder: Path, config: ModelConfig, fingerprint: str | None) -> Tokenizer:
+def _read_tokenizer(folder: Path, config: ModelConfig, expected: str | None) -> Tokenizer:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise DataError(f"{folder}: tokenizer.json is missing; copy the model again")
@@ -313,7 +304,7 @@ def _read_tokenizer(folder: Path, config: ModelConfig, fingerprint: str | None) 
     tokenizer.no_truncation()
     tokenizer.no_padding()
     _check_vocabulary(tokenizer, config, str(file))
-    if fingerprint != tokenizer_fingerprint(tokenizer):
+    if expected != fingerprint(tokenizer):
         raise DataError(
             f"{file}: not the tokenizer that this model was trained with; put that one back"
         )

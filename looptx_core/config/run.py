@@ -52,7 +52,7 @@ class TrainConfig:
     max_loops: int | None = None
     """The most loops in training; absent: the model's maximum."""
     mean_loops: float = 4.0
-    """Mean of the distribution that depths are drawn from."""
+    """Mean of the distribution that depths are drawn from, before its truncation."""
     loss_threshold: float | None = None
     """loss: go deeper above this loss, in nats a token; absent: adaptive."""
     deeper_share: float = 0.5

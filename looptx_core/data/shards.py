@@ -597,7 +597,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
         ) from error
     if held and not overwrite:
         raise UsageError(f"{target} exists; choose another --out or pass --overwrite")
-    ours = {"tokenizer.json", "manifest.json"}
+    ours = {"tokenizer.json", "manifest.json", "probes.jsonl"}
     if foreign := [name for name in held if name not in ours and not _is_shard(name)]:
         raise UsageError(
             f"{target} holds {foreign[0]}, which is no tokenised data; choose another --out"

@@ -6,6 +6,7 @@ import json
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from lightning.pytorch.loggers import Logger
 
 
 class JsonLines(Logger):
-    """`metrics.jsonl`: a line a record; values by loop are lists."""
+    """`metrics.jsonl`: a line a record; values by loop are lists. `watch` sees each line too."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, watch: Callable[[str], object] | None = None) -> None:
         super().__init__()
-        self.file = file
+        self.file, self.watch = file, watch
 
     @property
     def name(self) -> str:
@@ -41,8 +42,11 @@ class JsonLines(Logger):
                 record.setdefault(f"{base}_by_loop", []).append(value)
             elif name not in ("epoch", "flops_epoch"):
                 record[name] = value
+        line = json.dumps(record) + "\n"
         with self.file.open("a") as out:
-            out.write(json.dumps(record) + "\n")
+            out.write(line)
+        if self.watch:
+            self.watch(line)
 
     def cut_back(self, step: int) -> None:
         """Drop the records after `step`, and what a kill left half-written."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -75,12 +74,13 @@ def train(
     folder: Path,
     resume: bool = False,
     callbacks: Sequence[L.Callback] = (),
-    report: Any = lambda line: None,
+    report: Callable[[str], object] = lambda line: None,
+    watch: Callable[[str], object] | None = None,
 ) -> TrainResult:
     """Train in `folder` on the shards `data`, and write `folder`/final.
 
     callbacks: Lightning's, for progress displays and the like. report: called with lines of
-    one choice each ("attention: sdpa, ...").
+    one choice each ("attention: sdpa, ..."). watch: called with each line of metrics.jsonl.
 
     Raises `Interrupted` after a Ctrl-C (saved), `NotFinite` for a loss of NaN, `DataError` for
     unusable data or checkpoints.
@@ -116,7 +116,7 @@ def train(
             block.compile(dynamic=True)
     module = LoopedLM(model, config)
 
-    checkpoints, metrics = folder / "checkpoints", JsonLines(folder / "metrics.jsonl")
+    checkpoints, metrics = folder / "checkpoints", JsonLines(folder / "metrics.jsonl", watch)
     start_from = newest_checkpoint(checkpoints) if resume else None
     if start_from is not None:
         step = _step_of(start_from)
@@ -127,8 +127,8 @@ def train(
         report("resumed: no checkpoint yet, so from the start")
 
     stop = StopCleanly(checkpoints, config.max_minutes)
-    trainer = _trainer(config, folder, precision, device, [*callbacks, stop], metrics)
     with quiet_lightning():
+        trainer = _trainer(config, folder, precision, device, [*callbacks, stop], metrics)
         try:
             trainer.fit(module, datamodule=batches, ckpt_path=start_from, weights_only=True)
         except OSError as error:

@@ -1,0 +1,186 @@
+"""The loop: equal to an independent transformer at one loop, and to itself however it is run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from looptx_core.config.model import ModelConfig
+from looptx_core.model.attention import Recording, choose_backend, explicit
+from looptx_core.model.cache import LoopCache
+from looptx_core.model.flops import parameter_count, token_flops
+from looptx_core.model.loop import LoopedTransformer
+
+CONFIG = ModelConfig(
+    vocab_size=97, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, max_seq_len=64
+)
+
+
+def build(config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float64) -> LoopedTransformer:
+    """A model whose weights are far from their small beginnings, so that errors show."""
+    torch.manual_seed(1)
+    model = LoopedTransformer(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def tokens(batch: int = 2, length: int = 21) -> torch.Tensor:
+    return torch.randint(0, 97, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_one_loop_equals_an_independent_transformer(qk_norm: bool) -> None:
+    """With injection off: transformers' Llama, and Qwen3 where queries and keys are normed."""
+    transformers = pytest.importorskip("transformers")
+    kind = "Qwen3" if qk_norm else "Llama"
+    config = replace(CONFIG, injection="none", qk_norm=qk_norm, core_layers=2)
+    ours = build(config)
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            hidden_act="gelu",
+            rms_norm_eps=1e-6,
+            rope_theta=10_000.0,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            attn_implementation="eager",
+            use_cache=False,
+        )  # fmt: skip
+    )
+    theirs = theirs.double().eval()
+    weights = {
+        "model.embed_tokens.weight": ours.embedding.weight,
+        "model.norm.weight": ours.norm.weight,
+    }
+    for number, block in enumerate((*ours.prelude, *ours.core, *ours.coda)):
+        at = f"model.layers.{number}."
+        attention = block.attention
+        q, k, v = attention.qkv_proj.weight.split([32, 16, 16])
+        gate, up = block.mlp.gate_up_proj.weight.chunk(2)
+        weights |= {
+            at + "input_layernorm.weight": block.attention_norm.weight,
+            at + "post_attention_layernorm.weight": block.mlp_norm.weight,
+            at + "self_attn.q_proj.weight": q,
+            at + "self_attn.k_proj.weight": k,
+            at + "self_attn.v_proj.weight": v,
+            at + "self_attn.o_proj.weight": attention.out_proj.weight,
+            at + "mlp.gate_proj.weight": gate,
+            at + "mlp.up_proj.weight": up,
+            at + "mlp.down_proj.weight": block.mlp.down_proj.weight,
+        }
+        if qk_norm:
+            weights[at + "self_attn.q_norm.weight"] = attention.q_norm.weight
+            weights[at + "self_attn.k_norm.weight"] = attention.k_norm.weight
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    with torch.no_grad():
+        gap = (ours(tokens(), loops=1).logits - theirs(tokens()).logits).abs().max()
+        other = (ours(tokens(), loops=2).logits - theirs(tokens()).logits).abs().max()
+    # Their norms compute in float32 whatever the model's type.
+    assert gap < 1e-5
+    assert other > 1e-2
+
+
+@pytest.mark.parametrize("injection", ["decay", "add", "none"])
+def test_a_state_does_not_depend_on_the_loops_that_follow(injection: str) -> None:
+    model = build(replace(CONFIG, injection=injection))
+    with torch.no_grad():
+        all_states = list(model.states(tokens(), 10))
+        for loops in range(1, 11):
+            assert torch.equal(model(tokens(), loops).state, all_states[loops - 1])
+    assert not torch.allclose(all_states[0], all_states[1])
+
+
+@pytest.mark.parametrize("loops", range(1, 11))
+def test_cached_equals_uncached(loops: int) -> None:
+    for dtype, limit in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        model = build(dtype=dtype)
+        with torch.no_grad():
+            whole = model(tokens(), loops).logits
+            cache = LoopCache(CONFIG, 2, 21, loops, dtype=dtype)
+            parts = [model(part, loops, cache).logits for part in tokens().split([9, 3, 1, 8], 1)]
+        assert (torch.cat(parts, 1) - whole).abs().max() < limit
+
+
+@pytest.mark.parametrize("loops", [1, 4])
+def test_padding_at_the_left_changes_nothing(loops: int) -> None:
+    model, long = build(), tokens(2, 12)
+    short = long[1:, 5:]
+    padded = long.clone()
+    padded[1, :5] = 0
+    cache = LoopCache(CONFIG, 2, 14, loops, dtype=torch.float64)
+    cache.pad_left(torch.tensor([0, 5]))
+    with torch.no_grad():
+        both = model(padded, loops, cache).logits
+        assert (both[0] - model(long[:1], loops).logits[0]).abs().max() < 1e-9
+        assert (both[1, 5:] - model(short, loops).logits[0]).abs().max() < 1e-9
+
+
+def test_causal() -> None:
+    model, first = build(), tokens()
+    second = first.clone()
+    second[:, 15:] = (second[:, 15:] + 1) % 97
+    with torch.no_grad():
+        gap = (model(first, 3).logits - model(second, 3).logits).abs().amax((0, 2))
+    assert gap[:15].max() < 1e-12 and gap[15:].min() > 1e-6
+
+
+def test_back_ends_agree() -> None:
+    model = build()
+    with torch.no_grad():
+        fused = model(tokens(), 3).logits
+        model.attend = explicit
+        assert (model(tokens(), 3).logits - fused).abs().max() < 1e-9
+        model.attend = recording = Recording()
+        model(tokens(), 3)
+    blocks = CONFIG.effective_layers(3)
+    assert len(recording.weights) == blocks
+    for weights in recording.weights:
+        assert torch.allclose(weights.sum(-1), torch.ones(()).double())
+        assert weights.triu(1).abs().max() == 0
+
+
+def test_a_back_end_says_why() -> None:
+    chosen = choose_backend("auto", torch.device("cpu"), torch.float32)
+    assert chosen.name == "sdpa" and "GPU" in chosen.reason
+
+
+def test_no_gradient_from_the_confidence_head_into_the_trunk() -> None:
+    model = build()
+    judged = model(tokens(), 2).confidence
+    (judged.logit.sum() + judged.gain.sum()).backward()
+    assert all(p.grad is None for p in model.trunk_parameters())
+    assert all(p.grad is not None for p in model.confidence.parameters())
+
+
+def test_no_prelude_and_no_coda() -> None:
+    config = replace(CONFIG, prelude_layers=0, coda_layers=0)
+    model = build(config)
+    cache = LoopCache(config, 2, 21, 4, dtype=torch.float64)
+    with torch.no_grad():
+        parts = [model(part, 4, cache).logits for part in tokens().split([20, 1], 1)]
+        assert (torch.cat(parts, 1) - model(tokens(), 4).logits).abs().max() < 1e-9
+
+
+def test_counts() -> None:
+    """Parameters by hand, and FLOPs against torch's own counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    assert parameter_count(CONFIG) == sum(p.numel() for p in LoopedTransformer(CONFIG).parameters())
+    model = build()
+    model.attend = explicit
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens(1, 32), 3)
+    # The explicit back end multiplies the masked half too: every token meets all 32.
+    counted = token_flops(CONFIG, 32).at(3, readouts=1, decisions=1) * 32
+    assert abs(counter.get_total_flops() / counted - 1) < 0.01

@@ -1,0 +1,278 @@
+"""Training: what is learned, what is drawn, and that a resumed run is the same run."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from looptx_core.config.model import ModelConfig
+from looptx_core.config.run import TrainConfig
+from looptx_core.data.datamodule import SeededBatches
+from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.callbacks import read_metrics
+from looptx_core.training.curves import verdict
+from looptx_core.training.evaluate import evaluate_loops, fit_temperature
+from looptx_core.training.loop_schedule import LoopSchedule
+from looptx_core.training.objective import loop_loss
+from looptx_core.training.optimizer import clip_by_part, learning_rate_factor
+
+MODEL = ModelConfig(
+    vocab_size=400, d_model=32, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=64, core_layers=1
+)
+SETTINGS = {
+    "steps": 12, "seq_len": 32, "batch_size": 8, "micro_batch": 4, "save_every": 4, "val_every": 6,
+    "val_batches": 1, "log_every": 1, "lr": 0.003, "precision": "float32",
+    "model": {**MODEL.to_dict(), "dropout": 0.1},
+}  # fmt: skip
+
+
+def model(seed: int = 0) -> LoopedTransformer:
+    torch.manual_seed(seed)
+    return LoopedTransformer(MODEL)
+
+
+def batch(rows: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(0, 400, (rows, 17), generator=generator), torch.arange(rows)
+
+
+def schedule(**settings) -> LoopSchedule:
+    return LoopSchedule(TrainConfig(**settings), MODEL.max_loops)
+
+
+def test_depths_are_functions_of_seed_step_and_sample() -> None:
+    drawn = schedule(loop_schedule="sampled")
+    together, _ = drawn.draw(7, torch.arange(64))
+    alone = [int(drawn.draw(7, torch.tensor([i]))[0]) for i in range(64)]
+    assert together.tolist() == alone
+    assert together.tolist() != drawn.draw(8, torch.arange(64))[0].tolist()
+    many, _ = drawn.draw(0, torch.arange(4000))
+    assert set(many.tolist()) == set(range(1, 11))
+    assert 3.4 < float(many.double().mean()) < 4  # the truncation at 10 costs some of the 4
+
+
+@pytest.mark.parametrize("loss_at", ["pair", "all", "last"])
+def test_the_objective_is_the_mean_of_the_readouts(loss_at: str) -> None:
+    """Against one plain pass for each sequence."""
+    net, (tokens, ids) = model(), batch()
+    drawn = schedule(loop_schedule="sampled")
+    depths = drawn.draw(3, ids)[0].tolist()
+    found = loop_loss(net, tokens, drawn, 3, ids, loss_at=loss_at)
+    rows = []
+    for row, depth in enumerate(depths):
+        losses = evaluate_loops(net, tokens[row : row + 1], depth).loss_by_loop
+        first = {"pair": max(0, depth - 2), "all": 0, "last": depth - 1}[loss_at]
+        rows.append(sum(losses[first:]) / len(losses[first:]))
+    assert float(found.loss.detach()) == pytest.approx(sum(rows) / len(rows), abs=1e-5)
+    assert found.mean_loops == sum(depths) / len(depths)
+
+
+def test_loss_sends_the_hard_sequences_deeper() -> None:
+    net, (tokens, ids) = model(), batch()
+    losses = [evaluate_loops(net, tokens[i : i + 1], 1).loss_by_loop[0] for i in range(6)]
+    middle = sorted(losses)[3] - 1e-6
+    rule = schedule(loop_schedule="loss", loss_threshold=middle, explore=0.0)
+    drawn = rule.draw(0, ids)[0]
+    assert int(drawn.min()) >= 2
+    expected = [int(d) if loss > middle else 1 for d, loss in zip(drawn, losses)]
+    assert loop_loss(net, tokens, rule, 0, ids).mean_loops == sum(expected) / 6
+
+
+def test_the_adaptive_threshold_is_in_the_state() -> None:
+    rule = schedule(loop_schedule="loss", explore=0.0)
+    rule.goes_deeper(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3, dtype=torch.bool))
+    assert float(rule.state_dict()["threshold"]) == 2.0
+
+
+def test_recomputing_gives_the_same_gradients() -> None:
+    tokens, ids = batch()
+    grads = []
+    for recompute in (False, True):
+        net = model()
+        rule = schedule(loop_schedule="sampled")
+        loop_loss(net, tokens, rule, 0, ids, recompute=recompute).loss.backward()
+        grads.append([p.grad for p in net.trunk_parameters()])
+    for one, two in zip(*grads):
+        assert torch.allclose(one, two, atol=1e-7)
+
+
+def test_the_confidence_head_does_not_move_the_trunk() -> None:
+    tokens, ids = batch()
+    trunks = []
+    for weight in (0.0, 1.0):
+        net = model()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+        for step in range(3):
+            found = loop_loss(net, tokens, schedule(loop_schedule="sampled"), step, ids)
+            (found.loss + weight * 100 * found.confidence_loss).backward()
+            clip_by_part(net, 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        trunks.append(torch.cat([p.detach().flatten() for p in net.trunk_parameters()]))
+    assert torch.equal(*trunks)
+
+
+def test_learning_rate() -> None:
+    factor = learning_rate_factor(TrainConfig(steps=100, warmup=0.1, min_lr=0.1))
+    assert factor(0) == 0.1 and factor(9) == 1.0 and factor(55) == pytest.approx(0.55)
+    assert factor(100) == pytest.approx(0.1)
+
+
+def test_temperature() -> None:
+    """Logits that are three times too sure of a Bernoulli are divided by about three."""
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randn(20_000, generator=generator)
+    hit = (torch.rand(20_000, generator=generator) < true.sigmoid()).float()
+    assert fit_temperature(3 * true, hit) == pytest.approx(3, rel=0.05)
+
+
+def test_batches_are_functions_of_the_seed() -> None:
+    whole = list(SeededBatches(10, 4, 7, seed=1))
+    later = SeededBatches(10, 4, 7, seed=1)
+    later.start = 3
+    assert list(later) == whole[3:] and len(later) == 7
+    assert sorted([i for batch in whole for i in batch][:10]) == list(range(10))
+    ranks = [list(SeededBatches(10, 2, 7, 1, rank, 2)) for rank in range(2)]
+    assert [a + b for a, b in zip(*ranks)] == whole
+
+
+def test_the_verdict_follows_the_figures() -> None:
+    assert "nothing" in verdict([2.0, 2.0, 2.001])
+    assert "10.0%" in verdict([2.0, 1.8, 1.85])
+
+
+def run(folder: Path, shards: Path, settings: dict, *flags: str, wait: bool = True):
+    """looptx train in a process of its own."""
+    file = folder.with_suffix(".yaml")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "looptx_cli.main", "train"]
+    if "--resume" not in flags:
+        command += ["--config", str(file), "--data", str(shards), "--out", str(folder)]
+    process = subprocess.Popen(
+        [*command, *flags], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    if not wait:
+        return process
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def records(folder: Path) -> list[dict]:
+    """The metrics, but for the clock's."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module", params=[0, 4])
+def uninterrupted(request, tmp_path_factory, shards) -> tuple[Path, dict]:
+    settings = SETTINGS | {"workers": request.param}
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    code, _, err = run(folder, shards, settings)
+    assert code == 0, err
+    return folder, settings
+
+
+def test_a_run_leaves_what_it_should(uninterrupted) -> None:
+    folder, _ = uninterrupted
+    for name in ("config.yaml", "metrics.jsonl", "curves.png", "final/model.safetensors"):
+        assert (folder / name).stat().st_size > 0
+    lines = records(folder)
+    assert [line["step"] for line in lines if "train_loss" in line] == list(range(1, 13))
+    validations = [line for line in lines if "val_loss" in line]
+    assert [line["step"] for line in validations] == [6, 12]
+    assert len(validations[0]["val_loss_by_loop"]) == 10
+    assert len(list((folder / "checkpoints").glob("*.ckpt"))) == 2
+    assert yaml.safe_load((folder / "config.yaml").read_text())["origins"]["seed"] == "default"
+
+
+def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, shards) -> None:
+    whole, settings = uninterrupted
+    folder = tmp_path / "killed"
+    process = run(folder, shards, settings, wait=False)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("checkpoints/step-*.ckpt")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "final").exists()
+    code, _, err = run(folder, shards, settings, "--resume", str(folder))
+    assert code == 0, err
+    assert records(folder) == records(whole)
+    ours, theirs = (load_file(f / "final/model.safetensors") for f in (folder, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, shards) -> None:
+    folder = tmp_path / "stopped"
+    settings = SETTINGS | {"steps": 4000, "save_every": 1000, "val_every": 1000}
+    process = run(folder, shards, settings, wait=False)
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert f"--resume {folder}" in err.splitlines()[-1] and "minutes left" in err
+    assert len(list(folder.glob("checkpoints/*.ckpt"))) == 1
+
+
+def test_a_loss_of_nan_stops_and_keeps_the_checkpoint(tmp_path, shards) -> None:
+    folder = tmp_path / "nan"
+    settings = SETTINGS | {"lr": 1e30, "clip": 1e30, "save_every": 1}
+    code, _, err = run(folder, shards, settings)
+    assert code == 1, err
+    assert "not finite at step" in err.splitlines()[-1]
+    assert list((folder / "checkpoints").glob("*.ckpt"))
+
+
+def test_json_lines_end_with_a_summary(tmp_path, shards) -> None:
+    code, out, _ = run(tmp_path / "json", shards, SETTINGS | {"steps": 2}, "--json")
+    assert code == 0
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert lines[0]["step"] == 1
+    assert len(lines[-1]["summary"]["loss_by_loop"]) == 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "word"),
+    [
+        (["--preset", "nanno"], 2, "did you mean 'nano'"),
+        (["--seq-len", "100000"], 4, "--seq-len"),
+        (["--data", "no/such/file.txt"], 4, "no/such/file.txt"),
+        (["--resume", "no/such/run"], 4, "not a run"),
+        (["--batch-size", "10", "--micro-batch", "3"], 2, "--micro-batch"),
+    ],
+)
+def test_bad_input(flags, code, word, tmp_path, shards) -> None:
+    extra = [] if "--data" in flags or "--resume" in flags else ["--data", str(shards)]
+    done = subprocess.run(
+        [sys.executable, "-m", "looptx_cli.main", "train", *flags, *extra, "--out",
+         str(tmp_path / "out"), "--quiet"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith("looptx: error: ") and done.stderr.count("\n") == 1
+    assert word in done.stderr
+
+
+def test_dry_run(tmp_path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "looptx_cli.main", "train", "--preset", "7b", "--dry-run"],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "7,1" in done.stdout and "does not fit" in done.stdout
+    assert not list(tmp_path.iterdir())
