@@ -150,7 +150,13 @@ def _stream(
     deepest = engine.model.config.max_loops
     out = stdout()
 
+    begun = False
+
     def watch(step: Step) -> None:
+        nonlocal begun
+        if not begun and not (iterations and plain):
+            _print(prompt)  # only now: settings that can't be followed print nothing
+        begun = True
         if not iterations:
             _print(step.text)
         elif plain:
@@ -158,14 +164,11 @@ def _stream(
         else:
             out.print(token_text(step, deepest), end="")
 
-    if not iterations or not plain:
-        _print(prompt)
     (result,) = engine.complete([prompt], options, watch)
     _print("" if iterations and plain else "\n")
-    if iterations:
-        if not plain:
-            out.print(legend(result, deepest))
-        _summarise(engine, result, quiet)
+    if iterations and not plain:
+        out.print(legend(result, deepest))
+    _summarise(engine, result, iterations, quiet)
 
 
 def _show(engine: Engine, result: Generation, iterations: bool, quiet: bool) -> None:
@@ -175,20 +178,23 @@ def _show(engine: Engine, result: Generation, iterations: bool, quiet: bool) -> 
     _print(f"{result.prompt}{result.text}\n")
     if iterations:
         _print("".join(token_line(step) + "\n" for step in result.tokens))
-        _summarise(engine, result, quiet)
+        _summarise(engine, result, iterations, quiet)
 
 
-def _summarise(engine: Engine, result: Generation, quiet: bool) -> None:
+def _summarise(engine: Engine, result: Generation, iterations: bool, quiet: bool) -> None:
+    """The figures, a result where they were asked for, and what to try next."""
     deepest = engine.model.config.max_loops
-    stdout().print(
+    line = (
         f"{len(result.tokens)} tokens, {result.mean_loops:.2f} loops a token of {deepest}, "
         f"{result.tokens_per_second:.0f} tokens/s, "
-        f"{engine.compute_saved(result):.0%} of full depth's compute saved",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"{engine.compute_saved(result):.0%} of full depth's compute saved"
     )
-    note(f"try next: --compare-loops 1,4,{deepest}, or --exit gain", quiet)
+    if iterations:
+        _print(line + "\n")
+        note(f"try next: --compare-loops 1,4,{deepest}, or --exit gain", quiet)
+    else:
+        note(line, quiet)
+        note("try next: --show-iterations", quiet)
 
 
 def _compare(

@@ -55,7 +55,7 @@ def test_one_loop_equals_an_independent_transformer(qk_norm: bool) -> None:
             tie_word_embeddings=True,
             attn_implementation="eager",
             use_cache=False,
-        )  # fmt: skip
+        )
     )
     theirs = theirs.double().eval()
     weights = {

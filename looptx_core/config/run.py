@@ -19,11 +19,11 @@ class TrainConfig:
     seed: int = 0
     """Seed of the weights, the order of the data, the depths and dropout."""
 
-    steps: int = 600
+    steps: int = 400
     """Optimizer steps; fixes the schedule of the learning rate."""
     max_minutes: float | None = None
     """Stop after so many minutes, saved; the learning rate's schedule does not change."""
-    seq_len: int = 256
+    seq_len: int = 128
     """Tokens a sequence."""
     batch_size: int = 32
     """Sequences an optimizer step, over all devices."""
@@ -32,7 +32,7 @@ class TrainConfig:
     workers: int = 0
     """Processes that read data."""
 
-    lr: float = 2e-3
+    lr: float = 3e-3
     """Peak learning rate."""
     min_lr: float = 0.1
     """The last learning rate, as a share of the peak (cosine)."""
@@ -77,9 +77,9 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """Checkpoints kept."""
-    val_every: int = 100
+    val_every: int = 200
     """Steps between validations."""
-    val_batches: int = 8
+    val_batches: int = 4
     """Batches of one validation."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""

@@ -11,9 +11,9 @@ from looptx_core.data.hops import hop_lines, hop_probes
 from looptx_core.data.probes import FILE, write_probes
 from looptx_core.data.shards import Progress, cache_folder, cached_shards
 
-_LINES_PER_DOCUMENT = 40
+_LINES_PER_DOCUMENT = 16
 _DOCUMENTS = 700
-_PROBES = 64  # of each number of hops
+_PROBES = 16  # of each number of hops
 _SEED = 0
 
 

@@ -1,0 +1,100 @@
+"""What a newcomer types: the README's commands and the bare ones, from a built wheel."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# The commands are verbatim; only the run's length is cut, by the documented variables.
+SHORT = {
+    "LOOPTX_STEPS": "3",
+    "LOOPTX_BATCH_SIZE": "4",
+    "LOOPTX_VAL_BATCHES": "1",
+    "LOOPTX_MAX_NEW_TOKENS": "6",
+    "LOOPTX_VAL_EVERY": "3",
+}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel's content in a folder of its own."""
+    folder = tmp_path_factory.mktemp("wheel")
+    quiet = {"check": True, "capture_output": True, "cwd": ROOT}
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder]
+    subprocess.run(build, **quiet)
+    (wheel,) = folder.glob("*.whl")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    subprocess.run([*pip, folder / "site", wheel], **quiet)
+    return folder / "site"
+
+
+def looptx(command: str, where: Path, site: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    words = shlex.split(command)
+    assert words[0] == "looptx"
+    arguments = [part for word in words[1:] for part in _glob(word, where)]
+    return subprocess.run(
+        [sys.executable, "-m", "looptx_cli.main", *arguments],
+        cwd=where,
+        env={**os.environ, "PYTHONPATH": str(site), **SHORT, **env},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def _glob(word: str, where: Path) -> list[str]:
+    found = sorted(str(p.relative_to(where)) for p in where.glob(word)) if "*" in word else []
+    return found or [word]
+
+
+def test_the_readme(installed: Path, tmp_path: Path) -> None:
+    text = (ROOT / "looptx_core/assets/moby-dick.txt").read_text("utf-8")
+    (tmp_path / "corpus").mkdir()
+    for number in range(4):
+        part = text[number * 200_000 : (number + 1) * 200_000]
+        (tmp_path / f"corpus/{number}.txt").write_text(part, "utf-8")
+    readme = (ROOT / "README.md").read_text("utf-8")
+    section = readme.split("## Use it")[1].split("```")[1]
+    commands = [line for line in section.splitlines() if line.startswith("looptx")]
+    assert len(commands) >= 5
+    for command in commands:
+        done = looptx(command, tmp_path, installed)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        assert "\x1b" not in done.stdout
+    document = json.loads(done.stdout)
+    assert set(document["tokens"][0]) == {"id", "text", "loops", "confidence", "logprob"}
+    assert "".join(token["text"] for token in document["tokens"]) == document["text"]
+
+
+def test_the_readme_names_real_flags() -> None:
+    from looptx_cli.main import COMMANDS, load_command
+
+    known = {"--help"}
+    for command in COMMANDS:
+        known |= {name for p in load_command(command).params for name in p.opts}
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert set(re.findall(r"--[a-z][a-z-]+", readme)) <= known
+
+
+@pytest.mark.parametrize("command", ["looptx tokenize", "looptx train"])
+def test_bare_commands(command: str, installed: Path, tmp_path: Path) -> None:
+    done = looptx(command, tmp_path, installed)
+    assert done.returncode == 0, done.stderr
+    assert "try next" in done.stderr and done.stdout
+    assert (tmp_path / "runs" / f"{command.split()[1]}-1").is_dir()
+
+
+def test_bare_generate_takes_the_bundled_model(installed: Path, tmp_path: Path) -> None:
+    done = looptx('looptx generate "Call me"', tmp_path, installed)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Call me") and len(done.stdout) > len("Call me\n")
+    assert "bundled" in done.stderr and "try next" in done.stderr
