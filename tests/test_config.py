@@ -29,7 +29,7 @@ def yaml_file(tmp_path: Path, text: str) -> Path:
 @pytest.mark.parametrize(
     "name, low, high, depth_at",
     [
-        ("nano", 0.9e6, 1.2e6, {}),
+        ("nano", 0.8e6, 1.2e6, {}),
         ("small", 2e7, 3e7, {2: 12}),
         ("medium", 1.0e8, 1.3e8, {3: 16}),
         ("1b", 0.95e9, 1.05e9, {}),

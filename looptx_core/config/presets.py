@@ -12,8 +12,8 @@ Preset = dict[str, dict[str, Any]]
 """`model`: keys of `ModelConfig`; `train`: keys of `TrainConfig`. Absent keys: the defaults."""
 
 PRESETS: dict[str, Preset] = {
-    # About 1M parameters: the defaults of `ModelConfig` and `TrainConfig`.
-    "nano": {"model": {}, "train": {}},
+    # 0.86M: trains in about six minutes on two cores.
+    "nano": {"model": {"core_layers": 1}, "train": {}},
     # 27M, blocks 2 + 4 x 2 + 2: effective depth 12 at two loops.
     "small": {
         "model": {

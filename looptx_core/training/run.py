@@ -226,7 +226,7 @@ def _finish(
         batches.shards.tokenizer,
         exit_settings=ExitSettings(temperature=temperature),
         facts={
-            "data": [item["name"] for item in batches.shards.manifest.inputs],
+            "data": [Path(item["name"]).name for item in batches.shards.manifest.inputs],
             "steps": result.steps,
             "tokens": result.tokens,
             "seed": config.seed,
