@@ -158,5 +158,5 @@ def test_config_yaml_without_its_own_folder(tmp_path: Path) -> None:
 
 def test_help_comes_from_the_docstrings() -> None:
     help = field_help(TrainConfig)
-    assert help["seq_len"] == "Tokens a sequence. (default 256)"
+    assert help["seq_len"] == f"Tokens a sequence. (default {TrainConfig().seq_len})"
     assert help.keys() == {key for key in merge().values if "." not in key}
