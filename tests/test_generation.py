@@ -78,8 +78,9 @@ class Reference:
         rotary = rotary_tables(
             torch.tensor([[position]]), CONFIG.head_dim, CONFIG.rope_theta, x.dtype
         )
-        heads = attention.qkv_proj(block.attention_norm(x)).view(1, 1, -1, CONFIG.head_dim)
-        q, k, v = heads.split([CONFIG.n_heads, CONFIG.n_kv_heads, CONFIG.n_kv_heads], dim=2)
+        x_norm = block.attention_norm(x)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        q, k, v = (part(x_norm).view(1, 1, -1, CONFIG.head_dim) for part in projections)
         q = rotate(attention.q_norm(q).transpose(1, 2), rotary)
         k = rotate(attention.k_norm(k).transpose(1, 2), rotary)
         entries = self.memory.setdefault(key, [])
@@ -90,7 +91,7 @@ class Reference:
         past.append(entries[position][-1])
         keys, values = (torch.cat(parts, dim=2) for parts in zip(*past))
         out = explicit(q, keys, values, None).transpose(1, 2).reshape(1, 1, -1)
-        x = x + attention.out_proj(out)
+        x = x + attention.o_proj(out)
         return x + block.mlp(block.mlp_norm(x))
 
     def token(self, token, position, depth=None, *, minimum=1):

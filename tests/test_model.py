@@ -65,17 +65,15 @@ def test_one_loop_equals_an_independent_transformer(qk_norm: bool) -> None:
     for number, block in enumerate((*ours.prelude, *ours.core, *ours.coda)):
         at = f"model.layers.{number}."
         attention = block.attention
-        q, k, v = attention.qkv_proj.weight.split([32, 16, 16])
-        gate, up = block.mlp.gate_up_proj.weight.chunk(2)
         weights |= {
             at + "input_layernorm.weight": block.attention_norm.weight,
             at + "post_attention_layernorm.weight": block.mlp_norm.weight,
-            at + "self_attn.q_proj.weight": q,
-            at + "self_attn.k_proj.weight": k,
-            at + "self_attn.v_proj.weight": v,
-            at + "self_attn.o_proj.weight": attention.out_proj.weight,
-            at + "mlp.gate_proj.weight": gate,
-            at + "mlp.up_proj.weight": up,
+            at + "self_attn.q_proj.weight": attention.q_proj.weight,
+            at + "self_attn.k_proj.weight": attention.k_proj.weight,
+            at + "self_attn.v_proj.weight": attention.v_proj.weight,
+            at + "self_attn.o_proj.weight": attention.o_proj.weight,
+            at + "mlp.gate_proj.weight": block.mlp.gate_proj.weight,
+            at + "mlp.up_proj.weight": block.mlp.up_proj.weight,
             at + "mlp.down_proj.weight": block.mlp.down_proj.weight,
         }
         if qk_norm:

@@ -33,43 +33,46 @@ class Surroundings:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) with RoPE; one fused input projection."""
+    """Grouped-query attention (arXiv 2305.13245) with RoPE."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.n_heads, config.n_kv_heads
         self.head_dim = config.head_dim
-        width = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-        self.qkv_proj = nn.Linear(config.d_model, width, bias=False)
-        self.out_proj = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=False)
+        width, kv_width = (n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
+        self.q_proj = nn.Linear(config.d_model, width, bias=False)
+        self.k_proj = nn.Linear(config.d_model, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.d_model, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, config.d_model, bias=False)
         norm = nn.RMSNorm if config.qk_norm else _identity
         self.q_norm = norm(config.head_dim, eps=config.norm_eps)
         self.k_norm = norm(config.head_dim, eps=config.norm_eps)
 
     def forward(self, x: Tensor, around: Surroundings, slot: Slot | None) -> Tensor:
         batch, length, _ = x.shape
-        heads = self.qkv_proj(x).view(batch, length, -1, self.head_dim)
-        queries, keys, values = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        queries = self.q_proj(x).view(batch, length, self.heads, self.head_dim)
+        keys = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim)
+        values = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
         queries = rotate(self.q_norm(queries).transpose(1, 2), around.rotary)
         keys = rotate(self.k_norm(keys).transpose(1, 2), around.rotary)
-        values = values.transpose(1, 2)
         if slot is not None:
             keys, values = slot.extend(keys, values)
         out = around.attend(queries, keys, values, around.mask)
-        return self.out_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
 
 
 class GeGLU(nn.Module):
-    """down(gelu(gate(x)) * up(x)), arXiv 2002.05202; gate and up are one projection."""
+    """down(gelu(gate(x)) * up(x)), arXiv 2002.05202."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
+        # Apart, not fused: the backward of a split copies both halves.
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.gelu(gate) * up)
+        return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):

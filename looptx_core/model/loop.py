@@ -96,7 +96,7 @@ class LoopedTransformer(nn.Module):
         """
         depth = self.config.effective_layers((1 + self.config.max_loops) // 2)
         for name, parameter in self.named_parameters():
-            if name.endswith(("out_proj.weight", "down_proj.weight")):
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth))
             elif parameter.dim() >= 2:
                 nn.init.normal_(parameter, std=0.02)
