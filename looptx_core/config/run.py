@@ -25,6 +25,8 @@ class TrainConfig:
     """Stop after so many minutes, saved; the learning rate's schedule does not change."""
     seq_len: int = 128
     """Tokens a sequence."""
+    document_mask: bool = True
+    """Tokens attend within their own document only."""
     batch_size: int = 32
     """Sequences an optimizer step, over all devices."""
     micro_batch: int | None = None
@@ -32,7 +34,7 @@ class TrainConfig:
     workers: int = 0
     """Processes that read data."""
 
-    lr: float = 3e-3
+    lr: float = 1e-2
     """Peak learning rate."""
     min_lr: float = 0.1
     """The last learning rate, as a share of the peak (cosine)."""
@@ -40,6 +42,8 @@ class TrainConfig:
     """Share of the steps over which the learning rate rises."""
     weight_decay: float = 0.1
     """On matrices only."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon: for the blocks' matrices, with AdamW for all else."""
     beta2: float = 0.95
     """AdamW's second decay."""
     clip: float = 1.0
@@ -53,8 +57,11 @@ class TrainConfig:
     """The most loops in training; absent: the model's maximum."""
     mean_loops: float = 4.0
     """Mean of the distribution that depths are drawn from, before its truncation."""
+    deeper_by: Literal["gain", "loss"] = "gain"
+    """loss: what sends a sequence deeper, the loss that the confidence head predicts one more loop
+    to remove, or the loss itself."""
     loss_threshold: float | None = None
-    """loss: go deeper above this loss, in nats a token; absent: adaptive."""
+    """loss: go deeper above this, in nats a token; absent: adaptive."""
     deeper_share: float = 0.5
     """loss, adaptive: the share of sequences that the threshold sends deeper."""
     explore: float = 0.2

@@ -13,23 +13,31 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from looptx_core.data.shards import Shards, Tokens, open_shards
+from looptx_core.data.tokenizer import end_id
 from looptx_core.errors import DataError
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """The stream cut into windows of seq_len inputs and their targets, without overlap."""
+    """The stream cut into windows of seq_len inputs and their targets, without overlap.
 
-    def __init__(self, tokens: Tokens, seq_len: int) -> None:
-        self.tokens, self.seq_len = tokens, seq_len
+    end: the id that ends a document, to number a window's documents; None leaves them out.
+    """
+
+    def __init__(self, tokens: Tokens, seq_len: int, end: int | None = None) -> None:
+        self.tokens, self.seq_len, self.end = tokens, seq_len, end
 
     def __len__(self) -> int:
         return max(0, (len(self.tokens) - 1) // self.seq_len)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """tokens: (seq_len + 1,) int64. ids: the window's number."""
+        """tokens: (seq_len + 1,) int64. ids: the window's number. documents: (seq_len,)."""
         start = index * self.seq_len
         window = self.tokens.read(start, start + self.seq_len + 1)
-        return {"tokens": torch.from_numpy(window), "ids": torch.tensor(index)}
+        item = {"tokens": torch.from_numpy(window), "ids": torch.tensor(index)}
+        if self.end is not None:
+            ends = item["tokens"][:-1] == self.end
+            item["documents"] = ends.cumsum(0) - ends.long()  # an end belongs to what it ends
+        return item
 
 
 class SeededBatches:
@@ -78,13 +86,15 @@ class TokenData(L.LightningDataModule):
         val_batches: int = 8,
         seed: int = 0,
         workers: int = 0,
+        document_mask: bool = True,
     ) -> None:
         super().__init__()
         self.shards: Shards = open_shards(folder)
         self.micro_batch, self.batches, self.workers = micro_batch, batches, workers
         self.seed = seed
-        self.train = Windows(self.shards.tokens("train"), seq_len)
-        self.val = Windows(self.shards.tokens("val"), seq_len)
+        end = end_id(self.shards.tokenizer) if document_mask else None
+        self.train = Windows(self.shards.tokens("train"), seq_len, end)
+        self.val = Windows(self.shards.tokens("val"), seq_len, end)
         for split, windows in (("train", self.train), ("val", self.val)):
             if not len(windows):
                 raise DataError(

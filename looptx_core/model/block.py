@@ -21,8 +21,8 @@ class Surroundings:
     mask: Tensor | None = None
     attend: Attend = sdpa
 
-    def rows(self, index: Tensor) -> Surroundings:
-        """The same for some of the batch's rows; index is (rows,)."""
+    def rows(self, index: Tensor | slice) -> Surroundings:
+        """The same for some of the batch's rows; index is a slice or (rows,)."""
 
         def pick(x: Tensor) -> Tensor:
             return x if x.shape[0] == 1 else x[index]

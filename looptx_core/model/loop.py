@@ -107,11 +107,20 @@ class LoopedTransformer(nn.Module):
 
     # The four moves of a forward pass. The engine and the trainer use them one by one.
 
-    def surroundings(self, length: int, cache: LoopCache | None = None) -> Surroundings:
-        """Positions and mask for the next `length` tokens of a batch."""
+    def surroundings(
+        self, length: int, cache: LoopCache | None = None, documents: Tensor | None = None
+    ) -> Surroundings:
+        """Positions and mask for the next `length` tokens of a batch.
+
+        documents: (batch, length), numbers; a token attends within its own document only. RoPE
+        sees distances alone, so positions need not start anew.
+        """
         weight = self.embedding.weight
         if cache is None:
             positions, mask = torch.arange(length, device=weight.device)[None], None
+            if documents is not None:
+                same = documents[:, None, :, None] == documents[:, None, None, :]
+                mask = same.tril()
         else:
             positions, mask = cache.positions(length), cache.mask(length)
         rotary = rotary_tables(
@@ -159,10 +168,14 @@ class LoopedTransformer(nn.Module):
         return self.norm(state)
 
     def states(
-        self, tokens: Tensor, loops: int, cache: LoopCache | None = None
+        self,
+        tokens: Tensor,
+        loops: int,
+        cache: LoopCache | None = None,
+        around: Surroundings | None = None,
     ) -> Iterator[Tensor]:
         """The state after each of the loops 1..loops."""
-        around = self.surroundings(tokens.shape[1], cache)
+        around = around or self.surroundings(tokens.shape[1], cache)
         state = embedding = self.encode(tokens, around, cache)
         for loop in range(1, loops + 1):
             state = self.step(state, embedding, loop, around, cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,18 +59,22 @@ class LoopEvaluation:
 
 @torch.no_grad()
 def evaluate_loops(
-    model: LoopedTransformer, tokens: Tensor, loops: int, counted: Tensor | None = None
+    model: LoopedTransformer,
+    tokens: Tensor,
+    loops: int,
+    counted: Tensor | None = None,
+    documents: Tensor | None = None,
 ) -> LoopEvaluation:
     """Loss, accuracy and confidence after each of the loops 1..loops.
 
     tokens: (batch, length + 1). counted: (batch, length) bool, the targets that count; all by
-    default.
+    default. documents: (batch, length), to attend within only.
     """
     targets = tokens[:, 1:]
     counted = torch.ones_like(targets, dtype=torch.bool) if counted is None else counted
-    around = model.surroundings(targets.shape[1])
+    around = model.surroundings(targets.shape[1], documents=documents)
     losses, hits, norms, logits = [], [], [], []
-    for loop, state in enumerate(model.states(tokens[:, :-1], loops), start=1):
+    for loop, state in enumerate(model.states(tokens[:, :-1], loops, around=around), start=1):
         predicted = model.head(model.decode(state, around)).float()
         loss = F.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="none")
         losses.append(loss.view(targets.shape)[counted].double().sum())
@@ -85,6 +90,13 @@ def evaluate_loops(
         logit=torch.stack(logits).cpu(),
         hit=hit.float().cpu(),
     )
+
+
+def evaluate_batch(
+    model: LoopedTransformer, batch: Mapping[str, Tensor], loops: int
+) -> LoopEvaluation:
+    """`evaluate_loops` on a batch of the data module."""
+    return evaluate_loops(model, batch["tokens"], loops, documents=batch.get("documents"))
 
 
 def fit_temperature(logit: Tensor, hit: Tensor) -> float:

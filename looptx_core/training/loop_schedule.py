@@ -6,10 +6,12 @@ resumed run repeats them and every rank runs the same loops.
 - `fixed`: every sequence runs the same number of loops.
 - `sampled`: each sequence draws its depth from a log-normal Poisson distribution, truncated to
   1..max (Huginn, arXiv 2502.05171; drawn per sequence as in Parcae, arXiv 2604.12946).
-- `loss`: the original design's rule. All sequences run the base depth; those whose loss is
-  still high go on, to a depth drawn as above. Two amendments keep the deeper loops honest, which
-  the plain rule starves: a share of the other sequences goes deeper at random, and a sequence
-  that goes on keeps its loss at the base depth, so that the base never forgets the hard ones.
+- `loss`: the original design's rule. All sequences run the base depth; those that still have
+  loss to lose go on, to a depth drawn as above. Three amendments keep the deeper loops honest,
+  which the plain rule starves: what counts is the loss that one more loop is predicted to remove
+  (by the confidence head; noise can't be thought away), a share of the other sequences goes
+  deeper at random, and a sequence that goes on keeps its loss at the base depth, so that the
+  base never forgets the hard ones.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ class LoopSchedule(torch.nn.Module):
         if self.base > self.max_loops:
             raise UsageError(f"--loops {self.base} exceeds max_loops ({self.max_loops})")
         self.mean_loops = config.mean_loops
+        self.by_gain = config.deeper_by == "gain"
         self.fixed_threshold = config.loss_threshold
         self.deeper_share = config.deeper_share
         self.explore = config.explore
@@ -70,11 +73,13 @@ class LoopSchedule(torch.nn.Module):
             if low <= depth <= self.max_loops:
                 return depth
 
-    def goes_deeper(self, losses: Tensor, explores: Tensor) -> Tensor:
-        """Which sequences, (batch,), leave the base depth behind, by their loss there.
+    def goes_deeper(self, losses: Tensor, gains: Tensor, explores: Tensor) -> Tensor:
+        """Which sequences, (batch,), leave the base depth behind.
 
-        losses: mean nats a token of each sequence of this rank, (batch,).
+        losses, gains: nats a token of each sequence of this rank, (batch,): the loss at the base
+        depth, and what the next loop is predicted to take off it.
         """
+        losses = gains if self.by_gain else losses
         if self.fixed_threshold is not None:
             return (losses > self.fixed_threshold) | explores
         quantile = _over_ranks(torch.quantile(losses.float(), 1 - self.deeper_share))

@@ -15,7 +15,7 @@ from torch import Tensor
 from looptx_core.config.run import TrainConfig
 from looptx_core.errors import LooptxError
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.evaluate import LoopEvaluation, evaluate_loops
+from looptx_core.training.evaluate import LoopEvaluation, evaluate_batch
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import (
@@ -28,8 +28,8 @@ from looptx_core.training.optimizer import (
 class LoopedLM(L.LightningModule):
     """Trains a `LoopedTransformer` in any Lightning Trainer.
 
-    A batch is a mapping with `tokens`, (batch, length + 1) ids, and `ids`, (batch,) sample
-    numbers. After a validation `evaluation` holds loss, accuracy and confidence by loop.
+    A batch is a mapping with `tokens`, (batch, length + 1) ids, `ids`, (batch,) sample numbers,
+    and optionally `documents`, (batch, length), to keep attention within. After a validation `evaluation` holds loss, accuracy and confidence by loop.
     """
 
     def __init__(self, model: LoopedTransformer, config: TrainConfig) -> None:
@@ -64,6 +64,7 @@ class LoopedLM(L.LightningModule):
             self.schedule,
             self.global_step,
             ids,
+            documents=batch.get("documents"),
             loss_at=self.config.loss_at,
             recompute=self.config.grad_checkpointing,
         )
@@ -97,7 +98,7 @@ class LoopedLM(L.LightningModule):
         self._parts = []
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self._parts.append(evaluate_loops(self.model, batch["tokens"], self.schedule.max_loops))
+        self._parts.append(evaluate_batch(self.model, batch, self.schedule.max_loops))
 
     def on_validation_epoch_end(self) -> None:
         total = self._parts[0]

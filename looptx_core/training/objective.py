@@ -66,19 +66,21 @@ def loop_loss(
     step: int,
     ids: Tensor,
     *,
+    documents: Tensor | None = None,
     loss_at: str = "pair",
     recompute: bool = False,
 ) -> LoopLoss:
     """The objective on a batch.
 
-    tokens: (batch, length + 1) ids. ids: (batch,), the samples' numbers. recompute: trade time
+    tokens: (batch, length + 1) ids. ids: (batch,), the samples' numbers. documents: (batch,
+    length), the document of each input token; attention stays within it. recompute: trade time
     for memory by running each loop again in the backward pass.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     batch, length = inputs.shape
-    around = model.surroundings(length)
+    around = model.surroundings(length, documents=documents)
 
-    def iterate(state: Tensor, embedding: Tensor, loop: int) -> Tensor:
+    def iterate(state: Tensor, embedding: Tensor, loop: int, around: Surroundings) -> Tensor:
         if recompute:
             return checkpoint(model.step, state, embedding, loop, around, use_reentrant=False)
         return model.step(state, embedding, loop, around)
@@ -90,11 +92,12 @@ def loop_loss(
 
     if schedule.kind == "loss":
         for loop in range(1, schedule.base + 1):
-            state = iterate(state, embedding, loop)
+            state = iterate(state, embedding, loop, around)
         done, core_rows = schedule.base, batch * schedule.base
         base = _Readouts([state], list(range(batch)), [schedule.base] * batch)
         parts.append(_score(model, base, targets, around))
-        deeper = schedule.goes_deeper(parts[0].losses.detach().mean(1).cpu(), explores)
+        losses, gains = (x.detach().mean(1).cpu() for x in (parts[0].losses, parts[0].gain))
+        deeper = schedule.goes_deeper(losses, gains, explores)
         depths = torch.where(deeper, drawn, schedule.base)
     else:
         depths = drawn
@@ -104,12 +107,14 @@ def loop_loss(
     depths = depths[order]
     order_on_device = order.to(state.device)
     state, embedding = state[order_on_device], embedding[order_on_device]
+    ordered = around.rows(order_on_device)
     later = _Readouts()
     last = _largest_over_ranks(int(depths[0]), state.device)
     for loop in range(done + 1, last + 1):
         here = int((depths >= loop).sum())
         running = max(here, 1)  # a rank that is done keeps step with the others, unread
-        state = iterate(state[:running], embedding[:running], loop)
+        prefix = slice(running)
+        state = iterate(state[prefix], embedding[prefix], loop, ordered.rows(prefix))
         core_rows += running
         first = {
             "last": int((depths > loop).sum()),
@@ -138,8 +143,9 @@ def _score(
     model: LoopedTransformer, read: _Readouts, targets: Tensor, around: Surroundings
 ) -> _Scored:
     states = torch.cat(read.states)
-    targets = targets[torch.tensor(read.rows, device=targets.device)]
-    logits = model.head(model.decode(states, around)).float()
+    rows = torch.tensor(read.rows, device=targets.device)
+    targets = targets[rows]
+    logits = model.head(model.decode(states, around.rows(rows))).float()
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     confidence = model.confidence(states, torch.tensor(read.loops, device=states.device))
     return _Scored(

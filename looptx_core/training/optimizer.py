@@ -1,25 +1,70 @@
-"""AdamW with weight decay on matrices only, warm-up and cosine, and clipping by part."""
+"""Optimizers, warm-up and cosine, and clipping by part."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 
 from looptx_core.config.run import TrainConfig
 from looptx_core.model.loop import LoopedTransformer
 
 
-def build_optimizer(model: LoopedTransformer, config: TrainConfig) -> torch.optim.AdamW:
-    """Two groups: matrices, which decay, and vectors, which do not."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+class Together(torch.optim.Optimizer):
+    """Several optimizers as one, for a trainer that steps a single one.
+
+    Each keeps its own parameters and state; schedulers see the groups of all.
+    """
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def build_optimizer(model: LoopedTransformer, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW, or Muon for the blocks' matrices with AdamW for the rest.
+
+    Muon (K. Jordan, 2024) is torch's, its steps scaled to AdamW's size (arXiv 2502.16982), so
+    that one learning rate serves both. Weights decay on matrices only.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    blocks = nn.ModuleList([model.prelude, model.core, model.coda])
+    chosen = {id(p) for p in blocks.parameters() if p.dim() == 2 and config.optimizer == "muon"}
+    rest = [p for p in trained if id(p) not in chosen]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+    if not chosen:
+        return adamw
+    muon = torch.optim.Muon(
+        [p for p in trained if id(p) in chosen],
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return Together(muon, adamw)
 
 
 def learning_rate_factor(config: TrainConfig) -> Callable[[int], float]:

@@ -28,7 +28,7 @@ from looptx_core.training.callbacks import (
     read_metrics,
 )
 from looptx_core.training.curves import plot_run, verdict
-from looptx_core.training.evaluate import LoopEvaluation, evaluate_loops, fit_temperature
+from looptx_core.training.evaluate import LoopEvaluation, evaluate_batch, evaluate_loops, fit_temperature
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.module import LoopedLM, quiet_lightning
 
@@ -94,6 +94,7 @@ def train(
         val_batches=config.val_batches,
         seed=config.seed,
         workers=config.workers,
+        document_mask=config.document_mask,
     )
     if config.seq_len > model_config.max_seq_len:
         raise UsageError(
@@ -241,7 +242,7 @@ def _finish(
 
 
 def _evaluate(model: LoopedTransformer, batches: TokenData, loops: int) -> LoopEvaluation:
-    parts = [evaluate_loops(model, batch["tokens"], loops) for batch in batches.val_dataloader()]
+    parts = [evaluate_batch(model, batch, loops) for batch in batches.val_dataloader()]
     total = parts[0]
     for part in parts[1:]:
         total = total + part
