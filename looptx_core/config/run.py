@@ -19,7 +19,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of the weights, the order of the data, the depths and dropout."""
 
-    steps: int = 400
+    steps: int = 600
     """Optimizer steps; fixes the schedule of the learning rate."""
     max_minutes: float | None = None
     """Stop after so many minutes, saved; the learning rate's schedule does not change."""
@@ -34,7 +34,7 @@ class TrainConfig:
     workers: int = 0
     """Processes that read data."""
 
-    lr: float = 1e-2
+    lr: float = 2e-2
     """Peak learning rate."""
     min_lr: float = 0.1
     """The last learning rate, as a share of the peak (cosine)."""
@@ -55,17 +55,17 @@ class TrainConfig:
     """fixed: the depth (absent: the maximum). loss: the base depth (absent: 1)."""
     max_loops: int | None = None
     """The most loops in training; absent: the model's maximum."""
-    mean_loops: float = 4.0
+    mean_loops: float = 3.0
     """Mean of the distribution that depths are drawn from, before its truncation."""
     deeper_by: Literal["gain", "loss"] = "gain"
     """loss: what sends a sequence deeper, the loss that the confidence head predicts one more loop
     to remove, or the loss itself."""
     loss_threshold: float | None = None
     """loss: go deeper above this, in nats a token; absent: adaptive."""
-    deeper_share: float = 0.5
+    deeper_share: float = 0.6
     """loss, adaptive: the share of sequences that the threshold sends deeper."""
-    explore: float = 0.2
-    """loss: the share of the other sequences that go deeper at random."""
+    explore: float = 0.3
+    """loss: the share of sequences that draw their depth regardless of the rule."""
     loss_at: Literal["pair", "all", "last"] = "pair"
     """Loops with a loss: each sequence's last two, all, or its last alone."""
 

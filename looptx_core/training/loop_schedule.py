@@ -7,14 +7,15 @@ resumed run repeats them and every rank runs the same loops.
 - `sampled`: each sequence draws its depth from a log-normal Poisson distribution, truncated to
   1..max (Huginn, arXiv 2502.05171; drawn per sequence as in Parcae, arXiv 2604.12946).
 - `loss`: the original design's rule. All sequences run the base depth; those that still have
-  loss to lose go on, to a depth drawn as above. Three amendments keep the deeper loops honest,
-  which the plain rule starves: what counts is the loss that one more loop is predicted to remove
-  (by the confidence head; noise can't be thought away), a share of the other sequences goes
-  deeper at random, and a sequence that goes on keeps its loss at the base depth, so that the
-  base never forgets the hard ones.
+  loss to lose go on, to a depth drawn as above. Two amendments keep all depths honest, which the
+  plain rule starves: what counts is the loss that one more loop is predicted to remove (by the
+  confidence head, from the state alone: noise can't be thought away, and the choice costs no
+  product with the vocabulary), and a share of the sequences draws its depth regardless.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -45,48 +46,45 @@ class LoopSchedule(torch.nn.Module):
         if self.base > self.max_loops:
             raise UsageError(f"--loops {self.base} exceeds max_loops ({self.max_loops})")
         self.mean_loops = config.mean_loops
-        self.by_gain = config.deeper_by == "gain"
+        self.by = config.deeper_by
         self.fixed_threshold = config.loss_threshold
         self.deeper_share = config.deeper_share
         self.explore = config.explore
         self.register_buffer("threshold", torch.tensor(float("nan")))
 
-    def draw(self, step: int, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Depths (batch,), int64, and which sequences explore (batch,), bool.
+    def depths(self, step: int, ids: Tensor, measure: Callable[[str], Tensor]) -> Tensor:
+        """The depth of each sequence, (batch,), int64.
 
-        For `loss` the depth is where a sequence goes *if* it goes deeper than the base.
+        ids: (batch,), the samples' numbers. measure: gives, for "gain" or "loss", what each
+        sequence has after the base depth, (batch,), nats a token; asked by `loss` alone.
         """
-        low = min(self.base + 1, self.max_loops) if self.kind == "loss" else 1
-        depths, explores = [], []
-        for sample in ids.tolist():
-            rng = np.random.default_rng((self.seed, step, sample))
-            depths.append(self._depth(rng, low))
-            explores.append(rng.random() < self.explore)
-        return torch.tensor(depths), torch.tensor(explores)
+        draws = [np.random.default_rng((self.seed, step, sample)) for sample in ids.tolist()]
+        if self.kind == "fixed":
+            return torch.full(ids.shape, self.base)
+        free = torch.tensor([self._depth(rng, 1 if self.kind == "sampled" else self.base)
+                             for rng in draws])  # fmt: skip
+        if self.kind == "sampled" or self.base == self.max_loops:
+            return free
+        deeper = torch.tensor([self._depth(rng, self.base + 1) for rng in draws])
+        explores = torch.tensor([rng.random() < self.explore for rng in draws])
+        ruled = torch.where(self._above_threshold(measure(self.by)), deeper, self.base)
+        return torch.where(explores, free, ruled)
 
     def _depth(self, rng: np.random.Generator, low: int) -> int:
-        if self.kind == "fixed":
-            return self.base
         while True:  # truncation by rejection keeps the shape
             rate = np.exp(rng.normal(np.log(self.mean_loops) - _DEPTH_SPREAD**2 / 2, _DEPTH_SPREAD))
             depth = 1 + int(rng.poisson(max(rate - 1, 0)))
             if low <= depth <= self.max_loops:
                 return depth
 
-    def goes_deeper(self, losses: Tensor, gains: Tensor, explores: Tensor) -> Tensor:
-        """Which sequences, (batch,), leave the base depth behind.
-
-        losses, gains: nats a token of each sequence of this rank, (batch,): the loss at the base
-        depth, and what the next loop is predicted to take off it.
-        """
-        losses = gains if self.by_gain else losses
+    def _above_threshold(self, values: Tensor) -> Tensor:
         if self.fixed_threshold is not None:
-            return (losses > self.fixed_threshold) | explores
-        quantile = _over_ranks(torch.quantile(losses.float(), 1 - self.deeper_share))
+            return values > self.fixed_threshold
+        quantile = _over_ranks(torch.quantile(values.float(), 1 - self.deeper_share))
         if self.training:
             old = torch.where(self.threshold.isnan(), quantile, self.threshold)
             self.threshold.copy_(_THRESHOLD_MEMORY * old + (1 - _THRESHOLD_MEMORY) * quantile)
-        return (losses > self.threshold) | explores
+        return values > self.threshold.to(values.device)
 
 
 def _over_ranks(value: Tensor) -> Tensor:

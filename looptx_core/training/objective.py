@@ -85,46 +85,57 @@ def loop_loss(
             return checkpoint(model.step, state, embedding, loop, around, use_reentrant=False)
         return model.step(state, embedding, loop, around)
 
-    drawn, explores = schedule.draw(step, ids)
     state = embedding = model.encode(inputs, around)
-    parts: list[_Scored] = []
-    done = core_rows = 0
-
-    if schedule.kind == "loss":
-        for loop in range(1, schedule.base + 1):
-            state = iterate(state, embedding, loop, around)
-        done, core_rows = schedule.base, batch * schedule.base
-        base = _Readouts([state], list(range(batch)), [schedule.base] * batch)
-        parts.append(_score(model, base, targets, around))
-        losses, gains = (x.detach().mean(1).cpu() for x in (parts[0].losses, parts[0].gain))
-        deeper = schedule.goes_deeper(losses, gains, explores)
-        depths = torch.where(deeper, drawn, schedule.base)
-    else:
-        depths = drawn
+    before = []  # the states of the loops that every sequence runs, before depths are known
+    for loop in range(1, schedule.base + 1 if schedule.kind == "loss" else 1):
+        state = iterate(state, embedding, loop, around)
+        before.append(state)
+    depths = schedule.depths(
+        step, ids, lambda by: _measured(model, state, schedule.base, targets, around, by)
+    )
 
     # Deepest first: the sequences still in the loop are then a prefix, and no row is gathered.
     order = depths.argsort(descending=True, stable=True)
     depths = depths[order]
-    order_on_device = order.to(state.device)
-    state, embedding = state[order_on_device], embedding[order_on_device]
-    ordered = around.rows(order_on_device)
-    later = _Readouts()
-    last = _largest_over_ranks(int(depths[0]), state.device)
-    for loop in range(done + 1, last + 1):
+    on_device = order.to(state.device)
+    state, embedding, around = state[on_device], embedding[on_device], around.rows(on_device)
+    targets = targets[on_device]
+    before = [earlier[on_device] for earlier in before]
+    read = _Readouts()
+    core_rows = 0
+    for loop in range(1, _largest_over_ranks(int(depths[0]), state.device) + 1):
         here = int((depths >= loop).sum())
         running = max(here, 1)  # a rank that is done keeps step with the others, unread
-        prefix = slice(running)
-        state = iterate(state[prefix], embedding[prefix], loop, ordered.rows(prefix))
-        core_rows += running
+        if loop <= len(before):
+            state, core_rows = before[loop - 1], core_rows + batch
+        else:
+            rows = slice(running)
+            state = iterate(state[rows], embedding[rows], loop, around.rows(rows))
+            core_rows += running
         first = {
             "last": int((depths > loop).sum()),
             "pair": int((depths > loop + 1).sum()),
             "all": 0,
         }[loss_at]
-        later.add(state[first:here], order[first:here].tolist(), loop)
-    if later.rows:
-        parts.append(_score(model, later, targets, around))
-    return _combine(model, parts, order, depths, loss_at, keep_in_step=state, core_rows=core_rows)
+        read.add(state[first:here], list(range(first, here)), loop)
+    scored = _score(model, read, targets, around)
+    return _combine(model, scored, depths, keep_in_step=state, core_rows=core_rows)
+
+
+@torch.no_grad()
+def _measured(
+    model: LoopedTransformer,
+    state: Tensor,
+    loop: int,
+    targets: Tensor,
+    around: Surroundings,
+    by: str,
+) -> Tensor:
+    """What the choice of going deeper rests on, nats a token, (batch,)."""
+    if by == "gain":
+        return model.confidence(state, loop).gain.float().mean(1).cpu()
+    logits = model.head(model.decode(state, around)).float()
+    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(1).cpu()
 
 
 @dataclass
@@ -160,48 +171,37 @@ def _score(
 
 def _combine(
     model: LoopedTransformer,
-    parts: list[_Scored],
-    order: Tensor,
+    read: _Scored,
     depths: Tensor,
-    loss_at: str,
     keep_in_step: Tensor,
     core_rows: int,
 ) -> LoopLoss:
-    rows = [row for part in parts for row in part.rows]
-    loops = [loop for part in parts for loop in part.loops]
-    losses = torch.cat([part.losses for part in parts])
-    correct = torch.cat([part.correct for part in parts])
-    logit = torch.cat([part.logit for part in parts])
-    gain = torch.cat([part.gain for part in parts])
-    batch, length = len(depths), losses.shape[1]
+    batch, length = len(depths), read.losses.shape[1]
+    rows, loops = torch.tensor(read.rows), torch.tensor(read.loops)
+    weight = 1.0 / rows.bincount(minlength=batch)[rows] / batch
+    by_readout = read.losses.mean(1)
+    loss = (by_readout * weight.to(by_readout)).sum() + 0.0 * keep_in_step.float().sum()
 
-    depth_of = dict(zip(order.tolist(), depths.tolist()))
-    final = torch.tensor([depth_of[row] == loop for row, loop in zip(rows, loops)])
-    weight = final.float() if loss_at == "last" else torch.ones(len(rows))
-    per_row = torch.zeros(batch).index_add(0, torch.tensor(rows), weight)
-    weight = (weight / per_row[rows] / batch).to(losses.device)
-    by_readout = losses.mean(1)
-    loss = (by_readout * weight).sum() + 0.0 * keep_in_step.float().sum()
-
-    judged = F.binary_cross_entropy_with_logits(logit, correct)
-    place = {key: index for index, key in enumerate(zip(rows, loops))}
-    pairs = [(i, place[row, loop + 1]) for i, (row, loop) in enumerate(zip(rows, loops))
+    judged = F.binary_cross_entropy_with_logits(read.logit, read.correct)
+    place = {key: index for index, key in enumerate(zip(read.rows, read.loops))}
+    pairs = [(i, place[row, loop + 1]) for (row, loop), i in place.items()
              if (row, loop + 1) in place]  # fmt: skip
     if pairs:
-        now, then = torch.tensor(pairs, device=losses.device).T
-        seen = (losses[now] - losses[then]).detach().clamp(-_GAIN_LIMIT, _GAIN_LIMIT)
-        judged = judged + F.mse_loss(gain[now], seen)
+        now, then = torch.tensor(pairs, device=by_readout.device).T
+        seen = (read.losses[now] - read.losses[then]).detach().clamp(-_GAIN_LIMIT, _GAIN_LIMIT)
+        judged = judged + F.mse_loss(read.gain[now], seen)
     else:
-        judged = judged + 0.0 * gain.sum()
+        judged = judged + 0.0 * read.gain.sum()
 
     cost = token_flops(model.config, length / 2)
-    tokens = batch * length
-    forward = cost.at(core_rows / batch, len(rows) / batch, len(rows) / batch) * tokens
+    readouts = len(read.rows) / batch
+    forward = cost.at(core_rows / batch, readouts, readouts) * batch * length
+    final = (depths[rows] == loops).to(by_readout.device)
     return LoopLoss(
         loss=loss,
         confidence_loss=judged,
-        deepest=by_readout.detach()[final.to(losses.device)].mean(),
-        confidence_error=(logit.detach().sigmoid() - correct).abs().mean(),
+        deepest=by_readout.detach()[final].mean(),
+        confidence_error=(read.logit.detach().sigmoid() - read.correct).abs().mean(),
         mean_loops=core_rows / batch,
         flops=3 * forward,
     )
