@@ -20,7 +20,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from looptx_core.data import corpus as corpus_module
+from looptx_core.data.bundled import bundled_shards
 from looptx_core.data.corpus import PIECE, Corpus, boundary, bundled_text, cut_pieces, documents
+from looptx_core.data.datamodule import TokenData
+from looptx_core.data.hops import MAX_HOPS, hop_lines, hop_probes
 from looptx_core.data.shards import (
     Manifest,
     cached_shards,
@@ -29,6 +32,7 @@ from looptx_core.data.shards import (
     tokenize_corpus,
 )
 from looptx_core.data.tokenizer import (
+    END,
     MIN_VOCAB,
     SPECIAL_TOKENS,
     StreamDecoder,
@@ -664,3 +668,47 @@ def test_reading_imports_no_torch() -> None:
         "assert not {'torch', 'lightning', 'transformers', 'pyarrow'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_hop_lines_answer_what_their_table_says() -> None:
+    """Every query, solved by walking the printed table; probes mark just the answers."""
+    for probe in hop_probes(seed=3, lines=50):
+        table, queries = probe.text.removeprefix("map ").split(": ")
+        arrows = dict(pair for pair in table.split())
+        steps = {}
+        for letter, answer in zip(*[iter(queries.split())] * 2):
+            place, hops = letter, 0
+            while arrows[place] != place:
+                place, hops = arrows[place], hops + 1
+            assert answer == place.upper()
+            steps.setdefault(hops, []).append(answer)
+        asked = int(probe.group.removesuffix(" hops"))
+        assert [probe.text[start:end] for start, end in probe.answers] == steps[asked]
+        assert set(steps) <= set(range(1, MAX_HOPS + 1))
+    assert not set(hop_lines(3, 100)) & {probe.text for probe in hop_probes(3, 100)}
+
+
+def test_an_arrow_of_the_bundled_lines_is_one_token() -> None:
+    tokenizer = open_shards(bundled_shards(2048)).tokenizer
+    line = next(hop_lines(9, 1))
+    pairs = line.removeprefix("map ").split(":")[0].split()
+    assert all(len(tokenizer.encode(" " + pair).ids) == 1 for pair in pairs)
+
+
+def test_windows_number_their_documents(tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    (tmp_path / "texts").mkdir()
+    for number in range(40):
+        (tmp_path / "texts" / f"{number}.txt").write_text(MOBY[300 * number : 300 * number + 250])
+    tokenize_corpus([tmp_path / "texts"], out, vocab_size=300)
+    data = TokenData(out, seq_len=256, micro_batch=2, batches=1)
+    end = data.shards.tokenizer.token_to_id(END)
+    item = data.train[0]
+    tokens, documents = item["tokens"][:-1], item["documents"]
+    assert documents[0] == 0 and int(documents.max()) >= 1
+    for place in range(1, 256):
+        assert documents[place] == documents[place - 1] + int(tokens[place - 1] == end)
+    assert (
+        "documents"
+        not in TokenData(out, seq_len=256, micro_batch=2, batches=1, document_mask=False).train[0]
+    )

@@ -23,7 +23,7 @@ from looptx_core.training.curves import verdict
 from looptx_core.training.evaluate import evaluate_loops, fit_temperature
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
-from looptx_core.training.optimizer import clip_by_part, learning_rate_factor
+from looptx_core.training.optimizer import build_optimizer, clip_by_part, learning_rate_factor
 
 MODEL = ModelConfig(
     vocab_size=400, d_model=32, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=64, core_layers=1
@@ -49,13 +49,17 @@ def schedule(**settings) -> LoopSchedule:
     return LoopSchedule(TrainConfig(**settings), MODEL.max_loops)
 
 
+def unasked(by: str) -> torch.Tensor:
+    raise AssertionError(f"nothing to measure the {by} for")
+
+
 def test_depths_are_functions_of_seed_step_and_sample() -> None:
-    drawn = schedule(loop_schedule="sampled")
-    together, _ = drawn.draw(7, torch.arange(64))
-    alone = [int(drawn.draw(7, torch.tensor([i]))[0]) for i in range(64)]
+    drawn = schedule(loop_schedule="sampled", mean_loops=4)
+    together = drawn.depths(7, torch.arange(64), unasked)
+    alone = [int(drawn.depths(7, torch.tensor([i]), unasked)) for i in range(64)]
     assert together.tolist() == alone
-    assert together.tolist() != drawn.draw(8, torch.arange(64))[0].tolist()
-    many, _ = drawn.draw(0, torch.arange(4000))
+    assert together.tolist() != drawn.depths(8, torch.arange(64), unasked).tolist()
+    many = drawn.depths(0, torch.arange(4000), unasked)
     assert set(many.tolist()) == set(range(1, 11))
     assert 3.4 < float(many.double().mean()) < 4  # the truncation at 10 costs some of the 4
 
@@ -65,7 +69,7 @@ def test_the_objective_is_the_mean_of_the_readouts(loss_at: str) -> None:
     """Against one plain pass for each sequence."""
     net, (tokens, ids) = model(), batch()
     drawn = schedule(loop_schedule="sampled")
-    depths = drawn.draw(3, ids)[0].tolist()
+    depths = drawn.depths(3, ids, unasked).tolist()
     found = loop_loss(net, tokens, drawn, 3, ids, loss_at=loss_at)
     rows = []
     for row, depth in enumerate(depths):
@@ -80,17 +84,80 @@ def test_loss_sends_the_hard_sequences_deeper() -> None:
     net, (tokens, ids) = model(), batch()
     losses = [evaluate_loops(net, tokens[i : i + 1], 1).loss_by_loop[0] for i in range(6)]
     middle = sorted(losses)[3] - 1e-6
-    rule = schedule(loop_schedule="loss", loss_threshold=middle, explore=0.0)
-    drawn = rule.draw(0, ids)[0]
-    assert int(drawn.min()) >= 2
-    expected = [int(d) if loss > middle else 1 for d, loss in zip(drawn, losses)]
-    assert loop_loss(net, tokens, rule, 0, ids).mean_loops == sum(expected) / 6
+    rule = schedule(loop_schedule="loss", deeper_by="loss", loss_threshold=middle, explore=0.0)
+    depths = rule.depths(0, ids, lambda by: torch.tensor(losses))
+    assert [depth >= 2 for depth in depths.tolist()] == [loss > middle for loss in losses]
+    assert loop_loss(net, tokens, rule, 0, ids).mean_loops == float(depths.double().mean())
+
+
+def test_loss_sends_deeper_what_has_most_to_gain() -> None:
+    """By the confidence head's forecast, made here to be what a token's own bias says."""
+    net, (tokens, ids) = model(), batch()
+    with torch.no_grad():
+        gains = net.confidence(next(net.states(tokens[:, :-1], 1)), 1).gain.mean(1)
+    rule = schedule(loop_schedule="loss", deeper_share=0.5, explore=0.0)
+    deeper = rule.depths(0, ids, lambda by: gains) >= 2
+    assert deeper.tolist() == (gains > gains.median()).tolist()
+    fresh = schedule(loop_schedule="loss", deeper_share=0.5, explore=0.0)
+    assert loop_loss(net, tokens, fresh, 0, ids).mean_loops == float(
+        rule.depths(0, ids, lambda by: gains).double().mean()
+    )
+
+
+def test_a_share_of_the_sequences_draws_its_depth_regardless() -> None:
+    rule = schedule(loop_schedule="loss", explore=0.5, loss_threshold=1e9)
+    depths = rule.depths(0, torch.arange(2000), lambda by: torch.zeros(2000))
+    free = schedule(loop_schedule="sampled").depths(0, torch.arange(2000), unasked)
+    expected = 0.5 * float((free >= 2).double().mean())
+    assert float((depths >= 2).double().mean()) == pytest.approx(expected, abs=0.05)
 
 
 def test_the_adaptive_threshold_is_in_the_state() -> None:
-    rule = schedule(loop_schedule="loss", explore=0.0)
-    rule.goes_deeper(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3, dtype=torch.bool))
+    rule = schedule(loop_schedule="loss", explore=0.0, deeper_share=0.5)
+    rule.depths(0, torch.arange(3), lambda by: torch.tensor([1.0, 2.0, 3.0]))
     assert float(rule.state_dict()["threshold"]) == 2.0
+
+
+@pytest.mark.parametrize("rule", ["sampled", "loss"])
+def test_a_masked_document_learns_what_it_would_alone(rule: str) -> None:
+    """The loss of a window of two documents is that of the documents, each by itself."""
+    net, (tokens, ids) = model(), batch()
+    documents = torch.zeros(6, 16, dtype=torch.long)
+    documents[:, 7:] = 1
+    drawn = schedule(loop_schedule=rule, explore=0.0, loss_threshold=-1e9)
+    together = loop_loss(net, tokens, drawn, 0, ids, documents=documents)
+    first = loop_loss(net, tokens[:, :8], drawn, 0, ids)
+    second = loop_loss(net, tokens[:, 7:], drawn, 0, ids)
+    alone = (7 * first.loss + 9 * second.loss) / 16
+    assert float(together.loss.detach()) == pytest.approx(float(alone.detach()), abs=1e-5)
+    unmasked = loop_loss(net, tokens, drawn, 0, ids)
+    assert abs(float(unmasked.loss.detach()) - float(alone.detach())) > 1e-5
+
+
+def test_muon_for_the_blocks_and_adamw_for_the_rest() -> None:
+    """Every weight is stepped by one of the two, and their state comes back."""
+    tokens, ids = batch()
+    config = TrainConfig(lr=0.01)
+    runs = []
+    for interrupted in (False, True):
+        net = model()
+        optimizer = build_optimizer(net, config)
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(
+            list(net.parameters())
+        )
+        for step in range(4):
+            if interrupted and step == 2:
+                saved = optimizer.state_dict()
+                optimizer = build_optimizer(net, config)
+                optimizer.load_state_dict(saved)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 * (step + 1)
+            found = loop_loss(net, tokens, schedule(), step, ids)
+            (found.loss + found.confidence_loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert torch.equal(*runs)
 
 
 def test_recomputing_gives_the_same_gradients() -> None:

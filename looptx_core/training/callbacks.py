@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import threading
@@ -13,6 +14,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+
+from looptx_core.errors import DataError
 
 
 class JsonLines(Logger):
@@ -52,20 +55,17 @@ class JsonLines(Logger):
         """Drop the records after `step`, and what a kill left half-written."""
         if not self.file.exists():
             return
-        kept = []
-        for line in self.file.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] > step:
-                    continue
-            except ValueError:
-                continue
-            kept.append(line + "\n")
-        self.file.write_text("".join(kept))
+        kept = [record for record in read_metrics(self.file) if record["step"] <= step]
+        self.file.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    """The records of a `metrics.jsonl`; a line that a kill left half-written is none."""
+    records = []
+    for line in file.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 class Checkpoints(ModelCheckpoint):
@@ -122,7 +122,30 @@ class StopCleanly(L.Callback):
         self._handlers = {}
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written whole."""
-    found = sorted(folder.glob("step-*.ckpt"))
-    return found[-1] if found else None
+def resume_point(folder: Path, metrics: Path, log_every: int, val_every: int) -> Path | None:
+    """The last checkpoint to go on from without a gap in the log.
+
+    Lightning saves a step before it logs and validates it; a kill in between leaves a checkpoint
+    ahead of its records, and the one before it serves.
+    """
+    found = sorted(folder.glob("step-*.ckpt"), reverse=True)
+    if not metrics.exists():
+        return found[0] if found else None
+    trained: set[int] = set()
+    validated: set[int] = set()
+    for record in read_metrics(metrics):
+        (validated if "val_loss" in record else trained).add(record["step"])
+    for file in found:
+        step = step_of(file)
+        logged = step % log_every or step in trained
+        if logged and (step % val_every or step in validated):
+            return file
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was saved at."""
+    try:
+        return int(checkpoint.stem.removeprefix("step-"))
+    except ValueError as error:
+        raise DataError(f"{checkpoint}: not a checkpoint of looptx; remove it") from error

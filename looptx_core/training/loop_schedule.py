@@ -25,7 +25,7 @@ from looptx_core.config.run import TrainConfig
 from looptx_core.errors import UsageError
 
 _DEPTH_SPREAD = 0.5  # sigma of the log-normal rate, Huginn's
-_THRESHOLD_MEMORY = 0.98  # of the running quantile, about the last fifty steps
+_THRESHOLD_MEMORY = 0.9  # of the running quantile: the last ten steps, as losses fall fast
 
 
 class LoopSchedule(torch.nn.Module):

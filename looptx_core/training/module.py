@@ -29,7 +29,8 @@ class LoopedLM(L.LightningModule):
     """Trains a `LoopedTransformer` in any Lightning Trainer.
 
     A batch is a mapping with `tokens`, (batch, length + 1) ids, `ids`, (batch,) sample numbers,
-    and optionally `documents`, (batch, length), to keep attention within. After a validation `evaluation` holds loss, accuracy and confidence by loop.
+    and optionally `documents`, (batch, length), to keep attention within. After a validation
+    `evaluation` holds loss, accuracy and confidence by loop.
     """
 
     def __init__(self, model: LoopedTransformer, config: TrainConfig) -> None:

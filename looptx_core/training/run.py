@@ -17,18 +17,24 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.datamodule import TokenData
 from looptx_core.data.probes import probe_batches, read_probes
-from looptx_core.errors import DataError, Interrupted, LooptxError, UsageError
+from looptx_core.errors import Interrupted, LooptxError, UsageError
 from looptx_core.model.attention import choose_backend
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.callbacks import (
     Checkpoints,
     JsonLines,
     StopCleanly,
-    newest_checkpoint,
     read_metrics,
+    resume_point,
+    step_of,
 )
 from looptx_core.training.curves import plot_run, verdict
-from looptx_core.training.evaluate import LoopEvaluation, evaluate_batch, evaluate_loops, fit_temperature
+from looptx_core.training.evaluate import (
+    LoopEvaluation,
+    evaluate_batch,
+    evaluate_loops,
+    fit_temperature,
+)
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.module import LoopedLM, quiet_lightning
 
@@ -118,9 +124,11 @@ def train(
     module = LoopedLM(model, config)
 
     checkpoints, metrics = folder / "checkpoints", JsonLines(folder / "metrics.jsonl", watch)
-    start_from = newest_checkpoint(checkpoints) if resume else None
+    start_from = None
+    if resume:
+        start_from = resume_point(checkpoints, metrics.file, config.log_every, config.val_every)
     if start_from is not None:
-        step = _step_of(start_from)
+        step = step_of(start_from)
         metrics.cut_back(step)
         report(f"resumed: at step {step}, from {start_from}")
     elif resume:
@@ -139,7 +147,7 @@ def train(
             ) from error
     if stop.reason == "interrupted":
         left = (config.steps - trainer.global_step) * (time.monotonic() - stop.begun)
-        left /= max(1, trainer.global_step - (_step_of(start_from) if start_from else 0))
+        left /= max(1, trainer.global_step - (step_of(start_from) if start_from else 0))
         raise Interrupted(
             f"stopped and saved at step {trainer.global_step} of {config.steps}; go on with "
             f"looptx train --resume {folder} (about {left / 60:.1f} minutes left)"
@@ -247,10 +255,3 @@ def _evaluate(model: LoopedTransformer, batches: TokenData, loops: int) -> LoopE
     for part in parts[1:]:
         total = total + part
     return total
-
-
-def _step_of(checkpoint: Path) -> int:
-    try:
-        return int(checkpoint.stem.removeprefix("step-"))
-    except ValueError as error:
-        raise DataError(f"{checkpoint}: not a checkpoint of looptx; remove it") from error
