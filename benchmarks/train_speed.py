@@ -2,7 +2,8 @@
 
 Both have width 512, 12 effective layers, float32, AdamW; rounds alternate in one process. Ours is
 2 + 2 x 4 + 2, with the loss at the final loop only, and beside it the default recipe (depths by
-the loss, two read-outs a sequence).
+the loss, two read-outs a sequence), with AdamW and with its own Muon: a step of only 2,048 tokens
+shows what Muon costs at its worst.
 
     python benchmarks/train_speed.py [--rounds 5] [--compile]
 """
@@ -103,9 +104,10 @@ def main() -> None:
     args = parser.parse_args()
     sides = {
         "looptx, last loop only": ours(
-            args.compile, loop_schedule="fixed", loops=4, loss_at="last"
+            args.compile, loop_schedule="fixed", loops=4, loss_at="last", optimizer="adamw"
         ),
         "transformers": theirs(),
+        "looptx, default recipe, AdamW": ours(args.compile, optimizer="adamw"),
         "looptx, default recipe": ours(args.compile),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}

@@ -81,8 +81,8 @@ class Reference:
         x_norm = block.attention_norm(x)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         q, k, v = (part(x_norm).view(1, 1, -1, CONFIG.head_dim) for part in projections)
-        q = rotate(attention.q_norm(q).transpose(1, 2), rotary)
-        k = rotate(attention.k_norm(k).transpose(1, 2), rotary)
+        q = rotate(attention.q_norm(q), rotary).transpose(1, 2)
+        k = rotate(attention.k_norm(k), rotary).transpose(1, 2)
         entries = self.memory.setdefault(key, [])
         past = [seen_at(one) for one in entries[:position]]
         if loop == 1:

@@ -12,6 +12,7 @@ from looptx_core.model.attention import Recording, choose_backend, explicit
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.flops import parameter_count, token_flops
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.norm import RMSNorm
 
 CONFIG = ModelConfig(
     vocab_size=97, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, max_seq_len=64
@@ -182,3 +183,43 @@ def test_counts() -> None:
     # The explicit back end multiplies the masked half too: every token meets all 32.
     counted = token_flops(CONFIG, 32).at(3, readouts=1, decisions=1) * 32
     assert abs(counter.get_total_flops() / counted - 1) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_norm_is_torchs(dtype: torch.dtype) -> None:
+    norm = RMSNorm(24, 1e-6).to(dtype)
+    with torch.no_grad():
+        norm.weight.add_(torch.randn(24).to(dtype))
+    x = torch.randn(3, 5, 24).to(dtype).requires_grad_()
+    expected = torch.nn.functional.rms_norm(x, (24,), norm.weight, 1e-6)
+    error = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(norm(x), expected, atol=error, rtol=error)
+    ours, theirs = (torch.autograd.grad(y.square().sum(), x)[0] for y in (norm(x), expected))
+    torch.testing.assert_close(ours, theirs, atol=10 * error, rtol=10 * error)
+    nothing = torch.zeros(2, 24, dtype=dtype, requires_grad=True)
+    norm(nothing).sum().backward()
+    assert nothing.grad is not None and nothing.grad.isfinite().all()
+
+
+def test_joined_projections_change_nothing() -> None:
+    model, ids = build(), tokens()
+    with torch.no_grad():
+        before, names = model(ids, 3).logits, set(model.state_dict())
+        model.join()
+        joined = [
+            module for module in model.modules() if getattr(module, "_joined", None) is not None
+        ]
+        assert len(joined) == 2 * 4 and set(model.state_dict()) == names
+        torch.testing.assert_close(model(ids, 3).logits, before, atol=1e-12, rtol=1e-12)
+    # The joined matrix is the weights themselves: it follows an optimizer and a loaded state.
+    torch.optim.SGD(model.parameters(), lr=0.1).zero_grad()
+    model(ids, 3).logits.square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with torch.no_grad():
+        after = model(ids, 3).logits
+        assert not torch.allclose(after, before)
+        apart = build()
+        apart.load_state_dict(model.state_dict())
+        torch.testing.assert_close(apart(ids, 3).logits, after, atol=1e-12, rtol=1e-12)
+        # A cast gives new memory, and what was joined is no longer used.
+        assert model.float()(ids, 3).logits.dtype == torch.float32

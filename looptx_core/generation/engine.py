@@ -116,7 +116,8 @@ class _Prediction(NamedTuple):
 class Engine:
     """Generates with one model; `exit_settings` are the model's own, stored beside it.
 
-    Puts the model into evaluation mode. `batch_size`: the most prompts that run at once.
+    Puts the model into evaluation mode and joins its projections. `batch_size`: the most
+    prompts that run at once.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Engine:
         batch_size: int = 32,
     ) -> None:
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+        model.join()
         self.exit_settings = exit_settings or ExitSettings()
         self.batch_size = batch_size
         self.end = end_id(tokenizer)

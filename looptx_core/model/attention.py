@@ -24,6 +24,12 @@ everything when new == 1. The output has the queries' shape.
 
 def sdpa(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """torch's fused attention; runs everywhere."""
+    batch, heads, new, width = queries.shape
+    if new == 1 and keys.shape[1] != heads:
+        # A single token's query heads of one key head do as well for rows of a sequence.
+        grouped = queries.view(batch, keys.shape[1], -1, width)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+        return out.view(batch, heads, 1, width)
     return F.scaled_dot_product_attention(
         queries,
         keys,

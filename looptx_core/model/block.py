@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.model.attention import Attend, sdpa
 from looptx_core.model.cache import Slot
+from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import Rotary, rotate
 
 
@@ -32,47 +35,84 @@ class Surroundings:
         return Surroundings((pick(cos), pick(sin)), mask, self.attend)
 
 
-class Attention(nn.Module):
+class SideBySide(nn.Module):
+    """A module whose linear layers `beside` read the same input.
+
+    They stay apart in training, as the backward of a split copies its parts, and under their
+    usual names; `join` lays their weights in one matrix, for one product where no gradient is
+    asked for.
+    """
+
+    beside: tuple[str, ...]
+    _joined: Tensor | None = None
+
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        """Each layer's output."""
+        if self._joined is None or torch.is_grad_enabled():
+            return [self.get_submodule(name)(x) for name in self.beside]
+        return F.linear(x, self._joined).split(self._widths, dim=-1)
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """The weights become rows of one matrix; values, names and memory stay the same."""
+        layers = [self.get_submodule(name) for name in self.beside]
+        weights = [layer.weight for layer in layers if type(layer) is nn.Linear]
+        if len(weights) == len(layers):  # an adapter's layer does more than a product
+            self._widths = [len(weight) for weight in weights]
+            self._joined = torch.cat(weights)
+            for weight, rows in zip(weights, self._joined.split(self._widths)):
+                weight.data = rows
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SideBySide:
+        self._joined = None  # a move or a cast gives each weight its own memory again
+        return super()._apply(fn, recurse)
+
+
+class Attention(SideBySide):
     """Grouped-query attention (arXiv 2305.13245) with RoPE."""
+
+    beside = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads, self.kv_heads = config.n_heads, config.n_kv_heads
         self.head_dim = config.head_dim
         width, kv_width = (n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
         self.q_proj = nn.Linear(config.d_model, width, bias=False)
         self.k_proj = nn.Linear(config.d_model, kv_width, bias=False)
         self.v_proj = nn.Linear(config.d_model, kv_width, bias=False)
         self.o_proj = nn.Linear(width, config.d_model, bias=False)
-        norm = nn.RMSNorm if config.qk_norm else _identity
+        norm = RMSNorm if config.qk_norm else _identity
         self.q_norm = norm(config.head_dim, eps=config.norm_eps)
         self.k_norm = norm(config.head_dim, eps=config.norm_eps)
 
     def forward(self, x: Tensor, around: Surroundings, slot: Slot | None) -> Tensor:
         batch, length, _ = x.shape
-        queries = self.q_proj(x).view(batch, length, self.heads, self.head_dim)
-        keys = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim)
-        values = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        queries = rotate(self.q_norm(queries).transpose(1, 2), around.rotary)
-        keys = rotate(self.k_norm(keys).transpose(1, 2), around.rotary)
+        queries, keys, values = (
+            part.view(batch, length, -1, self.head_dim) for part in self.project(x)
+        )
+        queries = rotate(self.q_norm(queries), around.rotary).transpose(1, 2)
+        keys = rotate(self.k_norm(keys), around.rotary).transpose(1, 2)
+        values = values.transpose(1, 2)
         if slot is not None:
             keys, values = slot.extend(keys, values)
         out = around.attend(queries, keys, values, around.mask)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
 
 
-class GeGLU(nn.Module):
+class GeGLU(SideBySide):
     """down(gelu(gate(x)) * up(x)), arXiv 2002.05202."""
+
+    beside = ("gate_proj", "up_proj")
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        # Apart, not fused: the backward of a split copies both halves.
         self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.project(x)
+        return self.down_proj(F.gelu(gate) * up)
 
 
 class Block(nn.Module):
@@ -80,9 +120,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = GeGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
+from looptx_core.model.norm import RMSNorm
 
 
 class Confidence(NamedTuple):
@@ -37,7 +38,7 @@ class ConfidenceHead(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden = max(32, config.d_model // 4)
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.hidden = nn.Linear(config.d_model, hidden)
         self.loop = nn.Embedding(config.max_loops, hidden)
         self.out = nn.Linear(hidden, 2)

@@ -22,14 +22,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.model.attention import Attend, sdpa
-from looptx_core.model.block import Block, Surroundings
+from looptx_core.model.block import Block, SideBySide, Surroundings
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.confidence import Confidence, ConfidenceHead
+from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_tables
 
 
@@ -44,8 +44,9 @@ class LoopOutput(NamedTuple):
 class Injection(nn.Module):
     """What enters the core at each loop, from the last state and the prelude's output.
 
-    decay: exp(-softplus(a)) * norm(state) + b * norm(embedding), a and b per channel, so that a
-    state's share shrinks from loop to loop and the norm bounds its size at any depth.
+    decay: sigmoid(-a) * norm(state) + b * norm(embedding), a and b per channel; the sigmoid is
+    Parcae's exp(-softplus(a)). A state's share shrinks from loop to loop, and the norm bounds its
+    size at any depth.
     add: norm(state) + norm(embedding), the ablation. none: the state as it is.
     """
 
@@ -54,8 +55,8 @@ class Injection(nn.Module):
         self.kind = config.injection
         if self.kind == "none":
             return
-        self.state_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.embedding_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.state_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.embedding_norm = RMSNorm(config.d_model, config.norm_eps)
         if self.kind == "decay":
             self.decay = nn.Parameter(torch.zeros(config.d_model))
             self.gain = nn.Parameter(torch.full((config.d_model,), 0.5))
@@ -66,7 +67,7 @@ class Injection(nn.Module):
         state, embedding = self.state_norm(state), self.embedding_norm(embedding)
         if self.kind == "add":
             return state + embedding
-        return torch.exp(-F.softplus(self.decay)) * state + self.gain * embedding
+        return torch.sigmoid(-self.decay) * state + self.gain * embedding
 
 
 class LoopedTransformer(nn.Module):
@@ -81,7 +82,7 @@ class LoopedTransformer(nn.Module):
         self.injection = Injection(config)
         self.core = nn.ModuleList(Block(config) for _ in range(config.core_layers))
         self.coda = nn.ModuleList(Block(config) for _ in range(config.coda_layers))
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -199,6 +200,12 @@ class LoopedTransformer(nn.Module):
         if cache is not None:
             cache.advance(tokens.shape[1])
         return LoopOutput(logits, state, self.confidence(state, loops))
+
+    def join(self) -> None:
+        """Make ready for decoding: projections of the same input in one product each."""
+        for module in self.modules():
+            if isinstance(module, SideBySide):
+                module.join()
 
     def trunk_parameters(self) -> list[nn.Parameter]:
         """All parameters but the confidence head's."""

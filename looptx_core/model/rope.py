@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines, each (batch or 1, 1, length, head_dim), ready to broadcast over heads."""
+"""Cosines and signed sines, each (batch or 1, length, 1, head_dim), to broadcast over heads."""
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
@@ -19,12 +19,13 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.d
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     frequencies = 1.0 / theta ** (exponents / head_dim)
     angles = positions[..., None].float() * frequencies
-    angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = angles.unsqueeze(2)
+    cos, sin = angles.cos(), angles.sin()
+    # The sign is in the table, so that a turn is two products and a roll.
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn queries or keys, (batch, heads, length, head_dim), to their positions."""
+    """Turn queries or keys, (batch, length, heads, head_dim), to their positions."""
     cos, sin = rotary
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin

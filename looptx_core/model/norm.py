@@ -1,0 +1,26 @@
+"""Root mean square normalisation (RMSNorm, arXiv 1910.07467)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.width, self.eps = width, eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.element_size() < 4:
+            return F.rms_norm(x, (self.width,), self.weight, self.eps)
+        # On CPUs torch's own is a row of slow kernels; a vector's length is one fast one.
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = length.square().add(self.width * self.eps).rsqrt()
+        return x * scale * (self.weight * math.sqrt(self.width))
