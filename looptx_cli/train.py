@@ -192,5 +192,6 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
         out.print(f"{loops:>4} loops: {flops:.3g} FLOPs a token forward, read out once")
     for part, size in plan.bytes.items():
         out.print(f"{part:>20}: {size / 2**30:8.3f} GiB")
+    out.print(f"{'KV cache, generating':>20}: {plan.cache / 2**30:8.3f} GiB a full context")
     out.print(f"{'memory here':>20}: {plan.available / 2**30:8.3f} GiB ({plan.device})")
     out.print("It fits." if plan.fits else "It does not fit. " + plan.advice, soft_wrap=True)

@@ -98,3 +98,16 @@ def test_bare_generate_takes_the_bundled_model(installed: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Call me") and len(done.stdout) > len("Call me\n")
     assert "bundled" in done.stderr and "try next" in done.stderr
+
+
+def test_the_example(installed: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples/own_trainer.py", "--steps", "3"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "10 loops:" in done.stdout

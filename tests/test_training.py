@@ -24,6 +24,7 @@ from looptx_core.training.evaluate import evaluate_loops, fit_temperature
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import build_optimizer, clip_by_part, learning_rate_factor
+from looptx_core.training.plan import plan
 
 MODEL = ModelConfig(
     vocab_size=400, d_model=32, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=64, core_layers=1
@@ -343,3 +344,34 @@ def test_dry_run(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     assert "7,1" in done.stdout and "does not fit" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("loss_at", ["last", "pair", "all"])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_the_plan_counts_what_autograd_keeps(loss_at: str, qk_norm: bool) -> None:
+    shape = ModelConfig(vocab_size=256, d_model=128, d_ff=384, qk_norm=qk_norm)
+    config = TrainConfig(
+        batch_size=4, loop_schedule="fixed", loops=3, loss_at=loss_at, optimizer="muon"
+    )
+    model, ids = LoopedTransformer(shape), torch.arange(4)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in own:
+            kept[place] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = loop_loss(model, torch.zeros(4, 129, dtype=torch.long),
+                          LoopSchedule(config, 10), 0, ids, loss_at=loss_at)  # fmt: skip
+    saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    counted = plan(shape, config).bytes
+    assert saved <= counted["activations"] <= 1.3 * saved  # the gradients' peak is counted too
+
+    (found.loss + found.confidence_loss).backward()
+    optimizer = build_optimizer(model, config)
+    optimizer.step()
+    states = [state for part in optimizer.parts for state in part.state.values()]
+    real = sum(x.numel() * 4 for state in states for x in state.values() if x.numel() > 1)
+    assert counted["optimizer"] == pytest.approx(real, rel=0.02)

@@ -21,6 +21,8 @@ class Plan:
     """Forward, by loops, read out once at the end, at half the sequence's length of context."""
     bytes: dict[str, int]
     total: int
+    cache: int
+    """Of one sequence of `max_seq_len` tokens at full depth, in generation; not in `total`."""
     available: int
     device: str
     fits: bool
@@ -28,7 +30,7 @@ class Plan:
 
 
 def plan(model: ModelConfig, config: TrainConfig) -> Plan:
-    """Count a run's needs in float32 weights and AdamW, and compare with this machine."""
+    """Count a run's needs in float32, and compare with this machine."""
     parameters = parameter_count(model)
     max_loops = config.max_loops or model.max_loops
     cost = token_flops(model, config.seq_len / 2)
@@ -41,6 +43,12 @@ def plan(model: ModelConfig, config: TrainConfig) -> Plan:
         flops_per_token={loops: cost.at(loops) for loops in sorted({1, 2, 4, max_loops})},
         bytes=sizes,
         total=total,
+        cache=2
+        * 4
+        * model.max_seq_len
+        * model.effective_layers(max_loops)
+        * model.n_kv_heads
+        * model.head_dim,
         available=available,
         device=device,
         fits=fits,
@@ -51,25 +59,28 @@ def plan(model: ModelConfig, config: TrainConfig) -> Plan:
 def _sizes(
     model: ModelConfig, config: TrainConfig, parameters: int, max_loops: int
 ) -> dict[str, int]:
-    rows = config.micro_batch or config.batch_size
-    tokens = rows * config.seq_len
-    # Kept for the backward pass by one block, in units of a token: its norms, projections,
-    # rotated heads, GeGLU, and residuals; measured to hold within a few percent.
-    heads = (model.n_heads + 2 * model.n_kv_heads) * model.head_dim
-    block = 4 * (8 * model.d_model + 5 * heads + 4 * model.d_ff)
-    mean = max_loops if config.loop_schedule == "fixed" else min(config.mean_loops, max_loops)
-    readouts = {"last": 1.0, "pair": 2.0, "all": mean}[config.loss_at]
-    if config.grad_checkpointing:
-        core = mean * 4 * model.d_model + model.core_layers * block
-    else:
-        core = mean * model.core_layers * block
-    ends = model.prelude_layers * block + readouts * model.coda_layers * block
-    vocabulary = readouts * 4 * 3 * model.vocab_size  # logits, their softmax and its gradient
+    rows = config.micro_batch or config.batch_size // config.devices
+    # Kept for the backward pass, in floats a token: what autograd saves, as a test counts.
+    queries, keys = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+    attention = (3 if model.qk_norm else 1) * (queries + keys) + keys + 2 * queries
+    block = 7 * model.d_model + attention + 4 * model.d_ff
+    loop = model.core_layers * block + (0 if model.injection == "none" else 8 * model.d_model)
+    loops = config.mean_loops if config.loop_schedule != "fixed" else config.loops or max_loops
+    loops = min(loops, max_loops)
+    readouts = {"last": 1.0, "pair": min(2.0, loops), "all": loops}[config.loss_at]
+    # With checkpointing each loop keeps its state, and one loop at a time all that it needs.
+    core = 2 * loops * model.d_model + loop if config.grad_checkpointing else loops * loop
+    heads = readouts * (model.coda_layers * block + 5 * model.d_model + 2 * model.vocab_size)
+    floats = model.prelude_layers * block + core + heads
+    blocks = model.prelude_layers + model.core_layers + model.coda_layers
+    matrices = blocks * (model.d_model * (2 * queries + 2 * keys) + 3 * model.d_model * model.d_ff)
+    muon = config.optimizer == "muon"
     return {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
-        "optimizer": 8 * parameters,
-        "activations": int(tokens * (core + ends + vocabulary)),
+        # AdamW keeps two numbers a weight, Muon one for each weight of a block's matrices.
+        "optimizer": 8 * parameters - (4 * matrices if muon else 0),
+        "activations": int(4 * rows * config.seq_len * floats),
     }
 
 
