@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -304,6 +305,20 @@ def test_a_loss_of_nan_stops_and_keeps_the_checkpoint(tmp_path, shards) -> None:
     assert code == 1, err
     assert "not finite at step" in err.splitlines()[-1]
     assert list((folder / "checkpoints").glob("*.ckpt"))
+
+
+def test_a_full_disk_at_a_checkpoint(tmp_path, shards) -> None:
+    """The system refuses more than so many bytes a file: one line, nothing half-written."""
+    folder = tmp_path / "full"
+    settings = SETTINGS | {"save_every": 4}
+    process = run(folder, shards, settings, wait=False)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert "cannot save to" in (last := err.splitlines()[-1]) and f"--resume {folder}" in last
+    assert not list((folder / "checkpoints").iterdir())
+    code, _, err = run(folder, shards, settings, "--resume", str(folder))
+    assert code == 0 and (folder / "final").exists(), err
 
 
 def test_json_lines_end_with_a_summary(tmp_path, shards) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import threading
 import time
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from looptx_core.errors import DataError
 
@@ -82,6 +85,31 @@ class Checkpoints(ModelCheckpoint):
             every_n_train_steps=every,
             save_on_train_epoch_end=False,
         )
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints that are whole or not there, whatever ends the write.
+
+    Lightning writes to the system's folder for temporary files and moves from there, which is a
+    copy, and can be cut short, where that is another file system.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write beside the final name, then rename. Raises `OSError`."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 class StopCleanly(L.Callback):

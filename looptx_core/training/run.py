@@ -24,6 +24,7 @@ from looptx_core.training.callbacks import (
     Checkpoints,
     JsonLines,
     StopCleanly,
+    WholeFiles,
     read_metrics,
     resume_point,
     step_of,
@@ -181,6 +182,7 @@ def _trainer(
         use_distributed_sampler=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        plugins=[WholeFiles()],
         callbacks=[
             *callbacks,
             Checkpoints(folder / "checkpoints", config.save_every, config.keep),
