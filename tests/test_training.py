@@ -21,7 +21,7 @@ from looptx_core.data.datamodule import SeededBatches
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.callbacks import read_metrics
 from looptx_core.training.curves import verdict
-from looptx_core.training.evaluate import evaluate_loops, fit_temperature
+from looptx_core.training.evaluate import evaluate_loops, fit_gain, fit_temperature
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import build_optimizer, clip_by_part, learning_rate_factor
@@ -202,6 +202,18 @@ def test_temperature() -> None:
     true = torch.randn(20_000, generator=generator)
     hit = (torch.rand(20_000, generator=generator) < true.sigmoid()).float()
     assert fit_temperature(3 * true, hit) == pytest.approx(3, rel=0.05)
+
+
+def test_predicted_gains_become_true_ones() -> None:
+    """A loop that brings what was predicted, half of it, and nothing at all."""
+    generator = torch.Generator().manual_seed(0)
+    predicted = torch.randn(4, 20_000, generator=generator) + 0.3
+    drops = torch.stack([predicted[0], 0.5 * predicted[1] + 0.1, torch.zeros(20_000)])
+    drops += torch.randn(3, 20_000, generator=generator)
+    loss = torch.cat([torch.full((1, 20_000), 9.0), 9.0 - drops.cumsum(0)])
+    slope, offset = fit_gain(predicted, loss)
+    assert slope == pytest.approx((1.0, 0.5, 0.0), abs=0.03)
+    assert offset == pytest.approx((0.0, 0.1, 0.0), abs=0.03)
 
 
 def test_batches_are_functions_of_the_seed() -> None:

@@ -27,6 +27,11 @@ class ExitSettings:
     """Stop when the most likely token's probability is at least this."""
     temperature: float = 1.0
     """Calibration of the confidence: its log-odds are divided by this (arXiv 1706.04599)."""
+    gain_slope: tuple[float, ...] = ()
+    """Calibration of the gain: after loop t it is slope[t] * predicted + offset[t]. Deeper loops
+    take the last; none leaves the prediction as it is."""
+    gain_offset: tuple[float, ...] = ()
+    """See `gain_slope`."""
     kv_policy: str = "fill"
     """What an early exit leaves in the deeper cache slots; see `looptx_core.model.cache`."""
 

@@ -64,7 +64,7 @@ class TrainConfig:
     """loss: go deeper above this, in nats a token; absent: adaptive."""
     deeper_share: float = 0.6
     """loss, adaptive: the share of sequences that the threshold sends deeper."""
-    explore: float = 0.3
+    explore: float = 0.6
     """loss: the share of sequences that draw their depth regardless of the rule."""
     loss_at: Literal["pair", "all", "last"] = "pair"
     """Loops with a loss: each sequence's last two, all, or its last alone."""

@@ -348,9 +348,13 @@ class Engine:
         return _Prediction(final_logits, depths.tolist(), confidence)
 
     def _confidence(self, state: Tensor, loop: int) -> tuple[Tensor, Tensor]:
-        """Calibrated confidence and predicted gain at the last column, each (rows,)."""
-        judged = self.model.confidence(state[:, -1:], loop)
-        return torch.sigmoid(judged.logit[:, 0] / self.exit_settings.temperature), judged.gain[:, 0]
+        """Confidence and predicted gain at the last column, both calibrated, each (rows,)."""
+        judged, own = self.model.confidence(state[:, -1:], loop), self.exit_settings
+        gain = judged.gain[:, 0]
+        if own.gain_slope:
+            place = min(loop, len(own.gain_slope)) - 1
+            gain = own.gain_slope[place] * gain + own.gain_offset[place]
+        return torch.sigmoid(judged.logit[:, 0] / own.temperature), gain
 
 
 def _for_each(

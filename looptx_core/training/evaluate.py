@@ -16,8 +16,8 @@ from looptx_core.model.loop import LoopedTransformer
 class LoopEvaluation:
     """Sums over tokens for each loop; add evaluations up, then read the means.
 
-    loss, correct, norm: (loops,) float64. probability, logit, hit: (loops, tokens), the
-    confidence's inputs for calibration, or empty where they were not kept.
+    loss, correct, norm: (loops,) float64. logit, hit, gain, each: (loops, tokens), what the
+    confidence head said, whether the top token was right, and the loss, for calibration.
     """
 
     tokens: int
@@ -26,6 +26,8 @@ class LoopEvaluation:
     norm: Tensor
     logit: Tensor
     hit: Tensor
+    gain: Tensor
+    each: Tensor
 
     def __add__(self, other: LoopEvaluation) -> LoopEvaluation:
         return LoopEvaluation(
@@ -35,6 +37,8 @@ class LoopEvaluation:
             self.norm + other.norm,
             torch.cat([self.logit, other.logit], 1),
             torch.cat([self.hit, other.hit], 1),
+            torch.cat([self.gain, other.gain], 1),
+            torch.cat([self.each, other.each], 1),
         )
 
     @property
@@ -73,22 +77,26 @@ def evaluate_loops(
     targets = tokens[:, 1:]
     counted = torch.ones_like(targets, dtype=torch.bool) if counted is None else counted
     around = model.surroundings(targets.shape[1], documents=documents)
-    losses, hits, norms, logits = [], [], [], []
+    losses, hits, norms, logits, gains = [], [], [], [], []
     for loop, state in enumerate(model.states(tokens[:, :-1], loops, around=around), start=1):
         predicted = model.head(model.decode(state, around)).float()
         loss = F.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="none")
-        losses.append(loss.view(targets.shape)[counted].double().sum())
+        losses.append(loss.view(targets.shape)[counted])
         hits.append((predicted.argmax(-1) == targets)[counted])
         norms.append(state.float().square().mean(-1).sqrt()[counted].double().sum())
-        logits.append(model.confidence(state, loop).logit.float()[counted])
-    hit = torch.stack(hits)
+        judged = model.confidence(state, loop)
+        logits.append(judged.logit.float()[counted])
+        gains.append(judged.gain.float()[counted])
+    hit, each = torch.stack(hits), torch.stack(losses)
     return LoopEvaluation(
         tokens=int(counted.sum()),
-        loss=torch.stack(losses).cpu(),
+        loss=each.double().sum(1).cpu(),
         correct=hit.double().sum(1).cpu(),
         norm=torch.stack(norms).cpu(),
         logit=torch.stack(logits).cpu(),
         hit=hit.float().cpu(),
+        gain=torch.stack(gains).cpu(),
+        each=each.cpu(),
     )
 
 
@@ -118,3 +126,19 @@ def fit_temperature(logit: Tensor, hit: Tensor) -> float:
         else:
             low = left
     return float(torch.tensor((low + high) / 2).exp())
+
+
+def fit_gain(gain: Tensor, loss: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Slopes and offsets, one for each loop but the last, that make predicted gains true ones.
+
+    Least squares of the drop that followed on the drop predicted; a slope is never negative. A
+    loop after which nothing comes any more gets a slope of 0, whatever the head's noise.
+    gain, loss: (loops, tokens), nats.
+    """
+    slopes, offsets = [], []
+    for predicted, drop in zip(gain.double(), (loss[:-1] - loss[1:]).double()):
+        spread = predicted - predicted.mean()
+        slope = float((spread * drop).mean() / spread.square().mean().clamp(min=1e-12))
+        slopes.append(max(slope, 0.0))
+        offsets.append(float(drop.mean()) - slopes[-1] * float(predicted.mean()))
+    return tuple(slopes), tuple(offsets)

@@ -34,6 +34,7 @@ from looptx_core.training.evaluate import (
     LoopEvaluation,
     evaluate_batch,
     evaluate_loops,
+    fit_gain,
     fit_temperature,
 )
 from looptx_core.training.hardware import choose_precision
@@ -208,6 +209,7 @@ def _finish(
     loops = module.schedule.max_loops
     evaluation = _evaluate(model, batches, loops)
     temperature = fit_temperature(evaluation.logit, evaluation.hit)
+    slope, offset = fit_gain(evaluation.gain, evaluation.each)
     counts = batches.shards.manifest.splits["val"]
     bits = [loss / 0.6931471805599453 * counts.tokens / counts.bytes
             for loss in evaluation.loss_by_loop]  # fmt: skip
@@ -235,7 +237,7 @@ def _finish(
         result.model_folder,
         model,
         batches.shards.tokenizer,
-        exit_settings=ExitSettings(temperature=temperature),
+        exit_settings=ExitSettings(temperature=temperature, gain_slope=slope, gain_offset=offset),
         facts={
             "data": [Path(item["name"]).name for item in batches.shards.manifest.inputs],
             "steps": result.steps,
