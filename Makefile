@@ -16,7 +16,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/looptx train
 	$(BIN)/looptx generate "Call me" --show-iterations --max-new-tokens 60
-	$(BIN)/looptx generate "map bf da ee fe cd hh gh aa: d" --show-iterations --temperature 0
+	$(BIN)/looptx generate "map bf da ee fe cd hh gh aa:" --show-iterations --temperature 0 --max-new-tokens 12
 
 test: setup
 	$(BIN)/python -m pytest

@@ -1,0 +1,68 @@
+"""What calibrating the predicted gains brings: mean loops and loss by the rule `gain`.
+
+The bundled model on held-out tokens of its own data: half of them for the calibration, half for the
+figures. States come from full depth, as in training.
+
+    python benchmarks/exit_calibration.py [--model FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import looptx_core
+from looptx_core.checkpoint.folder import load_model
+from looptx_core.data.bundled import bundled_shards
+from looptx_core.data.datamodule import TokenData
+from looptx_core.training.evaluate import evaluate_batch, fit_gain
+
+RESULTS = Path(__file__).parent / "results" / "exit_calibration.json"
+THRESHOLD = 0.01  # nats, the default
+
+
+def stopped(gain: Tensor, loss: Tensor) -> dict[str, float]:
+    """Mean loops and mean loss when each token stops at the first predicted gain below."""
+    low = torch.cat([gain[:-1] < THRESHOLD, torch.ones_like(gain[:1], dtype=torch.bool)])
+    depth = low.int().argmax(0)
+    return {
+        "mean_loops": round(float((depth + 1).double().mean()), 3),
+        "loss": round(float(loss.gather(0, depth[None]).double().mean()), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    bundled = Path(looptx_core.__file__).parent / "assets" / "model"
+    parser.add_argument("--model", type=Path, default=bundled)
+    model = load_model(parser.parse_args().model).model
+    data = TokenData(
+        bundled_shards(model.config.vocab_size),
+        seq_len=128, micro_batch=32, batches=1, val_batches=40,
+    )  # fmt: skip
+    parts = [evaluate_batch(model, batch, 10) for batch in data.val_dataloader()]
+    gain = torch.cat([part.gain for part in parts], 1)
+    loss = torch.cat([part.each for part in parts], 1)
+    order = torch.randperm(gain.shape[1], generator=torch.Generator().manual_seed(0))
+    fit, show = order.chunk(2)
+    slope, offset = (torch.tensor(line)[:, None] for line in fit_gain(gain[:, fit], loss[:, fit]))
+    calibrated = torch.cat([slope * gain[:-1, show] + offset, gain[-1:, show]])
+    by_loop = loss[:, show].double().mean(1).tolist()
+    results = {
+        "tokens": len(show),
+        "threshold": THRESHOLD,
+        "one loop": {"mean_loops": 1, "loss": round(by_loop[0], 4)},
+        "all loops": {"mean_loops": len(by_loop), "loss": round(by_loop[-1], 4)},
+        "as predicted": stopped(gain[:, show], loss[:, show]),
+        "calibrated": stopped(calibrated, loss[:, show]),
+    }
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
