@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from looptx_cli.console import note, stderr
 
@@ -37,12 +38,12 @@ class LiveProgress(L.Callback):
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
+        # Where the terminal is narrow the numbers give way, and not the time left.
         self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True, table_column=Column(min_width=5, no_wrap=True)),
+            TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
             console=stderr(),
         )
 

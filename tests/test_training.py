@@ -333,6 +333,14 @@ def test_a_full_disk_at_a_checkpoint(tmp_path, shards) -> None:
     assert code == 0 and (folder / "final").exists(), err
 
 
+def test_a_short_run_has_its_records(tmp_path, shards) -> None:
+    settings = SETTINGS | {"steps": 2, "log_every": 10, "val_every": 200, "save_every": 100}
+    code, _, err = run(tmp_path / "short", shards, settings)
+    assert code == 0, err
+    keys = [set(record) & {"train_loss", "val_loss"} for record in records(tmp_path / "short")]
+    assert sorted(map(sorted, keys)) == [["train_loss"], ["val_loss"]]
+
+
 def test_json_lines_end_with_a_summary(tmp_path, shards) -> None:
     code, out, _ = run(tmp_path / "json", shards, SETTINGS | {"steps": 2}, "--json")
     assert code == 0

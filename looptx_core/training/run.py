@@ -94,6 +94,12 @@ def train(
     unusable data or checkpoints.
     """
     started = time.monotonic()
+    # A short run has its line of training and its validation too.
+    config = replace(
+        config,
+        log_every=min(config.log_every, config.steps),
+        val_every=min(config.val_every, config.steps),
+    )
     batches = TokenData(
         data,
         seq_len=config.seq_len,
