@@ -254,9 +254,14 @@ def records(folder: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
 
 
-@pytest.fixture(scope="module", params=[0, 4])
+@pytest.fixture(
+    scope="module",
+    params=[(0, "float32"), (4, "float32"), (0, "bf16")],
+    ids=lambda p: f"{p[0]}-{p[1]}",
+)
 def uninterrupted(request, tmp_path_factory, shards) -> tuple[Path, dict]:
-    settings = SETTINGS | {"workers": request.param}
+    workers, precision = request.param
+    settings = SETTINGS | {"workers": workers, "precision": precision}
     folder = tmp_path_factory.mktemp("run") / "whole"
     code, _, err = run(folder, shards, settings)
     assert code == 0, err
