@@ -346,6 +346,18 @@ def test_a_short_run_has_its_records(tmp_path, shards) -> None:
     assert sorted(map(sorted, keys)) == [["train_loss"], ["val_loss"]]
 
 
+def test_accumulation_logs_the_whole_batch(tmp_path, shards) -> None:
+    settings = SETTINGS | {"steps": 1, "loop_schedule": "fixed", "loops": 2}
+    settings["model"] = settings["model"] | {"dropout": 0.0}
+    first = []
+    for micro in (2, 8):
+        code, _, err = run(tmp_path / f"by{micro}", shards, settings | {"micro_batch": micro})
+        assert code == 0, err
+        first.append(records(tmp_path / f"by{micro}")[0])
+    assert first[0]["train_loss"] == pytest.approx(first[1]["train_loss"], abs=1e-5)
+    assert first[0]["mean_loops"] == first[1]["mean_loops"] == 2
+
+
 def test_json_lines_end_with_a_summary(tmp_path, shards) -> None:
     code, out, _ = run(tmp_path / "json", shards, SETTINGS | {"steps": 2}, "--json")
     assert code == 0

@@ -42,6 +42,7 @@ class LoopedLM(L.LightningModule):
         self.flops: Tensor
         self.register_buffer("flops", torch.zeros((), dtype=torch.float64))
         self._parts: list[LoopEvaluation] = []
+        self._of_this_step: list[Tensor] = []
         self._begun = self._tokens = 0.0
 
     def configure_optimizers(self) -> Any:
@@ -74,15 +75,13 @@ class LoopedLM(L.LightningModule):
             raise NotFinite(self.global_step + 1)
         self._tokens += tokens[:, 1:].numel() * self.trainer.world_size
         self.flops += result.flops * self.trainer.world_size
-        self.log_dict(
-            {
-                "train_loss": result.deepest,
-                "mean_loops": result.mean_loops,
-                "confidence_error": result.confidence_error,
-            },
-            prog_bar=True,
-            sync_dist=True,
-        )
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._of_this_step = []
+        found = (result.deepest, result.mean_loops, result.confidence_error)
+        self._of_this_step.append(torch.tensor([float(value) for value in found]))
+        names = ("train_loss", "mean_loops", "confidence_error")
+        means = torch.stack(self._of_this_step).mean(0).to(self.device)
+        self.log_dict(dict(zip(names, means)), prog_bar=True, sync_dist=True)
         return loss
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
