@@ -31,13 +31,12 @@ OPTIONS = {
         --attention --precision --config --json --quiet
     """,
     "train": """
-        --data --out --preset --seed --steps --max-minutes --seq-len --document-mask
-        --no-document-mask --batch-size --micro-batch --workers --lr --min-lr --warmup
-        --weight-decay --optimizer --beta2 --clip --loop-schedule --loops --max-loops --mean-loops
-        --deeper-by --loss-threshold --deeper-share --explore --loss-at --precision --attention
-        --compile --no-compile --grad-checkpointing --no-grad-checkpointing --devices --save-every
-        --keep --val-every --val-batches --log-every --config --resume --overwrite --dry-run --json
-        --quiet
+        --data --out --seed --steps --max-minutes --seq-len --batch-size --micro-batch --workers
+        --lr --min-lr --warmup --weight-decay --optimizer --beta2 --clip --loop-schedule --loops
+        --max-loops --mean-loops --deeper-by --loss-threshold --deeper-share --explore --loss-at
+        --precision --attention --compile --no-compile --grad-checkpointing --no-grad-checkpointing
+        --devices --save-every --keep --val-every --val-batches --log-every --preset --document-mask
+        --no-document-mask --config --resume --overwrite --dry-run --json --quiet
     """,
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -103,8 +105,30 @@ def evaluate_loops(
 def evaluate_batch(
     model: LoopedTransformer, batch: Mapping[str, Tensor], loops: int
 ) -> LoopEvaluation:
-    """`evaluate_loops` on a batch of the data module."""
-    return evaluate_loops(model, batch["tokens"], loops, documents=batch.get("documents"))
+    """`evaluate_loops` on a batch of the data module; targets of weight 0 don't count."""
+    weights = batch.get("weights")
+    counted = None if weights is None else weights > 0
+    return evaluate_loops(model, batch["tokens"], loops, counted, batch.get("documents"))
+
+
+def evaluate_all(
+    model: LoopedTransformer, batches: Iterable[Mapping[str, Tensor]], loops: int
+) -> LoopEvaluation:
+    """`evaluate_batch` on all batches, added up."""
+    parts = (evaluate_batch(model, batch, loops) for batch in batches)
+    return functools.reduce(operator.add, parts)
+
+
+def calibration_error(confidence: Tensor, hit: Tensor, bins: int = 15) -> float:
+    """Expected calibration error (arXiv 1706.04599) with bins of equal mass.
+
+    The mean over bins of |mean confidence - share of hits|. confidence, hit: any equal shapes.
+    """
+    order = confidence.flatten().argsort()
+    pairs = torch.stack([confidence.flatten(), hit.flatten()]).double()[:, order]
+    gaps = [(part[0].mean() - part[1].mean()).abs() * part.shape[1]
+            for part in pairs.tensor_split(bins, dim=1) if part.shape[1]]  # fmt: skip
+    return float(sum(gaps)) / max(1, pairs.shape[1])
 
 
 def fit_temperature(logit: Tensor, hit: Tensor) -> float:
