@@ -27,8 +27,8 @@ OPTIONS = {
     "generate": """
         --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
         --kv-policy --temperature --top-k --top-p --min-p --repetition-penalty --seed --stop
-        --ignore-eos --no-ignore-eos --prompts-file --model --show-iterations --compare-loops
-        --attention --precision --config --json --quiet
+        --ignore-eos --no-ignore-eos --prompts-file --model --adapter --show-iterations
+        --compare-loops --attention --precision --config --json --quiet
     """,
     "train": """
         --data --out --seed --steps --max-minutes --seq-len --batch-size --micro-batch --workers
