@@ -41,7 +41,7 @@ def encode_chat(
         raise DataError(f"{where}: messages must be a list of {{role, content}}; mend this record")
     for message in messages:
         role = message.get("role") if isinstance(message, Mapping) else None
-        if role not in ROLES or not isinstance(message["content"], str):
+        if role not in ROLES or not isinstance(message.get("content"), str):
             raise DataError(
                 f"{where}: a message needs a role of {', '.join(ROLES)} and a content of text; "
                 "mend this record"

@@ -124,7 +124,7 @@ def calibration_error(confidence: Tensor, hit: Tensor, bins: int = 15) -> float:
 
     The mean over bins of |mean confidence - share of hits|. confidence, hit: any equal shapes.
     """
-    order = confidence.flatten().argsort()
+    order = confidence.flatten().argsort(stable=True)
     pairs = torch.stack([confidence.flatten(), hit.flatten()]).double()[:, order]
     gaps = [(part[0].mean() - part[1].mean()).abs() * part.shape[1]
             for part in pairs.tensor_split(bins, dim=1) if part.shape[1]]  # fmt: skip
