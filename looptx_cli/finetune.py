@@ -79,7 +79,7 @@ def finetune(
         write_line(summary(result))
         return
     _show(result)
-    example = "map ga cc fc dd aa hb bb ed: Where does g end?" if not settings.data else "..."
+    example = "map ga cc fc dd aa hb bb ed: Where ends g" if not settings.data else "..."
     flag = "--adapter" if settings.adapts else "--model"
     note(f'try next: looptx generate "{example}" {flag} {folder} --temperature 0', quiet)
 

@@ -75,8 +75,8 @@ def hop_questions(seed: int, count: int, stream: int = 2) -> Iterator[dict[str, 
         letter = str(rng.choice([letter for letter in LETTERS if len(paths[letter]) > 1]))
         path = paths[letter]
         question, answer = [
-            (f"Where does {letter} end?", path[-1].upper()),
-            (f"What comes after {letter}?", path[1]),
-            (f"Which way does {letter} go?", " ".join(path)),
+            (f"Where ends {letter}", path[-1].upper()),
+            (f"What follows {letter}", path[1]),
+            (f"The way from {letter}", " ".join(path[1:])),
         ][int(rng.integers(3))]
         yield {"prompt": f"{table} {question}", "response": f" {answer}"}
