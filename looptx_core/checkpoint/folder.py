@@ -262,13 +262,18 @@ def _read_tensors(
                 )
             for name in names:
                 tensor = data.get_tensor(name)
-                if tensor.shape != expected[name].shape or not tensor.is_floating_point():
+                wanted = expected[name]
+                floats = wanted.is_floating_point()
+                alike = tensor.is_floating_point() if floats else tensor.dtype == wanted.dtype
+                if tensor.shape != wanted.shape or not alike:
                     raise DataError(
                         f"{file}: {name} is {tensor.dtype} {list(tensor.shape)}, but config.json "
-                        f"asks for floats {list(expected[name].shape)}; copy the folder again"
+                        f"asks for {'floats' if floats else wanted.dtype} {list(wanted.shape)}; "
+                        "copy the folder again"
                     )
                 # A copy: aligned, and independent of the file.
-                found[name] = tensor.to(device, dtype or tensor.dtype, copy=True)
+                kind = (dtype if floats else None) or tensor.dtype
+                found[name] = tensor.to(device, kind, copy=True)
     except (SafetensorError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
