@@ -35,6 +35,7 @@ from looptx_core.config.model import FORMAT_VERSION, ModelConfig
 from looptx_core.config.resolve import coerce
 from looptx_core.data.tokenizer import fingerprint
 from looptx_core.errors import DataError, LooptxError, UsageError
+from looptx_core.model.flops import parameter_count
 from looptx_core.model.loop import LoopedTransformer
 
 MODEL_TYPE = "looptx"
@@ -93,7 +94,23 @@ def save_model(
         LooptxError: it can't be written; what was there is intact.
     """
     folder = Path(folder)
-    _check_target(folder, overwrite)
+    check_target(folder, overwrite)
+    weights, files = model_files(folder, model, tokenizer, exit_settings, facts, dtype,
+                                 chat_template)  # fmt: skip
+    write_model(folder, weights, files, max_shard_size)
+    return folder
+
+
+def model_files(
+    folder: Path,
+    model: LoopedTransformer,
+    tokenizer: Tokenizer,
+    exit_settings: ExitSettings,
+    facts: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    chat_template: str | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_model` writes: tensors by name, and files by name, JSON documents or texts."""
     _check_vocabulary(tokenizer, model.config, "the tokenizer")
     weights = _tensors(model, dtype)
     stored = next(iter(weights.values())).dtype
@@ -108,22 +125,39 @@ def save_model(
         "facts": dict(facts),
     }
     end, pad = _token_id(tokenizer, *_END_TOKENS), _token_id(tokenizer, "<|pad|>", "<pad>")
-    generation = {"eos_token_id": end, "pad_token_id": pad, "exit": asdict(exit_settings)}
-    tokens = tokenizer_config(tokenizer, model.config.max_seq_len, chat_template)
     name = folder.resolve().parent.name if folder.name == "final" else folder.name
-    parameters = sum(tensor.numel() for tensor in weights.values())
-    card = model_card(name, model.config, parameters, exit_settings, facts)
+    return weights, {
+        "tokenizer.json": tokenizer.to_str(),
+        "tokenizer_config.json": tokenizer_config(
+            tokenizer, model.config.max_seq_len, chat_template
+        ),
+        "generation_config.json": {
+            "eos_token_id": end,
+            "pad_token_id": pad,
+            "exit": asdict(exit_settings),
+        },
+        "README.md": model_card(
+            name, model.config, parameter_count(model.config), exit_settings, facts
+        ),
+        "config.json": config,
+    }
+
+
+def write_model(
+    folder: Path,
+    weights: dict[str, Tensor],
+    files: Mapping[str, Any],
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write tensors and files, JSON documents or texts, whole or not at all."""
 
     def write(place: Path) -> None:
         save_torch_state_dict(weights, place, max_shard_size=max_shard_size)
-        (place / "tokenizer.json").write_text(tokenizer.to_str(), "utf-8")
-        (place / "tokenizer_config.json").write_text(_json(tokens), "utf-8")
-        (place / "generation_config.json").write_text(_json(generation), "utf-8")
-        (place / "README.md").write_text(card, "utf-8")
-        (place / "config.json").write_text(_json(config), "utf-8")
+        for name, content in files.items():
+            text = content if isinstance(content, str) else _json(content)
+            (place / name).write_text(text, "utf-8")
 
     write_folder(folder, write)
-    return folder
 
 
 def load_model(
@@ -366,7 +400,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _check_target(folder: Path, overwrite: bool) -> None:
+def check_target(folder: Path, overwrite: bool) -> None:
     """A new place, or a model folder that may be replaced; nothing else is ever removed."""
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return
