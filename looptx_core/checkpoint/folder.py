@@ -173,25 +173,43 @@ def load_model(
     """
     folder = Path(folder)
     config, settings = _read_config(folder)
-    tokenizer = _read_tokenizer(folder, config, settings.get("tokenizer_fingerprint"))
+    tokenizer = read_tokenizer(folder, config, settings.get("tokenizer_fingerprint", ""))
     exit_settings = read_exit(folder)
     with torch.device("meta"):
         model = LoopedTransformer(config)
+    load_weights(model, folder, device=device, dtype=dtype)
+    facts = settings.get("facts") or {}
+    return LoadedModel(model.eval(), config, tokenizer, exit_settings, facts, folder)
+
+
+def load_weights(
+    model: LoopedTransformer,
+    folder: Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    rename: Callable[[str], str | None] = lambda name: name,
+) -> None:
+    """Give a model, which may be on the meta device, the weights of a folder.
+
+    rename: from the folder's names to the model's; None leaves a tensor out.
+    Raises `DataError` for weights that are missing, damaged, a pickle or of another shape.
+    """
     expected = _tensors(model, None)
     found: dict[str, Tensor] = {}
     for file in weight_files(folder):
-        found |= _read_tensors(file, expected, torch.device(device), dtype)
-    if missing := sorted(expected.keys() - found.keys()):
+        found |= _read_tensors(file, expected, torch.device(device), dtype, rename)
+    # What is there already, and not on the meta device, may be absent from the folder.
+    missing = sorted(name for name in expected.keys() - found.keys() if expected[name].is_meta)
+    if missing:
         raise DataError(
             f"{folder}: the weights lack {_some(missing)}; config.json or the weights are another "
             "model's, so copy the folder again"
         )
     model.load_state_dict(found, strict=False, assign=True)
-    if config.tie_embeddings:
+    if model.config.tie_embeddings:
         model.head.weight = model.embedding.weight
     assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()]), "a tensor is unset"
-    facts = settings.get("facts") or {}
-    return LoadedModel(model.eval(), config, tokenizer, exit_settings, facts, folder)
 
 
 def tokenizer_config(
@@ -281,21 +299,25 @@ def _tensors(model: LoopedTransformer, dtype: torch.dtype | None) -> dict[str, T
 
 
 def _read_tensors(
-    file: Path, expected: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | None
+    file: Path,
+    expected: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    rename: Callable[[str], str | None],
 ) -> dict[str, Tensor]:
     """The tensors of one file, by name; each must be expected, of its shape and a float."""
     refuse_pickle(file)
     found: dict[str, Tensor] = {}
     try:
         with safe_open(file, framework="pt") as data:
-            names = list(data.keys())
-            if unknown := sorted(set(names) - expected.keys()):
+            names = {theirs: ours for theirs in data.keys() if (ours := rename(theirs))}
+            if unknown := sorted(t for t, ours in names.items() if ours not in expected):
                 raise DataError(
                     f"{file}: unexpected {_some(unknown)}; config.json or the weights are another "
                     "model's, so copy the folder again"
                 )
-            for name in names:
-                tensor = data.get_tensor(name)
+            for theirs, name in names.items():
+                tensor = data.get_tensor(theirs)
                 wanted = expected[name]
                 floats = wanted.is_floating_point()
                 alike = tensor.is_floating_point() if floats else tensor.dtype == wanted.dtype
@@ -332,11 +354,15 @@ def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
             f"{file}: format_version {version} is newer than {FORMAT_VERSION}, the last that "
             f"looptx {looptx_core.__version__} reads; upgrade looptx"
         )
+    if "auto_map" in settings:
+        raise DataError(
+            f"{folder}: in transformers' format; make it looptx's by looptx convert --from-hf {folder}"
+        )
     shape = {key: value for key, value in settings.items() if key not in _NOT_SHAPE}
-    return _typed(ModelConfig, shape, str(file)), settings
+    return typed(ModelConfig, shape, str(file)), settings
 
 
-def _typed(schema: type[T], values: Mapping[str, Any], where: str) -> T:
+def typed(schema: type[T], values: Mapping[str, Any], where: str) -> T:
     """The dataclass with these values; absent ones, of an older format, take the default."""
     hints = get_type_hints(schema)
     if unknown := sorted(values.keys() - hints.keys()):
@@ -347,7 +373,8 @@ def _typed(schema: type[T], values: Mapping[str, Any], where: str) -> T:
         raise DataError(f"{where}: {error}; copy the model again") from error
 
 
-def _read_tokenizer(folder: Path, config: ModelConfig, expected: str | None) -> Tokenizer:
+def read_tokenizer(folder: Path, config: ModelConfig, expected: str | None = None) -> Tokenizer:
+    """The folder's tokenizer, which must fit the model and have the fingerprint `expected`."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise DataError(f"{folder}: tokenizer.json is missing; copy the model again")
@@ -361,7 +388,7 @@ def _read_tokenizer(folder: Path, config: ModelConfig, expected: str | None) -> 
     tokenizer.no_truncation()
     tokenizer.no_padding()
     _check_vocabulary(tokenizer, config, str(file))
-    if expected != fingerprint(tokenizer):
+    if expected is not None and expected != fingerprint(tokenizer):
         raise DataError(
             f"{file}: not the tokenizer that this model was trained with; put that one back"
         )
@@ -382,7 +409,7 @@ def read_exit(folder: Path) -> ExitSettings:
     settings = read_json(file).get("exit", {})
     if not isinstance(settings, dict):
         raise DataError(f"{file}: exit must hold keys of its own; copy the model again")
-    return _typed(ExitSettings, settings, f"{file}, exit")
+    return typed(ExitSettings, settings, f"{file}, exit")
 
 
 def read_json(file: Path) -> dict[str, Any]:

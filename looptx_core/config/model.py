@@ -29,6 +29,8 @@ class ModelConfig:
     """Width of one head; even, for RoPE."""
     d_ff: int = 384
     """Width of the GeGLU layer (arXiv 2002.05202)."""
+    activation: Literal["gelu", "silu"] = "gelu"
+    """Of the gate: gelu, or silu as in SwiGLU, for weights that were trained so."""
     prelude_layers: int = 1
     """Blocks before the loop, run once."""
     core_layers: int = 2
@@ -79,6 +81,10 @@ class ModelConfig:
         need(
             self.injection in ("decay", "add", "none"),
             f"injection must be decay, add or none, not {self.injection!r}",
+        )
+        need(
+            self.activation in ("gelu", "silu"),
+            f"activation must be gelu or silu, not {self.activation!r}",
         )
         need(
             self.linear in ("float", "ternary", "packed"),

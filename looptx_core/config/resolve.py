@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.corpus import TokenizeConfig
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import GenerationOptions
@@ -141,6 +142,11 @@ def read_resolved(
     recorded = _load_yaml(path).get(ORIGINS) or {}
     origins = {key: str(recorded.get(key, origin)) for key, origin in resolved.origins.items()}
     return Resolved(resolved.values, origins)
+
+
+def recorded(path: str | Path, key: str) -> Any:
+    """One value of what `write_resolved` wrote, whichever command did; None where it has none."""
+    return _load_yaml(Path(path)).get(key)
 
 
 def flag_name(key: str) -> str:
@@ -276,7 +282,7 @@ def _environment(hints: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, 
     ours = {_variable(key): key for key in hints}
     # A variable of another command is fine here, a name that no command has is a mistake.
     known = {_variable(key) for key in _keys({"": TrainConfig, "model": ModelConfig})}
-    for other in (TokenizeConfig, FinetuneConfig, GenerationOptions):
+    for other in (TokenizeConfig, FinetuneConfig, GenerationOptions, ConvertConfig):
         known |= {_variable(key) for key in _keys({"": other})}
     known |= ours.keys() | _OTHER_VARIABLES
     values: dict[str, Any] = {}

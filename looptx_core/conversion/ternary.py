@@ -58,6 +58,14 @@ def bits_per_weight(model: nn.Module) -> float:
     return bits / weights
 
 
+def running_bytes(model: nn.Module) -> int:
+    """Bytes of the weights in memory as they run; packed ones have a byte each beside them."""
+    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
+    packed = [layer for layer in model.modules() if isinstance(layer, PackedBitLinear)]
+    products = sum(layer.out_features * (layer.in_features + 4) for layer in packed)
+    return sum(t.numel() * t.element_size() for t in tensors.values()) + products
+
+
 class WarmUp(L.Callback):
     """Brings the rounding in linearly over the first steps; whole from then on, and at the end."""
 

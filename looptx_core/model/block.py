@@ -115,19 +115,20 @@ class Attention(SideBySide):
 
 
 class GeGLU(SideBySide):
-    """down(gelu(gate(x)) * up(x)), arXiv 2002.05202."""
+    """down(gelu(gate(x)) * up(x)), arXiv 2002.05202; SwiGLU where the activation is silu."""
 
     beside = ("gate_proj", "up_proj")
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.activation = {"gelu": F.gelu, "silu": F.silu}[config.activation]
         self.gate_proj = linear(config, config.d_model, config.d_ff)
         self.up_proj = linear(config, config.d_model, config.d_ff)
         self.down_proj = linear(config, config.d_ff, config.d_model, normed=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.project(x)
-        return self.down_proj(F.gelu(gate) * up)
+        return self.down_proj(self.activation(gate) * up)
 
 
 class Block(nn.Module):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from looptx_core.config.generation import ExitSettings
 from looptx_core.model.loop import LoopedTransformer
 
 
@@ -166,3 +167,10 @@ def fit_gain(gain: Tensor, loss: Tensor) -> tuple[tuple[float, ...], tuple[float
         slopes.append(max(slope, 0.0))
         offsets.append(float(drop.mean()) - slopes[-1] * float(predicted.mean()))
     return tuple(slopes), tuple(offsets)
+
+
+def calibrate(settings: ExitSettings, held_out: LoopEvaluation) -> ExitSettings:
+    """The exit settings with temperature and gains fitted on these tokens."""
+    slope, offset = fit_gain(held_out.gain, held_out.each)
+    temperature = fit_temperature(held_out.logit, held_out.hit)
+    return replace(settings, temperature=temperature, gain_slope=slope, gain_offset=offset)
