@@ -38,7 +38,7 @@ _USE = """
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
     prompt = tokenizer("Call me", return_tensors="pt")
     model.generate(**prompt, max_new_tokens=40)           # each token as deep as it needs
     model.generate(**prompt, max_new_tokens=40, loops=4)  # a fixed depth

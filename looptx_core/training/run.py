@@ -104,6 +104,8 @@ def train(
         workers=config.workers,
         document_mask=config.document_mask,
     )
+    if config.bitnet:
+        model_config = replace(model_config, linear="ternary")
     torch.manual_seed(config.seed)
     model = LoopedTransformer(model_config)
     module, steps = fit(
