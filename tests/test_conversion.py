@@ -55,7 +55,7 @@ def drawn(config: ModelConfig = SHAPE) -> LoopedTransformer:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     folder = tmp_path_factory.mktemp("models") / "small"
-    exit_settings = ExitSettings(confidence=0.06, gain=-1.0)
+    exit_settings = ExitSettings(confidence=0.05, gain=-1.0)
     tokenizer = open_shards(shards).tokenizer
     save_model(folder, drawn(), tokenizer, exit_settings=exit_settings, facts={})
     return folder
@@ -83,12 +83,12 @@ def test_a_bitlinear_is_its_formula() -> None:
     torch.manual_seed(0)
     layer, x = BitLinear(6, 3, torch.nn.Identity()).double(), torch.randn(2, 6).double()
     expected = torch.zeros(2, 3).double()
-    mean = sum(abs(float(w)) for w in layer.weight.flatten()) / 18
+    mean = sum(abs(float(w)) for w in layer.weight.detach().flatten()) / 18
     for row in range(2):
         most = max(abs(float(v)) for v in x[row])
         for out in range(3):
             for place in range(6):
-                weight = max(-1, min(1, round(float(layer.weight[out, place]) / mean)))
+                weight = max(-1, min(1, round(float(layer.weight.detach()[out, place]) / mean)))
                 level = round(float(x[row, place]) * 127 / most)
                 expected[row, out] += weight * mean * level * most / 127
     torch.testing.assert_close(layer(x), expected, atol=1e-12, rtol=1e-12)
@@ -157,12 +157,11 @@ def test_a_packed_model_computes_the_same(loops: int) -> None:
         packed.join()
         joined = packed(TOKENS, loops).logits
         torch.testing.assert_close(joined, expected, atol=1e-9, rtol=1e-9)
-        as_float = packed.float()(TOKENS, loops).logits
-        assert as_float.dtype == torch.float32
     # With a gradient asked for, as an adapter's training does, there are float products.
-    states = packed.double()
-    states.embedding.weight.requires_grad_()
-    torch.testing.assert_close(states(TOKENS, loops).logits, expected, atol=1e-9, rtol=1e-9)
+    packed.embedding.weight.requires_grad_()
+    torch.testing.assert_close(packed(TOKENS, loops).logits, expected, atol=1e-9, rtol=1e-9)
+    with torch.no_grad():
+        assert packed.float()(TOKENS, loops).logits.dtype == torch.float32
 
 
 def test_rounding_keeps_the_size_of_outputs(shards: Path) -> None:
@@ -206,7 +205,7 @@ def test_a_packed_folder_is_small_and_generates(model: Path, shards: Path, tmp_p
     # Floats where bytes are expected.
     tensors["core.0.attention.q_proj.packed"] = tensors["core.0.attention.q_proj.packed"].float()
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(DataError, match="asks for torch.uint8"):
+    with pytest.raises(DataError, match=r"asks for torch\.uint8"):
         load_model(folder)
 
 
@@ -214,14 +213,14 @@ def test_training_through_the_rounding_repairs(
     model: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained = train(
-        TrainConfig(steps=30, seq_len=64, batch_size=16, val_batches=1, precision="float32"),
-        replace(SHAPE, d_model=64, head_dim=32, n_heads=2, d_ff=128),
+        TrainConfig(steps=20, seq_len=64, batch_size=16, val_batches=1, precision="float32"),
+        replace(SHAPE, d_model=64, head_dim=32, n_heads=2, d_ff=128, max_loops=2),
         data=shards,
         folder=tmp_path,
     ).model_folder
     common = ["convert", "--to-bitnet", "--model", str(trained), "--data", str(shards), "--json"]
     out = {}
-    for name, flags in (("direct", ["--direct"]), ("trained", ["--finetune-steps", "25"])):
+    for name, flags in (("direct", ["--direct"]), ("trained", ["--finetune-steps", "12"])):
         assert main([*common, "--out", str(tmp_path / name), *flags]) == 0
         captured = capsys.readouterr()
         out[name] = json.loads(captured.out)
@@ -236,7 +235,7 @@ def test_training_through_the_rounding_repairs(
         assert found["loss_before"] == out["direct"]["loss_before"]
     assert out["trained"]["loss_after"] < out["direct"]["loss_after"] - 0.1
     loaded = load_model(tmp_path / "trained")
-    assert loaded.config.linear == "packed" and loaded.facts["ternary"] == "trained 25 steps"
+    assert loaded.config.linear == "packed" and loaded.facts["ternary"] == "trained 12 steps"
     assert abs(loaded.facts["loss_by_loop"][-1] - out["trained"]["loss_after"]) < 1e-3
     again = ["convert", "--to-bitnet", "--model", str(tmp_path / "trained"), "--out", "x"]
     assert main(again) == 2
@@ -416,7 +415,9 @@ def test_a_plain_model_becomes_one_loop(kind: str, shards: Path, tmp_path: Path)
     theirs.save_pretrained(folder)
     open_shards(shards).tokenizer.save(str(folder / "tokenizer.json"))
     out = tmp_path / "ours"
-    assert main(["convert", "--from-hf", str(folder), "--data", str(shards), "--out", str(out)]) == 0
+    assert (
+        main(["convert", "--from-hf", str(folder), "--data", str(shards), "--out", str(out)]) == 0
+    )
     ours = load_model(out)
     assert (ours.config.prelude_layers, ours.config.core_layers) == (1, 3)
     with torch.no_grad():
@@ -501,9 +502,17 @@ BAD = {
     "a pickle": (["--to-hf", "--model", "pickled"], 4, "safetensors.torch.save_file"),
     "a pickle of transformers": (["--from-hf", "llama"], 4, "safetensors.torch.save_file"),
     "taken": (["--to-hf", "--model", "small", "--out", "bert"], 2, "--overwrite"),
-    "no model": (["--to-hf", "--model", "small", "--out", "text", "--overwrite"], 2, "not replaced"),
+    "no model": (
+        ["--to-hf", "--model", "small", "--out", "text", "--overwrite"],
+        2,
+        "not replaced",
+    ),
     "steps": (["--to-bitnet", "--finetune-steps", "0"], 2, "must be above 0"),
-    "shards": (["--to-hf", "--model", "small", "--shard-size", "much"], 2, "--shard-size"),
+    "shards": (
+        ["--to-hf", "--model", "small", "--out", "x", "--shard-size", "much"],
+        2,
+        "shard_size",
+    ),
     "exported": (["--to-hf", "--model", "small-hf"], 4, "convert --from-hf"),
 }
 

@@ -310,14 +310,15 @@ def _read_tensors(
     found: dict[str, Tensor] = {}
     try:
         with safe_open(file, framework="pt") as data:
-            names = {theirs: ours for theirs in data.keys() if (ours := rename(theirs))}
+            theirs = list(data.keys())
+            names = {name: ours for name in theirs if (ours := rename(name))}
             if unknown := sorted(t for t, ours in names.items() if ours not in expected):
                 raise DataError(
                     f"{file}: unexpected {_some(unknown)}; config.json or the weights are another "
                     "model's, so copy the folder again"
                 )
-            for theirs, name in names.items():
-                tensor = data.get_tensor(theirs)
+            for stored, name in names.items():
+                tensor = data.get_tensor(stored)
                 wanted = expected[name]
                 floats = wanted.is_floating_point()
                 alike = tensor.is_floating_point() if floats else tensor.dtype == wanted.dtype
@@ -356,7 +357,8 @@ def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         )
     if "auto_map" in settings:
         raise DataError(
-            f"{folder}: in transformers' format; make it looptx's by looptx convert --from-hf {folder}"
+            f"{folder}: in transformers' format; make it looptx's by "
+            f"looptx convert --from-hf {folder}"
         )
     shape = {key: value for key, value in settings.items() if key not in _NOT_SHAPE}
     return typed(ModelConfig, shape, str(file)), settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,6 +60,8 @@ class ConvertConfig:
             raise UsageError("--adapter and --merge-adapter go together; pass both")
         if self.from_hf and (self.model or self.adapter):
             raise UsageError("--from-hf reads a folder of its own; leave --model and --adapter out")
+        if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", self.shard_size):
+            raise UsageError(f"shard_size must be such as 500MB or 5GB, not {self.shard_size!r}")
         for name in ("finetune_steps", "max_minutes", "lr"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")

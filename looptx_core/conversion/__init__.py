@@ -1,1 +1,1 @@
-"""From one kind of model folder to another: ternary weights, Hugging Face's format, number types."""
+"""From one kind of model folder to another: ternary, transformers', other number types."""

@@ -112,7 +112,7 @@ def from_huggingface(folder: Path) -> LoadedModel:
         raise DataError(
             f"{folder}: model_type {kind!r}; --from-hf reads what --to-hf wrote, llama and qwen3"
         )
-    shape = {key: settings[key] for key in ModelConfig.keys() if key in settings}
+    shape = {f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}
     config = typed(ModelConfig, shape, str(folder / "config.json"))
     known = {field.name for field in fields(ExitSettings)}
     rule = {k: v for k, v in (settings.get("exit") or {}).items() if k in known}

@@ -56,7 +56,8 @@ class LooptxConfig(PretrainedConfig):
     }
 
     def __init__(self, exit: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        shape = ModelConfig(**{f: kwargs.pop(f) for f in ModelConfig.keys() if f in kwargs})
+        own = [field.name for field in fields(ModelConfig) if field.name in kwargs]
+        shape = ModelConfig(**{name: kwargs.pop(name) for name in own})
         kwargs["tie_word_embeddings"] = shape.tie_embeddings
         super().__init__(**kwargs)
         for name, value in shape.to_dict().items():
@@ -64,14 +65,16 @@ class LooptxConfig(PretrainedConfig):
         self.exit = exit or {}
 
     def shape(self) -> ModelConfig:
-        return ModelConfig(**{name: getattr(self, name) for name in ModelConfig.keys()})
+        return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig)})
 
     def exit_settings(self) -> ExitSettings:
         known = {field.name for field in fields(ExitSettings)}
-        given = {name: value for name, value in self.exit.items() if name in known}
-        return ExitSettings(
-            **{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-        )
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in self.exit.items()
+            if name in known
+        }
+        return ExitSettings(**given)
 
 
 class LooptxCache(Cache):
@@ -136,14 +139,14 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embedding = value  # type: ignore[assignment]
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embedding = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.model.head = new_embeddings  # type: ignore[assignment]
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.model.head = new_embeddings
 
     def forward(
         self,
@@ -172,9 +175,7 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             flat = logits[:, :-1].float().flatten(0, 1)
             loss = F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=-100)
-        out = LooptxOutput(
-            loss=loss, logits=logits, past_key_values=past_key_values, loops=depths
-        )
+        out = LooptxOutput(loss=loss, logits=logits, past_key_values=past_key_values, loops=depths)
         return out if return_dict is not False else out.to_tuple()
 
     def _uncached(
@@ -191,7 +192,7 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
         self, tokens: Tensor, cache: LoopCache, loops: int | str | None, keep: int
     ) -> tuple[Tensor, Tensor]:
         batch, new = tokens.shape
-        if loops != "auto" or new > 1 and cache.length > 0:
+        if loops != "auto" or (new > 1 and cache.length > 0):
             around = self.model.surroundings(new, cache)
             logits, depths = self._fixed(tokens, self._depth(loops), cache, around, keep)
         else:
@@ -250,7 +251,7 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
             )
         )
 
-    def _supports_default_dynamic_cache(self) -> bool:  # type: ignore[override]
+    def _supports_default_dynamic_cache(self) -> bool:
         return False
 
 

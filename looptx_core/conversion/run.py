@@ -36,6 +36,7 @@ from looptx_core.data.bundled import bundled_corpus
 from looptx_core.data.datamodule import TokenData
 from looptx_core.data.shards import resolve_data
 from looptx_core.errors import Interrupted, UsageError
+from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.evaluate import LoopEvaluation, calibrate, evaluate_all
 from looptx_core.training.run import fit
 
@@ -194,12 +195,12 @@ def _batches(
     )
 
 
-def _evaluate(model: torch.nn.Module, batches: TokenData) -> LoopEvaluation:
-    return evaluate_all(model, batches.val_dataloader(), model.config.max_loops)  # type: ignore[arg-type]
+def _evaluate(model: LoopedTransformer, batches: TokenData) -> LoopEvaluation:
+    return evaluate_all(model, batches.val_dataloader(), model.config.max_loops)
 
 
 def _finetune(
-    model: Any,
+    model: LoopedTransformer,
     batches: TokenData,
     config: ConvertConfig,
     out: Path,

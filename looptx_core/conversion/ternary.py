@@ -45,7 +45,7 @@ def pack_model(model: LoopedTransformer) -> LoopedTransformer:
     return _finished(new, model)
 
 
-def bits_per_weight(model: nn.Module) -> float:
+def bits_per_weight(model: LoopedTransformer) -> float:
     """Stored bits of a weight in the blocks' linear layers, scales included."""
     bits = weights = 0
     for layer in model.modules():
@@ -53,7 +53,7 @@ def bits_per_weight(model: nn.Module) -> float:
             bits += 8 * layer.packed.numel() + 8 * layer.scale.element_size()
             weights += layer.in_features * layer.out_features
     if not weights:
-        linear = [m for m in model.core.modules() if isinstance(m, nn.Linear)]  # type: ignore[union-attr]
+        linear = [m for m in model.core.modules() if isinstance(m, nn.Linear)]
         return 8.0 * linear[0].weight.element_size()
     return bits / weights
 
@@ -89,15 +89,15 @@ def _set_quantised(module: nn.Module, share: float) -> None:
 
 
 @torch.no_grad()
-def _gains(
-    model: LoopedTransformer, batches: Iterable[Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
+def _gains(model: LoopedTransformer, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """For each layer without a norm before it, the gain of its own, by the norm's name."""
     squares: dict[str, list[Tensor]] = {}
+    widths: dict[str, int] = {}
     hooks = []
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and name.endswith(("o_proj", "down_proj")):
             seen = squares.setdefault(name, [])
+            widths[name] = layer.in_features
             hooks.append(
                 layer.register_forward_pre_hook(
                     lambda _, args, seen=seen: seen.append(args[0].square().mean())
@@ -107,13 +107,8 @@ def _gains(
         evaluate_batch(model, batch, model.config.max_loops)
     for hook in hooks:
         hook.remove()
-    return {
-        f"{name}.norm.weight": torch.stack(seen)
-        .mean()
-        .sqrt()
-        .expand(model.get_submodule(name).in_features)  # type: ignore[arg-type]
-        for name, seen in squares.items()
-    }
+    gains = {name: torch.stack(seen).mean().sqrt() for name, seen in squares.items()}
+    return {f"{name}.norm.weight": gain.expand(widths[name]) for name, gain in gains.items()}
 
 
 def _empty(model: LoopedTransformer, linear: str) -> LoopedTransformer:

@@ -121,7 +121,8 @@ class GeGLU(SideBySide):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.activation = {"gelu": F.gelu, "silu": F.silu}[config.activation]
+        activation: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
+        self.activation = activation[config.activation]
         self.gate_proj = linear(config, config.d_model, config.d_ff)
         self.up_proj = linear(config, config.d_model, config.d_ff)
         self.down_proj = linear(config, config.d_ff, config.d_model, normed=False)
