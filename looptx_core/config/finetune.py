@@ -18,7 +18,7 @@ class FinetuneConfig(RunConfig):
     model: str | None = None
     """The base: a run or a model folder; absent: the newest finished run, else the bundled."""
     data: tuple[str, ...] = ()
-    """JSON lines, Parquet, text, or hf:NAME[:SPLIT]; absent: the bundled questions."""
+    """JSON lines, Parquet, text, or hf:NAME[@CONFIG][:SPLIT]; absent: the bundled questions."""
     out: str | None = None
     """The run's folder; absent: runs/finetune-<n>."""
 
