@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from looptx_core.model.confidence import Confidence
 from looptx_core.model.loop import LoopedTransformer
+
+Observe = Callable[[int, Tensor, Tensor, Confidence], object]
+"""Called after each loop, counted from 1, with the counted tokens' states (tokens, d_model), logits
+(tokens, vocab_size) and confidence, each (tokens,)."""
 
 
 @dataclass
@@ -68,11 +73,12 @@ def evaluate_loops(
     loops: int,
     counted: Tensor | None = None,
     documents: Tensor | None = None,
+    observe: Observe | None = None,
 ) -> LoopEvaluation:
     """Loss, accuracy and confidence after each of the loops 1..loops.
 
     tokens: (batch, length + 1). counted: (batch, length) bool, the targets that count; all by
-    default. documents: (batch, length), to attend within only.
+    default. documents: (batch, length), to attend within only. observe: sees every loop's tokens.
     """
     targets = tokens[:, 1:]
     counted = torch.ones_like(targets, dtype=torch.bool) if counted is None else counted
@@ -87,6 +93,8 @@ def evaluate_loops(
         judged = model.confidence(state, loop)
         logits.append(judged.logit.float()[counted])
         gains.append(judged.gain.float()[counted])
+        if observe is not None:
+            observe(loop, state[counted], predicted[counted], Confidence(logits[-1], gains[-1]))
     hit, each = torch.stack(hits), torch.stack(losses)
     return LoopEvaluation(
         tokens=int(counted.sum()),
