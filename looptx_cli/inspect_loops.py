@@ -12,8 +12,7 @@ import typer
 from looptx_cli.console import is_plain, note, stdout
 from looptx_cli.options import with_fields
 from looptx_core.config.inspection import InspectConfig
-from looptx_core.config.resolve import read_resolved, resolve
-from looptx_core.config.run import TrainConfig
+from looptx_core.config.resolve import recorded, resolve
 
 if TYPE_CHECKING:
     from looptx_core.checkpoint.folder import LoadedModel
@@ -88,8 +87,7 @@ def _data(settings: InspectConfig, loaded: LoadedModel, quiet: bool) -> Path:
     data, tokenizer = settings.data, loaded.tokenizer
     run = loaded.folder.parent / "config.yaml"
     if not data and loaded.folder.name == "final" and run.is_file():
-        # Only this key: a run by another version may have others.
-        data = tuple(read_resolved(run, TrainConfig, None).values.get("data") or ())
+        data = tuple(recorded(run, "data") or ())
         if data:
             note(f"data: the run's own validation split, {', '.join(data)}", quiet)
     if data:

@@ -143,6 +143,11 @@ def read_resolved(
     return Resolved(resolved.values, origins)
 
 
+def recorded(path: str | Path, key: str) -> Any:
+    """One value of what `write_resolved` wrote, whichever command did; None where it has none."""
+    return _load_yaml(Path(path)).get(key)
+
+
 def flag_name(key: str) -> str:
     """'flag --d-model' for the key 'model.d_model'."""
     return "flag --" + key.rpartition(".")[2].replace("_", "-")
