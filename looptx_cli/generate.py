@@ -35,6 +35,9 @@ def generate(
     model: Annotated[
         str | None, typer.Option(help="A run or a model folder; absent: the newest run.")
     ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="An adapter, or the run that made it, on its own base.")
+    ] = None,
     show_iterations: Annotated[
         bool, typer.Option("--show-iterations", help="Show each token's loops and confidence.")
     ] = False,
@@ -53,6 +56,7 @@ def generate(
     looptx generate "Call me"
     looptx generate "Call me" --model runs/a --show-iterations
     looptx generate "Call me" --compare-loops 1,4,10
+    looptx generate "Call me" --adapter runs/finetune-1
     looptx generate "Call me" --json | jq .tokens[0]
     looptx generate --prompts-file prompts.txt --loops 4 --temperature 0
     """
@@ -64,7 +68,7 @@ def generate(
     if not texts and not chat:
         texts = [sys.stdin.read().rstrip("\n")]
 
-    engine = _load(model, attention, precision, quiet)
+    engine = _load(model, adapter, attention, precision, quiet)
     if chat:
         _chat(engine, options, quiet)
     elif depths:
@@ -80,10 +84,12 @@ def generate(
             _show(engine, result, show_iterations, quiet)
 
 
-def _load(model: str | None, attention: str, precision: str, quiet: bool) -> Engine:
-    from looptx_core.checkpoint.registry import resolve_model
+def _load(
+    model: str | None, adapter: str | None, attention: str, precision: str, quiet: bool
+) -> Engine:
+    from looptx_core.checkpoint.registry import resolve_adapter, resolve_model
 
-    found = resolve_model(model)
+    found = resolve_adapter(adapter, model) if adapter else resolve_model(model)
     if model is None:
         note(f"model: {found.folder}, {found.reason}", quiet)
     import torch
@@ -97,6 +103,10 @@ def _load(model: str | None, attention: str, precision: str, quiet: bool) -> Eng
         raise UsageError(f"--precision {precision}: not one of {', '.join(types)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(found.folder, device=device, dtype=types[precision])
+    if found.adapter:
+        from looptx_core.finetuning.adapters import load_adapter  # brings PEFT
+
+        loaded = load_adapter(loaded, found.adapter)
     backend = choose_backend(attention, device, types[precision])
     note(f"attention: {backend.name}, {backend.reason}", quiet)
     loaded.model.attend = backend.attend

@@ -21,6 +21,7 @@ from looptx_core.errors import Interrupted, LooptxError
 COMMANDS = {
     "tokenize": "Turn text into tokens.",
     "train": "Train a looped model.",
+    "finetune": "Teach a trained model a task.",
     "generate": "Write text, each token as deep as it needs.",
     "inspect-loops": "See what each loop brings, and when to stop.",
 }

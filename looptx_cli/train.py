@@ -12,16 +12,15 @@ import typer
 
 from looptx_cli.console import note, stdout
 from looptx_cli.options import with_fields
+from looptx_cli.runs import SCHEMA_VERSION, begin, resumed, settle, summary, write_line
 from looptx_core.config.model import ModelConfig
-from looptx_core.config.resolve import Resolved, read_resolved, resolve, write_resolved
+from looptx_core.config.resolve import resolve
 from looptx_core.config.run import TrainConfig
-from looptx_core.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from looptx_core.training.plan import Plan
     from looptx_core.training.run import TrainResult
 
-SCHEMA_VERSION = 1
 SECTIONS = {"model": ModelConfig}
 
 
@@ -45,7 +44,7 @@ def train(
     looptx train --preset 1b --dry-run
     """
     if resume is not None:
-        resolved, folder = _resumed(resume, flags), resume
+        resolved, folder = resumed(resume, flags, "train", TrainConfig, SECTIONS), resume
     else:
         resolved = resolve(TrainConfig, SECTIONS, flags=flags, config=config)
         folder = None
@@ -76,7 +75,8 @@ def train(
         model_config, Manifest.read(shards).vocab_size, resolved.given("model.vocab_size")
     )
     if resume is None:
-        _begin(folder, resolved, model_config, overwrite)
+        shape = {f"model.{key}": value for key, value in model_config.to_dict().items()}
+        begin(folder, settle(resolved, shape, "the data"), overwrite)
 
     from looptx_cli.progress import train_progress
 
@@ -88,61 +88,13 @@ def train(
         resume=resume is not None,
         callbacks=[train_progress(settings.steps, quiet or as_json)],
         report=lambda line: note(line, quiet),
-        watch=_write if as_json else None,
+        watch=write_line if as_json else None,
     )
     if as_json:
-        sys.stdout.write(json.dumps(_json_summary(result)) + "\n")
+        write_line(summary(result))
         return
     _show_result(result)
     note(f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet)
-
-
-def _resumed(folder: Path, flags: dict[str, Any]) -> Resolved:
-    """The settings of an interrupted run; only a limit of time may differ."""
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise DataError(f"{folder}: not a run of looptx train (no config.yaml); check --resume")
-    given = {key: value for key, value in flags.items() if value not in (None, [], ())}
-    if other := given.keys() - {"max_minutes"}:
-        name = sorted(other)[0].replace("_", "-")
-        raise UsageError(
-            f"--{name} can't change on --resume, which repeats the run exactly; "
-            "leave it out, or start a new run"
-        )
-    resolved = read_resolved(file, TrainConfig, SECTIONS)
-    resolved.values["max_minutes"] = given.get("max_minutes")
-    return resolved
-
-
-def _begin(folder: Path, resolved: Resolved, model: ModelConfig, overwrite: bool) -> None:
-    """Make the run's folder, empty but for its settings."""
-    import shutil
-
-    from looptx_core.errors import LooptxError
-
-    for key, value in model.to_dict().items():
-        if resolved.values[f"model.{key}"] != value:
-            resolved.values[f"model.{key}"], resolved.origins[f"model.{key}"] = value, "the data"
-    try:
-        if overwrite and folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LooptxError(
-            f"cannot make {folder}: {error.strerror}; choose another --out"
-        ) from error
-    write_resolved(folder / "config.yaml", resolved, omit={"out", "max_minutes"})
-
-
-def _write(line: str) -> None:
-    sys.stdout.write(line)
-    sys.stdout.flush()
-
-
-def _json_summary(result: TrainResult) -> dict[str, Any]:
-    summary = asdict(result) | {"folder": str(result.folder), "model": str(result.model_folder)}
-    del summary["model_folder"]
-    return {"schema_version": SCHEMA_VERSION, "summary": summary}
 
 
 def _show_result(result: TrainResult) -> None:

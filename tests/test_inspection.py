@@ -23,16 +23,16 @@ from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine
 from looptx_core.inspection.frontier import choose, depths, frontier, rule_depths
 from looptx_core.inspection.influence import deletion_test, influence, relevance, without
-from looptx_core.inspection.metrics import (
-    auroc,
-    expected_calibration_error,
-    reliability,
-    spearman,
-)
 from looptx_core.inspection.page import page
 from looptx_core.inspection.survey import Survey, survey_lines, two_surveys
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.evaluate import LoopEvaluation
+from looptx_core.training.metrics import (
+    auroc,
+    calibration_error,
+    reliability,
+    spearman,
+)
 
 BUNDLED = Path(looptx_core.__file__).parent / "assets" / "model"
 
@@ -47,9 +47,9 @@ def test_calibration_error_by_hand():
     hit = torch.tensor([1.0, 0.0, 1.0, 0.0])
     low, high = reliability(confidence, hit, bins=2)
     assert low == pytest.approx((0.2, 0.5, 2)) and high == pytest.approx((0.8, 0.5, 2))
-    assert expected_calibration_error(confidence, hit, bins=2) == pytest.approx(0.3)
-    assert expected_calibration_error(torch.full((4,), 0.5), hit, bins=1) == pytest.approx(0)
-    assert expected_calibration_error(confidence, hit) == pytest.approx((0.1 + 0.1 + 0.7 + 0.7) / 4)
+    assert calibration_error(confidence, hit, bins=2) == pytest.approx(0.3)
+    assert calibration_error(torch.full((4,), 0.5), hit, bins=1) == pytest.approx(0)
+    assert calibration_error(confidence, hit) == pytest.approx((0.1 + 0.1 + 0.7 + 0.7) / 4)
 
 
 def test_auroc_by_hand():
@@ -103,7 +103,11 @@ def test_frontier_by_hand():
     )
     assert best.mean_loops == 1.5
     chosen = choose(points, full_loss=1.0, increase=0.005)
-    assert chosen.loss == 1 and chosen.mean_loops == 1.5 and chosen.rule in ("auto", "gain")
+    assert (
+        chosen.loss == 1
+        and chosen.mean_loops == 1.5
+        and chosen.rule in ("auto", "gain", "confidence")
+    )
     assert rule_depths(survey, chosen.settings(settings)).tolist() == [1, 2]
     # A rule that reads the vocabulary after each loop pays for it.
     probable = next(p for p in points if p.rule == "maxprob" and p.mean_loops == 1.5)
@@ -161,7 +165,7 @@ def test_surveys_do_not_share_sequences():
     tokens = torch.randint(0, 64, (4, 9))
     fit, shown = two_surveys(model, [{"tokens": tokens}, {"tokens": tokens[:1]}], loops=2)
     assert fit.loss.shape == (2, 24) and shown.loss.shape == (2, 16)
-    alone = survey_lines(model, tokens[1::2], None, loops=2)
+    alone = survey_lines(model, tokens[1::2], loops=2)
     assert torch.allclose(shown.loss, alone.loss, atol=1e-5)
 
 

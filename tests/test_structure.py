@@ -27,17 +27,16 @@ OPTIONS = {
     "generate": """
         --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
         --kv-policy --temperature --top-k --top-p --min-p --repetition-penalty --seed --stop
-        --ignore-eos --no-ignore-eos --prompts-file --model --show-iterations --compare-loops
-        --attention --precision --config --json --quiet
+        --ignore-eos --no-ignore-eos --prompts-file --model --adapter --show-iterations
+        --compare-loops --attention --precision --config --json --quiet
     """,
     "train": """
-        --data --out --preset --seed --steps --max-minutes --seq-len --document-mask
-        --no-document-mask --batch-size --micro-batch --workers --lr --min-lr --warmup
-        --weight-decay --optimizer --beta2 --clip --loop-schedule --loops --max-loops --mean-loops
-        --deeper-by --loss-threshold --deeper-share --explore --loss-at --precision --attention
-        --compile --no-compile --grad-checkpointing --no-grad-checkpointing --devices --save-every
-        --keep --val-every --val-batches --log-every --config --resume --overwrite --dry-run --json
-        --quiet
+        --data --out --seed --steps --max-minutes --seq-len --batch-size --micro-batch --workers
+        --lr --min-lr --warmup --weight-decay --optimizer --beta2 --clip --loop-schedule --loops
+        --max-loops --mean-loops --deeper-by --loss-threshold --deeper-share --explore --loss-at
+        --precision --attention --compile --no-compile --grad-checkpointing --no-grad-checkpointing
+        --devices --save-every --keep --val-every --val-batches --log-every --preset --document-mask
+        --no-document-mask --config --resume --overwrite --dry-run --json --quiet
     """,
 }
 

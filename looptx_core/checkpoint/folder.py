@@ -77,6 +77,7 @@ def save_model(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     dtype: torch.dtype | None = None,
+    chat_template: str | None = None,
 ) -> Path:
     """Write a model folder, whole or not at all.
 
@@ -85,6 +86,7 @@ def save_model(
         overwrite: replace a model folder that is there; the old one stays until the new is whole.
         max_shard_size: bytes a file of weights, or text such as '5GB'.
         dtype: of the stored weights; absent: the model's own.
+        chat_template: for tokenizer_config.json, as in `data.chat`.
     Raises:
         UsageError: the folder exists and may not be replaced.
         DataError: the tokenizer has more tokens than the model.
@@ -107,12 +109,7 @@ def save_model(
     }
     end, pad = _token_id(tokenizer, *_END_TOKENS), _token_id(tokenizer, "<|pad|>", "<pad>")
     generation = {"eos_token_id": end, "pad_token_id": pad, "exit": asdict(exit_settings)}
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model.config.max_seq_len,
-        "eos_token": tokenizer.id_to_token(end) if end is not None else None,
-        "pad_token": tokenizer.id_to_token(pad) if pad is not None else None,
-    }
+    tokens = tokenizer_config(tokenizer, model.config.max_seq_len, chat_template)
     name = folder.resolve().parent.name if folder.name == "final" else folder.name
     parameters = sum(tensor.numel() for tensor in weights.values())
     card = model_card(name, model.config, parameters, exit_settings, facts)
@@ -120,12 +117,12 @@ def save_model(
     def write(place: Path) -> None:
         save_torch_state_dict(weights, place, max_shard_size=max_shard_size)
         (place / "tokenizer.json").write_text(tokenizer.to_str(), "utf-8")
-        (place / "tokenizer_config.json").write_text(_json(tokenizer_config), "utf-8")
+        (place / "tokenizer_config.json").write_text(_json(tokens), "utf-8")
         (place / "generation_config.json").write_text(_json(generation), "utf-8")
         (place / "README.md").write_text(card, "utf-8")
         (place / "config.json").write_text(_json(config), "utf-8")
 
-    _write_folder(folder, write)
+    write_folder(folder, write)
     return folder
 
 
@@ -143,7 +140,7 @@ def load_model(
     folder = Path(folder)
     config, settings = _read_config(folder)
     tokenizer = _read_tokenizer(folder, config, settings.get("tokenizer_fingerprint"))
-    exit_settings = _read_exit(folder)
+    exit_settings = read_exit(folder)
     with torch.device("meta"):
         model = LoopedTransformer(config)
     expected = _tensors(model, None)
@@ -163,6 +160,27 @@ def load_model(
     return LoadedModel(model.eval(), config, tokenizer, exit_settings, facts, folder)
 
 
+def tokenizer_config(
+    tokenizer: Tokenizer, length: int, chat_template: str | None = None
+) -> dict[str, Any]:
+    """What tokenizer_config.json holds. length: the model's context, tokens."""
+    end, pad = _token_id(tokenizer, *_END_TOKENS), _token_id(tokenizer, "<|pad|>", "<pad>")
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": length,
+        "eos_token": tokenizer.id_to_token(end) if end is not None else None,
+        "pad_token": tokenizer.id_to_token(pad) if pad is not None else None,
+        **({"chat_template": chat_template} if chat_template else {}),
+    }
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template of a model's or an adapter's tokenizer_config.json."""
+    file = folder / "tokenizer_config.json"
+    found = read_json(file).get("chat_template") if file.is_file() else None
+    return found if isinstance(found, str) else None
+
+
 def update_generation_config(folder: str | Path, exit_settings: ExitSettings) -> None:
     """Store another exit rule in a model folder, atomically; its other settings stay.
 
@@ -171,7 +189,7 @@ def update_generation_config(folder: str | Path, exit_settings: ExitSettings) ->
         LooptxError: it can't be written; the old one is intact.
     """
     file = Path(folder) / "generation_config.json"
-    text = _json({**_read_json(file), "exit": asdict(exit_settings)})
+    text = _json({**read_json(file), "exit": asdict(exit_settings)})
     temporary = file.with_name(f".{file.name}.tmp")
     try:
         temporary.write_text(text, "utf-8")
@@ -187,7 +205,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The folder's safetensors files. Raises `DataError` where they are missing or pickles."""
     if (folder / INDEX).is_file():
         try:
-            names = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
+            names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{folder / INDEX}: damaged; copy the model again") from error
         for name in names:
@@ -264,7 +282,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such model folder; give a run or a model folder")
     file = folder / "config.json"
-    settings = _read_json(file)
+    settings = read_json(file)
     if (kind := settings.get("model_type")) != MODEL_TYPE:
         raise DataError(f"{file}: model_type is {kind!r}, not '{MODEL_TYPE}'; give a looptx model")
     version = settings.get("format_version")
@@ -320,15 +338,15 @@ def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: str) -> 
         )
 
 
-def _read_exit(folder: Path) -> ExitSettings:
+def read_exit(folder: Path) -> ExitSettings:
     file = folder / "generation_config.json"
-    settings = _read_json(file).get("exit", {})
+    settings = read_json(file).get("exit", {})
     if not isinstance(settings, dict):
         raise DataError(f"{file}: exit must hold keys of its own; copy the model again")
     return _typed(ExitSettings, settings, f"{file}, exit")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:
@@ -350,7 +368,7 @@ def _check_target(folder: Path, overwrite: bool) -> None:
     if not overwrite:
         raise UsageError(f"{folder} exists; pass --overwrite or choose another --out")
     try:
-        replaceable = _read_json(folder / "config.json").get("model_type") == MODEL_TYPE
+        replaceable = read_json(folder / "config.json").get("model_type") == MODEL_TYPE
     except DataError:
         replaceable = False
     if not replaceable:
@@ -359,8 +377,8 @@ def _check_target(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary sibling, then move it into place."""
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary sibling, then move it into place of what is there."""
     folder = folder.resolve()
     temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
     try:

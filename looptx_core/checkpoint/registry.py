@@ -20,6 +20,8 @@ class ResolvedModel:
 
     folder: Path
     reason: str
+    adapter: Path | None = None
+    """An adapter's folder; `folder` is its base then."""
 
 
 def resolve_model(
@@ -30,24 +32,51 @@ def resolve_model(
     Args:
         path: a run or a model folder; None: the newest finished run that can do what is asked,
             else the bundled model.
-        need: what the model must be able to do; 'vision' is the one known need.
+        need: what the model must be able to do: 'vision', or have 'weights' of its own, which
+            an adapter has not.
     Raises:
         DataError: no such folder, or one that is neither, is not finished or can't do it.
     """
     if path is not None:
         found = _given(Path(path))
+        if "weights" in need and found.adapter:
+            raise DataError(
+                f"{path}: an adapter, which has no weights of its own; merge it first by "
+                f"looptx convert --adapter {path} --merge-adapter"
+            )
         if lacking := need - abilities(found.folder):
             raise DataError(f"{path}: this model has no {', '.join(sorted(lacking))}; use another")
         return found
     finished = [run for run in _runs(runs) if need <= abilities(run / "final")]
     if finished:
-        newest = max(finished, key=lambda run: (run / "final" / "config.json").stat().st_mtime_ns)
-        return ResolvedModel(newest / "final", f"newest finished run under {runs}")
-    bundled = Path(str(importlib.resources.files("looptx_core"))) / "assets" / "model"
+        newest = max(finished, key=lambda run: _settings(run / "final").stat().st_mtime_ns)
+        return _resolved(newest / "final", f"newest finished run under {runs}")
+    bundled = bundled_model()
     if _is_model(bundled) and need <= abilities(bundled):
         return ResolvedModel(bundled, f"bundled model, no finished run under {runs}")
     wanted = f" with {', '.join(sorted(need))}" if need else ""
     raise DataError(f"no model{wanted} under {runs}; train one by looptx train, or give --model")
+
+
+def resolve_adapter(path: str | Path, model: str | Path | None = None) -> ResolvedModel:
+    """The adapter at `path`, a folder or a run, and its base: `model`, or the one it names.
+
+    Raises:
+        DataError: no adapter there, or no base.
+    """
+    path = Path(path)
+    folder = next((f for f in (path, path / "final") if _is_adapter(f)), None)
+    if folder is None:
+        raise DataError(f"{path}: no adapter or run that made one; check --adapter")
+    if model is None:
+        return _resolved(folder, "given")
+    base = resolve_model(model, need=frozenset({"weights"}))
+    return ResolvedModel(base.folder, base.reason, folder)
+
+
+def bundled_model() -> Path:
+    """The model that ships with the package."""
+    return Path(str(importlib.resources.files("looptx_core"))) / "assets" / "model"
 
 
 def next_run_dir(out: str | Path | None, command: str, overwrite: bool, runs: Path = RUNS) -> Path:
@@ -68,11 +97,15 @@ def next_run_dir(out: str | Path | None, command: str, overwrite: bool, runs: Pa
 
 
 def abilities(folder: Path) -> frozenset[str]:
-    """What a model folder can do beyond text. An unreadable one can do nothing."""
+    """What a model folder can do beyond text, an adapter by its base. An unreadable one can do
+    nothing."""
     try:
+        if _is_adapter(folder):
+            return abilities(_base_of(folder)) - {"weights"}
         config = json.loads((folder / "config.json").read_text("utf-8"))
-        return frozenset({"vision"} if any(config.get(key) for key in _VISION_KEYS) else ())
-    except (OSError, ValueError, AttributeError):
+        vision = any(config.get(key) for key in _VISION_KEYS)
+        return frozenset({"weights", "vision"} if vision else {"weights"})
+    except (OSError, ValueError, AttributeError, DataError):
         return frozenset()
 
 
@@ -85,9 +118,9 @@ def _given(path: Path) -> ResolvedModel:
     if not path.exists():
         raise DataError(f"{path}: no such run or model folder; check --model")
     if _is_model(path):
-        return ResolvedModel(path, "given")
+        return _resolved(path, "given")
     if _is_model(path / "final"):
-        return ResolvedModel(path / "final", "given run")
+        return _resolved(path / "final", "given run")
     if (path / "config.yaml").is_file():
         raise DataError(f"{path}: this run is not finished; resume it by looptx train --resume")
     raise DataError(f"{path}: neither a run nor a model folder; check --model")
@@ -98,8 +131,38 @@ def _runs(runs: Path) -> list[Path]:
     return [p for p in _listing(runs) if (p / "config.yaml").is_file() and _is_model(p / "final")]
 
 
+def _resolved(folder: Path, reason: str) -> ResolvedModel:
+    """A model folder, or an adapter's base with it."""
+    if not _is_adapter(folder):
+        return ResolvedModel(folder, reason)
+    return ResolvedModel(_base_of(folder), f"{reason}, with the adapter {folder}", folder)
+
+
+def _base_of(adapter: Path) -> Path:
+    """The base that an adapter names; a bundled one of another installation is this one's."""
+    try:
+        name = json.loads(_settings(adapter).read_text("utf-8"))["base_model_name_or_path"]
+        base = Path(name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{adapter}: names no base; give one by --model") from error
+    if _is_model(base):
+        return base
+    if base.parts[-3:] == bundled_model().parts[-3:]:
+        return bundled_model()
+    raise DataError(f"{adapter}: its base {base} is gone; give it by --model")
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
 def _is_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
+    return _settings(folder).is_file()
+
+
+def _settings(folder: Path) -> Path:
+    """The file that makes a folder a model's or an adapter's."""
+    return folder / ("adapter_config.json" if _is_adapter(folder) else "config.json")
 
 
 def _listing(folder: Path) -> list[Path]:

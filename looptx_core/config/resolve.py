@@ -13,13 +13,14 @@ import math
 import os
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from looptx_core.config.corpus import TokenizeConfig
+from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.inspection import InspectConfig
 from looptx_core.config.model import ModelConfig
@@ -155,16 +156,17 @@ def flag_name(key: str) -> str:
 
 def field_help(schema: type) -> dict[str, str]:
     """The docstring of each field, with its default: the help of its flag."""
-    body = ast.parse(inspect.getsource(schema)).body[0]
-    assert isinstance(body, ast.ClassDef)
     defaults = _defaults({"": schema})
     out = {}
-    for field, doc in zip(body.body, body.body[1:]):
-        match field, doc:
-            case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
-                default = defaults[name]
-                shown = "" if default in (None, (), "") else f" (default {default})"
-                out[name] = " ".join(text.split()) + shown
+    for part in reversed([cls for cls in schema.__mro__ if is_dataclass(cls)]):
+        body = ast.parse(inspect.getsource(part)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, doc in zip(body.body, body.body[1:]):
+            match field, doc:
+                case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                    default = defaults[name]
+                    shown = "" if default in (None, (), "") else f" (default {default})"
+                    out[name] = " ".join(text.split()) + shown
     return out
 
 
@@ -280,7 +282,7 @@ def _environment(hints: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, 
     ours = {_variable(key): key for key in hints}
     # A variable of another command is fine here, a name that no command has is a mistake.
     known = {_variable(key) for key in _keys({"": TrainConfig, "model": ModelConfig})}
-    for other in (TokenizeConfig, GenerationOptions, InspectConfig):
+    for other in (TokenizeConfig, FinetuneConfig, GenerationOptions, InspectConfig):
         known |= {_variable(key) for key in _keys({"": other})}
     known |= ours.keys() | _OTHER_VARIABLES
     values: dict[str, Any] = {}

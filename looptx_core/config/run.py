@@ -1,4 +1,4 @@
-"""What a training run is. A field's docstring is its help on the command line."""
+"""What a run that trains is. A field's docstring is its help on the command line."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """A run's settings, after merging; `config.yaml` holds them with each value's origin."""
+class RunConfig:
+    """What `train` and `finetune` share; `config.yaml` holds it with each value's origin."""
 
     data: tuple[str, ...] = ()
     """Tokenised shards, or raw text to tokenise; absent: the bundled text."""
     out: str | None = None
     """The run's folder; absent: runs/train-<n>."""
-    preset: str = "nano"
-    """nano, small, medium, 1b or 7b."""
     seed: int = 0
     """Seed of the weights, the order of the data, the depths and dropout."""
 
@@ -25,8 +23,6 @@ class TrainConfig:
     """Stop after so many minutes, saved; the learning rate's schedule does not change."""
     seq_len: int = 128
     """Tokens a sequence."""
-    document_mask: bool = True
-    """Tokens attend within their own document only."""
     batch_size: int = 32
     """Sequences an optimizer step, over all devices."""
     micro_batch: int | None = None
@@ -117,3 +113,13 @@ class TrainConfig:
     def accumulation(self) -> int:
         """Forward passes of one optimizer step."""
         return self.batch_size // ((self.micro_batch or self.batch_size) * self.devices)
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Settings of `looptx train`, after merging."""
+
+    preset: str = "nano"
+    """nano, small, medium, 1b or 7b."""
+    document_mask: bool = True
+    """Tokens attend within their own document only."""

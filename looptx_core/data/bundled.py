@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import re
 from pathlib import Path
@@ -31,6 +32,11 @@ def bundled_corpus() -> Path:
         partial.write_text(text, "utf-8")
         partial.replace(file)
     return file
+
+
+def bundled_questions() -> Path:
+    """Questions on tables of arrows, made by `hop_questions(0, 4000)`, as JSON lines."""
+    return Path(str(importlib.resources.files("looptx_core").joinpath("assets", "questions.jsonl")))
 
 
 def bundled_shards(

@@ -19,12 +19,12 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from looptx_core.errors import DataError, LooptxError
+from looptx_core.errors import DataError, LooptxError, MissingError
 
 PIECE = 1 << 16  # the most characters in a piece, and the bytes read at a time
 RECORD_LIMIT = 200 << 20  # the most bytes in one JSON line: it must be parsed in one go
@@ -33,6 +33,8 @@ _BATCH_BYTES = 16 << 20  # about as much of a Parquet column is decoded at a tim
 # Only ASCII whitespace starts a piece: Python and the tokenizer's regex agree on it.
 _BOUNDARY = re.compile(r"[\s\S]+(?<=\S)(?=[ \t\n\r])")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_HUB = "hf:"  # what a name for the package datasets begins with
+T = TypeVar("T")
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
 
@@ -85,7 +87,8 @@ class Corpus:
     """Inputs that can be read several times; a context manager, for standard input is spooled.
 
     Args:
-        inputs: files, folders (all visible files below, sorted), globs, or '-'.
+        inputs: files, folders (all visible files below, sorted), globs, '-', or
+            hf:NAME[@CONFIG][:SPLIT], a data set's name for the package datasets.
         text_key: the key or column that holds the text in JSON lines and Parquet.
     Raises:
         DataError: an input is missing, matches nothing or cannot be read.
@@ -132,6 +135,24 @@ class Corpus:
             except OSError as error:
                 raise _unreadable(source.name, error) from error
 
+    def records(self) -> Iterator[tuple[str, Any]]:
+        """Where each record stands, and what it is: an object of JSON lines, a row of Parquet,
+        or {"text": ...} of a plain text.
+
+        Raises:
+            DataError: an input cannot be read.
+        """
+        for source in self.sources:
+            try:
+                if source.kind == "jsonl":
+                    yield from _jsonl(source, lambda line, where: (where, _json(line, where)))
+                elif source.kind == "parquet":
+                    yield from _parquet_rows(source)
+                else:
+                    yield source.name, {"text": "".join(_decoded(source))}
+            except OSError as error:
+                raise _unreadable(source.name, error) from error
+
     def digest(self) -> str:
         """SHA-256 of what the inputs hold, in order, whatever they are called."""
         total = hashlib.sha256()
@@ -146,7 +167,9 @@ class Corpus:
 
     def _resolve(self, item: str) -> Iterator[Source]:
         path = Path(item)
-        if item == "-":
+        if item.startswith(_HUB):
+            yield self._downloaded(item)
+        elif item == "-":
             yield self._spooled(None, "standard input")
         elif path.is_dir():
             yield from _sources(_visible_files(path), f"{item}: the folder holds no files")
@@ -176,9 +199,37 @@ class Corpus:
         except OSError as error:
             raise _unreadable(name, error) from error
 
+    def _downloaded(self, item: str) -> Source:
+        """The rows of a data set of the package datasets, as JSON lines."""
+        try:
+            import datasets
+        except ImportError as error:
+            raise MissingError(
+                f"{item}: the package datasets is not installed; pip install datasets, "
+                "or give files"
+            ) from error
+        name, _, split = item.removeprefix(_HUB).partition(":")
+        name, _, config = name.partition("@")
+        self._spool = self._spool or tempfile.TemporaryDirectory(prefix="looptx-")
+        copy = Path(self._spool.name) / f"{hashlib.sha256(item.encode()).hexdigest()}.jsonl"
+        try:
+            rows = datasets.load_dataset(
+                name, config or None, split=split or "train", streaming=True
+            )
+            with copy.open("w", encoding="utf-8") as target:
+                for row in rows:
+                    target.write(json.dumps(row, default=str) + "\n")
+        except OSError as error:
+            raise _unreadable(item, error) from error
+        except Exception as error:  # the library raises many kinds
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(f"{item}: cannot be loaded ({reason}); check its name") from error
+        return Source(copy, item, "jsonl", copy.stat().st_size)
+
     def _read(self, source: Source) -> Iterator[Iterator[str]]:
         if source.kind == "jsonl":
-            return _jsonl(source, self.text_key)
+            texts = _jsonl(source, lambda line, where: _json_text(line, self.text_key, where))
+            return (cut_pieces([text]) for text in texts)
         if source.kind == "parquet":
             return _parquet(source, self.text_key)
         return iter([cut_pieces(_decoded(source))])
@@ -238,7 +289,8 @@ def _decoded(source: Source) -> Iterator[str]:
 _INVALID = "invalid UTF-8 at byte {}; convert the file to UTF-8 or name the text files by a glob"
 
 
-def _jsonl(source: Source, key: str) -> Iterator[Iterator[str]]:
+def _jsonl(source: Source, parse: Callable[[str, str], T]) -> Iterator[T]:
+    """`parse` of each line and of where it stands."""
     offset = 0
     number = 0
     with source.path.open("rb") as file:
@@ -258,18 +310,22 @@ def _jsonl(source: Source, key: str) -> Iterator[Iterator[str]]:
                 line = line.removeprefix("\ufeff")
             if line.isspace() or not line:
                 continue
-            text = _json_text(line, key, where)
+            parsed = parse(line, where)
             del line
-            yield cut_pieces([text])
-            del text
+            yield parsed
+            del parsed
 
 
-def _json_text(line: str, key: str, where: str) -> str:
+def _json(line: str, where: str) -> Any:
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", "nested too deeply")
         raise DataError(f"{where}: not valid JSON ({reason}); write one object a line") from error
+
+
+def _json_text(line: str, key: str, where: str) -> str:
+    record = _json(line, where)
     if not isinstance(record, dict) or key not in record:
         raise DataError(f"{where}: no key '{key}'; name the text's key with --text-key")
     return _checked(record[key], key, where)
@@ -306,6 +362,20 @@ def _parquet(source: Source, key: str) -> Iterator[Iterator[str]]:
                 for value in (value for batch in batches for value in batch.column(0)):
                     row += 1
                     yield cut_pieces([_parquet_text(value, key, f"{source.name}, row {row}")])
+    except pa.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{source.name}: not a readable Parquet file ({reason})") from error
+
+
+def _parquet_rows(source: Source) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(source.path) as file:
+            rows = (row for batch in file.iter_batches(256) for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                yield f"{source.name}, row {number}", row
     except pa.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{source.name}: not a readable Parquet file ({reason})") from error

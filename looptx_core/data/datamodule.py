@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import lightning as L
 import numpy as np
@@ -15,6 +15,14 @@ from torch.utils.data import DataLoader, Dataset
 from looptx_core.data.shards import Shards, Tokens, open_shards
 from looptx_core.data.tokenizer import end_id
 from looptx_core.errors import DataError
+
+
+class Sequences(Protocol):
+    """Numbered training sequences: `tokens`, (length + 1,), `ids`, and what else a batch holds."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -70,38 +78,28 @@ class SeededBatches:
             yield chosen
 
 
-class TokenData(L.LightningDataModule):
-    """Train and validation batches of a shard folder, resumable at any batch.
+class Batches(L.LightningDataModule):
+    """Train and validation batches of sequences, resumable at any batch.
 
     micro_batch: sequences a batch on one device. batches: batches of the whole run.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        train: Sequences,
+        val: Sequences,
         *,
-        seq_len: int,
         micro_batch: int,
         batches: int,
         val_batches: int = 8,
         seed: int = 0,
         workers: int = 0,
-        document_mask: bool = True,
     ) -> None:
         super().__init__()
-        self.shards: Shards = open_shards(folder)
+        self.train, self.val = train, val
         self.micro_batch, self.batches, self.workers = micro_batch, batches, workers
         self.seed = seed
-        end = end_id(self.shards.tokenizer) if document_mask else None
-        self.train = Windows(self.shards.tokens("train"), seq_len, end)
-        self.val = Windows(self.shards.tokens("val"), seq_len, end)
-        for split, windows in (("train", self.train), ("val", self.val)):
-            if not len(windows):
-                raise DataError(
-                    f"{folder}: the {split} split has {len(windows.tokens)} tokens, fewer than one "
-                    f"sequence of {seq_len}; add text or pass a smaller --seq-len"
-                )
-        self.val_sequences = min(len(self.val), val_batches * micro_batch)
+        self.val_sequences = min(len(val), val_batches * micro_batch)
         self._done = 0
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -112,12 +110,13 @@ class TokenData(L.LightningDataModule):
             len(self.train), self.micro_batch, self.batches, self.seed, rank, world
         )
         batches.start = self._done
-        return self._loader(self.train, batch_sampler=batches)
+        return self._loader(cast(Dataset[dict[str, Tensor]], self.train), batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         # Spread over the whole split, the same sequences each time.
         chosen = np.linspace(0, len(self.val) - 1, self.val_sequences).astype(int)
-        subset = torch.utils.data.Subset(self.val, chosen.tolist())
+        val = cast(Dataset[dict[str, Tensor]], self.val)
+        subset = torch.utils.data.Subset(val, chosen.tolist())
         return self._loader(subset, batch_size=self.micro_batch)
 
     def _loader(self, dataset: Dataset[dict[str, Tensor]], **how: Any) -> DataLoader[Any]:
@@ -136,3 +135,28 @@ class TokenData(L.LightningDataModule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._done = int(state["batches"])
+
+
+class TokenData(Batches):
+    """Batches of a shard folder; the other arguments are those of `Batches`."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        seq_len: int,
+        document_mask: bool = True,
+        **how: Any,
+    ) -> None:
+        self.shards: Shards = open_shards(folder)
+        end = end_id(self.shards.tokenizer) if document_mask else None
+        parts = []
+        for split in ("train", "val"):
+            windows = Windows(self.shards.tokens(split), seq_len, end)
+            if not len(windows):
+                raise DataError(
+                    f"{folder}: the {split} split has {len(windows.tokens)} tokens, fewer than one "
+                    f"sequence of {seq_len}; add text or pass a smaller --seq-len"
+                )
+            parts.append(windows)
+        super().__init__(*parts, **how)

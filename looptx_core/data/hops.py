@@ -23,22 +23,27 @@ MAX_HOPS = 4
 _TOWARDS_SHORT = 2.0  # exponent: short chains come more often, as the longer ones build on them
 
 
-def hop_line(rng: np.random.Generator) -> tuple[str, dict[int, list[tuple[int, int]]]]:
-    """One line, and by number of hops the character spans of its answers."""
-    letters = list(rng.permutation(list(LETTERS)))
-    target, end, hops = {}, {}, {}
+def _table(rng: np.random.Generator) -> tuple[str, dict[str, list[str]]]:
+    """A table of arrows, and from each letter the path to its end."""
+    letters = [str(letter) for letter in rng.permutation(list(LETTERS))]
+    paths = {}
     while letters:
         size = 2 + int(rng.random() ** _TOWARDS_SHORT * MAX_HOPS)
         chain, letters = letters[:size], letters[size:]
         for place, letter in enumerate(chain):
-            target[letter] = chain[min(place + 1, len(chain) - 1)]
-            end[letter], hops[letter] = chain[-1], len(chain) - 1 - place
-    text = "map " + " ".join(key + target[key] for key in rng.permutation(list(LETTERS))) + ":"
+            paths[letter] = chain[place:]
+    arrows = [key + paths[key][:2][-1] for key in rng.permutation(list(LETTERS))]
+    return "map " + " ".join(arrows) + ":", paths
+
+
+def hop_line(rng: np.random.Generator) -> tuple[str, dict[int, list[tuple[int, int]]]]:
+    """One line, and by number of hops the character spans of its answers."""
+    text, paths = _table(rng)
     answers: dict[int, list[tuple[int, int]]] = {}
     for letter in rng.permutation(list(LETTERS)):
-        if hops[letter]:
-            text += f" {letter} {end[letter].upper()}"
-            answers.setdefault(hops[letter], []).append((len(text) - 1, len(text)))
+        if hops := len(paths[letter]) - 1:
+            text += f" {letter} {paths[letter][-1].upper()}"
+            answers.setdefault(hops, []).append((len(text) - 1, len(text)))
     return text, answers
 
 
@@ -56,3 +61,22 @@ def hop_probes(seed: int, lines: int) -> Iterator[Probe]:
         text, answers = hop_line(rng)
         for hops, spans in sorted(answers.items()):
             yield Probe(f"{hops} hops", text, spans)
+
+
+def hop_questions(seed: int, count: int, stream: int = 2) -> Iterator[dict[str, str]]:
+    """Questions in words on such tables, for finetuning: a prompt and a response each.
+
+    The end of a letter's chain, in capitals as in the lines; the letter it points to; or the path
+    from it to its end. Another `stream` holds other questions.
+    """
+    rng = np.random.default_rng((seed, stream))
+    for _ in range(count):
+        table, paths = _table(rng)
+        letter = str(rng.choice([letter for letter in LETTERS if len(paths[letter]) > 1]))
+        path = paths[letter]
+        question, answer = [
+            (f"Where ends {letter}", path[-1].upper()),
+            (f"What follows {letter}", path[1]),
+            (f"The way from {letter}", " ".join(path[1:])),
+        ][int(rng.integers(3))]
+        yield {"prompt": f"{table} {question}", "response": f" {answer}"}

@@ -20,7 +20,6 @@ from looptx_core.data.probes import probe_batches, read_probes
 from looptx_core.data.tokenizer import end_id
 from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine
-from looptx_core.inspection import metrics
 from looptx_core.inspection.frontier import (
     Point,
     cheapest_fixed,
@@ -31,6 +30,8 @@ from looptx_core.inspection.frontier import (
 from looptx_core.inspection.survey import Survey, survey_lines, two_surveys
 from looptx_core.inspection.trace import trace_text
 from looptx_core.model.cache import POLICIES
+from looptx_core.training import metrics
+from looptx_core.training.evaluate import calibrate
 
 SCHEMA_VERSION = 1
 SHOWN_INCREASE = 0.005
@@ -70,7 +71,7 @@ def inspect_loops(
         raise UsageError(f"{data}: one held-out sequence is too few; pass a smaller --seq-len")
     report("measuring every loop")
     fit, shown = two_surveys(model, batches.val_dataloader(), loops)
-    settings = fit.calibrate(stored)
+    settings = calibrate(stored, fit.evaluation)
     context = config.seq_len / 2
     to_choose = frontier(fit, settings, model.config, context)
     increase = SHOWN_INCREASE if config.allowed_increase is None else config.allowed_increase
@@ -149,9 +150,9 @@ def _confidence(survey: Survey, stored: ExitSettings, settings: ExitSettings) ->
     hit, loss = at_exit(survey.hit), at_exit(survey.loss)
     by_loop = [
         {
-            "ece_before": metrics.expected_calibration_error(raw[i], survey.hit[i]),
-            "ece": metrics.expected_calibration_error(after[i], survey.hit[i]),
-            "ece_maxprob": metrics.expected_calibration_error(sharp[i], survey.hit[i]),
+            "ece_before": metrics.calibration_error(raw[i], survey.hit[i]),
+            "ece": metrics.calibration_error(after[i], survey.hit[i]),
+            "ece_maxprob": metrics.calibration_error(sharp[i], survey.hit[i]),
             "auroc": metrics.auroc(after[i], survey.hit[i]),
             "auroc_maxprob": metrics.auroc(sharp[i], survey.hit[i]),
             "spearman_loss": metrics.spearman(after[i], survey.loss[i]),
@@ -161,8 +162,8 @@ def _confidence(survey: Survey, stored: ExitSettings, settings: ExitSettings) ->
     ]
     gains = survey.loss[:-1] - survey.loss[1:]
     return {
-        "ece": metrics.expected_calibration_error(at_exit(after), hit),
-        "ece_before": metrics.expected_calibration_error(at_exit(raw), hit),
+        "ece": metrics.calibration_error(at_exit(after), hit),
+        "ece_before": metrics.calibration_error(at_exit(raw), hit),
         "auroc": metrics.auroc(at_exit(after), hit),
         "auroc_maxprob": metrics.auroc(at_exit(sharp), hit),
         "spearman_loss": metrics.spearman(at_exit(after), loss),
@@ -224,7 +225,7 @@ def _tasks(
     """Lines that need depth, where the data has them: accuracy by loop, and the loops they take."""
     found = []
     for name, tokens, counted in probe_batches(read_probes(data), batches.shards.tokenizer):
-        survey = survey_lines(loaded.model, tokens, counted, loops)
+        survey = survey_lines(loaded.model, tokens, loops, counted)
         place = rule_depths(survey, settings)[None] - 1
         found.append(
             {
@@ -266,7 +267,8 @@ def _policies(
 def _documents(batches: TokenData, count: int) -> list[Tensor]:
     """Beginnings of held-out documents, spread over the split, each (_DECODED_TEXT,) or shorter."""
     end = end_id(batches.shards.tokenizer)
-    stream = torch.from_numpy(batches.val.tokens.read(0, len(batches.val.tokens)))
+    tokens = batches.shards.tokens("val")
+    stream = torch.from_numpy(tokens.read(0, len(tokens)))
     starts = torch.cat([torch.zeros(1, dtype=torch.long), (stream == end).nonzero()[:, 0] + 1])
     found: dict[int, Tensor] = {}
     for place in torch.linspace(0, len(stream) - 1, 4 * count).long():

@@ -6,7 +6,7 @@ States come from full depth, as in training; `Engine.follow` shows what real exi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,8 +18,6 @@ from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.evaluate import (
     LoopEvaluation,
     evaluate_loops,
-    fit_gain,
-    fit_temperature,
 )
 
 
@@ -57,12 +55,6 @@ class Survey:
         confidence, gain = (torch.stack(part) for part in zip(*judged))
         return {"confidence": confidence, "gain": gain, **self.read}
 
-    def calibrate(self, settings: ExitSettings) -> ExitSettings:
-        """The settings with temperature and gains fitted on these tokens."""
-        slope, offset = fit_gain(self.evaluation.gain, self.loss)
-        temperature = fit_temperature(self.evaluation.logit, self.hit)
-        return replace(settings, temperature=temperature, gain_slope=slope, gain_offset=offset)
-
 
 class _Observer:
     """Collects the signals of one batch, loop by loop."""
@@ -87,13 +79,14 @@ class _Observer:
 def survey_lines(
     model: LoopedTransformer,
     tokens: Tensor,
-    counted: Tensor | None,
     loops: int,
+    counted: Tensor | None = None,
     documents: Tensor | None = None,
+    targets: Tensor | None = None,
 ) -> Survey:
     """Shapes as in `evaluate_loops`."""
     observer = _Observer()
-    evaluation = evaluate_loops(model, tokens, loops, counted, documents, observer)
+    evaluation = evaluate_loops(model, tokens, loops, counted, documents, observer, targets)
     read = {
         name: torch.stack([seen[name] for seen in observer.loops]) for name in observer.loops[0]
     }
@@ -110,7 +103,7 @@ def two_surveys(
             half = {name: values[first::2] for name, values in batch.items()}
             if len(half["tokens"]):
                 documents = half.get("documents")
-                part.append(survey_lines(model, half["tokens"], None, loops, documents))
+                part.append(survey_lines(model, half["tokens"], loops, documents=documents))
     fit, report = (_together(part) for part in parts)
     return fit, report
 

@@ -18,7 +18,7 @@ and no coda the whole stack is looped.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -77,6 +77,8 @@ class LoopedTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.attend: Attend = sdpa
+        # Called with the loop that is entered; by it each loop can have weights of its own.
+        self.enter_loop: Callable[[int], object] | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.prelude = nn.ModuleList(Block(config) for _ in range(config.prelude_layers))
         self.injection = Injection(config)
@@ -151,6 +153,8 @@ class LoopedTransformer(nn.Module):
 
         `rows`: which rows of the cache's batch these are, (n,); None means all of them.
         """
+        if self.enter_loop:
+            self.enter_loop(loop)
         x = self.injection(state, embedding)
         for layer, block in enumerate(self.core):
             x = block(x, around, cache and cache.core(layer, loop, rows))

@@ -107,6 +107,10 @@ class WholeFiles(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
+        except RuntimeError as error:  # of torch's writer, on ending a file cut short
+            partial.unlink(missing_ok=True)
+            cause = error.__context__
+            raise (cause if isinstance(cause, OSError) else error) from None
         except BaseException:
             partial.unlink(missing_ok=True)
             raise

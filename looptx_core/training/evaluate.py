@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import functools
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from looptx_core.config.generation import ExitSettings
 from looptx_core.model.confidence import Confidence
 from looptx_core.model.loop import LoopedTransformer
 
@@ -66,6 +69,11 @@ class LoopEvaluation:
         return float((self.logit.sigmoid() - self.hit).abs().mean())
 
 
+def inputs_and_targets(tokens: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both (batch, length). Absent targets are the tokens that follow, of one token more."""
+    return (tokens[:, :-1], tokens[:, 1:]) if targets is None else (tokens, targets)
+
+
 @torch.no_grad()
 def evaluate_loops(
     model: LoopedTransformer,
@@ -74,17 +82,19 @@ def evaluate_loops(
     counted: Tensor | None = None,
     documents: Tensor | None = None,
     observe: Observe | None = None,
+    targets: Tensor | None = None,
 ) -> LoopEvaluation:
     """Loss, accuracy and confidence after each of the loops 1..loops.
 
-    tokens: (batch, length + 1). counted: (batch, length) bool, the targets that count; all by
-    default. documents: (batch, length), to attend within only. observe: sees every loop's tokens.
+    tokens, targets: as in `inputs_and_targets`. counted: (batch, length) bool, the targets that
+    count; all by default. documents: (batch, length), to attend within only. observe: sees every
+    loop's tokens.
     """
-    targets = tokens[:, 1:]
+    inputs, targets = inputs_and_targets(tokens, targets)
     counted = torch.ones_like(targets, dtype=torch.bool) if counted is None else counted
     around = model.surroundings(targets.shape[1], documents=documents)
     losses, hits, norms, logits, gains = [], [], [], [], []
-    for loop, state in enumerate(model.states(tokens[:, :-1], loops, around=around), start=1):
+    for loop, state in enumerate(model.states(inputs, loops, around=around), start=1):
         predicted = model.head(model.decode(state, around)).float()
         loss = F.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="none")
         losses.append(loss.view(targets.shape)[counted])
@@ -111,8 +121,18 @@ def evaluate_loops(
 def evaluate_batch(
     model: LoopedTransformer, batch: Mapping[str, Tensor], loops: int
 ) -> LoopEvaluation:
-    """`evaluate_loops` on a batch of the data module."""
-    return evaluate_loops(model, batch["tokens"], loops, documents=batch.get("documents"))
+    """`evaluate_loops` on a batch of the data module; targets of weight 0 don't count."""
+    weights = batch.get("weights")
+    counted = None if weights is None else weights > 0
+    return evaluate_loops(model, batch["tokens"], loops, counted, batch.get("documents"))
+
+
+def evaluate_all(
+    model: LoopedTransformer, batches: Iterable[Mapping[str, Tensor]], loops: int
+) -> LoopEvaluation:
+    """`evaluate_batch` on all batches, added up."""
+    parts = (evaluate_batch(model, batch, loops) for batch in batches)
+    return functools.reduce(operator.add, parts)
 
 
 def fit_temperature(logit: Tensor, hit: Tensor) -> float:
@@ -150,3 +170,10 @@ def fit_gain(gain: Tensor, loss: Tensor) -> tuple[tuple[float, ...], tuple[float
         slopes.append(max(slope, 0.0))
         offsets.append(float(drop.mean()) - slopes[-1] * float(predicted.mean()))
     return tuple(slopes), tuple(offsets)
+
+
+def calibrate(settings: ExitSettings, held_out: LoopEvaluation) -> ExitSettings:
+    """The exit settings with temperature and gains fitted on these tokens."""
+    slope, offset = fit_gain(held_out.gain, held_out.each)
+    temperature = fit_temperature(held_out.logit, held_out.hit)
+    return replace(settings, temperature=temperature, gain_slope=slope, gain_offset=offset)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from looptx_core.config.run import TrainConfig
+from looptx_core.config.run import RunConfig
 from looptx_core.errors import UsageError
 
 _DEPTH_SPREAD = 0.5  # sigma of the log-normal rate, Huginn's
@@ -33,7 +33,7 @@ class LoopSchedule(torch.nn.Module):
 
     threshold: Tensor
 
-    def __init__(self, config: TrainConfig, model_max_loops: int) -> None:
+    def __init__(self, config: RunConfig, model_max_loops: int) -> None:
         super().__init__()
         self.kind = config.loop_schedule
         self.seed = config.seed

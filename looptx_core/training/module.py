@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from looptx_core.config.run import TrainConfig
+from looptx_core.config.run import RunConfig
 from looptx_core.errors import LooptxError
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_batch
@@ -29,11 +29,12 @@ class LoopedLM(L.LightningModule):
     """Trains a `LoopedTransformer` in any Lightning Trainer.
 
     A batch is a mapping with `tokens`, (batch, length + 1) ids, `ids`, (batch,) sample numbers,
-    and optionally `documents`, (batch, length), to keep attention within. After a validation
-    `evaluation` holds loss, accuracy and confidence by loop.
+    and optionally `documents`, (batch, length), to keep attention within, and `weights`, (batch,
+    length), what each target counts. After a validation `evaluation` holds loss, accuracy and
+    confidence by loop. Frozen parameters stay out of the checkpoints.
     """
 
-    def __init__(self, model: LoopedTransformer, config: TrainConfig) -> None:
+    def __init__(self, model: LoopedTransformer, config: RunConfig) -> None:
         super().__init__()
         self.model = model
         self.config = config
@@ -44,6 +45,21 @@ class LoopedLM(L.LightningModule):
         self._parts: list[LoopEvaluation] = []
         self._of_this_step: list[Tensor] = []
         self._begun = self._tokens = 0.0
+        self.strict_loading = not self._frozen()
+
+    def _frozen(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.named_parameters() if not p.requires_grad}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """What training changes, without a frozen base and its quantisation."""
+        state, frozen = super().state_dict(*args, **kwargs), self._frozen()
+        # A quantised weight has entries beside it, as `weight.absmax` and `SCB`.
+        quantised = tuple(
+            name.removesuffix("weight") for name, p in frozen.items() if not p.is_floating_point()
+        )
+        for key in [key for key in state if key in frozen or key.startswith(quantised)]:
+            del state[key]
+        return state
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.config)
@@ -67,6 +83,7 @@ class LoopedLM(L.LightningModule):
             self.global_step,
             ids,
             documents=batch.get("documents"),
+            weights=batch.get("weights"),
             loss_at=self.config.loss_at,
             recompute=self.config.grad_checkpointing,
         )

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from looptx_core.model.block import Surroundings
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.evaluate import inputs_and_targets
 from looptx_core.training.loop_schedule import LoopSchedule
 
 _GAIN_LIMIT = 4.0  # nats; a lone token can gain more, and squared errors would follow it
@@ -66,17 +67,21 @@ def loop_loss(
     step: int,
     ids: Tensor,
     *,
+    targets: Tensor | None = None,
     documents: Tensor | None = None,
+    weights: Tensor | None = None,
     loss_at: str = "pair",
     recompute: bool = False,
 ) -> LoopLoss:
     """The objective on a batch.
 
-    tokens: (batch, length + 1) ids. ids: (batch,), the samples' numbers. documents: (batch,
-    length), the document of each input token; attention stays within it. recompute: trade time
-    for memory by running each loop again in the backward pass.
+    tokens: (batch, length + 1) ids, each predicted from those before; or (batch, length) with
+    `targets` of the same shape. ids: (batch,), the samples' numbers. documents: (batch,
+    length), the document of each input token; attention stays within it. weights: (batch,
+    length), what each target counts, about 1 in the mean over all batches; all 1 by default.
+    recompute: trade time for memory by running each loop again in the backward pass.
     """
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    inputs, wanted = inputs_and_targets(tokens, targets)
     batch, length = inputs.shape
     around = model.surroundings(length, documents=documents)
 
@@ -91,7 +96,7 @@ def loop_loss(
         state = iterate(state, embedding, loop, around)
         before.append(state)
     depths = schedule.depths(
-        step, ids, lambda by: _measured(model, state, schedule.base, targets, around, by)
+        step, ids, lambda by: _measured(model, state, schedule.base, wanted, around, by, weights)
     )
 
     # Deepest first: the sequences still in the loop are then a prefix, and no row is gathered.
@@ -99,7 +104,8 @@ def loop_loss(
     depths = depths[order]
     on_device = order.to(state.device)
     state, embedding, around = state[on_device], embedding[on_device], around.rows(on_device)
-    targets = targets[on_device]
+    wanted = wanted[on_device]
+    weights = None if weights is None else weights[on_device]
     before = [earlier[on_device] for earlier in before]
     read = _Readouts()
     core_rows = 0
@@ -118,7 +124,7 @@ def loop_loss(
             "all": 0,
         }[loss_at]
         read.add(state[first:here], list(range(first, here)), loop)
-    scored = _score(model, read, targets, around)
+    scored = _score(model, read, wanted, weights, around)
     return _combine(model, scored, depths, keep_in_step=state, core_rows=core_rows)
 
 
@@ -130,12 +136,14 @@ def _measured(
     targets: Tensor,
     around: Surroundings,
     by: str,
+    weights: Tensor | None,
 ) -> Tensor:
     """What the choice of going deeper rests on, nats a token, (batch,)."""
     if by == "gain":
-        return model.confidence(state, loop).gain.float().mean(1).cpu()
+        return _average(model.confidence(state, loop).gain.float(), weights, 1).cpu()
     logits = model.head(model.decode(state, around)).float()
-    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(1).cpu()
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    return _average(losses, weights, 1).cpu()
 
 
 @dataclass
@@ -148,10 +156,15 @@ class _Scored:
     correct: Tensor
     logit: Tensor
     gain: Tensor
+    weights: Tensor | None
 
 
 def _score(
-    model: LoopedTransformer, read: _Readouts, targets: Tensor, around: Surroundings
+    model: LoopedTransformer,
+    read: _Readouts,
+    targets: Tensor,
+    weights: Tensor | None,
+    around: Surroundings,
 ) -> _Scored:
     states = torch.cat(read.states)
     rows = torch.tensor(read.rows, device=targets.device)
@@ -166,6 +179,7 @@ def _score(
         (logits.detach().argmax(-1) == targets).float(),
         confidence.logit.float(),
         confidence.gain.float(),
+        None if weights is None else weights[rows],
     )
 
 
@@ -179,17 +193,18 @@ def _combine(
     batch, length = len(depths), read.losses.shape[1]
     rows, loops = torch.tensor(read.rows), torch.tensor(read.loops)
     weight = 1.0 / rows.bincount(minlength=batch)[rows] / batch
-    by_readout = read.losses.mean(1)
+    by_readout = _weigh(read.losses, read.weights).mean(1)
     loss = (by_readout * weight.to(by_readout)).sum() + 0.0 * keep_in_step.float().sum()
 
-    judged = F.binary_cross_entropy_with_logits(read.logit, read.correct)
+    judged = F.binary_cross_entropy_with_logits(read.logit, read.correct, weight=read.weights)
     place = {key: index for index, key in enumerate(zip(read.rows, read.loops))}
     pairs = [(i, place[row, loop + 1]) for (row, loop), i in place.items()
              if (row, loop + 1) in place]  # fmt: skip
     if pairs:
         now, then = torch.tensor(pairs, device=by_readout.device).T
         seen = (read.losses[now] - read.losses[then]).detach().clamp(-_GAIN_LIMIT, _GAIN_LIMIT)
-        judged = judged + F.mse_loss(read.gain[now], seen)
+        errors = F.mse_loss(read.gain[now], seen, reduction="none")
+        judged = judged + _weigh(errors, read.weights, now).mean()
     else:
         judged = judged + 0.0 * read.gain.sum()
 
@@ -200,11 +215,28 @@ def _combine(
     return LoopLoss(
         loss=loss,
         confidence_loss=judged,
-        deepest=by_readout.detach()[final].mean(),
-        confidence_error=(read.logit.detach().sigmoid() - read.correct).abs().mean(),
+        deepest=_average(
+            read.losses.detach()[final], None if read.weights is None else read.weights[final]
+        ),
+        confidence_error=_average(
+            (read.logit.detach().sigmoid() - read.correct).abs(), read.weights
+        ),
         mean_loops=core_rows / batch,
         flops=3 * forward,
     )
+
+
+def _weigh(values: Tensor, weights: Tensor | None, rows: Tensor | slice = slice(None)) -> Tensor:
+    """Values times what they count. The weights are normalised over the data and not over a
+    batch, so that accumulation and ranks change nothing."""
+    return values if weights is None else values * weights[rows]
+
+
+def _average(values: Tensor, weights: Tensor | None, dim: int | None = None) -> Tensor:
+    """The weighted mean over all values or along one dimension, to be read."""
+    if weights is None:
+        return values.mean(dim)
+    return (values * weights).sum(dim) / weights.sum(dim).clamp(min=1e-9)
 
 
 def _largest_over_ranks(value: int, device: torch.device) -> int:

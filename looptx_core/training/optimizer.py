@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from looptx_core.config.run import TrainConfig
+from looptx_core.config.run import RunConfig
 from looptx_core.model.loop import LoopedTransformer
 
 
@@ -41,7 +41,7 @@ class Together(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-def build_optimizer(model: LoopedTransformer, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: LoopedTransformer, config: RunConfig) -> torch.optim.Optimizer:
     """AdamW, or Muon for the blocks' matrices with AdamW for the rest.
 
     Muon (K. Jordan, 2024) is torch's, its steps scaled to AdamW's size (arXiv 2502.16982), so
@@ -49,7 +49,8 @@ def build_optimizer(model: LoopedTransformer, config: TrainConfig) -> torch.opti
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     blocks = nn.ModuleList([model.prelude, model.core, model.coda])
-    chosen = {id(p) for p in blocks.parameters() if p.dim() == 2 and config.optimizer == "muon"}
+    muon_takes = [p for p in blocks.parameters() if p.dim() == 2 and p.requires_grad]
+    chosen = {id(p) for p in muon_takes if config.optimizer == "muon"}
     rest = [p for p in trained if id(p) not in chosen]
     groups = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -67,7 +68,7 @@ def build_optimizer(model: LoopedTransformer, config: TrainConfig) -> torch.opti
     return Together(muon, adamw)
 
 
-def learning_rate_factor(config: TrainConfig) -> Callable[[int], float]:
+def learning_rate_factor(config: RunConfig) -> Callable[[int], float]:
     """Step -> share of the peak: a linear warm-up, then a cosine down to `min_lr`."""
     warmup = max(1, round(config.warmup * config.steps))
 

@@ -1,4 +1,4 @@
-"""One training run, from settings to a model folder: what the command line calls."""
+"""One training run, from settings to a model folder; `fit` is the trainer, finetuning's too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from looptx_core.checkpoint.folder import save_model
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
-from looptx_core.config.run import TrainConfig
+from looptx_core.config.run import RunConfig, TrainConfig
 from looptx_core.data.datamodule import TokenData
 from looptx_core.data.probes import probe_batches, read_probes
 from looptx_core.errors import Interrupted, LooptxError, UsageError
@@ -31,11 +31,9 @@ from looptx_core.training.callbacks import (
 )
 from looptx_core.training.curves import plot_run, verdict
 from looptx_core.training.evaluate import (
-    LoopEvaluation,
-    evaluate_batch,
+    calibrate,
+    evaluate_all,
     evaluate_loops,
-    fit_gain,
-    fit_temperature,
 )
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.module import LoopedLM, quiet_lightning
@@ -87,19 +85,14 @@ def train(
 ) -> TrainResult:
     """Train in `folder` on the shards `data`, and write `folder`/final.
 
-    callbacks: Lightning's, for progress displays and the like. report: called with lines of
-    one choice each ("attention: sdpa, ..."). watch: called with each line of metrics.jsonl.
-
-    Raises `Interrupted` after a Ctrl-C (saved), `NotFinite` for a loss of NaN, `DataError` for
-    unusable data or checkpoints.
+    The other arguments, and the errors, are those of `fit`.
     """
     started = time.monotonic()
-    # A short run has its line of training and its validation too.
-    config = replace(
-        config,
-        log_every=min(config.log_every, config.steps),
-        val_every=min(config.val_every, config.steps),
-    )
+    if config.seq_len > model_config.max_seq_len:
+        raise UsageError(
+            f"--seq-len {config.seq_len} exceeds the model's max_seq_len "
+            f"({model_config.max_seq_len}); set model.max_seq_len in the config"
+        )
     batches = TokenData(
         data,
         seq_len=config.seq_len,
@@ -110,11 +103,44 @@ def train(
         workers=config.workers,
         document_mask=config.document_mask,
     )
-    if config.seq_len > model_config.max_seq_len:
-        raise UsageError(
-            f"--seq-len {config.seq_len} exceeds the model's max_seq_len "
-            f"({model_config.max_seq_len}); set model.max_seq_len in the config"
-        )
+    torch.manual_seed(config.seed)
+    model = LoopedTransformer(model_config)
+    module, steps = fit(
+        model, batches, config, folder=folder, command="train", resume=resume,
+        callbacks=callbacks, report=report, watch=watch,
+    )  # fmt: skip
+    return _finish(model, module, batches, config, data, folder, steps, started)
+
+
+def fit(
+    model: LoopedTransformer,
+    batches: L.LightningDataModule,
+    config: RunConfig,
+    *,
+    folder: Path,
+    command: str,
+    resume: bool = False,
+    callbacks: Sequence[L.Callback] = (),
+    report: Callable[[str], object] = lambda line: None,
+    watch: Callable[[str], object] | None = None,
+) -> tuple[LoopedLM, int]:
+    """Train what of `model` is not frozen, with checkpoints and records in `folder`.
+
+    The model ends in evaluation mode on the CPU; beside it, the module and the steps done.
+
+    command: what `--resume` goes on with, for messages. callbacks: Lightning's, for progress
+    displays and the like. report: called with lines of one choice each ("attention: sdpa, ...").
+    watch: called with each line of metrics.jsonl.
+
+    Raises `Interrupted` after a Ctrl-C (saved), `NotFinite` for a loss of NaN, `DataError` for
+    unusable data or checkpoints.
+    """
+    # A short run has its line of training and its validation too.
+    config = replace(
+        config,
+        log_every=min(config.log_every, config.steps),
+        val_every=min(config.val_every, config.steps),
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision, why = choose_precision(config.precision, device)
     report(f"precision: {precision}, {why}")
@@ -122,9 +148,6 @@ def train(
         config.attention, device, torch.bfloat16 if precision == "bf16" else torch.float32
     )
     report(f"attention: {backend.name}, {backend.reason}")
-
-    torch.manual_seed(config.seed)
-    model = LoopedTransformer(model_config)
     model.attend = backend.attend
     if config.compile:
         for block in (*model.prelude, *model.core, *model.coda):
@@ -151,23 +174,22 @@ def train(
         except OSError as error:
             raise LooptxError(
                 f"cannot save to {checkpoints}: {error.strerror or error}; free some space and "
-                f"go on with looptx train --resume {folder}"
+                f"go on with looptx {command} --resume {folder}"
             ) from error
     if stop.reason == "interrupted":
         left = (config.steps - trainer.global_step) * (time.monotonic() - stop.begun)
         left /= max(1, trainer.global_step - (step_of(start_from) if start_from else 0))
         raise Interrupted(
             f"stopped and saved at step {trainer.global_step} of {config.steps}; go on with "
-            f"looptx train --resume {folder} (about {left / 60:.1f} minutes left)"
+            f"looptx {command} --resume {folder} (about {left / 60:.1f} minutes left)"
         )
-
     model.eval()
     model.to(torch.device("cpu"))
-    return _finish(model, module, batches, config, data, folder, trainer, started)
+    return module, trainer.global_step
 
 
 def _trainer(
-    config: TrainConfig,
+    config: RunConfig,
     folder: Path,
     precision: str,
     device: torch.device,
@@ -209,13 +231,12 @@ def _finish(
     config: TrainConfig,
     data: Path,
     folder: Path,
-    trainer: L.Trainer,
+    steps: int,
     started: float,
 ) -> TrainResult:
     loops = module.schedule.max_loops
-    evaluation = _evaluate(model, batches, loops)
-    temperature = fit_temperature(evaluation.logit, evaluation.hit)
-    slope, offset = fit_gain(evaluation.gain, evaluation.each)
+    evaluation = evaluate_all(model, batches.val_dataloader(), loops)
+    exit_settings = calibrate(ExitSettings(), evaluation)
     counts = batches.shards.manifest.splits["val"]
     bits = [loss / 0.6931471805599453 * counts.tokens / counts.bytes
             for loss in evaluation.loss_by_loop]  # fmt: skip
@@ -227,14 +248,14 @@ def _finish(
     result = TrainResult(
         folder=folder,
         model_folder=folder / "final",
-        steps=trainer.global_step,
+        steps=steps,
         seconds=time.monotonic() - started,
-        tokens=trainer.global_step * config.batch_size * config.seq_len,
+        tokens=steps * config.batch_size * config.seq_len,
         loss_by_loop=evaluation.loss_by_loop,
         bits_per_byte_by_loop=bits,
         accuracy_by_loop=evaluation.accuracy_by_loop,
         probes=probes,
-        temperature=temperature,
+        temperature=exit_settings.temperature,
         flops=float(module.flops),
         verdict=verdict(evaluation.loss_by_loop),
     )
@@ -243,7 +264,7 @@ def _finish(
         result.model_folder,
         model,
         batches.shards.tokenizer,
-        exit_settings=ExitSettings(temperature=temperature, gain_slope=slope, gain_offset=offset),
+        exit_settings=exit_settings,
         facts={
             "data": [Path(item["name"]).name for item in batches.shards.manifest.inputs],
             "steps": result.steps,
@@ -257,11 +278,3 @@ def _finish(
         overwrite=True,
     )
     return result
-
-
-def _evaluate(model: LoopedTransformer, batches: TokenData, loops: int) -> LoopEvaluation:
-    parts = [evaluate_batch(model, batch, loops) for batch in batches.val_dataloader()]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total

@@ -31,7 +31,7 @@ def reliability(probability: Tensor, hit: Tensor, bins: int = BINS) -> list[Bin]
     ]
 
 
-def expected_calibration_error(probability: Tensor, hit: Tensor, bins: int = BINS) -> float:
+def calibration_error(probability: Tensor, hit: Tensor, bins: int = BINS) -> float:
     """Mean |confidence - accuracy| over tokens, by bins of equal mass (arXiv 1909.10155)."""
     found = reliability(probability, hit, bins)
     off = sum(bin.tokens * abs(bin.confidence - bin.accuracy) for bin in found)

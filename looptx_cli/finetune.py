@@ -1,0 +1,122 @@
+"""looptx finetune: from a trained model and examples to one that knows the task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from looptx_cli.console import note, stdout
+from looptx_cli.options import with_fields
+from looptx_cli.runs import begin, resumed, settle, summary, write_line
+from looptx_core.config.finetune import FinetuneConfig
+from looptx_core.config.resolve import resolve
+
+if TYPE_CHECKING:
+    from looptx_core.finetuning.run import FinetuneResult
+
+
+@with_fields(FinetuneConfig)
+def finetune(
+    flags: dict[str, Any],
+    config: Annotated[Path | None, typer.Option(help="A YAML file of these settings.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run, exactly.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no notes.")] = False,
+) -> None:
+    """Finetune a model on prompts and responses: all of it, or small adapters beside it.
+
+    \b
+    looptx finetune --lora --qlora
+    looptx finetune --data qa.jsonl --model runs/a --lora
+    looptx finetune --data qa.jsonl --steps 1000
+    looptx finetune --data chats.parquet --qlora --quantization int8 --out runs/chat
+    looptx finetune --data hf:openai/gsm8k@main:train --lora --seq-len 512 --too-long drop
+
+    A line of data is {"prompt", "response"}, {"messages": [{"role", "content"}]} or {"text"}.
+    """
+    from looptx_core.checkpoint.registry import next_run_dir, resolve_model
+    from looptx_core.data.bundled import bundled_questions
+
+    if resume is not None:
+        resolved, folder = resumed(resume, flags, "finetune", FinetuneConfig), resume
+    else:
+        resolved = resolve(FinetuneConfig, flags=flags, config=config)
+        folder = None
+    settings = resolved.build(FinetuneConfig)
+    if folder is None:
+        folder = next_run_dir(settings.out, "finetune", overwrite)
+    base = resolve_model(settings.model, need=frozenset({"weights"}))
+    if settings.model is None:
+        note(f"model: {base.folder}, {base.reason}", quiet)
+    note(f"run: {folder}, {settings.method}", quiet)
+    if not settings.data:
+        note("data: the bundled questions on tables of arrows", quiet)
+    data = list(settings.data) or [str(bundled_questions())]
+
+    from looptx_cli.progress import train_progress
+    from looptx_core.finetuning.run import finetune, prepare
+
+    def report(line: str) -> None:
+        note(line, quiet)
+
+    prepared = prepare(settings, base=base.folder, data=data, report=report)
+    if resume is None:
+        begin(
+            folder, settle(resolved, {"model": str(base.folder.resolve())}, base.reason), overwrite
+        )
+    result = finetune(
+        prepared,
+        folder=folder,
+        resume=resume is not None,
+        callbacks=[train_progress(settings.steps, quiet or as_json)],
+        report=report,
+        watch=write_line if as_json else None,
+    )
+    if as_json:
+        write_line(summary(result))
+        return
+    _show(result)
+    example = "map ga cc fc dd aa hb bb ed: Where ends g" if not settings.data else "..."
+    flag = "--adapter" if settings.adapts else "--model"
+    note(f'try next: looptx generate "{example}" {flag} {folder} --temperature 0', quiet)
+
+
+def _show(result: FinetuneResult) -> None:
+    from rich.table import Table
+
+    out = stdout()
+    table = Table(title="Held-out responses, by loop", title_justify="left", box=None,
+                  pad_edge=False)  # fmt: skip
+    for name in ("loops", "loss before", "after", "accuracy before", "after"):
+        table.add_column(name, justify="right")
+    for loop, after in enumerate(result.loss_by_loop):
+        table.add_row(
+            str(loop + 1),
+            f"{result.loss_by_loop_before[loop]:.3f}",
+            f"{after:.3f}",
+            f"{result.accuracy_by_loop_before[loop]:.1%}",
+            f"{result.accuracy_by_loop[loop]:.1%}",
+        )
+    out.print(table)
+
+    def say(line: str) -> None:
+        out.print(line, soft_wrap=True)
+
+    share = result.trainable / result.parameters
+    say(
+        f"{result.method}: {result.steps:,} steps in {result.seconds:,.0f} s, "
+        f"{result.trainable:,} parameters trained ({share:.1%} of the base's)"
+    )
+    say(f"confidence: calibration error {result.ece_before:.3f} before, {result.ece:.3f} after")
+    if result.quantised_loss is not None:
+        share = result.base_bytes / (2 * result.parameters)
+        say(
+            f"base in memory: {result.base_bytes:,} bytes, {share:.0%} of bf16; "
+            f"loss {result.quantised_loss:.3f} on the quantised base, "
+            f"{result.loss_by_loop[-1]:.3f} on the full-precision one, where the adapter runs"
+        )
+    what = "adapter" if (result.model_folder / "adapter_config.json").exists() else "model"
+    say(f"{what}: {result.model_folder}, curves: {result.folder / 'curves.png'}")

@@ -1,0 +1,89 @@
+"""What a finetuning run is, beyond what it shares with training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from looptx_core.config.run import RunConfig
+from looptx_core.errors import UsageError
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    """Settings of `looptx finetune`, after merging."""
+
+    model: str | None = None
+    """The base: a run or a model folder; absent: the newest finished run, else the bundled."""
+    data: tuple[str, ...] = ()
+    """JSON lines, Parquet, text, or hf:NAME[:SPLIT]; absent: the bundled questions."""
+    out: str | None = None
+    """The run's folder; absent: runs/finetune-<n>."""
+
+    lora: bool = False
+    """Train low-rank adapters (arXiv 2106.09685) and not the weights."""
+    qlora: bool = False
+    """Adapters on a quantised base (QLoRA, arXiv 2305.14314)."""
+    quantization: Literal["nf4", "int8"] = "nf4"
+    """qlora: the base's number type, by bitsandbytes."""
+    dora: bool = False
+    """Adapters with a magnitude of their own (DoRA, arXiv 2402.09353)."""
+    lora_per_loop: bool = False
+    """An adapter for each loop; it can't be merged. Without: one for all loops, which can."""
+    lora_rank: int = 8
+    """Rank of the adapters."""
+    lora_alpha: float = 16.0
+    """The adapters' output is scaled by alpha / rank."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapters' input."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732)."""
+    target_modules: tuple[str, ...] = TARGETS
+    """Names of the layers that get an adapter."""
+
+    train_on_prompt: bool = False
+    """Every token has a loss, and not the responses alone."""
+    too_long: Literal["error", "drop", "truncate"] = "error"
+    """What becomes of examples longer than seq_len."""
+    val_fraction: float = 0.1
+    """Share of examples held out for validation."""
+
+    steps: int = 400
+    """Optimizer steps; fixes the schedule of the learning rate."""
+    seq_len: int = 256
+    """Tokens a sequence; short examples share one, each to itself."""
+    batch_size: int = 8
+    """Sequences an optimizer step, over all devices."""
+    lr: float = 5e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """On matrices only."""
+    optimizer: Literal["muon", "adamw"] = "adamw"
+    """muon: for the blocks' matrices, with AdamW for all else."""
+    beta2: float = 0.99
+    """AdamW's second decay."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank < 1:
+            raise UsageError(f"lora_rank must be at least 1, not {self.lora_rank}")
+        if not 0 < self.val_fraction < 1:
+            raise UsageError(f"val_fraction must lie between 0 and 1, not {self.val_fraction}")
+        if self.dora and self.lora_per_loop:
+            raise UsageError("--dora with --lora-per-loop is not supported; leave one out")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters are trained, and not the weights themselves."""
+        return self.lora or self.qlora or self.dora or self.lora_per_loop or self.rslora
+
+    @property
+    def method(self) -> str:
+        """In a word or two, for people."""
+        if not self.adapts:
+            return "full"
+        name = "DoRA" if self.dora else "rsLoRA" if self.rslora else "LoRA"
+        name = f"Q{name} ({self.quantization})" if self.qlora else name
+        return name + (", one adapter a loop" if self.lora_per_loop else "")

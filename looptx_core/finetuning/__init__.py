@@ -1,0 +1,1 @@
+"""Finetuning: adapters by PEFT, quantised bases by bitsandbytes, the trainer of `training`."""

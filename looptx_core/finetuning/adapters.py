@@ -1,0 +1,247 @@
+"""Adapters on a looped model, by PEFT and in its own format.
+
+One adapter serves all loops, or each loop has its own (`loop_1`, `loop_2`, ...), chosen as the
+loop is entered; what is outside the loop then has the adapter `default`. The confidence head is
+no adapter: it is trained whole and stored with them (PEFT's `modules_to_save`).
+
+    adapter_config.json, adapter_model.safetensors   PEFT's; loop_<n>/ has the same for each loop
+    looptx.json                                      the base's fingerprint, facts
+    tokenizer.json, tokenizer_config.json            with the chat template
+    generation_config.json                           the exit rule, calibrated with the adapter
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+
+from looptx_core.checkpoint.folder import (
+    LoadedModel,
+    read_exit,
+    read_json,
+    refuse_pickle,
+    tokenizer_config,
+    write_folder,
+)
+from looptx_core.config.finetune import FinetuneConfig
+from looptx_core.config.generation import ExitSettings
+from looptx_core.errors import DataError, UsageError
+from looptx_core.model.loop import LoopedTransformer
+
+CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "looptx.json"
+_SHARED = "default"
+_PROBED = 64  # values of each tensor in a fingerprint
+
+
+def attach(model: LoopedTransformer, config: FinetuneConfig) -> PeftModel:
+    """Freeze the model and give it adapters, in place; they and the confidence head train.
+
+    Raises `UsageError` for a target that matches nothing or is tied to another layer.
+    """
+    layers = targets(model, config.target_modules)
+
+    def lora(names: Sequence[str] | str, save: list[str] | None = None) -> LoraConfig:
+        return LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # any number serves
+            lora_dropout=config.lora_dropout,
+            use_rslora=config.rslora,
+            use_dora=config.dora,
+            target_modules=names if isinstance(names, str) else list(names),
+            modules_to_save=save,
+        )
+
+    if not config.lora_per_loop:
+        return get_peft_model(model, lora(config.target_modules, ["confidence"]))
+    inside = [name for name in layers if name.startswith("core.")]
+    if not inside:
+        raise UsageError("--lora-per-loop: no target lies in the loop; leave it out")
+    outside = [name for name in layers if name not in inside]
+    peft = get_peft_model(model, lora(outside or DUMMY_TARGET_MODULES, ["confidence"]))
+    for name in _loop_names(model.config.max_loops):
+        peft.add_adapter(name, lora(inside))
+    follow_loops(model, model.config.max_loops, trainable=True)
+    return peft
+
+
+def targets(model: LoopedTransformer, names: Sequence[str]) -> list[str]:
+    """The full names of the linear layers that `names` mean, by their ends."""
+    linear = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith("confidence.")
+    }
+    found: set[str] = set()
+    for target in names:
+        matched = {name for name in linear if f".{name}".endswith(f".{target}")}
+        if not matched:
+            there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise UsageError(f"--target-modules {target}: matches no layer; there are {there}")
+        if "head" in matched and model.config.tie_embeddings:
+            raise UsageError(
+                "--target-modules head: it shares its weights with the embedding, which an "
+                "adapter can't change apart; leave it out"
+            )
+        found |= matched
+    return sorted(found)
+
+
+def follow_loops(model: LoopedTransformer, loops: int, trainable: bool) -> None:
+    """Let each loop use its own adapter; loops beyond the last use the last.
+
+    PEFT's `set_adapter` would freeze all the others, so the choice is set on the layers.
+    """
+    names = _loop_names(loops)
+    layers = [module for module in model.core.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.set_requires_grad(names, trainable)
+
+    def enter(loop: int) -> None:
+        for layer in layers:
+            layer._active_adapter = [names[min(loop, loops) - 1]]
+
+    model.enter_loop = enter
+    enter(1)
+
+
+def save_adapter(
+    folder: Path,
+    peft: PeftModel,
+    base: LoadedModel,
+    *,
+    exit_settings: ExitSettings,
+    facts: Mapping[str, Any],
+    chat_template: str | None = None,
+) -> None:
+    """Write an adapter folder, whole or not at all; one that is there is replaced."""
+    name = base.folder.resolve()
+    for settings in peft.peft_config.values():
+        settings.base_model_name_or_path = str(name)
+    own = {"format_version": 1, "base": fingerprint(base.folder), "facts": dict(facts)}
+    generation = {"exit": asdict(exit_settings)}
+    tokens = tokenizer_config(base.tokenizer, base.config.max_seq_len, chat_template)
+    card = _card(folder, base.name, facts)
+
+    def write(place: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an empty `default`, whose place is intended
+            peft.save_pretrained(str(place), save_embedding_layers=False)
+        (place / "tokenizer.json").write_text(base.tokenizer.to_str(), "utf-8")
+        (place / "README.md").write_text(card, "utf-8")
+        for file, content in (
+            (FACTS, own),
+            ("generation_config.json", generation),
+            ("tokenizer_config.json", tokens),
+        ):
+            (place / file).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+    write_folder(folder, write)
+
+
+def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> LoadedModel:
+    """The base with an adapter, in evaluation mode; `base.model` is changed.
+
+    merge: put an adapter that all loops share into the weights, which run as fast as the base's.
+
+    Raises:
+        DataError: no adapter, a pickle, or an adapter of another base.
+    """
+    folder = Path(folder)
+    loops = loops_of(folder)
+    _check_base(base, folder)
+    names = [_SHARED, *_loop_names(loops)]
+    for place in [folder, *(folder / name for name in names[1:])]:
+        _check_files(place)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft = PeftModel.from_pretrained(base.model, str(folder), local_files_only=True)
+            for name in names[1:]:
+                peft.load_adapter(str(folder / name), name, local_files_only=True)
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{folder}: this adapter doesn't fit {base.folder} ({reason}); give its own base"
+        ) from error
+    model = base.model
+    if loops:
+        follow_loops(model, loops, trainable=False)
+    elif merge:
+        model = peft.merge_and_unload()
+        model.requires_grad_(True)
+    file = folder / "generation_config.json"
+    exit_settings = read_exit(folder) if file.is_file() else base.exit
+    return replace(base, model=model.eval(), exit=exit_settings, folder=folder)
+
+
+def loops_of(folder: Path) -> int:
+    """How many loops have an adapter of their own; 0 for a shared one."""
+    if not (folder / CONFIG).is_file():
+        raise DataError(f"{folder}: no adapter ({CONFIG} is missing); check --adapter")
+    count = 0
+    while (folder / f"loop_{count + 1}" / CONFIG).is_file():
+        count += 1
+    return count
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells a base from another, whatever its number type: names, shapes, some values."""
+    from safetensors import safe_open
+
+    from looptx_core.checkpoint.folder import weight_files
+
+    total: dict[str, bytes] = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as data:
+            for name in data.keys():  # noqa: SIM118, it is no mapping
+                tensor = data.get_tensor(name)
+                places = torch.linspace(0, tensor.numel() - 1, _PROBED).long()
+                values = tensor.flatten()[places].to(torch.bfloat16).view(torch.int16)
+                shape = f"{name} {list(tensor.shape)}".encode()
+                total[name] = shape + values.numpy().tobytes()
+    return hashlib.sha256(b"".join(total[name] for name in sorted(total))).hexdigest()
+
+
+def _check_base(base: LoadedModel, folder: Path) -> None:
+    file = folder / FACTS
+    expected = read_json(file).get("base") if file.is_file() else None  # PEFT's own has none
+    if expected is not None and expected != fingerprint(base.folder):
+        own = read_json(folder / CONFIG).get("base_model_name_or_path")
+        raise DataError(
+            f"{folder}: an adapter of another base than {base.folder}; it was trained on {own}"
+        )
+
+
+def _check_files(place: Path) -> None:
+    read_json(place / CONFIG)
+    if (place / WEIGHTS).is_file():
+        refuse_pickle(place / WEIGHTS)
+        return
+    for file in sorted(place.glob("adapter_model.*")):
+        refuse_pickle(file)
+    raise DataError(f"{place}: {WEIGHTS} is missing; copy the adapter again")
+
+
+def _loop_names(loops: int) -> list[str]:
+    return [f"loop_{loop}" for loop in range(1, loops + 1)]
+
+
+def _card(folder: Path, base: str, facts: Mapping[str, Any]) -> str:
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    return (
+        "---\nlibrary_name: peft\ntags: [looptx, lora]\n---\n\n"
+        f"# An adapter of {base}\n\nMade by `looptx finetune`; PEFT opens it.\n\n"
+        f'```\nlooptx generate "..." --adapter PATH_OF_THIS_FOLDER\n```\n\n'
+        f"| fact | |\n| --- | --- |\n{rows}\n"
+    )

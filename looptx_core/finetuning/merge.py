@@ -1,0 +1,37 @@
+"""Put an adapter into its base's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from looptx_core.checkpoint.folder import LoadedModel, load_model
+from looptx_core.errors import UsageError
+from looptx_core.finetuning.adapters import load_adapter, loops_of
+from looptx_core.model.loop import LoopedTransformer
+
+
+def merge_adapter(base_folder: str | Path, adapter_folder: str | Path) -> LoopedTransformer:
+    """The full-precision base with the adapter in its weights, in evaluation mode.
+
+    An adapter that was trained on a quantised base merges onto the full-precision one: merging
+    into nf4 would round the sum once more.
+
+    Raises:
+        UsageError: the adapter has a part for each loop, which one set of weights can't hold.
+        DataError: a folder that is no model or no adapter, a pickle, or an adapter of another
+            base.
+    """
+    return merge(base_folder, adapter_folder).model
+
+
+def merge(base_folder: str | Path, adapter_folder: str | Path) -> LoadedModel:
+    """`merge_adapter` with the tokenizer and the adapter's calibrated exit rule."""
+    adapter = Path(adapter_folder)
+    if loops := loops_of(adapter):
+        raise UsageError(
+            f"{adapter}: has an adapter for each of {loops} loops, and one set of weights serves "
+            "all loops; run it by looptx generate --adapter, or train one without --lora-per-loop"
+        )
+    return load_adapter(load_model(base_folder, dtype=torch.float32), adapter)

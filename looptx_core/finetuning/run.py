@@ -1,0 +1,245 @@
+"""One finetuning run: a base and examples to an adapter folder or a model folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from peft import PeftModel
+
+from looptx_core.checkpoint.folder import (
+    LoadedModel,
+    load_model,
+    read_chat_template,
+    save_model,
+    update_generation_config,
+)
+from looptx_core.config.finetune import FinetuneConfig
+from looptx_core.data.chat import TEMPLATE
+from looptx_core.data.examples import ExampleData, hold_out, read_examples
+from looptx_core.errors import UsageError
+from looptx_core.finetuning.adapters import attach, load_adapter, save_adapter, targets
+from looptx_core.finetuning.quantise import quantise, stored_bytes
+from looptx_core.training.callbacks import read_metrics
+from looptx_core.training.curves import plot_run
+from looptx_core.training.evaluate import (
+    LoopEvaluation,
+    calibrate,
+    evaluate_all,
+    fit_temperature,
+)
+from looptx_core.training.loop_schedule import LoopSchedule
+from looptx_core.training.metrics import calibration_error
+from looptx_core.training.run import fit
+
+
+@dataclass
+class FinetuneResult:
+    """What a finished run has to show. By loop, on the held-out examples' responses."""
+
+    folder: Path
+    model_folder: Path
+    """The model, or the adapter."""
+    base: Path
+    method: str
+    steps: int
+    seconds: float
+    trainable: int
+    """Parameters of the trunk that are trained; the confidence head's come on top."""
+    parameters: int
+    """Of the base's trunk."""
+    base_bytes: int
+    """The base's weights in memory while training."""
+    loss_by_loop_before: list[float]
+    loss_by_loop: list[float]
+    """Nats a token. Of an adapter: on the full-precision base, as it will run."""
+    accuracy_by_loop_before: list[float]
+    accuracy_by_loop: list[float]
+    ece_before: float
+    """Expected calibration error of the confidence over all loops; half of the held-out tokens
+    calibrate, the other half are counted."""
+    ece: float
+    quantised_loss: float | None
+    """Of a quantised base with its adapter, at the last loop; against `loss_by_loop[-1]` it is
+    the gap that moving the adapter to the full-precision base leaves."""
+
+
+@dataclass
+class Prepared:
+    """A run that can start: nothing is written yet, and what could be wrong with the input was
+    found."""
+
+    config: FinetuneConfig
+    base: LoadedModel
+    """Its model is quantised, frozen and adapted, as the settings say."""
+    data: Sequence[str]
+    batches: ExampleData
+    chat_template: str | None
+    peft: PeftModel | None
+    before: LoopEvaluation
+    """Of the base as it came."""
+    trainable: int
+    parameters: int
+    base_bytes: int
+
+    @property
+    def loops(self) -> int:
+        return self.config.max_loops or self.base.config.max_loops
+
+
+def prepare(
+    config: FinetuneConfig,
+    *,
+    base: Path,
+    data: Sequence[str],
+    report: Callable[[str], object] = lambda line: None,
+) -> Prepared:
+    """Read the model folder `base` and the examples, and make the model ready to train.
+
+    data: as for `read_examples`. report: called with lines of one fact each.
+
+    Raises `MissingError` where bitsandbytes can't run, `UsageError` for a target module that
+    matches nothing or examples that are too long, `DataError` for unusable data or models.
+    """
+    loaded = load_model(base, dtype=torch.float32)
+    model = loaded.model
+    if config.seq_len > loaded.config.max_seq_len:
+        raise UsageError(
+            f"--seq-len {config.seq_len} exceeds the model's context ({loaded.config.max_seq_len})"
+        )
+    schedule = LoopSchedule(config, loaded.config.max_loops)  # refuses impossible loops
+    parameters = sum(p.numel() for p in model.trunk_parameters())
+    if config.adapts:
+        targets(model, config.target_modules)
+    batches, chat_template = _data(config, loaded, data, report)
+    before = evaluate_all(model, batches.val_dataloader(), schedule.max_loops)
+    torch.manual_seed(config.seed)
+    if config.qlora:
+        quantise(model, config.quantization)
+    base_bytes = stored_bytes(model)
+    peft = attach(model, config) if config.adapts else None
+    trainable = sum(p.numel() for p in model.trunk_parameters() if p.requires_grad)
+    report(
+        f"trained: {trainable:,} of {parameters:,} parameters ({trainable / parameters:.1%}), "
+        "and the confidence head"
+    )
+    return Prepared(
+        config, loaded, data, batches, chat_template, peft, before, trainable, parameters,
+        base_bytes,
+    )  # fmt: skip
+
+
+def finetune(
+    prepared: Prepared,
+    *,
+    folder: Path,
+    resume: bool = False,
+    callbacks: Sequence[L.Callback] = (),
+    report: Callable[[str], object] = lambda line: None,
+    watch: Callable[[str], object] | None = None,
+) -> FinetuneResult:
+    """Finetune in `folder`, and write `folder`/final: an adapter's folder or a model's.
+
+    The other arguments, and the errors, are those of `looptx_core.training.run.fit`.
+    """
+    started = time.monotonic()
+    config, loaded, batches = prepared.config, prepared.base, prepared.batches
+    model, peft, loops = loaded.model, prepared.peft, prepared.loops
+    _, steps = fit(
+        model, batches, config, folder=folder, command="finetune", resume=resume,
+        callbacks=callbacks, report=report, watch=watch,
+    )  # fmt: skip
+    facts = {
+        "base": loaded.name,
+        "data": [Path(item).name for item in prepared.data],
+        "method": config.method,
+        "steps": steps,
+        "seed": config.seed,
+    }
+    final = folder / "final"
+    quantised_loss = None
+    trained = model
+    if peft is not None:
+        if config.qlora:
+            here = evaluate_all(model, batches.val_dataloader(), loops)
+            quantised_loss = here.loss_by_loop[-1]
+        save_adapter(final, peft, loaded, exit_settings=loaded.exit, facts=facts,
+                     chat_template=prepared.chat_template)  # fmt: skip
+        # As it will run: on the full-precision base, merged where it can be.
+        trained = load_adapter(load_model(loaded.folder, dtype=torch.float32), final).model
+    after = evaluate_all(trained, batches.val_dataloader(), loops)
+    exit_settings = calibrate(loaded.exit, after)
+    facts["loss_by_loop"] = [round(loss, 4) for loss in after.loss_by_loop]
+    if peft is not None:
+        update_generation_config(final, exit_settings)
+    else:
+        save_model(final, trained, loaded.tokenizer, exit_settings=exit_settings, facts=facts,
+                   overwrite=True, chat_template=prepared.chat_template)  # fmt: skip
+    plot_run(read_metrics(folder / "metrics.jsonl"), {}, folder / "curves.png")
+    return FinetuneResult(
+        folder=folder,
+        model_folder=final,
+        base=loaded.folder,
+        method=config.method,
+        steps=steps,
+        seconds=time.monotonic() - started,
+        trainable=prepared.trainable,
+        parameters=prepared.parameters,
+        base_bytes=prepared.base_bytes,
+        loss_by_loop_before=prepared.before.loss_by_loop,
+        loss_by_loop=after.loss_by_loop,
+        accuracy_by_loop_before=prepared.before.accuracy_by_loop,
+        accuracy_by_loop=after.accuracy_by_loop,
+        ece_before=held_out_ece(prepared.before, loaded.exit.temperature),
+        ece=held_out_ece(after),
+        quantised_loss=quantised_loss,
+    )
+
+
+def held_out_ece(found: LoopEvaluation, temperature: float | None = None) -> float:
+    """ECE on half of the tokens, with a temperature fitted on the other half where none is given.
+
+    Over all loops, as the exit asks after each.
+    """
+    half = found.logit.shape[1] // 2
+    if temperature is None:
+        temperature = fit_temperature(found.logit[:, :half], found.hit[:, :half])
+    confidence = (found.logit[:, half:] / temperature).sigmoid()
+    return calibration_error(confidence, found.hit[:, half:])
+
+
+def _data(
+    config: FinetuneConfig,
+    loaded: LoadedModel,
+    data: Sequence[str],
+    report: Callable[[str], object],
+) -> tuple[ExampleData, str | None]:
+    """Batches, and the chat template to store."""
+    examples = read_examples(
+        data,
+        loaded.tokenizer,
+        seq_len=config.seq_len,
+        too_long=config.too_long,
+        train_on_prompt=config.train_on_prompt,
+    )
+    train, val = hold_out(examples.kept, config.val_fraction, config.seed)
+    how: dict[str, Any] = {
+        "micro_batch": config.micro_batch or config.batch_size // config.devices,
+        "batches": config.steps * config.accumulation,
+        "val_batches": config.val_batches,
+        "seed": config.seed,
+        "workers": config.workers,
+    }
+    batches = ExampleData(train, val, loaded.tokenizer, seq_len=config.seq_len, **how)
+    lost = f"; dropped {examples.dropped}, truncated {examples.truncated} as too long"
+    report(
+        f"examples: {len(train):,} to train on, {len(val):,} held out, packed into "
+        f"{len(batches.train):,} sequences, {batches.train.fill:.0%} full"
+        + (lost if examples.dropped or examples.truncated else "")
+    )
+    return batches, TEMPLATE if examples.chat else read_chat_template(loaded.folder)
