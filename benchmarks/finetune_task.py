@@ -4,7 +4,7 @@ The base is the bundled model. The task is a `reasoning-gym` one (`--task leg_co
 package is installed) or, by default, our questions on tables of arrows: exact answers, greedy, at
 full depth, on held-out seeds. Beside it the base's own validation loss, before and after.
 
-    OMP_NUM_THREADS=1 python benchmarks/finetune_task.py [--seeds 0 1 2] [--steps 300]
+    OMP_NUM_THREADS=1 python benchmarks/finetune_task.py [--seeds 0 1 2] [--steps 600]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from looptx_core.training.evaluate import evaluate_all
 
 RESULTS = Path(__file__).parent / "results" / "finetune_task.json"
 METHODS: dict[str, dict[str, Any]] = {
-    "full": {"lr": 5e-3},
+    "full": {},
     "lora": {"lora": True},
     "qlora nf4": {"lora": True, "qlora": True},
 }
@@ -89,7 +89,7 @@ def one_seed(args: argparse.Namespace, seed: int, methods: Sequence[str]) -> dic
                 "".join(json.dumps(record) + "\n" for record in train)
             )
             config = FinetuneConfig(
-                **({"lr": args.lr} | METHODS[method]), steps=args.steps, seed=seed,
+                **METHODS[method], lr=args.lr, steps=args.steps, seed=seed,
                 val_every=args.steps, val_fraction=0.02, precision="float32",
             )  # fmt: skip
             begun = time.monotonic()
@@ -117,20 +117,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", default="arrows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--lr", type=float, default=1.5e-2, help="of the adapters")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--train", type=int, default=16_000)
     parser.add_argument("--test", type=int, default=300)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     results = {
         "task": args.task,
         "steps": args.steps,
+        "lr": args.lr,
         "training_questions": args.train,
         "held_out_questions": args.test,
         "seeds": {str(seed): one_seed(args, seed, args.methods) for seed in args.seeds},
     }
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    args.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

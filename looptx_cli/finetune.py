@@ -32,8 +32,8 @@ def finetune(
     looptx finetune --lora --qlora
     looptx finetune --data qa.jsonl --model runs/a --lora
     looptx finetune --data qa.jsonl --steps 1000
-    looptx finetune --data chats.parquet --qlora --quantization int8 --out runs/chat
-    looptx finetune --data hf:openai/gsm8k@main:train --lora --seq-len 512 --too-long drop
+    looptx finetune --data chats.parquet --qlora --quantization int8
+    looptx finetune --data hf:NAME --lora --seq-len 512 --too-long drop
 
     A line of data is {"prompt", "response"}, {"messages": [{"role", "content"}]} or {"text"}.
     """

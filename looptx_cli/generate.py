@@ -94,7 +94,7 @@ def _load(
         note(f"model: {found.folder}, {found.reason}", quiet)
     import torch
 
-    from looptx_core.checkpoint.folder import load_model
+    from looptx_core.finetuning.load import load_resolved
     from looptx_core.generation.engine import Engine
     from looptx_core.model.attention import choose_backend
 
@@ -102,11 +102,7 @@ def _load(
     if precision not in types:
         raise UsageError(f"--precision {precision}: not one of {', '.join(types)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(found.folder, device=device, dtype=types[precision])
-    if found.adapter:
-        from looptx_core.finetuning.adapters import load_adapter  # brings PEFT
-
-        loaded = load_adapter(loaded, found.adapter)
+    loaded = load_resolved(found, device=device, dtype=types[precision])
     backend = choose_backend(attention, device, types[precision])
     note(f"attention: {backend.name}, {backend.reason}", quiet)
     loaded.model.attend = backend.attend

@@ -504,6 +504,7 @@ BAD_INPUT = {
     "beyond the loops": (["--max-loops", "9"], 2, "exceeds the model's max_loops"),
     "rank": (["--lora-rank", "0"], 2, "lora_rank"),
     "both": (["--dora", "--lora-per-loop"], 2, "leave one out"),
+    "int8 and DoRA": (["--dora", "--qlora", "--quantization", "int8"], 2, "use --quantization nf4"),
     "no data": (["--data", "none.jsonl"], 4, "none.jsonl: no such file"),
     "a data set": (["--data", "hf:a/b"], 3, "the package datasets is not installed"),
     "unknown type": (["--qlora", "--quantization", "fp3"], 2, "nf4 or int8"),

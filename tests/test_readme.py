@@ -86,7 +86,15 @@ def test_the_readme_names_real_flags() -> None:
     assert set(re.findall(r"--[a-z][a-z-]+", readme)) <= known
 
 
-@pytest.mark.parametrize("command", ["looptx tokenize", "looptx train", "looptx inspect-loops"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "looptx tokenize",
+        "looptx train",
+        "looptx finetune --lora --qlora",
+        "looptx inspect-loops",
+    ],
+)
 def test_bare_commands(command: str, installed: Path, tmp_path: Path) -> None:
     done = looptx(command, tmp_path, installed)
     assert done.returncode == 0, done.stderr
@@ -101,9 +109,17 @@ def test_bare_generate_takes_the_bundled_model(installed: Path, tmp_path: Path) 
     assert "bundled" in done.stderr and "try next" in done.stderr
 
 
-def test_the_example(installed: Path, tmp_path: Path) -> None:
+EXAMPLES = {
+    "own_trainer": "10 loops:",
+    "finetune_lora": "Where ends g ->",
+    "finetune_qlora": "parameters, as the base",
+}
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_examples(example: str, installed: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "examples/own_trainer.py", "--steps", "3"],
+        [sys.executable, ROOT / f"examples/{example}.py", "--steps", "3"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(installed)},
         capture_output=True,
@@ -111,4 +127,4 @@ def test_the_example(installed: Path, tmp_path: Path) -> None:
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    assert "10 loops:" in done.stdout
+    assert EXAMPLES[example] in done.stdout

@@ -24,6 +24,17 @@ OPTIONS = {
         --data --out --vocab-size --tokenizer --val-fraction --text-key --seed --config --overwrite
         --json --quiet
     """,
+    "finetune": """
+        --data --out --seed --steps --max-minutes --seq-len --batch-size --micro-batch --workers
+        --lr --min-lr --warmup --weight-decay --optimizer --beta2 --clip --loop-schedule --loops
+        --max-loops --mean-loops --deeper-by --loss-threshold --deeper-share --explore --loss-at
+        --precision --attention --compile --no-compile --grad-checkpointing --no-grad-checkpointing
+        --devices --save-every --keep --val-every --val-batches --log-every --model --lora --no-lora
+        --qlora --no-qlora --quantization --dora --no-dora --lora-per-loop --no-lora-per-loop
+        --lora-rank --lora-alpha --lora-dropout --rslora --no-rslora --target-modules
+        --train-on-prompt --no-train-on-prompt --too-long --val-fraction --config --resume
+        --overwrite --json --quiet
+    """,
     "generate": """
         --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
         --kv-policy --temperature --top-k --top-p --min-p --repetition-penalty --seed --stop

@@ -10,7 +10,8 @@ class TokenizeConfig:
     """Settings of `looptx tokenize`, after merging."""
 
     data: tuple[str, ...] = ()
-    """Files, folders or globs, - for standard input; absent: the bundled text."""
+    """Files, folders or globs, - for standard input, hf:NAME[@CONFIG][:SPLIT] for the package
+    datasets; absent: the bundled text."""
     out: str | None = None
     """The folder of shards; absent: runs/tokenize-<n>."""
     vocab_size: int = 2048

@@ -18,7 +18,7 @@ class FinetuneConfig(RunConfig):
     model: str | None = None
     """The base: a run or a model folder; absent: the newest finished run, else the bundled."""
     data: tuple[str, ...] = ()
-    """JSON lines, Parquet, text, or hf:NAME[:SPLIT]; absent: the bundled questions."""
+    """JSON lines, Parquet, text, or hf:NAME[@CONFIG][:SPLIT]; absent: the bundled questions."""
     out: str | None = None
     """The run's folder; absent: runs/finetune-<n>."""
 
@@ -56,7 +56,7 @@ class FinetuneConfig(RunConfig):
     """Tokens a sequence; short examples share one, each to itself."""
     batch_size: int = 8
     """Sequences an optimizer step, over all devices."""
-    lr: float = 5e-3
+    lr: float = 3e-3
     """Peak learning rate."""
     weight_decay: float = 0.0
     """On matrices only."""
@@ -73,6 +73,8 @@ class FinetuneConfig(RunConfig):
             raise UsageError(f"val_fraction must lie between 0 and 1, not {self.val_fraction}")
         if self.dora and self.lora_per_loop:
             raise UsageError("--dora with --lora-per-loop is not supported; leave one out")
+        if self.dora and self.qlora and self.quantization == "int8":
+            raise UsageError("--dora can't read int8 weights; use --quantization nf4")
 
     @property
     def adapts(self) -> bool:

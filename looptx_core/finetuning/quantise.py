@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ def quantise(model: LoopedTransformer, kind: str) -> None:
     arXiv 2208.07339).
     Raises `MissingError` where bitsandbytes is missing or can't run.
     """
+    # It says in each forward pass that int8 products take float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     _check(kind)
     for stack in (model.prelude, model.core, model.coda):
         for parent in list(stack.modules()):

@@ -21,9 +21,10 @@ class Bin(NamedTuple):
 def reliability(probability: Tensor, hit: Tensor, bins: int = BINS) -> list[Bin]:
     """Mean confidence and accuracy in bins of equal mass, from unsure to sure.
 
-    probability, hit: (tokens,). Fewer tokens than bins make fewer bins.
+    probability, hit: any equal shapes. Fewer tokens than bins make fewer bins.
     """
-    order = probability.argsort()
+    probability, hit = probability.flatten(), hit.flatten()
+    order = probability.argsort(stable=True)
     parts = order.tensor_split(min(bins, len(order)))
     return [
         Bin(float(probability[p].double().mean()), float(hit[p].double().mean()), len(p))
