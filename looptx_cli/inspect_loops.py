@@ -133,14 +133,15 @@ def _show(document: dict[str, Any]) -> None:
         out.print(lines)
     if policies := document["kv_policies"]:
         cache = table(
-            "The cache under real exits", "policy", "exit", "loss", "mean loops",
-            "bytes a token", "tokens/s",
+            "The cache under real exits", "policy", "exit", "loss", "with full cache",
+            "loops", "bytes a token", "tokens/s",
         )  # fmt: skip
         for row in policies:
             cache.add_row(
                 row["policy"],
                 row["exit"],
                 f"{row['loss']:.4f}",
+                f"{row['loss_with_full_cache']:.4f}",
                 f"{row['mean_loops']:.2f}",
                 f"{row['bytes_per_token']:,}",
                 f"{row['tokens_per_second']:.0f}",

@@ -31,7 +31,7 @@ from looptx_core.inspection.survey import Survey, survey_lines, two_surveys
 from looptx_core.inspection.trace import trace_text
 from looptx_core.model.cache import POLICIES
 from looptx_core.training import metrics
-from looptx_core.training.evaluate import calibrate
+from looptx_core.training.evaluate import calibrate, evaluate_loops
 
 SCHEMA_VERSION = 1
 SHOWN_INCREASE = 0.005
@@ -96,7 +96,13 @@ def inspect_loops(
     }
     if config.decode_tokens:
         report("decoding with real exits, for each cache policy")
-        document["kv_policies"] = _policies(loaded, batches, settings, config.decode_tokens)
+        document["kv_policies"] = _policies(
+            loaded,
+            batches,
+            settings,
+            config.decode_tokens,
+            fixed=int(document["choice"]["fixed"]["mean_loops"]),
+        )
     if config.text is not None or config.prompt is not None:
         report("tracing")
         tokens = _text(loaded, settings, config)
@@ -239,26 +245,32 @@ def _tasks(
 
 
 def _policies(
-    loaded: LoadedModel, batches: TokenData, settings: ExitSettings, tokens: int
+    loaded: LoadedModel, batches: TokenData, settings: ExitSettings, tokens: int, fixed: int
 ) -> list[Document]:
-    """Cache policies in real decoding of held-out texts, batch 1, with and without exits."""
-    engine = Engine(loaded.model, loaded.tokenizer, settings)
+    """Cache policies in real decoding of held-out texts, batch 1, with exits and at fixed depths.
+
+    `loss_with_full_cache`: of the same texts at the same depths, had every token run all loops.
+    """
+    model, deepest = loaded.model, loaded.model.config.max_loops
+    engine = Engine(model, loaded.tokenizer, settings)
     texts = _documents(batches, max(1, tokens // (_DECODED_TEXT - _PROMPT)))
+    by_loop = [evaluate_loops(model, text[None], deepest).each[:, _PROMPT - 1 :] for text in texts]
     found = []
     for policy in POLICIES:
-        for loops in ("auto", loaded.model.config.max_loops):
-            options = GenerationOptions(loops=loops, kv_policy=policy)
+        for loops in ("auto", *sorted({fixed, deepest})):
+            options = GenerationOptions(loops=loops, kv_policy=policy)  # type: ignore[arg-type]
             walked = [engine.follow(text[None], _PROMPT, options) for text in texts]
-            seconds = sum(w.seconds for w in walked)
             losses = torch.cat([w.loss[0] for w in walked])
+            exact = [each.gather(0, w.loops - 1)[0] for each, w in zip(by_loop, walked)]
             found.append(
                 {
                     "policy": policy,
-                    "exit": settings.rule if loops == "auto" else "fixed",
+                    "exit": settings.rule if loops == "auto" else f"fixed at {loops}",
                     "loss": _mean(losses),
+                    "loss_with_full_cache": _mean(torch.cat(exact)),
                     "mean_loops": _mean(torch.cat([w.loops[0] for w in walked])),
                     "bytes_per_token": walked[0].bytes_per_token,
-                    "tokens_per_second": len(losses) / seconds,
+                    "tokens_per_second": len(losses) / sum(w.seconds for w in walked),
                 }
             )
     return found
