@@ -27,6 +27,7 @@ from looptx_core.checkpoint.registry import resolve_adapter, resolve_model
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
+from looptx_core.config.presets import PRESETS
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.bundled import bundled_questions
 from looptx_core.data.chat import chat_prompt
@@ -410,6 +411,14 @@ def test_a_quantised_base_is_small_and_near(kind: str, share: float, tiny: Path)
     first = model(ids, 2).logits.detach()
     logits(model, ids)
     assert torch.equal(model.train()(ids, 2).logits, first)
+
+
+def test_a_small_base_in_nf4_takes_a_third_of_its_bf16_memory() -> None:
+    model = LoopedTransformer(ModelConfig(**PRESETS["small"]["model"]))
+    parameters = sum(p.numel() for p in model.trunk_parameters())
+    quantise(model, "nf4")
+    assert stored_bytes(model) < 0.35 * 2 * parameters
+    assert model.head.weight is model.embedding.weight
 
 
 class StopAt(L.Callback):

@@ -6,14 +6,17 @@ import logging
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from looptx_core.errors import MissingError
 from looptx_core.model.loop import LoopedTransformer
 
 
 def quantise(model: LoopedTransformer, kind: str) -> None:
-    """Replace the blocks' linear layers, in place; embedding, norms and heads stay as they are.
+    """Replace the blocks' linear layers, in place; embedding and output head become bf16.
+
+    Norms, injection and the confidence head stay as they are, and so does the activations' type.
 
     kind: nf4 (QLoRA's, arXiv 2305.14314, its scales quantised too) or int8 (LLM.int8(),
     arXiv 2208.07339).
@@ -27,8 +30,35 @@ def quantise(model: LoopedTransformer, kind: str) -> None:
             for name, layer in list(parent.named_children()):
                 if type(layer) is nn.Linear:
                     setattr(parent, name, _quantised(layer, kind))
+    _narrow(model)
     # PEFT looks here, and a merge goes wrong without.
     setattr(model, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)
+
+
+class _NarrowEmbedding(nn.Embedding):
+    """Stored in bf16, its output float32."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens).float()
+
+
+class _NarrowHead(nn.Linear):
+    """Stored in bf16, computed in its input's type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def _narrow(model: LoopedTransformer) -> None:
+    embedding, head = model.embedding, model.head
+    tied = head.weight is embedding.weight
+    with torch.device("meta"):
+        model.embedding = _NarrowEmbedding(embedding.num_embeddings, embedding.embedding_dim)
+        model.head = _NarrowHead(head.in_features, head.out_features, bias=False)
+    narrow = [nn.Parameter(layer.weight.detach().bfloat16(), requires_grad=False)
+              for layer in (embedding, head)]  # fmt: skip
+    model.embedding.weight = narrow[0]
+    model.head.weight = narrow[0] if tied else narrow[1]
 
 
 def stored_bytes(model: nn.Module) -> int:

@@ -118,7 +118,7 @@ class LoopedTransformer(nn.Module):
         documents: (batch, length), numbers; a token attends within its own document only. RoPE
         sees distances alone, so positions need not start anew.
         """
-        weight = self.embedding.weight
+        weight = self.norm.weight  # of the activations' type, where a quantised matrix is not
         if cache is None:
             positions, mask = torch.arange(length, device=weight.device)[None], None
             if documents is not None:
