@@ -30,9 +30,8 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import get_preset
 from looptx_core.conversion.run import convert
 from looptx_core.conversion.ternary import bits_per_weight, pack_model, running_bytes, to_ternary
-from looptx_core.data.bundled import bundled_corpus
+from looptx_core.data.bundled import bundled_shards
 from looptx_core.data.datamodule import TokenData
-from looptx_core.data.shards import resolve_data
 from looptx_core.generation.engine import Engine
 from looptx_core.model.loop import LoopedTransformer
 
@@ -71,7 +70,7 @@ def conversions(steps: int, folder: Path) -> dict[str, Any]:
 def compounding(folder: Path) -> dict[str, Any]:
     """How far the rounded model's states and outputs are from the float one's, by loop."""
     whole = load_model(bundled_model())
-    shards = resolve_data([bundled_corpus()], tokenizer=whole.tokenizer)
+    shards = bundled_shards(whole.tokenizer.get_vocab_size(), whole.tokenizer)
     data = TokenData(shards, seq_len=128, micro_batch=32, batches=1, val_batches=4)
     rounded = to_ternary(whole.model, [next(iter(data.train_dataloader()))])
     trained = load_model(folder / "trained").model

@@ -24,6 +24,7 @@ COMMANDS = {
     "finetune": "Teach a trained model a task.",
     "convert": "Make a model smaller, or one for other tools.",
     "generate": "Write text, each token as deep as it needs.",
+    "inspect-loops": "See what each loop brings, and when to stop.",
 }
 
 # Typer may bring its own copy of Click, so take the base class from a public subclass.
@@ -71,6 +72,7 @@ def root(
     looptx tokenize corpus/*.txt --out data      text to tokens
     looptx train --data data --out runs/a        tokens to a looped model
     looptx generate "Call me" --model runs/a     a model to text, with its loops
+    looptx inspect-loops --model runs/a          what each loop brings
 
     Each of these runs without any argument, too.
     """

@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 _COLOURS = ("grey74", "sky_blue1", "spring_green2", "yellow1", "dark_orange", "red1")
 
 
-def _colour(loops: int, deepest: int) -> str:
+def depth_colour(loops: int, deepest: int) -> str:
+    """Rich's name of a depth's colour."""
     share = (loops - 1) / max(1, deepest - 1)
     return _COLOURS[min(len(_COLOURS) - 1, int(share * len(_COLOURS)))]
 
 
 def token_text(step: Step, deepest: int) -> Text:
     """A token in the colour of its depth, its loop count and confidence behind it."""
-    text = Text(step.text, style=_colour(step.loops, deepest))
+    text = Text(step.text, style=depth_colour(step.loops, deepest))
     return text.append(f"[{step.loops}·{step.confidence:.0%}]", style="dim")
 
 
@@ -36,7 +37,7 @@ def legend(result: Generation, deepest: int) -> Text:
     text = Text("\n[loops·confidence]  ", style="dim")
     for loops in sorted({step.loops for step in result.tokens}):
         count = sum(step.loops == loops for step in result.tokens)
-        text.append(f"{loops} loops", style=_colour(loops, deepest)).append(f" x{count}  ")
+        text.append(f"{loops} loops", style=depth_colour(loops, deepest)).append(f" x{count}  ")
     return text
 
 

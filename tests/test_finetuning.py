@@ -41,8 +41,9 @@ from looptx_core.finetuning.merge import merge, merge_adapter
 from looptx_core.finetuning.quantise import quantise, stored_bytes
 from looptx_core.finetuning.run import finetune, prepare
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.evaluate import calibration_error, evaluate_batch
+from looptx_core.training.evaluate import evaluate_batch
 from looptx_core.training.loop_schedule import LoopSchedule
+from looptx_core.training.metrics import calibration_error
 from looptx_core.training.objective import loop_loss
 
 SHAPE = ModelConfig(

@@ -13,7 +13,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.data.tokenizer import train_tokenizer
 from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine
-from looptx_core.generation.exits import RULES, Readout, resolve_exit
+from looptx_core.generation.exits import Exit, Readout, resolve_exit
 from looptx_core.generation.sampling import draw, keep, penalise
 from looptx_core.generation.text import TextStream
 from looptx_core.model.attention import explicit
@@ -315,7 +315,7 @@ def test_each_rule_by_hand():
     at = ExitSettings(confidence=0.9, gain=0.01, kl=0.3, entropy=0.4, maxprob=0.85)
 
     def stops(name, **changes):
-        return RULES[name].stops(read, replace(at, **changes)).tolist()
+        return Exit(1, 10, replace(at, **changes), name).stops(1, read).tolist()
 
     assert stops("confidence") == [False, True, True]
     assert stops("gain") == [False, False, True]
@@ -326,7 +326,7 @@ def test_each_rule_by_hand():
     assert stops("kl", kl=0.3680) == [True, False, True]
     assert stops("kl", kl=0.3681) == [True, True, True]
     first = read._replace(previous=None)
-    assert RULES["kl"].stops(first, at).tolist() == [False] * 3
+    assert Exit(1, 10, at, "kl").stops(1, first).tolist() == [False] * 3
     # Entropies: 0.693147 and 0.325083.
     assert stops("entropy") == [False, True, True]
     assert stops("entropy", entropy=0.325) == [False] * 3

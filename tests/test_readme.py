@@ -20,6 +20,7 @@ SHORT = {
     "LOOPTX_VAL_BATCHES": "1",
     "LOOPTX_MAX_NEW_TOKENS": "6",
     "LOOPTX_VAL_EVERY": "3",
+    "LOOPTX_DECODE_TOKENS": "48",
 }
 
 
@@ -86,7 +87,13 @@ def test_the_readme_names_real_flags() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["looptx tokenize", "looptx train", "looptx finetune --lora --qlora"]
+    "command",
+    [
+        "looptx tokenize",
+        "looptx train",
+        "looptx finetune --lora --qlora",
+        "looptx inspect-loops",
+    ],
 )
 def test_bare_commands(command: str, installed: Path, tmp_path: Path) -> None:
     done = looptx(command, tmp_path, installed)

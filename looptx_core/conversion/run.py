@@ -32,7 +32,7 @@ from looptx_core.conversion.ternary import (
     running_bytes,
     to_ternary,
 )
-from looptx_core.data.bundled import bundled_corpus
+from looptx_core.data.bundled import bundled_shards
 from looptx_core.data.datamodule import TokenData
 from looptx_core.data.shards import resolve_data
 from looptx_core.errors import Interrupted, UsageError
@@ -176,15 +176,21 @@ def _batches(
     config: ConvertConfig, source: LoadedModel, report: Callable[[str], object]
 ) -> TokenData:
     """Of the data that is given, else the model's own, else the bundled text."""
-    data: Sequence[str | Path] = config.data
-    run = source.folder / ".." / "config.yaml"
+    data, tokenizer = config.data, source.tokenizer
+    run = source.folder.parent / "config.yaml"
+    # A finetuning's data are examples, and none of it would tell what was forgotten.
     if not data and source.folder.name == "final" and run.is_file() and recorded(run, "preset"):
-        data = tuple(name for name in recorded(run, "data") or () if Path(name).exists())
-        if data:
-            report(f"data: the model's own, {', '.join(str(name) for name in data)}")
+        own = tuple(recorded(run, "data") or ())
+        data = own if all(Path(name).exists() for name in own) else ()
+        if own:
+            report(f"data: the model's own, {', '.join(own)}{'' if data else ', which is gone'}")
     if not data:
         report("data: the bundled text")
-    shards = resolve_data(list(data) or [bundled_corpus()], tokenizer=source.tokenizer)
+    shards = (
+        resolve_data(list(data), tokenizer=tokenizer)
+        if data
+        else bundled_shards(tokenizer.get_vocab_size(), tokenizer)
+    )
     return TokenData(
         shards,
         seq_len=min(_SEQ_LEN, source.config.max_seq_len),

@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from looptx_core.data.corpus import bundled_text
 from looptx_core.data.hops import hop_lines, hop_probes
 from looptx_core.data.probes import FILE, write_probes
@@ -37,9 +39,14 @@ def bundled_questions() -> Path:
     return Path(str(importlib.resources.files("looptx_core").joinpath("assets", "questions.jsonl")))
 
 
-def bundled_shards(vocab_size: int, on_progress: Progress | None = None) -> Path:
-    """The bundled corpus, tokenised through the cache, with its probes."""
-    folder = cached_shards([bundled_corpus()], vocab_size, on_progress=on_progress)
+def bundled_shards(
+    vocab_size: int, tokenizer: Tokenizer | None = None, on_progress: Progress | None = None
+) -> Path:
+    """The bundled corpus, tokenised through the cache, with its probes.
+
+    tokenizer: an existing one, in place of a new vocabulary of `vocab_size`.
+    """
+    folder = cached_shards([bundled_corpus()], vocab_size, tokenizer, on_progress=on_progress)
     if not (folder / FILE).exists():
         add_bundled_probes(folder)
     return folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from looptx_core.checkpoint.folder import (
     update_generation_config,
 )
 from looptx_core.config.finetune import FinetuneConfig
-from looptx_core.config.generation import ExitSettings
 from looptx_core.data.chat import TEMPLATE
 from looptx_core.data.examples import ExampleData, hold_out, read_examples
 from looptx_core.errors import UsageError
@@ -30,12 +29,12 @@ from looptx_core.training.callbacks import read_metrics
 from looptx_core.training.curves import plot_run
 from looptx_core.training.evaluate import (
     LoopEvaluation,
-    calibration_error,
+    calibrate,
     evaluate_all,
-    fit_gain,
     fit_temperature,
 )
 from looptx_core.training.loop_schedule import LoopSchedule
+from looptx_core.training.metrics import calibration_error
 from looptx_core.training.run import fit
 
 
@@ -174,7 +173,7 @@ def finetune(
         # As it will run: on the full-precision base, merged where it can be.
         trained = load_adapter(load_model(loaded.folder, dtype=torch.float32), final).model
     after = evaluate_all(trained, batches.val_dataloader(), loops)
-    exit_settings = calibrated(loaded.exit, after)
+    exit_settings = calibrate(loaded.exit, after)
     facts["loss_by_loop"] = [round(loss, 4) for loss in after.loss_by_loop]
     if peft is not None:
         update_generation_config(final, exit_settings)
@@ -200,13 +199,6 @@ def finetune(
         ece=held_out_ece(after),
         quantised_loss=quantised_loss,
     )
-
-
-def calibrated(settings: ExitSettings, held_out: LoopEvaluation) -> ExitSettings:
-    """The exit rule with temperature and gains fitted on held-out tokens."""
-    slope, offset = fit_gain(held_out.gain, held_out.each)
-    temperature = fit_temperature(held_out.logit, held_out.hit)
-    return replace(settings, temperature=temperature, gain_slope=slope, gain_offset=offset)
 
 
 def held_out_ece(found: LoopEvaluation, temperature: float | None = None) -> float:

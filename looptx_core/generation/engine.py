@@ -17,13 +17,21 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.data.tokenizer import end_id
 from looptx_core.errors import UsageError
-from looptx_core.generation.exits import Exit, Readout, fixed_exit, leaving, resolve_exit
+from looptx_core.generation.exits import (
+    Exit,
+    Readout,
+    calibrated,
+    fixed_exit,
+    leaving,
+    resolve_exit,
+)
 from looptx_core.generation.sampling import check, draw
 from looptx_core.generation.text import TextStream
 from looptx_core.model.cache import POLICIES, LoopCache
@@ -88,6 +96,19 @@ class Generation:
             "exit": self.exit.describe(),
             "model": self.model,
         }
+
+
+class Followed(NamedTuple):
+    """Given texts, walked as if they were being generated."""
+
+    loss: Tensor
+    """Nats, (batch, tokens after the prompt)."""
+    loops: Tensor
+    """The depth that predicted each of them, of the same shape."""
+    seconds: float
+    """Without the prompt's pass."""
+    bytes_per_token: int
+    """Of the cache, for one row."""
 
 
 @dataclass
@@ -176,6 +197,46 @@ class Engine:
             for (prompt, option), steps in zip(_for_each(prompts, options), tokens)
         ]
 
+    @torch.inference_mode()
+    def follow(self, tokens: Tensor, prompt: int, options: GenerationOptions) -> Followed:
+        """What real decoding would have made of these texts: exits, and a cache that shows them.
+
+        tokens: (batch, length) ids; the first `prompt` columns are the prompt. Only the options
+        of depth count.
+        """
+        own = resolve_exit(self.exit_settings, options, self.model.config)
+        exits = [own] * len(tokens)
+        cache = self._cache(len(tokens), tokens.shape[1], own.max_loops, own.settings.kv_policy)
+        first = fixed_exit(options.prompt_loops or own.max_loops, own.settings)
+        found = self._pass(tokens[:, :prompt], [first] * len(tokens), cache)
+        cache.advance(prompt)
+        losses, loops = [], []
+        began = time.perf_counter()
+        for column in range(prompt, tokens.shape[1]):
+            losses.append(F.cross_entropy(found.logits, tokens[:, column], reduction="none"))
+            loops.append(torch.tensor(found.loops))
+            if column + 1 < tokens.shape[1]:
+                found = self._pass(tokens[:, column : column + 1], exits, cache)
+                cache.advance(1)
+        return Followed(
+            torch.stack(losses, 1),
+            torch.stack(loops, 1),
+            time.perf_counter() - began,
+            cache.bytes_per_token,
+        )
+
+    def _cache(self, batch: int, capacity: int, loops: int, policy: str) -> LoopCache:
+        weight = self.model.embedding.weight
+        return LoopCache(
+            self.model.config,
+            batch=batch,
+            capacity=capacity,
+            loops=loops,
+            policy=policy,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
     def compute_saved(self, generation: Generation) -> float:
         """Share of the FLOPs of the tokens that full depth would have taken beyond these.
 
@@ -227,23 +288,20 @@ class Engine:
 
     def _run(self, requests: list[_Request], policy: str) -> Iterator[Step]:
         began = time.perf_counter()
-        weight = self.model.embedding.weight
+        device = self.model.embedding.weight.device
         longest = max(len(r.seen) for r in requests)
-        cache = LoopCache(
-            self.model.config,
-            batch=len(requests),
-            capacity=longest + max(r.limit - len(r.seen) for r in requests) - 1,
-            loops=max(max(r.exit.max_loops, r.prompt_exit.max_loops) for r in requests),
-            policy=policy,
-            dtype=weight.dtype,
-            device=weight.device,
+        cache = self._cache(
+            len(requests),
+            longest + max(r.limit - len(r.seen) for r in requests) - 1,
+            max(max(r.exit.max_loops, r.prompt_exit.max_loops) for r in requests),
+            policy,
         )
         missing = [longest - len(r.seen) for r in requests]
         cache.pad_left(torch.tensor(missing))
         columns = [[self.end] * n + r.seen for n, r in zip(missing, requests)]
         exits = [r.prompt_exit for r in requests]
         while True:
-            tokens = torch.tensor(columns, device=weight.device)
+            tokens = torch.tensor(columns, device=device)
             found = self._pass(tokens, exits, cache)
             cache.advance(tokens.shape[1])
             steps = self._choose(requests, found, began)
@@ -253,7 +311,7 @@ class Engine:
                 return
             if len(stay) < len(requests):
                 requests = [requests[row] for row in stay]
-                cache.keep(torch.tensor(stay, device=weight.device))
+                cache.keep(torch.tensor(stay, device=device))
             columns = [[r.seen[-1]] for r in requests]
             exits = [r.exit for r in requests]
 
@@ -349,12 +407,8 @@ class Engine:
 
     def _confidence(self, state: Tensor, loop: int) -> tuple[Tensor, Tensor]:
         """Confidence and predicted gain at the last column, both calibrated, each (rows,)."""
-        judged, own = self.model.confidence(state[:, -1:], loop), self.exit_settings
-        gain = judged.gain[:, 0]
-        if own.gain_slope:
-            place = min(loop, len(own.gain_slope)) - 1
-            gain = own.gain_slope[place] * gain + own.gain_offset[place]
-        return torch.sigmoid(judged.logit[:, 0] / own.temperature), gain
+        judged = self.model.confidence(state[:, -1:], loop)
+        return calibrated(judged.logit[:, 0], judged.gain[:, 0], loop, self.exit_settings)
 
 
 def _for_each(

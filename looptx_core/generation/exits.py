@@ -1,7 +1,7 @@
-"""When a token stops looping: the exit rules, each a small function of a read-out.
+"""When a token stops looping: the exit rules, each a signal or two against their thresholds.
 
-A rule with `reads_logits` needs the coda and the head at every loop; the others look at the
-confidence head alone, so that deciding costs no product with the vocabulary.
+A signal that `reads_logits` needs the coda and the head at every loop; the others look at
+the confidence head alone, so that deciding costs no product with the vocabulary.
 """
 
 from __future__ import annotations
@@ -41,53 +41,61 @@ class Readout(NamedTuple):
         )
 
 
-class Rule(NamedTuple):
-    """`stops(readout, settings)` is (rows,), True where a token may stop."""
+def calibrated(
+    logit: Tensor, gain: Tensor, loop: int, settings: ExitSettings
+) -> tuple[Tensor, Tensor]:
+    """The confidence head's words after a loop as probability and nats; shapes stay."""
+    if settings.gain_slope:
+        place = min(loop, len(settings.gain_slope)) - 1
+        gain = settings.gain_slope[place] * gain + settings.gain_offset[place]
+    return torch.sigmoid(logit / settings.temperature), gain
 
-    stops: Callable[[Readout, ExitSettings], Tensor]
+
+class Signal(NamedTuple):
+    """A number for each row, and on which side of its threshold a token may stop."""
+
+    value: Callable[[Readout], Tensor]
+    """(rows,)."""
+    at_least: bool = False
+    """Stop at the threshold or above; else below it."""
     reads_logits: bool = False
 
-
-def _confident(read: Readout, settings: ExitSettings) -> Tensor:
-    return read.confidence >= settings.confidence
-
-
-def _no_gain(read: Readout, settings: ExitSettings) -> Tensor:
-    return read.gain < settings.gain
+    def stops(self, value: Tensor, threshold: float) -> Tensor:
+        """True where a token may stop; shaped as `value`."""
+        return value >= threshold if self.at_least else value < threshold
 
 
-def _auto(read: Readout, settings: ExitSettings) -> Tensor:
-    return _confident(read, settings) | _no_gain(read, settings)
-
-
-def _settled(read: Readout, settings: ExitSettings) -> Tensor:
-    """Huginn's rule (arXiv 2502.05171): KL from the last loop's distribution to this one's."""
+def _divergence(read: Readout) -> Tensor:
+    """Huginn's (arXiv 2502.05171): KL from the last loop's distribution to this one's, in nats."""
     assert read.logits is not None
     if read.previous is None:
-        return torch.zeros_like(read.confidence, dtype=torch.bool)
+        return torch.full_like(read.confidence, torch.inf)
     now, before = read.logits.log_softmax(-1), read.previous.log_softmax(-1)
-    return (now.exp() * (now - before)).sum(-1) < settings.kl
+    return (now.exp() * (now - before)).sum(-1)
 
 
-def _sharp(read: Readout, settings: ExitSettings) -> Tensor:
+def _entropy(read: Readout) -> Tensor:
     assert read.logits is not None
     logs = read.logits.log_softmax(-1)
-    return -(logs.exp() * logs).sum(-1) < settings.entropy
+    return -(logs.exp() * logs).sum(-1)
 
 
-def _probable(read: Readout, settings: ExitSettings) -> Tensor:
+def _maxprob(read: Readout) -> Tensor:
     assert read.logits is not None
-    return read.logits.softmax(-1).amax(-1) >= settings.maxprob
+    return read.logits.softmax(-1).amax(-1)
 
 
-RULES = {
-    "auto": Rule(_auto),
-    "confidence": Rule(_confident),
-    "gain": Rule(_no_gain),
-    "kl": Rule(_settled, reads_logits=True),
-    "entropy": Rule(_sharp, reads_logits=True),
-    "maxprob": Rule(_probable, reads_logits=True),
+SIGNALS = {
+    "confidence": Signal(lambda read: read.confidence, at_least=True),
+    "gain": Signal(lambda read: read.gain),
+    "kl": Signal(_divergence, reads_logits=True),
+    "entropy": Signal(_entropy, reads_logits=True),
+    "maxprob": Signal(_maxprob, at_least=True, reads_logits=True),
 }
+"""By the name of their threshold in `ExitSettings`."""
+
+RULES = {"auto": ("confidence", "gain"), **{name: (name,) for name in SIGNALS}}
+"""The signals of a rule; any of them lets a token stop."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,12 @@ class Exit:
 
     @property
     def reads_logits(self) -> bool:
-        return self.rule is not None and RULES[self.rule].reads_logits
+        return any(SIGNALS[name].reads_logits for name in self.signals)
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """What the rule looks at; nothing at a fixed depth."""
+        return () if self.rule is None else RULES[self.rule]
 
     def judges(self, loop: int) -> bool:
         """Whether the rule has a say after this loop."""
@@ -109,12 +122,15 @@ class Exit:
 
     def stops(self, loop: int, read: Readout) -> Tensor:
         """(rows,), True for the rows that leave after this loop, counted from 1."""
-        if self.rule is not None and self.judges(loop):
-            return RULES[self.rule].stops(read, self.settings)
-        return torch.full_like(read.confidence, loop >= self.max_loops, dtype=torch.bool)
+        stops = torch.full_like(read.confidence, loop >= self.max_loops, dtype=torch.bool)
+        if self.judges(loop):
+            for name in self.signals:
+                signal = SIGNALS[name]
+                stops |= signal.stops(signal.value(read), getattr(self.settings, name))
+        return stops
 
-    def cost(self, loops: int) -> tuple[int, int]:
-        """Read-outs and judgements that a token of so many loops took."""
+    def cost(self, loops: float) -> tuple[float, float]:
+        """Read-outs and judgements that a token of so many loops took; linear in the loops."""
         if self.rule is None:
             return 1, 1
         return loops if self.reads_logits else 1, max(1, loops - self.min_loops + 1)
@@ -123,10 +139,9 @@ class Exit:
         """For reports: the rule, its thresholds and bounds."""
         if self.rule is None:
             return {"rule": "fixed", "loops": self.max_loops}
-        names = ("confidence", "gain") if self.rule == "auto" else (self.rule,)
         return {
             "rule": self.rule,
-            **{name: getattr(self.settings, name) for name in names},
+            **{name: getattr(self.settings, name) for name in self.signals},
             "min_loops": self.min_loops,
             "max_loops": self.max_loops,
             "kv_policy": self.settings.kv_policy,

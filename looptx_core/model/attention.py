@@ -69,23 +69,26 @@ def attention_weights(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Ten
 
 def explicit(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """Attention as the textbook writes it, the reference for the others."""
-    values = values.repeat_interleave(queries.shape[1] // values.shape[1], dim=1)
-    return attention_weights(queries, keys, mask) @ values
+    return _weighed(attention_weights(queries, keys, mask), values)
+
+
+def _weighed(weights: Tensor, values: Tensor) -> Tensor:
+    return weights @ values.repeat_interleave(weights.shape[1] // values.shape[1], dim=1)
 
 
 class Recording:
     """An explicit back end that keeps the weights of every call, in the order of the calls.
 
     `weights` is a list of (batch, heads, new, seen): prelude blocks, then the core's blocks
-    once per loop, then the coda's.
+    once per loop, then the coda's. Where gradients are on, they reach these very tensors.
     """
 
     def __init__(self) -> None:
         self.weights: list[Tensor] = []
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        self.weights.append(attention_weights(q, k, mask).detach())
-        return explicit(q, k, v, mask)
+        self.weights.append(attention_weights(q, k, mask))
+        return _weighed(self.weights[-1], v)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looptx_core.config.generation import ExitSettings
+from looptx_core.model.confidence import Confidence
 from looptx_core.model.loop import LoopedTransformer
+
+Observe = Callable[[int, Tensor, Tensor, Confidence], object]
+"""Called after each loop, counted from 1, with the counted tokens' states (tokens, d_model), logits
+(tokens, vocab_size) and confidence, each (tokens,)."""
 
 
 @dataclass
@@ -64,6 +69,11 @@ class LoopEvaluation:
         return float((self.logit.sigmoid() - self.hit).abs().mean())
 
 
+def inputs_and_targets(tokens: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both (batch, length). Absent targets are the tokens that follow, of one token more."""
+    return (tokens[:, :-1], tokens[:, 1:]) if targets is None else (tokens, targets)
+
+
 @torch.no_grad()
 def evaluate_loops(
     model: LoopedTransformer,
@@ -71,17 +81,20 @@ def evaluate_loops(
     loops: int,
     counted: Tensor | None = None,
     documents: Tensor | None = None,
+    observe: Observe | None = None,
+    targets: Tensor | None = None,
 ) -> LoopEvaluation:
     """Loss, accuracy and confidence after each of the loops 1..loops.
 
-    tokens: (batch, length + 1). counted: (batch, length) bool, the targets that count; all by
-    default. documents: (batch, length), to attend within only.
+    tokens, targets: as in `inputs_and_targets`. counted: (batch, length) bool, the targets that
+    count; all by default. documents: (batch, length), to attend within only. observe: sees every
+    loop's tokens.
     """
-    targets = tokens[:, 1:]
+    inputs, targets = inputs_and_targets(tokens, targets)
     counted = torch.ones_like(targets, dtype=torch.bool) if counted is None else counted
     around = model.surroundings(targets.shape[1], documents=documents)
     losses, hits, norms, logits, gains = [], [], [], [], []
-    for loop, state in enumerate(model.states(tokens[:, :-1], loops, around=around), start=1):
+    for loop, state in enumerate(model.states(inputs, loops, around=around), start=1):
         predicted = model.head(model.decode(state, around)).float()
         loss = F.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="none")
         losses.append(loss.view(targets.shape)[counted])
@@ -90,6 +103,8 @@ def evaluate_loops(
         judged = model.confidence(state, loop)
         logits.append(judged.logit.float()[counted])
         gains.append(judged.gain.float()[counted])
+        if observe is not None:
+            observe(loop, state[counted], predicted[counted], Confidence(logits[-1], gains[-1]))
     hit, each = torch.stack(hits), torch.stack(losses)
     return LoopEvaluation(
         tokens=int(counted.sum()),
@@ -118,18 +133,6 @@ def evaluate_all(
     """`evaluate_batch` on all batches, added up."""
     parts = (evaluate_batch(model, batch, loops) for batch in batches)
     return functools.reduce(operator.add, parts)
-
-
-def calibration_error(confidence: Tensor, hit: Tensor, bins: int = 15) -> float:
-    """Expected calibration error (arXiv 1706.04599) with bins of equal mass.
-
-    The mean over bins of |mean confidence - share of hits|. confidence, hit: any equal shapes.
-    """
-    order = confidence.flatten().argsort(stable=True)
-    pairs = torch.stack([confidence.flatten(), hit.flatten()]).double()[:, order]
-    gaps = [(part[0].mean() - part[1].mean()).abs() * part.shape[1]
-            for part in pairs.tensor_split(bins, dim=1) if part.shape[1]]  # fmt: skip
-    return float(sum(gaps)) / max(1, pairs.shape[1])
 
 
 def fit_temperature(logit: Tensor, hit: Tensor) -> float:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from looptx_core.model.block import Surroundings
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.evaluate import inputs_and_targets
 from looptx_core.training.loop_schedule import LoopSchedule
 
 _GAIN_LIMIT = 4.0  # nats; a lone token can gain more, and squared errors would follow it
@@ -66,6 +67,7 @@ def loop_loss(
     step: int,
     ids: Tensor,
     *,
+    targets: Tensor | None = None,
     documents: Tensor | None = None,
     weights: Tensor | None = None,
     loss_at: str = "pair",
@@ -73,12 +75,13 @@ def loop_loss(
 ) -> LoopLoss:
     """The objective on a batch.
 
-    tokens: (batch, length + 1) ids. ids: (batch,), the samples' numbers. documents: (batch,
+    tokens: (batch, length + 1) ids, each predicted from those before; or (batch, length) with
+    `targets` of the same shape. ids: (batch,), the samples' numbers. documents: (batch,
     length), the document of each input token; attention stays within it. weights: (batch,
     length), what each target counts, about 1 in the mean over all batches; all 1 by default.
     recompute: trade time for memory by running each loop again in the backward pass.
     """
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    inputs, wanted = inputs_and_targets(tokens, targets)
     batch, length = inputs.shape
     around = model.surroundings(length, documents=documents)
 
@@ -93,7 +96,7 @@ def loop_loss(
         state = iterate(state, embedding, loop, around)
         before.append(state)
     depths = schedule.depths(
-        step, ids, lambda by: _measured(model, state, schedule.base, targets, around, by, weights)
+        step, ids, lambda by: _measured(model, state, schedule.base, wanted, around, by, weights)
     )
 
     # Deepest first: the sequences still in the loop are then a prefix, and no row is gathered.
@@ -101,7 +104,7 @@ def loop_loss(
     depths = depths[order]
     on_device = order.to(state.device)
     state, embedding, around = state[on_device], embedding[on_device], around.rows(on_device)
-    targets = targets[on_device]
+    wanted = wanted[on_device]
     weights = None if weights is None else weights[on_device]
     before = [earlier[on_device] for earlier in before]
     read = _Readouts()
@@ -121,7 +124,7 @@ def loop_loss(
             "all": 0,
         }[loss_at]
         read.add(state[first:here], list(range(first, here)), loop)
-    scored = _score(model, read, targets, weights, around)
+    scored = _score(model, read, wanted, weights, around)
     return _combine(model, scored, depths, keep_in_step=state, core_rows=core_rows)
 
 

@@ -31,10 +31,9 @@ from looptx_core.training.callbacks import (
 )
 from looptx_core.training.curves import plot_run, verdict
 from looptx_core.training.evaluate import (
+    calibrate,
     evaluate_all,
     evaluate_loops,
-    fit_gain,
-    fit_temperature,
 )
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.module import LoopedLM, quiet_lightning
@@ -239,8 +238,7 @@ def _finish(
 ) -> TrainResult:
     loops = module.schedule.max_loops
     evaluation = evaluate_all(model, batches.val_dataloader(), loops)
-    temperature = fit_temperature(evaluation.logit, evaluation.hit)
-    slope, offset = fit_gain(evaluation.gain, evaluation.each)
+    exit_settings = calibrate(ExitSettings(), evaluation)
     counts = batches.shards.manifest.splits["val"]
     bits = [loss / 0.6931471805599453 * counts.tokens / counts.bytes
             for loss in evaluation.loss_by_loop]  # fmt: skip
@@ -259,7 +257,7 @@ def _finish(
         bits_per_byte_by_loop=bits,
         accuracy_by_loop=evaluation.accuracy_by_loop,
         probes=probes,
-        temperature=temperature,
+        temperature=exit_settings.temperature,
         flops=float(module.flops),
         verdict=verdict(evaluation.loss_by_loop),
     )
@@ -268,7 +266,7 @@ def _finish(
         result.model_folder,
         model,
         batches.shards.tokenizer,
-        exit_settings=ExitSettings(temperature=temperature, gain_slope=slope, gain_offset=offset),
+        exit_settings=exit_settings,
         facts={
             "data": [Path(item["name"]).name for item in batches.shards.manifest.inputs],
             "steps": result.steps,

@@ -1,0 +1,182 @@
+"""p-hop induction (Saunshi et al., arXiv 2502.17416, Table 1), at a laptop's size.
+
+One block looped L times against one block once and L blocks once: the same data, steps and
+learning rate. p is drawn for each sequence and stands before it; every position is asked. The
+looped model draws its depths and trains its confidence head, so that its exits are measured too:
+do the loops used rise with p, and what do they keep of full depth's accuracy?
+
+    python benchmarks/p_hop.py [--hops 8] [--loops 6] [--steps 3000] [--seeds 0 1]
+
+Resumable: a run that stands in the results file is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from looptx_core.config.generation import ExitSettings
+from looptx_core.config.model import ModelConfig
+from looptx_core.config.run import TrainConfig
+from looptx_core.data.p_hop import IGNORED, p_hop_batch
+from looptx_core.inspection.frontier import choose, frontier, rule_depths
+from looptx_core.inspection.survey import Survey, survey_lines
+from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.evaluate import calibrate
+from looptx_core.training.loop_schedule import LoopSchedule
+from looptx_core.training.metrics import auroc, calibration_error, spearman
+from looptx_core.training.objective import loop_loss
+from looptx_core.training.optimizer import build_optimizer, clip_by_part, learning_rate_factor
+
+RESULTS = Path(__file__).parent / "results" / "p_hop.json"
+SYMBOLS, WIDTH, BATCH, TESTED = 4, 64, 64, 1024
+
+
+def shapes(loops: int, hops: int, length: int) -> dict[str, ModelConfig]:
+    one = ModelConfig(
+        vocab_size=SYMBOLS + hops, d_model=WIDTH, n_heads=4, n_kv_heads=4, head_dim=WIDTH // 4,
+        d_ff=4 * WIDTH, prelude_layers=0, core_layers=1, coda_layers=0, max_loops=1,
+        max_seq_len=length + 1,
+    )  # fmt: skip
+    return {
+        f"1 x {loops}": replace(one, max_loops=loops),
+        "1 x 1": one,
+        f"{loops} x 1": replace(one, core_layers=loops),
+    }
+
+
+def training(args: argparse.Namespace, seed: int) -> TrainConfig:
+    return TrainConfig(
+        steps=args.steps, batch_size=BATCH, lr=args.lr, seed=seed, weight_decay=0.0,
+        loop_schedule="sampled", mean_loops=args.loops / 2 + 1, optimizer="muon",
+    )  # fmt: skip
+
+
+def train(
+    config: ModelConfig, settings: TrainConfig, args: argparse.Namespace
+) -> tuple[LoopedTransformer, float, float]:
+    """The model, its FLOPs and seconds."""
+    torch.manual_seed(settings.seed)
+    model = LoopedTransformer(config).train()
+    schedule = LoopSchedule(settings, config.max_loops)
+    optimizer = build_optimizer(model, settings)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(settings))
+    rng = np.random.default_rng((settings.seed, 1))
+    flops, began = 0.0, time.monotonic()
+    for step in range(settings.steps):
+        tokens, targets, _ = p_hop_batch(rng, BATCH, args.length, args.hops, SYMBOLS)
+        asked = (targets != IGNORED).float()
+        loss = loop_loss(
+            model, tokens, schedule, step, step * BATCH + torch.arange(BATCH),
+            targets=targets, weights=asked / asked.mean(),
+        )  # fmt: skip
+        optimizer.zero_grad()
+        (loss.loss + loss.confidence_loss).backward()
+        clip_by_part(model, 1.0)
+        optimizer.step()
+        scheduler.step()
+        flops += loss.flops
+        if step % 250 == 0:
+            seconds = time.monotonic() - began
+            print(f"  step {step} loss {float(loss.deepest):.3f} {seconds:.0f} s", flush=True)
+    return model.eval(), flops, time.monotonic() - began
+
+
+def tested(
+    model: LoopedTransformer, args: argparse.Namespace, stream: int
+) -> tuple[Survey, torch.Tensor]:
+    """Held-out sequences, and p of each counted token."""
+    rng = np.random.default_rng((99, stream))
+    tokens, targets, hops = p_hop_batch(rng, TESTED, args.length, args.hops, SYMBOLS)
+    asked = targets != IGNORED
+    survey = survey_lines(model, tokens, model.config.max_loops, asked, targets=targets)
+    return survey, hops[:, None].expand_as(tokens)[asked]
+
+
+def by_hops(hit: torch.Tensor, hops: torch.Tensor, args: argparse.Namespace) -> list[float]:
+    return [round(float(hit[hops == p].float().mean()), 4) for p in range(1, args.hops + 1)]
+
+
+def exits(model: LoopedTransformer, args: argparse.Namespace) -> dict[str, object]:
+    """Calibrated and picked on one stream of sequences, measured on another."""
+    fit, _ = tested(model, args, 1)
+    shown, hops = tested(model, args, 2)
+    settings = calibrate(ExitSettings(), fit.evaluation)
+    full_loss = float(fit.loss[-1].double().mean())
+    context = args.length / 2
+    points = frontier(fit, settings, model.config, context)
+    full = float(fit.hit[-1].mean())
+    # Within half a point of full depth's accuracy on the calibrating stream.
+    kept = [p for p in points if p.accuracy >= full - 0.004]
+    picked = choose(kept, full_loss, increase=1e9)
+    assert picked is not None
+    own = picked.settings(settings)
+    depth = rule_depths(shown, own)
+    confidence = shown.signals(own)["confidence"]
+    last = shown.evaluation.each[-1]
+    return {
+        "rule": picked.rule,
+        "threshold": picked.threshold,
+        "mean_loops": round(float(depth.double().mean()), 3),
+        "mean_loops_by_hops": [
+            round(float(depth[hops == p].double().mean()), 3) for p in range(1, args.hops + 1)
+        ],
+        "spearman_of_loops_and_hops": spearman(depth.float(), hops.float()),
+        "accuracy": round(float(shown.hit.gather(0, depth[None] - 1).mean()), 4),
+        "accuracy_full": round(float(shown.hit[-1].mean()), 4),
+        "ece_full": calibration_error(confidence[-1], shown.hit[-1]),
+        "auroc_full": auroc(confidence[-1], shown.hit[-1]),
+        "auroc_maxprob_full": auroc(shown.read["maxprob"][-1], shown.hit[-1]),
+        "loss_full": round(float(last.double().mean()), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hops", type=int, default=8)
+    parser.add_argument("--loops", type=int, default=6)
+    parser.add_argument("--length", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", help="one shape, as '1 x 1'")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    setting = {k: getattr(args, k) for k in ("hops", "loops", "length", "steps", "lr")}
+    for seed in args.seeds:
+        for name, config in shapes(args.loops, args.hops, args.length).items():
+            done = json.loads(args.results.read_text())["runs"] if args.results.exists() else []
+            key = {"name": name, "seed": seed, **setting}
+            if (args.only and name != args.only) or any(key.items() <= r.items() for r in done):
+                continue
+            print(key, flush=True)
+            model, flops, seconds = train(config, training(args, seed), args)
+            survey, hops = tested(model, args, 2)
+            run = {
+                **key,
+                "parameters": sum(p.numel() for p in model.trunk_parameters()),
+                "flops": flops,
+                "seconds": round(seconds, 1),
+                "accuracy_by_loop": [round(a, 4) for a in survey.evaluation.accuracy_by_loop],
+                "accuracy_by_hops_and_loop": [by_hops(hit, hops, args) for hit in survey.hit],
+            }
+            if config.max_loops > 1:
+                run["exit"] = exits(model, args)
+            done = json.loads(args.results.read_text())["runs"] if args.results.exists() else []
+            content = {"machine": platform.machine(), "torch": torch.__version__,
+                       "runs": [*done, run]}  # fmt: skip
+            args.results.write_text(json.dumps(content, indent=1) + "\n")
+            print({k: v for k, v in run.items() if k != "flops"}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""looptx inspect-loops: what each loop brings, whom to believe, when to stop."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from looptx_cli.console import is_plain, note, stdout
+from looptx_cli.options import with_fields
+from looptx_core.config.inspection import InspectConfig
+from looptx_core.config.resolve import recorded, resolve
+
+if TYPE_CHECKING:
+    from looptx_core.checkpoint.folder import LoadedModel
+
+
+@with_fields(InspectConfig)
+def inspect_loops(
+    flags: dict[str, Any],
+    model: Annotated[
+        str | None, typer.Option(help="A run or a model folder; absent: the newest run.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of these settings.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The report on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No notes.")] = False,
+) -> None:
+    """Look into the loops: what each brings, the confidence, the exits, a text in detail.
+
+    \b
+    looptx inspect-loops
+    looptx inspect-loops --model runs/a --out report
+    looptx inspect-loops --model runs/a --calibrate --target-loss-increase 0.5%
+    looptx inspect-loops --prompt "Call me"
+    """
+    settings = resolve(InspectConfig, flags=flags, config=config).build(InspectConfig)
+
+    from looptx_core.checkpoint.registry import next_run_dir, resolve_model
+
+    found = resolve_model(model)
+    if model is None:
+        note(f"model: {found.folder}, {found.reason}", quiet)
+    folder = next_run_dir(settings.out, "inspect-loops", overwrite)
+
+    from looptx_core.checkpoint.folder import load_model, update_generation_config
+    from looptx_core.inspection.page import sentences
+    from looptx_core.inspection.report import inspect_loops, write_report
+
+    loaded = load_model(found.folder)
+    data = _data(settings, loaded, quiet)
+    document, exit_settings = inspect_loops(
+        loaded, data, settings, report=lambda line: note(line, quiet)
+    )
+    write_report(document, folder)
+    if settings.calibrate or settings.target_loss_increase:
+        update_generation_config(found.folder, exit_settings)
+    if as_json:
+        sys.stdout.write(json.dumps(document) + "\n")
+        return
+    out = stdout()
+    _show(document)
+    for sentence in sentences(document):
+        out.print(sentence, soft_wrap=True)
+    if settings.calibrate or settings.target_loss_increase:
+        out.print(
+            f"{found.folder}: temperature {exit_settings.temperature:.3f}, calibrated gains and "
+            f"the exit {exit_settings.rule} are the model's own now.",
+            soft_wrap=True,
+        )
+    out.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+    given = f" --model {model}" if model else ""
+    if not (settings.text or settings.prompt):
+        note(f'try next: looptx inspect-loops{given} --prompt "Call me"', quiet)
+    else:
+        note(f"try next: looptx inspect-loops{given} --target-loss-increase 0.5%", quiet)
+
+
+def _data(settings: InspectConfig, loaded: LoadedModel, quiet: bool) -> Path:
+    """Shards by the model's tokenizer: what was asked for, the run's own, or the bundled text."""
+    from looptx_core.data.bundled import bundled_shards
+    from looptx_core.data.shards import resolve_data
+
+    data, tokenizer = settings.data, loaded.tokenizer
+    run = loaded.folder.parent / "config.yaml"
+    if not data and loaded.folder.name == "final" and run.is_file():
+        data = tuple(recorded(run, "data") or ())
+        if data:
+            note(f"data: the run's own validation split, {', '.join(data)}", quiet)
+    if data:
+        return resolve_data(list(data), tokenizer=tokenizer)
+    note("data: the bundled text's validation split", quiet)
+    return bundled_shards(tokenizer.get_vocab_size(), tokenizer)
+
+
+def _show(document: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    out = stdout()
+
+    def table(title: str, *columns: str) -> Table:
+        made = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for column in columns:
+            made.add_column(column, justify="right")
+        return made
+
+    tasks = document["tasks"]
+    by_loop = table(
+        f"Held-out, {document['tokens']:,} tokens", "loops", "bits per byte", "accuracy",
+        "mended", "broken", "ECE", "AUROC",
+    )  # fmt: skip
+    for i, bits in enumerate(document["bits_per_byte_by_loop"]):
+        judged = document["confidence_by_loop"][i]
+        by_loop.add_row(
+            str(i + 1),
+            f"{bits:.4f}",
+            f"{document['accuracy_by_loop'][i]:.1%}",
+            f"{document['fixed_by_loop'][i - 1]:.2%}" if i else "",
+            f"{document['broken_by_loop'][i - 1]:.2%}" if i else "",
+            f"{judged['ece']:.3f}",
+            "" if judged["auroc"] is None else f"{judged['auroc']:.3f}",
+        )
+    out.print(by_loop)
+    if tasks:
+        lines = table("Accuracy on lines that need depth", "loops", *(t["name"] for t in tasks))
+        for i in range(document["loops"]):
+            lines.add_row(str(i + 1), *(f"{task['accuracy_by_loop'][i]:.0%}" for task in tasks))
+        lines.add_row("by the exit", *(f"{task['accuracy']:.0%}" for task in tasks))
+        lines.add_row("mean loops", *(f"{task['mean_loops']:.2f}" for task in tasks))
+        out.print(lines)
+    if policies := document["kv_policies"]:
+        cache = table(
+            "The cache under real exits", "policy", "exit", "loss", "with full cache",
+            "loops", "bytes a token", "tokens/s",
+        )  # fmt: skip
+        for row in policies:
+            cache.add_row(
+                row["policy"],
+                row["exit"],
+                f"{row['loss']:.4f}",
+                f"{row['loss_with_full_cache']:.4f}",
+                f"{row['mean_loops']:.2f}",
+                f"{row['bytes_per_token']:,}",
+                f"{row['tokens_per_second']:.0f}",
+            )
+        out.print(cache)
+    if document["trace"]:
+        _show_trace(document["trace"]["tokens"], document["loops"])
+
+
+def _show_trace(tokens: list[dict[str, Any]], deepest: int) -> None:
+    from rich.text import Text
+
+    from looptx_cli.render import depth_colour
+
+    out = stdout()
+    if not is_plain(sys.stdout):
+        text = Text()
+        for token in tokens:
+            text.append(token["text"], style=depth_colour(token["loops"], deepest))
+        out.print(text)
+    for token in tokens:
+        first, last = token["top"][0][0], token["top"][-1][0]
+        flips = f", changed at {', '.join(map(str, token['flips']))}" if token["flips"] else ""
+        moved = " ".join(repr(tokens[place]["text"]) for place, _ in token["influences"][:3])
+        out.print(
+            f"{token['loops']:>3} {token['confidence']:5.3f} {token['text']!r} -> {first[0]!r} "
+            f"{first[1]:.0%} .. {last[0]!r} {last[1]:.0%}{flips}; by {moved}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,65 @@
+"""What `looptx inspect-loops` looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from looptx_core.errors import UsageError
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Settings of an inspection, after merging."""
+
+    data: tuple[str, ...] = ()
+    """Tokenised shards or raw text, whose held-out part is measured; absent: the run's own."""
+    out: str | None = None
+    """The report's folder; absent: runs/inspect-loops-<n>."""
+    seq_len: int = 128
+    """Tokens a sequence."""
+    batch_size: int = 32
+    """Sequences a pass."""
+    val_batches: int = 16
+    """Passes; half of the sequences calibrate, the other half are reported on."""
+    max_loops: int | None = None
+    """The deepest loop to look at; absent: the model's maximum."""
+    calibrate: bool = False
+    """Write temperature and calibrated gains into the model folder."""
+    target_loss_increase: str | None = None
+    """Pick the exit that saves the most within this, as 0.5%, and make it the model's own."""
+    text: str | None = None
+    """Trace this text token by token."""
+    prompt: str | None = None
+    """Trace this prompt and what the model makes of it."""
+    max_new_tokens: int = 40
+    """prompt: tokens to generate."""
+    decode_tokens: int = 480
+    """Tokens decoded one by one for each cache policy; 0 leaves it out."""
+    seed: int = 0
+    """Seed of the deletion test's random tokens."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "batch_size", "val_batches", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_loops is not None and self.max_loops < 1:
+            raise UsageError(f"--max-loops {self.max_loops}: a depth is at least 1")
+        if self.text is not None and self.prompt is not None:
+            raise UsageError("--text and --prompt: give one of them")
+        _ = self.allowed_increase
+
+    @property
+    def allowed_increase(self) -> float | None:
+        """`target_loss_increase` as a share."""
+        if self.target_loss_increase is None:
+            return None
+        number, percent, _ = self.target_loss_increase.partition("%")
+        try:
+            share = float(number) / (100 if percent else 1)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share < 1:
+            raise UsageError(
+                f"--target-loss-increase {self.target_loss_increase}: give a share such as 0.5%"
+            )
+        return share

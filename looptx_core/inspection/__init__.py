@@ -1,0 +1,1 @@
+"""What the loops of a trained model do: measures, calibration, exits compared, traces, reports."""

@@ -1,0 +1,128 @@
+"""Quality against depth: every exit rule over its thresholds, fixed depths, and the oracle."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from looptx_core.config.generation import ExitSettings
+from looptx_core.config.model import ModelConfig
+from looptx_core.generation.exits import RULES, SIGNALS, Exit, Signal
+from looptx_core.inspection.survey import Survey
+from looptx_core.model.flops import token_flops
+
+_THRESHOLDS = 24
+_STATE_CHANGE = Signal(lambda read: read.gain)  # its side of the threshold only; not a stored rule
+_CONFIDENCES = (0.7, 0.8, 0.9, 0.95, 0.99)  # with `auto`, beside each threshold on the gain
+
+
+@dataclass(frozen=True)
+class Point:
+    """One rule at one threshold."""
+
+    rule: str
+    """An exit rule, fixed, change (relative step of the state) or oracle."""
+    threshold: float
+    """fixed: the depth. auto: the gain's. oracle: nats that a loop must be worth."""
+    mean_loops: float
+    loss: float
+    """Nats a token."""
+    accuracy: float
+    flops: float
+    """Forward, a token, read-outs and judgements included, against full depth's: a share."""
+    confidence: float | None = None
+    """auto: the confidence's threshold."""
+
+    def settings(self, base: ExitSettings) -> ExitSettings:
+        """What stores this rule with a model."""
+        if self.rule == "auto":
+            assert self.confidence is not None
+            return replace(base, rule="auto", gain=self.threshold, confidence=self.confidence)
+        return replace(base, rule=self.rule, **{self.rule: self.threshold})  # type: ignore[arg-type]
+
+
+def depths(stops: Tensor) -> Tensor:
+    """The loop after which each token stops, (tokens,), from 1; the last where nothing stops it.
+
+    stops: (loops, tokens), True where a token may stop.
+    """
+    stops = stops.clone()
+    stops[-1] = True
+    return stops.int().argmax(0) + 1
+
+
+def rule_depths(survey: Survey, settings: ExitSettings) -> Tensor:
+    """Depths by the rule that is stored in the settings, (tokens,)."""
+    signals = survey.signals(settings)
+    stops = torch.zeros_like(survey.loss, dtype=torch.bool)
+    for name in RULES[settings.rule]:
+        stops |= SIGNALS[name].stops(signals[name], getattr(settings, name))
+    return depths(stops)
+
+
+def frontier(
+    survey: Survey, settings: ExitSettings, config: ModelConfig, context: float
+) -> list[Point]:
+    """Every rule at thresholds spread over its signal.
+
+    settings: their calibration counts. context: tokens that a token attends to, for the FLOPs.
+    """
+    cost = token_flops(config, context)
+    full = cost.at(survey.loops)
+
+    def point(rule: str, threshold: float, depth: Tensor, confidence: float | None = None) -> Point:
+        place = depth[None] - 1
+        mean = float(depth.double().mean())
+        stored = Exit(1, survey.loops, settings, rule if rule in RULES else None)
+        readouts, judgements = stored.cost(mean) if rule in RULES else (1, 0)
+        return Point(
+            rule=rule,
+            threshold=threshold,
+            mean_loops=mean,
+            loss=float(survey.loss.gather(0, place).double().mean()),
+            accuracy=float(survey.hit.gather(0, place).double().mean()),
+            flops=cost.at(mean, readouts, judgements) / full,
+            confidence=confidence,
+        )
+
+    everyone = torch.ones(survey.loss.shape[1], dtype=torch.long)
+    points = [point("fixed", t, t * everyone) for t in range(1, survey.loops + 1)]
+    signals = survey.signals(settings)
+    for name, values in signals.items():
+        signal = SIGNALS.get(name, _STATE_CHANGE)
+        for threshold in _spread(values):
+            points.append(point(name, threshold, depths(signal.stops(values, threshold))))
+    for threshold, sure in itertools.product(_spread(signals["gain"], 8), _CONFIDENCES):
+        stops = SIGNALS["gain"].stops(signals["gain"], threshold)
+        stops = stops | SIGNALS["confidence"].stops(signals["confidence"], sure)
+        points.append(point("auto", threshold, depths(stops), sure))
+    steps = torch.arange(1, survey.loops + 1)[:, None]
+    for price in (0.0, *torch.logspace(-4, 0.5, _THRESHOLDS).tolist()):
+        points.append(point("oracle", price, (survey.loss + price * steps).argmin(0) + 1))
+    return points
+
+
+def choose(points: Sequence[Point], full_loss: float, increase: float) -> Point | None:
+    """The stored rule that costs least within a relative increase of the loss; None if none is."""
+    within = [p for p in points if p.rule in RULES and p.loss <= full_loss * (1 + increase)]
+    return min(within, key=lambda p: (p.flops, p.loss), default=None)
+
+
+def cheapest_fixed(points: Sequence[Point], full_loss: float, increase: float) -> Point:
+    """The smallest fixed depth within a relative increase of the loss."""
+    fixed = [p for p in points if p.rule == "fixed"]
+    return next((p for p in fixed if p.loss <= full_loss * (1 + increase)), fixed[-1])
+
+
+def _spread(values: Tensor, count: int = _THRESHOLDS) -> Iterator[float]:
+    """Thresholds at quantiles of a signal before the last loop, to four digits."""
+    finite = values[:-1][values[:-1].isfinite()].double()
+    if not len(finite):
+        return
+    finite = finite.sort().values
+    places = torch.linspace(0, len(finite) - 1, count).long()
+    yield from dict.fromkeys(float(f"{v:.4g}") for v in finite[places].tolist())

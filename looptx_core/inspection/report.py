@@ -1,0 +1,311 @@
+"""An inspection from a model and its data to one JSON document, which all pictures are made of."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from looptx_core.checkpoint.folder import LoadedModel
+from looptx_core.config.generation import ExitSettings, GenerationOptions
+from looptx_core.config.inspection import InspectConfig
+from looptx_core.data.datamodule import TokenData
+from looptx_core.data.probes import probe_batches, read_probes
+from looptx_core.data.tokenizer import end_id
+from looptx_core.errors import UsageError
+from looptx_core.generation.engine import Engine
+from looptx_core.inspection.frontier import (
+    Point,
+    cheapest_fixed,
+    choose,
+    frontier,
+    rule_depths,
+)
+from looptx_core.inspection.survey import Survey, survey_lines, two_surveys
+from looptx_core.inspection.trace import trace_text
+from looptx_core.model.cache import POLICIES
+from looptx_core.training import metrics
+from looptx_core.training.evaluate import calibrate, evaluate_loops
+
+SCHEMA_VERSION = 1
+SHOWN_INCREASE = 0.005
+"""The rise of the loss at which rules are compared where none is asked for."""
+_DECODED_TEXT = 64  # tokens of one text, prompt included
+_PROMPT = 16
+
+Document = dict[str, Any]
+
+
+def inspect_loops(
+    loaded: LoadedModel,
+    data: Path,
+    config: InspectConfig,
+    report: Callable[[str], object] = lambda line: None,
+) -> tuple[Document, ExitSettings]:
+    """Measure a model on the held-out split of shards.
+
+    Returns the document, and the model's exit settings, calibrated on one half of the sequences,
+    with the picked rule where `target_loss_increase` asks for one. All figures come from the
+    other half.
+    """
+    model, stored = loaded.model, loaded.exit
+    loops = config.max_loops or model.config.max_loops
+    if config.seq_len > model.config.max_seq_len:
+        raise UsageError(
+            f"--seq-len {config.seq_len}: the model's context holds {model.config.max_seq_len}"
+        )
+    batches = TokenData(
+        data,
+        seq_len=config.seq_len,
+        micro_batch=config.batch_size,
+        batches=1,
+        val_batches=config.val_batches,
+    )
+    if batches.val_sequences < 2:
+        raise UsageError(f"{data}: one held-out sequence is too few; pass a smaller --seq-len")
+    report("measuring every loop")
+    fit, shown = two_surveys(model, batches.val_dataloader(), loops)
+    settings = calibrate(stored, fit.evaluation)
+    context = config.seq_len / 2
+    to_choose = frontier(fit, settings, model.config, context)
+    increase = SHOWN_INCREASE if config.allowed_increase is None else config.allowed_increase
+    choice = choose(to_choose, _mean(fit.loss[-1]), increase)
+    if choice is not None and config.allowed_increase is not None:
+        settings = choice.settings(settings)
+    counts = batches.shards.manifest.splits["val"]
+    document: Document = {
+        "schema_version": SCHEMA_VERSION,
+        "model": str(loaded.folder),
+        "data": str(data),
+        "tokens": shown.evaluation.tokens,
+        "tokens_to_calibrate": fit.evaluation.tokens,
+        "loops": loops,
+        **_by_loop(shown, counts.tokens / counts.bytes),
+        **_confidence(shown, stored, settings),
+        "frontier": [asdict(point) for point in frontier(shown, settings, model.config, context)],
+        "choice": _chosen(shown, settings, choice, increase, model.config, context),
+        "tasks": _tasks(loaded, data, batches, settings, loops),
+        "kv_policies": [],
+        "trace": None,
+    }
+    if config.decode_tokens:
+        report("decoding with real exits, for each cache policy")
+        document["kv_policies"] = _policies(
+            loaded,
+            batches,
+            settings,
+            config.decode_tokens,
+            fixed=int(document["choice"]["fixed"]["mean_loops"]),
+        )
+    if config.text is not None or config.prompt is not None:
+        report("tracing")
+        tokens = _text(loaded, settings, config)
+        document["trace"] = trace_text(
+            model, loaded.tokenizer, tokens, settings, loops, config.seed
+        )
+    return document, settings
+
+
+def write_report(document: Document, folder: Path) -> None:
+    """report.json, the pictures, and report.html with all of it inside."""
+    from looptx_core.inspection.page import page
+    from looptx_core.inspection.pictures import draw
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    pictures = draw(document, folder)
+    (folder / "report.html").write_text(page(document, pictures), "utf-8")
+
+
+def _by_loop(survey: Survey, tokens_per_byte: float) -> Document:
+    loss, hit = survey.loss.double(), survey.hit.bool()
+    before, after = hit[:-1], hit[1:]
+    kl, change = (survey.read[name][1:].double().mean(1).tolist() for name in ("kl", "change"))
+    return {
+        "loss_by_loop": loss.mean(1).tolist(),
+        "bits_per_byte_by_loop": (loss.mean(1) / math.log(2) * tokens_per_byte).tolist(),
+        "accuracy_by_loop": hit.double().mean(1).tolist(),
+        # From the second loop on: what a further loop mends, and what it breaks (overthinking).
+        "fixed_by_loop": (~before & after).double().mean(1).tolist(),
+        "broken_by_loop": (before & ~after).double().mean(1).tolist(),
+        "kl_by_loop": kl,
+        "state_change_by_loop": change,
+        "state_norm_by_loop": survey.evaluation.norm_by_loop,
+    }
+
+
+def _confidence(survey: Survey, stored: ExitSettings, settings: ExitSettings) -> Document:
+    """Calibration and discrimination where tokens stop, and by loop.
+
+    `before`: as the head says it; `after`: divided by the temperature of the other half.
+    """
+    raw = survey.evaluation.logit.sigmoid()
+    signals = survey.signals(settings)
+    after, sharp = signals["confidence"], signals["maxprob"]
+    place = rule_depths(survey, settings)[None] - 1
+
+    def at_exit(values: Tensor) -> Tensor:
+        return values.gather(0, place)[0]
+
+    hit, loss = at_exit(survey.hit), at_exit(survey.loss)
+    by_loop = [
+        {
+            "ece_before": metrics.calibration_error(raw[i], survey.hit[i]),
+            "ece": metrics.calibration_error(after[i], survey.hit[i]),
+            "ece_maxprob": metrics.calibration_error(sharp[i], survey.hit[i]),
+            "auroc": metrics.auroc(after[i], survey.hit[i]),
+            "auroc_maxprob": metrics.auroc(sharp[i], survey.hit[i]),
+            "spearman_loss": metrics.spearman(after[i], survey.loss[i]),
+            "spearman_loss_maxprob": metrics.spearman(sharp[i], survey.loss[i]),
+        }
+        for i in range(survey.loops)
+    ]
+    gains = survey.loss[:-1] - survey.loss[1:]
+    return {
+        "ece": metrics.calibration_error(at_exit(after), hit),
+        "ece_before": metrics.calibration_error(at_exit(raw), hit),
+        "auroc": metrics.auroc(at_exit(after), hit),
+        "auroc_maxprob": metrics.auroc(at_exit(sharp), hit),
+        "spearman_loss": metrics.spearman(at_exit(after), loss),
+        "temperature_before": stored.temperature,
+        "temperature": settings.temperature,
+        "reliability_before": [b._asdict() for b in metrics.reliability(at_exit(raw), hit)],
+        "reliability": [b._asdict() for b in metrics.reliability(at_exit(after), hit)],
+        "confidence_by_loop": by_loop,
+        "spearman_gain_by_loop": [
+            metrics.spearman(predicted, gain)
+            for predicted, gain in zip(survey.evaluation.gain, gains)
+        ],
+    }
+
+
+def _chosen(
+    shown: Survey,
+    settings: ExitSettings,
+    choice: Point | None,
+    increase: float,
+    config: Any,
+    context: float,
+) -> Document:
+    """The rule that was picked on the calibrating half, and what it does on the other."""
+    full = _mean(shown.loss[-1])
+    points = frontier(shown, settings, config, context)
+    fixed = cheapest_fixed(points, full, increase)
+    oracle = min(
+        (p for p in points if p.rule == "oracle" and p.loss <= full * (1 + increase)),
+        key=lambda p: p.mean_loops,
+        default=None,
+    )
+    found: Document = {
+        "target_loss_increase": increase,
+        "full_depth_loss": full,
+        "fixed": asdict(fixed),
+        "oracle": oracle and asdict(oracle),
+        "rule": None,
+    }
+    if choice is None:
+        return found
+    own = choice.settings(settings)
+    place = rule_depths(shown, own)[None] - 1
+    loss = _mean(shown.loss.gather(0, place))
+    return found | {
+        "rule": choice.rule,
+        "threshold": choice.threshold,
+        "confidence": choice.confidence,
+        "mean_loops": _mean(place + 1),
+        "loss": loss,
+        "loss_increase": loss / full - 1,
+        "flops": choice.flops,
+    }
+
+
+def _tasks(
+    loaded: LoadedModel, data: Path, batches: TokenData, settings: ExitSettings, loops: int
+) -> list[Document]:
+    """Lines that need depth, where the data has them: accuracy by loop, and the loops they take."""
+    found = []
+    for name, tokens, counted in probe_batches(read_probes(data), batches.shards.tokenizer):
+        survey = survey_lines(loaded.model, tokens, loops, counted)
+        place = rule_depths(survey, settings)[None] - 1
+        found.append(
+            {
+                "name": name,
+                "accuracy_by_loop": survey.evaluation.accuracy_by_loop,
+                "accuracy": _mean(survey.hit.gather(0, place)),
+                "mean_loops": _mean(place + 1),
+            }
+        )
+    return found
+
+
+def _policies(
+    loaded: LoadedModel, batches: TokenData, settings: ExitSettings, tokens: int, fixed: int
+) -> list[Document]:
+    """Cache policies in real decoding of held-out texts, batch 1, with exits and at fixed depths.
+
+    `loss_with_full_cache`: of the same texts at the same depths, had every token run all loops.
+    """
+    model, deepest = loaded.model, loaded.model.config.max_loops
+    engine = Engine(model, loaded.tokenizer, settings)
+    texts = _documents(batches, max(1, tokens // (_DECODED_TEXT - _PROMPT)))
+    by_loop = [evaluate_loops(model, text[None], deepest).each[:, _PROMPT - 1 :] for text in texts]
+    found = []
+    for policy in POLICIES:
+        for loops in ("auto", *sorted({fixed, deepest})):
+            options = GenerationOptions(loops=loops, kv_policy=policy)  # type: ignore[arg-type]
+            walked = [engine.follow(text[None], _PROMPT, options) for text in texts]
+            losses = torch.cat([w.loss[0] for w in walked])
+            exact = [each.gather(0, w.loops - 1)[0] for each, w in zip(by_loop, walked)]
+            found.append(
+                {
+                    "policy": policy,
+                    "exit": settings.rule if loops == "auto" else f"fixed at {loops}",
+                    "loss": _mean(losses),
+                    "loss_with_full_cache": _mean(torch.cat(exact)),
+                    "mean_loops": _mean(torch.cat([w.loops[0] for w in walked])),
+                    "bytes_per_token": walked[0].bytes_per_token,
+                    "tokens_per_second": len(losses) / sum(w.seconds for w in walked),
+                }
+            )
+    return found
+
+
+def _documents(batches: TokenData, count: int) -> list[Tensor]:
+    """Beginnings of held-out documents, spread over the split, each (_DECODED_TEXT,) or shorter."""
+    end = end_id(batches.shards.tokenizer)
+    tokens = batches.shards.tokens("val")
+    stream = torch.from_numpy(tokens.read(0, len(tokens)))
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), (stream == end).nonzero()[:, 0] + 1])
+    found: dict[int, Tensor] = {}
+    for place in torch.linspace(0, len(stream) - 1, 4 * count).long():
+        document = int(torch.searchsorted(starts, place, right=True)) - 1
+        stop = starts[document + 1] if document + 1 < len(starts) else len(stream)
+        text = stream[starts[document] : stop][:_DECODED_TEXT]
+        if len(text) > _PROMPT:
+            found.setdefault(document, text)
+    texts = list(found.values())
+    return texts[:: max(1, len(texts) // count)][:count]
+
+
+def _text(loaded: LoadedModel, settings: ExitSettings, config: InspectConfig) -> list[int]:
+    """The tokens to trace, a prompt with its greedy continuation."""
+    text = config.text if config.text is not None else config.prompt
+    assert text is not None
+    tokens = loaded.tokenizer.encode(text, add_special_tokens=False).ids
+    if config.prompt is not None:
+        options = GenerationOptions(temperature=0, max_new_tokens=config.max_new_tokens)
+        engine = Engine(loaded.model, loaded.tokenizer, settings)
+        tokens = tokens + [step.id for step in engine.generate([tokens], options)]
+    if len(tokens) < 2:
+        raise UsageError("--text: has fewer than two tokens; give a longer one")
+    return tokens[: loaded.model.config.max_seq_len]
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())

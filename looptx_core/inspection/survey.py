@@ -1,0 +1,117 @@
+"""Every counted token after every loop: what it cost, what the head said, what others could read.
+
+States come from full depth, as in training; `Engine.follow` shows what real exits change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from looptx_core.config.generation import ExitSettings
+from looptx_core.generation.exits import SIGNALS, Readout, calibrated
+from looptx_core.model.confidence import Confidence
+from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.evaluate import (
+    LoopEvaluation,
+    evaluate_loops,
+)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """An evaluation with the signals that an exit could look at, each (loops, tokens)."""
+
+    evaluation: LoopEvaluation
+    read: dict[str, Tensor]
+    """kl, entropy, maxprob, and change: the state's relative step |s[t] - s[t-1]| / |s[t]|.
+    Infinite at the first loop where they compare."""
+
+    @property
+    def loss(self) -> Tensor:
+        """Nats."""
+        return self.evaluation.each
+
+    @property
+    def hit(self) -> Tensor:
+        """1 where the top token is right."""
+        return self.evaluation.hit
+
+    @property
+    def loops(self) -> int:
+        return len(self.loss)
+
+    def signals(self, settings: ExitSettings) -> dict[str, Tensor]:
+        """All signals, the head's calibrated by these settings."""
+        judged = [
+            calibrated(logit, gain, loop, settings)
+            for loop, (logit, gain) in enumerate(
+                zip(self.evaluation.logit, self.evaluation.gain), start=1
+            )
+        ]
+        confidence, gain = (torch.stack(part) for part in zip(*judged))
+        return {"confidence": confidence, "gain": gain, **self.read}
+
+
+class _Observer:
+    """Collects the signals of one batch, loop by loop."""
+
+    def __init__(self) -> None:
+        self.loops: list[dict[str, Tensor]] = []
+        self._state: Tensor | None = None
+        self._logits: Tensor | None = None
+
+    def __call__(self, loop: int, state: Tensor, logits: Tensor, judged: Confidence) -> None:
+        readout = Readout(*judged, logits, self._logits)
+        seen = {name: s.value(readout) for name, s in SIGNALS.items() if s.reads_logits}
+        state = state.float()
+        if self._state is None:
+            seen["change"] = torch.full_like(judged.logit, torch.inf)
+        else:
+            seen["change"] = (state - self._state).norm(dim=-1) / state.norm(dim=-1)
+        self.loops.append({name: value.cpu() for name, value in seen.items()})
+        self._state, self._logits = state, logits
+
+
+def survey_lines(
+    model: LoopedTransformer,
+    tokens: Tensor,
+    loops: int,
+    counted: Tensor | None = None,
+    documents: Tensor | None = None,
+    targets: Tensor | None = None,
+) -> Survey:
+    """Shapes as in `evaluate_loops`."""
+    observer = _Observer()
+    evaluation = evaluate_loops(model, tokens, loops, counted, documents, observer, targets)
+    read = {
+        name: torch.stack([seen[name] for seen in observer.loops]) for name in observer.loops[0]
+    }
+    return Survey(evaluation, read)
+
+
+def two_surveys(
+    model: LoopedTransformer, batches: Iterable[Mapping[str, Tensor]], loops: int
+) -> tuple[Survey, Survey]:
+    """To calibrate on and to report on: every other sequence of these batches."""
+    parts: tuple[list[Survey], list[Survey]] = ([], [])
+    for batch in batches:
+        for first, part in enumerate(parts):
+            half = {name: values[first::2] for name, values in batch.items()}
+            if len(half["tokens"]):
+                documents = half.get("documents")
+                part.append(survey_lines(model, half["tokens"], loops, documents=documents))
+    fit, report = (_together(part) for part in parts)
+    return fit, report
+
+
+def _together(parts: list[Survey]) -> Survey:
+    total = parts[0].evaluation
+    for part in parts[1:]:
+        total = total + part.evaluation
+    return Survey(
+        total, {name: torch.cat([p.read[name] for p in parts], 1) for name in parts[0].read}
+    )

@@ -1,0 +1,100 @@
+"""One text, token by token: its depth, what every loop would have said, and what moved it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from looptx_core.config.generation import ExitSettings
+from looptx_core.generation.exits import Exit, Readout, calibrated
+from looptx_core.inspection.influence import deletion_test, influence
+from looptx_core.model.loop import LoopedTransformer
+
+TOP = 5
+MOST_TOKENS = 256
+_SHOWN_INFLUENCES = 8
+
+
+def trace_text(
+    model: LoopedTransformer,
+    tokenizer: Tokenizer,
+    tokens: list[int],
+    settings: ExitSettings,
+    loops: int,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """JSON values: `tokens`, one for each position and what it predicts, and `deletion`.
+
+    A position has `text` (its own), `next` (the token that follows, if one does), `loops` and
+    `confidence` where the stored exit lets it go, `top` (for each loop the likeliest tokens with
+    their probabilities), `flips` (loops after which the answer was another than before) and
+    `influences` (earlier positions with their shares in the answer at the exit).
+    """
+    tokens = tokens[:MOST_TOKENS]
+    ids = torch.tensor(tokens, device=model.embedding.weight.device)
+    logits, depths, confidences = _walk(model, ids, settings, loops)
+    shares = influence(model, ids, depths)
+    likeliest = logits.softmax(-1).topk(min(TOP, logits.shape[-1]))
+    texts = [_shown(tokenizer, token) for token in tokens]
+    records = []
+    for place in range(len(tokens)):
+        answers = likeliest.indices[:, place, 0]
+        flips = (1 + (answers[1:] != answers[:-1]).nonzero()[:, 0] + 1).tolist()
+        strongest = shares[place, :place].topk(min(_SHOWN_INFLUENCES, place))
+        records.append(
+            {
+                "text": texts[place],
+                "next": texts[place + 1] if place + 1 < len(tokens) else None,
+                "loops": int(depths[place]),
+                "confidence": round(float(confidences[place]), 4),
+                "top": [
+                    [
+                        [_shown(tokenizer, int(token)), round(float(probability), 4)]
+                        for token, probability in zip(*at_loop)
+                    ]
+                    for at_loop in zip(likeliest.indices[:, place], likeliest.values[:, place])
+                ],
+                "flips": flips,
+                "influences": [
+                    [int(where), round(float(value), 4)]
+                    for value, where in zip(strongest.values, strongest.indices)
+                ],
+            }
+        )
+    test = deletion_test(model, ids, shares, depths, seed=seed)
+    return {"tokens": records, "deletion": None if test is None else vars(test)}
+
+
+@torch.no_grad()
+def _walk(
+    model: LoopedTransformer, tokens: Tensor, settings: ExitSettings, loops: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All logits (loops, length, vocab_size); depth and confidence by the stored rule, (length,).
+
+    From states of full depth: a token that left early still shows its deeper ones.
+    """
+    own = Exit(1, loops, settings, settings.rule)
+    around = model.surroundings(len(tokens))
+    depth = torch.zeros(len(tokens), dtype=torch.long)
+    confidence = torch.zeros(len(tokens))
+    logits: list[Tensor] = []
+    for loop, state in enumerate(model.states(tokens[None], loops, around=around), start=1):
+        judged = model.confidence(state, loop)
+        read = calibrated(
+            judged.logit[0].float().cpu(), judged.gain[0].float().cpu(), loop, settings
+        )
+        previous = logits[-1] if logits else None
+        logits.append(model.head(model.decode(state, around))[0].float().cpu())
+        here = (depth == 0) & own.stops(loop, Readout(*read, logits[-1], previous))
+        depth[here], confidence[here] = loop, read[0][here]
+    return torch.stack(logits), depth, confidence
+
+
+def _shown(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text; a row without a token has none."""
+    if token >= tokenizer.get_vocab_size():
+        return ""
+    return tokenizer.decode([token], skip_special_tokens=False)

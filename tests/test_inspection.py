@@ -1,0 +1,226 @@
+"""Inspection: each measure against a case by hand, exits, traces, the report and its command."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import looptx_core
+from looptx_cli.main import main
+from looptx_core.checkpoint.folder import load_model
+from looptx_core.config.generation import ExitSettings, GenerationOptions
+from looptx_core.config.inspection import InspectConfig
+from looptx_core.config.model import ModelConfig
+from looptx_core.data.hops import hop_lines
+from looptx_core.errors import UsageError
+from looptx_core.generation.engine import Engine
+from looptx_core.inspection.frontier import choose, depths, frontier, rule_depths
+from looptx_core.inspection.influence import deletion_test, influence, relevance, without
+from looptx_core.inspection.page import page
+from looptx_core.inspection.survey import Survey, survey_lines, two_surveys
+from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.evaluate import LoopEvaluation
+from looptx_core.training.metrics import (
+    auroc,
+    calibration_error,
+    reliability,
+    spearman,
+)
+
+BUNDLED = Path(looptx_core.__file__).parent / "assets" / "model"
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return load_model(BUNDLED)
+
+
+def test_calibration_error_by_hand():
+    confidence = torch.tensor([0.9, 0.1, 0.3, 0.7])
+    hit = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    low, high = reliability(confidence, hit, bins=2)
+    assert low == pytest.approx((0.2, 0.5, 2)) and high == pytest.approx((0.8, 0.5, 2))
+    assert calibration_error(confidence, hit, bins=2) == pytest.approx(0.3)
+    assert calibration_error(torch.full((4,), 0.5), hit, bins=1) == pytest.approx(0)
+    assert calibration_error(confidence, hit) == pytest.approx((0.1 + 0.1 + 0.7 + 0.7) / 4)
+
+
+def test_auroc_by_hand():
+    # Of the four pairs of a hit and a miss three are in order and one is tied.
+    score, hit = torch.tensor([0.9, 0.5, 0.5, 0.1]), torch.tensor([1, 1, 0, 0])
+    assert auroc(score, hit) == pytest.approx(3.5 / 4)
+    assert auroc(-score, hit) == pytest.approx(0.5 / 4)
+    assert auroc(score, torch.ones(4)) is None
+
+
+def test_spearman_by_hand():
+    a = torch.tensor([1.0, 10.0, 100.0, 1000.0])
+    assert spearman(a, a.log()) == pytest.approx(1)
+    assert spearman(a, torch.tensor([4.0, 3.0, 2.0, 1.0])) == pytest.approx(-1)
+    # Ranks 1 2 3 4 against 1.5 1.5 3 4: 4.5 / sqrt(5 * 4.5).
+    assert spearman(a, torch.tensor([0.0, 0.0, 1.0, 2.0])) == pytest.approx(math.sqrt(0.9))
+    assert spearman(a, torch.zeros(4)) is None
+
+
+def test_depths_by_hand():
+    stops = torch.tensor([[True, False, False], [False, True, False], [True, True, False]])
+    assert depths(stops).tolist() == [1, 2, 3]
+
+
+def small_survey() -> Survey:
+    """Three loops, two tokens: the first is done at once, the second needs the second loop."""
+    loss = torch.tensor([[1.0, 3.0], [1.0, 1.0], [1.0, 1.0]])
+    gain = torch.tensor([[0.0, 2.0], [0.0, 0.0], [0.0, 0.0]])
+    hit = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    evaluation = LoopEvaluation(
+        tokens=2, loss=loss.sum(1), correct=hit.sum(1), norm=torch.zeros(3),
+        logit=torch.tensor([[3.0, -3.0], [3.0, 3.0], [3.0, 3.0]]), hit=hit, gain=gain, each=loss,
+    )  # fmt: skip
+    infinite = torch.full((1, 2), torch.inf)
+    kl = torch.cat([infinite, torch.tensor([[0.0, 1.0], [0.0, 0.0]])])
+    sharp = torch.tensor([[0.9, 0.2], [0.9, 0.9], [0.9, 0.9]])
+    return Survey(evaluation, {"kl": kl, "entropy": 1 - sharp, "maxprob": sharp, "change": kl})
+
+
+def test_frontier_by_hand():
+    survey, config = small_survey(), ModelConfig(max_loops=3)
+    settings = ExitSettings(gain=0.5)
+    assert rule_depths(survey, replace(settings, rule="gain")).tolist() == [1, 2]
+    assert rule_depths(survey, replace(settings, rule="kl", kl=0.5)).tolist() == [2, 3]
+    points = frontier(survey, settings, config, context=64)
+    fixed = [(p.threshold, p.mean_loops, p.loss) for p in points if p.rule == "fixed"]
+    assert fixed == [(1, 1, 2.0), (2, 2, 1.0), (3, 3, 1.0)]
+    assert next(p.flops for p in points if p.rule == "fixed" and p.threshold == 3) == 1
+    best = min(
+        (p for p in points if p.rule == "oracle" and p.loss == 1), key=lambda p: p.mean_loops
+    )
+    assert best.mean_loops == 1.5
+    chosen = choose(points, full_loss=1.0, increase=0.005)
+    assert (
+        chosen.loss == 1
+        and chosen.mean_loops == 1.5
+        and chosen.rule in ("auto", "gain", "confidence")
+    )
+    assert rule_depths(survey, chosen.settings(settings)).tolist() == [1, 2]
+    # A rule that reads the vocabulary after each loop pays for it.
+    probable = next(p for p in points if p.rule == "maxprob" and p.mean_loops == 1.5)
+    hidden = next(p for p in points if p.rule == "gain" and p.mean_loops == 1.5)
+    assert probable.loss == hidden.loss and probable.flops > hidden.flops
+
+
+def test_relevance_by_hand():
+    # One layer, one head: position 1 looks at 0 by 0.25; the answer gains 2 for each unit of it.
+    weight = torch.tensor([[[[1.0, 0.0], [0.25, 0.75]]]])
+    gradient = torch.tensor([[[[0.0, 0.0], [2.0, -4.0]]]])
+    start = torch.tensor([[0.0, 1.0]])
+    once = relevance(start, [weight], [gradient])
+    assert once.tolist() == [[0.5, 1.0]]
+    assert relevance(start, [weight] * 2, [gradient] * 2).tolist() == [[1.0, 1.0]]
+
+
+def test_influential_tokens_matter_more_than_random_ones(bundled):
+    model, before = bundled.model, bundled.model.attend
+    for line in hop_lines(seed=11, count=2):
+        tokens = torch.tensor(bundled.tokenizer.encode(line).ids)
+        at = torch.full((len(tokens),), 4)
+        shares = influence(model, tokens, at)
+        assert shares.triu().abs().max() == 0
+        assert torch.allclose(shares[1:].sum(1), torch.ones(len(tokens) - 1), atol=1e-5)
+        test = deletion_test(model, tokens, shares, at)
+        assert test.influential > test.random + 0.5
+    assert model.attend is before and not any(p.grad is not None for p in model.parameters())
+
+
+def test_nothing_removed_changes_nothing(bundled):
+    tokens = torch.tensor(bundled.tokenizer.encode("Call me Ishmael. Some years ago").ids)
+    kept = without(bundled.model, tokens, torch.zeros(1, len(tokens), dtype=torch.bool), 3)
+    plain = bundled.model(tokens[None], loops=3).logits.log_softmax(-1)
+    assert torch.allclose(kept, plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["fill", "last"])
+@pytest.mark.parametrize("loops", ["auto", 3])
+def test_following_a_text_is_what_generating_it_does(bundled, policy, loops):
+    engine = Engine(bundled.model, bundled.tokenizer, bundled.exit)
+    options = GenerationOptions(temperature=0, max_new_tokens=12, loops=loops, kv_policy=policy)
+    prompt = bundled.tokenizer.encode("map bf da ee fe cd hh gh aa:").ids
+    (made,) = engine.complete([prompt], options)
+    tokens = torch.tensor([prompt + [step.id for step in made.tokens]])
+    walked = engine.follow(tokens, len(prompt), options)
+    assert walked.loops[0].tolist() == [step.loops for step in made.tokens]
+    logprobs = torch.tensor([step.logprob for step in made.tokens])
+    assert torch.allclose(-walked.loss[0], logprobs, atol=1e-4)
+
+
+def test_surveys_do_not_share_sequences():
+    torch.manual_seed(0)
+    model = LoopedTransformer(ModelConfig(vocab_size=64, max_loops=2)).eval()
+    tokens = torch.randint(0, 64, (4, 9))
+    fit, shown = two_surveys(model, [{"tokens": tokens}, {"tokens": tokens[:1]}], loops=2)
+    assert fit.loss.shape == (2, 24) and shown.loss.shape == (2, 16)
+    alone = survey_lines(model, tokens[1::2], loops=2)
+    assert torch.allclose(shown.loss, alone.loss, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def inspected(tmp_path_factory):
+    """The command on a copy of the bundled model, with all that it writes."""
+    folder = tmp_path_factory.mktemp("inspected")
+    shutil.copytree(BUNDLED, folder / "model")
+    code = main(
+        ["inspect-loops", "--model", str(folder / "model"), "--out", str(folder / "report"),
+         "--val-batches", "3", "--decode-tokens", "96", "--target-loss-increase", "1%",
+         "--prompt", "map bf da ee fe cd hh gh aa:", "--max-new-tokens", "6", "--quiet"]
+    )  # fmt: skip
+    assert code == 0
+    return folder
+
+
+def test_the_report(inspected):
+    document = json.loads((inspected / "report/report.json").read_text())
+    assert len(document["bits_per_byte_by_loop"]) == len(document["accuracy_by_loop"]) == 10
+    assert {"rule", "threshold", "mean_loops", "loss"} <= set(document["frontier"][0])
+    rules = {p["rule"] for p in document["frontier"]}
+    assert rules == {"auto", "fixed", "confidence", "gain", "kl", "entropy", "maxprob", "change",
+                     "oracle"}  # fmt: skip
+    assert {row["policy"] for row in document["kv_policies"]} == {"fill", "last"}
+    assert 0 <= document["ece"] < 0.1 and 0.7 < document["auroc"] <= 1
+    hops = {task["name"]: task for task in document["tasks"]}
+    assert hops["4 hops"]["mean_loops"] > hops["1 hops"]["mean_loops"] + 1
+    test = document["trace"]["deletion"]
+    assert test["influential"] > test["random"]
+    stored = json.loads((inspected / "model/generation_config.json").read_text())["exit"]
+    assert stored["rule"] == document["choice"]["rule"]
+    assert stored["temperature"] == document["temperature"]
+
+
+def test_the_page_stands_alone(inspected):
+    text = (inspected / "report/report.html").read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)""", text) and "http" not in text
+    assert text.count("data:image/png;base64,") == len(list((inspected / "report").glob("*.png")))
+    document = json.loads((inspected / "report/report.json").read_text())
+    document["trace"]["tokens"][0]["text"] = "</script><b>"
+    assert "</script><b>" not in page(document, {})
+
+
+def test_bad_input(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for line, said in (
+        (["--target-loss-increase", "half"], "0.5%"),
+        (["--text", "a", "--prompt", "b"], "one of them"),
+        (["--seq-len", "100000"], "--seq-len"),
+        (["--data", "nowhere.txt"], "nowhere.txt"),
+        (["--model", "nowhere"], "nowhere"),
+    ):
+        assert main(["inspect-loops", "--quiet", *line]) in (2, 4)
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(UsageError):
+        InspectConfig(max_loops=0)
