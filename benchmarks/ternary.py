@@ -1,9 +1,10 @@
-"""Ternary models: size and loss both ways, error by loop, decoding speed packed against float32.
+"""Ternary models: size and loss both ways, error by loop, and decoding speed against float32.
 
-The bundled model on the bundled text, rounded at once and trained through the rounding; then two
-engines at preset `small`'s shape, rounds alternating in one process, with weights as drawn.
+The bundled model on the bundled text, rounded at once and trained through the rounding; what the
+rounding does to the states of each loop; then two engines at preset `small`'s shape, rounds
+alternating in one process, with weights as drawn.
 
-    python benchmarks/ternary.py [--threads 1] [--rounds 9] [--steps 200]
+    python benchmarks/ternary.py [--threads 1] [--rounds 9] [--steps 200] [--parts speed ...]
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import platform
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models
+from torch import Tensor
 
 from looptx_core import __version__
 from looptx_core.checkpoint.folder import load_model
@@ -28,12 +31,15 @@ from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import get_preset
+from looptx_core.config.run import TrainConfig
 from looptx_core.conversion.run import convert
 from looptx_core.conversion.ternary import bits_per_weight, pack_model, running_bytes, to_ternary
 from looptx_core.data.bundled import bundled_shards
 from looptx_core.data.datamodule import TokenData
 from looptx_core.generation.engine import Engine
+from looptx_core.model.bitnet import BitLinear, int8_by_token, ternary
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.run import train
 
 PROMPT, NEW = 32, 128
 
@@ -66,41 +72,81 @@ def conversions(steps: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-@torch.no_grad()
-def compounding(folder: Path) -> dict[str, Any]:
-    """How far the rounded model's states and outputs are from the float one's, by loop."""
-    whole = load_model(bundled_model())
-    shards = bundled_shards(whole.tokenizer.get_vocab_size(), whole.tokenizer)
+def compounding(steps: int, folder: Path) -> dict[str, Any]:
+    """How far rounding moves states and outputs, by loop, in models trained for it and not.
+
+    Against the same weights and norms unrounded, so that nothing but the rounding differs. Beside
+    the bundled model two of `nano`'s shape with two blocks in the core, with the decayed injection
+    and without any, trained alike.
+    """
+    bundled = load_model(bundled_model())
+    shards = bundled_shards(bundled.tokenizer.get_vocab_size(), bundled.tokenizer)
     data = TokenData(shards, seq_len=128, micro_batch=32, batches=1, val_batches=4)
-    rounded = to_ternary(whole.model, [next(iter(data.train_dataloader()))])
-    trained = load_model(folder / "trained").model
-    found: dict[str, Any] = {}
-    for name, model in (("rounded", rounded), ("trained", trained)):
-        states, divergences, agreements = [], [], []
-        for batch in data.val_dataloader():
-            tokens, documents = batch["tokens"][:, :-1], batch["documents"]
-            around = model.surroundings(tokens.shape[1], documents=documents)
-            pairs = zip(
-                whole.model.states(tokens, 10, around=around),
-                model.states(tokens, 10, around=around),
-            )
-            for loop, (a, b) in enumerate(pairs):
-                p, q = (
-                    m.head(m.decode(s, around)).log_softmax(-1)
-                    for m, s in ((whole.model, a), (model, b))
-                )
-                if len(states) <= loop:
-                    states.append([]), divergences.append([]), agreements.append([])
-                states[loop].append(float(((a - b).norm(dim=-1) / a.norm(dim=-1)).mean()))
-                kl = F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
-                divergences[loop].append(float(kl))
-                agreements[loop].append(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
-        found[name] = {
-            "relative_state_error_by_loop": [statistics.mean(x) for x in states],
-            "kl_by_loop_nats": [statistics.mean(x) for x in divergences],
-            "same_top_token_by_loop": [statistics.mean(x) for x in agreements],
-        }
+    models = {"bundled": bundled.model}
+    for injection in ("decay", "none"):
+        shape = replace(bundled.config, core_layers=2, injection=injection)  # type: ignore[arg-type]
+        run = folder / injection
+        run.mkdir()
+        settings = TrainConfig(steps=steps, save_every=steps, val_every=steps)
+        models[f"two blocks, injection {injection}"] = load_model(
+            train(settings, shape, data=shards, folder=run).model_folder
+        ).model
+    found = {}
+    for name, model in models.items():
+        calibration = [next(iter(data.train_dataloader()))]
+        for what in ("activations", "weights", "both"):
+            exact, rounded = to_ternary(model, calibration), to_ternary(model, calibration)
+            for layer in exact.modules():
+                if isinstance(layer, BitLinear):
+                    layer.quantised = 0.0
+            if what != "both":
+                _round_only(rounded, what)
+            found[f"{name}: {what} rounded"] = _differences(exact, rounded, data)
+            print(name, what, json.dumps(found[f"{name}: {what} rounded"]), flush=True)
     return found
+
+
+def _round_only(model: LoopedTransformer, what: str) -> None:
+    for layer in model.modules():
+        if isinstance(layer, BitLinear):
+
+            def forward(x: Tensor, layer: BitLinear = layer) -> Tensor:
+                x, weight = layer.norm(x), layer.weight
+                if what == "weights":
+                    values, scale = ternary(weight)
+                    return F.linear(x, values * scale)
+                values, scale = int8_by_token(x)
+                return F.linear(values * scale, weight)
+
+            layer.forward = forward  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def _differences(
+    exact: LoopedTransformer, rounded: LoopedTransformer, data: TokenData
+) -> dict[str, list[float]]:
+    """By loop, 1 to 10, means over held-out tokens."""
+    names = ("relative_state_error", "kl_nats", "same_top_token", "loss_rise_nats")
+    sums = torch.zeros(10, len(names), dtype=torch.float64)
+    batches = list(data.val_dataloader())
+    for batch in batches:
+        tokens, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        around = exact.surroundings(tokens.shape[1], documents=batch["documents"])
+        each = zip(*(m.states(tokens, 10, around=around) for m in (exact, rounded)))
+        for loop, (a, b) in enumerate(each):
+            p, q = (
+                m.head(m.decode(state, around)).log_softmax(-1)
+                for m, state in ((exact, a), (rounded, b))
+            )
+            rise = (p - q).gather(-1, targets[..., None])
+            sums[loop] += torch.stack([
+                ((a - b).norm(dim=-1) / a.norm(dim=-1)).mean(),
+                (p.exp() * (p - q)).sum(-1).mean(),
+                (p.argmax(-1) == q.argmax(-1)).float().mean(),
+                rise.mean(),
+            ]).double()  # fmt: skip
+    means = (sums / len(batches)).T.tolist()
+    return {name: [round(v, 5) for v in values] for name, values in zip(names, means)}
 
 
 def speed(rounds: int) -> dict[str, Any]:
@@ -150,17 +196,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--only-speed", action="store_true", help="Keep the other figures.")
+    parts = ("conversions", "compounding", "speed")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     here = Path(__file__).parent / "results" / "ternary.json"
     parser.add_argument("--out", type=Path, default=here)
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     report: dict[str, Any] = json.loads(flags.out.read_text()) if flags.out.exists() else {}
-    if not flags.only_speed:
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        if "conversions" in flags.parts:
             report["conversions"] = conversions(flags.steps, Path(folder))
-            report["compounding"] = compounding(Path(folder))
-    report["speed"] = {**speed(flags.rounds), "threads": flags.threads}
+        if "compounding" in flags.parts:
+            report["compounding"] = compounding(flags.steps, Path(folder))
+    if "speed" in flags.parts:
+        report["speed"] = {**speed(flags.rounds), "threads": flags.threads}
     report["versions"] = {
         "looptx": __version__,
         "torch": torch.__version__,

@@ -388,6 +388,9 @@ def test_the_exported_code_is_the_models_own(exported: Path) -> None:
             assert match and new.strip() == f"from .{match[1].replace('.', '_')} {match[2]}"
     settings = json.loads((exported / "config.json").read_text())
     assert len(settings["tested_with_transformers"]) == 2
+    card = (exported / "README.md").read_text()
+    assert "library_name: transformers" in card and "looptx generate" not in card
+    assert f"transformers {settings['tested_with_transformers'][0]} to" in card
 
 
 def test_other_versions_of_transformers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

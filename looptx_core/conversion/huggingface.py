@@ -33,19 +33,19 @@ ENTRY = "looptx_core.conversion.modeling_looptx"
 CLASS = "LooptxForCausalLM"
 _PREFIX = "model."
 _IMPORT = re.compile(r"^(\s*)from (looptx_core(?:\.\w+)+) import", re.MULTILINE)
-_USE = """
-## With transformers
+_USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
-    prompt = tokenizer("Call me", return_tensors="pt")
-    model.generate(**prompt, max_new_tokens=40)           # each token as deep as it needs
-    model.generate(**prompt, max_new_tokens=40, loops=4)  # a fixed depth
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
+prompt = tokenizer("Call me", return_tensors="pt")
+model.generate(**prompt, max_new_tokens=40)           # each token as deep as it needs
+model.generate(**prompt, max_new_tokens=40, loops=4)  # a fixed depth
+```
 
 Tested with transformers {first} to {last}; it refuses others. `looptx convert --from-hf` makes it
-a folder of looptx again.
-"""
+a folder of looptx again."""
+_FENCE = re.compile(r"```\n.*?\n```", re.DOTALL)
 
 
 def to_huggingface(
@@ -67,14 +67,15 @@ def to_huggingface(
         "exit": dict(exit_settings),
     }
     generation = {k: v for k, v in files["generation_config.json"].items() if k != "exit"}
-    card = files["README.md"].rstrip("\n") + "\n" + _USE.format(first=first, last=last)
+    use = _USE.format(first=first, last=last)
+    card = _FENCE.sub(lambda _: use, files["README.md"], count=1)
     named = {_PREFIX + name: tensor for name, tensor in weights.items()}
     return named, {
         **files,
         **sources,
         "config.json": config,
         "generation_config.json": generation,
-        "README.md": card,
+        "README.md": card.replace("library_name: looptx", "library_name: transformers"),
     }
 
 
