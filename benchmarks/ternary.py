@@ -82,18 +82,17 @@ def compounding(steps: int, folder: Path) -> dict[str, Any]:
     bundled = load_model(bundled_model())
     shards = bundled_shards(bundled.tokenizer.get_vocab_size(), bundled.tokenizer)
     data = TokenData(shards, seq_len=128, micro_batch=32, batches=1, val_batches=4)
-    models = {"bundled": bundled.model}
-    for injection in ("decay", "none"):
-        shape = replace(bundled.config, core_layers=2, injection=injection)  # type: ignore[arg-type]
-        run = folder / injection
-        run.mkdir()
-        settings = TrainConfig(steps=steps, save_every=steps, val_every=steps)
-        models[f"two blocks, injection {injection}"] = load_model(
-            train(settings, shape, data=shards, folder=run).model_folder
-        ).model
+    calibration = [next(iter(data.train_dataloader()))]
     found = {}
-    for name, model in models.items():
-        calibration = [next(iter(data.train_dataloader()))]
+    for name in ("bundled", "decay", "none"):
+        model = bundled.model
+        if name != "bundled":
+            shape = replace(bundled.config, core_layers=2, injection=name)  # type: ignore[arg-type]
+            run = folder / name
+            run.mkdir()
+            settings = TrainConfig(steps=steps, save_every=steps, val_every=steps)
+            model = load_model(train(settings, shape, data=shards, folder=run).model_folder).model
+            name = f"two blocks, injection {name}"
         for what in ("activations", "weights", "both"):
             exact, rounded = to_ternary(model, calibration), to_ternary(model, calibration)
             for layer in exact.modules():

@@ -237,6 +237,8 @@ def _finetune(
                 f"stopped, and {out} was not written; run it again, with fewer --finetune-steps "
                 "for a shorter run"
             ) from error
+    if done < steps:
+        report(f"stopped after {done} of {steps} steps, as --max-minutes says")
     return done
 
 
