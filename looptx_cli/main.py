@@ -22,6 +22,7 @@ COMMANDS = {
     "tokenize": "Turn text into tokens.",
     "train": "Train a looped model.",
     "finetune": "Teach a trained model a task.",
+    "convert": "Make a model smaller, or one for other tools.",
     "generate": "Write text, each token as deep as it needs.",
     "inspect-loops": "See what each loop brings, and when to stop.",
 }

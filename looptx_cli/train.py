@@ -94,6 +94,8 @@ def train(
         write_line(summary(result))
         return
     _show_result(result)
+    if settings.bitnet:
+        note(f"pack it: looptx convert --to-bitnet --model {folder}", quiet)
     note(f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet)
 
 

@@ -41,13 +41,19 @@ OPTIONS = {
         --ignore-eos --no-ignore-eos --prompts-file --model --adapter --show-iterations
         --compare-loops --attention --precision --config --json --quiet
     """,
+    "convert": """
+        --model --from-hf --out --to-bitnet --no-to-bitnet --direct --no-direct --finetune-steps
+        --max-minutes --lr --data --seed --adapter --merge-adapter --no-merge-adapter --to-hf
+        --no-to-hf --dtype --shard-size --config --overwrite --json --quiet
+    """,
     "train": """
         --data --out --seed --steps --max-minutes --seq-len --batch-size --micro-batch --workers
         --lr --min-lr --warmup --weight-decay --optimizer --beta2 --clip --loop-schedule --loops
         --max-loops --mean-loops --deeper-by --loss-threshold --deeper-share --explore --loss-at
         --precision --attention --compile --no-compile --grad-checkpointing --no-grad-checkpointing
         --devices --save-every --keep --val-every --val-batches --log-every --preset --document-mask
-        --no-document-mask --config --resume --overwrite --dry-run --json --quiet
+        --no-document-mask --bitnet --no-bitnet --config --resume --overwrite --dry-run --json
+        --quiet
     """,
 }
 

@@ -35,6 +35,7 @@ from looptx_core.config.model import FORMAT_VERSION, ModelConfig
 from looptx_core.config.resolve import coerce
 from looptx_core.data.tokenizer import fingerprint
 from looptx_core.errors import DataError, LooptxError, UsageError
+from looptx_core.model.flops import parameter_count
 from looptx_core.model.loop import LoopedTransformer
 
 MODEL_TYPE = "looptx"
@@ -93,7 +94,23 @@ def save_model(
         LooptxError: it can't be written; what was there is intact.
     """
     folder = Path(folder)
-    _check_target(folder, overwrite)
+    check_target(folder, overwrite)
+    weights, files = model_files(folder, model, tokenizer, exit_settings, facts, dtype,
+                                 chat_template)  # fmt: skip
+    write_model(folder, weights, files, max_shard_size)
+    return folder
+
+
+def model_files(
+    folder: Path,
+    model: LoopedTransformer,
+    tokenizer: Tokenizer,
+    exit_settings: ExitSettings,
+    facts: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    chat_template: str | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_model` writes: tensors by name, and files by name, JSON documents or texts."""
     _check_vocabulary(tokenizer, model.config, "the tokenizer")
     weights = _tensors(model, dtype)
     stored = next(iter(weights.values())).dtype
@@ -108,22 +125,39 @@ def save_model(
         "facts": dict(facts),
     }
     end, pad = _token_id(tokenizer, *_END_TOKENS), _token_id(tokenizer, "<|pad|>", "<pad>")
-    generation = {"eos_token_id": end, "pad_token_id": pad, "exit": asdict(exit_settings)}
-    tokens = tokenizer_config(tokenizer, model.config.max_seq_len, chat_template)
     name = folder.resolve().parent.name if folder.name == "final" else folder.name
-    parameters = sum(tensor.numel() for tensor in weights.values())
-    card = model_card(name, model.config, parameters, exit_settings, facts)
+    return weights, {
+        "tokenizer.json": tokenizer.to_str(),
+        "tokenizer_config.json": tokenizer_config(
+            tokenizer, model.config.max_seq_len, chat_template
+        ),
+        "generation_config.json": {
+            "eos_token_id": end,
+            "pad_token_id": pad,
+            "exit": asdict(exit_settings),
+        },
+        "README.md": model_card(
+            name, model.config, parameter_count(model.config), exit_settings, facts
+        ),
+        "config.json": config,
+    }
+
+
+def write_model(
+    folder: Path,
+    weights: dict[str, Tensor],
+    files: Mapping[str, Any],
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write tensors and files, JSON documents or texts, whole or not at all."""
 
     def write(place: Path) -> None:
         save_torch_state_dict(weights, place, max_shard_size=max_shard_size)
-        (place / "tokenizer.json").write_text(tokenizer.to_str(), "utf-8")
-        (place / "tokenizer_config.json").write_text(_json(tokens), "utf-8")
-        (place / "generation_config.json").write_text(_json(generation), "utf-8")
-        (place / "README.md").write_text(card, "utf-8")
-        (place / "config.json").write_text(_json(config), "utf-8")
+        for name, content in files.items():
+            text = content if isinstance(content, str) else _json(content)
+            (place / name).write_text(text, "utf-8")
 
     write_folder(folder, write)
-    return folder
 
 
 def load_model(
@@ -139,25 +173,43 @@ def load_model(
     """
     folder = Path(folder)
     config, settings = _read_config(folder)
-    tokenizer = _read_tokenizer(folder, config, settings.get("tokenizer_fingerprint"))
+    tokenizer = read_tokenizer(folder, config, settings.get("tokenizer_fingerprint", ""))
     exit_settings = read_exit(folder)
     with torch.device("meta"):
         model = LoopedTransformer(config)
+    load_weights(model, folder, device=device, dtype=dtype)
+    facts = settings.get("facts") or {}
+    return LoadedModel(model.eval(), config, tokenizer, exit_settings, facts, folder)
+
+
+def load_weights(
+    model: LoopedTransformer,
+    folder: Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    rename: Callable[[str], str | None] = lambda name: name,
+) -> None:
+    """Give a model, which may be on the meta device, the weights of a folder.
+
+    rename: from the folder's names to the model's; None leaves a tensor out.
+    Raises `DataError` for weights that are missing, damaged, a pickle or of another shape.
+    """
     expected = _tensors(model, None)
     found: dict[str, Tensor] = {}
     for file in weight_files(folder):
-        found |= _read_tensors(file, expected, torch.device(device), dtype)
-    if missing := sorted(expected.keys() - found.keys()):
+        found |= _read_tensors(file, expected, torch.device(device), dtype, rename)
+    # What is there already, and not on the meta device, may be absent from the folder.
+    missing = sorted(name for name in expected.keys() - found.keys() if expected[name].is_meta)
+    if missing:
         raise DataError(
             f"{folder}: the weights lack {_some(missing)}; config.json or the weights are another "
             "model's, so copy the folder again"
         )
     model.load_state_dict(found, strict=False, assign=True)
-    if config.tie_embeddings:
+    if model.config.tie_embeddings:
         model.head.weight = model.embedding.weight
     assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()]), "a tensor is unset"
-    facts = settings.get("facts") or {}
-    return LoadedModel(model.eval(), config, tokenizer, exit_settings, facts, folder)
 
 
 def tokenizer_config(
@@ -247,28 +299,38 @@ def _tensors(model: LoopedTransformer, dtype: torch.dtype | None) -> dict[str, T
 
 
 def _read_tensors(
-    file: Path, expected: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | None
+    file: Path,
+    expected: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    rename: Callable[[str], str | None],
 ) -> dict[str, Tensor]:
     """The tensors of one file, by name; each must be expected, of its shape and a float."""
     refuse_pickle(file)
     found: dict[str, Tensor] = {}
     try:
         with safe_open(file, framework="pt") as data:
-            names = list(data.keys())
-            if unknown := sorted(set(names) - expected.keys()):
+            theirs = list(data.keys())
+            names = {name: ours for name in theirs if (ours := rename(name))}
+            if unknown := sorted(t for t, ours in names.items() if ours not in expected):
                 raise DataError(
                     f"{file}: unexpected {_some(unknown)}; config.json or the weights are another "
                     "model's, so copy the folder again"
                 )
-            for name in names:
-                tensor = data.get_tensor(name)
-                if tensor.shape != expected[name].shape or not tensor.is_floating_point():
+            for stored, name in names.items():
+                tensor = data.get_tensor(stored)
+                wanted = expected[name]
+                floats = wanted.is_floating_point()
+                alike = tensor.is_floating_point() if floats else tensor.dtype == wanted.dtype
+                if tensor.shape != wanted.shape or not alike:
                     raise DataError(
                         f"{file}: {name} is {tensor.dtype} {list(tensor.shape)}, but config.json "
-                        f"asks for floats {list(expected[name].shape)}; copy the folder again"
+                        f"asks for {'floats' if floats else wanted.dtype} {list(wanted.shape)}; "
+                        "copy the folder again"
                     )
                 # A copy: aligned, and independent of the file.
-                found[name] = tensor.to(device, dtype or tensor.dtype, copy=True)
+                kind = (dtype if floats else None) or tensor.dtype
+                found[name] = tensor.to(device, kind, copy=True)
     except (SafetensorError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
@@ -293,11 +355,16 @@ def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
             f"{file}: format_version {version} is newer than {FORMAT_VERSION}, the last that "
             f"looptx {looptx_core.__version__} reads; upgrade looptx"
         )
+    if "auto_map" in settings:
+        raise DataError(
+            f"{folder}: in transformers' format; make it looptx's by "
+            f"looptx convert --from-hf {folder}"
+        )
     shape = {key: value for key, value in settings.items() if key not in _NOT_SHAPE}
-    return _typed(ModelConfig, shape, str(file)), settings
+    return typed(ModelConfig, shape, str(file)), settings
 
 
-def _typed(schema: type[T], values: Mapping[str, Any], where: str) -> T:
+def typed(schema: type[T], values: Mapping[str, Any], where: str) -> T:
     """The dataclass with these values; absent ones, of an older format, take the default."""
     hints = get_type_hints(schema)
     if unknown := sorted(values.keys() - hints.keys()):
@@ -308,7 +375,8 @@ def _typed(schema: type[T], values: Mapping[str, Any], where: str) -> T:
         raise DataError(f"{where}: {error}; copy the model again") from error
 
 
-def _read_tokenizer(folder: Path, config: ModelConfig, expected: str | None) -> Tokenizer:
+def read_tokenizer(folder: Path, config: ModelConfig, expected: str | None = None) -> Tokenizer:
+    """The folder's tokenizer, which must fit the model and have the fingerprint `expected`."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise DataError(f"{folder}: tokenizer.json is missing; copy the model again")
@@ -322,7 +390,7 @@ def _read_tokenizer(folder: Path, config: ModelConfig, expected: str | None) -> 
     tokenizer.no_truncation()
     tokenizer.no_padding()
     _check_vocabulary(tokenizer, config, str(file))
-    if expected != fingerprint(tokenizer):
+    if expected is not None and expected != fingerprint(tokenizer):
         raise DataError(
             f"{file}: not the tokenizer that this model was trained with; put that one back"
         )
@@ -343,7 +411,7 @@ def read_exit(folder: Path) -> ExitSettings:
     settings = read_json(file).get("exit", {})
     if not isinstance(settings, dict):
         raise DataError(f"{file}: exit must hold keys of its own; copy the model again")
-    return _typed(ExitSettings, settings, f"{file}, exit")
+    return typed(ExitSettings, settings, f"{file}, exit")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -361,7 +429,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _check_target(folder: Path, overwrite: bool) -> None:
+def check_target(folder: Path, overwrite: bool) -> None:
     """A new place, or a model folder that may be replaced; nothing else is ever removed."""
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return

@@ -29,6 +29,8 @@ class ModelConfig:
     """Width of one head; even, for RoPE."""
     d_ff: int = 384
     """Width of the GeGLU layer (arXiv 2002.05202)."""
+    activation: Literal["gelu", "silu"] = "gelu"
+    """Of the gate: gelu, or silu as in SwiGLU, for weights that were trained so."""
     prelude_layers: int = 1
     """Blocks before the loop, run once."""
     core_layers: int = 2
@@ -53,6 +55,9 @@ class ModelConfig:
     """Dropout on each residual branch, in training only."""
     tie_embeddings: bool = True
     """One matrix serves as embedding and as output head."""
+    linear: Literal["float", "ternary", "packed"] = "float"
+    """The blocks' linear layers: float; ternary, trained through latent float weights; or packed,
+    the same with two bits a weight, to run. See `looptx_core.model.bitnet`."""
 
     def __post_init__(self) -> None:
         def need(ok: bool, what: str) -> None:
@@ -76,6 +81,14 @@ class ModelConfig:
         need(
             self.injection in ("decay", "add", "none"),
             f"injection must be decay, add or none, not {self.injection!r}",
+        )
+        need(
+            self.activation in ("gelu", "silu"),
+            f"activation must be gelu or silu, not {self.activation!r}",
+        )
+        need(
+            self.linear in ("float", "ternary", "packed"),
+            f"linear must be float, ternary or packed, not {self.linear!r}",
         )
         need(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), not {self.dropout}")
 

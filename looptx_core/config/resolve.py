@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.corpus import TokenizeConfig
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import GenerationOptions
@@ -282,7 +283,8 @@ def _environment(hints: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, 
     ours = {_variable(key): key for key in hints}
     # A variable of another command is fine here, a name that no command has is a mistake.
     known = {_variable(key) for key in _keys({"": TrainConfig, "model": ModelConfig})}
-    for other in (TokenizeConfig, FinetuneConfig, GenerationOptions, InspectConfig):
+    others = (TokenizeConfig, FinetuneConfig, ConvertConfig, GenerationOptions, InspectConfig)
+    for other in others:
         known |= {_variable(key) for key in _keys({"": other})}
     known |= ours.keys() | _OTHER_VARIABLES
     values: dict[str, Any] = {}

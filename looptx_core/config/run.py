@@ -123,3 +123,5 @@ class TrainConfig(RunConfig):
     """nano, small, medium, 1b or 7b."""
     document_mask: bool = True
     """Tokens attend within their own document only."""
+    bitnet: bool = False
+    """Ternary weights in the blocks (BitNet b1.58); looptx convert --to-bitnet packs them."""

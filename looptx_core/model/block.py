@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.model.attention import Attend, sdpa
+from looptx_core.model.bitnet import BitLinear, IntegerProduct, PackedBitLinear
 from looptx_core.model.cache import Slot
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import Rotary, rotate
@@ -44,28 +46,41 @@ class SideBySide(nn.Module):
     """
 
     beside: tuple[str, ...]
-    _joined: Tensor | None = None
+    _joined: Callable[[Tensor], Tensor] | None = None
 
     def project(self, x: Tensor) -> Sequence[Tensor]:
         """Each layer's output."""
         if self._joined is None or torch.is_grad_enabled():
             return [self.get_submodule(name)(x) for name in self.beside]
-        return F.linear(x, self._joined).split(self._widths, dim=-1)
+        return self._joined(x).split(self._widths, dim=-1)
 
     @torch.no_grad()
     def join(self) -> None:
         """The weights become rows of one matrix; values, names and memory stay the same."""
         layers = [self.get_submodule(name) for name in self.beside]
+        packed = [layer for layer in layers if type(layer) is PackedBitLinear]
         weights = [layer.weight for layer in layers if type(layer) is nn.Linear]
-        if len(weights) == len(layers):  # an adapter's layer does more than a product
+        if len(packed) == len(layers):
+            self._widths = [layer.out_features for layer in packed]
+            self._joined = IntegerProduct(packed)
+        elif len(weights) == len(layers):  # an adapter's layer does more than a product
             self._widths = [len(weight) for weight in weights]
-            self._joined = torch.cat(weights)
-            for weight, rows in zip(weights, self._joined.split(self._widths)):
+            joined = torch.cat(weights)
+            for weight, rows in zip(weights, joined.split(self._widths)):
                 weight.data = rows
+            self._joined = partial(F.linear, weight=joined)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SideBySide:
         self._joined = None  # a move or a cast gives each weight its own memory again
         return super()._apply(fn, recurse)
+
+
+def linear(config: ModelConfig, width: int, out: int, normed: bool = True) -> nn.Module:
+    """A block's linear layer of the configured kind. normed: its input comes from a norm."""
+    if config.linear == "float":
+        return nn.Linear(width, out, bias=False)
+    norm = nn.Identity() if normed else RMSNorm(width, config.norm_eps)
+    return (BitLinear if config.linear == "ternary" else PackedBitLinear)(width, out, norm)
 
 
 class Attention(SideBySide):
@@ -77,10 +92,10 @@ class Attention(SideBySide):
         super().__init__()
         self.head_dim = config.head_dim
         width, kv_width = (n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
-        self.q_proj = nn.Linear(config.d_model, width, bias=False)
-        self.k_proj = nn.Linear(config.d_model, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.d_model, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, config.d_model, bias=False)
+        self.q_proj = linear(config, config.d_model, width)
+        self.k_proj = linear(config, config.d_model, kv_width)
+        self.v_proj = linear(config, config.d_model, kv_width)
+        self.o_proj = linear(config, width, config.d_model, normed=False)
         norm = RMSNorm if config.qk_norm else _identity
         self.q_norm = norm(config.head_dim, eps=config.norm_eps)
         self.k_norm = norm(config.head_dim, eps=config.norm_eps)
@@ -100,19 +115,21 @@ class Attention(SideBySide):
 
 
 class GeGLU(SideBySide):
-    """down(gelu(gate(x)) * up(x)), arXiv 2002.05202."""
+    """down(gelu(gate(x)) * up(x)), arXiv 2002.05202; SwiGLU where the activation is silu."""
 
     beside = ("gate_proj", "up_proj")
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+        activation: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
+        self.activation = activation[config.activation]
+        self.gate_proj = linear(config, config.d_model, config.d_ff)
+        self.up_proj = linear(config, config.d_model, config.d_ff)
+        self.down_proj = linear(config, config.d_ff, config.d_model, normed=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.project(x)
-        return self.down_proj(F.gelu(gate) * up)
+        return self.down_proj(self.activation(gate) * up)
 
 
 class Block(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from looptx_core.config.model import ModelConfig
 
@@ -47,5 +47,7 @@ def parameter_count(config: ModelConfig) -> int:
 
     from looptx_core.model.loop import LoopedTransformer
 
+    if config.linear == "packed":  # whose weights are no parameters of torch's
+        config = replace(config, linear="ternary")
     with torch.device("meta"):
         return sum(p.numel() for p in LoopedTransformer(config).parameters())

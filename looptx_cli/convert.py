@@ -1,0 +1,97 @@
+"""looptx convert: one kind of model folder into another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from looptx_cli.console import note, stdout
+from looptx_cli.options import with_fields
+from looptx_core.config.conversion import ConvertConfig
+from looptx_core.config.resolve import resolve
+
+if TYPE_CHECKING:
+    from looptx_core.conversion.run import ConvertResult
+
+SCHEMA_VERSION = 1
+_MUCH = 0.1  # a larger rise of the loss, as a share, is a warning
+
+
+@with_fields(ConvertConfig)
+def convert(
+    flags: dict[str, Any],
+    config: Annotated[Path | None, typer.Option(help="A YAML file of these settings.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no notes.")] = False,
+) -> None:
+    """Convert a model: ternary weights, transformers' format and back, other number types.
+
+    \b
+    looptx convert --to-bitnet
+    looptx convert --to-bitnet --model runs/a --finetune-steps 1000 --max-minutes 30
+    looptx convert --to-bitnet --direct --out rounded
+    looptx convert --to-hf --model runs/a --dtype bf16
+    looptx convert --from-hf a-hf --out a-again
+    looptx convert --adapter runs/finetune-1 --merge-adapter
+    """
+    settings = resolve(ConvertConfig, flags=flags, config=config).build(ConvertConfig)
+
+    from looptx_cli.progress import train_progress
+    from looptx_core.conversion.run import convert
+
+    result = convert(
+        settings,
+        overwrite=overwrite,
+        callbacks=[train_progress(settings.finetune_steps, quiet)],
+        report=lambda line: note(line, quiet),
+    )
+    if settings.to_bitnet and result.rise > _MUCH:
+        cure = "leave --direct out" if settings.direct else "give more --finetune-steps, or more "
+        cure += "" if settings.direct else "--max-minutes"
+        note(f"warning: the held-out loss rose by {result.rise:.0%}; {cure}")
+    if as_json:
+        typer.echo(json.dumps({"schema_version": SCHEMA_VERSION, **result.to_dict()}))
+        return
+    _show(result)
+    if settings.to_hf:
+        note(
+            "try next: AutoModelForCausalLM.from_pretrained"
+            f"('{result.out}', trust_remote_code=True) in transformers",
+            quiet,
+        )
+    else:
+        note(f'try next: looptx generate "Call me" --model {result.out} --show-iterations', quiet)
+
+
+def _show(result: ConvertResult) -> None:
+    from rich.table import Table
+
+    out = stdout()
+    if result.loss_by_loop != result.loss_by_loop_before:
+        table = Table(title="Held-out loss, nats a token", title_justify="left", box=None,
+                      pad_edge=False)  # fmt: skip
+        for name in ("loops", "before", "after"):
+            table.add_column(name, justify="right")
+        losses = zip(result.loss_by_loop_before, result.loss_by_loop)
+        for loop, (before, after) in enumerate(losses, 1):
+            table.add_row(str(loop), f"{before:.4f}", f"{after:.4f}")
+        out.print(table)
+
+    def say(line: str) -> None:
+        out.print(line, soft_wrap=True)
+
+    say(
+        f"{result.bytes_before:,} bytes -> {result.bytes_after:,} bytes "
+        f"({result.bytes_before / result.bytes_after:.1f} times smaller), "
+        f"{result.bits_per_weight:.3f} bits a weight in the blocks; weights in memory "
+        f"{result.memory_before:,} -> {result.memory_after:,} bytes"
+    )
+    say(
+        f"loss {result.loss_by_loop_before[-1]:.4f} -> {result.loss_by_loop[-1]:.4f} "
+        f"({result.rise:+.1%}), {result.seconds:,.0f} s"
+    )
+    say(f"model: {result.out}")

@@ -1,0 +1,1 @@
+"""From one kind of model folder to another: ternary, transformers', other number types."""

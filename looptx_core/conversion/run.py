@@ -1,0 +1,244 @@
+"""One conversion: read a model, change it as asked, judge it before and after, write it."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from looptx_core.checkpoint.folder import (
+    LoadedModel,
+    check_target,
+    load_model,
+    model_files,
+    read_chat_template,
+    write_model,
+)
+from looptx_core.checkpoint.registry import resolve_adapter, resolve_model
+from looptx_core.config.conversion import ConvertConfig
+from looptx_core.config.resolve import recorded
+from looptx_core.config.run import TrainConfig
+from looptx_core.conversion.huggingface import from_huggingface, to_huggingface
+from looptx_core.conversion.ternary import (
+    WarmUp,
+    bits_per_weight,
+    pack_model,
+    running_bytes,
+    to_ternary,
+)
+from looptx_core.data.bundled import bundled_shards
+from looptx_core.data.datamodule import TokenData
+from looptx_core.data.shards import resolve_data
+from looptx_core.errors import Interrupted, UsageError
+from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.evaluate import LoopEvaluation, calibrate, evaluate_all
+from looptx_core.training.run import fit
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_WARM_UP = 0.25  # of the steps
+_SEQ_LEN, _BATCH, _VAL_BATCHES = 128, 32, 4
+
+
+@dataclass
+class ConvertResult:
+    """What a conversion has to show. Losses in nats a token, held-out, by loop."""
+
+    out: Path
+    bytes_before: int
+    """Of the folder that was read."""
+    bytes_after: int
+    """Of the folder that was written."""
+    bits_per_weight: float
+    """Stored bits of a weight in the blocks' linear layers, scales included."""
+    memory_before: int
+    """Bytes of the weights in memory, as they run."""
+    memory_after: int
+    loss_by_loop_before: list[float]
+    loss_by_loop: list[float]
+    seconds: float
+    steps: int = 0
+    """Of training through the rounding."""
+
+    @property
+    def rise(self) -> float:
+        """Of the loss at the last loop, as a share."""
+        return self.loss_by_loop[-1] / self.loss_by_loop_before[-1] - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that `looptx convert --json` prints."""
+        return {
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "bits_per_weight": self.bits_per_weight,
+            "loss_before": self.loss_by_loop_before[-1],
+            "loss_after": self.loss_by_loop[-1],
+            "out": str(self.out),
+        }
+
+
+def convert(
+    config: ConvertConfig,
+    *,
+    overwrite: bool = False,
+    callbacks: Sequence[L.Callback] = (),
+    report: Callable[[str], object] = lambda line: None,
+) -> ConvertResult:
+    """Convert a model folder into another.
+
+    callbacks: Lightning's, for displays of the training through the rounding. report: called
+    with lines of one choice each.
+
+    Raises:
+        UsageError: the target is taken, the model is ternary already, or an adapter has a part
+            for each loop.
+        DataError: unusable models, adapters or data.
+        Interrupted: a Ctrl-C; nothing was written.
+    """
+    started = time.monotonic()
+    source = _read(config, report)
+    out = Path(config.out or f"{source.name}-{config.suffix}")
+    check_target(out, overwrite)
+    if config.to_bitnet and source.config.linear == "packed":
+        raise UsageError(f"{source.folder}: its weights are ternary already; leave --to-bitnet out")
+    stored = source.model.embedding.weight.dtype
+    model = source.model.float()
+    batches = _batches(config, source, report)
+    memory_before = running_bytes(model)
+    before = _evaluate(model, batches)
+    bytes_before = _folder_bytes(source.folder)
+
+    after, exit_settings, steps = before, source.exit, 0
+    if config.to_bitnet:
+        if model.config.linear == "float":
+            model = to_ternary(model, [next(iter(batches.train_dataloader()))])
+            if not config.direct:
+                steps = _finetune(model, batches, config, out, callbacks, report)
+        model = pack_model(model)
+    dtype = DTYPES[config.dtype] if config.dtype else stored
+    model = model.to(dtype)
+    if config.to_bitnet or dtype != stored:
+        memory_after = running_bytes(model)
+        after = _evaluate(model.float(), batches)
+        model = model.to(dtype)
+        exit_settings = calibrate(exit_settings, after)
+    else:
+        memory_after = running_bytes(model)
+
+    facts = dict(source.facts) | {"loss_by_loop": [round(x, 4) for x in after.loss_by_loop]}
+    if after is not before:
+        facts["loss_by_loop_before"] = [round(x, 4) for x in before.loss_by_loop]
+    if config.to_bitnet:
+        facts["ternary"] = f"trained {steps} steps" if steps else "rounded"
+    weights, files = model_files(
+        out, model, source.tokenizer, exit_settings, facts,
+        chat_template=read_chat_template(source.folder),
+    )  # fmt: skip
+    if config.to_hf:
+        weights, files = to_huggingface(weights, files, asdict(exit_settings))
+    write_model(out, weights, files, config.shard_size)
+    return ConvertResult(
+        out=out,
+        bytes_before=bytes_before,
+        bytes_after=_folder_bytes(out),
+        bits_per_weight=bits_per_weight(model),
+        memory_before=memory_before,
+        memory_after=memory_after,
+        loss_by_loop_before=before.loss_by_loop,
+        loss_by_loop=after.loss_by_loop,
+        seconds=time.monotonic() - started,
+        steps=steps,
+    )
+
+
+def _read(config: ConvertConfig, report: Callable[[str], object]) -> LoadedModel:
+    if config.from_hf:
+        return from_huggingface(Path(config.from_hf))
+    if config.adapter:
+        from looptx_core.finetuning.merge import merge  # brings PEFT
+
+        found = resolve_adapter(config.adapter, config.model)
+        assert found.adapter is not None
+        report(f"model: {found.folder}, with the adapter {found.adapter}")
+        return merge(found.folder, found.adapter)
+    found = resolve_model(config.model, need=frozenset({"weights"}))
+    if config.model is None:
+        report(f"model: {found.folder}, {found.reason}")
+    return load_model(found.folder)
+
+
+def _batches(
+    config: ConvertConfig, source: LoadedModel, report: Callable[[str], object]
+) -> TokenData:
+    """Of the data that is given, else the model's own, else the bundled text."""
+    data, tokenizer = config.data, source.tokenizer
+    run = source.folder.parent / "config.yaml"
+    # A finetuning's data are examples, and none of it would tell what was forgotten.
+    if not data and source.folder.name == "final" and run.is_file() and recorded(run, "preset"):
+        own = tuple(recorded(run, "data") or ())
+        data = own if all(Path(name).exists() for name in own) else ()
+        if own:
+            report(f"data: the model's own, {', '.join(own)}{'' if data else ', which is gone'}")
+    if not data:
+        report("data: the bundled text")
+    shards = (
+        resolve_data(list(data), tokenizer=tokenizer)
+        if data
+        else bundled_shards(tokenizer.get_vocab_size(), tokenizer)
+    )
+    return TokenData(
+        shards,
+        seq_len=min(_SEQ_LEN, source.config.max_seq_len),
+        micro_batch=_BATCH,
+        batches=config.finetune_steps,
+        val_batches=_VAL_BATCHES,
+        seed=config.seed,
+    )
+
+
+def _evaluate(model: LoopedTransformer, batches: TokenData) -> LoopEvaluation:
+    return evaluate_all(model, batches.val_dataloader(), model.config.max_loops)
+
+
+def _finetune(
+    model: LoopedTransformer,
+    batches: TokenData,
+    config: ConvertConfig,
+    out: Path,
+    callbacks: Sequence[L.Callback],
+    report: Callable[[str], object],
+) -> int:
+    """Train through the rounding; the steps that were done."""
+    steps = config.finetune_steps
+    settings = TrainConfig(
+        steps=steps,
+        max_minutes=config.max_minutes,
+        lr=config.lr,
+        seed=config.seed,
+        batch_size=_BATCH,
+        seq_len=min(_SEQ_LEN, model.config.max_seq_len),
+        save_every=steps + 1,
+        val_every=steps,
+        val_batches=_VAL_BATCHES,
+    )
+    with tempfile.TemporaryDirectory(prefix="looptx-") as folder:
+        try:
+            _, done = fit(
+                model, batches, settings, folder=Path(folder), command="convert",
+                callbacks=[WarmUp(round(_WARM_UP * steps)), *callbacks], report=report,
+            )  # fmt: skip
+        except Interrupted as error:
+            raise Interrupted(
+                f"stopped, and {out} was not written; run it again, with fewer --finetune-steps "
+                "for a shorter run"
+            ) from error
+    return done
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
