@@ -5,7 +5,7 @@ learning rate. p is drawn for each sequence and stands before it; every position
 looped model draws its depths and trains its confidence head, so that its exits are measured too:
 do the loops used rise with p, and what do they keep of full depth's accuracy?
 
-    python benchmarks/p_hop.py [--hops 8] [--loops 6] [--steps 3000] [--seeds 0 1]
+    python benchmarks/p_hop.py [--hops 4] [--loops 6] [--steps 2000] [--seeds 0 1]
 
 Resumable: a run that stands in the results file is not repeated.
 """
@@ -91,13 +91,20 @@ def train(
 
 def tested(
     model: LoopedTransformer, args: argparse.Namespace, stream: int
-) -> tuple[Survey, torch.Tensor]:
-    """Held-out sequences, and p of each counted token."""
+) -> tuple[Survey, torch.Tensor, torch.Tensor]:
+    """Held-out sequences, with p and the number of its sequence for each counted token."""
     rng = np.random.default_rng((99, stream))
     tokens, targets, hops = p_hop_batch(rng, TESTED, args.length, args.hops, SYMBOLS)
     asked = targets != IGNORED
     survey = survey_lines(model, tokens, model.config.max_loops, asked, targets=targets)
-    return survey, hops[:, None].expand_as(tokens)[asked]
+    return survey, hops[:, None].expand_as(tokens)[asked], asked.nonzero()[:, 0]
+
+
+def _by_sequence(values: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
+    """The mean of each sequence's tokens."""
+    sums = torch.zeros(TESTED, dtype=torch.double).index_add(0, sequence, values.double())
+    counts = sequence.bincount(minlength=TESTED)
+    return sums[counts > 0] / counts[counts > 0]
 
 
 def by_hops(hit: torch.Tensor, hops: torch.Tensor, args: argparse.Namespace) -> list[float]:
@@ -106,8 +113,8 @@ def by_hops(hit: torch.Tensor, hops: torch.Tensor, args: argparse.Namespace) -> 
 
 def exits(model: LoopedTransformer, args: argparse.Namespace) -> dict[str, object]:
     """Calibrated and picked on one stream of sequences, measured on another."""
-    fit, _ = tested(model, args, 1)
-    shown, hops = tested(model, args, 2)
+    fit, *_ = tested(model, args, 1)
+    shown, hops, sequence = tested(model, args, 2)
     settings = calibrate(ExitSettings(), fit.evaluation)
     full_loss = float(fit.loss[-1].double().mean())
     context = args.length / 2
@@ -129,6 +136,9 @@ def exits(model: LoopedTransformer, args: argparse.Namespace) -> dict[str, objec
             round(float(depth[hops == p].double().mean()), 3) for p in range(1, args.hops + 1)
         ],
         "spearman_of_loops_and_hops": spearman(depth.float(), hops.float()),
+        "the_same_by_sequence": spearman(
+            *(_by_sequence(values, sequence) for values in (depth, hops))
+        ),
         "accuracy": round(float(shown.hit.gather(0, depth[None] - 1).mean()), 4),
         "accuracy_full": round(float(shown.hit[-1].mean()), 4),
         "ece_full": calibration_error(confidence[-1], shown.hit[-1]),
@@ -140,10 +150,10 @@ def exits(model: LoopedTransformer, args: argparse.Namespace) -> dict[str, objec
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hops", type=int, default=8)
+    parser.add_argument("--hops", type=int, default=4)
     parser.add_argument("--loops", type=int, default=6)
-    parser.add_argument("--length", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--length", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--threads", type=int, default=2)
@@ -160,7 +170,7 @@ def main() -> None:
                 continue
             print(key, flush=True)
             model, flops, seconds = train(config, training(args, seed), args)
-            survey, hops = tested(model, args, 2)
+            survey, hops, _ = tested(model, args, 2)
             run = {
                 **key,
                 "parameters": sum(p.numel() for p in model.trunk_parameters()),

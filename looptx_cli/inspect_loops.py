@@ -15,7 +15,7 @@ from looptx_core.config.inspection import InspectConfig
 from looptx_core.config.resolve import recorded, resolve
 
 if TYPE_CHECKING:
-    from looptx_core.checkpoint.folder import LoadedModel
+    from tokenizers import Tokenizer
 
 
 @with_fields(InspectConfig)
@@ -46,18 +46,20 @@ def inspect_loops(
         note(f"model: {found.folder}, {found.reason}", quiet)
     folder = next_run_dir(settings.out, "inspect-loops", overwrite)
 
-    from looptx_core.checkpoint.folder import load_model, update_generation_config
+    from looptx_core.checkpoint.folder import update_generation_config
+    from looptx_core.finetuning.load import load_resolved
     from looptx_core.inspection.page import sentences
     from looptx_core.inspection.report import inspect_loops, write_report
 
-    loaded = load_model(found.folder)
-    data = _data(settings, loaded, quiet)
+    loaded = load_resolved(found)
+    own = found.adapter or found.folder
+    data = _data(settings, loaded.tokenizer, own, quiet)
     document, exit_settings = inspect_loops(
         loaded, data, settings, report=lambda line: note(line, quiet)
     )
     write_report(document, folder)
     if settings.calibrate or settings.target_loss_increase:
-        update_generation_config(found.folder, exit_settings)
+        update_generation_config(own, exit_settings)
     if as_json:
         sys.stdout.write(json.dumps(document) + "\n")
         return
@@ -67,7 +69,7 @@ def inspect_loops(
         out.print(sentence, soft_wrap=True)
     if settings.calibrate or settings.target_loss_increase:
         out.print(
-            f"{found.folder}: temperature {exit_settings.temperature:.3f}, calibrated gains and "
+            f"{own}: temperature {exit_settings.temperature:.3f}, calibrated gains and "
             f"the exit {exit_settings.rule} are the model's own now.",
             soft_wrap=True,
         )
@@ -79,14 +81,15 @@ def inspect_loops(
         note(f"try next: looptx inspect-loops{given} --target-loss-increase 0.5%", quiet)
 
 
-def _data(settings: InspectConfig, loaded: LoadedModel, quiet: bool) -> Path:
+def _data(settings: InspectConfig, tokenizer: Tokenizer, folder: Path, quiet: bool) -> Path:
     """Shards by the model's tokenizer: what was asked for, the run's own, or the bundled text."""
     from looptx_core.data.bundled import bundled_shards
     from looptx_core.data.shards import resolve_data
 
-    data, tokenizer = settings.data, loaded.tokenizer
-    run = loaded.folder.parent / "config.yaml"
-    if not data and loaded.folder.name == "final" and run.is_file():
+    data = settings.data
+    run = folder.parent / "config.yaml"
+    # A finetuning run holds examples, which are no text to cut into sequences.
+    if not data and folder.name == "final" and run.is_file() and recorded(run, "preset"):
         data = tuple(recorded(run, "data") or ())
         if data:
             note(f"data: the run's own validation split, {', '.join(data)}", quiet)
