@@ -124,7 +124,7 @@ class IntegerProduct:
         """x: (..., in) -> (..., out)."""
         values, scale = int8_by_token(x)
         whole = _whole_product(values.flatten(0, -2), self.weights)
-        return whole.view(*x.shape[:-1], -1).to(x.dtype) * (scale * self.scales)
+        return whole.view(*x.shape[:-1], -1) * (scale * self.scales)
 
 
 def _whole_product(values: Tensor, weights: Tensor) -> Tensor:
