@@ -45,6 +45,12 @@ model.generate(**prompt, max_new_tokens=40, loops=4)  # a fixed depth
 
 Tested with transformers {first} to {last}; it refuses others. `looptx convert --from-hf` makes it
 a folder of looptx again."""
+_ALL_FILES = """
+
+from typing import TYPE_CHECKING  # noqa: E402
+
+if TYPE_CHECKING:  # transformers before 5.12 copies no local files but those named here
+"""
 _FENCE = re.compile(r"```\n.*?\n```", re.DOTALL)
 
 
@@ -92,6 +98,10 @@ def exported_sources() -> dict[str, str]:
         text = Path(spec.origin).read_text("utf-8")
         waiting += [match[2] for match in _IMPORT.finditer(text)]
         found[name] = _IMPORT.sub(lambda match: f"{match[1]}from .{_flat(match[2])} import", text)
+    entry = _flat(ENTRY) + ".py"
+    named = "".join(f"    from .{name[:-3]} import *  # noqa: F403\n" for name in sorted(found)
+                    if name != entry)  # fmt: skip
+    found[entry] += _ALL_FILES + named
     return found
 
 

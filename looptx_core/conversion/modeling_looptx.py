@@ -28,7 +28,7 @@ from looptx_core.generation.exits import fixed_exit, resolve_exit
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
 
-TESTED = ("5.12", "5.23")
+TESTED = ("5.0", "5.23")
 """The first and the last version of transformers that this was tested with."""
 
 
