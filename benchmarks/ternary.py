@@ -207,6 +207,7 @@ def main() -> None:
             report["conversions"] = conversions(flags.steps, Path(folder))
         if "compounding" in flags.parts:
             report["compounding"] = compounding(flags.steps, Path(folder))
+            report["compounding_steps"] = flags.steps
     if "speed" in flags.parts:
         report["speed"] = {**speed(flags.rounds), "threads": flags.threads}
     report["versions"] = {
