@@ -88,6 +88,11 @@ def train(
     The other arguments, and the errors, are those of `fit`.
     """
     started = time.monotonic()
+    if config.seq_len > model_config.max_seq_len:
+        raise UsageError(
+            f"--seq-len {config.seq_len} exceeds the model's max_seq_len "
+            f"({model_config.max_seq_len}); set model.max_seq_len in the config"
+        )
     batches = TokenData(
         data,
         seq_len=config.seq_len,
@@ -98,11 +103,6 @@ def train(
         workers=config.workers,
         document_mask=config.document_mask,
     )
-    if config.seq_len > model_config.max_seq_len:
-        raise UsageError(
-            f"--seq-len {config.seq_len} exceeds the model's max_seq_len "
-            f"({model_config.max_seq_len}); set model.max_seq_len in the config"
-        )
     if config.bitnet:
         model_config = replace(model_config, linear="ternary")
     torch.manual_seed(config.seed)
