@@ -20,6 +20,11 @@ UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "
 # The flags of each command, in the order of its help. A flag is an interface: scripts break when
 # one goes. Changed on purpose? Paste what the failing test prints.
 OPTIONS = {
+    "inspect-loops": """
+        --data --out --seq-len --batch-size --val-batches --max-loops --calibrate --no-calibrate
+        --target-loss-increase --text --prompt --max-new-tokens --decode-tokens --seed --model
+        --config --overwrite --json --quiet
+    """,
     "tokenize": """
         --data --out --vocab-size --tokenizer --val-fraction --text-key --seed --config --overwrite
         --json --quiet

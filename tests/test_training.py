@@ -371,7 +371,6 @@ def test_json_lines_end_with_a_summary(tmp_path, shards) -> None:
     [
         (["--preset", "nanno"], 2, "did you mean 'nano'"),
         (["--seq-len", "100000"], 2, "--seq-len"),
-        (["--seq-len", "2000"], 4, "--seq-len"),
         (["--data", "no/such/file.txt"], 4, "no/such/file.txt"),
         (["--resume", "no/such/run"], 4, "not a run"),
         (["--batch-size", "10", "--micro-batch", "3"], 2, "--micro-batch"),
