@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,15 +58,21 @@ def train(
 
     from looptx_core.checkpoint.registry import next_run_dir
     from looptx_core.data.bundled import bundled_shards
+    from looptx_core.data.pairs import VISION_LAYERS, is_pairs
     from looptx_core.data.shards import Manifest, resolve_data
 
     if folder is None:
         folder = next_run_dir(settings.out, "train", overwrite)
     note(f"run: {folder}", quiet)
-    if settings.data:
-        shards = resolve_data(list(settings.data), model_config.vocab_size)
+    pairs = [item for item in settings.data if is_pairs(item)]
+    texts = [item for item in settings.data if item not in pairs]
+    if pairs and not model_config.vision_layers:
+        model_config = replace(model_config, vision_layers=VISION_LAYERS)
+        note(f"pictures: an encoder of {VISION_LAYERS} blocks; model.vision_layers sets it", quiet)
+    if texts:
+        shards = resolve_data(texts, model_config.vocab_size)
     else:
-        note("data: the bundled text, Moby Dick, and generated lines that need depth", quiet)
+        note("text: the bundled one, Moby Dick, and generated lines that need depth", quiet)
         shards = bundled_shards(model_config.vocab_size)
 
     from looptx_core.training.run import fit_vocabulary, train
@@ -84,6 +90,7 @@ def train(
         settings,
         model_config,
         data=shards,
+        pairs=pairs,
         folder=folder,
         resume=resume is not None,
         callbacks=[train_progress(settings.steps, quiet or as_json)],
@@ -96,6 +103,8 @@ def train(
     _show_result(result)
     if settings.bitnet:
         note(f"pack it: looptx convert --to-bitnet --model {folder}", quiet)
+    if pairs:
+        note(f"try next: looptx generate --image FILE --model {folder} --show-iterations", quiet)
     note(f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet)
 
 
@@ -117,6 +126,9 @@ def _show_result(result: TrainResult) -> None:
             *(f"{accuracy[loop]:.0%}" for accuracy in result.probes.values()),
         )
     out.print(table)
+    if result.caption_loss_by_loop:
+        losses = "  ".join(f"{loss:.3f}" for loss in result.caption_loss_by_loop)
+        out.print(f"Texts beside pictures, held-out nats a token by loop: {losses}", soft_wrap=True)
     rate = result.tokens / max(result.seconds, 1e-9)
     out.print(
         f"{result.steps:,} steps, {result.tokens:,} tokens in {result.seconds:,.0f} s "

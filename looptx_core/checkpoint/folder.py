@@ -4,6 +4,7 @@
     model.safetensors       or shards with model.safetensors.index.json; tied tensors once
     tokenizer.json          and tokenizer_config.json
     generation_config.json  end and padding ids; under `exit` the model's own exit rule
+    preprocessor_config.json  of a model that reads pictures: what is done to one
     README.md               the model card
 
 A folder appears whole or not at all: it is written under a temporary name beside its place, then
@@ -33,12 +34,14 @@ from looptx_core.checkpoint.card import model_card
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import FORMAT_VERSION, ModelConfig
 from looptx_core.config.resolve import coerce
+from looptx_core.data.pictures import preprocessor
 from looptx_core.data.tokenizer import fingerprint
 from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.model.flops import parameter_count
 from looptx_core.model.loop import LoopedTransformer
 
 MODEL_TYPE = "looptx"
+PREPROCESSOR = "preprocessor_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _END_TOKENS = ("<|end|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -140,6 +143,7 @@ def model_files(
             name, model.config, parameter_count(model.config), exit_settings, facts
         ),
         "config.json": config,
+        **({PREPROCESSOR: preprocessor(model.config)} if model.config.vision_layers else {}),
     }
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from looptx_core.errors import DataError, UsageError
 
 RUNS = Path("runs")
-_VISION_KEYS = ("vision", "vision_config")
 
 
 @dataclass(frozen=True)
@@ -103,9 +102,9 @@ def abilities(folder: Path) -> frozenset[str]:
         if _is_adapter(folder):
             return abilities(_base_of(folder)) - {"weights"}
         config = json.loads((folder / "config.json").read_text("utf-8"))
-        vision = any(config.get(key) for key in _VISION_KEYS)
+        vision = config.get("vision_layers", 0) > 0
         return frozenset({"weights", "vision"} if vision else {"weights"})
-    except (OSError, ValueError, AttributeError, DataError):
+    except (OSError, ValueError, AttributeError, TypeError, DataError):
         return frozenset()
 
 

@@ -59,6 +59,19 @@ class ModelConfig:
     """The blocks' linear layers: float; ternary, trained through latent float weights; or packed,
     the same with two bits a weight, to run. See `looptx_core.model.bitnet`."""
 
+    vision_layers: int = 0
+    """Blocks of the encoder of pictures; 0: the model reads text only."""
+    vision_width: int = 128
+    """Width of that encoder, a multiple of head_dim."""
+    patch_size: int = 8
+    """Height and width of a patch, pixels."""
+    max_patches: int = 64
+    """A picture is scaled, in its own proportions, to as many patches as fit in this number."""
+    image_token: int = 2
+    """The token whose place a patch takes."""
+    image_attention: Literal["both", "causal"] = "both"
+    """Patches of a picture see each other, or only those before."""
+
     def __post_init__(self) -> None:
         def need(ok: bool, what: str) -> None:
             if not ok:
@@ -89,6 +102,16 @@ class ModelConfig:
         need(
             self.linear in ("float", "ternary", "packed"),
             f"linear must be float, ternary or packed, not {self.linear!r}",
+        )
+        for name in ("patch_size", "max_patches", "vision_width"):
+            need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        need(
+            self.vision_layers == 0 or self.vision_width % self.head_dim == 0,
+            f"vision_width ({self.vision_width}) must be a multiple of head_dim ({self.head_dim})",
+        )
+        need(
+            self.image_attention in ("both", "causal"),
+            f"image_attention must be both or causal, not {self.image_attention!r}",
         )
         need(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), not {self.dropout}")
 

@@ -123,5 +123,11 @@ class TrainConfig(RunConfig):
     """nano, small, medium, 1b or 7b."""
     document_mask: bool = True
     """Tokens attend within their own document only."""
+    mix: str = "1:1"
+    """Weights of text and of pictures, where the data has pictures with texts."""
+    augment: bool = True
+    """Shift, scale, turn and tint the pictures, anew in each epoch."""
+    skip_bad: bool = False
+    """Leave out, and count, pictures and records that can't be used."""
     bitnet: bool = False
     """Ternary weights in the blocks (BitNet b1.58); looptx convert --to-bitnet packs them."""

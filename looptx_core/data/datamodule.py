@@ -18,7 +18,10 @@ from looptx_core.errors import DataError
 
 
 class Sequences(Protocol):
-    """Numbered training sequences: `tokens`, (length + 1,), `ids`, and what else a batch holds."""
+    """Numbered training sequences: `tokens`, (length + 1,), `ids`, and what else a batch holds.
+
+    Sequence `epoch * len + n` is sequence n, for data that differs from epoch to epoch.
+    """
 
     def __len__(self) -> int: ...
 
@@ -39,6 +42,7 @@ class Windows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """tokens: (seq_len + 1,) int64. ids: the window's number. documents: (seq_len,)."""
+        index %= len(self)
         start = index * self.seq_len
         window = self.tokens.read(start, start + self.seq_len + 1)
         item = {"tokens": torch.from_numpy(window), "ids": torch.tensor(index)}
@@ -74,7 +78,7 @@ class SeededBatches:
                 if index // self.windows != epoch:
                     epoch = index // self.windows
                     order = np.random.default_rng((self.seed, epoch)).permutation(self.windows)
-                chosen.append(int(order[index % self.windows]))
+                chosen.append(epoch * self.windows + int(order[index % self.windows]))
             yield chosen
 
 
@@ -113,15 +117,20 @@ class Batches(L.LightningDataModule):
         return self._loader(cast(Dataset[dict[str, Tensor]], self.train), batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        # Spread over the whole split, the same sequences each time.
-        chosen = np.linspace(0, len(self.val) - 1, self.val_sequences).astype(int)
-        val = cast(Dataset[dict[str, Tensor]], self.val)
+        return self.held_out(self.val)
+
+    def held_out(self, val: Sequences) -> DataLoader[dict[str, Tensor]]:
+        """Batches spread over all of `val`, or of a part of it, the same each time."""
+        count = min(len(val), self.val_sequences)
+        chosen = np.linspace(0, len(val) - 1, count).astype(int)
+        val = cast(Dataset[dict[str, Tensor]], val)
         subset = torch.utils.data.Subset(val, chosen.tolist())
         return self._loader(subset, batch_size=self.micro_batch)
 
     def _loader(self, dataset: Dataset[dict[str, Tensor]], **how: Any) -> DataLoader[Any]:
         return DataLoader(
             dataset,
+            collate_fn=collate,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             # Workers read files only; the seed is given, so that the main generator is untouched.
@@ -137,6 +146,40 @@ class Batches(L.LightningDataModule):
         self._done = int(state["batches"])
 
 
+def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One batch. Patches and grids of pictures follow each other; what a plain text lacks beside
+    others, it gets: one document, all weights 1."""
+    batch = {}
+    for key in dict.fromkeys(key for item in items for key in item):
+        if key in ("patches", "grids"):
+            batch[key] = torch.cat([item[key] for item in items if key in item])
+            continue
+        stand_in = torch.ones if key == "weights" else torch.zeros
+        length = len(items[0]["tokens"]) - 1
+        like = next(item[key] for item in items if key in item)
+        batch[key] = torch.stack(
+            [item[key] if key in item else stand_in(length, dtype=like.dtype) for item in items]
+        )
+    return batch
+
+
+def text_windows(
+    folder: str | Path, shards: Shards, seq_len: int, document_mask: bool = True
+) -> list[Windows]:
+    """The windows of the training and of the validation split. Raises `DataError` for none."""
+    end = end_id(shards.tokenizer) if document_mask else None
+    parts = []
+    for split in ("train", "val"):
+        windows = Windows(shards.tokens(split), seq_len, end)
+        if not len(windows):
+            raise DataError(
+                f"{folder}: the {split} split has {len(windows.tokens)} tokens, fewer than one "
+                f"sequence of {seq_len}; add text or pass a smaller --seq-len"
+            )
+        parts.append(windows)
+    return parts
+
+
 class TokenData(Batches):
     """Batches of a shard folder; the other arguments are those of `Batches`."""
 
@@ -149,14 +192,6 @@ class TokenData(Batches):
         **how: Any,
     ) -> None:
         self.shards: Shards = open_shards(folder)
-        end = end_id(self.shards.tokenizer) if document_mask else None
-        parts = []
-        for split in ("train", "val"):
-            windows = Windows(self.shards.tokens(split), seq_len, end)
-            if not len(windows):
-                raise DataError(
-                    f"{folder}: the {split} split has {len(windows.tokens)} tokens, fewer than one "
-                    f"sequence of {seq_len}; add text or pass a smaller --seq-len"
-                )
-            parts.append(windows)
-        super().__init__(*parts, **how)
+        train, val = text_windows(folder, self.shards, seq_len, document_mask)
+        self.val_parts: dict[str, Sequences] = {"text": val}
+        super().__init__(train, val, **how)

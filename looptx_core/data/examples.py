@@ -160,6 +160,12 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return sequences
 
 
+def padding_id(tokenizer: Tokenizer) -> int:
+    """What fills a sequence up; a tokenizer of others may have the end token only."""
+    padding = tokenizer.token_to_id(PAD)
+    return end_id(tokenizer) if padding is None else padding
+
+
 class Packed(Dataset[dict[str, Tensor]]):
     """Examples packed into sequences of `seq_len` inputs, each example to itself.
 
@@ -188,7 +194,7 @@ class Packed(Dataset[dict[str, Tensor]]):
         tokens = torch.full((self.seq_len + 1,), self.padding)
         documents = torch.full((self.seq_len + 1,), -1)
         counted = torch.zeros(self.seq_len + 1)
-        start = 0
+        index, start = index % len(self), 0
         for number in self.rows[index]:
             example = self.examples[number]
             place = slice(start, start + len(example.ids))
@@ -220,6 +226,5 @@ class ExampleData(Batches):
         seq_len: int,
         **how: Any,
     ) -> None:
-        padding = tokenizer.token_to_id(PAD)
-        padding = end_id(tokenizer) if padding is None else padding
+        padding = padding_id(tokenizer)
         super().__init__(Packed(train, seq_len, padding), Packed(val, seq_len, padding), **how)

@@ -60,6 +60,7 @@ def attach(model: LoopedTransformer, config: FinetuneConfig) -> PeftModel:
             use_dora=config.dora,
             target_modules=names if isinstance(names, str) else list(names),
             modules_to_save=save,
+            exclude_modules=r"vision\..*",  # which text does not pass
         )
 
     if not config.lora_per_loop:
@@ -80,7 +81,7 @@ def targets(model: LoopedTransformer, names: Sequence[str]) -> list[str]:
     linear = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith("confidence.")
+        if isinstance(module, nn.Linear) and not name.startswith(("confidence.", "vision."))
     }
     found: set[str] = set()
     for target in names:

@@ -64,9 +64,11 @@ class LoopCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.start = torch.zeros(batch, dtype=torch.long, device=device)
+        # Columns minus positions, (batch,): padding has no position, a picture fewer than patches.
+        self.shift = self.start
         self.length = 0
         self._new = 0
-        self._padded = False
+        self._padded = self._shifted = False
 
     @property
     def capacity(self) -> int:
@@ -81,15 +83,20 @@ class LoopCache:
     def pad_left(self, counts: Tensor) -> None:
         """Say how many columns at the left of each row, (batch,), are padding. Before use."""
         assert self.length == 0, "padding is stated before the first token"
-        self.start = counts.to(self.start.device)
-        self._padded = bool((counts > 0).any())
+        self.start = self.shift = counts.to(self.start.device)
+        self._padded = self._shifted = bool((counts > 0).any())
 
     def positions(self, new: int) -> Tensor:
         """Positions of the next `new` columns, (batch, new); padding stands at 0."""
         columns = torch.arange(self.length, self.length + new, device=self.start.device)
-        if not self._padded:
+        if not self._shifted:
             return columns[None]
-        return (columns[None] - self.start[:, None]).clamp(min=0)
+        return (columns[None] - self.shift[:, None]).clamp(min=0)
+
+    def place(self, ends: Tensor) -> None:
+        """Say at which position, (batch,), the column after the `new` ones of `mask` stands."""
+        self.shift = self.length + self._new - ends.to(self.shift.device)
+        self._shifted = bool((self.shift != 0).any())
 
     def mask(self, new: int) -> Tensor | None:
         """Who may look at whom in the next forward pass; None where the default serves."""
@@ -149,8 +156,9 @@ class LoopCache:
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows, (n,), only."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.start = self.start[rows]
+        self.start, self.shift = self.start[rows], self.shift[rows]
         self._padded = bool((self.start > 0).any())
+        self._shifted = bool((self.shift != 0).any())
 
     def forget(self, columns: int) -> None:
         """Drop the last columns, so that they can be written again."""

@@ -31,6 +31,7 @@ from looptx_core.model.cache import LoopCache
 from looptx_core.model.confidence import Confidence, ConfidenceHead
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_tables
+from looptx_core.model.vision import Layout, Pictures, VisionEncoder, lay_out
 
 
 class LoopOutput(NamedTuple):
@@ -80,6 +81,7 @@ class LoopedTransformer(nn.Module):
         # Called with the loop that is entered; by it each loop can have weights of its own.
         self.enter_loop: Callable[[int], object] | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.vision = VisionEncoder(config) if config.vision_layers else None
         self.prelude = nn.ModuleList(Block(config) for _ in range(config.prelude_layers))
         self.injection = Injection(config)
         self.core = nn.ModuleList(Block(config) for _ in range(config.core_layers))
@@ -111,31 +113,53 @@ class LoopedTransformer(nn.Module):
     # The four moves of a forward pass. The engine and the trainer use them one by one.
 
     def surroundings(
-        self, length: int, cache: LoopCache | None = None, documents: Tensor | None = None
+        self,
+        length: int,
+        cache: LoopCache | None = None,
+        documents: Tensor | None = None,
+        layout: Layout | None = None,
     ) -> Surroundings:
         """Positions and mask for the next `length` tokens of a batch.
 
         documents: (batch, length), numbers; a token attends within its own document only. RoPE
-        sees distances alone, so positions need not start anew.
+        sees distances alone, so positions need not start anew. layout: where pictures are among
+        the tokens, by `lay_out`; with a cache they are its first.
         """
         weight = self.norm.weight  # of the activations' type, where a quantised matrix is not
         if cache is None:
-            positions, mask = torch.arange(length, device=weight.device)[None], None
+            positions, mask = torch.arange(length, device=weight.device)[None, None], None
             if documents is not None:
                 same = documents[:, None, :, None] == documents[:, None, None, :]
                 mask = same.tril()
         else:
-            positions, mask = cache.positions(length), cache.mask(length)
+            positions, mask = cache.positions(length)[None], cache.mask(length)
+        if layout is not None:
+            positions = layout.positions
+            if cache is not None:
+                cache.place(layout.ends)
+            if self.config.image_attention == "both":
+                mask = _with_pictures(mask, layout.picture)
         rotary = rotary_tables(
             positions, self.config.head_dim, self.config.rope_theta, _compute_dtype(weight)
         )
         return Surroundings(rotary, mask, self.attend)
 
     def encode(
-        self, tokens: Tensor, around: Surroundings, cache: LoopCache | None = None
+        self,
+        tokens: Tensor,
+        around: Surroundings,
+        cache: LoopCache | None = None,
+        pictures: Pictures | None = None,
     ) -> Tensor:
-        """tokens (batch, length) -> the prelude's output (batch, length, d_model)."""
+        """tokens (batch, length) -> the prelude's output (batch, length, d_model).
+
+        Patches of the pictures take the places of the image tokens, in their order.
+        """
         x = self.embedding(tokens)
+        if pictures is not None:
+            assert self.vision is not None, "a model without vision_layers reads no pictures"
+            patches = tokens == self.config.image_token
+            x = x.masked_scatter(patches[..., None], self.vision(pictures).to(x.dtype))
         for layer, block in enumerate(self.prelude):
             x = block(x, around, cache and cache.prelude(layer))
         return x
@@ -178,32 +202,45 @@ class LoopedTransformer(nn.Module):
         loops: int,
         cache: LoopCache | None = None,
         around: Surroundings | None = None,
+        pictures: Pictures | None = None,
     ) -> Iterator[Tensor]:
         """The state after each of the loops 1..loops."""
         around = around or self.surroundings(tokens.shape[1], cache)
-        state = embedding = self.encode(tokens, around, cache)
+        state = embedding = self.encode(tokens, around, cache, pictures)
         for loop in range(1, loops + 1):
             state = self.step(state, embedding, loop, around, cache)
             yield state
 
     def forward(
-        self, tokens: Tensor, loops: int | None = None, cache: LoopCache | None = None
+        self,
+        tokens: Tensor,
+        loops: int | None = None,
+        cache: LoopCache | None = None,
+        pictures: Pictures | None = None,
     ) -> LoopOutput:
         """Run a fixed number of loops and read out the last.
 
         tokens: (batch, length) ids. loops: the configuration's, 1 by default. With a cache the
-        tokens continue it, and it is advanced.
+        tokens continue it, and it is advanced. pictures: of the image tokens among these.
         """
         loops = loops or self.config.loops
         assert loops >= 1, "at least one loop"
-        around = self.surroundings(tokens.shape[1], cache)
-        state = embedding = self.encode(tokens, around, cache)
+        around = self.surroundings(tokens.shape[1], cache, layout=self.layout(tokens, pictures))
+        state = embedding = self.encode(tokens, around, cache, pictures)
         for loop in range(1, loops + 1):
             state = self.step(state, embedding, loop, around, cache)
         logits = self.head(self.decode(state, around, cache))
         if cache is not None:
             cache.advance(tokens.shape[1])
         return LoopOutput(logits, state, self.confidence(state, loops))
+
+    def layout(
+        self, tokens: Tensor, pictures: Pictures | None, padding: Tensor | None = None
+    ) -> Layout | None:
+        """Where tokens and patches stand; None for text alone, which stands in a row."""
+        if pictures is None:
+            return None
+        return lay_out(tokens, pictures.grids, self.config.image_token, padding)
 
     def join(self) -> None:
         """Make ready for decoding: projections of the same input in one product each."""
@@ -215,6 +252,15 @@ class LoopedTransformer(nn.Module):
         """All parameters but the confidence head's."""
         own = {id(p) for p in self.confidence.parameters()}
         return [p for p in self.parameters() if id(p) not in own]
+
+
+def _with_pictures(mask: Tensor | None, picture: Tensor) -> Tensor:
+    """The mask, with patches of the same picture open to each other."""
+    together = (picture[:, :, None] == picture[:, None, :]) & (picture >= 0)[:, None, :]
+    if mask is None:
+        length = picture.shape[1]
+        mask = torch.ones(length, length, dtype=torch.bool, device=picture.device).tril()
+    return mask | together[:, None]
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

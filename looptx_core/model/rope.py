@@ -1,4 +1,10 @@
-"""Rotary position embedding (RoPE, arXiv 2104.09864), in the half-split layout."""
+"""Rotary position embedding (RoPE, arXiv 2104.09864), in the half-split layout.
+
+Selective: a position has one coordinate or several, row and column for a patch of a picture, and
+frequency i turns by coordinate i modulo their number, so that each coordinate has high and low
+ones (the interleaved layout of M-RoPE, arXiv 2409.12191). Text stands at the same place on every
+axis, for which this is ordinary RoPE.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +18,12 @@ Rotary = tuple[Tensor, Tensor]
 def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
     """Tables for `rotate`.
 
-    positions: (batch or 1, length), integer. One coordinate serves every frequency here; a
-    token with several coordinates (row, column, time) would assign frequencies to coordinates
-    in this function and nowhere else.
+    positions: (axes, batch or 1, length), integer; one axis where all coordinates are equal.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     frequencies = 1.0 / theta ** (exponents / head_dim)
-    angles = positions[..., None].float() * frequencies
+    axis = torch.arange(len(frequencies), device=positions.device) % len(positions)
+    angles = (positions[axis].float() * frequencies[:, None, None]).permute(1, 2, 0)
     angles = angles.unsqueeze(2)
     cos, sin = angles.cos(), angles.sin()
     # The sign is in the table, so that a turn is two products and a roll.

@@ -14,6 +14,7 @@ from torch import Tensor
 from looptx_core.config.generation import ExitSettings
 from looptx_core.model.confidence import Confidence
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.vision import Pictures
 
 Observe = Callable[[int, Tensor, Tensor, Confidence], object]
 """Called after each loop, counted from 1, with the counted tokens' states (tokens, d_model), logits
@@ -83,18 +84,21 @@ def evaluate_loops(
     documents: Tensor | None = None,
     observe: Observe | None = None,
     targets: Tensor | None = None,
+    pictures: Pictures | None = None,
 ) -> LoopEvaluation:
     """Loss, accuracy and confidence after each of the loops 1..loops.
 
     tokens, targets: as in `inputs_and_targets`. counted: (batch, length) bool, the targets that
     count; all by default. documents: (batch, length), to attend within only. observe: sees every
-    loop's tokens.
+    loop's tokens. pictures: of the image tokens.
     """
     inputs, targets = inputs_and_targets(tokens, targets)
     counted = torch.ones_like(targets, dtype=torch.bool) if counted is None else counted
-    around = model.surroundings(targets.shape[1], documents=documents)
+    layout = model.layout(inputs, pictures)
+    around = model.surroundings(targets.shape[1], documents=documents, layout=layout)
     losses, hits, norms, logits, gains = [], [], [], [], []
-    for loop, state in enumerate(model.states(inputs, loops, around=around), start=1):
+    states = model.states(inputs, loops, around=around, pictures=pictures)
+    for loop, state in enumerate(states, start=1):
         predicted = model.head(model.decode(state, around)).float()
         loss = F.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="none")
         losses.append(loss.view(targets.shape)[counted])
@@ -118,13 +122,21 @@ def evaluate_loops(
     )
 
 
+def pictures_of(batch: Mapping[str, Tensor]) -> Pictures | None:
+    """A batch's pictures, where it has any."""
+    return Pictures(batch["patches"], batch["grids"]) if "patches" in batch else None
+
+
 def evaluate_batch(
     model: LoopedTransformer, batch: Mapping[str, Tensor], loops: int
 ) -> LoopEvaluation:
     """`evaluate_loops` on a batch of the data module; targets of weight 0 don't count."""
     weights = batch.get("weights")
     counted = None if weights is None else weights > 0
-    return evaluate_loops(model, batch["tokens"], loops, counted, batch.get("documents"))
+    pictures, documents = pictures_of(batch), batch.get("documents")
+    return evaluate_loops(
+        model, batch["tokens"], loops, counted, documents, pictures=pictures
+    )
 
 
 def evaluate_all(

@@ -15,7 +15,7 @@ from torch import Tensor
 from looptx_core.config.run import RunConfig
 from looptx_core.errors import LooptxError
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.evaluate import LoopEvaluation, evaluate_batch
+from looptx_core.training.evaluate import LoopEvaluation, evaluate_batch, pictures_of
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import (
@@ -30,7 +30,7 @@ class LoopedLM(L.LightningModule):
 
     A batch is a mapping with `tokens`, (batch, length + 1) ids, `ids`, (batch,) sample numbers,
     and optionally `documents`, (batch, length), to keep attention within, and `weights`, (batch,
-    length), what each target counts. After a validation `evaluation` holds loss, accuracy and
+    length), what each target counts, and `patches` and `grids` as in `Pictures`. After a validation `evaluation` holds loss, accuracy and
     confidence by loop. Frozen parameters stay out of the checkpoints.
     """
 
@@ -84,6 +84,7 @@ class LoopedLM(L.LightningModule):
             ids,
             documents=batch.get("documents"),
             weights=batch.get("weights"),
+            pictures=pictures_of(batch),
             loss_at=self.config.loss_at,
             recompute=self.config.grad_checkpointing,
         )

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from looptx_core.model.block import Surroundings
-from looptx_core.model.flops import token_flops
+from looptx_core.model.flops import patch_flops, token_flops
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.vision import Pictures
 from looptx_core.training.evaluate import inputs_and_targets
 from looptx_core.training.loop_schedule import LoopSchedule
 
@@ -70,6 +71,7 @@ def loop_loss(
     targets: Tensor | None = None,
     documents: Tensor | None = None,
     weights: Tensor | None = None,
+    pictures: Pictures | None = None,
     loss_at: str = "pair",
     recompute: bool = False,
 ) -> LoopLoss:
@@ -79,18 +81,20 @@ def loop_loss(
     `targets` of the same shape. ids: (batch,), the samples' numbers. documents: (batch,
     length), the document of each input token; attention stays within it. weights: (batch,
     length), what each target counts, about 1 in the mean over all batches; all 1 by default.
+    pictures: of the image tokens.
     recompute: trade time for memory by running each loop again in the backward pass.
     """
     inputs, wanted = inputs_and_targets(tokens, targets)
     batch, length = inputs.shape
-    around = model.surroundings(length, documents=documents)
+    layout = model.layout(inputs, pictures)
+    around = model.surroundings(length, documents=documents, layout=layout)
 
     def iterate(state: Tensor, embedding: Tensor, loop: int, around: Surroundings) -> Tensor:
         if recompute:
             return checkpoint(model.step, state, embedding, loop, around, use_reentrant=False)
         return model.step(state, embedding, loop, around)
 
-    state = embedding = model.encode(inputs, around)
+    state = embedding = model.encode(inputs, around, pictures=pictures)
     before = []  # the states of the loops that every sequence runs, before depths are known
     for loop in range(1, schedule.base + 1 if schedule.kind == "loss" else 1):
         state = iterate(state, embedding, loop, around)
@@ -125,7 +129,10 @@ def loop_loss(
         }[loss_at]
         read.add(state[first:here], list(range(first, here)), loop)
     scored = _score(model, read, wanted, weights, around)
-    return _combine(model, scored, depths, keep_in_step=state, core_rows=core_rows)
+    result = _combine(model, scored, depths, keep_in_step=state, core_rows=core_rows)
+    if pictures is not None:
+        result.flops += 3 * patch_flops(model.config) * len(pictures.patches)
+    return result
 
 
 @torch.no_grad()

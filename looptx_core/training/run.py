@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -16,6 +19,7 @@ from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import RunConfig, TrainConfig
 from looptx_core.data.datamodule import TokenData
+from looptx_core.data.pairs import MixedData, mix_of, read_pairs
 from looptx_core.data.probes import probe_batches, read_probes
 from looptx_core.errors import Interrupted, LooptxError, UsageError
 from looptx_core.model.attention import choose_backend
@@ -57,6 +61,8 @@ class TrainResult:
     temperature: float = 1.0
     flops: float = 0.0
     verdict: str = ""
+    caption_loss_by_loop: list[float] = field(default_factory=list)
+    """Held-out nats a token of texts beside pictures."""
 
 
 def fit_vocabulary(model: ModelConfig, vocab_size: int, asked: bool) -> ModelConfig:
@@ -77,6 +83,7 @@ def train(
     model_config: ModelConfig,
     *,
     data: Path,
+    pairs: Sequence[str | Path] = (),
     folder: Path,
     resume: bool = False,
     callbacks: Sequence[L.Callback] = (),
@@ -84,6 +91,9 @@ def train(
     watch: Callable[[str], object] | None = None,
 ) -> TrainResult:
     """Train in `folder` on the shards `data`, and write `folder`/final.
+
+    pairs: inputs of pictures with texts, as for `read_pairs`, mixed with the shards by
+    `config.mix`; a model without an encoder of pictures gets one.
 
     The other arguments, and the errors, are those of `fit`.
     """
@@ -93,16 +103,26 @@ def train(
             f"--seq-len {config.seq_len} exceeds the model's max_seq_len "
             f"({model_config.max_seq_len}); set model.max_seq_len in the config"
         )
-    batches = TokenData(
-        data,
-        seq_len=config.seq_len,
-        micro_batch=config.micro_batch or config.batch_size // config.devices,
-        batches=config.steps * config.accumulation,
-        val_batches=config.val_batches,
-        seed=config.seed,
-        workers=config.workers,
-        document_mask=config.document_mask,
-    )
+    how: dict[str, Any] = {
+        "seq_len": config.seq_len,
+        "micro_batch": config.micro_batch or config.batch_size // config.devices,
+        "batches": config.steps * config.accumulation,
+        "val_batches": config.val_batches,
+        "seed": config.seed,
+        "workers": config.workers,
+        "document_mask": config.document_mask,
+    }
+    batches: TokenData | MixedData
+    if pairs:
+        read = read_pairs(pairs, config.skip_bad)
+        batches = MixedData(
+            data, read, model_config, mix=mix_of(config.mix), skip_bad=config.skip_bad,
+            augment=config.augment, **how,
+        )  # fmt: skip
+        left_out = f", {read.skipped} left out" if config.skip_bad else ""
+        report(f"pictures: {len(read.records)} records{left_out}")
+    else:
+        batches = TokenData(data, **how)
     if config.bitnet:
         model_config = replace(model_config, linear="ternary")
     torch.manual_seed(config.seed)
@@ -111,7 +131,7 @@ def train(
         model, batches, config, folder=folder, command="train", resume=resume,
         callbacks=callbacks, report=report, watch=watch,
     )  # fmt: skip
-    return _finish(model, module, batches, config, data, folder, steps, started)
+    return _finish(model, module, batches, config, data, pairs, folder, steps, started)
 
 
 def fit(
@@ -229,16 +249,23 @@ def _trainer(
 def _finish(
     model: LoopedTransformer,
     module: LoopedLM,
-    batches: TokenData,
+    batches: TokenData | MixedData,
     config: TrainConfig,
     data: Path,
+    pairs: Sequence[str | Path],
     folder: Path,
     steps: int,
     started: float,
 ) -> TrainResult:
     loops = module.schedule.max_loops
-    evaluation = evaluate_all(model, batches.val_dataloader(), loops)
-    exit_settings = calibrate(ExitSettings(), evaluation)
+    by_part = {
+        name: evaluate_all(model, batches.held_out(part), loops)
+        for name, part in batches.val_parts.items()
+    }
+    evaluation = by_part["text"]
+    exit_settings = calibrate(
+        ExitSettings(), functools.reduce(operator.add, by_part.values())
+    )
     counts = batches.shards.manifest.splits["val"]
     bits = [loss / 0.6931471805599453 * counts.tokens / counts.bytes
             for loss in evaluation.loss_by_loop]  # fmt: skip
@@ -260,6 +287,7 @@ def _finish(
         temperature=exit_settings.temperature,
         flops=float(module.flops),
         verdict=verdict(evaluation.loss_by_loop),
+        caption_loss_by_loop=by_part["pictures"].loss_by_loop if "pictures" in by_part else [],
     )
     plot_run(records, probes, folder / "curves.png")
     save_model(
@@ -268,7 +296,8 @@ def _finish(
         batches.shards.tokenizer,
         exit_settings=exit_settings,
         facts={
-            "data": [Path(item["name"]).name for item in batches.shards.manifest.inputs],
+            "data": [Path(item["name"]).name for item in batches.shards.manifest.inputs]
+            + [Path(item).name for item in pairs],
             "steps": result.steps,
             "tokens": result.tokens,
             "seed": config.seed,
@@ -276,6 +305,8 @@ def _finish(
             "loss_by_loop": [round(loss, 4) for loss in result.loss_by_loop],
             "bits_per_byte_by_loop": [round(value, 4) for value in bits],
             "training_flops": result.flops,
+            **({"caption_loss_by_loop": [round(loss, 4) for loss in result.caption_loss_by_loop]}
+               if pairs else {}),
         },
         overwrite=True,
     )
