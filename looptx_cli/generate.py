@@ -18,7 +18,7 @@ from looptx_core.config.resolve import resolve
 from looptx_core.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from looptx_core.generation.engine import Engine, Generation, Step
+    from looptx_core.generation.engine import Engine, Generation, Prompt, Step
 
 SCHEMA_VERSION = 1
 
@@ -38,6 +38,10 @@ def generate(
     adapter: Annotated[
         str | None, typer.Option(help="An adapter, or the run that made it, on its own base.")
     ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="A picture, before the prompt or at its <|image|>; may be repeated."),
+    ] = None,
     show_iterations: Annotated[
         bool, typer.Option("--show-iterations", help="Show each token's loops and confidence.")
     ] = False,
@@ -56,6 +60,7 @@ def generate(
     looptx generate "Call me"
     looptx generate "Call me" --model runs/a --show-iterations
     looptx generate "Call me" --compare-loops 1,4,10
+    looptx generate --image cat.png --show-iterations
     looptx generate "Call me" --adapter runs/finetune-1
     looptx generate "Call me" --json | jq .tokens[0]
     looptx generate --prompts-file prompts.txt --loops 4 --temperature 0
@@ -63,12 +68,19 @@ def generate(
     resolved = resolve(GenerationOptions, flags=flags, config=config)
     options = resolved.build(GenerationOptions)
     depths = _depths(compare_loops)
-    texts = [*(prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
+    texts: list[Prompt] = [*(prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
+    if image and len(texts) > 1:
+        raise UsageError("--image goes with one prompt; give one, or none for a caption")
+    if image and not texts:
+        texts = [""]
     chat = not texts and sys.stdin.isatty()
     if not texts and not chat:
         texts = [sys.stdin.read().rstrip("\n")]
 
-    engine = _load(model, adapter, attention, precision, quiet)
+    need = frozenset({"vision"} if image else ())
+    engine = _load(model, adapter, attention, precision, quiet, need)
+    if image:
+        texts = [_with_pictures(engine, str(texts[0]), image)]
     if chat:
         _chat(engine, options, quiet)
     elif depths:
@@ -84,12 +96,25 @@ def generate(
             _show(engine, result, show_iterations, quiet)
 
 
+def _with_pictures(engine: Engine, text: str, files: Sequence[Path]) -> Prompt:
+    from looptx_core.data.pictures import read_picture
+    from looptx_core.generation.engine import PicturePrompt
+
+    pictures = tuple(read_picture(file, engine.model.config) for file in files)
+    return PicturePrompt(text, pictures)
+
+
 def _load(
-    model: str | None, adapter: str | None, attention: str, precision: str, quiet: bool
+    model: str | None,
+    adapter: str | None,
+    attention: str,
+    precision: str,
+    quiet: bool,
+    need: frozenset[str] = frozenset(),
 ) -> Engine:
     from looptx_core.checkpoint.registry import resolve_adapter, resolve_model
 
-    found = resolve_adapter(adapter, model) if adapter else resolve_model(model)
+    found = resolve_adapter(adapter, model) if adapter else resolve_model(model, need=need)
     if model is None:
         note(f"model: {found.folder}, {found.reason}", quiet)
     import torch
@@ -147,7 +172,7 @@ def _prompt_of(file: Path, number: int, line: str) -> str:
 
 
 def _stream(
-    engine: Engine, prompt: str, options: GenerationOptions, iterations: bool, quiet: bool
+    engine: Engine, prompt: Prompt, options: GenerationOptions, iterations: bool, quiet: bool
 ) -> None:
     """Print a continuation as it comes; with `iterations` in colours, then its figures."""
     from looptx_cli.render import legend, token_line, token_text
@@ -161,7 +186,9 @@ def _stream(
     def watch(step: Step) -> None:
         nonlocal begun
         if not begun and not (iterations and plain):
-            _print(prompt)  # only now: settings that can't be followed print nothing
+            _print(
+                engine.text_of(prompt)
+            )  # only now: settings that can't be followed print nothing
         begun = True
         if not iterations:
             _print(step.text)
@@ -205,7 +232,7 @@ def _summarise(engine: Engine, result: Generation, iterations: bool, quiet: bool
 
 def _compare(
     engine: Engine,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     options: GenerationOptions,
     depths: list[int],
     as_json: bool,
@@ -222,7 +249,9 @@ def _compare(
         _print(json.dumps({"schema_version": SCHEMA_VERSION, "results": results}) + "\n")
         return
     for number, prompt in enumerate(prompts):
-        stdout().print(comparison(prompt, {n: each[number] for n, each in found.items()}))
+        stdout().print(
+            comparison(engine.text_of(prompt), {n: each[number] for n, each in found.items()})
+        )
 
 
 def _chat(engine: Engine, options: GenerationOptions, quiet: bool) -> None:

@@ -123,8 +123,8 @@ class Batches(L.LightningDataModule):
         """Batches spread over all of `val`, or of a part of it, the same each time."""
         count = min(len(val), self.val_sequences)
         chosen = np.linspace(0, len(val) - 1, count).astype(int)
-        val = cast(Dataset[dict[str, Tensor]], val)
-        subset = torch.utils.data.Subset(val, chosen.tolist())
+        dataset = cast(Dataset[dict[str, Tensor]], val)
+        subset = torch.utils.data.Subset(dataset, chosen.tolist())
         return self._loader(subset, batch_size=self.micro_batch)
 
     def _loader(self, dataset: Dataset[dict[str, Tensor]], **how: Any) -> DataLoader[Any]:

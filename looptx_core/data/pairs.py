@@ -80,7 +80,9 @@ def read_pairs(inputs: Sequence[str | Path], skip_bad: bool = False) -> Pairs:
                     raise
                 found.skipped += 1
     if not found.records:
-        raise DataError(f"{', '.join(map(str, inputs))}: no pictures with texts; see docs/images.md")
+        raise DataError(
+            f"{', '.join(map(str, inputs))}: no pictures with texts; see docs/images.md"
+        )
     return found
 
 
@@ -211,7 +213,9 @@ class PicturePacked(Packed):
         return item
 
     def _draw(self, epoch: int, number: int) -> np.random.Generator | None:
-        return None if self.augment is None else np.random.default_rng((self.augment, epoch, number))
+        return (
+            None if self.augment is None else np.random.default_rng((self.augment, epoch, number))
+        )
 
 
 class Mixture(Dataset[dict[str, Tensor]]):

@@ -43,12 +43,11 @@ class Picture(NamedTuple):
 def grid_of(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
     """Rows and columns of a picture's patches: its proportions, at most `most` in all."""
     rows = min(max(1.0, math.sqrt(most * height / width)), most)
-    columns = min(max(1.0, most / rows), most)
-    rows_down, columns_down = int(rows + 1e-9), int(columns + 1e-9)
-    # Of the two ways to use what rounding down leaves over, the one nearer to the proportions.
-    ways = [(rows_down, columns_down), (rows_down + 1, columns_down), (rows_down, columns_down + 1)]
-    fits = [(r, c) for r, c in ways if r * c <= most]
-    return min(fits, key=lambda way: (abs(math.log(way[0] * width / (way[1] * height))), -way[0] * way[1]))
+    down = int(rows + 1e-9)
+    candidates = [(r, min(most // r, max(1, round(r * width / height)))) for r in (down, down + 1)]
+    # Near to the proportions first, then many patches.
+    fits = [(r, c) for r, c in candidates if r * c <= most]
+    return min(fits, key=lambda g: (abs(math.log(g[0] * width / (g[1] * height))), -g[0] * g[1]))
 
 
 def measure(source: Source, config: ModelConfig, where: str | None = None) -> tuple[int, int]:
@@ -137,8 +136,7 @@ def _opened(source: Source, where: str | None) -> Image.Image:
     if min(width, height) < LEAST_SIDE:
         image.close()
         raise DataError(
-            f"{name}: {width}x{height} pixels show nothing; give at least "
-            f"{LEAST_SIDE}x{LEAST_SIDE}"
+            f"{name}: {width}x{height} pixels show nothing; give at least {LEAST_SIDE}x{LEAST_SIDE}"
         )
     return image
 
@@ -155,13 +153,12 @@ def _flat(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     return Image.alpha_composite(under, image).convert("RGB")
 
 
-def _augmented(
-    image: Image.Image, size: tuple[int, int], draw: np.random.Generator
-) -> Image.Image:
+def _augmented(image: Image.Image, size: tuple[int, int], draw: np.random.Generator) -> Image.Image:
     """Shifted, scaled and turned a little, in other colours, of the wanted size."""
     background = (255, 255, 255)
     if draw.random() < 0.3:
-        background = tuple(int(v) for v in draw.integers(160, 256, 3))
+        red, green, blue = draw.integers(160, 256, 3).tolist()
+        background = (red, green, blue)
     flat = _flat(image, background)
     flat = flat.rotate(draw.uniform(-12, 12), Image.Resampling.BILINEAR, fillcolor=background)
     width, height = flat.size

@@ -22,7 +22,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from looptx_core.config.generation import ExitSettings, GenerationOptions
-from looptx_core.data.tokenizer import end_id
+from looptx_core.data.pictures import Picture, check_markers, together
+from looptx_core.data.tokenizer import IMAGE, end_id
 from looptx_core.errors import UsageError
 from looptx_core.generation.exits import (
     Exit,
@@ -34,11 +35,22 @@ from looptx_core.generation.exits import (
 )
 from looptx_core.generation.sampling import check, draw
 from looptx_core.generation.text import TextStream
+from looptx_core.model.block import Surroundings
 from looptx_core.model.cache import POLICIES, LoopCache
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.vision import Pictures
 
-Prompt = str | Sequence[int]
+
+@dataclass(frozen=True)
+class PicturePrompt:
+    """A text with pictures: one for each `<|image|>` in it, or all before it where it has none."""
+
+    text: str
+    pictures: tuple[Picture, ...]
+
+
+Prompt = str | Sequence[int] | PicturePrompt
 
 
 class Step(NamedTuple):
@@ -124,6 +136,7 @@ class _Request:
     seen: list[int]
     limit: int
     """Tokens to stop at, prompt included."""
+    pictures: tuple[Picture, ...] = ()
 
 
 class _Prediction(NamedTuple):
@@ -186,7 +199,7 @@ class Engine:
                 watch(step)
         return [
             Generation(
-                prompt=prompt if isinstance(prompt, str) else self.tokenizer.decode(list(prompt)),
+                prompt=self.text_of(prompt),
                 text="".join(step.text for step in steps),
                 tokens=steps,
                 prompt_tokens=len(self._encode(prompt)),
@@ -252,11 +265,31 @@ class Engine:
         spent += sum(flops.at(loops, *generation.exit.cost(loops)) for loops in others)
         return 1 - spent / full
 
+    def text_of(self, prompt: Prompt) -> str:
+        """What stands before a continuation."""
+        if isinstance(prompt, PicturePrompt):
+            return prompt.text
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(list(prompt))
+
     def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, PicturePrompt):
+            return self._encode_pictures(prompt)
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt, add_special_tokens=False).ids
         # A document's start looks like the end of the one before.
         return list(prompt) or [self.end]
+
+    def _encode_pictures(self, prompt: PicturePrompt) -> list[int]:
+        if self.model.vision is None:
+            raise UsageError("this model reads no pictures; use one that was trained on some")
+        text = prompt.text if IMAGE in prompt.text else IMAGE * len(prompt.pictures) + prompt.text
+        first, *others = text.split(IMAGE)
+        check_markers(len(others), len(prompt.pictures), IMAGE)
+        ids = [self.end]  # as a record of training begins
+        for picture, words in zip((None, *prompt.pictures), (first, *others)):
+            ids += [self.model.config.image_token] * (len(picture.patches) if picture else 0)
+            ids += self.tokenizer.encode(words, add_special_tokens=False).ids
+        return ids
 
     def _request(self, index: int, prompt: Prompt, options: GenerationOptions) -> _Request:
         check(options)
@@ -276,6 +309,7 @@ class Engine:
             generator=torch.Generator().manual_seed(options.seed),
             seen=tokens,
             limit=min(len(tokens) + options.max_new_tokens, config.max_seq_len),
+            pictures=prompt.pictures if isinstance(prompt, PicturePrompt) else (),
         )
 
     @torch.inference_mode()
@@ -300,9 +334,11 @@ class Engine:
         cache.pad_left(torch.tensor(missing))
         columns = [[self.end] * n + r.seen for n, r in zip(missing, requests)]
         exits = [r.prompt_exit for r in requests]
+        pictures = together([picture for r in requests for picture in r.pictures])
         while True:
             tokens = torch.tensor(columns, device=device)
-            found = self._pass(tokens, exits, cache)
+            found = self._pass(tokens, exits, cache, pictures and pictures.to(device))
+            pictures = None
             cache.advance(tokens.shape[1])
             steps = self._choose(requests, found, began)
             yield from steps
@@ -346,17 +382,28 @@ class Engine:
             text += request.text.finish()
         return text, "stop" if request.text.stopped else reason
 
-    def _pass(self, tokens: Tensor, exits: list[Exit], cache: LoopCache) -> _Prediction:
+    def _pass(
+        self,
+        tokens: Tensor,
+        exits: list[Exit],
+        cache: LoopCache,
+        pictures: Pictures | None = None,
+    ) -> _Prediction:
         """Run the next columns, tokens (batch, new), each row until its exit lets it go."""
         if exits[0].rule is None and exits.count(exits[0]) == len(exits):
-            return self._pass_straight(tokens, exits[0].max_loops, cache)
-        return self._pass_adaptive(tokens, exits, cache)
+            return self._pass_straight(tokens, exits[0].max_loops, cache, pictures)
+        return self._pass_adaptive(tokens, exits, cache, pictures)
 
-    def _pass_straight(self, tokens: Tensor, loops: int, cache: LoopCache) -> _Prediction:
+    def _around(self, tokens: Tensor, cache: LoopCache, pictures: Pictures | None) -> Surroundings:
+        layout = self.model.layout(tokens, pictures, cache.start)
+        return self.model.surroundings(tokens.shape[1], cache, layout=layout)
+
+    def _pass_straight(
+        self, tokens: Tensor, loops: int, cache: LoopCache, pictures: Pictures | None
+    ) -> _Prediction:
         """All rows to one depth: nothing to decide, nothing to index."""
-        model = self.model
-        around = model.surroundings(tokens.shape[1], cache)
-        state = embedding = model.encode(tokens, around, cache)
+        model, around = self.model, self._around(tokens, cache, pictures)
+        state = embedding = model.encode(tokens, around, cache, pictures)
         for loop in range(1, loops + 1):
             state = model.step(state, embedding, loop, around, cache)
         if loops < cache.loops:
@@ -364,11 +411,13 @@ class Engine:
         logits = model.head(model.decode(state, around, cache)[:, -1])
         return _Prediction(logits, [loops] * len(tokens), self._confidence(state, loops)[0])
 
-    def _pass_adaptive(self, tokens: Tensor, exits: list[Exit], cache: LoopCache) -> _Prediction:
+    def _pass_adaptive(
+        self, tokens: Tensor, exits: list[Exit], cache: LoopCache, pictures: Pictures | None
+    ) -> _Prediction:
         """Each row leaves by its own exit, and the rows that stay go on without it."""
-        model, here = self.model, self.model.surroundings(tokens.shape[1], cache)
+        model, here = self.model, self._around(tokens, cache, pictures)
         around = here
-        state = embedding = model.encode(tokens, around, cache)
+        state = embedding = model.encode(tokens, around, cache, pictures)
         reads_logits = any(own.reads_logits for own in exits)
         batch = len(tokens)
         rows = torch.arange(batch, device=tokens.device)

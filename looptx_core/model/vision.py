@@ -94,7 +94,9 @@ class VisionEncoder(nn.Module):
         return self.project(self.norm(x))[there]
 
 
-def lay_out(tokens: Tensor, grids: Tensor, image_token: int, padding: Tensor | None = None) -> Layout:
+def lay_out(
+    tokens: Tensor, grids: Tensor, image_token: int, padding: Tensor | None = None
+) -> Layout:
     """Positions of a batch's tokens, (batch, length), some of which are image tokens.
 
     grids: (pictures, 2), in the order of their tokens. padding: (batch,), columns at the left that

@@ -134,9 +134,7 @@ def evaluate_batch(
     weights = batch.get("weights")
     counted = None if weights is None else weights > 0
     pictures, documents = pictures_of(batch), batch.get("documents")
-    return evaluate_loops(
-        model, batch["tokens"], loops, counted, documents, pictures=pictures
-    )
+    return evaluate_loops(model, batch["tokens"], loops, counted, documents, pictures=pictures)
 
 
 def evaluate_all(

@@ -30,8 +30,9 @@ class LoopedLM(L.LightningModule):
 
     A batch is a mapping with `tokens`, (batch, length + 1) ids, `ids`, (batch,) sample numbers,
     and optionally `documents`, (batch, length), to keep attention within, and `weights`, (batch,
-    length), what each target counts, and `patches` and `grids` as in `Pictures`. After a validation `evaluation` holds loss, accuracy and
-    confidence by loop. Frozen parameters stay out of the checkpoints.
+    length), what each target counts, and `patches` and `grids` as in `Pictures`. After a validation
+    `evaluation` holds loss, accuracy and confidence by loop. Frozen parameters stay out of the
+    checkpoints.
     """
 
     def __init__(self, model: LoopedTransformer, config: RunConfig) -> None:

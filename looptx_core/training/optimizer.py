@@ -48,9 +48,9 @@ def build_optimizer(model: LoopedTransformer, config: RunConfig) -> torch.optim.
     that one learning rate serves both. Weights decay on matrices only.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    blocks = nn.ModuleList([model.prelude, model.core, model.coda])
-    muon_takes = [p for p in blocks.parameters() if p.dim() == 2 and p.requires_grad]
-    chosen = {id(p) for p in muon_takes if config.optimizer == "muon"}
+    blocks = [model.prelude, model.core, model.coda, model.vision or nn.Identity()]
+    muon_takes = [p for part in blocks for p in part.parameters() if p.dim() == 2]
+    chosen = {id(p) for p in muon_takes if p.requires_grad and config.optimizer == "muon"}
     rest = [p for p in trained if id(p) not in chosen]
     groups = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},

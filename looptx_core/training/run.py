@@ -263,9 +263,7 @@ def _finish(
         for name, part in batches.val_parts.items()
     }
     evaluation = by_part["text"]
-    exit_settings = calibrate(
-        ExitSettings(), functools.reduce(operator.add, by_part.values())
-    )
+    exit_settings = calibrate(ExitSettings(), functools.reduce(operator.add, by_part.values()))
     counts = batches.shards.manifest.splits["val"]
     bits = [loss / 0.6931471805599453 * counts.tokens / counts.bytes
             for loss in evaluation.loss_by_loop]  # fmt: skip
@@ -305,8 +303,11 @@ def _finish(
             "loss_by_loop": [round(loss, 4) for loss in result.loss_by_loop],
             "bits_per_byte_by_loop": [round(value, 4) for value in bits],
             "training_flops": result.flops,
-            **({"caption_loss_by_loop": [round(loss, 4) for loss in result.caption_loss_by_loop]}
-               if pairs else {}),
+            **(
+                {"caption_loss_by_loop": [round(loss, 4) for loss in result.caption_loss_by_loop]}
+                if pairs
+                else {}
+            ),
         },
         overwrite=True,
     )
