@@ -83,7 +83,7 @@ class Reference:
         """`seen_at(entries)`: which of an earlier position's entries this loop looks at."""
         attention = block.attention
         rotary = rotary_tables(
-            torch.tensor([[position]]), CONFIG.head_dim, CONFIG.rope_theta, x.dtype
+            torch.tensor([[[position]]]), CONFIG.head_dim, CONFIG.rope_theta, x.dtype
         )
         x_norm = block.attention_norm(x)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)

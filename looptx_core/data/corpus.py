@@ -35,6 +35,7 @@ _BOUNDARY = re.compile(r"[\s\S]+(?<=\S)(?=[ \t\n\r])")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _HUB = "hf:"  # what a name for the package datasets begins with
 T = TypeVar("T")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
 
@@ -263,6 +264,11 @@ def _sources(files: Sequence[Path], if_none: str) -> Iterator[Source]:
     if not files:
         raise DataError(if_none)
     for file in files:
+        if file.suffix.lower() in PICTURES:
+            raise DataError(
+                f"{file}: a picture; pictures with their texts are not tokenised ahead, give them "
+                "to looptx train --data as they are"
+            )
         kind = _KINDS.get(file.suffix.lower(), "text")
         yield Source(file, str(file), kind, file.stat().st_size)
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
 from looptx_core.config.model import ModelConfig
-from looptx_core.data.corpus import Corpus
+from looptx_core.data.corpus import PICTURES, Corpus
 from looptx_core.data.datamodule import Batches, Sequences, text_windows
 from looptx_core.data.examples import Example, Packed, padding_id
-from looptx_core.data.pictures import SUFFIXES, measure, read_picture, together
+from looptx_core.data.pictures import measure, read_picture, together
 from looptx_core.data.shards import open_shards
 from looptx_core.data.tokenizer import end_id
 from looptx_core.errors import DataError, UsageError
@@ -52,7 +52,7 @@ def is_pairs(item: str | Path) -> bool:
     """Whether an input holds pictures: a folder with some, or JSON lines that name some."""
     path = Path(item)
     if path.is_dir():
-        return any(file.suffix.lower() in SUFFIXES for file in path.rglob("*"))
+        return any(file.suffix.lower() in PICTURES for file in path.rglob("*"))
     if path.suffix.lower() in (".jsonl", ".ndjson") and path.is_file():
         try:
             with path.open(encoding="utf-8") as file:
@@ -99,7 +99,7 @@ def mix_of(text: str) -> tuple[float, float]:
 
 def _folder(folder: Path) -> Iterator[tuple[str, Any]]:
     for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
+        if file.suffix.lower() in PICTURES and not file.name.startswith("."):
             text = file.with_suffix(".txt")
             try:
                 lines = text.read_text("utf-8").strip()

@@ -6,10 +6,12 @@ by nearly the same factor, so that as many patches as fit in the model's number 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +27,7 @@ from looptx_core.model.vision import Pictures
 MOST_PIXELS = 64_000_000
 """Of a picture that is decoded; a small file can claim far more (a decompression bomb)."""
 LEAST_SIDE = 4
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+_TOO_LARGE = f"the limit is {MOST_PIXELS // 10**6} million in all, so scale it down first"
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _ORIENTATION = 0x0112
 
@@ -42,17 +44,21 @@ class Picture(NamedTuple):
 
 def grid_of(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
     """Rows and columns of a picture's patches: its proportions, at most `most` in all."""
-    rows = min(max(1.0, math.sqrt(most * height / width)), most)
-    down = int(rows + 1e-9)
-    candidates = [(r, min(most // r, max(1, round(r * width / height)))) for r in (down, down + 1)]
-    # Near to the proportions first, then many patches.
-    fits = [(r, c) for r, c in candidates if r * c <= most]
-    return min(fits, key=lambda g: (abs(math.log(g[0] * width / (g[1] * height))), -g[0] * g[1]))
+    down = int(min(max(1.0, math.sqrt(most * height / width)), most) + 1e-9)
+    ways = [(r, most // r, round(r * width / height)) for r in (down, down + 1) if r <= most]
+    fits = [(rows, max(1, min(room, wanted))) for rows, room, wanted in ways]
+
+    def rank(grid: tuple[int, int]) -> tuple[float, int]:
+        """Near to the proportions first, then many patches."""
+        rows, columns = grid
+        return abs(math.log(rows * width / (columns * height))), -rows * columns
+
+    return min(fits, key=rank)
 
 
 def measure(source: Source, config: ModelConfig, where: str | None = None) -> tuple[int, int]:
     """Rows and columns of a picture's patches, by its header alone. Errors: `read_picture`'s."""
-    with _opened(source, where) as image:
+    with _reading(source, where) as image:
         return _grid(image, config)
 
 
@@ -70,14 +76,9 @@ def read_picture(
     Raises:
         DataError: not a picture, truncated, under 4 pixels a side or over 64 million.
     """
-    with _opened(source, where) as image:
-        rows, columns = _grid(image, config)
-        try:
-            image = ImageOps.exif_transpose(image).convert("RGBA")
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
-            raise DataError(
-                f"{_name(source, where)}: a damaged picture ({_reason(error)}); save it again"
-            ) from error
+    with _reading(source, where) as found:
+        rows, columns = _grid(found, config)
+        image = ImageOps.exif_transpose(found).convert("RGBA")
     size = (columns * config.patch_size, rows * config.patch_size)
     flat = _augmented(image, size, augment) if augment else _flat(image, (255, 255, 255))
     pixels = np.asarray(flat.resize(size, Image.Resampling.BICUBIC), np.float32)
@@ -112,33 +113,36 @@ def preprocessor(config: ModelConfig) -> dict[str, object]:
     }
 
 
-def _opened(source: Source, where: str | None) -> Image.Image:
+@contextlib.contextmanager
+def _reading(source: Source, where: str | None) -> Iterator[Image.Image]:
+    """An opened picture of a bearable size; what goes wrong while it is read is a `DataError`."""
     name = _name(source, where)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        with image:
+            _check_size(*image.size, name)
+            yield image
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such picture; check the path") from error
-    except (UnidentifiedImageError, IsADirectoryError, SyntaxError) as error:
+    except (UnidentifiedImageError, IsADirectoryError) as error:
         raise DataError(
             f"{name}: not a picture that can be read; give PNG, JPEG, WebP, GIF or BMP"
         ) from error
-    except (Image.DecompressionBombError, OSError, ValueError) as error:
-        raise DataError(f"{name}: cannot be read ({_reason(error)}); check the file") from error
-    width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{name}: far too many pixels; {_TOO_LARGE}") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{name}: a damaged picture ({reason}); save it again") from error
+
+
+def _check_size(width: int, height: int, name: str) -> None:
     if width * height > MOST_PIXELS:
-        image.close()
-        raise DataError(
-            f"{name}: {width}x{height} pixels, over the limit of {MOST_PIXELS // 10**6} million; "
-            "scale it down first"
-        )
+        raise DataError(f"{name}: {width}x{height} pixels; {_TOO_LARGE}")
     if min(width, height) < LEAST_SIDE:
-        image.close()
-        raise DataError(
-            f"{name}: {width}x{height} pixels show nothing; give at least {LEAST_SIDE}x{LEAST_SIDE}"
-        )
-    return image
+        least = f"{LEAST_SIDE}x{LEAST_SIDE}"
+        raise DataError(f"{name}: {width}x{height} pixels show nothing; give at least {least}")
 
 
 def _grid(image: Image.Image, config: ModelConfig) -> tuple[int, int]:
@@ -185,12 +189,6 @@ def _name(source: Source, where: str | None) -> str:
     if where is not None:
         return where
     return "the picture" if isinstance(source, bytes) else str(Path(os.fspath(source)))
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_markers(count: int, pictures: int, marker: str) -> None:
