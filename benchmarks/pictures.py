@@ -2,7 +2,7 @@
 
     python benchmarks/pictures.py [--model FOLDER] [--check]
 
-The model must come from `benchmarks/bundled_model.yaml` or the like: names that are `unseen` in
+The model must come from `benchmarks/picture_model.yaml` or the like: names that are `unseen` in
 `benchmarks/emoji.py` and the styles of Facebook and Apple were not trained on. Written to
 `benchmarks/results/pictures.json`. `--check` takes few pictures.
 """
@@ -113,7 +113,7 @@ def cats(captions: Captions, engine: Engine, records: list[dict[str, Any]]) -> d
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=bundled_model())
+    parser.add_argument("--model", type=Path, default=bundled_model("picture-model"))
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(SEED)

@@ -329,7 +329,7 @@ def test_which_model_is_meant(tmp_path: Path) -> None:
     assert resolve_model(None, runs).folder == new / "final"
     assert resolve_model(old).folder == resolve_model(old / "final").folder == old / "final"
     assert load_model(resolve_model(old).folder).name == "b"
-    edit(old / "final" / "config.json", vision={"patch": 16})
+    edit(old / "final" / "config.json", vision_layers=2)
     assert resolve_model(None, runs, frozenset({"vision"})).folder == old / "final"
     (tmp_path / "w.pt").write_bytes(b"")
     for bad, message in [
@@ -343,8 +343,8 @@ def test_which_model_is_meant(tmp_path: Path) -> None:
             resolve_model(bad)
     with pytest.raises(DataError, match="no vision"):
         resolve_model(new, need=frozenset({"vision"}))
-    with pytest.raises(DataError, match="no model with vision under"):
-        resolve_model(None, tmp_path / "empty", frozenset({"vision"}))
+    bundled = resolve_model(None, tmp_path / "empty", frozenset({"vision"}))
+    assert bundled.folder == bundled_model("picture-model") and "bundled" in bundled.reason
 
 
 def test_where_a_run_goes(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,14 @@ def test_bare_generate_takes_the_bundled_model(installed: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Call me") and len(done.stdout) > len("Call me\n")
     assert "bundled" in done.stderr and "try next" in done.stderr
+
+
+def test_bare_generate_describes_a_picture(installed: Path, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "examples/cat.png", tmp_path)
+    done = looptx("looptx generate --image cat.png --show-iterations", tmp_path, installed)
+    assert done.returncode == 0, done.stderr
+    assert "bundled" in done.stderr and "try next" in done.stderr
+    assert "loops a token" in done.stdout
 
 
 EXAMPLES = {

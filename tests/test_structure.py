@@ -43,7 +43,7 @@ OPTIONS = {
     "generate": """
         --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
         --kv-policy --temperature --top-k --top-p --min-p --repetition-penalty --seed --stop
-        --ignore-eos --no-ignore-eos --prompts-file --model --adapter --show-iterations
+        --ignore-eos --no-ignore-eos --prompts-file --model --adapter --image --show-iterations
         --compare-loops --attention --precision --config --json --quiet
     """,
     "convert": """
@@ -57,7 +57,8 @@ OPTIONS = {
         --max-loops --mean-loops --deeper-by --loss-threshold --deeper-share --explore --loss-at
         --precision --attention --compile --no-compile --grad-checkpointing --no-grad-checkpointing
         --devices --save-every --keep --val-every --val-batches --log-every --preset --document-mask
-        --no-document-mask --bitnet --no-bitnet --config --resume --overwrite --dry-run --json
+        --no-document-mask --mix --augment --no-augment --skip-bad --no-skip-bad --bitnet --no-bitnet
+        --config --resume --overwrite --dry-run --json
         --quiet
     """,
 }

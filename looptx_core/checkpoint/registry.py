@@ -50,9 +50,9 @@ def resolve_model(
     if finished:
         newest = max(finished, key=lambda run: _settings(run / "final").stat().st_mtime_ns)
         return _resolved(newest / "final", f"newest finished run under {runs}")
-    bundled = bundled_model()
-    if _is_model(bundled) and need <= abilities(bundled):
-        return ResolvedModel(bundled, f"bundled model, no finished run under {runs}")
+    for bundled in (bundled_model(), bundled_model("picture-model")):
+        if _is_model(bundled) and need <= abilities(bundled):
+            return ResolvedModel(bundled, f"bundled model, no finished run under {runs}")
     wanted = f" with {', '.join(sorted(need))}" if need else ""
     raise DataError(f"no model{wanted} under {runs}; train one by looptx train, or give --model")
 
@@ -73,9 +73,9 @@ def resolve_adapter(path: str | Path, model: str | Path | None = None) -> Resolv
     return ResolvedModel(base.folder, base.reason, folder)
 
 
-def bundled_model() -> Path:
-    """The model that ships with the package."""
-    return Path(str(importlib.resources.files("looptx_core"))) / "assets" / "model"
+def bundled_model(name: str = "model") -> Path:
+    """A model that ships with the package: `model`, of text, or `picture-model`, of both."""
+    return Path(str(importlib.resources.files("looptx_core"))) / "assets" / name
 
 
 def next_run_dir(out: str | Path | None, command: str, overwrite: bool, runs: Path = RUNS) -> Path:
@@ -146,8 +146,9 @@ def _base_of(adapter: Path) -> Path:
         raise DataError(f"{adapter}: names no base; give one by --model") from error
     if _is_model(base):
         return base
-    if base.parts[-3:] == bundled_model().parts[-3:]:
-        return bundled_model()
+    for bundled in (bundled_model(), bundled_model("picture-model")):
+        if base.parts[-3:] == bundled.parts[-3:]:
+            return bundled
     raise DataError(f"{adapter}: its base {base} is gone; give it by --model")
 
 
