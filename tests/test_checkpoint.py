@@ -22,7 +22,7 @@ from looptx_core.checkpoint.folder import (
     save_model,
     update_generation_config,
 )
-from looptx_core.checkpoint.registry import next_run_dir, resolve_model
+from looptx_core.checkpoint.registry import bundled_model, next_run_dir, resolve_model
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
 from looptx_core.data.tokenizer import train_tokenizer

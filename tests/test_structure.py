@@ -57,8 +57,8 @@ OPTIONS = {
         --max-loops --mean-loops --deeper-by --loss-threshold --deeper-share --explore --loss-at
         --precision --attention --compile --no-compile --grad-checkpointing --no-grad-checkpointing
         --devices --save-every --keep --val-every --val-batches --log-every --preset --document-mask
-        --no-document-mask --mix --augment --no-augment --skip-bad --no-skip-bad --bitnet --no-bitnet
-        --config --resume --overwrite --dry-run --json
+        --no-document-mask --mix --augment --no-augment --skip-bad --no-skip-bad --bitnet
+        --no-bitnet --config --resume --overwrite --dry-run --json
         --quiet
     """,
 }
