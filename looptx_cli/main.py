@@ -25,6 +25,7 @@ COMMANDS = {
     "convert": "Make a model smaller, or one for other tools.",
     "generate": "Write text, each token as deep as it needs.",
     "inspect-loops": "See what each loop brings, and when to stop.",
+    "doctor": "See what this machine has, and what is missing.",
 }
 
 # Typer may bring its own copy of Click, so take the base class from a public subclass.

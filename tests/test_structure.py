@@ -51,6 +51,9 @@ OPTIONS = {
         --max-minutes --lr --data --seed --adapter --merge-adapter --no-merge-adapter --to-hf
         --no-to-hf --dtype --shard-size --config --overwrite --json --quiet
     """,
+    "doctor": """
+        --build --path --json --quiet
+    """,
     "train": """
         --data --out --seed --steps --max-minutes --seq-len --batch-size --micro-batch --workers
         --lr --min-lr --warmup --weight-decay --optimizer --beta2 --clip --loop-schedule --loops

@@ -18,7 +18,7 @@ def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
             return "bf16", "this GPU has bf16 units"
         return "float32", "this GPU has no bf16 units"
     ratio = _seconds(torch.float32) / _seconds(torch.bfloat16)
-    reason = f"a probe's bf16 matrix product ran at {ratio:.1f} times float32's rate"
+    reason = f"a probe's bf16 matrix product ran at {ratio:.2g} times float32's rate"
     return ("bf16" if ratio > _CLEARLY else "float32"), reason
 
 

@@ -1,0 +1,88 @@
+"""looptx doctor: what is here, what each feature would use, what is missing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from looptx_cli.console import note, stdout
+
+if TYPE_CHECKING:
+    from looptx_core.doctor import Diagnosis
+
+
+def doctor(
+    build: Annotated[
+        bool, typer.Option("--build", help="Build DeepSpeed's ops ahead, some minutes each.")
+    ] = False,
+    path: Annotated[
+        Path, typer.Option(help="Where swap files would go; its disk is measured.")
+    ] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="The report on stdout as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """See what this machine has, what each feature would use, and what is missing.
+
+    \b
+    looptx doctor
+    looptx doctor --build
+    looptx doctor --path /mnt/nvme --json
+    """
+    from looptx_core.doctor import examine
+    from looptx_core.machine.ops import OPS, build_op, remove_stale_lock
+
+    def tell(line: str) -> None:
+        note(line, quiet)
+
+    for name in OPS:
+        if line := remove_stale_lock(name):
+            tell(line)
+    seconds: dict[str, float] = {}
+    if build:
+        for name in OPS:
+            seconds[name] = round(build_op(name, tell), 1)
+    found = examine(str(path))
+    if as_json:
+        document = found.to_dict() | {"built_seconds": seconds}
+        sys.stdout.write(json.dumps(document) + "\n")
+        return
+    _show(found)
+    for name, took in seconds.items():
+        stdout().print(f"{name} was ready after {took:.0f} s", soft_wrap=True)
+    if not build and any(op.state != "built" for op in found.ops):
+        note("try next: looptx doctor --build", quiet)
+
+
+def _show(found: Diagnosis) -> None:
+    from rich.table import Table
+
+    out = stdout()
+    marks = {"ok": "+", "missing": "-", "broken": "!", "note": "·"}
+    out.print(f"looptx {found.looptx}", highlight=False)
+    here = Table(title="\nHere", title_justify="left", box=None, pad_edge=False, show_header=False)
+    for check in found.checks:
+        here.add_row(marks[check.state], check.name, _with(check.detail, check.mend))
+    out.print(here, highlight=False, markup=False)
+    ops = Table(
+        title="\nDeepSpeed's compiled ops", title_justify="left", box=None, pad_edge=False,
+        show_header=False,
+    )  # fmt: skip
+    for op in found.ops:
+        ops.add_row("+" if op.state == "built" else "·", op.name, f"{op.state}; {op.purpose}")
+    out.print(ops, highlight=False, markup=False)
+    uses = Table(
+        title="\nWhat would be used", title_justify="left", box=None, pad_edge=False,
+        show_header=False,
+    )  # fmt: skip
+    for use in found.uses:
+        text = f"{use.uses}: {use.why}" if use.ready else f"not here, {use.why}"
+        uses.add_row("+" if use.ready else "-", use.feature, _with(text, use.mend))
+    out.print(uses, highlight=False, markup=False)
+
+
+def _with(detail: str, mend: str) -> str:
+    return f"{detail}; {mend}" if mend and mend not in detail else detail
