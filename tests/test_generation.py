@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from looptx_core.generation.sampling import draw, keep, penalise
 from looptx_core.generation.text import TextStream
 from looptx_core.model.attention import explicit
 from looptx_core.model.block import Block
-from looptx_core.model.cache import LoopCache
+from looptx_core.model.cache import Window
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rope import rotary_tables, rotate
 
@@ -209,10 +210,44 @@ def test_batch_of_different_settings_equals_single_runs(engine):
         assert exact == same and close.expected == numbers
 
 
-def test_batches_are_cut_to_the_engine_s_size(model, tokenizer, engine):
+def test_who_waits_takes_the_place_of_who_is_done(model, tokenizer, engine):
+    """Seven requests on three rows, of all lengths; the core is nearly always full."""
     small = Engine(model, tokenizer, SETTINGS, batch_size=3)
-    for one, other in zip(small.complete(PROMPTS, GREEDY), engine.complete(PROMPTS, GREEDY)):
-        assert facts(one)[0] == facts(other)[0]
+    prompts = [*PROMPTS, "mind", "how long precisely", "Ishmael"]
+    options = [replace(GREEDY, max_new_tokens=n) for n in (3, 14, 1, 9, 5, 12, 7)]
+    together = small.complete(prompts, options)
+    turns, step = [], small.moves.step
+    small.moves.step = lambda state, embedding, loops, place: (
+        turns.append(list(loops)), step(state, embedding, loops, place))[1]  # fmt: skip
+    steps = list(small.generate(prompts, options))
+    for prompt, option, one in zip(prompts, options, together):
+        assert facts(one)[0] == facts(*engine.complete([prompt], option))[0]
+    first = [next(i for i, s in enumerate(steps) if s.request == n) for n in range(7)]
+    last = [max(i for i, s in enumerate(steps) if s.request == n) for n in range(7)]
+    assert max(first[3:]) > min(last), "nobody had to wait"
+    mixed = [loops for loops in turns if len(set(loops)) > 1]
+    assert len(mixed) > 10 and {len(loops) for loops in mixed} == {2, 3}
+
+
+def test_loops_with_weights_of_their_own_in_a_batch(model, tokenizer):
+    model = copy.deepcopy(model)
+    gain = model.injection.gain.detach().clone()
+    model.enter_loop = lambda loop: model.injection.gain.data.copy_(gain * (1 + loop / 5))
+    engine = Engine(model, tokenizer, SETTINGS)
+    for prompt, one in zip(PROMPTS, engine.complete(PROMPTS, GREEDY)):
+        assert facts(one)[0] == facts(*engine.complete([prompt], GREEDY))[0]
+
+
+@pytest.mark.parametrize(("policy", "kind"), [("last", "int8"), ("fill", "int4")])
+def test_a_rounded_cache_is_the_same_for_a_batch_and_alone(model, tokenizer, engine, policy, kind):
+    options = replace(GREEDY, kv_policy=policy, kv_type=kind)
+    small = Engine(model, tokenizer, SETTINGS, batch_size=3)
+    exact = engine.complete(PROMPTS, replace(GREEDY, kv_policy=policy))
+    rounded = small.complete(PROMPTS, options)
+    for prompt, one in zip(PROMPTS, rounded):
+        assert facts(one)[0] == facts(*engine.complete([prompt], options))[0]
+    logs = [[s.logprob for one in each for s in one.tokens] for each in (rounded, exact)]
+    assert logs[0] != logs[1]
 
 
 def test_seed_repeats_and_differs(engine):
@@ -232,13 +267,18 @@ def test_confidence_rules_need_no_vocabulary_product(engine, model, monkeypatch)
     assert len(calls) == 1 + sum(s.loops for s in found.tokens[1:])
 
 
-def test_fixed_depth_takes_the_straight_path(engine, monkeypatch):
-    monkeypatch.setattr(engine, "_pass_adaptive", None)
-    seen, left, add = [], [], LoopCache.advance
-    monkeypatch.setattr(LoopCache, "leave", lambda self, *_: left.append(self))
-    monkeypatch.setattr(LoopCache, "advance", lambda self, n: (seen.append(self), add(self, n)))
-    engine.complete(["Call me"], replace(GREEDY, loops=4))
-    assert not left and {id(cache): cache.loops for cache in seen} == {id(seen[0]): 4}
+def test_fixed_depth_decides_nothing(model, tokenizer, monkeypatch):
+    engine, caches, written = Engine(model, tokenizer, SETTINGS), [], []
+    add, write = Window.advance, Window._write
+    monkeypatch.setattr(Window, "advance", lambda self: (caches.append(self.cache), add(self)))
+    monkeypatch.setattr(Window, "_write", lambda self, *a: (written.append(1), write(self, *a)))
+    [found] = engine.complete(["Call me"], replace(GREEDY, loops=4))
+    new = len(found.tokens) - 1  # the first comes from the prompt
+    assert {id(cache): cache.loops for cache in caches} == {id(caches[0]): 4}
+    work = engine.work
+    assert (work.encoded, work.loops, work.readouts, work.judged) == (new, 4 * new, new, new)
+    # A key and a value for each block of each loop, and no copies into deeper slots.
+    assert len(written) == 2 * (1 + 4 * 2 + 1) * (new + 1)
 
 
 def test_context_bounds(engine, tokenizer):

@@ -13,6 +13,7 @@ from looptx_core.model.cache import LoopCache
 from looptx_core.model.flops import parameter_count, token_flops
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.norm import RMSNorm
+from looptx_core.model.rounding import KINDS
 
 CONFIG = ModelConfig(
     vocab_size=97, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, max_seq_len=64
@@ -123,6 +124,68 @@ def test_padding_at_the_left_changes_nothing(loops: int) -> None:
         both = model(padded, loops, cache).logits
         assert (both[0] - model(long[:1], loops).logits[0]).abs().max() < 1e-9
         assert (both[1, 5:] - model(short, loops).logits[0]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_rows_at_their_own_columns_and_loops(dtype: torch.dtype, limit: float) -> None:
+    """Rows that came at different times go through the core together, each at its own loop."""
+    model, loops, text = build(dtype=dtype), 4, tokens(3, 9)
+    lengths, behind = [8, 3, 6], [2, 0, 1]  # columns of each row; loops it is ahead of row 1
+    with torch.no_grad():
+        cache = LoopCache(CONFIG, 3, 12, loops, dtype=dtype)
+        for row in (1, 0, 2):  # row 0 held another text before
+            if row == 0:
+                around = model.surroundings(7, cache.window(7, [0]))
+                list(model.states(tokens(4, 7)[3:], loops, around))
+                around.window.advance()
+                cache.clear(0)
+            around = model.surroundings(lengths[row], cache.window(lengths[row], [row]))
+            *_, state = model.states(text[row : row + 1, : lengths[row]], loops, around)
+            model.decode(state, around)
+            around.window.advance()
+        new = torch.stack([text[row, length] for row, length in enumerate(lengths)])[:, None]
+        here = model.surroundings(1, cache.window(1))
+        state = embedding = model.encode(new, here)
+        found = [None] * 3
+        for turn in range(1, loops + 3):
+            # Row r joins at turn `behind[r] + 1`, and stays for four loops.
+            rows = [row for row in range(3) if 0 < turn - behind[row] <= loops]
+            around = model.surroundings(1, cache.window(1, rows))
+            depth = torch.tensor([turn - behind[row] for row in rows])
+            state = state.index_copy(
+                0, torch.tensor(rows), model.step(state[rows], embedding[rows], depth, around)
+            )
+            for row in rows:
+                if turn - behind[row] == loops:
+                    alone = model.surroundings(1, cache.window(1, [row]))
+                    found[row] = model.head(model.decode(state[row : row + 1], alone))[0, 0]
+        for row, length in enumerate(lengths):
+            whole = model(text[row : row + 1, : length + 1], loops).logits[0, -1]
+            assert (found[row] - whole).abs().max() < limit
+        judged = model.confidence(state, torch.tensor([1, 4, 2]))
+        for row, loop in enumerate((1, 4, 2)):
+            one = model.confidence(state[row : row + 1], loop)
+            assert (judged.gain[row] - one.gain[0]).abs().max() < limit
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_rounded_keys_and_values(kind: str) -> None:
+    """What is read back is within half a step, and what takes 4 bits takes 4 bits."""
+    x = torch.randn(3, 2, 5, 8, generator=torch.Generator().manual_seed(0)) * 7
+    x[0, 0, 0] = 0
+    codes, scales = KINDS[kind].round(x)
+    back = KINDS[kind].restore(codes, scales, x.dtype)
+    largest = {"int8": 127, "int4": 7}[kind]
+    assert ((back - x).abs() <= 0.51 * x.abs().amax(-1, keepdim=True) / largest).all()
+    assert codes.nbytes == x.numel() * {"int8": 8, "int4": 4}[kind] // 8
+    cache = LoopCache(CONFIG, 2, 5, 4, kind=kind)
+    full = LoopCache(CONFIG, 2, 5, 4)
+    head, heads = CONFIG.head_dim, CONFIG.n_kv_heads
+    slots = full.keys.shape[0]
+    assert full.bytes_per_token == slots * 2 * heads * head * 4
+    assert cache.bytes_per_token == slots * 2 * heads * (
+        head * {"int8": 8, "int4": 4}[kind] // 8 + 2
+    )
 
 
 def test_causal() -> None:

@@ -34,6 +34,8 @@ class ExitSettings:
     """See `gain_slope`."""
     kv_policy: str = "fill"
     """What an early exit leaves in the deeper cache slots; see `looptx_core.model.cache`."""
+    kv_type: str = "float"
+    """How the cache holds its numbers: float, int8 or int4; see `looptx_core.model.rounding`."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class GenerationOptions:
     """Depth of the prompt; absent: full depth."""
     kv_policy: str | None = None
     """fill or last; absent: the model's own."""
+    kv_type: str | None = None
+    """float, int8 or int4; absent: the model's own."""
     temperature: float = 0.8
     """0 is greedy."""
     top_k: int = 0

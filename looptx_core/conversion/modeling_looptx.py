@@ -23,8 +23,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
-from looptx_core.generation.engine import Engine
-from looptx_core.generation.exits import fixed_exit, resolve_exit
+from looptx_core.generation.exits import resolve_exit
+from looptx_core.generation.flight import Flight
+from looptx_core.generation.moves import Moves
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
 
@@ -113,13 +114,6 @@ class LooptxOutput(CausalLMOutputWithPast):
     loops: Tensor | None = None
 
 
-class _Passes(Engine):
-    """The engine's forward passes alone: the tokens come from elsewhere."""
-
-    def __init__(self, model: LoopedTransformer, exit_settings: ExitSettings) -> None:
-        self.model, self.exit_settings = model, exit_settings
-
-
 class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
     """A looped transformer. `loops`: a depth, or 'auto', by which new tokens stop by a rule."""
 
@@ -186,29 +180,33 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
         around = self.model.surroundings(
             tokens.shape[1], documents=mask.long() if padded and mask is not None else None
         )
-        return self._fixed(tokens, self._depth(loops), None, around, keep)
+        return self._fixed(tokens, self._depth(loops), around, keep)
 
     def _cached(
         self, tokens: Tensor, cache: LoopCache, loops: int | str | None, keep: int
     ) -> tuple[Tensor, Tensor]:
-        batch, new = tokens.shape
-        if loops != "auto" or (new > 1 and cache.length > 0):
-            around = self.model.surroundings(new, cache)
-            logits, depths = self._fixed(tokens, self._depth(loops), cache, around, keep)
-        else:
-            settings = self.config.exit_settings()
-            own = resolve_exit(settings, GenerationOptions(), self.model.config)
-            exit = own if cache.length else fixed_exit(own.max_loops, own.settings)
-            found = _Passes(self.model, settings)._pass(tokens, [exit] * batch, cache)
-            logits, depths = found.logits[:, None], torch.tensor(found.loops)
-        cache.advance(new)
-        return logits, depths
+        new = tokens.shape[1]
+        if loops != "auto" or new > 1 or cache.length == 0:  # a prompt, or more of it
+            window = cache.window(new)
+            around = self.model.surroundings(new, window)
+            logits, depths = self._fixed(tokens, self._depth(loops), around, keep)
+            window.leave(self._depth(loops))
+            window.advance()
+            return logits, depths
+        settings = self.config.exit_settings()
+        own = resolve_exit(settings, GenerationOptions(), self.model.config)
+        flight = Flight(Moves(self.model), cache, settings)
+        flight.enter(range(len(tokens)), tokens[:, 0].tolist(), [own] * len(tokens))
+        landings = flight.run()
+        rows = [row for landing in landings for row in landing.rows]
+        order = torch.tensor(rows, device=tokens.device).argsort()
+        loops_by_row = torch.tensor([depth for landing in landings for depth in landing.loops])
+        logits = torch.cat([landing.logits for landing in landings])
+        return logits[order][:, None], loops_by_row[order.cpu()]
 
-    def _fixed(
-        self, tokens: Tensor, loops: int, cache: LoopCache | None, around: Any, keep: int
-    ) -> tuple[Tensor, Tensor]:
-        *_, state = self.model.states(tokens, loops, cache, around)
-        logits = self.model.head(self.model.decode(state, around, cache)[:, -keep:])
+    def _fixed(self, tokens: Tensor, loops: int, around: Any, keep: int) -> tuple[Tensor, Tensor]:
+        *_, state = self.model.states(tokens, loops, around)
+        logits = self.model.head(self.model.decode(state, around)[:, -keep:])
         return logits, torch.full((len(tokens),), loops)
 
     def _depth(self, loops: int | str | None) -> int:
@@ -246,6 +244,7 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
                 capacity=max_cache_length + 1,
                 loops=self._depth(loops),
                 policy="fill" if fixed else settings.kv_policy,
+                kind=settings.kv_type,
                 dtype=weight.dtype,
                 device=weight.device,
             )

@@ -6,9 +6,10 @@ the confidence head alone, so that deciding costs no product with the vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,50 +18,51 @@ from looptx_core.config.generation import EXIT_RULES, ExitSettings, GenerationOp
 from looptx_core.config.model import ModelConfig
 from looptx_core.errors import UsageError
 from looptx_core.model.cache import POLICIES
+from looptx_core.model.rounding import KINDS
 
 
 class Readout(NamedTuple):
-    """What a rule may look at after a loop, for the rows that still run."""
+    """What a rule may look at after a loop: of one row, as numbers, or of many."""
 
-    confidence: Tensor
-    """(rows,), the calibrated probability that the top token is right."""
-    gain: Tensor
-    """(rows,), nats that the next loop is predicted to bring."""
+    confidence: Tensor | float
+    """(...), the calibrated probability that the top token is right."""
+    gain: Tensor | float
+    """(...), nats that the next loop is predicted to bring."""
     logits: Tensor | None = None
-    """(rows, vocab_size), for the rules that read them."""
+    """(..., vocab_size), for the rules that read them."""
     previous: Tensor | None = None
-    """The last loop's logits, (rows, vocab_size); None at the first loop."""
+    """The last loop's logits, (..., vocab_size); None at the first loop."""
 
-    def rows(self, index: Tensor) -> Readout:
-        """The same for some of the rows."""
-        return Readout(
-            self.confidence[index],
-            self.gain[index],
-            None if self.logits is None else self.logits[index],
-            None if self.previous is None else self.previous[index],
-        )
+
+Numbers = TypeVar("Numbers", Tensor, float)
 
 
 def calibrated(
-    logit: Tensor, gain: Tensor, loop: int, settings: ExitSettings
-) -> tuple[Tensor, Tensor]:
+    logit: Numbers, gain: Numbers, loop: int, settings: ExitSettings
+) -> tuple[Numbers, Numbers]:
     """The confidence head's words after a loop as probability and nats; shapes stay."""
     if settings.gain_slope:
         place = min(loop, len(settings.gain_slope)) - 1
         gain = settings.gain_slope[place] * gain + settings.gain_offset[place]
-    return torch.sigmoid(logit / settings.temperature), gain
+    odds = logit / settings.temperature
+    if isinstance(odds, Tensor):
+        return torch.sigmoid(odds), gain
+    return 1 / (1 + math.exp(-max(odds, _NEVER))), gain
+
+
+_NEVER = -500.0  # log-odds of a probability that is 0 and whose inverse is still a float
 
 
 class Signal(NamedTuple):
     """A number for each row, and on which side of its threshold a token may stop."""
 
-    value: Callable[[Readout], Tensor]
-    """(rows,)."""
+    value: Callable[[Readout], Tensor | float]
+    """(...), a number for each row."""
     at_least: bool = False
     """Stop at the threshold or above; else below it."""
     reads_logits: bool = False
 
-    def stops(self, value: Tensor, threshold: float) -> Tensor:
+    def stops(self, value: Any, threshold: float) -> Any:
         """True where a token may stop; shaped as `value`."""
         return value >= threshold if self.at_least else value < threshold
 
@@ -69,7 +71,7 @@ def _divergence(read: Readout) -> Tensor:
     """Huginn's (arXiv 2502.05171): KL from the last loop's distribution to this one's, in nats."""
     assert read.logits is not None
     if read.previous is None:
-        return torch.full_like(read.confidence, torch.inf)
+        return torch.full_like(read.logits[..., 0], torch.inf)
     now, before = read.logits.log_softmax(-1), read.previous.log_softmax(-1)
     return (now.exp() * (now - before)).sum(-1)
 
@@ -120,13 +122,16 @@ class Exit:
         """Whether the rule has a say after this loop."""
         return self.rule is not None and self.min_loops <= loop < self.max_loops
 
-    def stops(self, loop: int, read: Readout) -> Tensor:
-        """(rows,), True for the rows that leave after this loop, counted from 1."""
-        stops = torch.full_like(read.confidence, loop >= self.max_loops, dtype=torch.bool)
+    def stops(self, loop: int, read: Readout) -> Any:
+        """True where a token leaves after this loop, counted from 1; shaped as the confidence.
+
+        One bool where nothing is read.
+        """
+        stops: Any = loop >= self.max_loops
         if self.judges(loop):
             for name in self.signals:
                 signal = SIGNALS[name]
-                stops |= signal.stops(signal.value(read), getattr(self.settings, name))
+                stops = stops | signal.stops(signal.value(read), getattr(self.settings, name))
         return stops
 
     def cost(self, loops: float) -> tuple[float, float]:
@@ -148,19 +153,6 @@ class Exit:
         }
 
 
-def leaving(exits: Sequence[Exit], loop: int, read: Readout) -> Tensor:
-    """(rows,), True where each row's own exit lets it go after this loop."""
-    kinds = set(exits)
-    if len(kinds) == 1:
-        return exits[0].stops(loop, read)
-    gone = torch.zeros_like(read.confidence, dtype=torch.bool)
-    for kind in kinds:
-        rows = [row for row, own in enumerate(exits) if own == kind]
-        index = torch.tensor(rows, device=gone.device)
-        gone[index] = kind.stops(loop, read.rows(index))
-    return gone
-
-
 def fixed_exit(loops: int, settings: ExitSettings) -> Exit:
     """Every token runs exactly so many loops."""
     return Exit(loops, loops, settings)
@@ -175,11 +167,14 @@ def resolve_exit(settings: ExitSettings, options: GenerationOptions, config: Mod
         raise UsageError(f"--prompt-loops {options.prompt_loops}: a depth is at least 1")
     rule = options.exit or settings.rule
     policy = options.kv_policy or settings.kv_policy
+    kind = options.kv_type or settings.kv_type
     if rule not in RULES:
         raise UsageError(f"--exit {rule}: not one of {', '.join(EXIT_RULES)}")
     if policy not in POLICIES:
         raise UsageError(f"--kv-policy {policy}: not one of {', '.join(POLICIES)}")
-    settings = replace(settings, rule=rule, kv_policy=policy)
+    if kind not in KINDS:
+        raise UsageError(f"--kv-type {kind}: not one of {', '.join(KINDS)}")
+    settings = replace(settings, rule=rule, kv_policy=policy, kv_type=kind)
     if options.threshold is not None:
         threshold: dict[str, Any] = {"confidence" if rule == "auto" else rule: options.threshold}
         settings = replace(settings, **threshold)

@@ -66,7 +66,9 @@ class _Observer:
 
     def __call__(self, loop: int, state: Tensor, logits: Tensor, judged: Confidence) -> None:
         readout = Readout(*judged, logits, self._logits)
-        seen = {name: s.value(readout) for name, s in SIGNALS.items() if s.reads_logits}
+        seen = {
+            name: torch.as_tensor(s.value(readout)) for name, s in SIGNALS.items() if s.reads_logits
+        }
         state = state.float()
         if self._state is None:
             seen["change"] = torch.full_like(judged.logit, torch.inf)

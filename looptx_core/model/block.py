@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from looptx_core.config.model import ModelConfig
 from looptx_core.model.attention import Attend, sdpa
 from looptx_core.model.bitnet import BitLinear, IntegerProduct, PackedBitLinear
-from looptx_core.model.cache import Slot
+from looptx_core.model.cache import Slot, Window
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import Rotary, rotate
 
@@ -25,9 +25,11 @@ class Surroundings:
     rotary: Rotary
     mask: Tensor | None = None
     attend: Attend = sdpa
+    window: Window | None = None
+    """Where in a cache these tokens stand; None without one."""
 
     def rows(self, index: Tensor | slice) -> Surroundings:
-        """The same for some of the batch's rows; index is a slice or (rows,)."""
+        """The same for some of the batch's rows; index is a slice or (rows,). Without a cache."""
 
         def pick(x: Tensor) -> Tensor:
             return x if x.shape[0] == 1 else x[index]

@@ -8,38 +8,45 @@ an exit leaves behind:
   slots (Huginn, arXiv 2502.05171; AdaPonderLM, arXiv 2603.01914).
 - `last`: all loops share one slot, so that it holds each token's last computed loop; a prompt,
   which is processed loop by loop, still sees its own loop (Ouro's decoding, arXiv 2510.25741).
+
+Each row fills its columns at its own pace, and may be cleared for another text at any time.
+A pass works on a `Window`: the next columns of some rows.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.errors import UsageError
+from looptx_core.model.rounding import KINDS
 
 POLICIES = ("fill", "last")
 
 
 class Slot(NamedTuple):
-    """One layer's place in the cache for one loop and some of the rows."""
+    """One layer's place in the cache for a window and its loop, or each row's own loop."""
 
-    cache: LoopCache
-    place: int
-    rows: Tensor | None
+    window: Window
+    place: int | Tensor
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new entries (rows, kv_heads, new, head_dim); return all seen so far."""
-        return self.cache.extend(self.place, keys, values, self.rows)
+        return self.window.extend(self.place, keys, values)
 
 
 class LoopCache:
-    """Keys and values of a batch, aligned at the right: a shorter row starts at a later column.
+    """Keys and values of a batch.
 
-    `keys` and `values`: (slots, batch, kv_heads, capacity, head_dim). Columns below `length`
-    are filled; the forward pass writes the columns after it and `advance` makes them count.
+    `keys` and `values`: (slots, batch, kv_heads, capacity, width of an entry), of the activations'
+    type, or rounded (`kind`: see `looptx_core.model.rounding`) with `scales`. Row r has filled the
+    columns below `lengths[r]`; a pass writes the columns after them, and `Window.advance` makes
+    them count.
     """
 
     def __init__(
@@ -50,117 +57,200 @@ class LoopCache:
         loops: int,
         *,
         policy: str = "fill",
+        kind: str = "float",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         if policy not in POLICIES:
             raise UsageError(f"--kv-policy {policy}: not one of {', '.join(POLICIES)}")
-        self.policy, self.loops = policy, loops
-        self._prelude, self._core = config.prelude_layers, config.core_layers
-        self._depths = loops if policy == "fill" else 1
-        slots = self._prelude + config.coda_layers + self._core * self._depths
+        if kind not in KINDS:
+            raise UsageError(f"--kv-type {kind}: not one of {', '.join(KINDS)}")
+        self.policy, self.kind, self.loops, self.dtype = policy, KINDS[kind], loops, dtype
+        self.prelude, self.core = config.prelude_layers, config.core_layers
+        self.depths = loops if policy == "fill" else 1
+        slots = self.prelude + config.coda_layers + self.core * self.depths
         shape = (slots, batch, config.n_kv_heads, capacity, config.head_dim)
-        # Zeros, since a masked column still enters 0 * value, and 0 * NaN is NaN.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.key_scales: Tensor | None
+        self.value_scales: Tensor | None
+        self.keys, self.key_scales = self.kind.empty(shape, dtype, device)
+        self.values, self.value_scales = self.kind.empty(shape, dtype, device)
+        self.lengths = [0] * batch
         self.start = torch.zeros(batch, dtype=torch.long, device=device)
         # Columns minus positions, (batch,): padding has no position, a picture fewer than patches.
-        self.shift = self.start
-        self.length = 0
-        self._new = 0
-        self._padded = self._shifted = False
+        self.shift = self.start.clone()
+        self.padded = self.shifted = False
 
     @property
     def capacity(self) -> int:
         return self.keys.shape[3]
 
     @property
+    def length(self) -> int:
+        """Columns that the longest row has filled."""
+        return max(self.lengths)
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes that one token of one row takes, over all slots."""
-        slots, _, heads, _, width = self.keys.shape
-        return 2 * slots * heads * width * self.keys.element_size()
+        _, batch, _, capacity, _ = self.keys.shape
+        return sum(part.nbytes for part in self._parts()) // (batch * capacity)
+
+    def _parts(self) -> Iterator[Tensor]:
+        for part in (self.keys, self.key_scales, self.values, self.value_scales):
+            if part is not None:
+                yield part
 
     def pad_left(self, counts: Tensor) -> None:
         """Say how many columns at the left of each row, (batch,), are padding. Before use."""
         assert self.length == 0, "padding is stated before the first token"
-        self.start = self.shift = counts.to(self.start.device)
-        self._padded = self._shifted = bool((counts > 0).any())
+        self.start = counts.to(self.start.device)
+        self.shift = self.start.clone()
+        self.padded = self.shifted = bool((counts > 0).any())
 
-    def positions(self, new: int) -> Tensor:
-        """Positions of the next `new` columns, (batch, new); padding stands at 0."""
-        columns = torch.arange(self.length, self.length + new, device=self.start.device)
-        if not self._shifted:
-            return columns[None]
-        return (columns[None] - self.shift[:, None]).clamp(min=0)
+    def window(self, new: int, rows: Sequence[int] | None = None) -> Window:
+        """The next `new` columns of these rows; None: of all."""
+        return Window(self, new, list(range(len(self.lengths))) if rows is None else list(rows))
 
-    def place(self, ends: Tensor) -> None:
-        """Say at which position, (batch,), the column after the `new` ones of `mask` stands."""
-        self.shift = self.length + self._new - ends.to(self.shift.device)
-        self._shifted = bool((self.shift != 0).any())
-
-    def mask(self, new: int) -> Tensor | None:
-        """Who may look at whom in the next forward pass; None where the default serves."""
-        self._new = new
-        if not self._padded and (self.length == 0 or new == 1):
-            return None
-        columns = torch.arange(self.length + new, device=self.start.device)
-        queries = columns[self.length :, None]
-        causal = (columns <= queries)[None, None]
-        own = (columns == queries)[None, None]  # a padding query looks at itself: no empty row
-        return (causal & (columns >= self.start[:, None, None, None])) | own
-
-    def prelude(self, layer: int, rows: Tensor | None = None) -> Slot:
-        return Slot(self, layer, rows)
-
-    def core(self, layer: int, loop: int, rows: Tensor | None = None) -> Slot:
-        """The slot of a core layer at a loop, counted from 1."""
-        return Slot(self, self._core_index(layer, loop), rows)
-
-    def coda(self, layer: int, rows: Tensor | None = None) -> Slot:
-        return Slot(self, self._prelude + self._core * self._depths + layer, rows)
-
-    def _core_index(self, layer: int, loop: int) -> int:
-        depth = min(loop, self._depths) - 1
-        return self._prelude + depth * self._core + layer
-
-    def extend(
-        self, index: int, keys: Tensor, values: Tensor, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        stop = self.length + keys.shape[2]
-        assert stop <= self.capacity, "the cache is full"
-        all_keys, all_values = self.keys[index], self.values[index]
-        if rows is None:
-            all_keys[:, :, self.length : stop] = keys
-            all_values[:, :, self.length : stop] = values
-            return all_keys[:, :, :stop], all_values[:, :, :stop]
-        all_keys[rows, :, self.length : stop] = keys
-        all_values[rows, :, self.length : stop] = values
-        return all_keys[rows, :, :stop], all_values[rows, :, :stop]
-
-    def leave(self, rows: Tensor, loop: int) -> None:
-        """Rows, (n,), end their current token after `loop`: provide for the deeper slots."""
-        if self.policy != "fill" or loop >= self.loops:
-            return
-        new = slice(self.length, self.length + self._new)
-        first, last = self._core_index(0, loop), self._core_index(0, loop + 1)
-        for store in (self.keys, self.values):
-            for layer in range(self._core):
-                deeper = range(last + layer, self._prelude + self._core * self._depths, self._core)
-                for index in deeper:
-                    store[index, rows, :, new] = store[first + layer, rows, :, new]
-
-    def advance(self, new: int) -> None:
-        """Count the `new` columns that the last forward pass wrote."""
-        self.length += new
+    def slot(self, layer: int, loop: int | Tensor) -> int | Tensor:
+        """The slot of a core layer at a loop, counted from 1; a tensor of loops gives as many."""
+        last = self.depths
+        depth = loop.clamp(max=last) - 1 if isinstance(loop, Tensor) else min(loop, last) - 1
+        return self.prelude + depth * self.core + layer
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows, (n,), only."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        if self.key_scales is not None and self.value_scales is not None:
+            self.key_scales = self.key_scales[:, rows]
+            self.value_scales = self.value_scales[:, rows]
         self.start, self.shift = self.start[rows], self.shift[rows]
-        self._padded = bool((self.start > 0).any())
-        self._shifted = bool((self.shift != 0).any())
+        self.lengths = [self.lengths[row] for row in rows.tolist()]
+        self.padded = bool((self.start > 0).any())
+        self.shifted = bool((self.shift != 0).any())
 
-    def forget(self, columns: int) -> None:
-        """Drop the last columns, so that they can be written again."""
-        assert 0 <= columns <= self.length
-        self.length -= columns
+    def clear(self, row: int) -> None:
+        """Make room for another text. What is left there is never looked at."""
+        self.lengths[row] = 0
+        self.start[row] = self.shift[row] = 0
+
+    def forget(self, columns: int, rows: Sequence[int] | None = None) -> None:
+        """Drop the last columns of these rows, or of all, so that they can be written again."""
+        for row in range(len(self.lengths)) if rows is None else rows:
+            assert 0 <= columns <= self.lengths[row]
+            self.lengths[row] -= columns
+
+
+class Window:
+    """The columns that one pass fills: `new` of them in each of some rows, after those they have.
+
+    Rows at one column are read and written by slices; else every row has its own place.
+    """
+
+    def __init__(self, cache: LoopCache, new: int, rows: list[int]) -> None:
+        self.cache, self.new, self.rows = cache, new, rows
+        self.first = [cache.lengths[row] for row in rows]
+        self.stop = max(self.first) + new
+        assert self.stop <= cache.capacity, "the cache is full"
+        self._level = len(set(self.first)) == 1
+        # A run of rows is a view of the cache, others are copied at each look.
+        run = rows == list(range(rows[0], rows[0] + len(rows)))
+        self._pick: Any = slice(rows[0], rows[0] + len(rows)) if run else self._index
+
+    @cached_property
+    def _index(self) -> Tensor:
+        return torch.tensor(self.rows, device=self.cache.start.device)
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """(rows or 1, new)."""
+        first = torch.tensor(self.first[:1] if self._level else self.first)
+        return (first[:, None] + torch.arange(self.new)).to(self.cache.start.device)
+
+    def positions(self) -> Tensor:
+        """RoPE's, (rows or 1, new); padding stands at 0."""
+        if not self.cache.shifted:
+            return self.columns
+        return (self.columns - self.cache.shift[self._pick, None]).clamp(min=0)
+
+    def place(self, ends: Tensor) -> None:
+        """Say at which position, (rows,), the column after these stands."""
+        self.cache.shift[self._pick] = self.columns[:, -1] + 1 - ends.to(self.cache.shift.device)
+        self.cache.shifted = bool((self.cache.shift != 0).any())
+
+    def mask(self) -> Tensor | None:
+        """Who may look at whom, (rows or 1, 1, new, stop); None where the default serves."""
+        fresh = self.first[0] == 0
+        if self._level and not self.cache.padded and (fresh or self.new == 1):
+            return None
+        columns = torch.arange(self.stop, device=self.columns.device)
+        queries = self.columns[:, None, :, None]
+        causal = columns <= queries
+        if not self.cache.padded:
+            return causal
+        own = columns == queries  # a padding query looks at itself: no empty row
+        return (causal & (columns >= self.cache.start[self._pick, None, None, None])) | own
+
+    def prelude(self, layer: int) -> Slot:
+        return Slot(self, layer)
+
+    def core(self, layer: int, loop: int | Tensor) -> Slot:
+        """The slot of a core layer at a loop, or at each row's own, (rows,), counted from 1."""
+        return Slot(self, self.cache.slot(layer, loop))
+
+    def coda(self, layer: int) -> Slot:
+        cache = self.cache
+        return Slot(self, cache.prelude + cache.core * cache.depths + layer)
+
+    def extend(self, place: int | Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        cache = self.cache
+        both = (cache.keys, cache.key_scales, keys), (cache.values, cache.value_scales, values)
+        read = []
+        for store, scales, x in both:
+            codes, scale = cache.kind.round(x)
+            self._write(store, place, codes)
+            seen, their_scales = self._read(store, place), None
+            if scales is not None:
+                self._write(scales, place, scale)
+                their_scales = self._read(scales, place)
+            read.append(cache.kind.restore(seen, their_scales, cache.dtype))
+        return read[0], read[1]
+
+    def _write(self, store: Tensor, place: int | slice | Tensor, x: Tensor) -> None:
+        """x: (rows, kv_heads, new, width); (rows, deeper, ...) into a slice of places."""
+        if self._level:
+            rows = self._index if isinstance(place, Tensor) else self._pick
+            store[place, rows, :, self.first[0] : self.stop] = x
+            return
+        if isinstance(place, Tensor):
+            place = place[:, None]
+        # Indices on both sides of the heads: what they pick comes first, then the heads.
+        store[place, self._index[:, None], :, self.columns] = x.transpose(1, 2)
+
+    def _read(self, store: Tensor, place: int | Tensor) -> Tensor:
+        rows = self._index if isinstance(place, Tensor) else self._pick
+        return store[..., : self.stop, :][place, rows]
+
+    def leave(self, loop: int) -> None:
+        """The rows end their current tokens after `loop`: provide for the deeper slots."""
+        cache = self.cache
+        if cache.policy != "fill" or loop >= cache.loops:
+            return
+        first = cache.prelude + (loop - 1) * cache.core
+        for store in cache._parts():
+            for layer in range(first, first + cache.core):
+                new = self._new(store, layer)
+                for place in range(
+                    layer + cache.core, cache.prelude + cache.core * cache.depths, cache.core
+                ):
+                    self._write(store, place, new)
+
+    def _new(self, store: Tensor, place: int) -> Tensor:
+        """These columns' entries, (rows, kv_heads, new, width)."""
+        if self._level:
+            return store[place, self._pick, :, self.first[0] : self.stop]
+        return store[place, self._index[:, None], :, self.columns].transpose(1, 2)
+
+    def advance(self, by: int | None = None) -> None:
+        """Count the first `by` of these columns, by default all, as filled."""
+        for row, first in zip(self.rows, self.first):
+            self.cache.lengths[row] = first + (self.new if by is None else by)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from looptx_core.config.model import ModelConfig
 from looptx_core.model.attention import Attend, sdpa
 from looptx_core.model.block import Block, SideBySide, Surroundings
-from looptx_core.model.cache import LoopCache
+from looptx_core.model.cache import LoopCache, Window
 from looptx_core.model.confidence import Confidence, ConfidenceHead
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_tables
@@ -115,41 +115,37 @@ class LoopedTransformer(nn.Module):
     def surroundings(
         self,
         length: int,
-        cache: LoopCache | None = None,
+        window: Window | None = None,
         documents: Tensor | None = None,
         layout: Layout | None = None,
     ) -> Surroundings:
-        """Positions and mask for the next `length` tokens of a batch.
+        """Positions and mask for `length` tokens of a batch, or for a cache's window.
 
         documents: (batch, length), numbers; a token attends within its own document only. RoPE
         sees distances alone, so positions need not start anew. layout: where pictures are among
         the tokens, by `lay_out`; with a cache they are its first.
         """
         weight = self.norm.weight  # of the activations' type, where a quantised matrix is not
-        if cache is None:
+        if window is None:
             positions, mask = torch.arange(length, device=weight.device)[None, None], None
             if documents is not None:
                 same = documents[:, None, :, None] == documents[:, None, None, :]
                 mask = same.tril()
         else:
-            positions, mask = cache.positions(length)[None], cache.mask(length)
+            positions, mask = window.positions()[None], window.mask()
         if layout is not None:
             positions = layout.positions
-            if cache is not None:
-                cache.place(layout.ends)
+            if window is not None:
+                window.place(layout.ends)
             if self.config.image_attention == "both":
                 mask = _with_pictures(mask, layout.picture)
         rotary = rotary_tables(
             positions, self.config.head_dim, self.config.rope_theta, _compute_dtype(weight)
         )
-        return Surroundings(rotary, mask, self.attend)
+        return Surroundings(rotary, mask, self.attend, window)
 
     def encode(
-        self,
-        tokens: Tensor,
-        around: Surroundings,
-        cache: LoopCache | None = None,
-        pictures: Pictures | None = None,
+        self, tokens: Tensor, around: Surroundings, pictures: Pictures | None = None
     ) -> Tensor:
         """tokens (batch, length) -> the prelude's output (batch, length, d_model).
 
@@ -160,55 +156,46 @@ class LoopedTransformer(nn.Module):
             assert self.vision is not None, "a model without vision_layers reads no pictures"
             patches = tokens == self.config.image_token
             x = x.masked_scatter(patches[..., None], self.vision(pictures).to(x.dtype))
+        window = around.window
         for layer, block in enumerate(self.prelude):
-            x = block(x, around, cache and cache.prelude(layer))
+            x = block(x, around, window and window.prelude(layer))
         return x
 
     def step(
-        self,
-        state: Tensor,
-        embedding: Tensor,
-        loop: int,
-        around: Surroundings,
-        cache: LoopCache | None = None,
-        rows: Tensor | None = None,
+        self, state: Tensor, embedding: Tensor, loop: int | Tensor, around: Surroundings
     ) -> Tensor:
         """One iteration of the core: the state after `loop`, counted from 1.
 
-        `rows`: which rows of the cache's batch these are, (n,); None means all of them.
+        A tensor, (batch,), gives each row its own loop: all share the weights, and only the
+        places in the cache differ.
         """
         if self.enter_loop:
+            assert isinstance(loop, int), "loops with weights of their own are run one by one"
             self.enter_loop(loop)
-        x = self.injection(state, embedding)
+        x, window = self.injection(state, embedding), around.window
         for layer, block in enumerate(self.core):
-            x = block(x, around, cache and cache.core(layer, loop, rows))
+            x = block(x, around, window and window.core(layer, loop))
         return x
 
-    def decode(
-        self,
-        state: Tensor,
-        around: Surroundings,
-        cache: LoopCache | None = None,
-        rows: Tensor | None = None,
-    ) -> Tensor:
+    def decode(self, state: Tensor, around: Surroundings) -> Tensor:
         """A loop's state -> what the head reads, (batch, length, d_model)."""
+        window = around.window
         for layer, block in enumerate(self.coda):
-            state = block(state, around, cache and cache.coda(layer, rows))
+            state = block(state, around, window and window.coda(layer))
         return self.norm(state)
 
     def states(
         self,
         tokens: Tensor,
         loops: int,
-        cache: LoopCache | None = None,
         around: Surroundings | None = None,
         pictures: Pictures | None = None,
     ) -> Iterator[Tensor]:
         """The state after each of the loops 1..loops."""
-        around = around or self.surroundings(tokens.shape[1], cache)
-        state = embedding = self.encode(tokens, around, cache, pictures)
+        around = around or self.surroundings(tokens.shape[1])
+        state = embedding = self.encode(tokens, around, pictures)
         for loop in range(1, loops + 1):
-            state = self.step(state, embedding, loop, around, cache)
+            state = self.step(state, embedding, loop, around)
             yield state
 
     def forward(
@@ -225,13 +212,15 @@ class LoopedTransformer(nn.Module):
         """
         loops = loops or self.config.loops
         assert loops >= 1, "at least one loop"
-        around = self.surroundings(tokens.shape[1], cache, layout=self.layout(tokens, pictures))
-        state = embedding = self.encode(tokens, around, cache, pictures)
+        window = None if cache is None else cache.window(tokens.shape[1])
+        layout = self.layout(tokens, pictures)
+        around = self.surroundings(tokens.shape[1], window, layout=layout)
+        state = embedding = self.encode(tokens, around, pictures)
         for loop in range(1, loops + 1):
-            state = self.step(state, embedding, loop, around, cache)
-        logits = self.head(self.decode(state, around, cache))
-        if cache is not None:
-            cache.advance(tokens.shape[1])
+            state = self.step(state, embedding, loop, around)
+        logits = self.head(self.decode(state, around))
+        if window is not None:
+            window.advance()
         return LoopOutput(logits, state, self.confidence(state, loops))
 
     def layout(

@@ -1,0 +1,176 @@
+"""Rows on their way through the core: each at its own loop, each leaving by its own exit.
+
+One turn is one pass of the core over all rows that are in it, whatever loop each has reached: they
+share the weights, and only their places in the cache differ. Who leaves is read out at once, and
+others may enter before the next turn, so that the core works on a full batch (continuous batching
+over depth, arXiv 2608.09444).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from looptx_core.config.generation import ExitSettings
+from looptx_core.generation.exits import Exit, Readout, calibrated
+from looptx_core.generation.moves import Moves, Place, Work
+from looptx_core.model.cache import LoopCache
+from looptx_core.model.vision import Pictures
+
+
+class Landing(NamedTuple):
+    """Rows that were read out: what they predict, from how deep, and how sure."""
+
+    rows: list[int]
+    """Of the cache's batch."""
+    logits: Tensor
+    """(rows, vocab_size)."""
+    loops: list[int]
+    confidence: list[float]
+
+
+@dataclass
+class _Rider:
+    """One row in the core."""
+
+    row: int
+    exit: Exit
+    loop: int = 0
+    logits: Tensor | None = None
+    """After this loop, (vocab_size,), once they were read."""
+    previous: Tensor | None = None
+    """After the loop before, for the rules that read them."""
+    confidence: float = 0.0
+
+
+class Flight:
+    """`enter` rows, then `turn` until they land."""
+
+    def __init__(
+        self, moves: Moves, cache: LoopCache, settings: ExitSettings, work: Work | None = None
+    ) -> None:
+        self.moves, self.cache, self.settings = moves, cache, settings
+        self.work = work or Work()
+        self._riders: list[_Rider] = []
+        self._place: Place | None = None  # all riders' own; None: to be made
+        self._state: Tensor | None = None  # (riders, 1, d_model), and so the next
+        self._embedding: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Rows in the core."""
+        return len(self._riders)
+
+    def prompt(
+        self, rows: Sequence[int], tokens: Tensor, loops: int, pictures: Pictures | None = None
+    ) -> Landing:
+        """Run prompts of one length, (rows, length), to one depth and read out their ends."""
+        moves = self.moves
+        place = moves.at(self.cache, rows, tokens.shape[1], tokens, pictures)
+        state = embedding = moves.encode(tokens, place, pictures)
+        for loop in range(1, loops + 1):
+            state = moves.step(state, embedding, [loop], place)
+        logits = moves.decode(state, place, last=True)[:, -1]
+        window = self.cache.window(tokens.shape[1], rows)
+        window.leave(loops)
+        window.advance()
+        self.work.prompt += tokens.numel()
+        depths = [loops] * len(rows)
+        judged = moves.judge(state[:, -1:], depths)
+        sure = [calibrated(logit, gain, loops, self.settings)[0] for logit, gain in judged]
+        return Landing(list(rows), logits, depths, sure)
+
+    def enter(self, rows: Sequence[int], tokens: Sequence[int], exits: Sequence[Exit]) -> None:
+        """Rows begin with their next tokens."""
+        place = self.moves.at(self.cache, rows)
+        index = torch.tensor(tokens, device=self.moves.device)[:, None]
+        start = self.moves.encode(index, place)
+        self.work.encoded += len(rows)
+        if self._state is None or self._embedding is None:
+            self._state, self._embedding, self._place = start, start, place
+        else:
+            self._state = torch.cat([self._state, start])
+            self._embedding = torch.cat([self._embedding, start])
+            self._place = None
+        self._riders += [_Rider(row, own) for row, own in zip(rows, exits)]
+
+    def turn(self) -> Landing | None:
+        """One more loop for every row; those that leave are read out."""
+        riders, work = self._riders, self.work
+        assert self._state is not None and self._embedding is not None, "nobody has entered"
+        if self._place is None:
+            self._place = self.moves.at(self.cache, [rider.row for rider in riders])
+        for rider in riders:
+            rider.loop += 1
+        loops = [rider.loop for rider in riders]
+        self._state = self.moves.step(self._state, self._embedding, loops, self._place)
+        work.loops += len(riders)
+        if readers := [i for i, rider in enumerate(riders) if rider.exit.reads_logits]:
+            self._read(readers)
+        asked = [
+            i
+            for i, rider in enumerate(riders)
+            if rider.exit.judges(rider.loop) or rider.loop >= rider.exit.max_loops
+        ]
+        go = self._leaving(asked) if asked else []
+        return self._land(go) if go else None
+
+    def run(self) -> list[Landing]:
+        """Turn until all have landed."""
+        landings = []
+        while len(self):
+            if landing := self.turn():
+                landings.append(landing)
+        return landings
+
+    def _some(self, which: list[int]) -> tuple[Tensor, Place]:
+        """States and place of some of the riders."""
+        assert self._state is not None and self._place is not None
+        if len(which) == len(self._riders):
+            return self._state, self._place
+        return self._state[which], self.moves.at(self.cache, [self._riders[i].row for i in which])
+
+    def _read(self, which: list[int]) -> None:
+        logits = self.moves.decode(*self._some(which))[:, -1]
+        self.work.readouts += len(which)
+        for i, row in zip(which, logits):
+            self._riders[i].previous, self._riders[i].logits = self._riders[i].logits, row
+
+    def _leaving(self, asked: list[int]) -> list[int]:
+        """Which of these are let go by their exits."""
+        assert self._state is not None
+        riders = [self._riders[i] for i in asked]
+        states = self._state if len(asked) == len(self._riders) else self._state[asked]
+        judged = self.moves.judge(states, [rider.loop for rider in riders])
+        self.work.judged += len(asked)
+        go = []
+        for i, rider, (logit, gain) in zip(asked, riders, judged):
+            sure, gain = calibrated(logit, gain, rider.loop, self.settings)
+            if rider.exit.stops(rider.loop, Readout(sure, gain, rider.logits, rider.previous)):
+                rider.confidence = sure
+                go.append(i)
+        return go
+
+    def _land(self, go: list[int]) -> Landing:
+        if unread := [i for i in go if self._riders[i].logits is None]:
+            self._read(unread)
+        gone = [self._riders[i] for i in go]
+        for loop in {rider.loop for rider in gone}:
+            window = self.cache.window(1, [rider.row for rider in gone if rider.loop == loop])
+            window.leave(loop)
+            window.advance()
+        stay = sorted(set(range(len(self._riders))) - set(go))
+        self._riders = [self._riders[i] for i in stay]
+        self._place = None
+        assert self._state is not None and self._embedding is not None
+        self._state = self._state[stay] if stay else None
+        self._embedding = self._embedding[stay] if stay else None
+        return Landing(
+            [rider.row for rider in gone],
+            torch.stack([rider.logits for rider in gone if rider.logits is not None]),
+            [rider.loop for rider in gone],
+            [rider.confidence for rider in gone],
+        )

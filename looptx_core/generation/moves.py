@@ -1,0 +1,105 @@
+"""The model's moves for tokens of some rows of a cache, by torch on any device.
+
+The engine speaks to a model through these alone, so that a faster way to make the same moves can
+stand in their place; this one is the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from looptx_core.model.block import Surroundings
+from looptx_core.model.cache import LoopCache
+from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.vision import Pictures
+
+
+@dataclass
+class Work:
+    """What was done, counted in positions: what a test of speed can rely on."""
+
+    prompt: int = 0
+    """Positions of prompts."""
+    encoded: int = 0
+    """Passes of the prelude, prompts aside."""
+    loops: int = 0
+    """Passes of the core."""
+    readouts: int = 0
+    """Passes of coda and head."""
+    judged: int = 0
+    """Looks of the confidence head."""
+    drafted: int = 0
+    """Tokens that shallow loops proposed."""
+    accepted: int = 0
+    """Those of them that full depth would have drawn too."""
+
+
+Place = Surroundings
+"""Where the tokens of a pass stand; made by `Moves.at`."""
+
+
+class Moves:
+    """A token at a place: encode it, loop it, read it out, ask how sure it is."""
+
+    def __init__(self, model: LoopedTransformer) -> None:
+        self.model = model
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    def at(
+        self,
+        cache: LoopCache,
+        rows: Sequence[int] | None = None,
+        new: int = 1,
+        tokens: Tensor | None = None,
+        pictures: Pictures | None = None,
+    ) -> Place:
+        """The place of the next `new` tokens of these rows, or of all.
+
+        tokens: (rows, new), asked for where pictures are among them.
+        """
+        layout = None
+        if pictures is not None and tokens is not None:
+            layout = self.model.layout(tokens, pictures, cache.start if cache.padded else None)
+        return self.model.surroundings(new, cache.window(new, rows), layout=layout)
+
+    def encode(self, tokens: Tensor, place: Place, pictures: Pictures | None = None) -> Tensor:
+        """tokens (rows, new) -> what the loops start from, (rows, new, d_model)."""
+        return self.model.encode(tokens, place, pictures)
+
+    def step(self, state: Tensor, embedding: Tensor, loops: Sequence[int], place: Place) -> Tensor:
+        """The states after one more loop; `loops`: each row's, counted from 1."""
+        if loops.count(loops[0]) == len(loops):
+            return self.model.step(state, embedding, loops[0], place)
+        if self.model.enter_loop is None:
+            index = torch.tensor(loops, device=state.device)
+            return self.model.step(state, embedding, index, place)
+        after = torch.empty_like(state)  # loops with weights of their own go one by one
+        for loop in set(loops):
+            which = [i for i, own in enumerate(loops) if own == loop]
+            after[which] = self.step(
+                state[which], embedding[which], [loop], self._some(place, which)
+            )
+        return after
+
+    def _some(self, place: Place, which: list[int]) -> Place:
+        window = place.window
+        assert window is not None, "made by `at`"
+        return self.at(window.cache, [window.rows[i] for i in which], window.new)
+
+    def decode(self, state: Tensor, place: Place, last: bool = False) -> Tensor:
+        """Logits (rows, new, vocab_size); of each row's last token alone where so asked."""
+        read = self.model.decode(state, place)
+        return self.model.head(read[:, -1:] if last else read)
+
+    def judge(self, state: Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
+        """The confidence head's words on states (rows, 1, d_model): log-odds and gain."""
+        index = loops[0] if len(loops) == 1 else torch.tensor(loops, device=state.device)
+        judged = self.model.confidence(state, index)
+        return torch.cat([judged.logit, judged.gain], -1).tolist()

@@ -1,0 +1,155 @@
+"""Requests and what becomes of them: prompts in, a record for each token out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from looptx_core.config.generation import GenerationOptions
+from looptx_core.data.pictures import Picture
+from looptx_core.generation.exits import Exit
+from looptx_core.generation.flight import Landing
+from looptx_core.generation.sampling import draw
+from looptx_core.generation.text import TextStream
+
+
+@dataclass(frozen=True)
+class PicturePrompt:
+    """A text with pictures: one for each `<|image|>` in it, or all before it where it has none."""
+
+    text: str
+    pictures: tuple[Picture, ...]
+
+
+Prompt = str | Sequence[int] | PicturePrompt
+
+
+class Step(NamedTuple):
+    """One generated token."""
+
+    request: int
+    """Index of the prompt that it continues."""
+    id: int
+    text: str
+    """The text that it makes certain; '' within a character or a possible stop string."""
+    loops: int
+    """The depth at the position that predicted it."""
+    confidence: float
+    """The calibrated probability, there, that the top-1 token is right."""
+    logprob: float
+    """The model's own, at temperature 1 and before any filter, in nats."""
+    seconds: float
+    """Since its prompt was begun."""
+    finish_reason: str | None = None
+    """With a request's last token: length, stop (a stop string) or end (the document's)."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished request."""
+
+    prompt: str
+    text: str
+    tokens: list[Step]
+    prompt_tokens: int
+    finish_reason: str
+    exit: Exit
+    model: str
+
+    @property
+    def mean_loops(self) -> float:
+        return sum(step.loops for step in self.tokens) / len(self.tokens)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of this request, the prompt's time included."""
+        return len(self.tokens) / self.tokens[-1].seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that `looptx generate --json` prints for a prompt."""
+        shown = ("id", "text", "loops", "confidence", "logprob")
+        return {
+            "prompt": self.prompt,
+            "text": self.text,
+            "tokens": [{name: getattr(step, name) for name in shown} for step in self.tokens],
+            "mean_loops": self.mean_loops,
+            "tokens_per_second": self.tokens_per_second,
+            "prompt_tokens": self.prompt_tokens,
+            "finish_reason": self.finish_reason,
+            "exit": self.exit.describe(),
+            "model": self.model,
+        }
+
+
+@dataclass
+class Request:
+    """A prompt on its way: its settings, its own random generator, what it has seen."""
+
+    index: int
+    options: GenerationOptions
+    exit: Exit
+    prompt_exit: Exit
+    text: TextStream
+    seen: list[int]
+    limit: int
+    """Tokens to stop at, prompt included."""
+    end: int
+    """The token that ends documents."""
+    known: int
+    """Tokens that can be drawn: a model may have rows for more, to fill up to a round number."""
+    pictures: tuple[Picture, ...] = ()
+    script: Sequence[int] = ()
+    """Tokens to take, in place of those that would be drawn."""
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    began: float = field(default_factory=time.perf_counter)
+
+    def draw(self, logits: Tensor) -> int:
+        """The next token, by logits (vocab_size,)."""
+        if self.script:
+            return self.script[len(self.seen) - self.limit]
+        seen = torch.tensor(self.seen, device=logits.device)
+        return draw(logits[: self.known], self.options, seen, self.generator)
+
+    def take(self, token: int) -> tuple[str, str | None]:
+        """Go on with this token: its text, and why it is the last, if it is."""
+        self.seen.append(token)
+        text = self.text.push(token)
+        reason = None
+        if token == self.end and not self.options.ignore_eos:
+            reason = "end"
+        elif len(self.seen) == self.limit:
+            reason = "length"
+        if reason:
+            text += self.text.finish()
+        return text, "stop" if self.text.stopped else reason
+
+
+def advance(requests: Sequence[Request], landing: Landing) -> list[Step]:
+    """Draw each request's next token from what its row predicts."""
+    logits = at_least_float(landing.logits)
+    ids = [request.draw(row) for request, row in zip(requests, logits)]
+    return record(requests, ids, landing)
+
+
+def record(requests: Sequence[Request], ids: Sequence[int], landing: Landing) -> list[Step]:
+    """Give each request its next token; one of the landing's rows for each."""
+    logits = at_least_float(landing.logits)
+    chosen = logits.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0]
+    logprobs = (chosen - logits.logsumexp(-1)).tolist()
+    now = time.perf_counter()
+    columns = (requests, ids, landing.loops, landing.confidence, logprobs)
+    steps = []
+    for request, token, loops, confidence, logprob in zip(*columns):
+        text, reason = request.take(token)
+        figures = (loops, confidence, logprob, now - request.began)
+        steps.append(Step(request.index, token, text, *figures, reason))
+    return steps
+
+
+def at_least_float(logits: Tensor) -> Tensor:
+    return logits if logits.element_size() >= 4 else logits.float()
