@@ -21,6 +21,7 @@ from looptx_core.data.corpus import bundled_text
 from looptx_core.data.pairs import (
     MixedData,
     Mixture,
+    PicturePacked,
     is_pairs,
     mix_of,
     pair_examples,
@@ -356,8 +357,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_folder_and_json_lines_are_the_same_pairs(folder: Path) -> None:
     listed = read_pairs([folder / "pairs.jsonl"])
     held = read_pairs([folder / "pairs"])
-    assert [[Path(p).name for p in parts] for _, parts in listed.records] == [
-        [Path(p).name for p in parts] for _, parts in held.records
+    assert [[p.resolve() if isinstance(p, Path) else p for p in r] for _, r in listed.records] == [
+        [p.resolve() if isinstance(p, Path) else p for p in r] for _, r in held.records
     ]
     assert len(listed.records) == 12
     assert is_pairs(folder / "pairs.jsonl") and is_pairs(folder / "pairs")
@@ -377,8 +378,9 @@ def test_several_pictures_and_interleaved_parts(folder: Path, shards: Path) -> N
     ]
     (folder / "more.jsonl").write_text("\n".join(map(json.dumps, records)))
     pairs = read_pairs([folder / "more.jsonl"])
-    examples, files = pair_examples(pairs, open_shards(shards).tokenizer, CONFIG, 80)
-    for example, pictures_ in zip(examples, files):
+    found = pair_examples(pairs, open_shards(shards).tokenizer, CONFIG, 80)
+    examples = [example.ways[0] for example in found]
+    for example, pictures_ in zip(examples, [example.pictures for example in found]):
         sizes = [measure(file, CONFIG) for file in pictures_]
         patches = example.ids == IMG
         assert patches.sum() == sum(r * c for r, c in sizes)
@@ -387,12 +389,34 @@ def test_several_pictures_and_interleaved_parts(folder: Path, shards: Path) -> N
     assert examples[1].counted[1]
 
 
+def test_one_of_several_texts_is_drawn_in_each_epoch(folder: Path, shards: Path) -> None:
+    image = "pairs/00.png"
+    records = [
+        {"image": image, "text": ["red", "colour: red"]},
+        {"parts": [{"text": ["red", "green", "blue"]}, {"image": image}, {"text": "white"}]},
+    ]
+    (folder / "more.jsonl").write_text("\n".join(map(json.dumps, records)))
+    tokenizer = open_shards(shards).tokenizer
+    examples = pair_examples(read_pairs([folder / "more.jsonl"]), tokenizer, CONFIG, 80)
+    said = [{tokenizer.decode(way.ids[way.counted].tolist()) for way in e.ways} for e in examples]
+    assert said == [{"red", "colour: red"}, {"redwhite", "greenwhite", "bluewhite"}]
+    longest = max(len(way.ids) for way in examples[0].ways)
+    drawn = PicturePacked(examples[:1], longest - 1, 0, CONFIG, draw=3)
+    seen = [drawn[epoch]["tokens"].tolist() for epoch in range(12)]
+    assert len({tuple(tokens) for tokens in seen}) == 2
+    assert seen[5] == drawn[5]["tokens"].tolist()
+    plain = PicturePacked(examples[:1], longest - 1, 0, CONFIG)
+    for epoch in (0, 1):
+        assert plain[epoch]["tokens"].tolist() == examples[0].ways[0].ids.tolist()
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
         ('{"image": "absent.png", "text": "a"}', "line 2: no picture absent.png"),
         ('{"image": "pairs/00.png"}', "line 2: needs a picture and a text"),
         ('{"image": "pairs/00.png", "text": " "}', "line 2: needs a picture and a text"),
+        ('{"image": "pairs/00.png", "text": ["a", 1]}', "line 2: needs a picture and a text"),
         ("{", "line 2: not valid JSON"),
     ],
 )
@@ -412,7 +436,7 @@ def test_a_bad_picture_is_named_or_skipped(folder: Path, shards: Path) -> None:
     with pytest.raises(DataError, match=r"03\.png: not a picture"):
         pair_examples(read_pairs([folder / "pairs"]), tokenizer, CONFIG, 80)
     pairs = read_pairs([folder / "pairs"])
-    examples, _ = pair_examples(pairs, tokenizer, CONFIG, 80, skip_bad=True)
+    examples = pair_examples(pairs, tokenizer, CONFIG, 80, skip_bad=True)
     assert (len(examples), pairs.skipped) == (11, 1)
 
 

@@ -24,7 +24,12 @@ from looptx_core.training.curves import verdict
 from looptx_core.training.evaluate import evaluate_loops, fit_gain, fit_temperature
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
-from looptx_core.training.optimizer import build_optimizer, clip_by_part, learning_rate_factor
+from looptx_core.training.optimizer import (
+    FloatMuon,
+    build_optimizer,
+    clip_by_part,
+    learning_rate_factor,
+)
 from looptx_core.training.plan import plan
 
 MODEL = ModelConfig(
@@ -160,6 +165,46 @@ def test_muon_for_the_blocks_and_adamw_for_the_rest() -> None:
             optimizer.zero_grad()
         runs.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
     assert torch.equal(*runs)
+
+
+def test_muon_in_float32_is_torchs_within_bf16() -> None:
+    """Wide, tall and square matrices, with weight decay and a momentum of several steps."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(24, 40), (24, 40), (40, 24), (32, 32)]
+    start = [torch.randn(shape, generator=draw) for shape in shapes]
+    gradients = [[torch.randn(shape, generator=draw) for shape in shapes] for _ in range(4)]
+    ended = []
+    for kind in (torch.optim.Muon, FloatMuon):
+        weights = [torch.nn.Parameter(w.clone()) for w in start]
+        optimizer = kind(weights, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for step in gradients:
+            for weight, gradient in zip(weights, step):
+                weight.grad = gradient.clone()
+            optimizer.step()
+        ended.append([w.detach() for w in weights])
+    for before, one, two in zip(start, *ended):
+        assert float((one - two).norm()) < 0.02 * float((one - before).norm())
+
+
+def test_targets_of_weight_zero_cost_no_product_and_change_nothing() -> None:
+    tokens, ids = batch()
+    weights = torch.ones(6, 16)
+    weights[:, :9] = 0
+    found = []
+    for other in (False, True):
+        net = model()
+        if other:  # what does not count may be any token
+            targets = tokens[:, 1:].clone()
+            targets[:, :9] = 5
+        else:
+            targets = tokens[:, 1:]
+        result = loop_loss(
+            net, tokens[:, :-1], schedule(), 0, ids, targets=targets, weights=weights
+        )
+        found.append(result)
+    assert torch.equal(found[0].loss, found[1].loss)
+    whole = loop_loss(model(), tokens, schedule(), 0, ids)
+    assert found[0].flops < whole.flops
 
 
 def test_recomputing_gives_the_same_gradients() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -191,12 +191,18 @@ class Packed(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """tokens: (seq_len + 1,). ids: the number. documents, weights: (seq_len,)."""
+        index %= len(self)
+        return self.sequence(
+            index, [(number, self.examples[number]) for number in self.rows[index]]
+        )
+
+    def sequence(self, index: int, examples: Iterable[tuple[int, Example]]) -> dict[str, Tensor]:
+        """These numbered examples side by side, as sequence `index`."""
         tokens = torch.full((self.seq_len + 1,), self.padding)
         documents = torch.full((self.seq_len + 1,), -1)
         counted = torch.zeros(self.seq_len + 1)
-        index, start = index % len(self), 0
-        for number in self.rows[index]:
-            example = self.examples[number]
+        start = 0
+        for number, example in examples:
             place = slice(start, start + len(example.ids))
             tokens[place] = torch.from_numpy(example.ids.astype(np.int64))
             documents[place] = number

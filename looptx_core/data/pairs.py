@@ -2,13 +2,15 @@
 
 An input is a JSON-lines file of `{"image": path, "text": ...}` (or several paths in `image`, or
 `{"parts": [{"image": path}, {"text": ...}, ...]}`), or a folder with X.png beside X.txt. Paths
-are relative to the file. What counts is the text; pictures are given.
+are relative to the file. What counts is the text; pictures are given. A text may be a list of
+texts that say the same: each epoch draws one of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +33,8 @@ from looptx_core.errors import DataError, UsageError
 VISION_LAYERS = 4
 """Blocks of the encoder that a model gets where pictures come and nothing else is said."""
 
-Part = Path | str
-"""A picture or a text, in the order of a record."""
+Part = Path | tuple[str, ...]
+"""A picture, or the texts to draw one of, in the order of a record."""
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Pairs:
     def texts(self) -> Iterator[str]:
         """All text, for a tokenizer."""
         for _, parts in self.records:
-            yield " ".join(part for part in parts if isinstance(part, str))
+            yield " ".join(text for part in parts if isinstance(part, tuple) for text in part)
 
 
 def is_pairs(item: str | Path) -> bool:
@@ -119,9 +121,9 @@ def _parts(record: Any, base: Path, where: str) -> list[Part]:
     match record:
         case {"parts": [*parts]}:
             listed = [part for part in parts if isinstance(part, dict)]
-        case {"image": str(image), "text": str(text)}:
+        case {"image": str(image), "text": text}:
             listed = [{"image": image}, {"text": text}]
-        case {"image": [*images], "text": str(text)}:
+        case {"image": [*images], "text": text}:
             listed = [*({"image": image} for image in images), {"text": text}]
         case _:
             listed = []
@@ -136,8 +138,10 @@ def _parts(record: Any, base: Path, where: str) -> list[Part]:
                     )
                 out.append(path)
             case {"text": str(text)} if text.strip():
-                out.append(text.strip())
-    if not {Path, str} <= {Path if isinstance(p, Path) else str for p in out}:
+                out.append((text.strip(),))
+            case {"text": [*texts]} if _are_texts(texts):
+                out.append(tuple(text.strip() for text in texts))
+    if len({isinstance(part, Path) for part in out}) < 2:
         raise DataError(
             f'{where}: needs a picture and a text, as {{"image": path, "text": ...}}; mend it, '
             "or pass --skip-bad"
@@ -145,30 +149,34 @@ def _parts(record: Any, base: Path, where: str) -> list[Part]:
     return out
 
 
+@dataclass(frozen=True)
+class PairExample:
+    """A record as tokens. ways: with each of its texts, the longest first; pictures: its files."""
+
+    ways: list[Example]
+    pictures: list[Path]
+
+
+def _are_texts(texts: list[Any]) -> bool:
+    return bool(texts) and all(isinstance(text, str) and text.strip() for text in texts)
+
+
 def pair_examples(
     pairs: Pairs, tokenizer: Tokenizer, config: ModelConfig, seq_len: int, skip_bad: bool = False
-) -> tuple[list[Example], list[list[Path]]]:
-    """Examples and the pictures of each. The end token stands before and after a record.
+) -> list[PairExample]:
+    """Examples; the end token stands before and after a record.
 
     Raises `DataError` for a picture that can't be read and a record longer than `seq_len`;
     skip_bad: those are left out and counted in `pairs`.
     """
-    end = end_id(tokenizer)
-    examples, pictures = [], []
+    examples = []
     for where, parts in pairs.records:
-        ids, counted = [end], [False]
         try:
-            for part in parts:
-                if isinstance(part, Path):
-                    rows, columns = measure(part, config, f"{where}: {part}")
-                    new, text = [config.image_token] * (rows * columns), False
-                else:
-                    new, text = tokenizer.encode(part, add_special_tokens=False).ids, True
-                ids += new
-                counted += [text] * len(new)
-            if len(ids) > seq_len:
+            example = _pair_example(where, parts, tokenizer, config)
+            longest = len(example.ways[0].ids)
+            if longest > seq_len + 1:
                 raise DataError(
-                    f"{where}: {len(ids) + 1} tokens with its pictures, over --seq-len {seq_len}; "
+                    f"{where}: {longest} tokens with its pictures, over --seq-len {seq_len}; "
                     "raise --seq-len, or pass --skip-bad"
                 )
         except DataError:
@@ -176,46 +184,67 @@ def pair_examples(
                 raise
             pairs.skipped += 1
             continue
-        examples.append(Example(np.array([*ids, end], np.int32), np.array([*counted, True])))
-        pictures.append([part for part in parts if isinstance(part, Path)])
-    return examples, pictures
+        examples.append(example)
+    return examples
+
+
+def _pair_example(
+    where: str, parts: list[Part], tokenizer: Tokenizer, config: ModelConfig
+) -> PairExample:
+    """Text n of a list goes with text n of the record's other lists, which go round."""
+    end = end_id(tokenizer)
+    pictures = [part for part in parts if isinstance(part, Path)]
+    sizes = [math.prod(measure(file, config, f"{where}: {file}")) for file in pictures]
+    ways = []
+    for way in range(max(len(part) for part in parts if isinstance(part, tuple))):
+        ids, counted, size = [end], [False], iter(sizes)
+        for part in parts:
+            if isinstance(part, Path):
+                new, text = [config.image_token] * next(size), False
+            else:
+                chosen = part[way % len(part)]
+                new, text = tokenizer.encode(chosen, add_special_tokens=False).ids, True
+            ids += new
+            counted += [text] * len(new)
+        ways.append(Example(np.array([*ids, end], np.int32), np.array([*counted, True])))
+    return PairExample(sorted(ways, key=lambda way: -len(way.ids)), pictures)
 
 
 class PicturePacked(Packed):
     """`Packed` for examples with pictures, which are decoded here, in the loader's workers.
 
-    pictures: the files of each example. augment: a seed to draw each picture anew, in each epoch.
+    draw: a seed to draw each example's text, in each epoch; absent: its longest. augment: draw
+    each picture anew too.
     """
 
     def __init__(
         self,
-        examples: Sequence[Example],
-        pictures: Sequence[Sequence[Path]],
+        pairs: Sequence[PairExample],
         seq_len: int,
         padding: int,
         config: ModelConfig,
-        augment: int | None = None,
+        draw: int | None = None,
+        augment: bool = False,
     ) -> None:
-        super().__init__(examples, seq_len, padding)
-        self.pictures, self.config, self.augment = pictures, config, augment
+        super().__init__([pair.ways[0] for pair in pairs], seq_len, padding)
+        self.pairs, self.config, self.draw, self.augment = pairs, config, draw, augment
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """As `Packed`'s, with patches and grids as in `Pictures`."""
         epoch, place = divmod(index, len(self))
-        found = [
-            read_picture(path, self.config, augment=self._draw(epoch, number))
-            for number in self.rows[place]
-            for path in self.pictures[number]
-        ]
-        item = super().__getitem__(place)
+        texts, found = [], []
+        for number in self.rows[place]:
+            pair, way, draw = self.pairs[number], 0, None
+            if self.draw is not None:
+                draw = np.random.default_rng((self.draw, epoch, number))
+                way = int(draw.integers(len(pair.ways))) if len(pair.ways) > 1 else 0
+            texts.append((number, pair.ways[way]))
+            how = draw if self.augment else None
+            found += [read_picture(path, self.config, augment=how) for path in pair.pictures]
+        item = self.sequence(place, texts)
         if pictures := together(found):
             item |= {"patches": pictures.patches, "grids": pictures.grids}
         return item
-
-    def _draw(self, epoch: int, number: int) -> np.random.Generator | None:
-        return (
-            None if self.augment is None else np.random.default_rng((self.augment, epoch, number))
-        )
 
 
 class Mixture(Dataset[dict[str, Tensor]]):
@@ -272,36 +301,38 @@ class MixedData(Batches):
     ) -> None:
         self.shards = open_shards(folder)
         tokenizer = self.shards.tokenizer
-        examples, pictures = pair_examples(pairs, tokenizer, config, seq_len, skip_bad)
+        examples = pair_examples(pairs, tokenizer, config, seq_len, skip_bad)
         train, held_out = _split(examples, self.shards.manifest.split.val_fraction, seed)
-        padding = padding_id(tokenizer)
-
-        def packed(chosen: list[int], augment: int | None) -> PicturePacked:
-            return PicturePacked(
-                [examples[i] for i in chosen], [pictures[i] for i in chosen], seq_len, padding,
-                config, augment,
-            )  # fmt: skip
-
+        how_packed = (seq_len, padding_id(tokenizer), config)
         text = text_windows(folder, self.shards, seq_len, document_mask)
-        self.val_parts: dict[str, Sequences] = {"text": text[1], "pictures": packed(held_out, None)}
-        kinds: list[Sequences] = [text[0], packed(train, seed if augment else None)]
+        self.val_parts: dict[str, Sequences] = {
+            "text": text[1],
+            "pictures": PicturePacked(held_out, *how_packed),
+        }
+        kinds: list[Sequences] = [text[0], PicturePacked(train, *how_packed, seed, augment)]
         used = [(kind, weight) for kind, weight in zip(kinds, mix) if weight]
         mixture = Mixture([kind for kind, _ in used], [weight for _, weight in used], seed)
         val = cast(Sequences, ConcatDataset(cast(Any, list(self.val_parts.values()))))
         super().__init__(mixture, val, seed=seed, **how)
 
 
-def _split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers of the examples to train on and to hold out, at least one each."""
+def _split(
+    examples: Sequence[PairExample], share: float, seed: int
+) -> tuple[list[PairExample], list[PairExample]]:
+    """What to train on and to hold out, at least one each; records of equal texts together."""
 
-    def place(number: int) -> bytes:
-        text = examples[number].ids[examples[number].counted]
-        return hashlib.sha256(f"{seed}:".encode() + text.tobytes()).digest()
+    def place(example: PairExample) -> bytes:
+        texts = [way.ids[way.counted].tobytes() for way in example.ways]
+        return hashlib.sha256(f"{seed}:".encode() + b"".join(texts)).digest()
 
     if len(examples) < 2:
         raise DataError("at least 2 pictures with texts are needed, one of them to hold out")
-    order = sorted(range(len(examples)), key=place)
+    order = sorted(range(len(examples)), key=lambda i: place(examples[i]))
     count = min(max(1, round(share * len(order))), len(order) - 1)
-    while count + 1 < len(order) and place(order[count]) == place(order[count - 1]):
+    while count + 1 < len(order) and place(examples[order[count]]) == place(
+        examples[order[count - 1]]
+    ):
         count += 1  # equal texts stay together
-    return sorted(order[count:]), sorted(order[:count])
+    return [examples[i] for i in sorted(order[count:])], [
+        examples[i] for i in sorted(order[:count])
+    ]

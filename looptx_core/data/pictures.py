@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from looptx_core.config.model import ModelConfig
@@ -27,6 +27,8 @@ from looptx_core.model.vision import Pictures
 MOST_PIXELS = 64_000_000
 """Of a picture that is decoded; a small file can claim far more (a decompression bomb)."""
 LEAST_SIDE = 4
+WHITE = (255, 255, 255)
+"""What lies under a transparent picture."""
 _TOO_LARGE = f"the limit is {MOST_PIXELS // 10**6} million in all, so scale it down first"
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _ORIENTATION = 0x0112
@@ -72,7 +74,7 @@ def read_picture(
 
     Args:
         where: what to call it in errors; absent: its path.
-        augment: draws a shift, a scale, colours and a background, for training.
+        augment: draws a shift, a scale, a turn, colours and a background, for training.
     Raises:
         DataError: not a picture, truncated, under 4 pixels a side or over 64 million.
     """
@@ -80,10 +82,13 @@ def read_picture(
         rows, columns = _grid(found, config)
         image = ImageOps.exif_transpose(found).convert("RGBA")
     size = (columns * config.patch_size, rows * config.patch_size)
-    flat = _augmented(image, size, augment) if augment else _flat(image, (255, 255, 255))
-    pixels = np.asarray(flat.resize(size, Image.Resampling.BICUBIC), np.float32)
+    if augment:
+        pixels = _augmented(image, size, augment)
+    else:
+        flat = _flat(image, WHITE).resize(size, Image.Resampling.BICUBIC)
+        pixels = np.asarray(flat, np.float32) / 127.5 - 1
     side = config.patch_size
-    patches = torch.from_numpy(pixels / 127.5 - 1).view(rows, side, columns, side, 3)
+    patches = torch.from_numpy(pixels).view(rows, side, columns, side, 3)
     return Picture(patches.permute(0, 2, 1, 3, 4).reshape(rows * columns, -1), rows, columns)
 
 
@@ -100,7 +105,7 @@ def preprocessor(config: ModelConfig) -> dict[str, object]:
     return {
         "image_processor_type": "LooptxImageProcessor",
         "do_convert_rgb": True,
-        "background": [255, 255, 255],
+        "background": list(WHITE),
         "do_resize": True,
         "resample": int(Image.Resampling.BICUBIC),
         "patch_size": config.patch_size,
@@ -157,32 +162,38 @@ def _flat(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     return Image.alpha_composite(under, image).convert("RGB")
 
 
-def _augmented(image: Image.Image, size: tuple[int, int], draw: np.random.Generator) -> Image.Image:
-    """Shifted, scaled and turned a little, in other colours, of the wanted size."""
-    background = (255, 255, 255)
-    if draw.random() < 0.3:
-        red, green, blue = draw.integers(160, 256, 3).tolist()
+def _augmented(image: Image.Image, size: tuple[int, int], draw: np.random.Generator) -> np.ndarray:
+    """Shifted, scaled and turned a little, in other colours: (height, width, 3), -1 to 1."""
+    background = WHITE
+    if draw.random() < 0.4:
+        red, green, blue = draw.integers(0, 256, 3).tolist()
         background = (red, green, blue)
+    # What follows looks at single pixels, so a large picture is scaled down first.
+    image = image.resize(
+        [min(side, 2 * wanted) for side, wanted in zip(image.size, size)],
+        Image.Resampling.BOX,
+    )
     flat = _flat(image, background)
-    flat = flat.rotate(draw.uniform(-12, 12), Image.Resampling.BILINEAR, fillcolor=background)
-    width, height = flat.size
-    scale = np.exp(draw.uniform(-0.2, 0.2)) / np.exp(draw.uniform(-0.08, 0.08, 2))
-    (dx, dy), (sx, sy) = draw.uniform(-0.08, 0.08, 2) * (width, height), scale
+    angle, shift = np.deg2rad(draw.uniform(-15, 15)), draw.uniform(-0.1, 0.1, 2)
+    scale = np.exp(draw.uniform(-0.25, 0.25) + draw.uniform(-0.08, 0.08, 2))
+    # Columns: where a step to the right and a step down lead, in the picture's own pixels.
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * scale
+    step = turn / np.array(size) * np.array(flat.size)[:, None]
+    corner = (0.5 + shift) * flat.size - step @ np.array(size) / 2
     flat = flat.transform(
         size,
         Image.Transform.AFFINE,
-        (
-            sx * width / size[0], 0, (1 - sx) * width / 2 + dx,
-            0, sy * height / size[1], (1 - sy) * height / 2 + dy,
-        ),
+        (*step[0], corner[0], *step[1], corner[1]),
         Image.Resampling.BICUBIC,
         fillcolor=background,
-    )  # fmt: skip
-    for change in (ImageEnhance.Color, ImageEnhance.Contrast, ImageEnhance.Brightness):
-        flat = change(flat).enhance(draw.uniform(0.7, 1.3))
-    if draw.random() < 0.1:
-        flat = ImageOps.grayscale(flat).convert("RGB")
-    return flat
+    )
+    pixels = np.asarray(flat, np.float32) / 127.5 - 1
+    grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
+    colour = 0 if draw.random() < 0.1 else draw.uniform(0.5, 1.5)
+    pixels = grey[..., None] + np.float32(colour) * (pixels - grey[..., None])
+    contrast = draw.uniform(0.7, 1.3) * np.exp(draw.uniform(-0.15, 0.15, 3))
+    changed = pixels * contrast.astype(np.float32) + np.float32(draw.uniform(-0.15, 0.15))
+    return np.clip(changed, -1, 1)
 
 
 def _name(source: Source, where: str | None) -> str:

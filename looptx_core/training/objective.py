@@ -164,6 +164,8 @@ class _Scored:
     logit: Tensor
     gain: Tensor
     weights: Tensor | None
+    counted: float
+    """Share of the targets that count."""
 
 
 def _score(
@@ -176,17 +178,24 @@ def _score(
     states = torch.cat(read.states)
     rows = torch.tensor(read.rows, device=targets.device)
     targets = targets[rows]
-    logits = model.head(model.decode(states, around.rows(rows))).float()
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    weights = None if weights is None else weights[rows]
+    # A product with the vocabulary only where a target counts, which it does nowhere on a picture.
+    counted = torch.ones_like(targets, dtype=torch.bool) if weights is None else weights > 0
+    wanted = targets[counted]
+    logits = model.head(model.decode(states, around.rows(rows))[counted]).float()
+    found = F.cross_entropy(logits, wanted, reduction="none")
+    hits = (logits.detach().argmax(-1) == wanted).float()
+    nothing = found.new_zeros(targets.shape)
     confidence = model.confidence(states, torch.tensor(read.loops, device=states.device))
     return _Scored(
         read.rows,
         read.loops,
-        losses.view(targets.shape),
-        (logits.detach().argmax(-1) == targets).float(),
+        nothing.masked_scatter(counted, found),
+        nothing.masked_scatter(counted, hits),
         confidence.logit.float(),
         confidence.gain.float(),
-        None if weights is None else weights[rows],
+        weights,
+        float(counted.float().mean()),
     )
 
 
@@ -217,7 +226,8 @@ def _combine(
 
     cost = token_flops(model.config, length / 2)
     readouts = len(read.rows) / batch
-    forward = cost.at(core_rows / batch, readouts, readouts) * batch * length
+    unread = readouts * (1 - read.counted) * 2 * model.config.d_model * model.config.vocab_size
+    forward = (cost.at(core_rows / batch, readouts, readouts) - unread) * batch * length
     final = (depths[rows] == loops).to(by_readout.device)
     return LoopLoss(
         loss=loss,
