@@ -28,6 +28,17 @@ HOLD = (
     "import os, time; os.open({lock!r}, os.O_CREAT | os.O_EXCL); print(flush=True); time.sleep(60)"
 )
 
+HANG = """
+import os, time
+lock = {lock!r}
+os.open(lock, os.O_CREAT | os.O_EXCL)
+try:
+    print("[1/2] c++", flush=True)
+    time.sleep(60)
+finally:
+    os.remove(lock)
+"""
+
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -96,11 +107,32 @@ def test_building_reports_and_frees_a_stale_lock(
     seconds = build_op("cpu_adam", lines.append, every=0.5)
     assert 0 < seconds < 120
     assert "removed" in lines[0] and "ready after" in lines[-1]
-    assert any("compiling, step" in line for line in lines[1:-1]), lines
+    assert any("steps done" in line for line in lines[1:-1]), lines
     assert (cache / "cpu_adam/cpu_adam.so").is_file()
     assert inspect_op("cpu_adam").state == "built"
     os.utime(cache / "cpu_adam/cpu_adam.so", (0, 0))
     assert inspect_op("cpu_adam").state == "out of date"
+
+
+def test_an_interrupt_ends_the_build_and_its_lock(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "_BUILD", HANG.format(lock=str(cache / "cpu_adam/lock")))
+
+    def interrupt(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_op("cpu_adam", interrupt, every=0.5)
+    assert ops.lock_holders(cache / "cpu_adam") == []
+    assert not (cache / "cpu_adam/lock").exists()
+
+
+def test_one_ninja_does_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    ops.prefer_own_ninja()
+    ops.prefer_own_ninja()
+    assert os.environ["PATH"] == f"{Path(sys.executable).parent}:/usr/bin:/bin"
 
 
 def test_a_build_that_fails_tells_the_compilers_line(

@@ -6,6 +6,7 @@ torch builds an extension in a folder of its own (`<cache>/py311_cpu/cpu_adam`) 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -33,7 +34,8 @@ OPS = {
 
 # Runs in a process of its own: DeepSpeed writes to stdout, and a compiler's crash stays outside.
 _BUILD = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell's job started us
 from deepspeed.ops.op_builder.all_ops import ALL_OPS
 if sys.argv[1] not in ALL_OPS:
     sys.exit(f"looptx: this DeepSpeed has no op {sys.argv[1]}")
@@ -160,6 +162,7 @@ def build_op(
     """
     if obstacle := op_obstacle(name):
         raise MissingError(f"{name}: {obstacle}")
+    prefer_own_ninja()
     begun = time.monotonic()
     while True:
         _free(name, report)
@@ -172,13 +175,13 @@ def build_op(
         child = subprocess.Popen(
             [sys.executable, "-P", "-c", _BUILD, name],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=_environment(),
+            start_new_session=True,
         )  # fmt: skip
         try:
             _follow(child, output.fileno(), name, begun, report, every)
         finally:
-            if child.poll() is None:  # as torch removes its lock on an interrupt
-                child.send_signal(signal.SIGINT)
-                child.wait(30)
+            if child.poll() is None:
+                _stop(child)
         output.seek(0)
         text = output.read()
     if child.returncode:
@@ -186,6 +189,30 @@ def build_op(
     seconds = time.monotonic() - begun
     report(f"{name}: ready after {seconds:.0f} s")
     return seconds
+
+
+def prefer_own_ninja() -> None:
+    """Put this Python's folder of programs first on PATH, for this process.
+
+    Each version of ninja has its own idea of a command's hash: a build that another version made
+    is built anew, for minutes, at its first use. So the one beside Python does all of them.
+    """
+    own = str(Path(sys.executable).parent)
+    paths = os.environ.get("PATH", "").split(os.pathsep)
+    if paths[0] != own:
+        os.environ["PATH"] = os.pathsep.join([own, *paths])
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """End a build: torch removes its lock on an interrupt, and ninja what is half done."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGINT)
+    try:
+        child.wait(20)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def _free(name: str, report: Callable[[str], object]) -> None:
@@ -220,23 +247,21 @@ def _follow(
 ) -> None:
     """Report ninja's count of files until the child ends."""
     said = checked = time.monotonic()
-    progress = shown = "starting"
+    progress = shown = "at work"
     at = 0
     while child.poll() is None:
         time.sleep(0.2)
         new = os.pread(output, 1 << 20, at)
         at += len(new)
         for done, total in re.findall(rb"^\[(\d+)/(\d+)\]", new, re.MULTILINE):
-            progress = f"step {int(done)} of {int(total)}"
+            progress = f"{int(done)} of {int(total)} steps done"
         now = time.monotonic()
         if now - checked >= every:  # another build may have begun meanwhile, and been killed
             checked = now
             _free(name, report)
-        if progress == "starting":
-            continue  # nothing to build: only the import takes time
         if progress != shown or now - said >= every:
             said, shown = now, progress
-            report(f"{name}: compiling, {progress}, {said - begun:.0f} s")
+            report(f"{name}: {progress}, {said - begun:.0f} s")
 
 
 def _reason(text: str) -> str:
