@@ -22,8 +22,9 @@ from emoji import fetch_emoji
 from looptx_core.checkpoint.folder import LoadedModel, load_model
 from looptx_core.checkpoint.registry import bundled_model
 from looptx_core.config.generation import GenerationOptions
-from looptx_core.data.pictures import Picture, read_picture, together
+from looptx_core.data.pictures import read_picture
 from looptx_core.generation.engine import Engine, PicturePrompt
+from looptx_core.model.vision import Picture, together
 from looptx_core.training.evaluate import evaluate_loops
 
 RESULTS = Path(__file__).parent / "results" / "pictures.json"

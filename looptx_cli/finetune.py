@@ -35,7 +35,8 @@ def finetune(
     looptx finetune --data chats.parquet --qlora --quantization int8
     looptx finetune --data hf:NAME --lora --seq-len 512 --too-long drop
 
-    A line of data is {"prompt", "response"}, {"messages": [{"role", "content"}]} or {"text"}.
+    A line of data is {"prompt", "response"}, {"messages": [{"role", "content"}]} or {"text"}, each
+    with an `image` where there are pictures.
     """
     from looptx_core.checkpoint.registry import next_run_dir, resolve_model
     from looptx_core.data.bundled import bundled_questions
@@ -48,7 +49,12 @@ def finetune(
     settings = resolved.build(FinetuneConfig)
     if folder is None:
         folder = next_run_dir(settings.out, "finetune", overwrite)
-    base = resolve_model(settings.model, need=frozenset({"weights"}))
+    from looptx_core.data.examples import have_pictures
+
+    sees = have_pictures(settings.data) if settings.data else False
+    base = resolve_model(
+        settings.model, need=frozenset({"weights", "vision"} if sees else {"weights"})
+    )
     if settings.model is None:
         note(f"model: {base.folder}, {base.reason}", quiet)
     note(f"run: {folder}, {settings.method}", quiet)

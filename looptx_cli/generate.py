@@ -18,7 +18,8 @@ from looptx_core.config.resolve import resolve
 from looptx_core.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from looptx_core.generation.engine import Engine, Generation, Prompt, Step
+    from looptx_core.generation.engine import ChatPrompt, Engine, Generation, Prompt, Step
+    from looptx_core.model.vision import Picture
 
 SCHEMA_VERSION = 1
 
@@ -42,6 +43,9 @@ def generate(
         list[Path] | None,
         typer.Option(help="A picture, before the prompt or at its <|image|>; may be repeated."),
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="A prompt is a turn of a chat, which the model answers.")
+    ] = False,
     show_iterations: Annotated[
         bool, typer.Option("--show-iterations", help="Show each token's loops and confidence.")
     ] = False,
@@ -62,6 +66,7 @@ def generate(
     looptx generate "Call me" --compare-loops 1,4,10
     looptx generate --image cat.png --show-iterations
     looptx generate "Call me" --adapter runs/finetune-1
+    looptx generate --chat "Who are you?" --adapter runs/finetune-1
     looptx generate "Call me" --json | jq .tokens[0]
     looptx generate --prompts-file prompts.txt --loops 4 --temperature 0
     """
@@ -71,18 +76,26 @@ def generate(
     texts: list[Prompt] = [*(prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
     if image and len(texts) > 1:
         raise UsageError("--image goes with one prompt; give one, or none for a caption")
-    if image and not texts:
+    if image and not texts and not chat:
         texts = [""]
-    chat = not texts and sys.stdin.isatty()
-    if not texts and not chat:
+    talk = not texts and sys.stdin.isatty()
+    if not texts and not talk:
         texts = [sys.stdin.read().rstrip("\n")]
 
     need = frozenset({"vision"} if image else ())
-    engine = _load(model, adapter, attention, precision, quiet, need)
-    if image:
-        texts = [_with_pictures(engine, str(texts[0]), image)]
+    engine, templated = _load(model, adapter, attention, precision, quiet, need)
+    if chat and not templated:
+        raise UsageError(
+            "--chat: this model was not finetuned on chats (looptx finetune, with messages as "
+            "data); leave it out, or give --model or --adapter"
+        )
+    pictures = _pictures(engine, image or ())
     if chat:
-        _chat(engine, options, quiet)
+        texts = [_turn(str(text), pictures) for text in texts]
+    elif pictures and not talk:
+        texts = [_with_pictures(str(texts[0]), pictures)]
+    if talk:
+        _chat(engine, options, quiet, templated, pictures)
     elif depths:
         _compare(engine, texts, options, depths, as_json)
     elif as_json:
@@ -92,16 +105,26 @@ def generate(
     elif len(texts) == 1:
         _stream(engine, texts[0], options, show_iterations, quiet)
     else:
-        for result in engine.complete(texts, options):
-            _show(engine, result, show_iterations, quiet)
+        for text, result in zip(texts, engine.complete(texts, options)):
+            _show(engine, text, result, show_iterations, quiet)
 
 
-def _with_pictures(engine: Engine, text: str, files: Sequence[Path]) -> Prompt:
+def _pictures(engine: Engine, files: Sequence[Path]) -> tuple[Picture, ...]:
     from looptx_core.data.pictures import read_picture
+
+    return tuple(read_picture(file, engine.model.config) for file in files)
+
+
+def _with_pictures(text: str, pictures: tuple[Picture, ...]) -> Prompt:
     from looptx_core.generation.engine import PicturePrompt
 
-    pictures = tuple(read_picture(file, engine.model.config) for file in files)
     return PicturePrompt(text, pictures)
+
+
+def _turn(text: str, pictures: tuple[Picture, ...]) -> ChatPrompt:
+    from looptx_core.generation.engine import ChatPrompt
+
+    return ChatPrompt(({"role": "user", "content": text},), pictures)
 
 
 def _load(
@@ -111,7 +134,8 @@ def _load(
     precision: str,
     quiet: bool,
     need: frozenset[str] = frozenset(),
-) -> Engine:
+) -> tuple[Engine, bool]:
+    """The engine, and whether its model was finetuned on chats of our template."""
     from looptx_core.checkpoint.registry import resolve_adapter, resolve_model
 
     found = resolve_adapter(adapter, model) if adapter else resolve_model(model, need=need)
@@ -119,6 +143,7 @@ def _load(
         note(f"model: {found.folder}, {found.reason}", quiet)
     import torch
 
+    from looptx_core.data.chat import TEMPLATE
     from looptx_core.finetuning.load import load_resolved
     from looptx_core.generation.engine import Engine
     from looptx_core.model.attention import choose_backend
@@ -131,7 +156,8 @@ def _load(
     backend = choose_backend(attention, device, types[precision])
     note(f"attention: {backend.name}, {backend.reason}", quiet)
     loaded.model.attend = backend.attend
-    return Engine(loaded.model, loaded.tokenizer, loaded.exit, name=loaded.name)
+    engine = Engine(loaded.model, loaded.tokenizer, loaded.exit, name=loaded.name)
+    return engine, loaded.chat_template == TEMPLATE
 
 
 def _depths(text: str | None) -> list[int]:
@@ -186,9 +212,7 @@ def _stream(
     def watch(step: Step) -> None:
         nonlocal begun
         if not begun and not (iterations and plain):
-            _print(
-                engine.text_of(prompt)
-            )  # only now: settings that can't be followed print nothing
+            _print(_before(engine, prompt))  # only now: refused settings print nothing
         begun = True
         if not iterations:
             _print(step.text)
@@ -204,11 +228,20 @@ def _stream(
     _summarise(engine, result, iterations, quiet)
 
 
-def _show(engine: Engine, result: Generation, iterations: bool, quiet: bool) -> None:
+def _before(engine: Engine, prompt: Prompt) -> str:
+    """What to print before a continuation; an answer stands alone."""
+    from looptx_core.generation.engine import ChatPrompt
+
+    return "" if isinstance(prompt, ChatPrompt) else engine.text_of(prompt)
+
+
+def _show(
+    engine: Engine, prompt: Prompt, result: Generation, iterations: bool, quiet: bool
+) -> None:
     """One of several finished requests."""
     from looptx_cli.render import token_line
 
-    _print(f"{result.prompt}{result.text}\n")
+    _print(f"{_before(engine, prompt)}{result.text}\n")
     if iterations:
         _print("".join(token_line(step) + "\n" for step in result.tokens))
         _summarise(engine, result, iterations, quiet)
@@ -254,10 +287,20 @@ def _compare(
         )
 
 
-def _chat(engine: Engine, options: GenerationOptions, quiet: bool) -> None:
-    """Lines in, continuations out; what was said so far is the prompt of the next."""
-    note("A chat: /loops N sets the depth, /new starts afresh, Ctrl-D ends.", quiet)
-    said = ""
+def _chat(
+    engine: Engine,
+    options: GenerationOptions,
+    quiet: bool,
+    templated: bool,
+    pictures: tuple[Picture, ...],
+) -> None:
+    """Lines in, answers or continuations out; what was said so far is before the next.
+
+    templated: by turns, for a model that was finetuned on chats; another one goes on with the text.
+    """
+    kind = "A chat" if templated else "The model was not finetuned on chats and continues the text"
+    note(f"{kind}: /loops N sets the depth, /new starts afresh, Ctrl-D ends.", quiet)
+    said: list[dict[str, str]] = []
     while True:
         try:
             line = input("> ")
@@ -265,17 +308,44 @@ def _chat(engine: Engine, options: GenerationOptions, quiet: bool) -> None:
             _print("\n")
             return
         if line == "/new":
-            said = ""
+            said = []
         elif line.startswith("/loops"):
             asked = line.removeprefix("/loops").strip()
             options = replace(options, loops=int(asked) if asked.isdigit() else "auto")
         elif line:
-            said += line
-            room = engine.model.config.max_seq_len - options.max_new_tokens
-            ids = engine.tokenizer.encode(said).ids[-max(1, room) :]
-            (result,) = engine.complete([ids], options, lambda step: _print(step.text))
+            said.append({"role": "user", "content": line})
+            prompt = _conversation(engine, said, options.max_new_tokens, templated, pictures)
+            try:
+                (result,) = engine.complete([prompt], options, lambda step: _print(step.text))
+            except UsageError as error:  # too long a line, or a depth that is not there
+                note(f"looptx: {error}", False)
+                said.pop()
+                continue
             _print("\n")
-            said += result.text + "\n"
+            said.append({"role": "assistant", "content": result.text})
+
+
+def _conversation(
+    engine: Engine,
+    said: list[dict[str, str]],
+    new: int,
+    templated: bool,
+    pictures: tuple[Picture, ...],
+) -> Prompt:
+    """What was said, as a prompt that leaves room for `new` tokens; the oldest turns give way."""
+    from looptx_core.generation.engine import ChatPrompt
+
+    room = max(1, engine.model.config.max_seq_len - new)
+    if not templated:
+        text = "".join(turn["content"] + "\n" * (turn["role"] == "assistant") for turn in said)
+        if pictures:
+            return _with_pictures(text, pictures)
+        return engine.tokenizer.encode(text, add_special_tokens=False).ids[-room:]
+    while True:
+        prompt = ChatPrompt(tuple(said), pictures)
+        if len(said) < 3 or engine.length(prompt) <= room:
+            return prompt
+        del said[:2]
 
 
 def _print(text: str) -> None:

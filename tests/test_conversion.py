@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import re
@@ -378,6 +379,14 @@ def test_the_exported_code_is_the_models_own(exported: Path) -> None:
     root = Path(importlib.import_module("looptx_core").__file__ or "").parent
     names = {file.name for file in exported.glob("*.py")}
     assert names == set(exported_sources()) and {"modeling_looptx.py", "model_loop.py"} <= names
+    # Nothing that comes without transformers; Pillow, for one, does not.
+    for text in exported_sources().values():
+        trees = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import)]
+        outer = {alias.name for node in trees for alias in node.names}
+        outer |= {node.module or "" for node in ast.walk(ast.parse(text))
+                  if isinstance(node, ast.ImportFrom) and not node.level}  # fmt: skip
+        roots = {name.split(".")[0] for name in outer} - set(sys.stdlib_module_names)
+        assert roots <= {"torch", "transformers", "tokenizers", "flash_attn"}
     for name in names - {"modeling_looptx.py"}:
         parts = name.removesuffix(".py").split("_", 1)
         source = root.joinpath(*parts).with_suffix(".py")

@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from looptx_cli.main import main
@@ -29,17 +30,20 @@ from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import PRESETS
 from looptx_core.config.run import TrainConfig
+from looptx_core.conversion.ternary import pack_model
 from looptx_core.data.bundled import bundled_questions
 from looptx_core.data.chat import chat_prompt
 from looptx_core.data.corpus import Corpus
 from looptx_core.data.examples import Example, Packed, hold_out, pack, read_examples
 from looptx_core.data.hops import hop_questions
+from looptx_core.data.pictures import read_picture
 from looptx_core.data.tokenizer import END, train_tokenizer
 from looptx_core.errors import DataError, MissingError, UsageError
 from looptx_core.finetuning.adapters import attach, load_adapter
 from looptx_core.finetuning.merge import merge, merge_adapter
 from looptx_core.finetuning.quantise import quantise, stored_bytes
 from looptx_core.finetuning.run import finetune, prepare
+from looptx_core.generation.engine import ChatPrompt, Engine, PicturePrompt
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.evaluate import evaluate_batch
 from looptx_core.training.loop_schedule import LoopSchedule
@@ -277,6 +281,162 @@ def test_the_chat_template_is_the_one_that_was_trained(tiny: Path, tmp_path: Pat
     )
     # A user can't spell a marker: it stays so many characters.
     assert chat_prompt(asked, ours).count(ours.token_to_id(END)) == 0
+
+
+# Chats
+
+
+@pytest.fixture(scope="module")
+def talker(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was finetuned on a chat of two turns."""
+    place = tmp_path_factory.mktemp("chats")
+    said = [("user", "Hello"), ("assistant", "Good day."), ("user", "More"), ("assistant", "No.")]
+    chat = {"messages": [{"role": role, "content": content} for role, content in said]}
+    data = write(place / "chats.jsonl", *[chat] * 16)
+    (place / "run").mkdir()
+    config = FinetuneConfig(**(QUICK | {"steps": 60, "val_every": 60, "save_every": 60}), lora=True)
+    finetune(prepare(config, base=tiny, data=[data]), folder=place / "run")
+    return place / "run"
+
+
+def test_a_chat_is_asked_by_its_template(talker: Path, capsys) -> None:
+    ask = ["generate", "--adapter", str(talker), "--temperature", "0", "Hello", "--max-new-tokens"]
+    assert main([*ask, "20", "--json", "--chat"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["prompt"], found["text"], found["finish_reason"]) == ("Hello", "Good day.", "end")
+    assert main([*ask, "20", "--chat"]) == 0
+    assert capsys.readouterr().out == "Good day.\n"
+    assert main([*ask, "20", "--chat", "Hello"]) == 0
+    assert capsys.readouterr().out == "Good day.\nGood day.\n"
+    # Without the template it is a text to go on with.
+    assert main([*ask, "20", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] < found["prompt_tokens"]
+
+
+def test_a_terminal_talks_by_turns(talker: Path, tiny: Path, capsys, monkeypatch) -> None:
+    def session(*lines: str, model: tuple[str, ...] = ("--adapter", str(talker))) -> list[str]:
+        typed = iter(lines)
+
+        def read(_: str) -> str:
+            try:
+                return next(typed)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+        assert main(["generate", *model, "--temperature", "0", "--max-new-tokens", "20"]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    assert session("Hello", "More", "/new", "Hello") == ["Good day.", "No.", "Good day.", ""]
+    # A line that is too long is refused and forgotten; the talk goes on.
+    assert session("ab" * 300, "Hello")[-2:] == ["Good day.", ""]
+    # The oldest turns give way to the newest.
+    assert len(session(*["Hello"] * 40)) == 41
+    assert session("Hello", model=("--model", str(tiny)))  # a text, gone on with
+
+
+def test_no_chat_with_a_model_that_learned_none(tiny: Path, capsys) -> None:
+    assert main(["generate", "--model", str(tiny), "--chat", "Hello"]) == 2
+    assert "not finetuned on chats" in capsys.readouterr().err
+
+
+# Pictures
+
+
+@pytest.fixture(scope="module")
+def seeing(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that reads pictures, beside a red one and a blue one."""
+    place = tmp_path_factory.mktemp("seeing")
+    shape = ModelConfig(**(SHAPE.to_dict() | {"vision_layers": 1, "vision_width": 32,
+                                              "max_patches": 4}))  # fmt: skip
+    torch.manual_seed(0)
+    save_model(place / "model", LoopedTransformer(shape), load_model(tiny).tokenizer,
+               exit_settings=ExitSettings(), facts={})  # fmt: skip
+    for colour in ("red", "blue"):
+        Image.new("RGB", (16, 16), colour).save(place / f"{colour}.png")
+    return place
+
+
+def test_pictures_stand_where_generation_puts_them(seeing: Path) -> None:
+    loaded = load_model(seeing / "model")
+    red = read_picture(seeing / "red.png", loaded.config)
+    engine = Engine(loaded.model, loaded.tokenizer)
+    data = write(
+        seeing / "forms.jsonl",
+        {"image": "red.png", "prompt": "ab", "response": "c"},
+        {"image": ["red.png"], "prompt": "a<|image|>b", "response": "c"},
+        {"image": "red.png", "messages": [{"role": "user", "content": "ab"},
+                                          {"role": "assistant", "content": "c"}]},
+        {"messages": [{"role": "user", "content": "a<|image|>b", "image": "red.png"},
+                      {"role": "assistant", "content": "c"}]},
+        {"parts": [{"text": "ab"}, {"image": "red.png"}, {"text": "c"}]},
+    )  # fmt: skip
+    found = read_examples([data], loaded.tokenizer, seq_len=64, config=loaded.config)
+    assert found.pictures == 5 and found.chat
+    asked = [PicturePrompt("ab", (red,)), PicturePrompt("a<|image|>b", (red,))]
+    asked += [ChatPrompt(({"role": "user", "content": text},), (red,))
+              for text in ("ab", "a<|image|>b")]  # fmt: skip
+    for example, prompt in zip(found.kept, asked):
+        ids = engine._encode(prompt)
+        assert example.ids[: len(ids)].tolist() == ids
+        assert not example.counted[: len(ids)].any() and example.counted[len(ids) :].all()
+    joined = engine._encode(PicturePrompt("ab<|image|>c", (red,)))
+    assert found.kept[4].ids.tolist() == [*joined, engine.end]
+    assert (found.kept[4].ids[found.kept[4].counted] != loaded.config.image_token).all()
+
+
+def test_a_model_learns_from_pictures(seeing: Path, workplace, capsys) -> None:
+    """Question and length are the same; only the picture tells the answer."""
+    record = {"red": " warm", "blue": " cold"}
+    data = write(seeing / "colours.jsonl",
+                 *[{"image": f"{colour}.png", "prompt": "It is", "response": answer}
+                   for colour, answer in record.items()] * 12)  # fmt: skip
+    command = ["finetune", "--model", str(seeing / "model"), "--data", data, "--steps", "40"]
+    flags = ["--seq-len", "32", "--batch-size", "8", "--precision", "float32", "--lr", "1e-2"]
+    assert main([*command, *flags]) == 0
+    assert "24 pictures" in capsys.readouterr().err
+    for colour, answer in record.items():
+        ask = ["generate", "It is", "--image", str(seeing / f"{colour}.png"), "--temperature", "0"]
+        assert main([*ask, "--max-new-tokens", "8", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["text"] == answer
+    # An adapter leaves the encoder of pictures as it is.
+    assert main([*command, *flags, "--lora", "--steps", "2"]) == 0
+    weights = load_file("runs/finetune-2/final/adapter_model.safetensors")
+    assert weights and not any("vision" in name for name in weights)
+
+
+def test_bad_pictures(seeing: Path, tiny: Path, workplace, capsys) -> None:
+    good = {"image": "red.png", "prompt": "a", "response": "b"}
+    bad = {
+        "no picture none.png": good | {"image": "none.png"},
+        "2 <|image|> in a text for 1 pictures": good | {"prompt": "<|image|><|image|>"},
+        "image must be a path": good | {"image": 3},
+        "not a picture": good | {"image": "bad.png"},
+    }
+    (seeing / "bad.png").write_bytes((seeing / "red.png").read_bytes()[:40])
+    command = ["finetune", "--steps", "1", "--precision", "float32", "--model"]
+    for word, record in bad.items():
+        data = write(seeing / "bad.jsonl", good, good, record)
+        assert main([*command, str(seeing / "model"), "--data", data]) == 4
+        assert word in capsys.readouterr().err
+    data = write(seeing / "bad.jsonl", good, good, *bad.values())
+    assert main([*command, str(seeing / "model"), "--data", data, "--skip-bad"]) == 0
+    assert "left out 4" in capsys.readouterr().err
+    assert main([*command, str(tiny), "--data", data]) == 4
+    assert "this model has no vision" in capsys.readouterr().err
+    late = write(seeing / "late.jsonl", {"text": "ab"}, good)
+    assert main([*command, str(tiny), "--data", late]) == 4
+    assert "this model reads none" in capsys.readouterr().err
+
+
+def test_a_picture_is_not_cut(seeing: Path) -> None:
+    loaded = load_model(seeing / "model")
+    long = {"image": "red.png", "prompt": "ab" * 4, "response": "cd" * 20}
+    data = write(seeing / "long.jsonl", long, long, long | {"prompt": "ab" * 20 + "<|image|>"})
+    found = read_examples([data], loaded.tokenizer, seq_len=40, too_long="truncate",
+                          config=loaded.config)  # fmt: skip
+    assert (found.truncated, found.dropped, found.pictures) == (2, 1, 2)
 
 
 def test_the_bundled_questions_are_what_the_code_makes() -> None:
@@ -584,6 +744,19 @@ def test_bad_adapters(tiny, questions, tmp_path, capsys) -> None:
     save_file({"x": torch.ones(2)}, weights)
     shutil.copy(kept, weights)
     assert main([*ask, str(folder), "--max-new-tokens", "2"]) == 0
+
+
+@pytest.mark.parametrize("linear", ["ternary", "packed"])
+def test_a_ternary_base(linear: str, tiny, questions, workplace, capsys) -> None:
+    shape = ModelConfig(**(SHAPE.to_dict() | {"linear": "ternary"}))
+    model = LoopedTransformer(shape)
+    save_model(Path("ternary"), pack_model(model) if linear == "packed" else model,
+               load_model(tiny).tokenizer, exit_settings=ExitSettings(), facts={})  # fmt: skip
+    command = ["finetune", "--model", "ternary", "--data", str(questions), *FLAGS]
+    assert main([*command, "--lora"]) == 2
+    assert "its weights are ternary" in capsys.readouterr().err
+    # Latent float weights can be trained on; packed ones can't.
+    assert main([*command, "--out", "all"]) == (2 if linear == "packed" else 0)
 
 
 def test_nothing_is_lost_to_bad_data(tiny, questions, workplace, capsys) -> None:

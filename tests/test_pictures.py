@@ -555,6 +555,6 @@ def test_bad_use_of_pictures(cat: Path, tmp_path: Path, run) -> None:
     assert code == 4 and "no such picture" in err
     two = ("generate", "<|image|> and <|image|>", "--image", cat, "--model", tmp_path / "both")
     code, _, err = run(*two)
-    assert code == 2 and "2 <|image|> for 1 --image" in err
+    assert code == 2 and "2 <|image|> in a text for 1 pictures" in err
     code, _, err = run("tokenize", cat.parent / "cat.png", "--out", tmp_path / "out")
     assert code == 4 and "looptx train --data" in err

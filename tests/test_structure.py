@@ -31,10 +31,11 @@ OPTIONS = {
     """,
     "finetune": """
         --data --out --seed --steps --max-minutes --seq-len --batch-size --micro-batch --workers
-        --lr --min-lr --warmup --weight-decay --optimizer --beta2 --clip --loop-schedule --loops
-        --max-loops --mean-loops --deeper-by --loss-threshold --deeper-share --explore --loss-at
-        --precision --attention --compile --no-compile --grad-checkpointing --no-grad-checkpointing
-        --devices --save-every --keep --val-every --val-batches --log-every --model --lora --no-lora
+        --augment --no-augment --skip-bad --no-skip-bad --lr --min-lr --warmup --weight-decay
+        --optimizer --beta2 --clip --loop-schedule --loops --max-loops --mean-loops --deeper-by
+        --loss-threshold --deeper-share --explore --loss-at --precision --attention --compile
+        --no-compile --grad-checkpointing --no-grad-checkpointing --devices --save-every --keep
+        --val-every --val-batches --log-every --model --lora --no-lora
         --qlora --no-qlora --quantization --dora --no-dora --lora-per-loop --no-lora-per-loop
         --lora-rank --lora-alpha --lora-dropout --rslora --no-rslora --target-modules
         --train-on-prompt --no-train-on-prompt --too-long --val-fraction --config --resume
@@ -43,7 +44,7 @@ OPTIONS = {
     "generate": """
         --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
         --kv-policy --kv-type --temperature --top-k --top-p --min-p --repetition-penalty --seed
-        --stop --ignore-eos --no-ignore-eos --prompts-file --model --adapter --image
+        --stop --ignore-eos --no-ignore-eos --prompts-file --model --adapter --image --chat
         --show-iterations --compare-loops --attention --precision --config --json --quiet
     """,
     "convert": """
@@ -56,11 +57,12 @@ OPTIONS = {
     """,
     "train": """
         --data --out --seed --steps --max-minutes --seq-len --batch-size --micro-batch --workers
-        --lr --min-lr --warmup --weight-decay --optimizer --beta2 --clip --loop-schedule --loops
-        --max-loops --mean-loops --deeper-by --loss-threshold --deeper-share --explore --loss-at
-        --precision --attention --compile --no-compile --grad-checkpointing --no-grad-checkpointing
-        --devices --save-every --keep --val-every --val-batches --log-every --preset --document-mask
-        --no-document-mask --mix --augment --no-augment --skip-bad --no-skip-bad --bitnet
+        --augment --no-augment --skip-bad --no-skip-bad --lr --min-lr --warmup --weight-decay
+        --optimizer --beta2 --clip --loop-schedule --loops --max-loops --mean-loops --deeper-by
+        --loss-threshold --deeper-share --explore --loss-at --precision --attention --compile
+        --no-compile --grad-checkpointing --no-grad-checkpointing --devices --save-every --keep
+        --val-every --val-batches --log-every --preset --document-mask
+        --no-document-mask --mix --bitnet
         --no-bitnet --config --resume --overwrite --dry-run --json
         --quiet
     """,

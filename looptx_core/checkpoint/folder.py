@@ -63,6 +63,8 @@ class LoadedModel:
     exit: ExitSettings
     facts: dict[str, Any]
     folder: Path
+    chat_template: str | None = None
+    """Of a model that was finetuned on chats; `data.chat` has ours."""
 
     @property
     def name(self) -> str:
@@ -183,7 +185,9 @@ def load_model(
         model = LoopedTransformer(config)
     load_weights(model, folder, device=device, dtype=dtype)
     facts = settings.get("facts") or {}
-    return LoadedModel(model.eval(), config, tokenizer, exit_settings, facts, folder)
+    return LoadedModel(
+        model.eval(), config, tokenizer, exit_settings, facts, folder, read_chat_template(folder)
+    )
 
 
 def load_weights(
@@ -231,7 +235,9 @@ def tokenizer_config(
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The chat template of a model's or an adapter's tokenizer_config.json."""
+    """The chat template of a model's or an adapter's tokenizer_config.json, or beside it."""
+    if (apart := folder / "chat_template.jinja").is_file():  # as transformers saves it
+        return apart.read_text("utf-8")
     file = folder / "tokenizer_config.json"
     found = read_json(file).get("chat_template") if file.is_file() else None
     return found if isinstance(found, str) else None

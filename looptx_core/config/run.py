@@ -29,6 +29,10 @@ class RunConfig:
     """Sequences a forward pass on one device; absent: the whole batch."""
     workers: int = 0
     """Processes that read data."""
+    augment: bool = True
+    """Shift, scale, turn and tint the pictures, anew in each epoch."""
+    skip_bad: bool = False
+    """Leave out, and count, pictures and records that can't be used."""
 
     lr: float = 2e-2
     """Peak learning rate."""
@@ -125,9 +129,5 @@ class TrainConfig(RunConfig):
     """Tokens attend within their own document only."""
     mix: str = "1:1"
     """Weights of text and of pictures, where the data has pictures with texts."""
-    augment: bool = True
-    """Shift, scale, turn and tint the pictures, anew in each epoch."""
-    skip_bad: bool = False
-    """Leave out, and count, pictures and records that can't be used."""
     bitnet: bool = False
     """Ternary weights in the blocks (BitNet b1.58); looptx convert --to-bitnet packs them."""

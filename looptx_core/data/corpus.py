@@ -47,6 +47,11 @@ class Source(NamedTuple):
     kind: str  # text | jsonl | parquet
     size: int  # bytes
 
+    @property
+    def folder(self) -> Path:
+        """Where the paths in it start: beside it, or here for what has no place of its own."""
+        return self.path.parent if str(self.path) == self.name else Path()
+
 
 class Document(NamedTuple):
     """A named stream of text pieces; read it before asking for the next document."""
@@ -144,15 +149,19 @@ class Corpus:
             DataError: an input cannot be read.
         """
         for source in self.sources:
-            try:
-                if source.kind == "jsonl":
-                    yield from _jsonl(source, lambda line, where: (where, _json(line, where)))
-                elif source.kind == "parquet":
-                    yield from _parquet_rows(source)
-                else:
-                    yield source.name, {"text": "".join(_decoded(source))}
-            except OSError as error:
-                raise _unreadable(source.name, error) from error
+            yield from self.records_of(source)
+
+    def records_of(self, source: Source) -> Iterator[tuple[str, Any]]:
+        """`records` of one of the sources."""
+        try:
+            if source.kind == "jsonl":
+                yield from _jsonl(source, lambda line, where: (where, _json(line, where)))
+            elif source.kind == "parquet":
+                yield from _parquet_rows(source)
+            else:
+                yield source.name, {"text": "".join(_decoded(source))}
+        except OSError as error:
+            raise _unreadable(source.name, error) from error
 
     def digest(self) -> str:
         """SHA-256 of what the inputs hold, in order, whatever they are called."""

@@ -25,10 +25,11 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.data.corpus import PICTURES, Corpus
 from looptx_core.data.datamodule import Batches, Sequences, text_windows
 from looptx_core.data.examples import Example, Packed, padding_id
-from looptx_core.data.pictures import measure, read_picture, together
+from looptx_core.data.pictures import measure, read_picture
 from looptx_core.data.shards import open_shards
 from looptx_core.data.tokenizer import end_id
 from looptx_core.errors import DataError, UsageError
+from looptx_core.model.vision import together
 
 VISION_LAYERS = 4
 """Blocks of the encoder that a model gets where pictures come and nothing else is said."""

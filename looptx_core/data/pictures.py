@@ -13,16 +13,14 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from looptx_core.config.model import ModelConfig
-from looptx_core.errors import DataError, UsageError
-from looptx_core.model.vision import Pictures
+from looptx_core.errors import DataError
+from looptx_core.model.vision import Picture
 
 MOST_PIXELS = 64_000_000
 """Of a picture that is decoded; a small file can claim far more (a decompression bomb)."""
@@ -34,14 +32,6 @@ _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _ORIENTATION = 0x0112
 
 Source = str | os.PathLike[str] | bytes
-
-
-class Picture(NamedTuple):
-    """One picture. patches: (rows * columns, 3 * patch_size ** 2), -1 to 1, row by row."""
-
-    patches: Tensor
-    rows: int
-    columns: int
 
 
 def grid_of(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
@@ -90,14 +80,6 @@ def read_picture(
     side = config.patch_size
     patches = torch.from_numpy(pixels).view(rows, side, columns, side, 3)
     return Picture(patches.permute(0, 2, 1, 3, 4).reshape(rows * columns, -1), rows, columns)
-
-
-def together(pictures: list[Picture]) -> Pictures | None:
-    """The pictures of a batch; None for none."""
-    if not pictures:
-        return None
-    grids = torch.tensor([[p.rows, p.columns] for p in pictures])
-    return Pictures(torch.cat([p.patches for p in pictures]), grids)
 
 
 def preprocessor(config: ModelConfig) -> dict[str, object]:
@@ -200,12 +182,3 @@ def _name(source: Source, where: str | None) -> str:
     if where is not None:
         return where
     return "the picture" if isinstance(source, bytes) else str(Path(os.fspath(source)))
-
-
-def check_markers(count: int, pictures: int, marker: str) -> None:
-    """Raise `UsageError` unless each picture has its marker in the prompt."""
-    if count != pictures:
-        raise UsageError(
-            f"the prompt has {count} {marker} for {pictures} --image; write it once a picture, or "
-            "leave all out and the pictures come first"
-        )

@@ -28,6 +28,7 @@ from torch import nn
 
 from looptx_core.checkpoint.folder import (
     LoadedModel,
+    read_chat_template,
     read_exit,
     read_json,
     refuse_pickle,
@@ -60,7 +61,7 @@ def attach(model: LoopedTransformer, config: FinetuneConfig) -> PeftModel:
             use_dora=config.dora,
             target_modules=names if isinstance(names, str) else list(names),
             modules_to_save=save,
-            exclude_modules=r"vision\..*",  # which text does not pass
+            exclude_modules=r"vision\..*",  # read once a picture, and left as it is
         )
 
     if not config.lora_per_loop:
@@ -183,7 +184,13 @@ def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> L
         model.requires_grad_(True)
     file = folder / "generation_config.json"
     exit_settings = read_exit(folder) if file.is_file() else base.exit
-    return replace(base, model=model.eval(), exit=exit_settings, folder=folder)
+    return replace(
+        base,
+        model=model.eval(),
+        exit=exit_settings,
+        folder=folder,
+        chat_template=read_chat_template(folder) or base.chat_template,
+    )
 
 
 def loops_of(folder: Path) -> int:

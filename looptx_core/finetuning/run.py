@@ -21,7 +21,15 @@ from looptx_core.checkpoint.folder import (
 )
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.data.chat import TEMPLATE
-from looptx_core.data.examples import ExampleData, hold_out, read_examples
+from looptx_core.data.examples import (
+    Example,
+    ExampleData,
+    Packed,
+    hold_out,
+    padding_id,
+    read_examples,
+)
+from looptx_core.data.pairs import PairExample, PicturePacked
 from looptx_core.errors import UsageError
 from looptx_core.finetuning.adapters import attach, load_adapter, save_adapter, targets
 from looptx_core.finetuning.quantise import quantise, stored_bytes
@@ -104,13 +112,22 @@ def prepare(
     data: as for `read_examples`. report: called with lines of one fact each.
 
     Raises `MissingError` where bitsandbytes can't run, `UsageError` for a target module that
-    matches nothing or examples that are too long, `DataError` for unusable data or models.
+    matches nothing, a model that is ternary or examples that are too long, `DataError` for
+    unusable data or models.
     """
     loaded = load_model(base, dtype=torch.float32)
     model = loaded.model
     if config.seq_len > loaded.config.max_seq_len:
         raise UsageError(
             f"--seq-len {config.seq_len} exceeds the model's context ({loaded.config.max_seq_len})"
+        )
+    kind = loaded.config.linear
+    if kind == "packed" or (kind == "ternary" and config.adapts):
+        can = "" if kind == "packed" else ", or finetune all of it"
+        raise UsageError(
+            f"{base}: its weights are ternary, with no float weights to "
+            f"{'train' if kind == 'packed' else 'put an adapter beside'}; finetune the model that "
+            f"it was made from, then looptx convert --to-bitnet{can}"
         )
     schedule = LoopSchedule(config, loaded.config.max_loops)  # refuses impossible loops
     parameters = sum(p.numel() for p in model.trunk_parameters())
@@ -226,6 +243,8 @@ def _data(
         seq_len=config.seq_len,
         too_long=config.too_long,
         train_on_prompt=config.train_on_prompt,
+        skip_bad=config.skip_bad,
+        config=loaded.config,
     )
     train, val = hold_out(examples.kept, config.val_fraction, config.seed)
     how: dict[str, Any] = {
@@ -235,11 +254,30 @@ def _data(
         "seed": config.seed,
         "workers": config.workers,
     }
-    batches = ExampleData(train, val, loaded.tokenizer, seq_len=config.seq_len, **how)
+    batches = ExampleData(
+        _packed(train, config, loaded, config.seed), _packed(val, config, loaded), **how
+    )
     lost = f"; dropped {examples.dropped}, truncated {examples.truncated} as too long"
     report(
         f"examples: {len(train):,} to train on, {len(val):,} held out, packed into "
         f"{len(batches.train):,} sequences, {batches.train.fill:.0%} full"
+        + (f"; {examples.pictures:,} pictures" if examples.pictures else "")
         + (lost if examples.dropped or examples.truncated else "")
+        + (f"; left out {examples.skipped} that can't be used" if examples.skipped else "")
     )
     return batches, TEMPLATE if examples.chat else read_chat_template(loaded.folder)
+
+
+def _packed(
+    examples: Sequence[Example],
+    config: FinetuneConfig,
+    loaded: LoadedModel,
+    seed: int | None = None,
+) -> Packed:
+    """seed: for what is drawn anew in each epoch; None for what is held out."""
+    padding = padding_id(loaded.tokenizer)
+    if not any(example.pictures for example in examples):
+        return Packed(examples, config.seq_len, padding)
+    pairs = [PairExample([example], list(example.pictures)) for example in examples]
+    augment = config.augment and seed is not None
+    return PicturePacked(pairs, config.seq_len, padding, loaded.config, seed, augment)

@@ -20,13 +20,20 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from looptx_core.config.generation import ExitSettings, GenerationOptions
-from looptx_core.data.pictures import check_markers
-from looptx_core.data.tokenizer import IMAGE, end_id
+from looptx_core.data.chat import chat_prompt, text_ids
+from looptx_core.data.tokenizer import end_id
 from looptx_core.errors import UsageError
 from looptx_core.generation.exits import fixed_exit, resolve_exit
 from looptx_core.generation.flight import Flight
 from looptx_core.generation.moves import Moves, Work
-from looptx_core.generation.request import Generation, PicturePrompt, Prompt, Request, Step
+from looptx_core.generation.request import (
+    ChatPrompt,
+    Generation,
+    PicturePrompt,
+    Prompt,
+    Request,
+    Step,
+)
 from looptx_core.generation.sampling import check
 from looptx_core.generation.scheduler import serve
 from looptx_core.generation.text import TextStream
@@ -34,7 +41,7 @@ from looptx_core.model.cache import LoopCache
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer
 
-__all__ = ["Engine", "Followed", "Generation", "PicturePrompt", "Prompt", "Step"]
+__all__ = ["ChatPrompt", "Engine", "Followed", "Generation", "PicturePrompt", "Prompt", "Step"]
 
 
 class Followed(NamedTuple):
@@ -104,7 +111,7 @@ class Engine:
                 prompt=self.text_of(prompt),
                 text="".join(step.text for step in steps),
                 tokens=steps,
-                prompt_tokens=len(self._encode(prompt)),
+                prompt_tokens=self.length(prompt),
                 finish_reason=steps[-1].finish_reason or "length",
                 exit=resolve_exit(self.exit_settings, option, self.model.config),
                 model=self.name,
@@ -165,31 +172,34 @@ class Engine:
         spent += sum(flops.at(loops, *generation.exit.cost(loops)) for loops in others)
         return 1 - spent / full
 
+    def length(self, prompt: Prompt) -> int:
+        """Tokens of a prompt."""
+        return len(self._encode(prompt))
+
     def text_of(self, prompt: Prompt) -> str:
         """What stands before a continuation."""
+        if isinstance(prompt, ChatPrompt):
+            return prompt.messages[-1]["content"]
         if isinstance(prompt, PicturePrompt):
             return prompt.text
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(list(prompt))
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, PicturePrompt):
+        if isinstance(prompt, PicturePrompt | ChatPrompt):
             return self._encode_pictures(prompt)
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt, add_special_tokens=False).ids
         # A document's start looks like the end of the one before.
         return list(prompt) or [self.end]
 
-    def _encode_pictures(self, prompt: PicturePrompt) -> list[int]:
-        if self.model.vision is None:
+    def _encode_pictures(self, prompt: PicturePrompt | ChatPrompt) -> list[int]:
+        if prompt.pictures and self.model.vision is None:
             raise UsageError("this model reads no pictures; use one that was trained on some")
-        text = prompt.text if IMAGE in prompt.text else IMAGE * len(prompt.pictures) + prompt.text
-        first, *others = text.split(IMAGE)
-        check_markers(len(others), len(prompt.pictures), IMAGE)
-        ids = [self.end]  # as a record of training begins
-        for picture, words in zip((None, *prompt.pictures), (first, *others)):
-            ids += [self.model.config.image_token] * (len(picture.patches) if picture else 0)
-            ids += self.tokenizer.encode(words, add_special_tokens=False).ids
-        return ids
+        sizes, token = [len(p.patches) for p in prompt.pictures], self.model.config.image_token
+        if isinstance(prompt, ChatPrompt):
+            return chat_prompt(prompt.messages, self.tokenizer, [sizes], token)
+        # As a record of training begins.
+        return [self.end, *text_ids(prompt.text, self.tokenizer, sizes, token)]
 
     def _request(self, index: int, prompt: Prompt, options: GenerationOptions) -> Request:
         check(options)
@@ -210,7 +220,7 @@ class Engine:
             limit=min(len(tokens) + options.max_new_tokens, config.max_seq_len),
             end=self.end,
             known=self.tokenizer.get_vocab_size(),
-            pictures=prompt.pictures if isinstance(prompt, PicturePrompt) else (),
+            pictures=getattr(prompt, "pictures", ()),
             generator=torch.Generator().manual_seed(options.seed),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.generation import GenerationOptions
-from looptx_core.data.pictures import Picture
 from looptx_core.generation.exits import Exit
 from looptx_core.generation.flight import Landing
 from looptx_core.generation.sampling import draw
 from looptx_core.generation.text import TextStream
+from looptx_core.model.vision import Picture
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,18 @@ class PicturePrompt:
     pictures: tuple[Picture, ...]
 
 
-Prompt = str | Sequence[int] | PicturePrompt
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation to answer, by a model that was finetuned on chats.
+
+    messages: of `role` and `content`, as in `data.chat`. pictures: of the first message.
+    """
+
+    messages: tuple[Mapping[str, str], ...]
+    pictures: tuple[Picture, ...] = ()
+
+
+Prompt = str | Sequence[int] | PicturePrompt | ChatPrompt
 
 
 class Step(NamedTuple):

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from looptx_core.data.pictures import together
 from looptx_core.generation.flight import Flight, Landing
 from looptx_core.generation.request import Request, Step, advance
+from looptx_core.model.vision import together
 
 
 def serve(flight: Flight, requests: Iterable[Request]) -> Iterator[Step]:

@@ -10,6 +10,7 @@ on at the largest position plus one (M-RoPE, arXiv 2409.12191).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,22 @@ class Pictures:
 
     def to(self, device: torch.device) -> Pictures:
         return Pictures(self.patches.to(device), self.grids)
+
+
+class Picture(NamedTuple):
+    """One picture. patches: (rows * columns, 3 * patch_size ** 2), -1 to 1, row by row."""
+
+    patches: Tensor
+    rows: int
+    columns: int
+
+
+def together(pictures: list[Picture]) -> Pictures | None:
+    """The pictures of a batch; None for none."""
+    if not pictures:
+        return None
+    grids = torch.tensor([[p.rows, p.columns] for p in pictures])
+    return Pictures(torch.cat([p.patches for p in pictures]), grids)
 
 
 @dataclass(frozen=True)
