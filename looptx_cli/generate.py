@@ -69,6 +69,7 @@ def generate(
     looptx generate --chat "Who are you?" --adapter runs/finetune-1
     looptx generate "Call me" --json | jq .tokens[0]
     looptx generate --prompts-file prompts.txt --loops 4 --temperature 0
+    looptx generate "Call me" --speculate 4
     """
     resolved = resolve(GenerationOptions, flags=flags, config=config)
     options = resolved.build(GenerationOptions)
@@ -250,10 +251,12 @@ def _show(
 def _summarise(engine: Engine, result: Generation, iterations: bool, quiet: bool) -> None:
     """The figures, a result where they were asked for, and what to try next."""
     deepest = engine.model.config.max_loops
+    saved = f"{engine.compute_saved(result):.0%} of full depth's compute saved"
+    if engine.work.drafted:
+        saved = f"{engine.work.accepted} of {engine.work.drafted} drafts stood"
     line = (
         f"{len(result.tokens)} tokens, {result.mean_loops:.2f} loops a token of {deepest}, "
-        f"{result.tokens_per_second:.0f} tokens/s, "
-        f"{engine.compute_saved(result):.0%} of full depth's compute saved"
+        f"{result.tokens_per_second:.0f} tokens/s, {saved}"
     )
     if iterations:
         _print(line + "\n")

@@ -43,9 +43,10 @@ OPTIONS = {
     """,
     "generate": """
         --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
-        --kv-policy --kv-type --temperature --top-k --top-p --min-p --repetition-penalty --seed
-        --stop --ignore-eos --no-ignore-eos --prompts-file --model --adapter --image --chat
-        --show-iterations --compare-loops --attention --precision --config --json --quiet
+        --kv-policy --kv-type --speculate --draft-loops --temperature --top-k --top-p --min-p
+        --repetition-penalty --seed --stop --ignore-eos --no-ignore-eos --prompts-file --model
+        --adapter --image --chat --show-iterations --compare-loops --attention --precision --config
+        --json --quiet
     """,
     "convert": """
         --model --from-hf --out --to-bitnet --no-to-bitnet --direct --no-direct --finetune-steps

@@ -60,6 +60,10 @@ class GenerationOptions:
     """fill or last; absent: the model's own."""
     kv_type: str | None = None
     """float, int8 or int4; absent: the model's own."""
+    speculate: int = 0
+    """Draft so many tokens by shallow loops, and verify them at full depth in one pass; 0: none."""
+    draft_loops: int = 1
+    """Loops of a draft."""
     temperature: float = 0.8
     """0 is greedy."""
     top_k: int = 0

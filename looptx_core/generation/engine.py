@@ -36,6 +36,7 @@ from looptx_core.generation.request import (
 )
 from looptx_core.generation.sampling import check
 from looptx_core.generation.scheduler import serve
+from looptx_core.generation.speculate import speculate
 from looptx_core.generation.text import TextStream
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.flops import token_flops
@@ -228,6 +229,10 @@ class Engine:
     def _generate(self, requests: list[Request]) -> Iterator[Step]:
         def kind(request: Request) -> tuple[str, str]:
             return request.exit.settings.kv_policy, request.exit.settings.kv_type
+
+        for request in [request for request in requests if request.options.speculate]:
+            yield from speculate(self._flight([request], 1), request)
+        requests = [request for request in requests if not request.options.speculate]
 
         # A cache has one policy and type, so requests of different ones run after one another.
         for _, alike in itertools.groupby(sorted(requests, key=kind), kind):

@@ -178,9 +178,11 @@ def resolve_exit(settings: ExitSettings, options: GenerationOptions, config: Mod
     if options.threshold is not None:
         threshold: dict[str, Any] = {"confidence" if rule == "auto" else rule: options.threshold}
         settings = replace(settings, **threshold)
+    if options.loops != "auto" and options.loops < 1:
+        raise UsageError(f"--loops {options.loops}: a depth is at least 1, or 'auto'")
+    if options.speculate:
+        return _verified(settings, options, config)
     if options.loops != "auto":
-        if options.loops < 1:
-            raise UsageError(f"--loops {options.loops}: a depth is at least 1, or 'auto'")
         return fixed_exit(options.loops, settings)
     deepest = config.max_loops if options.max_loops is None else options.max_loops
     if not 1 <= options.min_loops <= deepest:
@@ -189,3 +191,21 @@ def resolve_exit(settings: ExitSettings, options: GenerationOptions, config: Mod
             "need 1 <= --min-loops <= --max-loops"
         )
     return Exit(options.min_loops, deepest, settings, rule)
+
+
+def _verified(settings: ExitSettings, options: GenerationOptions, config: ModelConfig) -> Exit:
+    """The depth that verifies drafts: the fixed one asked for, else the deepest allowed."""
+    full = options.loops
+    if full == "auto":
+        full = config.max_loops if options.max_loops is None else options.max_loops
+    if not 1 <= options.draft_loops < full:
+        raise UsageError(
+            f"--draft-loops {options.draft_loops}: drafts of 1 to {full - 1} loops go with a "
+            f"depth of {full}"
+        )
+    if settings.kv_policy != "fill":
+        raise UsageError(
+            f"--speculate with --kv-policy {settings.kv_policy}: drafts would overwrite what "
+            "full depth needs; add --kv-policy fill"
+        )
+    return fixed_exit(full, settings)

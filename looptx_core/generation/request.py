@@ -13,7 +13,7 @@ from torch import Tensor
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.generation.exits import Exit
 from looptx_core.generation.flight import Landing
-from looptx_core.generation.sampling import draw
+from looptx_core.generation.sampling import chances, draw
 from looptx_core.generation.text import TextStream
 from looptx_core.model.vision import Picture
 
@@ -118,6 +118,7 @@ class Request:
     """Tokens to take, in place of those that would be drawn."""
     generator: torch.Generator = field(default_factory=torch.Generator)
     began: float = field(default_factory=time.perf_counter)
+    done: bool = False
 
     def draw(self, logits: Tensor) -> int:
         """The next token, by logits (vocab_size,)."""
@@ -125,6 +126,11 @@ class Request:
             return self.script[len(self.seen) - self.limit]
         seen = torch.tensor(self.seen, device=logits.device)
         return draw(logits[: self.known], self.options, seen, self.generator)
+
+    def chances(self, logits: Tensor, seen: Sequence[int]) -> Tensor:
+        """Each token's chance after these, (known,), by logits (vocab_size,)."""
+        so_far = torch.tensor(seen, device=logits.device)
+        return chances(logits[: self.known], self.options, so_far)
 
     def take(self, token: int) -> tuple[str, str | None]:
         """Go on with this token: its text, and why it is the last, if it is."""
@@ -137,7 +143,9 @@ class Request:
             reason = "length"
         if reason:
             text += self.text.finish()
-        return text, "stop" if self.text.stopped else reason
+        reason = "stop" if self.text.stopped else reason
+        self.done = reason is not None
+        return text, reason
 
 
 def advance(requests: Sequence[Request], landing: Landing) -> list[Step]:

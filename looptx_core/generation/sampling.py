@@ -21,6 +21,7 @@ def check(options: GenerationOptions) -> None:
             options.repetition_penalty > 0,
             f"--repetition-penalty {options.repetition_penalty}: above 0, where 1 is none",
         ),
+        (options.speculate >= 0, f"--speculate {options.speculate}: at least 0, where 0 is none"),
         ("" not in options.stop, "--stop '': give a string that is not empty"),
     ):
         if not ok:
@@ -53,15 +54,34 @@ def keep(logits: Tensor, options: GenerationOptions) -> Tensor:
     return kept
 
 
-def draw(
-    logits: Tensor, options: GenerationOptions, seen: Tensor, generator: torch.Generator
-) -> int:
-    """The next token's id from logits (vocab,); greedy at temperature 0."""
+def chances(logits: Tensor, options: GenerationOptions, seen: Tensor) -> Tensor:
+    """Each token's chance to be the next, (vocab,), on the CPU; greedy at temperature 0.
+
+    seen: (n,), the ids so far.
+    """
     if options.repetition_penalty != 1.0:
         logits = penalise(logits, seen, options.repetition_penalty)
     if options.temperature == 0:
-        return int(logits.argmax())
+        one = torch.zeros(logits.shape, dtype=torch.float64)
+        one[int(logits.argmax())] = 1
+        return one
     logits = (logits - logits.max()) / options.temperature  # no overflow near 0
-    chances = logits.masked_fill(~keep(logits, options), float("-inf")).softmax(-1)
     # On the CPU in one type, so that a seed means the same tokens on every device.
-    return int(torch.multinomial(chances.double().cpu(), 1, generator=generator))
+    return logits.masked_fill(~keep(logits, options), float("-inf")).softmax(-1).double().cpu()
+
+
+def pick(chances: Tensor, generator: torch.Generator) -> int:
+    """A token by its chances, (vocab,); a sure one without a draw."""
+    best = int(chances.argmax())
+    if chances[best] == 1:
+        return best
+    return int(torch.multinomial(chances, 1, generator=generator))
+
+
+def draw(
+    logits: Tensor, options: GenerationOptions, seen: Tensor, generator: torch.Generator
+) -> int:
+    """The next token's id from logits (vocab,)."""
+    if options.temperature == 0 and options.repetition_penalty == 1.0:
+        return int(logits.argmax())
+    return pick(chances(logits, options, seen), generator)

@@ -43,8 +43,9 @@ def serve(flight: Flight, requests: Iterable[Request]) -> Iterator[Step]:
 
     while waiting or len(flight):
         joining = {free.popleft(): waiting.popleft() for _ in range(min(len(free), len(waiting)))}
+        riding |= joining
         for rows in _alike(joining):
-            yield from go_on(_prompt(flight, rows, joining, riding))
+            yield from go_on(prompt_of(flight, rows, [joining[row] for row in rows]))
         if len(flight) and (landing := flight.turn()):
             yield from go_on(landing)
 
@@ -58,14 +59,11 @@ def _alike(joining: dict[int, Request]) -> list[list[int]]:
     return [list(rows) for _, rows in itertools.groupby(sorted(joining, key=kind), kind)]
 
 
-def _prompt(
-    flight: Flight, rows: list[int], joining: dict[int, Request], riding: dict[int, Request]
-) -> Landing:
-    device, requests = flight.moves.device, [joining[row] for row in rows]
-    for row, request in zip(rows, requests):
-        riding[row] = request
+def prompt_of(flight: Flight, rows: list[int], requests: list[Request]) -> Landing:
+    """The pass of prompts that are alike, each on its row."""
+    for request in requests:
         request.began = time.perf_counter()
-    tokens = torch.tensor([request.seen for request in requests], device=device)
+    tokens = torch.tensor([request.seen for request in requests], device=flight.moves.device)
     pictures = together([picture for request in requests for picture in request.pictures])
     loops = requests[0].prompt_exit.max_loops
-    return flight.prompt(rows, tokens, loops, pictures and pictures.to(device))
+    return flight.prompt(rows, tokens, loops, pictures and pictures.to(flight.moves.device))
