@@ -1,0 +1,81 @@
+"""Self-speculation against full depth: the bundled model on held-out prose, batch 1.
+
+Ten loops verify what one or two draft. Greedy, so that both sides write the same tokens, which is
+checked; and drawn at temperature 0.8, where the shares of accepted drafts differ.
+
+    python benchmarks/speculation.py [--texts 3] [--new 96] [--rounds 3] [--threads 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from clock import BUNDLED, alternate, held_out, write
+
+from looptx_core.checkpoint.folder import load_model
+from looptx_core.config.generation import GenerationOptions
+from looptx_core.generation.engine import Engine
+from looptx_core.generation.moves import Work
+
+SETTINGS = {"full depth": (0, 1), "3 drafts of 1 loop": (3, 1), "3 drafts of 2 loops": (3, 2),
+            "6 drafts of 2 loops": (6, 2)}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=BUNDLED)
+    parser.add_argument("--texts", type=int, default=3)
+    parser.add_argument("--new", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    flags = parser.parse_args()
+    torch.set_num_threads(flags.threads)
+    loaded = load_model(flags.model)
+    engine = Engine(loaded.model, loaded.tokenizer, loaded.exit)
+    deepest = loaded.model.config.max_loops
+    prompts = held_out(loaded.model.config.vocab_size, flags.texts, 48)
+    parts = []
+    for temperature in (0.0, 0.8):
+        work: dict[str, Work] = {}
+        written: dict[str, list[int]] = {}
+
+        def run(name: str, temperature=temperature, work=work, written=written) -> int:
+            drafts, shallow = SETTINGS[name]
+            options = GenerationOptions(
+                loops=deepest, speculate=drafts, draft_loops=shallow, temperature=temperature,
+                max_new_tokens=flags.new, ignore_eos=True,
+            )  # fmt: skip
+            work[name] = engine.work = Work()
+            found = [engine.complete([prompt], options)[0] for prompt in prompts]
+            written[name] = [step.id for one in found for step in one.tokens]
+            return len(written[name])
+
+        rates = alternate({n: lambda n=n: run(n) for n in SETTINGS}, flags.rounds)
+        for name, rate in rates.items():
+            done, tokens = work[name], len(written[name]) - len(prompts)
+            row: dict[str, Any] = {
+                "temperature": temperature,
+                "side": name,
+                **rate,
+                "ratio": rate["tokens_per_second"] / rates["full depth"]["tokens_per_second"],
+                "ratio_cpu": rate["cpu"] / rates["full depth"]["cpu"],
+                "core_positions_a_token": done.loops / tokens,
+                # A verified column of several positions is one pass of the core.
+                "readouts_a_token": done.readouts / tokens,
+                "accepted": done.accepted / done.drafted if done.drafted else None,
+            }
+            if temperature == 0:
+                row["same_tokens"] = written[name] == written["full depth"]
+            parts.append(row)
+    write(
+        "speculation",
+        {"what": __doc__.splitlines()[0], "texts": flags.texts, "new_tokens": flags.new,
+         "rounds": flags.rounds, "rows": parts},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
