@@ -16,6 +16,7 @@ import torch
 import looptx_core
 from looptx_core.data.bundled import bundled_shards
 from looptx_core.data.hops import hop_line
+from looptx_core.data.shards import open_shards
 from looptx_core.data.tokenizer import end_id
 
 BUNDLED = Path(looptx_core.__file__).parent / "assets" / "model"
@@ -46,7 +47,7 @@ def alternate(runs: dict[str, Callable[[], int]], rounds: int) -> dict[str, dict
 
 def held_out(vocab_size: int, count: int, length: int) -> list[list[int]]:
     """Beginnings of the bundled text's held-out pieces that are prose, as token ids."""
-    shards = bundled_shards(vocab_size)
+    shards = open_shards(bundled_shards(vocab_size))
     tokens = shards.tokens("val")
     stream = np.asarray(tokens.read(0, len(tokens)))
     ends = np.flatnonzero(stream == end_id(shards.tokenizer))

@@ -100,6 +100,7 @@ class Moves:
 
     def judge(self, state: Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
         """The confidence head's words on states (rows, 1, d_model): log-odds and gain."""
-        index = loops[0] if len(loops) == 1 else torch.tensor(loops, device=state.device)
+        alike = loops.count(loops[0]) == len(loops)
+        index = loops[0] if alike else torch.tensor(loops, device=state.device)
         judged = self.model.confidence(state, index)
         return torch.cat([judged.logit, judged.gain], -1).tolist()

@@ -45,9 +45,11 @@ class ConfidenceHead(nn.Module):
 
     def forward(self, state: Tensor, loop: int | Tensor) -> Confidence:
         """state: (batch, length, d_model) after `loop`, an int or (batch,), counted from 1."""
-        state = state.detach()
-        index = torch.as_tensor(loop, device=state.device).clamp(max=self.loop.num_embeddings) - 1
-        depth = self.loop(index.reshape(-1, 1))
+        state, deepest = state.detach(), self.loop.num_embeddings
+        if isinstance(loop, int):
+            depth = self.loop.weight[min(loop, deepest) - 1]
+        else:
+            depth = self.loop(loop.clamp(max=deepest)[:, None] - 1)
         hidden = nn.functional.gelu(self.hidden(self.norm(state)) + depth)
         logit, gain = self.out(hidden).unbind(-1)
         return Confidence(logit, gain)
