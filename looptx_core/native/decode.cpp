@@ -1,0 +1,681 @@
+// The moves of a looped transformer for a few tokens at a time, on the CPU.
+//
+// A pass takes n rows. Each row is one token: it has a row of the cache, a column in it, and its
+// own loop. All rows share every read of the weights, which is what decoding waits for. The
+// equations are those of looptx_core/model (loop.py, block.py, confidence.py); a test holds both
+// together. Weights are float32, bfloat16, 8-bit with a scale a row, or ternary with two bits each.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// ---------------------------------------------------------------- threads
+
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Threads that help the caller with a range of things. Whoever is free takes the next piece, the
+// caller too, so a thread that the system has put aside holds up no more than the piece in its
+// hands. Between ranges helpers spin for a moment, as the next one is near, and then sleep.
+class Pool {
+  public:
+    explicit Pool(int size) {
+        for (int i = 1; i < size; ++i) helpers.emplace_back([this] { help(); });
+    }
+
+    ~Pool() {
+        leaving.store(true);
+        ticket.fetch_add(ROUND);
+        wake_all();
+        for (auto& helper : helpers) helper.join();
+    }
+
+    // work(begin, end) over pieces of 0 .. count, each a multiple of `unit`.
+    template <class Work> void each(int count, int unit, Work&& work) {
+        const int pieces = 4 * ((int)helpers.size() + 1);
+        const int size = std::max(unit, (count + pieces - 1) / pieces / unit * unit);
+        if (helpers.empty() || count <= size) {
+            if (count) work(0, count);
+            return;
+        }
+        using Plain = std::remove_reference_t<Work>;
+        // Closed first: a helper must not take a piece of this range by the last one's ticket.
+        const uint64_t round = (ticket.load(std::memory_order_relaxed) & ~CLOSED) + ROUND;
+        ticket.store(round | CLOSED);
+        context.store(&work), end.store(count), step.store(size), done.store(0);
+        task.store([](void* c, int from, int to) { (*static_cast<Plain*>(c))(from, to); });
+        ticket.store(round);
+        if (asleep.load()) wake_all();
+        while (piece(ticket.load()) == TAKEN) {}
+        while (done.load(std::memory_order_acquire) < count) relax();
+    }
+
+  private:
+    enum Outcome { TAKEN, NOTHING };
+    static constexpr uint64_t ROUND = 1ull << 32, CLOSED = ROUND - 1;
+
+    // Do the next piece of the range that `now` belongs to, if one is left.
+    Outcome piece(uint64_t now) {
+        const uint64_t from = now & CLOSED;
+        const int limit = end.load(), size = step.load();
+        auto* run = task.load();
+        void* with = context.load();
+        if (from == CLOSED || (int)from >= limit) return NOTHING;
+        // If the ticket is still the same, so is all that was read above.
+        if (!ticket.compare_exchange_strong(now, now + size)) return TAKEN;
+        const int to = std::min((int)from + size, limit);
+        run(with, (int)from, to);
+        done.fetch_add(to - (int)from, std::memory_order_release);
+        return TAKEN;
+    }
+
+    void help() {
+        while (!leaving.load()) {
+            const uint64_t now = ticket.load();
+            if (piece(now) == TAKEN) continue;
+            for (int spins = 0; spins < SPINS && ticket.load(std::memory_order_acquire) == now;
+                 ++spins)
+                relax();
+            if (ticket.load() != now) continue;
+            std::unique_lock<std::mutex> lock(mutex);
+            asleep.fetch_add(1);
+            wake.wait(lock, [&] { return ticket.load() != now; });
+            asleep.fetch_sub(1);
+        }
+    }
+
+    void wake_all() {
+        { std::lock_guard<std::mutex> lock(mutex); }
+        wake.notify_all();
+    }
+
+    static constexpr int SPINS = 4000;  // about a tenth of a millisecond
+    std::vector<std::thread> helpers;
+    std::mutex mutex;
+    std::condition_variable wake;
+    std::atomic<uint64_t> ticket{CLOSED};  // round, and where the next piece begins
+    std::atomic<int> done{0}, end{0}, step{1}, asleep{0};
+    std::atomic<void (*)(void*, int, int)> task{nullptr};
+    std::atomic<void*> context{nullptr};
+    std::atomic<bool> leaving{false};
+};
+
+// ---------------------------------------------------------------- products
+
+typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
+constexpr int LANES = 8;
+
+inline float sum(Floats v) {
+    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+}
+
+inline Floats load(const float* at) { return *reinterpret_cast<const Floats*>(at); }
+
+typedef uint16_t Halves __attribute__((vector_size(16), aligned(2), may_alias));
+typedef uint32_t Words __attribute__((vector_size(32)));
+
+inline Floats load(const uint16_t* at) {  // bfloat16
+#if defined(__AVX2__)
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)at));
+    return (Floats)_mm256_slli_epi32(wide, 16);
+#else
+    return (Floats)(__builtin_convertvector(*reinterpret_cast<const Halves*>(at), Words) << 16);
+#endif
+}
+
+inline float scalar(float x) { return x; }
+inline float scalar(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+
+// out[r][n] = sum over k of w[r][k] x[n][k], for R rows of weights and N inputs at once.
+template <int R, int N, class Weight>
+inline void tile(const Weight* w, const float* x, int width, float* out, int64_t out_stride) {
+    Floats sums[R][N] = {};
+    int k = 0;
+    for (; k + LANES <= width; k += LANES) {
+        Floats inputs[N];
+        for (int n = 0; n < N; ++n) inputs[n] = load(x + (int64_t)n * width + k);
+        for (int r = 0; r < R; ++r) {
+            const Floats weights = load(w + (int64_t)r * width + k);
+            for (int n = 0; n < N; ++n) sums[r][n] += weights * inputs[n];
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) {
+            float total = sum(sums[r][n]);
+            for (int rest = k; rest < width; ++rest)
+                total += scalar(w[(int64_t)r * width + rest]) * x[(int64_t)n * width + rest];
+            out[(int64_t)n * out_stride + r] = total;
+        }
+}
+
+template <int R, class Weight>
+inline void tiles(const Weight* w, const float* x, int width, int count, float* out,
+                  int64_t out_stride) {
+    int n = 0;
+    for (; n + 3 <= count; n += 3)
+        tile<R, 3>(w, x + (int64_t)n * width, width, out + n * out_stride, out_stride);
+    const float* rest = x + (int64_t)n * width;
+    if (count - n == 2) tile<R, 2>(w, rest, width, out + n * out_stride, out_stride);
+    if (count - n == 1) tile<R, 1>(w, rest, width, out + n * out_stride, out_stride);
+}
+
+template <class Weight>
+void float_rows(const Weight* w, int begin, int end, const float* x, int width, int count,
+                float* out, int64_t out_stride) {
+    int r = begin;
+    for (; r + 4 <= end; r += 4)
+        tiles<4>(w + (int64_t)r * width, x, width, count, out + r, out_stride);
+    for (; r < end; ++r)
+        tiles<1>(w + (int64_t)r * width, x, width, count, out + r, out_stride);
+}
+
+// Whole numbers. Inputs are rounded by token: to 12 bits beside 8-bit weights, where the sum of
+// any 65,536 products fits 32 bits, and to 8 bits beside ternary ones (BitNet b1.58).
+
+#if defined(__AVX2__)
+// The sums of four vectors of eight whole numbers.
+inline void sums_of(const __m256i* v, int32_t* out) {
+    const __m256i both = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]),
+                                           _mm256_hadd_epi32(v[2], v[3]));
+    _mm_storeu_si128((__m128i*)out, _mm_add_epi32(_mm256_castsi256_si128(both),
+                                                  _mm256_extracti128_si256(both, 1)));
+}
+#endif
+
+// out[r] = sum over k of w[r][k] x[k], for four rows.
+void byte_dots(const int8_t* w, const int16_t* x, int width, int32_t* out) {
+    int k = 0;
+    for (int r = 0; r < 4; ++r) out[r] = 0;
+#if defined(__AVX2__)
+    __m256i sums[4] = {};
+    for (; k + 16 <= width; k += 16) {
+        const __m256i inputs = _mm256_loadu_si256((const __m256i*)(x + k));
+        for (int r = 0; r < 4; ++r) {
+            const auto* at = (const __m128i*)(w + (int64_t)r * width + k);
+            const __m256i weights = _mm256_cvtepi8_epi16(_mm_loadu_si128(at));
+            sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(weights, inputs));
+        }
+    }
+    sums_of(sums, out);
+#endif
+    for (; k < width; ++k)
+        for (int r = 0; r < 4; ++r) out[r] += (int32_t)w[(int64_t)r * width + k] * x[k];
+}
+
+// Four weights to a byte, the first in its lowest bits, each the weight plus one. The inputs are
+// laid out to match: of each block of 128 those at 0, 4, 8 ... first, then those at 1, 5, 9 ...
+constexpr int TERNARY_BLOCK = 128;
+
+void ternary_dots(const uint8_t* w, const int8_t* x, int width, int32_t* out) {
+    const int64_t stride = (width + 3) / 4;
+    int k = 0;
+    for (int r = 0; r < 4; ++r) out[r] = 0;
+#if defined(__AVX2__)
+    const __m256i low = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
+    __m256i sums[4] = {};
+    for (; k + TERNARY_BLOCK <= width; k += TERNARY_BLOCK) {
+        const auto* inputs = (const __m256i*)(x + k);
+        for (int r = 0; r < 4; ++r) {
+            const __m256i codes = _mm256_loadu_si256((const __m256i*)(w + r * stride + k / 4));
+            auto part = [&](int number, __m256i shifted) {
+                return _mm256_maddubs_epi16(_mm256_and_si256(shifted, low),
+                                            _mm256_loadu_si256(inputs + number));
+            };
+            const __m256i pairs = _mm256_add_epi16(
+                _mm256_add_epi16(part(0, codes), part(1, _mm256_srli_epi16(codes, 2))),
+                _mm256_add_epi16(part(2, _mm256_srli_epi16(codes, 4)),
+                                 part(3, _mm256_srli_epi16(codes, 6))));
+            sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(pairs, ones));
+        }
+    }
+    sums_of(sums, out);
+#endif
+    for (; k < width; ++k) {
+        const int block = k / TERNARY_BLOCK * TERNARY_BLOCK, in = k - block;
+        const int quarter = std::min(TERNARY_BLOCK, (width - block + 3) / 4 * 4) / 4;
+        const int32_t input = x[block + in % 4 * quarter + in / 4];
+        for (int r = 0; r < 4; ++r)
+            out[r] += (int32_t)((w[r * stride + k / 4] >> (2 * (k % 4))) & 3) * input;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+enum Kind : int32_t { FLOAT, BFLOAT, BYTES, TERNARY };
+
+struct Matrix {
+    const void* data;     // (rows, width), in `kind`
+    const float* scales;  // BYTES: (rows,); TERNARY: one
+    int32_t rows, width;
+    int32_t kind;
+};
+
+struct Block {
+    Matrix q, k, v, o, gate, up, down;
+    const float *attention_norm, *mlp_norm, *q_norm, *k_norm;  // q_norm, k_norm: or null
+    const float *o_norm, *down_norm;                           // inside ternary layers, or null
+};
+
+struct Model {
+    int32_t d_model, heads, kv_heads, head_dim, d_ff, vocab;
+    int32_t prelude, core, coda, max_loops;
+    int32_t silu, injection;  // injection: 0 none, 1 with the vectors below
+    float eps;
+    const Block* blocks;  // prelude, core, coda
+    const float *state_norm, *state_share, *embedding_norm, *embedding_share;  // of the injection
+    const float *embedding, *norm, *frequencies;
+    Matrix head, judge_hidden;
+    const float *judge_norm, *judge_bias, *judge_loop, *judge_out, *judge_out_bias;
+};
+
+struct Cache {
+    float *keys, *values;  // (slots, batch, kv_heads, capacity, head_dim)
+    int64_t slot, row, head;  // strides, in floats
+    int32_t depths;           // slots of a core layer
+};
+
+struct Rows {
+    int32_t count;
+    const int32_t *row, *column, *start, *position;  // (count,) each
+};
+
+}  // extern "C"
+
+namespace {
+
+// e^x to 2 units in the last place: 2^n times a polynomial (Cephes). Loops over it vectorise.
+inline float exp_of(float x) {
+    x = std::min(std::max(x, -87.0f), 88.0f);
+    const float n = std::nearbyint(x * 1.44269504f);
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    const float p = (((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r +
+                       4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f) * r * r +
+                    r + 1.0f;
+    const int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+constexpr int MOST_HEAD_DIM = 1024;
+
+inline float erf_of(float x) {  // Abramowitz and Stegun 7.1.26, absolute error below 1.5e-7
+    const float a = std::fabs(x), t = 1.0f / (1.0f + 0.3275911f * a);
+    const float tail = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t -
+                         0.284496736f) * t + 0.254829592f) * t * exp_of(-a * a);
+    return std::copysign(1.0f - tail, x);
+}
+
+inline float gelu(float x) { return 0.5f * x * (1.0f + erf_of(x * 0.70710678f)); }
+
+void rms_norm(const float* x, const float* weight, int width, float eps, float* out) {
+    float squares = 0;
+    for (int i = 0; i < width; ++i) squares += x[i] * x[i];
+    const float scale = 1.0f / std::sqrt(squares / width + eps);
+    for (int i = 0; i < width; ++i) out[i] = x[i] * scale * weight[i];
+}
+
+// What a layer reads, in the number type that its weights ask for.
+struct Input {
+    const float* floats = nullptr;
+    int count = 0, width = 0, kind = FLOAT;
+    std::vector<int16_t> shorts;
+    std::vector<int8_t> bytes;
+    std::vector<float> scales;
+    std::vector<int32_t> sums;
+
+    void make_room(int count_, int width_, int kind_) {
+        count = count_, width = width_, kind = kind_;
+        scales.resize(count), sums.resize(count);
+        if (kind == BYTES) shorts.resize((size_t)count * width);
+        if (kind == TERNARY) bytes.resize((size_t)count * (width + 3));
+    }
+
+    // Row n from x, where the weights are whole numbers.
+    void round(int n, const float* x) {
+        if (kind != BYTES && kind != TERNARY) return;
+        const float levels = kind == BYTES ? 2047 : 127;
+        float largest = 1e-5f;
+        for (int k = 0; k < width; ++k) largest = std::max(largest, std::fabs(x[k]));
+        const float scale = largest / levels;
+        scales[n] = scale;
+        if (kind == BYTES) {
+            int16_t* out = shorts.data() + (int64_t)n * width;
+            for (int k = 0; k < width; ++k) out[k] = (int16_t)(int32_t)std::nearbyint(x[k] / scale);
+            return;
+        }
+        thread_local std::vector<int8_t> plain;
+        plain.assign((width + 3) / 4 * 4, 0);
+        int32_t total = 0;
+        for (int k = 0; k < width; ++k) {
+            const int32_t value = (int32_t)std::nearbyint(x[k] / scale);
+            plain[k] = (int8_t)value, total += value;
+        }
+        sums[n] = total;
+        int8_t* out = bytes.data() + (int64_t)n * (width + 3);
+        for (int block = 0; block < width; block += TERNARY_BLOCK) {
+            const int quarter = std::min(TERNARY_BLOCK, (width - block + 3) / 4 * 4) / 4;
+            for (int part = 0; part < 4; ++part)
+                for (int i = 0; i < quarter; ++i)
+                    out[block + part * quarter + i] = plain[block + 4 * i + part];
+        }
+    }
+};
+
+// out[i] for up to four rows of whole numbers and one input. Rows are stored in fours, the last
+// of them filled up, so that no sum reads beyond.
+void whole_rows(const Matrix& m, int r, int some, const Input& in, int n, float* out) {
+    const int width = in.width;
+    int32_t sums[4];
+    if (m.kind == BYTES)
+        byte_dots((const int8_t*)m.data + (int64_t)r * width,
+                  in.shorts.data() + (int64_t)n * width, width, sums);
+    else
+        ternary_dots((const uint8_t*)m.data + (int64_t)r * ((width + 3) / 4),
+                     in.bytes.data() + (int64_t)n * (width + 3), width, sums);
+    for (int i = 0; i < some; ++i)
+        out[i] = m.kind == BYTES ? sums[i] * (in.scales[n] * m.scales[r + i])
+                                 : (sums[i] - in.sums[n]) * (in.scales[n] * m.scales[0]);
+}
+
+// out[n][r] for some rows of a matrix and all inputs.
+void product(const Matrix& m, int begin, int end, const Input& in, float* out, int64_t out_stride) {
+    const int width = in.width, count = in.count;
+    switch (m.kind) {
+        case FLOAT:
+            return float_rows((const float*)m.data, begin, end, in.floats, width, count, out,
+                              out_stride);
+        case BFLOAT:
+            return float_rows((const uint16_t*)m.data, begin, end, in.floats, width, count, out,
+                              out_stride);
+        default:
+            for (int r = begin; r < end; r += 4)
+                for (int n = 0; n < count; ++n)
+                    whole_rows(m, r, std::min(4, end - r), in, n, out + n * out_stride + r);
+    }
+}
+
+}  // namespace
+
+// Buffers of one pass, and the threads that share it.
+struct Runner {
+    const Model model;
+    Pool pool;
+    int room = 0;
+    std::vector<float> normed, qkv, attended, hidden, turns, judged;
+    Input input;
+
+    Runner(const Model& model, int threads) : model(model), pool(threads) {}
+
+    void make_room(int count) {
+        if (count <= room) return;
+        room = count;
+        const Model& m = model;
+        const int64_t n = count, kv = m.kv_heads * m.head_dim, q = m.heads * m.head_dim;
+        normed.resize(n * std::max({m.d_model, (int32_t)q, m.d_ff}));
+        qkv.resize(n * (q + 2 * kv)), attended.resize(n * q), hidden.resize(n * 2 * m.d_ff);
+        turns.resize(n * m.head_dim), judged.resize(n * m.judge_hidden.rows);
+    }
+
+    // The next products read norm(in), or in itself where there is no norm.
+    void enter(const float* in, const float* weight, int count, int width, int kind) {
+        input.make_room(count, width, kind);
+        pool.each(count, 1, [&](int begin, int end) {
+            for (int n = begin; n < end; ++n) {
+                const float* row = in + (int64_t)n * width;
+                float* own = normed.data() + (int64_t)n * width;
+                if (weight) rms_norm(row, weight, width, model.eps, own);
+                input.round(n, weight ? own : row);
+            }
+        });
+        input.floats = weight ? normed.data() : in;
+    }
+
+    // to[n] += m * input[n]
+    void add(const Matrix& m, float* to) {
+        pool.each(m.rows, 4, [&](int begin, int end) {
+            const int count = input.count;
+            thread_local std::vector<float> sums;
+            sums.resize((size_t)count * m.rows);
+            product(m, begin, end, input, sums.data(), m.rows);
+            for (int n = 0; n < count; ++n)
+                for (int r = begin; r < end; ++r)
+                    to[(int64_t)n * m.rows + r] += sums[(int64_t)n * m.rows + r];
+        });
+    }
+
+    void turn(float* at, const float* norm, const float* table) const {
+        const int width = model.head_dim, half = width / 2;
+        float tmp[MOST_HEAD_DIM];
+        if (norm)
+            rms_norm(at, norm, width, model.eps, tmp);
+        else
+            memcpy(tmp, at, width * sizeof(float));
+        for (int i = 0; i < half; ++i) {
+            const float cos = table[i], sin = table[half + i];
+            at[i] = tmp[i] * cos - tmp[half + i] * sin;
+            at[half + i] = tmp[half + i] * cos + tmp[i] * sin;
+        }
+    }
+
+    void attend(const float* q, const float* keys, const float* values, int length,
+                float* out) const {
+        const int width = model.head_dim;
+        const float scale = 1.0f / std::sqrt((float)width);
+        thread_local std::vector<float> chances;
+        if ((int)chances.size() < length) chances.resize(length + 256);
+        float largest = -3e38f, total = 0;
+        for (int c = 0; c < length; ++c) {
+            const float* key = keys + (int64_t)c * width;
+            float dot = 0;
+            for (int i = 0; i < width; ++i) dot += q[i] * key[i];
+            chances[c] = dot * scale;
+            largest = std::max(largest, chances[c]);
+        }
+        for (int c = 0; c < length; ++c) chances[c] = exp_of(chances[c] - largest);
+        for (int c = 0; c < length; ++c) total += chances[c];
+        for (int i = 0; i < width; ++i) out[i] = 0;
+        for (int c = 0; c < length; ++c) {
+            const float chance = chances[c] / total;
+            const float* value = values + (int64_t)c * width;
+            for (int i = 0; i < width; ++i) out[i] += chance * value[i];
+        }
+    }
+
+    // One block on the rows of `at`, (count, d_model); slot: the cache's, for each row.
+    template <class Slot>
+    void block(const Block& b, float* at, const Rows& rows, const Cache& cache, Slot slot) {
+        const Model& m = model;
+        const int n = rows.count, width = m.head_dim, group = m.heads / m.kv_heads;
+        const int q = m.heads * width, kv = m.kv_heads * width, all = q + 2 * kv;
+        enter(at, b.attention_norm, n, m.d_model, b.q.kind);
+        // Queries, keys and values are one range, so that helpers are called once.
+        const Matrix* parts[] = {&b.q, &b.k, &b.v};
+        pool.each(all, 4, [&](int begin, int end) {
+            for (int i = 0, first = 0; i < 3; first += parts[i++]->rows) {
+                const int from = std::max(begin - first, 0);
+                const int to = std::min(end - first, parts[i]->rows);
+                if (from < to) product(*parts[i], from, to, input, qkv.data() + first, all);
+            }
+        });
+        auto place = [&](int r, int head, int column) {
+            return slot(r) * cache.slot + rows.row[r] * cache.row + head * cache.head +
+                   (int64_t)column * width;
+        };
+        for (int r = 0; r < n; ++r)
+            for (int h = 0; h < m.kv_heads; ++h) {
+                float* key = qkv.data() + (int64_t)r * all + q + h * width;
+                turn(key, b.k_norm, turns.data() + (int64_t)r * width);
+                const int64_t to = place(r, h, rows.column[r]);
+                memcpy(cache.keys + to, key, width * sizeof(float));
+                memcpy(cache.values + to, key + kv, width * sizeof(float));
+            }
+        pool.each(n * m.heads, 1, [&](int begin, int end) {
+            for (int item = begin; item < end; ++item) {
+                const int r = item / m.heads, h = item % m.heads;
+                float* query = qkv.data() + (int64_t)r * all + h * width;
+                turn(query, b.q_norm, turns.data() + (int64_t)r * width);
+                const int64_t from = place(r, h / group, rows.start[r]);
+                attend(query, cache.keys + from, cache.values + from,
+                       rows.column[r] + 1 - rows.start[r],
+                       attended.data() + (int64_t)r * q + h * width);
+            }
+        });
+        enter(attended.data(), b.o_norm, n, q, b.o.kind);
+        add(b.o, at);
+        enter(at, b.mlp_norm, n, m.d_model, b.gate.kind);
+        pool.each(m.d_ff, 4, [&](int begin, int end) {
+            float* up = hidden.data() + (int64_t)n * m.d_ff;
+            product(b.gate, begin, end, input, hidden.data(), m.d_ff);
+            product(b.up, begin, end, input, up, m.d_ff);
+            for (int r = 0; r < n; ++r) {
+                float* gates = hidden.data() + (int64_t)r * m.d_ff;
+                const float* ups = up + (int64_t)r * m.d_ff;
+                if (m.silu)
+                    for (int i = begin; i < end; ++i)
+                        gates[i] = gates[i] / (1.0f + exp_of(-gates[i])) * ups[i];
+                else
+                    for (int i = begin; i < end; ++i) gates[i] = gelu(gates[i]) * ups[i];
+            }
+        });
+        enter(hidden.data(), b.down_norm, n, m.d_ff, b.down.kind);
+        add(b.down, at);
+    }
+
+    void find_turns(const Rows& rows) {
+        const int half = model.head_dim / 2;
+        for (int r = 0; r < rows.count; ++r)
+            for (int i = 0; i < half; ++i) {
+                const float angle = (float)rows.position[r] * model.frequencies[i];
+                turns[(int64_t)r * model.head_dim + i] = std::cos(angle);
+                turns[(int64_t)r * model.head_dim + half + i] = std::sin(angle);
+            }
+    }
+
+    void encode(const int64_t* tokens, float* at, const Rows& rows, const Cache& cache) {
+        const Model& m = model;
+        for (int r = 0; r < rows.count; ++r)
+            memcpy(at + (int64_t)r * m.d_model, m.embedding + tokens[r] * m.d_model,
+                   m.d_model * sizeof(float));
+        find_turns(rows);
+        for (int layer = 0; layer < m.prelude; ++layer)
+            block(m.blocks[layer], at, rows, cache, [&](int) { return (int64_t)layer; });
+    }
+
+    int64_t core_slot(int layer, int loop, const Cache& cache) const {
+        return model.prelude + (int64_t)(std::min(loop, cache.depths) - 1) * model.core + layer;
+    }
+
+    // at: the state, in place; loop: each row's, counted from 1, and `further` times beyond it.
+    void step(float* at, const float* words, const int32_t* loop, int further, const Rows& rows,
+              const Cache& cache) {
+        find_turns(rows);
+        for (int more = 0; more <= further; ++more) once(at, words, loop, more, rows, cache);
+    }
+
+    void once(float* at, const float* words, const int32_t* loop, int more, const Rows& rows,
+              const Cache& cache) {
+        const Model& m = model;
+        if (m.injection)
+            for (int r = 0; r < rows.count; ++r) {
+                float* own = at + (int64_t)r * m.d_model;
+                float* mixed = normed.data();
+                rms_norm(own, m.state_norm, m.d_model, m.eps, mixed);
+                for (int i = 0; i < m.d_model; ++i) own[i] = mixed[i] * m.state_share[i];
+                rms_norm(words + (int64_t)r * m.d_model, m.embedding_norm, m.d_model, m.eps, mixed);
+                for (int i = 0; i < m.d_model; ++i) own[i] += mixed[i] * m.embedding_share[i];
+            }
+        for (int layer = 0; layer < m.core; ++layer)
+            block(m.blocks[m.prelude + layer], at, rows, cache,
+                  [&](int r) { return core_slot(layer, loop[r] + more, cache); });
+    }
+
+    // at is overwritten; logits: (count, vocab).
+    void decode(float* at, float* logits, const Rows& rows, const Cache& cache) {
+        const Model& m = model;
+        find_turns(rows);
+        for (int layer = 0; layer < m.coda; ++layer) {
+            const int64_t slot = m.prelude + (int64_t)m.core * cache.depths + layer;
+            block(m.blocks[m.prelude + m.core + layer], at, rows, cache, [&](int) { return slot; });
+        }
+        enter(at, m.norm, rows.count, m.d_model, m.head.kind);
+        pool.each(m.vocab, 4, [&](int begin, int end) {
+            product(m.head, begin, end, input, logits, m.vocab);
+        });
+    }
+
+    // out: (count, 2), the log-odds of being right and the nats of one more loop.
+    void judge(const float* at, const int32_t* loops, int count, float* out) {
+        const Model& m = model;
+        const int width = m.judge_hidden.rows;
+        enter(at, m.judge_norm, count, m.d_model, FLOAT);
+        pool.each(width, 4, [&](int begin, int end) {
+            product(m.judge_hidden, begin, end, input, judged.data(), width);
+        });
+        for (int r = 0; r < count; ++r) {
+            float* own = judged.data() + (int64_t)r * width;
+            const float* depth = m.judge_loop + (int64_t)(std::min(loops[r], m.max_loops) - 1) * width;
+            float sums[2] = {m.judge_out_bias[0], m.judge_out_bias[1]};
+            for (int i = 0; i < width; ++i) own[i] = gelu(own[i] + m.judge_bias[i] + depth[i]);
+            for (int i = 0; i < width; ++i) {
+                sums[0] += own[i] * m.judge_out[i];
+                sums[1] += own[i] * m.judge_out[width + i];
+            }
+            out[2 * r] = sums[0], out[2 * r + 1] = sums[1];
+        }
+    }
+};
+
+extern "C" {
+
+Runner* looptx_new(const Model* model, int32_t threads) { return new Runner(*model, threads); }
+
+void looptx_free(Runner* runner) { delete runner; }
+
+void looptx_encode(Runner* r, const int64_t* tokens, float* at, const Rows* rows,
+                   const Cache* cache) {
+    r->make_room(rows->count);
+    r->encode(tokens, at, *rows, *cache);
+}
+
+void looptx_step(Runner* r, float* at, const float* words, const int32_t* loop, int32_t further,
+                 const Rows* rows, const Cache* cache) {
+    r->make_room(rows->count);
+    r->step(at, words, loop, further, *rows, *cache);
+}
+
+void looptx_decode(Runner* r, float* at, float* logits, const Rows* rows, const Cache* cache) {
+    r->make_room(rows->count);
+    r->decode(at, logits, *rows, *cache);
+}
+
+void looptx_judge(Runner* r, const float* at, const int32_t* loops, int32_t count, float* out) {
+    r->make_room(count);
+    r->judge(at, loops, count, out);
+}
+
+}  // extern "C"
