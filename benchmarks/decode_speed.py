@@ -67,7 +67,7 @@ def looptx(
     vocabulary = {"<|end|>": 0, **{f"t{i}": i for i in range(1, config.vocab_size)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|end|>"))
     held = "float32" if ternary else weights
-    engine = Engine(model, tokenizer, kernel=kernel, weights=held)
+    engine = Engine(model, tokenizer, kernel=kernel, precision=held)
     options = GenerationOptions(
         loops=config.loops, temperature=0, max_new_tokens=NEW, ignore_eos=True
     )

@@ -53,7 +53,12 @@ def generate(
         str | None, typer.Option(help="Depths to show side by side, as 1,4,10.")
     ] = None,
     attention: Annotated[str, typer.Option(help="auto, sdpa, flash or explicit.")] = "auto",
-    precision: Annotated[str, typer.Option(help="float32 or bf16.")] = "float32",
+    precision: Annotated[
+        str, typer.Option(help="float32, bf16, or int8 (weights; on a CPU).")
+    ] = "float32",
+    kernel: Annotated[
+        str, typer.Option(help="On a CPU: auto, native (compiled at first use) or torch.")
+    ] = "auto",
     config: Annotated[Path | None, typer.Option(help="A YAML file of these settings.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No notes.")] = False,
@@ -84,7 +89,7 @@ def generate(
         texts = [sys.stdin.read().rstrip("\n")]
 
     need = frozenset({"vision"} if image else ())
-    engine, templated = _load(model, adapter, attention, precision, quiet, need)
+    engine, templated = _load(model, adapter, attention, precision, kernel, quiet, need)
     if chat and not templated:
         raise UsageError(
             "--chat: this model was not finetuned on chats (looptx finetune, with messages as "
@@ -133,6 +138,7 @@ def _load(
     adapter: str | None,
     attention: str,
     precision: str,
+    kernel: str,
     quiet: bool,
     need: frozenset[str] = frozenset(),
 ) -> tuple[Engine, bool]:
@@ -149,15 +155,20 @@ def _load(
     from looptx_core.generation.engine import Engine
     from looptx_core.model.attention import choose_backend
 
-    types = {"float32": torch.float32, "bf16": torch.bfloat16}
-    if precision not in types:
-        raise UsageError(f"--precision {precision}: not one of {', '.join(types)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_resolved(found, device=device, dtype=types[precision])
-    backend = choose_backend(attention, device, types[precision])
+    # On a CPU the kernel rounds the weights; elsewhere, and without it, all is in that type.
+    rounded = device.type == "cpu" and kernel != "torch"
+    dtype = torch.bfloat16 if precision == "bf16" and not rounded else torch.float32
+    loaded = load_resolved(found, device=device, dtype=dtype)
+    backend = choose_backend(attention, device, dtype)
     note(f"attention: {backend.name}, {backend.reason}", quiet)
     loaded.model.attend = backend.attend
-    engine = Engine(loaded.model, loaded.tokenizer, loaded.exit, name=loaded.name)
+    held = "float32" if dtype == torch.bfloat16 else precision
+    engine = Engine(
+        loaded.model, loaded.tokenizer, loaded.exit,
+        name=loaded.name, kernel=kernel, precision=held,
+    )  # fmt: skip
+    note(f"decoding: {engine.kernel}", quiet)
     return engine, loaded.chat_template == TEMPLATE
 
 

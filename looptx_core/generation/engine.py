@@ -25,7 +25,8 @@ from looptx_core.data.tokenizer import end_id
 from looptx_core.errors import UsageError
 from looptx_core.generation.exits import fixed_exit, resolve_exit
 from looptx_core.generation.flight import Flight
-from looptx_core.generation.moves import Moves, Work
+from looptx_core.generation.moves import Work
+from looptx_core.generation.native_moves import choose_moves
 from looptx_core.generation.request import (
     ChatPrompt,
     Generation,
@@ -63,6 +64,7 @@ class Engine:
 
     Puts the model into evaluation mode and joins its projections. `batch_size`: the most
     prompts that run at once; more wait, and join as others finish. `work` counts what was done.
+    kernel, precision: see `choose_moves`; `kernel` then says what was chosen, and why.
     """
 
     def __init__(
@@ -73,13 +75,16 @@ class Engine:
         *,
         name: str = "model",
         batch_size: int = 32,
+        kernel: str = "auto",
+        precision: str = "float32",
     ) -> None:
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
         model.join()
         self.exit_settings = exit_settings or ExitSettings()
         self.batch_size = batch_size
         self.end = end_id(tokenizer)
-        self.moves, self.work = Moves(model), Work()
+        self.moves, self.kernel = choose_moves(model, kernel, precision)
+        self.work = Work()
 
     def generate(
         self,

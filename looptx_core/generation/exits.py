@@ -118,6 +118,13 @@ class Exit:
         """What the rule looks at; nothing at a fixed depth."""
         return () if self.rule is None else RULES[self.rule]
 
+    def next_look(self, loop: int) -> int:
+        """The first loop after this one at which the rule, or the end, is asked for."""
+        if self.reads_logits:  # which may compare each loop with the one before
+            return loop + 1
+        first = self.max_loops if self.rule is None else max(self.min_loops, loop + 1)
+        return max(loop + 1, min(first, self.max_loops))
+
     def judges(self, loop: int) -> bool:
         """Whether the rule has a say after this loop."""
         return self.rule is not None and self.min_loops <= loop < self.max_loops

@@ -98,16 +98,19 @@ class Flight:
         self._riders += [_Rider(row, own) for row, own in zip(rows, exits)]
 
     def turn(self) -> Landing | None:
-        """One more loop for every row; those that leave are read out."""
+        """On to the next loop at which a row is looked at; those that leave are read out."""
         riders, work = self._riders, self.work
         assert self._state is not None and self._embedding is not None, "nobody has entered"
         if self._place is None:
             self._place = self.moves.at(self.cache, [rider.row for rider in riders])
+        loops = [rider.loop + 1 for rider in riders]
+        passes = min(rider.exit.next_look(rider.loop) - rider.loop for rider in riders)
+        self._state = self.moves.step(
+            self._state, self._embedding, loops, self._place, further=passes - 1
+        )
         for rider in riders:
-            rider.loop += 1
-        loops = [rider.loop for rider in riders]
-        self._state = self.moves.step(self._state, self._embedding, loops, self._place)
-        work.loops += len(riders)
+            rider.loop += passes
+        work.loops += passes * len(riders)
         if readers := [i for i, rider in enumerate(riders) if rider.exit.reads_logits]:
             self._read(readers)
         asked = [

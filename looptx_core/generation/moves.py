@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from looptx_core.model.block import Surroundings
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.vision import Pictures
@@ -38,8 +38,8 @@ class Work:
     """Those of them that full depth would have drawn too."""
 
 
-Place = Surroundings
-"""Where the tokens of a pass stand; made by `Moves.at`."""
+Place = Any
+"""Where the tokens of a pass stand; made by `Moves.at`, and read by its maker alone."""
 
 
 class Moves:
@@ -73,8 +73,20 @@ class Moves:
         """tokens (rows, new) -> what the loops start from, (rows, new, d_model)."""
         return self.model.encode(tokens, place, pictures)
 
-    def step(self, state: Tensor, embedding: Tensor, loops: Sequence[int], place: Place) -> Tensor:
-        """The states after one more loop; `loops`: each row's, counted from 1."""
+    def step(
+        self,
+        state: Tensor,
+        embedding: Tensor,
+        loops: Sequence[int],
+        place: Place,
+        further: int = 0,
+    ) -> Tensor:
+        """The states after one more loop, and `further` ones; `loops`: each row's, from 1."""
+        for more in range(1 + further):
+            state = self._once(state, embedding, [loop + more for loop in loops], place)
+        return state
+
+    def _once(self, state: Tensor, embedding: Tensor, loops: Sequence[int], place: Place) -> Tensor:
         if loops.count(loops[0]) == len(loops):
             return self.model.step(state, embedding, loops[0], place)
         if self.model.enter_loop is None:
@@ -83,7 +95,7 @@ class Moves:
         after = torch.empty_like(state)  # loops with weights of their own go one by one
         for loop in set(loops):
             which = [i for i, own in enumerate(loops) if own == loop]
-            after[which] = self.step(
+            after[which] = self._once(
                 state[which], embedding[which], [loop], self._some(place, which)
             )
         return after

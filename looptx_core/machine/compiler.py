@@ -24,6 +24,11 @@ class Compiler:
     """One line on why it builds nothing; None: it does."""
 
 
+def compiler_words() -> list[str]:
+    """The command of the C++ compiler that torch builds with, as words: $CXX, else c++."""
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
 def compiler() -> Compiler:
     """The compiler that torch builds with: $CXX, else c++; tried on a program with OpenMP."""
     command = os.environ.get("CXX", "c++")

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from looptx_core.errors import MissingError
+from looptx_core.machine.compiler import compiler_words
 
 _SOURCE = Path(__file__).with_name("decode.cpp")
 # Sums may be taken in any order, as vector units do; -ffast-math would also set the whole
@@ -32,35 +33,31 @@ def library_path() -> Path:
     return root / "looptx" / f"decode-{digest}.so"
 
 
-def compiler() -> str | None:
-    """$CXX, or the first C++ compiler on the path."""
-    names = (os.environ.get("CXX"), "g++", "c++", "clang++")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
-
-
 def build() -> Path:
     """Compile where it was not done before, some seconds. Raises `MissingError`."""
     path = library_path()
     if path.exists():
         return path
-    command = compiler()
-    if command is None:
-        raise MissingError("no C++ compiler (g++ or clang++, or $CXX) to build the decoding kernel")
+    command = compiler_words()
+    if not command or shutil.which(command[0]) is None:
+        raise MissingError(
+            f"no C++ compiler ({' '.join(command)}) builds it; install g++ (Debian: apt install g++)"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Another process may build the same: each writes its own, and a rename is atomic.
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
             subprocess.run(
-                [command, *_FLAGS, str(_SOURCE), "-o", str(made)],
+                [*command, *_FLAGS, str(_SOURCE), "-o", str(made)],
                 check=True, capture_output=True, text=True,
             )  # fmt: skip
             made.replace(path)
     except subprocess.CalledProcessError as error:
         reason = next((line for line in error.stderr.splitlines() if "error" in line), "it failed")
-        raise MissingError(f"{command} could not compile the decoding kernel: {reason}") from error
+        raise MissingError(f"{command[0]} could not compile it: {reason}") from error
     except OSError as error:
-        raise MissingError(f"the decoding kernel can't be kept in {path.parent}: {error}") from error
+        raise MissingError(f"it can't be kept in {path.parent}: {error}") from error
     return path
 
 

@@ -191,8 +191,8 @@ void float_rows(const Weight* w, int begin, int end, const float* x, int width, 
         tiles<1>(w + (int64_t)r * width, x, width, count, out + r, out_stride);
 }
 
-// Whole numbers. Inputs are rounded by token: to 12 bits beside 8-bit weights, where the sum of
-// any 65,536 products fits 32 bits, and to 8 bits beside ternary ones (BitNet b1.58).
+// Whole numbers. Inputs are rounded by token: beside 8-bit weights to as many levels as their sum
+// has room for in 32 bits, and to 8 bits beside ternary ones (BitNet b1.58).
 
 #if defined(__AVX2__)
 // The sums of four vectors of eight whole numbers.
@@ -358,7 +358,8 @@ struct Input {
     // Row n from x, where the weights are whole numbers.
     void round(int n, const float* x) {
         if (kind != BYTES && kind != TERNARY) return;
-        const float levels = kind == BYTES ? 2047 : 127;
+        const float room = (float)INT32_MAX / 127 / width - 1;
+        const float levels = kind == BYTES ? std::min(32767.0f, room) : 127;
         float largest = 1e-5f;
         for (int k = 0; k < width; ++k) largest = std::max(largest, std::fabs(x[k]));
         const float scale = largest / levels;

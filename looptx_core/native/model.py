@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from looptx_core.errors import LooptxError
+from looptx_core.model.attention import sdpa
 from looptx_core.model.bitnet import PackedBitLinear
 from looptx_core.model.block import Block
 from looptx_core.model.cache import LoopCache
@@ -19,8 +20,8 @@ from looptx_core.model.rope import rotary_frequencies
 from looptx_core.native.build import library
 
 _FLOAT, _BFLOAT, _BYTES, _TERNARY = range(4)
-WEIGHTS = {"float32": _FLOAT, "bf16": _BFLOAT, "int8": _BYTES}
-"""How the kernel can hold a model's float weights."""
+PRECISIONS = {"float32": _FLOAT, "bf16": _BFLOAT, "int8": _BYTES}
+"""How the kernel can hold a model's float weights, by name."""
 _LEVELS = 127
 
 _pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
@@ -64,17 +65,27 @@ class _Rows(ctypes.Structure):
     _fields_ = _fields(count=_int, row__column__start__position=_pointer)
 
 
-class Rows:
-    """Tokens of one pass, one a row: where they stand. Each (rows,) int32.
+class Place:
+    """Tokens of one pass, one a row, and where they stand in a cache.
 
     row: of the cache's batch. column: of the cache, where the token's keys go. start: the first
     column that belongs to the row. position: RoPE's. Rows of one text see each other's columns,
-    as far as they are no later.
+    as far as they are no later. The cache holds float32.
     """
 
-    def __init__(self, row: Tensor, column: Tensor, start: Tensor, position: Tensor) -> None:
-        self._parts = row, column, start, position
-        self.struct = _Rows(len(row), *(part.data_ptr() for part in self._parts))
+    def __init__(
+        self,
+        cache: LoopCache,
+        row: Sequence[int],
+        column: Sequence[int],
+        start: Sequence[int],
+        position: Sequence[int],
+    ) -> None:
+        self._parts = [_ints(part) for part in (row, column, start, position)]
+        self._rows = _Rows(len(row), *(ctypes.addressof(part) for part in self._parts))
+        strides, keys, values = cache.keys.stride(), cache.keys.data_ptr(), cache.values.data_ptr()
+        self._cache = _Cache(keys, values, *strides[:3], cache.depths)
+        self.arguments = ctypes.byref(self._rows), ctypes.byref(self._cache)
 
 
 def obstacle(model: LoopedTransformer) -> str | None:
@@ -84,6 +95,8 @@ def obstacle(model: LoopedTransformer) -> str | None:
         return f"the model is on {weight.device.type}"
     if weight.dtype != torch.float32:
         return f"the model is in {str(weight.dtype).removeprefix('torch.')}"
+    if model.attend is not sdpa:
+        return "attention is not sdpa's"
     if model.enter_loop is not None:
         return "each loop has an adapter of its own"
     kinds = {type(layer) for block in _blocks(model) for layer in _layers(block)}
@@ -97,58 +110,50 @@ def obstacle(model: LoopedTransformer) -> str | None:
 class NativeModel:
     """The moves of one model by the kernel.
 
-    weights: how float matrices are held, see `WEIGHTS`; a ternary model keeps its own. The kernel
-    reads the model's memory where the type is the same, else a copy: a later change of the model
-    is not followed. Raises `LooptxError` for an unknown type, `MissingError` without a compiler.
+    precision: how float matrices are held, see `PRECISIONS`; a ternary model keeps its own. The
+    kernel reads the model's memory where the type is the same, else a copy: a later change of the
+    model is not followed. Raises `MissingError` where the kernel can't be built.
     """
 
     def __init__(
-        self, model: LoopedTransformer, weights: str = "float32", threads: int | None = None
+        self, model: LoopedTransformer, precision: str = "float32", threads: int | None = None
     ) -> None:
-        if weights not in WEIGHTS:
-            raise LooptxError(f"weights {weights}: not one of {', '.join(WEIGHTS)}")
         self._library = library()
         self._kept: list[Any] = []  # what the kernel points to
-        self._kind, self.weights = WEIGHTS[weights], weights
+        self._kind = PRECISIONS[precision]
         self.config = model.config
         description = self._describe(model)
         handle = self._library.looptx_new(ctypes.byref(description), threads or _threads())
         self._handle = ctypes.c_void_p(handle)
         weakref.finalize(self, self._library.looptx_free, self._handle)
 
-    def encode(self, tokens: Tensor, rows: Rows, cache: LoopCache) -> Tensor:
+    def encode(self, tokens: Tensor, place: Place) -> Tensor:
         """tokens (rows,) int64 -> the prelude's output (rows, d_model)."""
         out = torch.empty(len(tokens), self.config.d_model)
-        self._library.looptx_encode(self._handle, _at(tokens), _at(out), *_places(rows, cache))
+        self._library.looptx_encode(self._handle, _at(tokens), _at(out), *place.arguments)
         return out
 
     def step(
-        self,
-        state: Tensor,
-        embedding: Tensor,
-        loop: Tensor,
-        rows: Rows,
-        cache: LoopCache,
-        further: int = 0,
+        self, state: Tensor, embedding: Tensor, loops: Sequence[int], place: Place, further: int = 0
     ) -> Tensor:
-        """States (rows, d_model) after each row's loop, (rows,) int32, and so many further ones."""
+        """States (rows, d_model) after each row's loop, counted from 1, and `further` ones."""
         state = state.clone()
         self._library.looptx_step(
-            self._handle, _at(state), _at(embedding), _at(loop), further, *_places(rows, cache)
+            self._handle, _at(state), _at(embedding), _ints(loops), further, *place.arguments
         )
         return state
 
-    def decode(self, state: Tensor, rows: Rows, cache: LoopCache) -> Tensor:
+    def decode(self, state: Tensor, place: Place) -> Tensor:
         """states (rows, d_model) -> logits (rows, vocab_size), by coda and head."""
         logits, state = torch.empty(len(state), self.config.vocab_size), state.clone()
-        self._library.looptx_decode(self._handle, _at(state), _at(logits), *_places(rows, cache))
+        self._library.looptx_decode(self._handle, _at(state), _at(logits), *place.arguments)
         return logits
 
-    def judge(self, state: Tensor, loops: Tensor) -> Tensor:
-        """The confidence head's words after each row's loop: logit and gain, (rows, 2)."""
-        out = torch.empty(len(state), 2)
-        self._library.looptx_judge(self._handle, _at(state), _at(loops), len(state), _at(out))
-        return out
+    def judge(self, state: Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
+        """The confidence head's words after each row's loop: logit and gain."""
+        out = (ctypes.c_float * (2 * len(state)))()
+        self._library.looptx_judge(self._handle, _at(state), _ints(loops), len(state), out)
+        return list(zip(out[::2], out[1::2]))
 
     # What follows describes the model to the kernel.
 
@@ -238,21 +243,21 @@ def rounded_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def round_weights(model: LoopedTransformer, weights: str) -> None:
+def round_weights(model: LoopedTransformer, precision: str) -> None:
     """Give the model the values that the kernel will hold, so that both compute the same."""
     layers = [layer for block in _blocks(model) for layer in _layers(block)]
     for layer in (*layers, model.head):
         if not isinstance(layer, nn.Linear):
             continue
-        if weights == "bf16":
+        if precision == "bf16":
             layer.weight.copy_(layer.weight.bfloat16())
-        elif weights == "int8":
+        elif precision == "int8":
             values, scale = rounded_rows(layer.weight)
             layer.weight.copy_(values * scale)
 
 
 def _blocks(model: LoopedTransformer) -> list[Block]:
-    return [*model.prelude, *model.core, *model.coda]  # type: ignore[list-item]
+    return [*model.prelude, *model.core, *model.coda]
 
 
 def _layers(block: Block) -> list[nn.Module]:
@@ -274,17 +279,13 @@ def _at(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def _places(rows: Rows, cache: LoopCache) -> tuple[Any, Any]:
-    """Where the rows stand and what they stand in, as the kernel's last two arguments."""
-    slot, row, head = cache.keys.stride()[:3]
-    keys, values = cache.keys.data_ptr(), cache.values.data_ptr()
-    where = _Cache(keys, values, slot, row, head, cache.depths)
-    return ctypes.byref(rows.struct), ctypes.byref(where)
+def _ints(values: Sequence[int]) -> Any:
+    return (_int * len(values))(*values)
 
 
-def held_bytes(model: LoopedTransformer, weights: str = "float32") -> int:
+def held_bytes(model: LoopedTransformer, precision: str = "float32") -> int:
     """Bytes of weights that decoding a token reads, each once, as the kernel holds them."""
-    width = {"float32": 4, "bf16": 2, "int8": 1}[weights]
+    width = {"float32": 4, "bf16": 2, "int8": 1}[precision]
     total = model.head.weight.numel() * width
     for block in _blocks(model):
         for layer in _layers(block):

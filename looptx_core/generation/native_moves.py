@@ -1,0 +1,119 @@
+"""The model's moves by the compiled kernel, where it can make them; by torch where it can't."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from looptx_core.errors import MissingError, UsageError
+from looptx_core.generation.moves import Moves, Place
+from looptx_core.model.cache import LoopCache
+from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.rounding import KINDS
+from looptx_core.model.vision import Pictures
+from looptx_core.native.model import PRECISIONS, NativeModel, obstacle, round_weights
+from looptx_core.native.model import Place as NativePlace
+
+KERNELS = ("auto", "native", "torch")
+_MOST_TOKENS = 32  # of one pass: with more, torch's products for matrices are faster
+
+
+class NativeMoves(Moves):
+    """What has pictures, many tokens or a rounded cache goes to torch, with the same results."""
+
+    def __init__(self, model: LoopedTransformer, precision: str = "float32") -> None:
+        super().__init__(model)
+        self.native = NativeModel(model, precision)
+
+    def at(
+        self,
+        cache: LoopCache,
+        rows: Sequence[int] | None = None,
+        new: int = 1,
+        tokens: Tensor | None = None,
+        pictures: Pictures | None = None,
+    ) -> Place:
+        count = len(cache.lengths) if rows is None else len(rows)
+        plain = cache.kind is KINDS["float"] and cache.dtype == torch.float32
+        if pictures is not None or not plain or count * new > _MOST_TOKENS:
+            return super().at(cache, rows, new, tokens, pictures)
+        row: list[int] = []
+        column: list[int] = []
+        for own in range(count) if rows is None else rows:
+            assert cache.lengths[own] + new <= cache.capacity, "the cache is full"
+            row += [own] * new
+            column += range(cache.lengths[own], cache.lengths[own] + new)
+        start, position = [0] * len(row), column
+        if cache.padded:  # a padding column looks at itself
+            starts = cache.start.tolist()
+            start = [min(starts[r], c) for r, c in zip(row, column)]
+        if cache.shifted:
+            shifts = cache.shift.tolist()
+            position = [max(c - shifts[r], 0) for r, c in zip(row, column)]
+        return NativePlace(cache, row, column, start, position)
+
+    def encode(
+        self, tokens: Tensor, place: Place, pictures: Pictures | None = None
+    ) -> Tensor:
+        if not isinstance(place, NativePlace):
+            return super().encode(tokens, place, pictures)
+        return self.native.encode(tokens.flatten(), place).view(*tokens.shape, -1)
+
+    def step(
+        self,
+        state: Tensor,
+        embedding: Tensor,
+        loops: Sequence[int],
+        place: Place,
+        further: int = 0,
+    ) -> Tensor:
+        if not isinstance(place, NativePlace):
+            return super().step(state, embedding, loops, place, further)
+        flat = state.flatten(0, 1), embedding.flatten(0, 1)
+        return self.native.step(*flat, _each(loops, state), place, further).view_as(state)
+
+    def decode(self, state: Tensor, place: Place, last: bool = False) -> Tensor:
+        if not isinstance(place, NativePlace):
+            return super().decode(state, place, last)
+        logits = self.native.decode(state.flatten(0, 1), place).view(*state.shape[:2], -1)
+        return logits[:, -1:] if last else logits
+
+    def judge(self, state: Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
+        return self.native.judge(state.flatten(0, 1).contiguous(), _each(loops, state))
+
+
+def _each(loops: Sequence[int], state: Tensor) -> Sequence[int]:
+    """The loop of each token of (rows, new, d_model), of one for all or one for each row."""
+    rows, new = state.shape[:2]
+    spread = list(loops) * (rows // len(loops))
+    return spread if new == 1 else [loop for loop in spread for _ in range(new)]
+
+
+def choose_moves(
+    model: LoopedTransformer, kernel: str = "auto", precision: str = "float32"
+) -> tuple[Moves, str]:
+    """The moves to generate with, and in a line why.
+
+    kernel: auto, native or torch. precision: how the kernel holds the model's weights, float32,
+    bf16 or int8; the model's own are rounded to the same values.
+    Raises `UsageError` for unknown names, `MissingError` where what was asked for can't be had.
+    """
+    if kernel not in KERNELS:
+        raise UsageError(f"--kernel {kernel}: not one of {', '.join(KERNELS)}")
+    if precision not in PRECISIONS:
+        raise UsageError(f"--precision {precision}: not one of {', '.join(PRECISIONS)}")
+    needed = kernel == "native" or precision != "float32"
+    if kernel == "torch" and precision != "float32":
+        raise UsageError(f"--precision {precision} needs the compiled kernel; leave out --kernel")
+    why = "asked for" if kernel == "torch" else obstacle(model)
+    if why is None:
+        try:
+            round_weights(model, precision)
+            return NativeMoves(model, precision), f"native, weights in {precision}"
+        except MissingError as error:
+            why = str(error)
+    if needed and kernel != "torch":
+        raise MissingError(f"the compiled kernel can't run here: {why}; use --kernel torch")
+    return Moves(model), f"torch, {why}"

@@ -1,0 +1,180 @@
+"""The compiled kernel makes the model's moves: the same numbers as torch, or it steps aside."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from looptx_core.config.generation import GenerationOptions
+from looptx_core.config.model import ModelConfig
+from looptx_core.conversion.ternary import pack_model
+from looptx_core.data.tokenizer import train_tokenizer
+from looptx_core.errors import MissingError, UsageError
+from looptx_core.generation.engine import Engine
+from looptx_core.generation.moves import Moves
+from looptx_core.generation.native_moves import NativeMoves, choose_moves
+from looptx_core.model.attention import explicit
+from looptx_core.model.cache import LoopCache
+from looptx_core.model.loop import LoopedTransformer
+from looptx_core.native import build
+from looptx_core.native.model import NativeModel, round_weights
+
+SMALL = ModelConfig(vocab_size=101, d_model=48, n_heads=4, n_kv_heads=2, head_dim=12, d_ff=100,
+                    prelude_layers=1, core_layers=2, coda_layers=1, max_loops=5)  # fmt: skip
+
+
+def make(config: ModelConfig, seed: int = 0) -> LoopedTransformer:
+    """A model whose every parameter matters, norms included."""
+    torch.manual_seed(seed)
+    model = LoopedTransformer(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def differences(model: LoopedTransformer, precision: str = "float32") -> dict[str, float]:
+    """The largest difference of each move, by rows at columns and loops of their own."""
+    torch.manual_seed(1)
+    moves, reference = NativeMoves(model, precision), Moves(model)
+    prompts = torch.randint(0, model.config.vocab_size, (3, 7))
+    found = {}
+    with torch.inference_mode():
+        both = [LoopCache(model.config, 3, 12, 5) for _ in range(2)]
+        for cache in both:
+            for row, length in enumerate((3, 7, 5)):  # the same prompts, by torch, in each
+                place = reference.at(cache, [row], length)
+                state = embedding = reference.encode(prompts[row : row + 1, :length], place)
+                for loop in range(1, 6):
+                    state = reference.step(state, embedding, [loop], place)
+                reference.decode(state, place)
+                cache.window(length, [row]).advance()
+        tokens, loops = torch.randint(0, model.config.vocab_size, (3, 2)), [1, 3, 2]
+        results = []
+        for mover, cache in zip((moves, reference), both):
+            place = mover.at(cache, [2, 0, 1], 2)
+            start = mover.encode(tokens, place)
+            state = mover.step(start, start.flip(0), loops, place, further=1)
+            logits = mover.decode(state, place)
+            judged = torch.tensor(mover.judge(state[:, :1], [4, 5, 1]))
+            results.append((start, state, logits, judged, cache.keys, cache.values))
+    for name, ours, theirs in zip(("start", "state", "logits", "judged", "k", "v"), *results):
+        found[name] = float((ours - theirs).abs().max() / theirs.abs().max())
+    return found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"injection": "add", "activation": "silu"},
+        {"injection": "none", "qk_norm": False, "tie_embeddings": False},
+        {"prelude_layers": 0, "coda_layers": 0, "core_layers": 1},
+        {"d_model": 37, "d_ff": 53, "head_dim": 6, "n_kv_heads": 4, "vocab_size": 97},
+        {"d_model": 256, "d_ff": 512, "head_dim": 64},
+    ],
+)
+def test_float32_moves_are_torchs(changes: dict) -> None:
+    assert max(differences(make(replace(SMALL, **changes))).values()) < 1e-5
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("bf16", 1e-5), ("int8", 1e-3)])
+def test_rounded_weights_are_the_rounded_models(precision: str, bound: float) -> None:
+    """Beside 8-bit weights activations are rounded too, to some 15 bits."""
+    for changes in ({}, {"d_model": 37, "d_ff": 53, "head_dim": 6}, {"d_model": 256, "d_ff": 512}):
+        model, plain = (make(replace(SMALL, **changes)) for _ in range(2))
+        round_weights(model, precision)
+        assert max(differences(model, precision).values()) < bound
+        moved = [(a - b).abs().max() for a, b in zip(model.parameters(), plain.parameters())]
+        assert max(moved) > 1e-4, "rounding must have changed something"
+
+
+@pytest.mark.parametrize("changes", [{}, {"d_model": 256, "d_ff": 512, "head_dim": 64}])
+def test_ternary_moves_are_torchs(changes: dict) -> None:
+    """Both multiply whole numbers; a rounding that falls the other way is a step of 1/127."""
+    model = pack_model(make(replace(SMALL, linear="ternary", **changes)))
+    assert max(differences(model).values()) < 2e-2
+    assert sorted(differences(model).values())[2] < 1e-4
+
+
+def test_helpers_beyond_the_cores_change_nothing() -> None:
+    model = make(replace(SMALL, d_model=256, d_ff=512))
+    cache = [LoopCache(model.config, 1, 40, 5) for _ in range(2)]
+    found = []
+    with torch.inference_mode():
+        for own, threads in zip(cache, (1, 7)):
+            moves = NativeMoves(model)
+            moves.native = NativeModel(model, threads=threads)
+            tokens, logits = torch.tensor([[3]]), []
+            for _ in range(40):
+                place = moves.at(own)
+                start = moves.encode(tokens, place)
+                state = moves.step(start, start, [1], place, further=4)
+                logits.append(moves.decode(state, place)[0, 0])
+                tokens = logits[-1].argmax().view(1, 1)
+                own.window(1).advance()
+            found.append(torch.stack(logits))
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["the whale and the sea and the ship " * 40], 280)
+
+
+@pytest.mark.parametrize("loops", [1, 4, "auto"])
+def test_the_engine_says_the_same_by_both(tokenizer, loops) -> None:
+    model = make(replace(SMALL, vocab_size=tokenizer.get_vocab_size()))
+    options = GenerationOptions(loops=loops, temperature=0, max_new_tokens=20, ignore_eos=True)
+    prompts, said = ["the whale", "sea", "and the ship and"], []
+    for kernel in ("native", "torch"):
+        engine = Engine(model, tokenizer, kernel=kernel)
+        assert engine.kernel.startswith(kernel)
+        said.append(engine.complete(prompts, options))
+    for ours, theirs in zip(*said):
+        assert [(t.id, t.loops) for t in ours.tokens] == [(t.id, t.loops) for t in theirs.tokens]
+        for a, b in zip(ours.tokens, theirs.tokens):
+            assert a.confidence == pytest.approx(b.confidence, abs=1e-4)
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+
+
+def test_it_steps_aside_and_says_why() -> None:
+    model = make(SMALL)
+    assert isinstance(choose_moves(model)[0], NativeMoves)
+    for change, why in (
+        (lambda m: m.double(), "float64"),
+        (lambda m: setattr(m, "attend", explicit), "attention"),
+        (lambda m: setattr(m, "enter_loop", lambda loop: None), "each loop"),
+    ):
+        other = make(SMALL)
+        change(other)
+        moves, reason = choose_moves(other)
+        assert not isinstance(moves, NativeMoves)
+        assert why in reason
+        with pytest.raises(MissingError, match=why):
+            choose_moves(other, "native")
+    with pytest.raises(UsageError, match="--kernel fast"):
+        choose_moves(model, "fast")
+    with pytest.raises(UsageError, match="--precision fp4"):
+        choose_moves(model, "auto", "fp4")
+
+
+def test_without_a_compiler(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    build.library.cache_clear()
+    try:
+        moves, reason = choose_moves(make(SMALL))
+        assert not isinstance(moves, NativeMoves)
+        assert "no-such-compiler" in reason
+        with pytest.raises(MissingError, match="no-such-compiler"):
+            choose_moves(make(SMALL), precision="int8")
+        (tmp_path / "broken.sh").write_text("#!/bin/sh\necho 'x: error: it broke' >&2\nexit 1\n")
+        (tmp_path / "broken.sh").chmod(0o755)
+        monkeypatch.setenv("CXX", str(tmp_path / "broken.sh"))
+        assert "it broke" in choose_moves(make(SMALL))[1]
+        assert not list(tmp_path.rglob("*.so")), "nothing half made is left"
+    finally:
+        build.library.cache_clear()
