@@ -71,8 +71,7 @@ class Flight:
         moves = self.moves
         place = moves.at(self.cache, rows, tokens.shape[1], tokens, pictures)
         state = embedding = moves.encode(tokens, place, pictures)
-        for loop in range(1, loops + 1):
-            state = moves.step(state, embedding, [loop], place)
+        state = moves.step(state, embedding, [1], place, further=loops - 1)
         logits = moves.decode(state, place, last=True)[:, -1]
         window = self.cache.window(tokens.shape[1], rows)
         window.leave(loops)

@@ -54,9 +54,7 @@ class NativeMoves(Moves):
             position = [max(c - shifts[r], 0) for r, c in zip(row, column)]
         return NativePlace(cache, row, column, start, position)
 
-    def encode(
-        self, tokens: Tensor, place: Place, pictures: Pictures | None = None
-    ) -> Tensor:
+    def encode(self, tokens: Tensor, place: Place, pictures: Pictures | None = None) -> Tensor:
         if not isinstance(place, NativePlace):
             return super().encode(tokens, place, pictures)
         return self.native.encode(tokens.flatten(), place).view(*tokens.shape, -1)

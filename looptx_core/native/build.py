@@ -41,7 +41,7 @@ def build() -> Path:
     command = compiler_words()
     if not command or shutil.which(command[0]) is None:
         raise MissingError(
-            f"no C++ compiler ({' '.join(command)}) builds it; install g++ (Debian: apt install g++)"
+            f"no {' '.join(command)} to compile it; install g++ (Debian: apt install g++)"
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
