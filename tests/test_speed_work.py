@@ -32,10 +32,10 @@ class Counted:
         self.passes = self.turns = 0  # a turn has one position of each row
         step = self.engine.moves.step
 
-        def counted(state, *arguments):
-            self.passes += 1
-            self.turns += state.shape[1] == 1
-            return step(state, *arguments)
+        def counted(state, *arguments, further=0):
+            self.passes += 1 + further
+            self.turns += (1 + further) * (state.shape[1] == 1)
+            return step(state, *arguments, further=further)
 
         self.engine.moves.step = counted
 

@@ -43,8 +43,7 @@ def _round(flight: Flight, request: Request) -> Iterator[Step]:
     for number in range(drafts + 1):
         place = moves.at(cache, _ROW)
         state = embedding = moves.encode(torch.tensor([seen[-1:]], device=moves.device), place)
-        for loop in range(1, shallow + 1):
-            state = moves.step(state, embedding, [loop], place)
+        state = moves.step(state, embedding, [1], place, further=shallow - 1)
         states.append(state)
         starts.append(embedding)
         if number < drafts:
@@ -57,8 +56,8 @@ def _round(flight: Flight, request: Request) -> Iterator[Step]:
     count = drafts + 1
     place = moves.at(cache, _ROW, count)
     state, embedding = torch.cat(states, 1), torch.cat(starts, 1)
-    for loop in range(shallow + 1, full + 1):
-        state = moves.step(state, embedding, [loop], place)
+    if shallow < full:
+        state = moves.step(state, embedding, [shallow + 1], place, further=full - shallow - 1)
     logits = at_least_float(moves.decode(state, place)[0])
     work.encoded += count
     work.loops += count * full
