@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -10,11 +11,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 from looptx_core.errors import MissingError
 from looptx_core.machine.compiler import compiler_words
 
+_BUILDING = threading.Lock()
 _SOURCE = Path(__file__).with_name("decode.cpp")
 # Sums may be taken in any order, as vector units do; -ffast-math would also set the whole
 # process's rounding of tiny numbers.
@@ -33,9 +36,23 @@ def library_path() -> Path:
     return root / "looptx" / f"decode-{digest}.so"
 
 
+def build_ahead() -> None:
+    """Compile beside what else has to be done first, such as importing torch."""
+
+    def quietly() -> None:
+        with contextlib.suppress(MissingError):  # whoever needs it will be told
+            build()
+
+    threading.Thread(target=quietly, daemon=True).start()
+
+
 def build() -> Path:
     """Compile where it was not done before, some seconds. Raises `MissingError`."""
-    path = library_path()
+    with _BUILDING:
+        return _build(library_path())
+
+
+def _build(path: Path) -> Path:
     if path.exists():
         return path
     command = compiler_words()
