@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test bench lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -20,6 +20,17 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# A short form of docs/speed.md's measurements, into bench-results/.
+bench: export BENCH_RESULTS = bench-results
+bench: setup
+	$(BIN)/python benchmarks/start.py --rounds 2
+	$(BIN)/python benchmarks/decode_speed.py --rounds 2 --shape "small 1" --parts peers loops
+	$(BIN)/python benchmarks/exit_clock.py --texts 2 --rounds 1
+	$(BIN)/python benchmarks/speculation.py --texts 2 --new 48 --rounds 1
+	$(BIN)/python benchmarks/batches.py --new 24 --rounds 1 --skip-small
+	$(BIN)/python benchmarks/cache.py --texts 2 --context 4096
+	$(BIN)/python benchmarks/train_speed.py --rounds 2
 
 lint: setup
 	$(BIN)/ruff check .

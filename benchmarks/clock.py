@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -64,8 +65,14 @@ def hop_texts(count: int, seed: int = 5) -> list[str]:
     return [hop_line(rng)[0] for _ in range(count)]
 
 
+def results_file(name: str) -> Path:
+    """Beside the benchmarks, or in the folder $BENCH_RESULTS."""
+    folder = os.environ.get("BENCH_RESULTS") or Path(__file__).parent / "results"
+    return Path(folder) / f"{name}.json"
+
+
 def write(name: str, results: dict[str, Any]) -> None:
-    """Print the results and leave them beside the benchmark."""
+    """Print the results and leave them in their file."""
     document = {
         **results,
         "threads": torch.get_num_threads(),
@@ -76,7 +83,7 @@ def write(name: str, results: dict[str, Any]) -> None:
             "python": platform.python_version(),
         },
     }
-    file = Path(__file__).parent / "results" / f"{name}.json"
-    file.parent.mkdir(exist_ok=True)
+    file = results_file(name)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(document, indent=2) + "\n")
     print(json.dumps(document, indent=2))

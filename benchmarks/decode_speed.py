@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -29,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clock import results_file, write
 from tokenizers import Tokenizer, models
 
-from looptx_core import __version__
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.conversion.ternary import pack_model
@@ -248,13 +247,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shape", default="small", help="beginning of a shape's name")
     parser.add_argument("--parts", nargs="+", default=["peers"], choices=["peers", "loops"])
-    here = Path(__file__).parent / "results" / "decode_speed.json"
-    parser.add_argument("--out", type=Path, default=here)
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
-    report: dict[str, Any] = json.loads(flags.out.read_text()) if flags.out.exists() else {}
+    file = results_file("decode_speed")
+    report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     report["what"] = f"tokens per second after the first, prompt {PROMPT}, {NEW} new, batch 1"
-    report["threads"], report["rounds"] = flags.threads, flags.rounds
+    report["rounds"] = flags.rounds
     for name, shape in SHAPES.items():
         if "peers" in flags.parts and name.startswith(flags.shape):
             print(name)
@@ -264,14 +262,12 @@ def main() -> None:
     if "loops" in flags.parts:
         prompt = torch.randint(1, SMALL["vocab_size"], (PROMPT,)).tolist()
         report["effective depth 12, by loops"] = by_loops(prompt, flags.rounds)
-    versions = {"looptx": __version__, "torch": torch.__version__}
-    for package in ("transformers", "llama_cpp"):
-        if find_spec(package):
-            versions[package] = __import__(package).__version__
-    report["versions"] = {**versions, "python": platform.python_version()}
-    report["machine"] = platform.processor() or platform.machine()
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_text(json.dumps(report, indent=1) + "\n")
+    report["peers"] = {
+        name: __import__(name).__version__
+        for name in ("transformers", "llama_cpp")
+        if find_spec(name)
+    }
+    write("decode_speed", report)
 
 
 if __name__ == "__main__":

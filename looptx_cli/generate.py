@@ -265,7 +265,8 @@ def _show(
 def _summarise(engine: Engine, result: Generation, iterations: bool, quiet: bool) -> None:
     """The figures, a result where they were asked for, and what to try next."""
     deepest = engine.model.config.max_loops
-    saved = f"{engine.compute_saved(result):.0%} of full depth's compute saved"
+    share = round(engine.compute_saved(result), 2) + 0.0  # no -0 %
+    saved = f"{share:.0%} of full depth's compute saved"
     if engine.work.drafted:
         saved = f"{engine.work.accepted} of {engine.work.drafted} drafts stood"
     line = (
