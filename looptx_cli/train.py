@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -150,14 +150,36 @@ def _show_result(result: TrainResult) -> None:
 
 def _show_plan(plan: Plan, as_json: bool) -> None:
     if as_json:
-        sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, **asdict(plan)}) + "\n")
+        sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, **plan.to_dict()}) + "\n")
         return
     out = stdout()
+
+    def row(name: str, size: int, more: str = "") -> None:
+        out.print(f"{name:>24}: {size / 2**30:8.3f} GiB{more}", highlight=False, soft_wrap=True)
+
     out.print(f"{plan.parameters:,} parameters", highlight=False)
     for loops, flops in plan.flops_per_token.items():
         out.print(f"{loops:>4} loops: {flops:.3g} FLOPs a token forward, read out once")
+    row("KV cache, generating", plan.cache, " a full context")
+    spread = plan.spread
+    count = f"{spread.world} process{'es' if spread.world > 1 else ''}"
+    out.print(
+        f"\nEach of {count}, {spread.kind if spread.stage else 'no ZeRO'}, {plan.precision}, "
+        f"{plan.rows} sequence{'s' if plan.rows > 1 else ''} a pass, nothing offloaded:",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
     for part, size in plan.bytes.items():
-        out.print(f"{part:>20}: {size / 2**30:8.3f} GiB")
-    out.print(f"{'KV cache, generating':>20}: {plan.cache / 2**30:8.3f} GiB a full context")
-    out.print(f"{'memory here':>20}: {plan.available / 2**30:8.3f} GiB ({plan.device})")
+        row(part, size)
+    row("at the peak", plan.total)
+    out.print()
+    for line in plan.offload.reasons:
+        out.print(f"- {line}", highlight=False, soft_wrap=True)
+    for hold in plan.offload.arithmetic:
+        parts = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in hold.bytes.items())
+        row(f"{hold.place}, {hold.by}", hold.total,
+            f" of {hold.usable / 2**30:.3f} usable = {parts}")  # fmt: skip
+    names = ", ".join(plan.machine.gpu_names) or "no GPU"
+    row(
+        "RAM here", plan.machine.ram, f"; {names}; {plan.machine.disk / 2**30:.0f} GiB of disk free"
+    )
     out.print("It fits." if plan.fits else "It does not fit. " + plan.advice, soft_wrap=True)

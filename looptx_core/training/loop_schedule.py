@@ -87,6 +87,18 @@ class LoopSchedule(torch.nn.Module):
         return values > self.threshold.to(values.device)
 
 
+def draw_depths(
+    rng: np.random.Generator, number: int, mean: float, low: int, high: int
+) -> np.ndarray:
+    """`number` depths of `sampled`'s distribution at once, truncated to low..high."""
+    found = np.empty(0, dtype=np.int64)
+    while len(found) < number:
+        rates = np.exp(rng.normal(np.log(mean) - _DEPTH_SPREAD**2 / 2, _DEPTH_SPREAD, number))
+        drawn = 1 + rng.poisson(np.maximum(rates - 1, 0))
+        found = np.concatenate([found, drawn[(low <= drawn) & (drawn <= high)]])
+    return found[:number]
+
+
 def _over_ranks(value: Tensor) -> Tensor:
     """The mean over ranks."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

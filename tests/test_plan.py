@@ -1,0 +1,219 @@
+"""What a run will take: counted against autograd, and offloaded on machines that are made up."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from looptx_cli.main import main
+from looptx_core.config.model import ModelConfig
+from looptx_core.config.presets import PRESETS
+from looptx_core.config.run import TrainConfig
+from looptx_core.machine.facts import Machine
+from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.loop_schedule import LoopSchedule
+from looptx_core.training.memory import (
+    Spread,
+    count,
+    count_activations,
+    deepest_rows,
+    rank_need,
+)
+from looptx_core.training.objective import loop_loss
+from looptx_core.training.offload import plan_offload
+from looptx_core.training.plan import plan
+
+GB = 10**9
+# A workstation: a GPU of 24 GB, 64 GB of RAM, a terabyte of NVMe.
+WORKSTATION = Machine(
+    ram=64 * GB, gpu_memory=(24 * GB,), gpu_names=("a GPU",), disk=1000 * GB,
+    disk_path="/mnt/nvme", filesystem="ext4",
+)  # fmt: skip
+ZERO3 = Spread("zero3", 1, 1)
+
+
+def preset(name: str, **train: object) -> tuple[ModelConfig, TrainConfig]:
+    given = PRESETS[name]
+    return ModelConfig(**given["model"]), TrainConfig(**{**given["train"], "preset": name, **train})
+
+
+def offload(name: str, machine: Machine = WORKSTATION, spread: Spread = ZERO3, asked: str = "auto",
+            **train: object):  # fmt: skip
+    model, config = preset(name, **{"micro_batch": 1, **train})
+    return plan_offload(model, config, machine, spread=spread, rows=1, bf16=True, asked=asked)
+
+
+def test_what_fits_is_not_offloaded() -> None:
+    found = offload("small")
+    assert (found.optimizer, found.parameters, found.fits) == ("none", "none", True)
+    assert found.reasons == ("nothing offloaded: fits",)
+    assert [hold.place for hold in found.arithmetic] == ["gpu"]
+
+
+def test_the_smallest_set_goes_first_to_ram_then_to_disk() -> None:
+    one = offload("1b")
+    assert (one.optimizer, one.parameters, one.fits) == ("cpu", "none", True)
+    assert [line.split(":")[0] for line in one.reasons] == ["nothing offloaded", "optimizer to cpu"]
+    # The optimizer of 7B parameters exceeds 64 GB of RAM, its weights the GPU.
+    seven = offload("7b", seq_len=512)
+    assert seven.optimizer == "nvme" and seven.fits
+    assert len(seven.reasons) >= 3 and seven.reasons[-1].endswith("fits")
+    assert {hold.place for hold in seven.arithmetic} >= {"gpu", "disk"}
+    richer = offload("7b", replace(WORKSTATION, ram=512 * GB), seq_len=512)
+    assert "nvme" not in (richer.optimizer, richer.parameters) and richer.fits
+
+
+@pytest.mark.parametrize("name", ["small", "1b", "7b"])
+@pytest.mark.parametrize("gpu", [8, 24])
+def test_the_choice_is_the_first_that_fits(name: str, gpu: int) -> None:
+    machine = replace(WORKSTATION, gpu_memory=(gpu * GB,))
+    found = offload(name, machine, seq_len=512)
+    assert found.fits == all(hold.fits for hold in found.arithmetic)
+    assert all(not line.endswith("fits") for line in found.reasons[:-1])
+    for hold in found.arithmetic:
+        assert hold.total == sum(hold.bytes.values())
+    moved = offload(name, machine, seq_len=512, asked="nvme")
+    on_gpu = {h.place: h.total for h in moved.arithmetic}["gpu"]
+    nothing = offload(name, machine, seq_len=512, asked="none")
+    assert on_gpu <= {h.place: h.total for h in nothing.arithmetic}["gpu"]
+
+
+def test_a_machine_without_a_gpu_never_offloads_to_ram() -> None:
+    laptop = replace(WORKSTATION, gpu_memory=(), gpu_names=(), ram=12 * GB)
+    found = offload("1b", laptop, seq_len=128)
+    assert (found.optimizer, found.fits) == ("nvme", True)
+    assert not any("to cpu" in line for line in found.reasons)
+    assert [hold.place for hold in found.arithmetic] == ["ram", "disk"]
+
+
+def test_a_disk_in_memory_is_none() -> None:
+    found = offload("7b", replace(WORKSTATION, filesystem="tmpfs"), seq_len=512)
+    assert "nvme" not in (found.optimizer, found.parameters) and not found.fits
+
+
+def test_what_each_strategy_may_move() -> None:
+    assert offload("7b", spread=Spread("zero2", 8, 8)).parameters == "none"
+    plain = offload("7b", spread=Spread("ddp", 8, 8))
+    assert (plain.optimizer, plain.fits) == ("none", False)
+    asked = offload("small", asked="cpu")
+    assert (asked.optimizer, asked.parameters) == ("cpu", "cpu")
+
+
+def test_zero_divides_by_the_processes() -> None:
+    model, config = preset("1b", micro_batch=1)
+    one = rank_need(model, config, Spread("zero3", 1, 1), 1, bf16=True)
+    many = rank_need(model, config, Spread("zero3", 8, 8), 1, bf16=True)
+    for name in ("weights", "masters", "moments", "gradients"):
+        assert getattr(many, name) == pytest.approx(getattr(one, name) / 8, rel=1e-6)
+    assert many.activations == one.activations
+    two = rank_need(model, config, Spread("zero2", 8, 8), 1, bf16=True)
+    assert two.weights == one.weights and two.moments == many.moments
+    # RAM and disk serve all processes of one machine.
+    both = offload("1b", spread=Spread("zero3", 2, 2), asked="cpu")
+    alone = offload("1b", spread=Spread("zero3", 2, 1), asked="cpu")
+    ram = [{h.place: h.total for h in found.arithmetic}["ram"] for found in (both, alone)]
+    assert ram[0] == 2 * ram[1]
+
+
+def test_parameters_by_part_are_the_models() -> None:
+    for shape in (ModelConfig(), ModelConfig(tie_embeddings=False, qk_norm=False, coda_layers=2)):
+        model, counts = LoopedTransformer(shape), count(shape)
+        assert counts.all == sum(p.numel() for p in model.parameters())
+        for part in ("prelude", "core", "coda"):
+            real = sum(p.numel() for p in getattr(model, part).parameters())
+            assert getattr(counts, part) == real
+        assert counts.matrices == sum(
+            p.numel() for part in (model.prelude, model.core, model.coda)
+            for p in part.parameters() if p.dim() == 2
+        )  # fmt: skip
+
+
+def kept_by_autograd(shape: ModelConfig, config: TrainConfig, bf16: bool, documents: bool) -> int:
+    model, ids = LoopedTransformer(shape), torch.arange(4)
+    numbers = torch.zeros(4, config.seq_len, dtype=torch.long) if documents else None
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in own:
+            kept[place] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        loop_loss(
+            model, torch.zeros(4, config.seq_len + 1, dtype=torch.long), LoopSchedule(config, 10),
+            0, ids, documents=numbers,
+        )  # fmt: skip
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize(("bf16", "documents"), [(False, True), (True, False), (True, True)])
+def test_masks_and_bf16_are_counted(bf16: bool, documents: bool) -> None:
+    shape = ModelConfig(vocab_size=256, d_model=64, d_ff=192, n_heads=2, n_kv_heads=1)
+    config = TrainConfig(
+        batch_size=4, seq_len=64, loop_schedule="fixed", loops=3, document_mask=documents
+    )
+    real = kept_by_autograd(shape, config, bf16, documents)
+    counted = count_activations(shape, config, 4, bf16).total
+    if bf16:
+        counted += 2 * count(shape).matrices  # autocast's copies, counted as buffers
+    assert 0.85 * real <= counted <= 1.35 * real
+
+
+def test_what_makes_a_run_larger_and_smaller() -> None:
+    model, config = preset("medium", grad_checkpointing=False)
+    spread = Spread()
+
+    def total(rows: int = 8, **changes: object) -> int:
+        return rank_need(model, replace(config, **changes), spread, rows).total
+
+    assert total(grad_checkpointing=True) < total()
+    assert total(rows=4) < total()
+    assert total(seq_len=2048) > total()
+    assert total(loop_schedule="fixed", loops=6) > total(loop_schedule="fixed", loops=2)
+    assert total(optimizer="muon") < total(optimizer="adamw")
+    assert total(document_mask=False) < total()
+    on_cpu = rank_need(model, config, spread, 8, heap=True)
+    assert on_cpu.gaps > 0 and on_cpu.total > total()
+
+
+def test_the_deepest_batch_of_a_thousand() -> None:
+    model = ModelConfig()
+    assert deepest_rows(model, TrainConfig(loop_schedule="fixed", loops=3), 5) == [5, 5, 5]
+    drawn = deepest_rows(model, TrainConfig(loop_schedule="sampled"), 16)
+    assert drawn[0] == 16 and drawn == sorted(drawn, reverse=True) and len(drawn) <= 10
+    ruled = deepest_rows(model, TrainConfig(loop_schedule="loss"), 16)
+    assert ruled[:2] == [16, 16] and sum(ruled) > sum(drawn) > 3 * 16
+    assert drawn == deepest_rows(model, TrainConfig(loop_schedule="sampled"), 16)
+    one = deepest_rows(model, TrainConfig(loop_schedule="loss", max_loops=1), 4)
+    assert one == [4]
+
+
+def test_advice_is_followed_by_a_fit() -> None:
+    model, config = preset("1b", grad_checkpointing=False)
+    tight = plan(model, config, WORKSTATION)
+    assert tight.advice == "Pass --grad-checkpointing --micro-batch 1."
+    followed = replace(config, grad_checkpointing=True, micro_batch=1)
+    assert not tight.fits and plan(model, followed, WORKSTATION).fits
+    tighter = plan(model, config, replace(WORKSTATION, gpu_memory=(12 * GB,)))
+    assert "--zero3" in tighter.advice and "--grad-checkpointing" in tighter.advice
+    tiny = plan(*preset("7b"), replace(WORKSTATION, gpu_memory=(2 * GB,), ram=2 * GB, disk=GB))
+    assert "smaller --preset" in tiny.advice
+
+
+def test_the_dry_run_shows_the_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--dry-run", "--preset", "small", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["schema_version"] == 1 and found["fits"] in (True, False)
+    assert found["total"] == sum(found["bytes"].values())
+    assert found["offload"]["optimizer"] == "none" and found["spread"]["kind"] == "none"
+    assert main(["train", "--dry-run", "--preset", "small"]) == 0
+    text = capsys.readouterr().out
+    for word in ("weights", "gradients", "optimizer", "activations", "at the peak", "nothing"):
+        assert word in text
