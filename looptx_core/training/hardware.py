@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 
 import torch
@@ -17,12 +18,17 @@ def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
         if torch.cuda.is_bf16_supported():
             return "bf16", "this GPU has bf16 units"
         return "float32", "this GPU has no bf16 units"
-    ratio = _seconds(torch.float32) / _seconds(torch.bfloat16)
+    ratio = _ratio()
     reason = f"a probe's bf16 matrix product ran at {ratio:.2g} times float32's rate"
     return ("bf16" if ratio > _CLEARLY else "float32"), reason
 
 
-def _seconds(dtype: torch.dtype, size: int = 768, rounds: int = 5) -> float:
+@functools.cache
+def _ratio() -> float:
+    return _seconds(torch.float32) / _seconds(torch.bfloat16)
+
+
+def _seconds(dtype: torch.dtype, size: int = 256, rounds: int = 5) -> float:
     """The best time of a matrix product of `size` cubed."""
     left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
     best = float("inf")

@@ -179,23 +179,29 @@ def _score(
     rows = torch.tensor(read.rows, device=targets.device)
     targets = targets[rows]
     weights = None if weights is None else weights[rows]
-    # A product with the vocabulary only where a target counts, which it does nowhere on a picture.
-    counted = torch.ones_like(targets, dtype=torch.bool) if weights is None else weights > 0
-    wanted = targets[counted]
-    logits = model.head(model.decode(states, around.rows(rows))[counted]).float()
-    found = F.cross_entropy(logits, wanted, reduction="none")
+    read_out = model.decode(states, around.rows(rows)).flatten(0, 1)
+    wanted, counted = targets.flatten(), None
+    if weights is not None and bool((weights == 0).any()):
+        # A product with the vocabulary only where a target counts, which it does on no picture.
+        counted = weights.flatten() > 0
+        read_out, wanted = read_out[counted], wanted[counted]
+    logits = model.head(read_out).float()
+    losses = F.cross_entropy(logits, wanted, reduction="none")
     hits = (logits.detach().argmax(-1) == wanted).float()
-    nothing = found.new_zeros(targets.shape)
+    if counted is not None:
+        nothing = losses.new_zeros(targets.numel())
+        losses = nothing.masked_scatter(counted, losses)
+        hits = nothing.masked_scatter(counted, hits)
     confidence = model.confidence(states, torch.tensor(read.loops, device=states.device))
     return _Scored(
         read.rows,
         read.loops,
-        nothing.masked_scatter(counted, found),
-        nothing.masked_scatter(counted, hits),
+        losses.view(targets.shape),
+        hits.view(targets.shape),
         confidence.logit.float(),
         confidence.gain.float(),
         weights,
-        float(counted.float().mean()),
+        1.0 if counted is None else float(counted.float().mean()),
     )
 
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from looptx_core.config.run import RunConfig
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.hardware import choose_precision
+from looptx_core.training.muon import Muon
 
 
 class Together(torch.optim.Optimizer):
@@ -41,50 +43,11 @@ class Together(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-class FloatMuon(torch.optim.Muon):
-    """torch's Muon with its products in float32, matrices of equal shape together.
-
-    torch's own are in bf16, which takes most of a small model's step on a CPU that has no
-    units for it.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            alike: dict[torch.Size, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    state = self.state[p]
-                    if "momentum_buffer" not in state:
-                        state["momentum_buffer"] = torch.zeros_like(p.grad)
-                    momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                    nesterov = p.grad.lerp(momentum, group["momentum"])
-                    alike.setdefault(p.shape, []).append((p, nesterov))
-            for shape, found in alike.items():
-                size = 0.2 * math.sqrt(max(shape)) * group["lr"]
-                directions = _orthogonal(torch.stack([u for _, u in found]).float(), group)
-                for (p, _), direction in zip(found, directions):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(direction.to(p.dtype), alpha=-size)
-
-
-def _orthogonal(matrices: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-    """Near the orthogonal matrices that are nearest, (count, rows, columns): Newton-Schulz."""
-    a, b, c = group["ns_coefficients"]
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
-    for _ in range(group["ns_steps"]):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
-
-
 def build_optimizer(model: LoopedTransformer, config: RunConfig) -> torch.optim.Optimizer:
     """AdamW, or Muon for the blocks' matrices with AdamW for the rest.
 
-    Muon (K. Jordan, 2024) is torch's, its steps scaled to AdamW's size (arXiv 2502.16982), so
-    that one learning rate serves both. Weights decay on matrices only.
+    Muon's steps have AdamW's size, so that one learning rate serves both; its products run in the
+    type that this machine multiplies fastest. Weights decay on matrices only.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     blocks = [model.prelude, model.core, model.coda, model.vision or nn.Identity()]
@@ -98,12 +61,12 @@ def build_optimizer(model: LoopedTransformer, config: RunConfig) -> torch.optim.
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
     if not chosen:
         return adamw
-    on_cpu = all(p.device.type == "cpu" for p in trained)
-    muon = (FloatMuon if on_cpu else torch.optim.Muon)(
+    precision, _ = choose_precision("auto", muon_takes[0].device)
+    muon = Muon(
         [p for p in trained if id(p) in chosen],
         lr=config.lr,
         weight_decay=config.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
+        products=torch.bfloat16 if precision == "bf16" else torch.float32,
     )
     return Together(muon, adamw)
 
