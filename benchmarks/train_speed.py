@@ -24,6 +24,7 @@ import transformers
 from looptx_core import __version__
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
+from looptx_core.model import fused
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
+    kernels = fused.prepare()
     sides = {
         "looptx, last loop only": ours(
             args.compile, loop_schedule="fixed", loops=4, loss_at="last", optimizer="adamw"
@@ -127,6 +129,7 @@ def main() -> None:
         "ratio": {name: round(rate / rates["transformers"], 3) for name, rate in rates.items()},
         "rounds": args.rounds,
         "compile": args.compile,
+        "kernels": kernels,
         "threads": torch.get_num_threads(),
         "versions": {
             "looptx": __version__,

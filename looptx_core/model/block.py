@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
+from looptx_core.model import fused
 from looptx_core.model.attention import Attend, sdpa
 from looptx_core.model.bitnet import BitLinear, IntegerProduct, PackedBitLinear
 from looptx_core.model.cache import Slot, Window
-from looptx_core.model.norm import RMSNorm
-from looptx_core.model.rope import Rotary, rotate
+from looptx_core.model.norm import HeadNorm, RMSNorm
+from looptx_core.model.rope import Rotary, Rotate
 
 
 @dataclass(frozen=True)
@@ -98,17 +99,15 @@ class Attention(SideBySide):
         self.k_proj = linear(config, config.d_model, kv_width)
         self.v_proj = linear(config, config.d_model, kv_width)
         self.o_proj = linear(config, width, config.d_model, normed=False)
-        norm = RMSNorm if config.qk_norm else _identity
-        self.q_norm = norm(config.head_dim, eps=config.norm_eps)
-        self.k_norm = norm(config.head_dim, eps=config.norm_eps)
+        self.q_norm, self.k_norm = _before_products(config), _before_products(config)
 
     def forward(self, x: Tensor, around: Surroundings, slot: Slot | None) -> Tensor:
         batch, length, _ = x.shape
         queries, keys, values = (
             part.view(batch, length, -1, self.head_dim) for part in self.project(x)
         )
-        queries = rotate(self.q_norm(queries), around.rotary).transpose(1, 2)
-        keys = rotate(self.k_norm(keys), around.rotary).transpose(1, 2)
+        queries = self.q_norm(queries, around.rotary).transpose(1, 2)
+        keys = self.k_norm(keys, around.rotary).transpose(1, 2)
         values = values.transpose(1, 2)
         if slot is not None:
             keys, values = slot.extend(keys, values)
@@ -131,6 +130,8 @@ class GeGLU(SideBySide):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.project(x)
+        if self.activation is F.gelu and fused.ready(gate, up):
+            return self.down_proj(fused.gelu_gate(gate, up))
         return self.down_proj(self.activation(gate) * up)
 
 
@@ -151,5 +152,6 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
-def _identity(_width: int, eps: float) -> nn.Module:
-    return nn.Identity()
+def _before_products(config: ModelConfig) -> nn.Module:
+    """What queries and keys, as heads, go through before they meet."""
+    return HeadNorm(config.head_dim, config.norm_eps) if config.qk_norm else Rotate()

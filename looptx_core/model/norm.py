@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from looptx_core.model import fused
+from looptx_core.model.rope import Rotary, rotate
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
@@ -18,9 +21,21 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused.ready(x, self.weight):
+            return fused.rms_norm(x, self.weight, self.eps)
         if x.device.type != "cpu" or x.element_size() < 4:
             return F.rms_norm(x, (self.width,), self.weight, self.eps)
         # On CPUs torch's own is a row of slow kernels; a vector's length is one fast one.
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = length.square().add(self.width * self.eps).rsqrt()
         return x * scale * (self.weight * math.sqrt(self.width))
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm of each head (arXiv 2302.05442), then RoPE."""
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:  # type: ignore[override]
+        """x: (batch, length, heads, head_dim)."""
+        if fused.ready(x, self.weight, *rotary):
+            return fused.norm_and_rotate(x, self.weight, self.eps, *rotary)
+        return rotate(super().forward(x), rotary)

@@ -9,7 +9,7 @@ axis, for which this is ordinary RoPE.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and signed sines, each (batch or 1, length, 1, head_dim), to broadcast over heads."""
@@ -38,3 +38,10 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn queries or keys, (batch, length, heads, head_dim), to their positions."""
     cos, sin = rotary
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+
+class Rotate(nn.Module):
+    """`rotate` alone, where heads have no norm."""
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        return rotate(x, rotary)

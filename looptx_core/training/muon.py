@@ -43,6 +43,7 @@ class Muon(torch.optim.Muon):
         momentum, lr = group["momentum"], float(group["lr"])
         updates = []
         for parameter in same:
+            assert parameter.grad is not None
             buffer = self.state[parameter].setdefault(
                 "momentum_buffer", torch.zeros_like(parameter)
             )

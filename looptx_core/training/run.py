@@ -22,6 +22,7 @@ from looptx_core.data.datamodule import TokenData
 from looptx_core.data.pairs import MixedData, mix_of, read_pairs
 from looptx_core.data.probes import probe_batches, read_probes
 from looptx_core.errors import Interrupted, LooptxError, UsageError
+from looptx_core.model import fused
 from looptx_core.model.attention import choose_backend
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.callbacks import (
@@ -171,6 +172,8 @@ def fit(
     )
     report(f"attention: {backend.name}, {backend.reason}")
     model.attend = backend.attend
+    if device.type == "cpu":
+        report(f"kernels: {fused.prepare(precision == 'float32' and not config.compile)}")
     if config.compile:
         for block in (*model.prelude, *model.core, *model.coda):
             block.compile(dynamic=True)
@@ -198,6 +201,8 @@ def fit(
                 f"cannot save to {checkpoints}: {error.strerror or error}; free some space and "
                 f"go on with looptx {command} --resume {folder}"
             ) from error
+        finally:
+            fused.prepare(False)
     if stop.reason == "interrupted":
         left = (config.steps - trainer.global_step) * (time.monotonic() - stop.begun)
         left /= max(1, trainer.global_step - (step_of(start_from) if start_from else 0))

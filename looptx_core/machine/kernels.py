@@ -1,0 +1,60 @@
+"""Small C++ kernels: compiled once for this machine, and kept in the user's cache."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from looptx_core.errors import MissingError
+
+_FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-fopenmp-simd",
+    "-fno-math-errno", "-fno-trapping-math",
+)  # fmt: skip
+
+
+@functools.cache
+def load(source: Path) -> ctypes.CDLL:
+    """The library of a C++ file, compiled at its first use here, some seconds.
+
+    Raises `MissingError` where there is no compiler, or it can't build or keep the file.
+    """
+    words = shlex.split(os.environ.get("CXX", "c++"))
+    recipe = "\0".join((source.read_text("utf-8"), *words, *_FLAGS, _processor()))
+    digest = hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "looptx"
+    path = root / f"{source.stem}-{digest}.so"
+    try:
+        if not path.exists():
+            if not words or shutil.which(words[0]) is None:
+                raise MissingError(f"no C++ compiler ({' '.join(words) or '$CXX is empty'})")
+            root.mkdir(parents=True, exist_ok=True)
+            # Others may build the same: each in a folder of its own, and a rename is atomic.
+            with tempfile.TemporaryDirectory(dir=root) as folder:
+                made = Path(folder) / path.name
+                command = [*words, *_FLAGS, str(source), "-o", str(made)]
+                subprocess.run(command, check=True, capture_output=True, text=True)
+                made.replace(path)
+        return ctypes.CDLL(str(path))
+    except subprocess.CalledProcessError as error:
+        reason = next((line for line in error.stderr.splitlines() if "error" in line), "it failed")
+        raise MissingError(f"{words[0]} can't build {source.name}: {reason}") from error
+    except OSError as error:
+        raise MissingError(f"{path} can't be kept or loaded: {error}") from error
+
+
+def _processor() -> str:
+    """What tells one processor's instructions from another's."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return platform.machine() + platform.processor()

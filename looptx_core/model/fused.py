@@ -1,0 +1,138 @@
+"""What stands between a training step's matrix products on a CPU, each in one pass over memory.
+
+`fused.cpp` has the forward and backward of RMSNorm, of RMSNorm with RoPE, and of GeGLU's gate. The
+modules say what is computed, and take these where `ready` says so: training has asked for them by
+`prepare`, and gradients of plain float32 are wanted. A gradient of a gradient is refused.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from looptx_core.errors import MissingError
+from looptx_core.machine.kernels import load
+
+_library: ctypes.CDLL | None = None
+
+
+def prepare(on: bool = True) -> str:
+    """Take the kernels from here on, or no longer; one line on which and why."""
+    global _library
+    _library = None
+    if not on:
+        return "plain torch, as the kernels are for float32 that is not compiled"
+    try:
+        _library = load(Path(__file__).with_suffix(".cpp"))
+    except MissingError as error:
+        return f"plain torch: {error}"
+    return "fused, norms, RoPE and gates in one pass each"
+
+
+def ready(*tensors: Tensor) -> bool:
+    """Whether the kernels take these."""
+    return (
+        _library is not None
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and all(
+            type(x) in (Tensor, torch.nn.Parameter)
+            and x.device.type == "cpu"
+            and x.dtype == torch.float32
+            for x in tensors
+        )
+    )
+
+
+def _call(name: str, *arguments: Tensor | int | float) -> None:
+    """A kernel with torch's number of threads, integers and tensors as it wants them."""
+    plain: list[Any] = [ctypes.c_int(torch.get_num_threads())]
+    for value in arguments:
+        if isinstance(value, Tensor):
+            plain.append(ctypes.c_void_p(value.data_ptr()))
+        elif isinstance(value, int):
+            plain.append(ctypes.c_int64(value))
+        else:
+            plain.append(ctypes.c_float(value))
+    getattr(_library, name)(*plain)
+
+
+class _Norm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x, width = x.contiguous(), x.shape[-1]
+        y, inverse = torch.empty_like(x), x.new_empty(x.numel() // width)
+        _call("looptx_norm", len(inverse), width, eps, x, weight, y, inverse)
+        ctx.save_for_backward(x, weight, inverse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        dx, dweight, dy = torch.empty_like(x), torch.empty_like(weight), dy.contiguous()
+        sizes = len(inverse), len(weight)
+        _call("looptx_norm_backward", *sizes, dy, x, weight, inverse, dx, dweight)
+        return dx, dweight, None
+
+
+class _Turn(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+    ) -> Tensor:
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        batch, length, heads, width = x.shape
+        y, inverse = torch.empty_like(x), x.new_empty(batch * length * heads)
+        ctx.sizes = batch * length, heads, width, cos.numel() // width
+        _call("looptx_turn", *ctx.sizes, eps, x, weight, cos, sin, y, inverse)
+        ctx.save_for_backward(x, weight, cos, sin, inverse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, weight, *tables = ctx.saved_tensors
+        dx, dweight, dy = torch.empty_like(x), torch.empty_like(weight), dy.contiguous()
+        _call("looptx_turn_backward", *ctx.sizes, dy, x, weight, *tables, dx, dweight)
+        return dx, dweight, None, None, None
+
+
+class _GeluGate(Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        _call("looptx_gelu_gate", gate.numel(), gate, up, y)
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        dgate, dup, dy = torch.empty_like(gate), torch.empty_like(up), dy.contiguous()
+        _call("looptx_gelu_gate_backward", gate.numel(), dy, gate, up, dgate, dup)
+        return dgate, dup
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`RMSNorm` over the last dimension."""
+    return _Norm.apply(x, weight, eps)
+
+
+def norm_and_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` of `RMSNorm`, x: (batch, length, heads, head_dim)."""
+    return _Turn.apply(x, weight, cos, sin, eps)
+
+
+def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up, the gelu by the error function."""
+    return _GeluGate.apply(gate, up)

@@ -1,0 +1,126 @@
+"""The fused kernels of training against the plain equations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from looptx_core.config.model import ModelConfig
+from looptx_core.config.run import TrainConfig
+from looptx_core.errors import MissingError
+from looptx_core.machine import kernels
+from looptx_core.model import fused
+from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.rope import rotary_tables, rotate
+from looptx_core.training.loop_schedule import LoopSchedule
+from looptx_core.training.objective import loop_loss
+
+
+@pytest.fixture(autouse=True)
+def switch() -> Iterator[None]:
+    if not fused.prepare().startswith("fused"):
+        pytest.skip("no C++ compiler")
+    yield
+    fused.prepare(False)
+
+
+def results(function: Callable[..., Tensor], *inputs: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The value, and the gradient of each input, for a gradient of the value drawn once."""
+    leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+    value = function(*leaves)
+    drawn = torch.randn(value.shape, generator=torch.Generator().manual_seed(9))
+    value.backward(drawn.to(dtype))
+    return [value.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def agree(one: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor) -> None:
+    found = results(one, *inputs, dtype=torch.float32)
+    wanted = results(plain, *inputs, dtype=torch.float64)
+    assert len(found) == len(wanted) == 1 + len(inputs)
+    for left, right in zip(found, wanted):
+        assert torch.allclose(left.double(), right, atol=1e-5, rtol=1e-5)
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def draw(*shape: int, size: float = 1.0) -> Tensor:
+    return size * torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("width", [48, 37])
+def test_the_norm(width: int) -> None:
+    agree(lambda x, w: fused.rms_norm(x, w, 1e-6), norm, draw(3, 7, width, size=3), draw(width))
+
+
+@pytest.mark.parametrize("tables", [1, 3])
+def test_the_norm_with_rope(tables: int) -> None:
+    positions = torch.arange(7 * tables).view(1, tables, 7)
+    cos, sin = rotary_tables(positions, 16, 1e4, torch.float32)
+    agree(
+        lambda x, w: fused.norm_and_rotate(x, w, 1e-6, cos, sin),
+        lambda x, w: rotate(norm(x, w), (cos.double(), sin.double())),
+        draw(3, 7, 4, 16), draw(16),
+    )  # fmt: skip
+
+
+def test_the_gate() -> None:
+    """Far into both tails, and at zero."""
+    gate = torch.cat([torch.linspace(-12, 12, 999), torch.zeros(1)])
+    agree(fused.gelu_gate, lambda gate, up: F.gelu(gate) * up, gate, draw(1000))
+
+
+def model() -> LoopedTransformer:
+    torch.manual_seed(0)
+    shape = ModelConfig(vocab_size=60, d_model=32, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=64)
+    return LoopedTransformer(shape)
+
+
+def test_a_step_of_training_is_the_plain_one() -> None:
+    """At every depth at once, and with documents, whose rows have tables and masks of their own."""
+    tokens = torch.randint(0, 60, (6, 17), generator=torch.Generator().manual_seed(0))
+    documents = (torch.arange(16) > 6).long().expand(6, -1)
+    gradients = []
+    for on in (True, False):
+        fused.prepare(on)
+        net = model()
+        schedule = LoopSchedule(TrainConfig(loop_schedule="sampled"), 10)
+        found = loop_loss(net, tokens, schedule, 0, torch.arange(6), documents=documents)
+        (found.loss + found.confidence_loss).backward()
+        gradients.append([p.grad for p in net.parameters()])
+    for one, two in zip(*gradients):
+        assert torch.allclose(one, two, atol=1e-6, rtol=1e-4)
+
+
+def test_only_plain_float32_with_gradients_is_taken() -> None:
+    x = torch.ones(2)
+    assert fused.ready(x)
+    with torch.no_grad():
+        assert not fused.ready(x)
+    with torch.autocast("cpu"):
+        assert not fused.ready(x)
+    assert not fused.ready(x, x.double()) and not fused.ready(x.bfloat16())
+    fused.prepare(False)
+    assert not fused.ready(x)
+
+
+def test_what_cannot_be_built_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "wrong.cpp"
+    source.write_text("int f( {", "utf-8")
+    with pytest.raises(MissingError, match=r"can't build wrong\.cpp"):
+        kernels.load(source)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    kernels.load.cache_clear()
+    with pytest.raises(MissingError, match="no C\\+\\+ compiler"):
+        kernels.load(source)
+    assert fused.prepare().startswith("plain torch: no C++ compiler")
+    kernels.load.cache_clear()
