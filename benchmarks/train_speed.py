@@ -3,9 +3,14 @@
 Both have width 512, 12 effective layers, float32, AdamW; rounds alternate in one process. Ours is
 2 + 2 x 4 + 2, with the loss at the final loop only, and beside it the default recipe (depths by
 the loss, two read-outs a sequence), with AdamW and with its own Muon: a step of only 2,048 tokens
-shows what Muon costs at its worst.
+shows what Muon costs at its worst. "Plain" is ours without the fused kernels.
 
-    python benchmarks/train_speed.py [--rounds 5] [--compile]
+Beside the clock's the ratios of processor time are told: they hold on a machine that is busy with
+other things, where the clock's do not. `--profile` says where a step's time goes instead, and
+`--parts` how fast each part is by the ways that were tried.
+
+    python benchmarks/train_speed.py [--rounds 5] [--compile] [--threads 2]
+        [--profile | --parts]
 """
 
 from __future__ import annotations
@@ -14,24 +19,47 @@ import argparse
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
+from torch.profiler import ProfilerActivity, profile
 
 from looptx_core import __version__
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
+from looptx_core.data.corpus import bundled_text
+from looptx_core.data.datamodule import TokenData
+from looptx_core.data.shards import tokenize_corpus
 from looptx_core.model import fused
+from looptx_core.model.attention import Attend, explicit, sdpa
+from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.rope import rotary_tables
 from looptx_core.training.loop_schedule import LoopSchedule
+from looptx_core.training.muon import orthogonal
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import build_optimizer
 
-DEFAULT = "looptx, default recipe"
+OURS, THEIRS = "looptx, last loop only", "transformers"
+PLAIN = "looptx, last loop only, plain"
 VOCAB, ROWS, LENGTH = 4096, 8, 256
+SHAPE = ModelConfig(
+    vocab_size=VOCAB,
+    d_model=512,
+    n_heads=8,
+    n_kv_heads=4,
+    head_dim=64,
+    d_ff=1536,
+    prelude_layers=2,
+    core_layers=2,
+    coda_layers=2,
+    max_loops=4,
+)
 
 
 def batch(step: int) -> torch.Tensor:
@@ -41,20 +69,7 @@ def batch(step: int) -> torch.Tensor:
 
 def ours(compile_blocks: bool, **settings: object) -> Callable[[int], None]:
     torch.manual_seed(0)
-    model = LoopedTransformer(
-        ModelConfig(
-            vocab_size=VOCAB,
-            d_model=512,
-            n_heads=8,
-            n_kv_heads=4,
-            head_dim=64,
-            d_ff=1536,
-            prelude_layers=2,
-            core_layers=2,
-            coda_layers=2,
-            max_loops=4,
-        )
-    )
+    model = LoopedTransformer(SHAPE)
     if compile_blocks:
         for block in (*model.prelude, *model.core, *model.coda):
             block.compile(dynamic=True)
@@ -99,48 +114,208 @@ def theirs() -> Callable[[int], None]:
     return step
 
 
+LAST = {"loop_schedule": "fixed", "loops": 4, "loss_at": "last", "optimizer": "adamw"}
+LINES = {
+    "matrix products of the blocks": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "attention, forward": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+    "attention, backward": ("aten::_scaled_dot_product_flash_attention_for_cpu_backward",),
+    "norms, RoPE, gates (fused)": (
+        "_Norm", "_NormBackward", "_Turn", "_TurnBackward", "_GeluGate", "_GeluGateBackward",
+    ),
+    "loss over the vocabulary, without its products": (
+        "aten::_log_softmax", "aten::_log_softmax_backward_data", "aten::nll_loss_forward",
+        "aten::nll_loss_backward", "aten::argmax",
+    ),
+    "optimizer": ("aten::_fused_adamw_",),
+}  # fmt: skip
+"""Names of torch's profiler, by line of the table; what is in none is 'all else'."""
+
+
+def profiled(step: Callable[[int], None]) -> dict[str, float]:
+    """Share of a step by line. The vocabulary's three products have a line of their own."""
+    step(0)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+        step(1)
+    line_of = {name: line for line, names in LINES.items() for name in names}
+    shares: dict[str, float] = dict.fromkeys(
+        (*LINES, "loss over the vocabulary, its products", "all else"), 0.0
+    )
+    for event in found.key_averages(group_by_input_shape=True):
+        line = line_of.get(event.key, "all else")
+        if event.key == "aten::mm" and any(VOCAB in shape for shape in event.input_shapes[:2]):
+            line = "loss over the vocabulary, its products"
+        shares[line] += event.self_cpu_time_total
+    total = sum(shares.values())
+    return {line: round(share / total, 4) for line, share in shares.items()}
+
+
+def data_seconds() -> dict[str, float]:
+    """To pack the tokens of a text into shards, and to read a batch back; seconds a batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, shards = Path(folder) / "text.txt", Path(folder) / "shards"
+        source.write_text(bundled_text().read_text("utf-8")[:300_000], "utf-8")
+        start = time.process_time()
+        tokenize_corpus([str(source)], shards, vocab_size=VOCAB)
+        packing = time.process_time() - start
+        data = TokenData(shards, seq_len=LENGTH, micro_batch=ROWS, batches=50)
+        tokens = data.shards.manifest.splits["train"].tokens
+        start = time.process_time()
+        for _ in data.train_dataloader():
+            pass
+        reading = (time.process_time() - start) / 50
+    return {
+        "tokenizer and packing": round(packing * ROWS * LENGTH / tokens, 4),
+        "data loader": round(reading, 4),
+    }
+
+
+def milliseconds(function: Callable[[], object], rounds: int = 7) -> float:
+    """Of processor time, the median."""
+    function()
+    each = []
+    for _ in range(rounds):
+        start = time.process_time()
+        function()
+        each.append(time.process_time() - start)
+    return round(1e3 * statistics.median(each), 2)
+
+
+def parts() -> dict[str, dict[str, float]]:
+    """Forward and backward of a block's parts by the ways that were tried, 2,048 tokens."""
+    block = LoopedTransformer(SHAPE).core[0]
+    rotary = rotary_tables(torch.arange(LENGTH)[None, None], 64, 1e4, torch.float32)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, requires_grad=True)
+
+    x, heads, wide = draw(ROWS, LENGTH, 512), draw(ROWS, LENGTH, 8, 64), draw(ROWS, LENGTH, 1536)
+    up, q, kv = draw(ROWS, LENGTH, 1536), draw(ROWS, 8, LENGTH, 64), draw(ROWS, 4, LENGTH, 64)
+    steps: dict[str, Callable[[], object]] = {
+        "norm": lambda: block.mlp_norm(x).sum().backward(),
+        "norm and RoPE of queries": lambda: block.attention.q_norm(heads, rotary).sum().backward(),
+        "gate": lambda: (
+            fused.gelu_gate(wide, up) if fused.ready(wide) else F.gelu(wide) * up
+        ).sum().backward(),
+    }  # fmt: skip
+    found: dict[str, dict[str, float]] = {name: {} for name in steps}
+    for way in ("plain", "fused"):
+        fused.prepare(way == "fused")
+        for name, step in steps.items():
+            found[name][way] = milliseconds(step)
+
+    weight = torch.randn(1024, 512)
+    rows = weight.split([512, 256, 256])
+    plain = x.detach().view(-1, 512)
+    found["queries, keys and values, forward product"] = {
+        "joined": milliseconds(lambda: plain @ weight.T),
+        "apart": milliseconds(lambda: [plain @ part.T for part in rows]),
+    }
+
+    def attention(attend: Attend) -> Callable[[], object]:
+        return lambda: attend(q, kv, kv, None).sum().backward()
+
+    found["attention"] = {
+        "torch's fused": milliseconds(attention(sdpa)),
+        "products and softmax": milliseconds(attention(explicit)),
+    }
+    matrices, coefficients = torch.randn(2, 256, 512), (3.4445, -4.775, 2.0315)
+
+    def muon(dtype: torch.dtype) -> Callable[[], object]:
+        return lambda: orthogonal(matrices.to(dtype), coefficients, 5, 1e-7)
+
+    found["Muon's iteration, two of 256 x 512"] = {
+        "bf16": milliseconds(muon(torch.bfloat16), rounds=1),
+        "float32": milliseconds(muon(torch.float32)),
+    }
+    return found
+
+
+def product_rate(dtype: torch.dtype, size: int) -> float:
+    """FLOPs a second of processor time in a matrix product, the best of some."""
+    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        start = time.process_time()
+        left @ right.T
+        best = min(best, time.process_time() - start)
+    return 2 * size**3 / best
+
+
+def step_flops() -> float:
+    """Of a step with the loss at the last loop: three times the forward pass."""
+    return 3 * token_flops(SHAPE, LENGTH / 2).at(4, 1, 1) * ROWS * LENGTH
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--parts", action="store_true")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     kernels = fused.prepare()
-    sides = {
-        "looptx, last loop only": ours(
-            args.compile, loop_schedule="fixed", loops=4, loss_at="last", optimizer="adamw"
-        ),
-        "transformers": theirs(),
-        "looptx, default recipe, AdamW": ours(args.compile, optimizer="adamw"),
-        DEFAULT: ours(args.compile),
-    }
-    # Muon's products in bf16 slow whatever follows them, so it takes turns with nobody else.
-    quiet = [name for name in sides if name != DEFAULT]
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for group in (quiet, [DEFAULT]):
-        for number in range(args.rounds + 1):
-            for name in group:
-                start = time.perf_counter()
-                sides[name](number)
-                if number:  # the first warms up
-                    seconds[name].append(time.perf_counter() - start)
-    rates = {name: ROWS * LENGTH / statistics.median(each) for name, each in seconds.items()}
-    result = {
-        "tokens_per_second": {name: round(rate, 1) for name, rate in rates.items()},
-        "ratio": {name: round(rate / rates["transformers"], 3) for name, rate in rates.items()},
-        "rounds": args.rounds,
-        "compile": args.compile,
-        "kernels": kernels,
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "looptx": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+    result: dict[str, object] = {"kernels": kernels, "threads": args.threads}
+    if args.parts:
+        name, result["milliseconds"] = "train_parts.json", parts()
+    elif args.profile:
+        name = "train_profile.json"
+        result["shares"] = {
+            "looptx, last loop only": profiled(ours(False, **LAST)),
+            "looptx, default recipe": profiled(ours(False)),
+            "transformers": profiled(theirs()),
+        }
+        result["processor_seconds_a_batch"] = data_seconds()
+    else:
+        name = "train_speed_compiled.json" if args.compile else "train_speed.json"
+        result |= timed(args.rounds, args.compile)
+    result["versions"] = {
+        "looptx": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
     }
     print(json.dumps(result, indent=2))
-    name = "train_speed_compiled.json" if args.compile else "train_speed.json"
     (Path(__file__).parent / "results" / name).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def timed(rounds: int, compiled: bool) -> dict[str, object]:
+    sides = {
+        OURS: ours(compiled, **LAST),
+        THEIRS: theirs(),
+        "looptx, default recipe, AdamW": ours(compiled, optimizer="adamw"),
+        "looptx, default recipe": ours(compiled),
+    }
+    sides[PLAIN] = sides[OURS]
+    clock: dict[str, list[float]] = {name: [] for name in sides}
+    processor: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, step in sides.items():
+            fused.prepare(not compiled and name != PLAIN)
+            start, used = time.perf_counter(), time.process_time()
+            step(number)
+            if number:  # the first warms up
+                clock[name].append(time.perf_counter() - start)
+                processor[name].append(time.process_time() - used)
+    seconds = {name: statistics.median(each) for name, each in clock.items()}
+    used_by = {name: statistics.median(each) for name, each in processor.items()}
+    rate = product_rate(torch.float32, 1536)
+    return {
+        "tokens_per_second": {n: round(ROWS * LENGTH / s, 1) for n, s in seconds.items()},
+        "ratio": {n: round(seconds[THEIRS] / s, 3) for n, s in seconds.items()},
+        "ratio_of_processor_time": {n: round(used_by[THEIRS] / s, 3) for n, s in used_by.items()},
+        "processor_seconds": {n: round(s, 3) for n, s in used_by.items()},
+        "product_gflops_per_processor_second": {
+            "float32": round(rate / 1e9, 1),
+            "bfloat16": round(product_rate(torch.bfloat16, 384) / 1e9, 1),
+        },
+        "share_of_the_float32_product_rate": {
+            name: round(step_flops() / used_by[name] / rate, 3) for name in (OURS, PLAIN, THEIRS)
+        },
+        "rounds": rounds,
+        "compile": compiled,
+    }
 
 
 if __name__ == "__main__":

@@ -137,6 +137,8 @@ def test_a_masked_document_learns_what_it_would_alone(rule: str) -> None:
     second = loop_loss(net, tokens[:, 7:], drawn, 0, ids)
     alone = (7 * first.loss + 9 * second.loss) / 16
     assert float(together.loss.detach()) == pytest.approx(float(alone.detach()), abs=1e-5)
+    assert net.surroundings(16, documents=documents).mask is not None
+    assert net.surroundings(16, documents=documents * 0 + 3).mask is None
     unmasked = loop_loss(net, tokens, drawn, 0, ids)
     assert abs(float(unmasked.loss.detach()) - float(alone.detach())) > 1e-5
 
