@@ -4,7 +4,7 @@ bundled: the bundled model by its own calibrated exit; eight hop lines of one to
 pieces of held-out prose, all of one length, so that only depth differs.
 small: the preset's shape (2 + 4 x 10 + 2), random weights. Depth by token is synthetic: a token
 leaves after each loop with a chance of 1/3 (three loops in the mean of ten), its confidence head
-run as ever. Lengths differ from 1 to 2 x the mean there, and 32 requests share 16 rows.
+run as ever. Lengths differ from 1 to twice the mean there, and 32 requests share 16 rows.
 
 The static side gives every token all loops, and keeps a batch until its last request is done.
 
@@ -95,7 +95,7 @@ def small(new: int, rounds: int) -> dict[str, Any]:
     engine = Engine(LoopedTransformer(config), tokenizer, batch_size=ROWS)
     engine.moves = Geometric(engine.model)
     draw = random.Random(0)
-    prompts = [[draw.randrange(1, config.vocab_size) for _ in range(16)] for _ in range(2 * ROWS)]
+    prompts = [[draw.randrange(1, config.vocab_size) for _ in range(4)] for _ in range(2 * ROWS)]
     lengths = [draw.randrange(1, 2 * new) for _ in prompts]
     options = GenerationOptions(temperature=0, ignore_eos=True, exit="confidence", threshold=0.5)
     return compare(engine, prompts, lengths, options, rounds)
@@ -111,7 +111,7 @@ def main() -> None:
     torch.set_num_threads(flags.threads)
     results = {"what": __doc__.splitlines()[0], "bundled": bundled(flags.new, flags.rounds)}
     if not flags.skip_small:
-        results["small"] = small(max(2, flags.new // 8), max(1, flags.rounds - 2))
+        results["small"] = small(max(2, flags.new // 3), max(1, flags.rounds - 2))
     write("batches", results)
 
 

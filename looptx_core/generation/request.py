@@ -120,10 +120,12 @@ class Request:
     began: float = field(default_factory=time.perf_counter)
     done: bool = False
 
-    def draw(self, logits: Tensor) -> int:
-        """The next token, by logits (vocab_size,)."""
+    def draw(self, logits: Tensor, best: int) -> int:
+        """The next token, by logits (vocab_size,); best: the most likely one."""
         if self.script:
             return self.script[len(self.seen) - self.limit]
+        if self.options.temperature == 0 and self.options.repetition_penalty == 1.0:
+            return best
         seen = torch.tensor(self.seen, device=logits.device)
         return draw(logits[: self.known], self.options, seen, self.generator)
 
@@ -151,7 +153,8 @@ class Request:
 def advance(requests: Sequence[Request], landing: Landing) -> list[Step]:
     """Draw each request's next token from what its row predicts."""
     logits = at_least_float(landing.logits)
-    ids = [request.draw(row) for request, row in zip(requests, logits)]
+    best = logits[:, : requests[0].known].argmax(-1).tolist()
+    ids = [request.draw(*given) for request, *given in zip(requests, logits, best)]
     return record(requests, ids, landing)
 
 

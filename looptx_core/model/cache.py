@@ -216,7 +216,7 @@ class Window:
         return read[0], read[1]
 
     def _write(self, store: Tensor, place: int | slice | Tensor, x: Tensor) -> None:
-        """x: (rows, kv_heads, new, width); (rows, deeper, ...) into a slice of places."""
+        """x: (rows, kv_heads, new, width); a slice of places gets it everywhere."""
         if self._level:
             rows = self._index if isinstance(place, Tensor) else self._pick
             store[place, rows, :, self.first[0] : self.stop] = x
@@ -224,7 +224,10 @@ class Window:
         if isinstance(place, Tensor):
             place = place[:, None]
         # Indices on both sides of the heads: what they pick comes first, then the heads.
-        store[place, self._index[:, None], :, self.columns] = x.transpose(1, 2)
+        x = x.transpose(1, 2)
+        if isinstance(place, slice):
+            x = x[:, :, None]
+        store[place, self._index[:, None], :, self.columns] = x
 
     def _read(self, store: Tensor, place: int | Tensor) -> Tensor:
         rows = self._index if isinstance(place, Tensor) else self._pick
@@ -238,11 +241,9 @@ class Window:
         first = cache.prelude + (loop - 1) * cache.core
         for store in cache._parts():
             for layer in range(first, first + cache.core):
-                new = self._new(store, layer)
-                for place in range(
-                    layer + cache.core, cache.prelude + cache.core * cache.depths, cache.core
-                ):
-                    self._write(store, place, new)
+                end = cache.prelude + cache.core * cache.depths
+                deeper = slice(layer + cache.core, end, cache.core)
+                self._write(store, deeper, self._new(store, layer))
 
     def _new(self, store: Tensor, place: int) -> Tensor:
         """These columns' entries, (rows, kv_heads, new, width)."""

@@ -67,7 +67,7 @@ class WholeKind:
         assert scales is not None
         if self._packed:
             codes = torch.cat([codes & 15, codes >> 4], -1).to(torch.int8) - 8
-        return codes.to(dtype) * scales.to(dtype)
+        return codes * scales.to(dtype)
 
 
 KINDS: dict[str, FloatKind | WholeKind] = {
