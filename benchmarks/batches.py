@@ -9,6 +9,7 @@ run as ever. Lengths differ from 1 to twice the mean there, and 32 requests shar
 The static side gives every token all loops, and keeps a batch until its last request is done.
 
     python benchmarks/batches.py [--new 48] [--rounds 3] [--threads 1] [--skip-small]
+        [--kernel auto]
 """
 
 from __future__ import annotations
@@ -28,19 +29,22 @@ from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import get_preset
 from looptx_core.generation.engine import Engine
-from looptx_core.generation.moves import Moves, Work
+from looptx_core.generation.moves import Work
 from looptx_core.model.loop import LoopedTransformer
 
 ROWS, DEEPEST = 16, 10
 
 
-class Geometric(Moves):
-    """Leaves with a fixed chance after each loop, at the usual cost of judging."""
+def leave_by_chance(engine: Engine) -> None:
+    """Every token leaves with the same chance after each loop, at the usual cost of judging."""
+    judge = engine.moves.judge
 
-    def judge(self, state: torch.Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
-        super().judge(state, loops)
+    def drawn(state: torch.Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
+        judge(state, loops)
         draws = [float(leaves) for leaves in torch.rand(len(loops)) < 1 / 3]
         return [(1000.0 if leaves else -1000.0, 1.0) for leaves in draws]
+
+    engine.moves.judge = drawn  # type: ignore[method-assign]
 
 
 def compare(
@@ -67,6 +71,7 @@ def compare(
     rates = alternate(runs, rounds)
     tokens = sum(lengths)
     return {
+        "kernel": engine.kernel,
         "requests": len(prompts),
         "tokens": tokens,
         **rates,
@@ -77,9 +82,9 @@ def compare(
     }
 
 
-def bundled(new: int, rounds: int) -> dict[str, Any]:
+def bundled(new: int, rounds: int, kernel: str) -> dict[str, Any]:
     loaded = load_model(BUNDLED)
-    engine = Engine(loaded.model, loaded.tokenizer, loaded.exit, batch_size=ROWS)
+    engine = Engine(loaded.model, loaded.tokenizer, loaded.exit, batch_size=ROWS, kernel=kernel)
     texts = held_out(loaded.model.config.vocab_size, ROWS // 2, 24)
     lines = [line.split(":")[0] + ":" for line in hop_texts(ROWS // 2)]
     prompts = [*texts, *(loaded.tokenizer.encode(line).ids for line in lines)]
@@ -87,13 +92,13 @@ def bundled(new: int, rounds: int) -> dict[str, Any]:
     return compare(engine, prompts, [new] * ROWS, options, rounds)
 
 
-def small(new: int, rounds: int) -> dict[str, Any]:
+def small(new: int, rounds: int, kernel: str) -> dict[str, Any]:
     config = ModelConfig(**get_preset("small")["model"])
     torch.manual_seed(0)
     vocabulary = {"<|end|>": 0, **{f"t{i}": i for i in range(1, config.vocab_size)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|end|>"))
-    engine = Engine(LoopedTransformer(config), tokenizer, batch_size=ROWS)
-    engine.moves = Geometric(engine.model)
+    engine = Engine(LoopedTransformer(config), tokenizer, batch_size=ROWS, kernel=kernel)
+    leave_by_chance(engine)
     draw = random.Random(0)
     prompts = [[draw.randrange(1, config.vocab_size) for _ in range(4)] for _ in range(2 * ROWS)]
     lengths = [draw.randrange(1, 2 * new) for _ in prompts]
@@ -107,11 +112,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--skip-small", action="store_true")
+    parser.add_argument("--kernel", default="auto", help="auto, native or torch.")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
-    results = {"what": __doc__.splitlines()[0], "bundled": bundled(flags.new, flags.rounds)}
+    results = {
+        "what": __doc__.splitlines()[0],
+        "bundled": bundled(flags.new, flags.rounds, flags.kernel),
+    }
     if not flags.skip_small:
-        results["small"] = small(max(2, flags.new // 3), max(1, flags.rounds - 2))
+        results["small"] = small(max(2, flags.new // 3), max(1, flags.rounds - 2), flags.kernel)
     write("batches", results)
 
 

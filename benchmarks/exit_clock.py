@@ -7,6 +7,7 @@ the saved loops would save at the price of a loop, which is the difference of fu
 loop. Then the price of a decision, and of a read-out of the vocabulary, in loops.
 
     python benchmarks/exit_clock.py [--texts 4] [--rounds 3] [--threads 1] [--model FOLDER]
+        [--kernel auto]
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import get_preset
 from looptx_core.generation.engine import Engine
 from looptx_core.generation.exits import Exit, Readout, calibrated
-from looptx_core.generation.moves import Moves
+from looptx_core.generation.native_moves import choose_moves
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
 
@@ -74,10 +75,10 @@ def decoding(
 
 
 @torch.inference_mode()
-def prices(model: LoopedTransformer, repeats: int = 60) -> dict[str, float]:
+def prices(model: LoopedTransformer, kernel: str, repeats: int = 60) -> dict[str, float]:
     """A decision and a read-out as shares of one loop, batch 1, medians of this process's time."""
     settings = ExitSettings()
-    moves, cache = Moves(model), LoopCache(model.config, 1, 128, 2)
+    moves, cache = choose_moves(model, kernel)[0], LoopCache(model.config, 1, 128, 2)
     rule = Exit(1, model.config.max_loops, settings, "auto")
     tokens = torch.randint(3, 100, (1, 64))
     place = moves.at(cache, [0], 64)
@@ -117,17 +118,22 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=4, help="Of each kind.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--kernel", default="auto", help="auto, native or torch.")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     loaded = load_model(flags.model)
-    engine = Engine(loaded.model, loaded.tokenizer, loaded.exit)
+    engine = Engine(loaded.model, loaded.tokenizer, loaded.exit, kernel=flags.kernel)
     prose = [(ids, PROMPT) for ids in held_out(loaded.config.vocab_size, flags.texts, LENGTH)]
     encode = loaded.tokenizer.encode
     hops = [
         (encode(line).ids, len(encode(line.split(":")[0]).ids) + 1)
         for line in hop_texts(3 * flags.texts)
     ]
-    results: dict[str, Any] = {"what": __doc__.splitlines()[0], "texts": flags.texts}
+    results: dict[str, Any] = {
+        "what": __doc__.splitlines()[0],
+        "texts": flags.texts,
+        "kernel": engine.kernel,
+    }
     for name, texts in (("prose", prose), ("hop lines", hops)):
         # `gain` alone: a token that is sure already may still be mended, at little cost.
         results[name] = {
@@ -139,7 +145,7 @@ def main() -> None:
         torch.manual_seed(0)
         shapes[preset] = LoopedTransformer(ModelConfig(**get_preset(preset)["model"])).eval()
         shapes[preset].join()
-    results["prices"] = {name: prices(model) for name, model in shapes.items()}
+    results["prices"] = {name: prices(model, flags.kernel) for name, model in shapes.items()}
     write("exit_clock", results)
 
 
