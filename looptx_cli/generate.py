@@ -144,13 +144,14 @@ def _load(
 ) -> tuple[Engine, bool]:
     """The engine, and whether its model was finetuned on chats of our template."""
     from looptx_core.checkpoint.registry import resolve_adapter, resolve_model
-    from looptx_core.native.build import build_ahead
+    from looptx_core.machine.kernels import build_ahead
+    from looptx_core.native.source import KERNEL
 
     found = resolve_adapter(adapter, model) if adapter else resolve_model(model, need=need)
     if model is None:
         note(f"model: {found.folder}, {found.reason}", quiet)
     if kernel != "torch":
-        build_ahead()
+        build_ahead(*KERNEL)
     import torch
 
     from looptx_core.data.chat import TEMPLATE

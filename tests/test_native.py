@@ -15,10 +15,10 @@ from looptx_core.errors import MissingError, UsageError
 from looptx_core.generation.engine import Engine
 from looptx_core.generation.moves import Moves
 from looptx_core.generation.native_moves import NativeMoves, choose_moves
+from looptx_core.machine import kernels
 from looptx_core.model.attention import explicit
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.native import build
 from looptx_core.native.model import NativeModel, round_weights
 
 SMALL = ModelConfig(vocab_size=101, d_model=48, n_heads=4, n_kv_heads=2, head_dim=12, d_ff=100,
@@ -164,7 +164,7 @@ def test_it_steps_aside_and_says_why() -> None:
 def test_without_a_compiler(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    build.library.cache_clear()
+    kernels.load.cache_clear()
     try:
         moves, reason = choose_moves(make(SMALL))
         assert not isinstance(moves, NativeMoves)
@@ -177,4 +177,4 @@ def test_without_a_compiler(monkeypatch, tmp_path) -> None:
         assert "it broke" in choose_moves(make(SMALL))[1]
         assert not list(tmp_path.rglob("*.so")), "nothing half made is left"
     finally:
-        build.library.cache_clear()
+        kernels.load.cache_clear()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from looptx_core.machine.kernels import load
 from looptx_core.model.attention import sdpa
 from looptx_core.model.bitnet import PackedBitLinear
 from looptx_core.model.block import Block
@@ -17,7 +18,7 @@ from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_frequencies
-from looptx_core.native.build import library
+from looptx_core.native.source import KERNEL
 
 _FLOAT, _BFLOAT, _BYTES, _TERNARY = range(4)
 PRECISIONS = {"float32": _FLOAT, "bf16": _BFLOAT, "int8": _BYTES}
@@ -118,7 +119,8 @@ class NativeModel:
     def __init__(
         self, model: LoopedTransformer, precision: str = "float32", threads: int | None = None
     ) -> None:
-        self._library = library()
+        self._library = load(*KERNEL)
+        self._library.looptx_new.restype = ctypes.c_void_p
         self._kept: list[Any] = []  # what the kernel points to
         self._kind = PRECISIONS[precision]
         self.config = model.config
