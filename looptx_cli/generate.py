@@ -150,8 +150,8 @@ def _load(
     found = resolve_adapter(adapter, model) if adapter else resolve_model(model, need=need)
     if model is None:
         note(f"model: {found.folder}, {found.reason}", quiet)
-    if kernel != "torch":
-        build_ahead(*KERNEL)
+    if kernel != "torch" and build_ahead(*KERNEL):
+        note("decoding: its kernel is compiled, once on this machine, some seconds", quiet)
     import torch
 
     from looptx_core.data.chat import TEMPLATE

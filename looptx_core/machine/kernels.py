@@ -37,34 +37,44 @@ def load(source: Path, *more: str) -> ctypes.CDLL:
         raise MissingError(f"{path} can't be loaded: {error}") from error
 
 
-def build_ahead(source: Path, *more: str) -> None:
-    """Begin to compile beside what else has to be done first, such as importing torch."""
+def build_ahead(source: Path, *more: str) -> bool:
+    """Begin to compile beside what else has to be done first, such as importing torch.
+
+    False where it was done before.
+    """
 
     def quietly() -> None:
         with contextlib.suppress(MissingError):  # who needs it will be told
             build(source, *more)
 
+    if library_path(source, *more).exists():
+        return False
     threading.Thread(target=quietly, daemon=True).start()
+    return True
+
+
+def library_path(source: Path, *more: str) -> Path:
+    """Where the library of this file, these flags, this compiler and processor stands."""
+    recipe = "\0".join((source.read_text("utf-8"), *compiler_words(), *_FLAGS, *more, _processor()))
+    digest = hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "looptx" / f"{source.stem}-{digest}.so"
 
 
 def build(source: Path, *more: str) -> Path:
     """Where the library stands, compiled if need be. Raises `MissingError`."""
-    words, flags = compiler_words(), (*_FLAGS, *more)
-    recipe = "\0".join((source.read_text("utf-8"), *words, *flags, _processor()))
-    digest = hashlib.sha256(recipe.encode()).hexdigest()[:16]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "looptx"
-    path = root / f"{source.stem}-{digest}.so"
+    words, path = compiler_words(), library_path(source, *more)
     try:
         with _BUILDING:
             if path.exists():
                 return path
             if not words or shutil.which(words[0]) is None:
                 raise MissingError(f"no C++ compiler ({' '.join(words) or '$CXX is empty'})")
-            root.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             # Others may build the same: each in a folder of its own, and a rename is atomic.
-            with tempfile.TemporaryDirectory(dir=root) as folder:
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 made = Path(folder) / path.name
-                command = [*words, *flags, str(source), "-o", str(made)]
+                command = [*words, *_FLAGS, *more, str(source), "-o", str(made)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 made.replace(path)
         return path
