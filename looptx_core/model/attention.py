@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +15,54 @@ from torch import Tensor
 
 from looptx_core.errors import MissingError, UsageError
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+@dataclass(frozen=True)
+class Packed:
+    """Documents that follow each other in a batch's rows, for back ends that need no mask.
+
+    documents: (rows, length), numbers; a token attends to those of its own document, up to itself.
+    starts: where documents start in rows laid end to end, int32, with the end of all; a row's start
+    is one. length: of a row, the longest that a document can be.
+    """
+
+    documents: Tensor
+    starts: Tensor
+    length: int
+
+    @staticmethod
+    def of(documents: Tensor) -> Packed:
+        """From the documents' numbers, (rows, length)."""
+        new = torch.ones_like(documents, dtype=torch.bool)
+        new[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        starts = F.pad(new.flatten().nonzero().flatten(), (0, 1), value=documents.numel())
+        return Packed(documents, starts.to(torch.int32), documents.shape[1])
+
+    def __getitem__(self, rows: Tensor | slice) -> Packed:
+        return Packed.of(self.documents[rows])
+
+    def mask(self) -> Tensor:
+        """The same as a mask, (rows, 1, length, length)."""
+        return within_documents(self.documents)
+
+
+def within_documents(documents: Tensor) -> Tensor:
+    """A causal mask within each document, (rows, 1, length, length), of numbers (rows, length)."""
+    return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | Packed | None"], Tensor]
 """(queries, keys, values, mask) -> output.
 
 queries (batch, heads, new, head_dim); keys and values (batch, kv_heads, seen, head_dim);
 mask (batch or 1, 1, new, seen), True where a query may look, or None: causal when new > 1,
-everything when new == 1. The output has the queries' shape.
+everything when new == 1; or documents, to a back end that says so by `packs`. The output has the
+queries' shape.
 """
 
 
-def sdpa(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+def sdpa(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Packed | None) -> Tensor:
     """torch's fused attention; runs everywhere."""
+    mask = mask.mask() if isinstance(mask, Packed) else mask
     batch, heads, new, width = queries.shape
     if new == 1 and keys.shape[1] != heads:
         # A single token's query heads of one key head do as well for rows of a sequence.
@@ -40,23 +79,96 @@ def sdpa(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> 
     )
 
 
-def flash(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """FlashAttention 2 (arXiv 2307.08691) by the flash-attn package; a mask goes to SDPA."""
-    if mask is not None or queries.dtype not in (torch.float16, torch.bfloat16):
-        return sdpa(queries, keys, values, mask)
-    from flash_attn import flash_attn_func
-
-    out = flash_attn_func(
-        queries.transpose(1, 2),
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
-        causal=queries.shape[2] > 1,
-    )
-    return out.transpose(1, 2)
+# (queries, keys, values, starts, length) -> output, all (tokens, heads, head_dim): causal within
+# each document, with grouped heads.
+Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
-def attention_weights(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+class Flash:
+    """FlashAttention (arXiv 2307.08691) over packed documents, without padding and without a mask.
+
+    Plain causal attention is SDPA's, which runs the same kernels; masks and float32 are, too.
+    """
+
+    packs = True
+
+    def __init__(self, varlen: Varlen) -> None:
+        self.varlen = varlen
+
+    def __call__(
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Packed | None
+    ) -> Tensor:
+        if not isinstance(mask, Packed) or values.dtype not in _HALVES:
+            return sdpa(queries, keys, values, mask)
+        rows, _, length, _ = queries.shape
+        # Under autocast a norm leaves queries and keys in float32.
+        q, k, v = (
+            x.to(values.dtype).transpose(1, 2).flatten(0, 1) for x in (queries, keys, values)
+        )
+        out = self.varlen(q, k, v, mask.starts, mask.length)
+        return out.unflatten(0, (rows, length)).transpose(1, 2)
+
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def _by_torch() -> Varlen:
+    """torch's own kernels: FlashAttention 2, or whichever was activated."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    causal: dict[str, Any] = {"is_causal": True}  # as the first version said it
+    if "window_size" in inspect.signature(varlen_attn).parameters:
+        causal = {"window_size": (-1, 0), "enable_gqa": True}
+
+    def call(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, length: int) -> Tensor:
+        out = varlen_attn(q, k, v, starts, starts, length, length, **causal)
+        assert isinstance(out, Tensor)
+        return out
+
+    return call
+
+
+def _activated(name: str) -> Varlen:
+    """torch's, after FlashAttention 3 or 4 took the place of its kernels."""
+    from torch.nn.attention import activate_flash_attention_impl
+
+    activate_flash_attention_impl(name)
+    return _by_torch()
+
+
+def _by_package() -> Varlen:
+    """The package flash-attn."""
+    from flash_attn import flash_attn_varlen_func
+
+    def call(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, length: int) -> Tensor:
+        return flash_attn_varlen_func(q, k, v, starts, starts, length, length, causal=True)
+
+    return call
+
+
+@dataclass(frozen=True)
+class FlashKind:
+    """A version of FlashAttention: the module it needs and the GPUs it runs on."""
+
+    name: str
+    module: str
+    majors: range
+    """Of the compute capability."""
+    make: Callable[[], Varlen]
+
+
+FLASH_KINDS = (
+    FlashKind("FA4", "flash_attn.cute.interface", range(9, 11), lambda: _activated("FA4")),
+    FlashKind("FA3", "flash_attn_interface", range(9, 10), lambda: _activated("FA3")),
+    FlashKind("FA2 of flash-attn", "flash_attn", range(8, 99), _by_package),
+    FlashKind("FA2 of torch", "torch.nn.attention.varlen", range(8, 99), _by_torch),
+)
+"""The newest first."""
+
+
+def attention_weights(queries: Tensor, keys: Tensor, mask: Tensor | Packed | None) -> Tensor:
     """The attention's probabilities, (batch, heads, new, seen), by the explicit formula."""
+    mask = mask.mask() if isinstance(mask, Packed) else mask
     _, heads, new, width = queries.shape
     keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)
     scores = queries @ keys.transpose(-1, -2) / math.sqrt(width)
@@ -67,7 +179,7 @@ def attention_weights(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Ten
     return scores.softmax(dim=-1)
 
 
-def explicit(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+def explicit(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Packed | None) -> Tensor:
     """Attention as the textbook writes it, the reference for the others."""
     return _weighed(attention_weights(queries, keys, mask), values)
 
@@ -86,7 +198,7 @@ class Recording:
     def __init__(self) -> None:
         self.weights: list[Tensor] = []
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Packed | None) -> Tensor:
         self.weights.append(attention_weights(q, k, mask))
         return _weighed(self.weights[-1], v)
 
@@ -113,17 +225,86 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backe
         raise UsageError(f"--attention {name}: not one of auto, sdpa, flash, explicit")
     obstacle = _why_no_flash(device, dtype)
     if obstacle is None:
-        return Backend("flash", flash, f"flash-attn is installed and runs in {dtype}")
+        chosen = choose_flash(torch.cuda.get_device_capability(device)[0], device, dtype)
+        if isinstance(chosen, Backend):
+            return chosen
+        obstacle = chosen
     if name == "flash":
         raise MissingError(f"--attention flash: {obstacle}")
     return Backend("sdpa", sdpa, f"no flash-attn: {obstacle}")
 
 
+def choose_flash(
+    major: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    kinds: Sequence[FlashKind] = FLASH_KINDS,
+) -> Backend | str:
+    """The newest version that is here and passes a trial, or one line on why there is none.
+
+    major: of the GPU's compute capability.
+    """
+    why = []
+    for kind in kinds:
+        if major not in kind.majors:
+            why.append(f"{kind.name} does not run on compute capability {major}")
+        elif not _is_here(kind.module):
+            why.append(f"{kind.name} needs {kind.module}")
+        else:
+            try:
+                attend = Flash(kind.make())
+                error = trial_error(attend, device, dtype)
+            except Exception as problem:  # a prototype may fail in any way; the next is tried
+                why.append(f"{kind.name} failed ({type(problem).__name__}: {problem})")
+                _deactivate()
+                continue
+            if error < _TRIAL_LIMIT:
+                passed = "; ".join([f"{kind.name} runs in {dtype}, documents packed", *why])
+                return Backend("flash", attend, passed)
+            why.append(f"{kind.name} is off by {error:.2g} in a trial")
+            _deactivate()
+    return "; ".join(why) + "; pip install 'looptx[flash]' --no-build-isolation"
+
+
+_TRIAL_LIMIT = 0.03  # relative; bf16 itself is good to 0.004 a number
+
+
+def trial_error(attend: Attend, device: torch.device, dtype: torch.dtype) -> float:
+    """How far a back end is from the textbook on packed documents: outputs and gradients, the
+    largest relative error in norm."""
+    generator = torch.Generator().manual_seed(0)
+    documents = torch.tensor([[0] * 5 + [1] * 11, [2] * 9 + [3] * 7], device=device)
+    shapes = ((2, 4, 16, 64), (2, 2, 16, 64), (2, 2, 16, 64))
+    plain = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    found = []
+    for function, kind in ((attend, dtype), (explicit, torch.float32)):
+        inputs = [x.detach().to(kind).requires_grad_() for x in plain]
+        packed = Packed.of(documents)
+        mask = packed if function is attend else packed.mask()
+        out = function(inputs[0], inputs[1], inputs[2], mask)
+        gradients = torch.autograd.grad(out.float().square().sum(), inputs)
+        found.append([x.detach().float() for x in (out, *gradients)])
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(*found))
+
+
+def _deactivate() -> None:
+    """Give torch its own kernels back."""
+    import torch.nn.attention as kernels
+
+    if getattr(kernels, "current_flash_attention_impl", lambda: None)() is not None:
+        kernels.restore_flash_attention_impl()
+
+
+def _is_here(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # a parent of it is missing
+        return False
+
+
 def _why_no_flash(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"it needs a CUDA GPU and the model is on {device.type}"
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in _HALVES:
         return f"it needs bfloat16 or float16, not {dtype}; pass --precision bf16"
-    if importlib.util.find_spec("flash_attn") is None:
-        return "the package is missing; pip install 'looptx[flash]' --no-build-isolation"
     return None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.model import fused
-from looptx_core.model.attention import Attend, sdpa
+from looptx_core.model.attention import Attend, Packed, sdpa
 from looptx_core.model.bitnet import BitLinear, IntegerProduct, PackedBitLinear
 from looptx_core.model.cache import Slot, Window
 from looptx_core.model.norm import HeadNorm, RMSNorm
@@ -24,7 +24,7 @@ class Surroundings:
     """What every block of one forward pass shares, beside the state itself."""
 
     rotary: Rotary
-    mask: Tensor | None = None
+    mask: Tensor | Packed | None = None
     attend: Attend = sdpa
     window: Window | None = None
     """Where in a cache these tokens stand; None without one."""
@@ -36,7 +36,9 @@ class Surroundings:
             return x if x.shape[0] == 1 else x[index]
 
         cos, sin = self.rotary
-        mask = None if self.mask is None else pick(self.mask)
+        mask = self.mask
+        if mask is not None:
+            mask = mask[index] if isinstance(mask, Packed) else pick(mask)
         return Surroundings((pick(cos), pick(sin)), mask, self.attend)
 
 

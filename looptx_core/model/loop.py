@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
-from looptx_core.model.attention import Attend, sdpa
+from looptx_core.model.attention import Attend, Packed, sdpa, within_documents
 from looptx_core.model.block import Block, SideBySide, Surroundings
 from looptx_core.model.cache import LoopCache, Window
 from looptx_core.model.confidence import Confidence, ConfidenceHead
@@ -126,12 +126,13 @@ class LoopedTransformer(nn.Module):
         the tokens, by `lay_out`; with a cache they are its first.
         """
         weight = self.norm.weight  # of the activations' type, where a quantised matrix is not
+        mask: Tensor | Packed | None = None
         if window is None:
-            positions, mask = torch.arange(length, device=weight.device)[None, None], None
+            positions = torch.arange(length, device=weight.device)[None, None]
             # A batch of one document a row needs no mask, and causal attention is half the work.
             if documents is not None and bool((documents != documents[:, :1]).any()):
-                same = documents[:, None, :, None] == documents[:, None, None, :]
-                mask = same.tril()
+                packs = layout is None and getattr(self.attend, "packs", False)
+                mask = Packed.of(documents) if packs else within_documents(documents)
         else:
             positions, mask = window.positions()[None], window.mask()
         if layout is not None:
@@ -139,6 +140,7 @@ class LoopedTransformer(nn.Module):
             if window is not None:
                 window.place(layout.ends)
             if self.config.image_attention == "both":
+                assert not isinstance(mask, Packed)
                 mask = _with_pictures(mask, layout.picture)
         rotary = rotary_tables(
             positions, self.config.head_dim, self.config.rope_theta, _compute_dtype(weight)
