@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench lint setup clean
+.PHONY: demo test test-slow bench lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -20,6 +20,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Swapping to a disk: compiles DeepSpeed's async_io at first, some minutes; needs libaio-dev.
+test-slow: setup
+	$(BIN)/python -m pytest -m slow -o timeout=3000
 
 # A short form of docs/speed.md's measurements, into bench-results/.
 bench: export BENCH_RESULTS = bench-results

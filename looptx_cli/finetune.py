@@ -9,7 +9,7 @@ import typer
 
 from looptx_cli.console import note, stdout
 from looptx_cli.options import with_fields
-from looptx_cli.runs import begin, resumed, settle, summary, write_line
+from looptx_cli.runs import begin, place_of, resumed, settle, summary, write_line
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.resolve import resolve
 
@@ -38,7 +38,7 @@ def finetune(
     A line of data is {"prompt", "response"}, {"messages": [{"role", "content"}]} or {"text"}, each
     with an `image` where there are pictures.
     """
-    from looptx_core.checkpoint.registry import next_run_dir, resolve_model
+    from looptx_core.checkpoint.registry import resolve_model
     from looptx_core.data.bundled import bundled_questions
 
     if resume is not None:
@@ -47,8 +47,8 @@ def finetune(
         resolved = resolve(FinetuneConfig, flags=flags, config=config)
         folder = None
     settings = resolved.build(FinetuneConfig)
-    if folder is None:
-        folder = next_run_dir(settings.out, "finetune", overwrite)
+    folder, first = place_of(folder, settings.out, "finetune", overwrite)
+    quiet, as_json = quiet or not first, as_json and first
     from looptx_core.data.examples import have_pictures
 
     sees = have_pictures(settings.data) if settings.data else False
@@ -69,7 +69,7 @@ def finetune(
         note(line, quiet)
 
     prepared = prepare(settings, base=base.folder, data=data, report=report)
-    if resume is None:
+    if resume is None and first:
         begin(
             folder, settle(resolved, {"model": str(base.folder.resolve())}, base.reason), overwrite
         )
@@ -81,6 +81,8 @@ def finetune(
         report=report,
         watch=write_line if as_json else None,
     )
+    if result is None:
+        return
     if as_json:
         write_line(summary(result))
         return

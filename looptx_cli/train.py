@@ -12,9 +12,17 @@ import typer
 
 from looptx_cli.console import note, stdout
 from looptx_cli.options import with_fields
-from looptx_cli.runs import SCHEMA_VERSION, begin, resumed, settle, summary, write_line
+from looptx_cli.runs import (
+    SCHEMA_VERSION,
+    begin,
+    place_of,
+    resumed,
+    settle,
+    summary,
+    write_line,
+)
 from looptx_core.config.model import ModelConfig
-from looptx_core.config.resolve import resolve
+from looptx_core.config.resolve import Resolved, resolve
 from looptx_core.config.run import TrainConfig
 
 if TYPE_CHECKING:
@@ -41,6 +49,7 @@ def train(
     looptx train --data my.txt --steps 2000 --out runs/mine
     looptx train --data data --preset small --max-minutes 60
     looptx train --resume runs/mine
+    looptx train --zero3 --offload nvme
     looptx train --preset 1b --dry-run
     """
     if resume is not None:
@@ -48,6 +57,8 @@ def train(
     else:
         resolved = resolve(TrainConfig, SECTIONS, flags=flags, config=config)
         folder = None
+        if resolved.values["offload"] == "nvme" and not resolved.given("preset"):
+            resolved = _to_try_swapping(flags, config)
     settings = resolved.build(TrainConfig)
     model_config = resolved.build(ModelConfig, "model")
     if dry_run:
@@ -56,14 +67,15 @@ def train(
         _show_plan(plan(model_config, settings), as_json)
         return
 
-    from looptx_core.checkpoint.registry import next_run_dir
     from looptx_core.data.bundled import bundled_shards
     from looptx_core.data.pairs import VISION_LAYERS, is_pairs
     from looptx_core.data.shards import Manifest, resolve_data
 
-    if folder is None:
-        folder = next_run_dir(settings.out, "train", overwrite)
+    folder, first = place_of(folder, settings.out, "train", overwrite)
+    quiet, as_json = quiet or not first, as_json and first
     note(f"run: {folder}", quiet)
+    if resolved.origins["steps"] == _TRIAL:
+        note("a trial of swapping: preset small for 30 steps; --preset and --steps set them", quiet)
     pairs = [item for item in settings.data if is_pairs(item)]
     texts = [item for item in settings.data if item not in pairs]
     if pairs and not model_config.vision_layers:
@@ -80,7 +92,7 @@ def train(
     model_config = fit_vocabulary(
         model_config, Manifest.read(shards).vocab_size, resolved.given("model.vocab_size")
     )
-    if resume is None:
+    if resume is None and first:
         shape = {f"model.{key}": value for key, value in model_config.to_dict().items()}
         begin(folder, settle(resolved, shape, "the data"), overwrite)
 
@@ -97,6 +109,8 @@ def train(
         report=lambda line: note(line, quiet),
         watch=write_line if as_json else None,
     )
+    if result is None:
+        return
     if as_json:
         write_line(summary(result))
         return
@@ -106,6 +120,18 @@ def train(
     if pairs:
         note(f"try next: looptx generate --image FILE --model {folder} --show-iterations", quiet)
     note(f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet)
+
+
+# Layers large enough that DeepSpeed swaps them, for a few steps.
+_TRIAL = "a trial of --offload nvme"
+_TRIAL_VALUES = {"steps": 30, "batch_size": 8, "seq_len": 128, "val_batches": 2}
+
+
+def _to_try_swapping(flags: dict[str, Any], config: Path | None) -> Resolved:
+    resolved = resolve(TrainConfig, SECTIONS, flags={**flags, "preset": "small"}, config=config)
+    mine = {key: value for key, value in _TRIAL_VALUES.items() if not resolved.given(key)}
+    resolved.origins["preset"] = _TRIAL
+    return settle(resolved, mine, _TRIAL)
 
 
 def _show_result(result: TrainResult) -> None:
@@ -135,6 +161,12 @@ def _show_result(result: TrainResult) -> None:
         f"({rate:,.0f} tokens/s), {result.flops:.3g} FLOPs",
         soft_wrap=True,
     )
+    if swap := result.swapped:
+        out.print(
+            f"swapped: {swap.files} files of {swap.size:,} bytes; {swap.written:,} bytes written, "
+            f"{swap.read:,} read",
+            soft_wrap=True,
+        )
     out.print(result.verdict, soft_wrap=True)
     if result.probes:
         first = sum(a[0] for a in result.probes.values()) / len(result.probes)

@@ -34,7 +34,8 @@ OPTIONS = {
         --augment --no-augment --skip-bad --no-skip-bad --lr --min-lr --warmup --weight-decay
         --optimizer --beta2 --clip --loop-schedule --loops --max-loops --mean-loops --deeper-by
         --loss-threshold --deeper-share --explore --loss-at --precision --attention --compile
-        --no-compile --grad-checkpointing --no-grad-checkpointing --devices --save-every --keep
+        --no-compile --grad-checkpointing --no-grad-checkpointing --devices --nodes --strategy
+        --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every --keep
         --val-every --val-batches --log-every --model --lora --no-lora
         --qlora --no-qlora --quantization --dora --no-dora --lora-per-loop --no-lora-per-loop
         --lora-rank --lora-alpha --lora-dropout --rslora --no-rslora --target-modules
@@ -61,7 +62,8 @@ OPTIONS = {
         --augment --no-augment --skip-bad --no-skip-bad --lr --min-lr --warmup --weight-decay
         --optimizer --beta2 --clip --loop-schedule --loops --max-loops --mean-loops --deeper-by
         --loss-threshold --deeper-share --explore --loss-at --precision --attention --compile
-        --no-compile --grad-checkpointing --no-grad-checkpointing --devices --save-every --keep
+        --no-compile --grad-checkpointing --no-grad-checkpointing --devices --nodes --strategy
+        --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every --keep
         --val-every --val-batches --log-every --preset --document-mask
         --no-document-mask --mix --bitnet
         --no-bitnet --config --resume --overwrite --dry-run --json

@@ -71,6 +71,11 @@ class FinetuneConfig(RunConfig):
             raise UsageError(f"lora_rank must be at least 1, not {self.lora_rank}")
         if not 0 < self.val_fraction < 1:
             raise UsageError(f"val_fraction must lie between 0 and 1, not {self.val_fraction}")
+        if self.qlora and self.sharding not in ("none", "ddp"):
+            raise UsageError(
+                f"--qlora with {self.sharding} is refused: four-bit weights are packed bytes with "
+                "scales beside them, which sharding neither cuts nor casts rightly; use --lora"
+            )
         if self.dora and self.lora_per_loop:
             raise UsageError("--dora with --lora-per-loop is not supported; leave one out")
         if self.dora and self.qlora and self.quantization == "int8":

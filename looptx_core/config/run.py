@@ -26,7 +26,7 @@ class RunConfig:
     batch_size: int = 32
     """Sequences an optimizer step, over all devices."""
     micro_batch: int | None = None
-    """Sequences a forward pass on one device; absent: the whole batch."""
+    """Sequences a forward pass on one device; absent: its whole share of the batch."""
     workers: int = 0
     """Processes that read data."""
     augment: bool = True
@@ -78,7 +78,21 @@ class RunConfig:
     grad_checkpointing: bool = False
     """Recompute each loop in the backward pass to save memory."""
     devices: int = 1
-    """Processes, one for each device."""
+    """Processes on each machine, one for each device."""
+    nodes: int = 1
+    """Machines; torchrun, SLURM or NODE_RANK say which this one is."""
+    strategy: Literal["auto", "ddp", "zero2", "zero3"] = "auto"
+    """ddp: each process holds all. zero2: gradients and optimizer are cut over the processes, by
+    DeepSpeed. zero3: the weights too. auto: ddp where there is more than one process."""
+    zero3: bool = False
+    """The same as --strategy zero3."""
+    offload: Literal["none", "auto", "cpu", "nvme"] | None = None
+    """Under ZeRO: keep weights and optimizer in memory, or swap them to a disk, between their uses.
+    auto: what does not fit; absent: auto under ZeRO."""
+    nvme_path: str | None = None
+    """Where to swap to, a folder on a local disk; absent: the run's own."""
+    deepspeed_config: str | None = None
+    """A JSON file of DeepSpeed's settings, which win over looptx's."""
 
     save_every: int = 100
     """Steps between checkpoints."""
@@ -94,29 +108,65 @@ class RunConfig:
     def __post_init__(self) -> None:
         from looptx_core.errors import UsageError
 
-        for name in ("steps", "seq_len", "batch_size", "devices", "save_every", "keep",
+        for name in ("steps", "seq_len", "batch_size", "devices", "nodes", "save_every", "keep",
                      "val_every", "val_batches", "log_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
-        micro = self.micro_batch or self.batch_size
-        if self.batch_size % (micro * self.devices):
+        if self.batch_size % (self.rows * self.world_size):
             raise UsageError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch x devices "
-                f"({micro} x {self.devices}); pass --micro-batch {self._fitting_micro()}"
+                f"({self.rows} x {self.world_size}); pass --micro-batch {self._fitting_micro()}"
             )
+        self._check_strategy()
         if not self.lr > 0:
             raise UsageError(f"lr must be above 0, not {self.lr}")
 
+    def _check_strategy(self) -> None:
+        from looptx_core.errors import UsageError
+
+        if self.zero3 and self.strategy not in ("auto", "zero3"):
+            raise UsageError(f"--zero3 contradicts --strategy {self.strategy}; leave one out")
+        zero = self.sharding.startswith("zero")
+        if self.offload not in (None, "none") and not zero:
+            raise UsageError(f"--offload {self.offload} needs ZeRO; add --zero3")
+        if self.deepspeed_config and not zero:
+            raise UsageError("--deepspeed-config needs ZeRO; add --zero3")
+        if self.offload == "nvme" and self.sharding == "zero2":
+            raise UsageError("--offload nvme needs --zero3; ZeRO-2 offloads to the CPU alone")
+        if self.nvme_path and self.offload not in ("nvme", "auto", None):
+            raise UsageError(f"--nvme-path does nothing under --offload {self.offload}")
+        if self.nvme_path and not zero:
+            raise UsageError("--nvme-path needs ZeRO; add --zero3 --offload nvme")
+
     def _fitting_micro(self) -> int:
-        per_device = max(1, self.batch_size // self.devices)
-        limit = min(self.micro_batch or per_device, per_device)
-        fits = [m for m in range(1, limit + 1) if self.batch_size % (m * self.devices) == 0]
+        per_device = max(1, self.batch_size // self.world_size)
+        limit = min(self.rows, per_device)
+        fits = [m for m in range(1, limit + 1) if self.batch_size % (m * self.world_size) == 0]
         return fits[-1] if fits else 1
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all machines."""
+        return self.devices * self.nodes
+
+    @property
+    def sharding(self) -> str:
+        """The strategy that is meant: 'none', 'ddp', 'zero2' or 'zero3'."""
+        if self.zero3:
+            return "zero3"
+        if self.strategy == "auto":
+            return "ddp" if self.world_size > 1 else "none"
+        return self.strategy
+
+    @property
+    def rows(self) -> int:
+        """Sequences a forward pass on one device."""
+        return self.micro_batch or max(1, self.batch_size // self.world_size)
 
     @property
     def accumulation(self) -> int:
         """Forward passes of one optimizer step."""
-        return self.batch_size // ((self.micro_batch or self.batch_size) * self.devices)
+        return self.batch_size // (self.rows * self.world_size)
 
 
 @dataclass(frozen=True)

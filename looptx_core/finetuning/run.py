@@ -20,6 +20,7 @@ from looptx_core.checkpoint.folder import (
     update_generation_config,
 )
 from looptx_core.config.finetune import FinetuneConfig
+from looptx_core.config.processes import is_first
 from looptx_core.data.chat import TEMPLATE
 from looptx_core.data.examples import (
     Example,
@@ -159,8 +160,10 @@ def finetune(
     callbacks: Sequence[L.Callback] = (),
     report: Callable[[str], object] = lambda line: None,
     watch: Callable[[str], object] | None = None,
-) -> FinetuneResult:
+) -> FinetuneResult | None:
     """Finetune in `folder`, and write `folder`/final: an adapter's folder or a model's.
+
+    None in a run's other processes: the first one has the result.
 
     The other arguments, and the errors, are those of `looptx_core.training.run.fit`.
     """
@@ -171,6 +174,8 @@ def finetune(
         model, batches, config, folder=folder, command="finetune", resume=resume,
         callbacks=callbacks, report=report, watch=watch,
     )  # fmt: skip
+    if not is_first():
+        return None
     facts = {
         "base": loaded.name,
         "data": [Path(item).name for item in prepared.data],
@@ -248,7 +253,7 @@ def _data(
     )
     train, val = hold_out(examples.kept, config.val_fraction, config.seed)
     how: dict[str, Any] = {
-        "micro_batch": config.micro_batch or config.batch_size // config.devices,
+        "micro_batch": config.rows,
         "batches": config.steps * config.accumulation,
         "val_batches": config.val_batches,
         "seed": config.seed,

@@ -17,8 +17,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 
 from looptx_core.errors import DataError
+from looptx_core.training.ranks import any_rank
 
 
 class JsonLines(Logger):
@@ -39,6 +41,7 @@ class JsonLines(Logger):
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """`config.yaml` has them."""
 
+    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         # Lightning counts optimizer steps from 0 here.
         record: dict[str, Any] = {"step": (step or 0) + 1}
@@ -86,6 +89,11 @@ class Checkpoints(ModelCheckpoint):
             save_on_train_epoch_end=False,
         )
 
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        # Lightning would save the step of a resume again, amid the next one's micro-batches.
+        if not trainer.fit_loop._should_accumulate():
+            super().on_train_batch_end(trainer, *args, **kwargs)
+
 
 class WholeFiles(TorchCheckpointIO):
     """Checkpoints that are whole or not there, whatever ends the write.
@@ -116,6 +124,17 @@ class WholeFiles(TorchCheckpointIO):
             raise
 
 
+class Begin(L.Callback):
+    """What the first process does to the run's folder, when all others have read it."""
+
+    def __init__(self, what: Callable[[], object]) -> None:
+        self.what = what
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        if trainer.is_global_zero:
+            self.what()
+
+
 class StopCleanly(L.Callback):
     """Ends a run between two optimizer steps: on Ctrl-C or SIGTERM, or when its time is up.
 
@@ -142,7 +161,13 @@ class StopCleanly(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if self.reason is None and time.monotonic() - self.begun > self.max_seconds:
             self.reason = "time"
-        if self.reason and not trainer.fit_loop._should_accumulate():
+        if trainer.fit_loop._should_accumulate():
+            return
+        device = trainer.strategy.root_device
+        for reason in ("interrupted", "time"):  # of any process, so that all stop here
+            if any_rank(self.reason == reason, device):
+                self.reason = reason
+        if self.reason:
             path = self.folder / f"step-{trainer.global_step:07d}.ckpt"
             if not path.exists():
                 trainer.save_checkpoint(path)

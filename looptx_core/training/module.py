@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -19,10 +20,12 @@ from looptx_core.training.evaluate import LoopEvaluation, evaluate_batch, pictur
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import (
+    build_adamw,
     build_optimizer,
     clip_by_part,
     learning_rate_factor,
 )
+from looptx_core.training.strategy import Swapped, shards_optimizer
 
 
 class LoopedLM(L.LightningModule):
@@ -41,6 +44,7 @@ class LoopedLM(L.LightningModule):
         self.config = config
         self.schedule = LoopSchedule(config, model.config.max_loops)
         self.evaluation: LoopEvaluation | None = None
+        self.swapped: Swapped | None = None
         self.flops: Tensor
         self.register_buffer("flops", torch.zeros((), dtype=torch.float64))
         self._parts: list[LoopEvaluation] = []
@@ -63,7 +67,8 @@ class LoopedLM(L.LightningModule):
         return state
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.model, self.config)
+        build = build_adamw if shards_optimizer(self.config) else build_optimizer
+        optimizer = build(self.model, self.config)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(self.config))
         return {
             "optimizer": optimizer,
@@ -104,10 +109,15 @@ class LoopedLM(L.LightningModule):
         return loss
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        if hasattr(self.trainer.strategy, "trunk_norm"):
+            return  # ZeRO has the whole gradient only inside its step, and clips there
         norm = clip_by_part(self.model, self.config.clip)
         self.log("gradient_norm", norm)
 
     def on_train_batch_end(self, *_: Any) -> None:
+        norm = getattr(self.trainer.strategy, "trunk_norm", None)
+        if norm is not None:
+            self.log("gradient_norm", norm)
         seconds = time.monotonic() - self._begun
         self.log("tokens_per_second", self._tokens / max(seconds, 1e-9), prog_bar=True)
         self.log("lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
@@ -163,7 +173,8 @@ def quiet_lightning() -> Any:
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning.*")
+        for module in ("lightning", "deepspeed", "torch.distributed", "torch.utils.checkpoint"):
+            warnings.filterwarnings("ignore", module=re.escape(module))
         yield
     for name, level in zip(names, levels):
         logging.getLogger(name).setLevel(level)

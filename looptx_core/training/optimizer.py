@@ -71,6 +71,30 @@ def build_optimizer(model: LoopedTransformer, config: RunConfig) -> torch.optim.
     return Together(muon, adamw)
 
 
+def build_adamw(model: LoopedTransformer, config: RunConfig) -> torch.optim.AdamW:
+    """AdamW whose groups are `trunk` or `head`, the confidence head's, for ZeRO.
+
+    ZeRO cuts parameters wherever it falls, so that an update by element is all it can run: Muon,
+    which needs whole matrices, can't be.
+    """
+    head = {id(p) for p in model.confidence.parameters()}
+    groups = []
+    for part in ("trunk", "head"):
+        mine = [p for p in model.parameters()
+                if p.requires_grad and (id(p) in head) == (part == "head")]  # fmt: skip
+        for decays in (True, False):
+            params = [p for p in mine if (len(shape_of(p)) >= 2) == decays]
+            decay = config.weight_decay if decays else 0.0
+            if params:
+                groups.append({"params": params, "weight_decay": decay, "part": part})
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+
+
+def shape_of(parameter: torch.Tensor) -> torch.Size:
+    """Its shape, whole, where it is cut over processes too."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def learning_rate_factor(config: RunConfig) -> Callable[[int], float]:
     """Step -> share of the peak: a linear warm-up, then a cosine down to `min_lr`."""
     warmup = max(1, round(config.warmup * config.steps))

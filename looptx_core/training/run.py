@@ -13,10 +13,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
 
 from looptx_core.checkpoint.folder import save_model
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
+from looptx_core.config.processes import is_first
 from looptx_core.config.run import RunConfig, TrainConfig
 from looptx_core.data.datamodule import TokenData
 from looptx_core.data.pairs import MixedData, mix_of, read_pairs
@@ -26,6 +28,7 @@ from looptx_core.model import fused
 from looptx_core.model.attention import choose_backend
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.callbacks import (
+    Begin,
     Checkpoints,
     JsonLines,
     StopCleanly,
@@ -40,8 +43,17 @@ from looptx_core.training.evaluate import (
     evaluate_all,
     evaluate_loops,
 )
+from looptx_core.training.fragments import Checkpoint, sweep
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.module import LoopedLM, quiet_lightning
+from looptx_core.training.ranks import lost_peer
+from looptx_core.training.strategy import (
+    AtTheEnd,
+    Swapped,
+    choose_strategy,
+    own_environment,
+    shards_optimizer,
+)
 
 
 @dataclass
@@ -64,6 +76,8 @@ class TrainResult:
     verdict: str = ""
     caption_loss_by_loop: list[float] = field(default_factory=list)
     """Held-out nats a token of texts beside pictures."""
+    swapped: Swapped | None = None
+    """Under NVMe offload: the swap files and what was moved, in bytes."""
 
 
 def fit_vocabulary(model: ModelConfig, vocab_size: int, asked: bool) -> ModelConfig:
@@ -90,8 +104,10 @@ def train(
     callbacks: Sequence[L.Callback] = (),
     report: Callable[[str], object] = lambda line: None,
     watch: Callable[[str], object] | None = None,
-) -> TrainResult:
+) -> TrainResult | None:
     """Train in `folder` on the shards `data`, and write `folder`/final.
+
+    None in a run's other processes: the first one has the result.
 
     pairs: inputs of pictures with texts, as for `read_pairs`, mixed with the shards by
     `config.mix`; a model without an encoder of pictures gets one.
@@ -106,7 +122,7 @@ def train(
         )
     how: dict[str, Any] = {
         "seq_len": config.seq_len,
-        "micro_batch": config.micro_batch or config.batch_size // config.devices,
+        "micro_batch": config.rows,
         "batches": config.steps * config.accumulation,
         "val_batches": config.val_batches,
         "seed": config.seed,
@@ -132,6 +148,8 @@ def train(
         model, batches, config, folder=folder, command="train", resume=resume,
         callbacks=callbacks, report=report, watch=watch,
     )  # fmt: skip
+    if not is_first():
+        return None
     return _finish(model, module, batches, config, data, pairs, folder, steps, started)
 
 
@@ -149,7 +167,8 @@ def fit(
 ) -> tuple[LoopedLM, int]:
     """Train what of `model` is not frozen, with checkpoints and records in `folder`.
 
-    The model ends in evaluation mode on the CPU; beside it, the module and the steps done.
+    The model ends in evaluation mode on the CPU, whole in the run's first process; beside it, the
+    module and the steps done.
 
     command: what `--resume` goes on with, for messages. callbacks: Lightning's, for progress
     displays and the like. report: called with lines of one choice each ("attention: sdpa, ...").
@@ -183,36 +202,73 @@ def fit(
     start_from = None
     if resume:
         start_from = resume_point(checkpoints, metrics.file, config.log_every, config.val_every)
+    advice = f"go on with looptx {command} --resume {folder}"
+    strategy = choose_strategy(
+        model, config, folder=folder, device=device, report=report, advice=advice
+    )
+    sharded = shards_optimizer(config)
+    if sharded and config.optimizer == "muon":
+        report("optimizer: adamw, as ZeRO cuts the whole matrices that muon needs")
+    begin_at = step_of(start_from) if start_from else 0
     if start_from is not None:
-        step = step_of(start_from)
-        metrics.cut_back(step)
-        report(f"resumed: at step {step}, from {start_from}")
+        report(f"resumed: at step {begin_at}, from {start_from}")
+        _tell_of_other_ranks(start_from, config, report)
     elif resume:
-        metrics.cut_back(0)
         report("resumed: no checkpoint yet, so from the start")
 
-    stop = StopCleanly(checkpoints, config.max_minutes)
-    with quiet_lightning():
-        trainer = _trainer(config, folder, precision, device, [*callbacks, stop], metrics)
+    def begin() -> None:
+        if resume:
+            metrics.cut_back(begin_at)
+        sweep(checkpoints)
+
+    stop, end = StopCleanly(checkpoints, config.max_minutes), AtTheEnd(checkpoints)
+    every = [*callbacks, Begin(begin), stop, *([end] if sharded else [])]
+    with quiet_lightning(), own_environment(folder):
+        trainer = _trainer(config, folder, precision, device, strategy, every, metrics)
         try:
             trainer.fit(module, datamodule=batches, ckpt_path=start_from, weights_only=True)
         except OSError as error:
             raise LooptxError(
                 f"cannot save to {checkpoints}: {error.strerror or error}; free some space and "
-                f"go on with looptx {command} --resume {folder}"
+                f"{advice}"
             ) from error
+        except RuntimeError as error:
+            if lost_peer(error):
+                raise LooptxError(f"another process of this run is gone; {advice}") from error
+            raise
         finally:
+            if swap := getattr(strategy, "swap", None):
+                swap.close()
             fused.prepare(False)
     if stop.reason == "interrupted":
         left = (config.steps - trainer.global_step) * (time.monotonic() - stop.begun)
-        left /= max(1, trainer.global_step - (step_of(start_from) if start_from else 0))
+        left /= max(1, trainer.global_step - begin_at)
         raise Interrupted(
-            f"stopped and saved at step {trainer.global_step} of {config.steps}; go on with "
-            f"looptx {command} --resume {folder} (about {left / 60:.1f} minutes left)"
+            f"stopped and saved at step {trainer.global_step} of {config.steps}; {advice} "
+            f"(about {left / 60:.1f} minutes left)"
         )
+    if end.saved is not None and trainer.is_global_zero:
+        from looptx_core.training.zero import make_plain
+
+        make_plain(module, Checkpoint(end.saved).weights())
+    module.swapped = end.swapped
     model.eval()
     model.to(torch.device("cpu"))
     return module, trainer.global_step
+
+
+def _tell_of_other_ranks(
+    checkpoint: Path, config: RunConfig, report: Callable[[str], object]
+) -> None:
+    if not checkpoint.is_dir():
+        return
+    before = Checkpoint(checkpoint).world_size
+    if before != config.world_size:
+        report(
+            f"resumed: {before} processes saved and {config.world_size} go on; weights, moments "
+            "and the place in the data are the same, but sums over processes are ordered anew, and "
+            "dropout and depths by loss are drawn anew, so the run is another to the last bits"
+        )
 
 
 def _trainer(
@@ -220,13 +276,15 @@ def _trainer(
     folder: Path,
     precision: str,
     device: torch.device,
+    strategy: Strategy | str,
     callbacks: list[L.Callback],
     metrics: JsonLines,
 ) -> L.Trainer:
     return L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=config.devices,
-        strategy="ddp" if config.devices > 1 else "auto",
+        num_nodes=config.nodes,
+        strategy=strategy,
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         max_steps=config.steps,
         accumulate_grad_batches=config.accumulation,
@@ -291,6 +349,7 @@ def _finish(
         flops=float(module.flops),
         verdict=verdict(evaluation.loss_by_loop),
         caption_loss_by_loop=by_part["pictures"].loss_by_loop if "pictures" in by_part else [],
+        swapped=module.swapped,
     )
     plot_run(records, probes, folder / "curves.png")
     save_model(

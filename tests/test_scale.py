@@ -1,0 +1,422 @@
+"""Runs over several processes and by ZeRO: equal to plain ones, resumable, and ending together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from looptx_cli.main import main
+from looptx_core.config.finetune import FinetuneConfig
+from looptx_core.config.processes import is_first, starter
+from looptx_core.config.run import TrainConfig
+from looptx_core.errors import DataError, LooptxError, UsageError
+
+if sys.platform != "linux":
+    pytest.skip("DeepSpeed runs on Linux", allow_module_level=True)
+
+from looptx_core.training.fragments import Checkpoint, Group, Piece, commit, write
+from looptx_core.training.swap import SwapFolder, clear_stale
+
+ROOT = Path(__file__).parent.parent
+MODEL = {
+    "vocab_size": 400, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "d_ff": 128,
+    "prelude_layers": 1, "core_layers": 1, "coda_layers": 1, "max_loops": 4,
+}  # fmt: skip
+SETTINGS = {
+    "steps": 20, "seq_len": 32, "batch_size": 8, "micro_batch": 4, "save_every": 8,
+    "val_every": 20, "val_batches": 1, "log_every": 1, "lr": 0.003, "precision": "float32",
+    "optimizer": "adamw", "loop_schedule": "sampled",
+}  # fmt: skip
+LARGE = {  # layers of which DeepSpeed swaps the matrices, and not the small ones
+    **MODEL, "d_model": 512, "n_heads": 8, "n_kv_heads": 8, "head_dim": 64, "d_ff": 1024,
+}  # fmt: skip
+DROPOUT = {**MODEL, "dropout": 0.1}
+
+# Trainings in one process, given as JSON; one that `dies_at` a step is killed there.
+PROGRAM = """
+import json, os, signal, sys
+from pathlib import Path
+import lightning as L
+from looptx_core.config.model import ModelConfig
+from looptx_core.config.run import TrainConfig
+from looptx_core.training.run import train
+
+class Dies(L.Callback):
+    def __init__(self, step):
+        self.step = step
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+for run in json.loads(sys.argv[1]):
+    folder = Path(run["folder"])
+    folder.mkdir(exist_ok=True)
+    result = train(
+        TrainConfig(**run["settings"]), ModelConfig(**run["model"]), data=Path(run["data"]),
+        folder=folder, resume=run.get("resume", False), report=lambda line: print(line, flush=True),
+        callbacks=[Dies(run["dies_at"])] if "dies_at" in run else [],
+    )
+    if result is not None and result.swapped:
+        io = dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())
+        moved = {**vars(result.swapped), "system_written": int(io["write_bytes"])}
+        print(json.dumps(moved), flush=True)
+"""
+
+
+def start(runs: list[dict[str, Any]], **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, json.dumps(runs)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(*processes: subprocess.Popen[str], code: int = 0) -> str:
+    said = [process.communicate(timeout=1000)[0] for process in processes]
+    assert all(process.returncode == code for process in processes), "\n".join(said)[-4000:]
+    return said[0]
+
+
+def run(
+    folder: Path, shards: Path, model: dict[str, Any] = MODEL, **settings: Any
+) -> dict[str, Any]:
+    outside = {key: settings.pop(key) for key in ("resume", "dies_at") if key in settings}
+    return {
+        "folder": str(folder), "data": str(shards), "model": model,
+        "settings": {**SETTINGS, **settings}, **outside,
+    }  # fmt: skip
+
+
+def two_nodes(runs: list[dict[str, Any]]) -> list[subprocess.Popen[str]]:
+    """One process on each of two machines, as torchrun starts them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "2", "LOCAL_RANK": "0",
+    }  # fmt: skip
+    return [start(runs, **shared, RANK=str(n), GROUP_RANK=str(n)) for n in range(2)]
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["train_loss"] for line in lines if "train_loss" in line]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "final/model.safetensors")
+
+
+def assert_equal_runs(one: Path, other: Path, loss: float = 1e-4, weight: float = 2e-3) -> None:
+    pairs = list(zip(losses(one), losses(other), strict=True))
+    assert pairs and max(abs(a - b) for a, b in pairs) < loss
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert max(float((first[k] - second[k]).abs().max()) for k in first) < weight
+
+
+def everything(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every master weight and moment, by name."""
+    saved = Checkpoint(checkpoint)
+    return {
+        f"{name}|{kind}": saved.read(name, kind)
+        for name in saved.shapes
+        for kind in ("", "exp_avg", "exp_avg_sq")
+    }
+
+
+def assert_same_bits(one: Path, other: Path, last: str = "step-0000020.ckpt") -> None:
+    """The losses, the model folder's weights, and every master weight and moment."""
+    assert losses(one) == losses(other)
+    left, right = weights(one), weights(other)
+    assert all(torch.equal(left[key], right[key]) for key in left)
+    left, right = everything(one / "checkpoints" / last), everything(other / "checkpoints" / last)
+    assert left.keys() == right.keys() and len(left) > 60
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    """Runs of 20 steps of the same settings, in five ways; and two that were killed."""
+    top = tmp_path_factory.mktemp("scale")
+    finish(
+        start([
+            run(top / "plain", shards),
+            run(top / "zero3", shards, zero3=True),
+            run(top / "zero3-cpu", shards, zero3=True, offload="cpu", grad_checkpointing=True),
+            run(top / "zero2-cpu", shards, strategy="zero2", offload="cpu"),
+            run(top / "dropout", shards, DROPOUT, zero3=True),
+        ])
+    )  # fmt: skip
+    finish(*two_nodes([
+        run(top / "nodes", shards, zero3=True, nodes=2, grad_checkpointing=True),
+        run(top / "nodes-zero2", shards, strategy="zero2", nodes=2),
+    ]))  # fmt: skip
+    return top
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero3-cpu", "zero2-cpu", "nodes", "nodes-zero2"])
+def test_equal_to_the_plain_run(name: str, trained: Path) -> None:
+    assert_equal_runs(trained / "plain", trained / name)
+
+
+def test_the_model_folder_holds_the_master_weights(trained: Path) -> None:
+    """Of each rank's part; the head is tied to the embedding and stored once."""
+    for name in ("zero3", "nodes", "zero2-cpu"):
+        saved, final = Checkpoint(trained / name / "checkpoints/step-0000020.ckpt"), weights(
+            trained / name
+        )  # fmt: skip
+        assert saved.world_size == (2 if name == "nodes" else 1)
+        assert {f"model.{key}" for key in final} == saved.shapes.keys()
+        assert "model.head.weight" not in saved.shapes
+        for key, value in saved.weights():
+            assert torch.equal(value, final[key.removeprefix("model.")]), key
+
+
+def test_a_killed_run_goes_on_bit_for_bit(trained: Path, shards: Path) -> None:
+    """By one process to the end; and by one where two had saved, from the same place."""
+    died = start([run(trained / "killed", shards, DROPOUT, zero3=True, dies_at=12)])
+    finish(died, code=-signal.SIGKILL)
+    fewer = trained / "fewer"
+    (fewer / "checkpoints").mkdir(parents=True)
+    checkpoint = trained / "nodes/checkpoints/step-0000016.ckpt"
+    checkpoint.rename(fewer / "checkpoints" / checkpoint.name)
+    (fewer / "metrics.jsonl").write_text((trained / "nodes/metrics.jsonl").read_text())
+    said = finish(start([
+        run(trained / "killed", shards, DROPOUT, zero3=True, resume=True),
+        run(fewer, shards, strategy="zero2", resume=True),
+    ]))  # fmt: skip
+
+    assert "resumed: at step 8" in said
+    assert_same_bits(trained / "dropout", trained / "killed")
+    kept = sorted(file.name for file in (trained / "killed/checkpoints").iterdir())
+    assert kept == [f"step-00000{step}.ckpt" for step in ("08", "16", "20")]
+
+    assert "2 processes saved and 1 go on" in said and "resumed: at step 16" in said
+    before, after = losses(trained / "nodes"), losses(fewer)
+    assert before[:16] == after[:16]
+    assert max(abs(a - b) for a, b in zip(before, after, strict=True)) < 1e-4
+
+
+def test_a_lost_process_ends_the_others(tmp_path: Path, shards: Path) -> None:
+    """With the reason, within a minute, and the run goes on from its checkpoint."""
+    out = tmp_path / "lost"
+    command = [
+        sys.executable, "-m", "looptx_cli.main", "train", "--data", str(shards), "--out", str(out),
+        "--zero3", "--devices", "2", "--steps", "3000", "--seq-len", "32", "--batch-size", "8",
+        "--save-every", "1", "--val-batches", "1", "--log-every", "1", "--precision", "float32",
+    ]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: list((out / "checkpoints").glob("step-*.ckpt")))
+        children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+        other = [int(child) for child in children if is_python(int(child))]
+        begun = time.monotonic()
+        os.kill(other[0], signal.SIGKILL)
+        said = first.communicate(timeout=60)[1]
+    finally:
+        first.kill()
+    assert time.monotonic() - begun < 60 and first.returncode == 1
+    errors = [line for line in said.splitlines() if "looptx: error" in line]
+    assert errors and "--resume" in errors[-1]
+    assert "gone" in errors[-1] or "killed by SIGKILL" in errors[-1]
+    assert not any(runs(child) for child in other)
+    assert Checkpoint(newest(out)).world_size == 2
+
+
+@pytest.mark.slow
+def test_swapping_to_a_disk(tmp_path: Path, shards: Path) -> None:
+    """One process and two equal the plain run; the files are seen, and the bytes counted agree with
+    the system's; a killed run goes on bit for bit, and what it left is cleared."""
+    swap = tmp_path / "swap"
+    swap.mkdir()
+    nvme = {"zero3": True, "offload": "nvme", "nvme_path": str(swap)}
+    said = finish(start([
+        run(tmp_path / "plain", shards, LARGE),
+        run(tmp_path / "one", shards, LARGE, **nvme),
+    ]))  # fmt: skip
+    assert_equal_runs(tmp_path / "plain", tmp_path / "one")
+    assert list(swap.iterdir()) == []
+    counted = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+    # Weights of float32, and for the swapped groups masters, moments and gradients.
+    large = sum(4 * v.numel() for v in weights(tmp_path / "one").values() if v.numel() >= 1 << 18)
+    assert counted["files"] >= 15 and counted["size"] > 4 * large
+    assert counted["written"] > 20 * 4 * large and counted["read"] > 20 * 4 * large
+    assert counted["written"] <= counted["system_written"]
+
+    died = start([run(tmp_path / "killed", shards, LARGE, **nvme, dies_at=12)])
+    finish(died, code=-signal.SIGKILL)
+    left = list(swap.rglob("*.swp"))
+    assert {f.name.split("_")[0] for f in left} & {"exp"} and len(left) >= 15
+    # Another run may swap there at the same time; it clears what the dead one left.
+    said = finish(*two_nodes([run(tmp_path / "two", shards, LARGE, **nvme, nodes=2)]))
+    assert_equal_runs(tmp_path / "plain", tmp_path / "two")
+    said = finish(start([run(tmp_path / "killed", shards, LARGE, **nvme, resume=True)]))
+    assert "resumed: at step 8" in said and list(swap.iterdir()) == []
+    assert_same_bits(tmp_path / "one", tmp_path / "killed")
+
+
+def wait_for(condition: Any, seconds: float = 200.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.2)
+
+
+def runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def is_python(process: int) -> bool:
+    return b"looptx_cli" in Path(f"/proc/{process}/cmdline").read_bytes()
+
+
+def newest(out: Path) -> Path:
+    return max((out / "checkpoints").glob("step-*.ckpt"))
+
+
+BAD = {
+    "offload alone": (["--offload", "cpu"], 2, "add --zero3"),
+    "path alone": (["--nvme-path", "."], 2, "needs ZeRO"),
+    "settings alone": (["--deepspeed-config", "x.json"], 2, "add --zero3"),
+    "two strategies": (["--zero3", "--strategy", "ddp"], 2, "contradicts"),
+    "zero2 on a disk": (["--strategy", "zero2", "--offload", "nvme"], 2, "ZeRO-2"),
+    "no such path": (["--zero3", "--offload", "nvme", "--nvme-path", "none"], 2, "no such folder"),
+    "no settings": (["--zero3", "--deepspeed-config", "none.json"], 2, "No such file"),
+    "not JSON": (["--zero3", "--deepspeed-config", "bad.json"], 2, "not valid JSON"),
+    "ours": (["--zero3", "--deepspeed-config", "ours.json"], 2, "is set by --lr"),
+    "not over two": (["--devices", "2", "--batch-size", "3"], 2, "--micro-batch"),
+    "unknown": (["--strategy", "fsdp"], 2, "zero3"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_settings(
+    case: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text("{")
+    Path("ours.json").write_text('{"optimizer": {"type": "Adam"}}')
+    flags, code, message = BAD[case]
+    assert (
+        main(["train", "--data", str(shards), "--quiet", "--precision", "float32", *flags]) == code
+    )
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("looptx: error") == 1 and message in err
+
+
+def test_without_libaio(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("looptx_core.machine.compiler.try_to_build", lambda *_: "no libaio.h")
+    command = ["train", "--data", str(shards), "--zero3", "--offload", "nvme", "--out", "a"]
+    assert main([*command, "--preset", "nano", "--precision", "float32", "--quiet"]) == 3
+    assert "apt install libaio-dev" in capsys.readouterr().err
+    assert not Path("a/swap").exists()
+
+
+def test_four_bit_weights_are_not_cut() -> None:
+    with pytest.raises(UsageError, match="packed bytes"):
+        FinetuneConfig(qlora=True, zero3=True)
+
+
+def test_which_process_this_is() -> None:
+    assert is_first({}) and starter({}) == ""
+    assert not is_first({"LOCAL_RANK": "1", "LOOPTX_RUN": "runs/a"})
+    assert not is_first({"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "16"})
+    assert is_first({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"})
+    assert starter({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == ""
+    assert not is_first({"NODE_RANK": "1"}) and starter({"NODE_RANK": "1"}) == "hand"
+
+
+def test_batches_over_processes() -> None:
+    config = TrainConfig(batch_size=32, devices=2, nodes=2)
+    assert (config.rows, config.world_size, config.accumulation) == (8, 4, 1)
+    assert config.sharding == "ddp" and TrainConfig(zero3=True).sharding == "zero3"
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no memory file system")
+def test_memory_is_no_place_to_swap(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="in memory"):
+        SwapFolder(Path("/dev/shm"), tmp_path).open()
+
+
+def test_swap_folders_are_per_run_and_cleared(tmp_path: Path) -> None:
+    one, other = SwapFolder(tmp_path, tmp_path / "a"), SwapFolder(tmp_path, tmp_path / "b")
+    one.open()
+    other.open()
+    assert one.folder != other.folder and clear_stale(tmp_path) == []
+    with pytest.raises(UsageError, match="in use"):
+        SwapFolder(tmp_path, tmp_path / "a").open()
+    other.close()
+    assert one.folder.is_dir() and not other.folder.exists()
+
+    # A process that was killed holds no lock, and leaves its files.
+    code = (
+        "import os, sys; from pathlib import Path; from looptx_core.training.swap import *\n"
+        "s = SwapFolder(Path(sys.argv[1]), Path('c')); s.open()\n"
+        "(s.folder / 'x.swp').touch(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, tmp_path], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    left = [f for f in tmp_path.glob("looptx-*") if f.is_dir() and f != one.folder]
+    assert len(left) == 1 and (left[0] / "x.swp").exists()
+    later = SwapFolder(tmp_path, tmp_path / "d")
+    later.open()
+    assert not left[0].exists() and one.folder.is_dir()
+    later.close()
+    one.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_swap_path_without_room(tmp_path: Path) -> None:
+    with pytest.raises(LooptxError, match="free some space"):
+        SwapFolder(None, tmp_path / "run", needed=1 << 60).open()
+    assert not (tmp_path / "run/swap").exists()
+
+
+def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="are free"):
+        write(tmp_path, 0, [], needed=1 << 60)
+
+
+def test_pieces_of_any_cut_are_one_parameter(tmp_path: Path) -> None:
+    """As three ranks wrote them, the last with padding; read whole, and for two ranks."""
+    whole = torch.arange(10.0)
+    partial = tmp_path / "step-0000001.ckpt.partial"
+    partial.mkdir()
+    for rank in range(3):
+        piece = torch.nn.functional.pad(whole, (0, 2))[4 * rank : 4 * rank + 4]
+        tensors = {"": piece, "exp_avg": piece + 1, "exp_avg_sq": piece + 2}
+        write(partial, rank, [Group([Piece("w", 4 * rank, tensors)], step=7)], 0)
+    commit(partial, tmp_path / "step-0000001.ckpt", {"global_step": 7}, {"w": [2, 5]}, 3)
+    saved = Checkpoint(tmp_path / "step-0000001.ckpt")
+    assert dict(saved.weights())["w"].tolist() == whole.view(2, 5).tolist()
+    assert saved.read("w", "exp_avg", 5, 10).tolist() == (whole[5:] + 1).tolist()
+    assert saved.read("w", "", 8, 12).tolist() == [8, 9, 0, 0]
+    assert saved.step == 7 and saved.common()["global_step"] == 7
+    (saved.folder / "rank-00001-group-000.safetensors").unlink()
+    with pytest.raises(DataError, match="lacks a part"):
+        Checkpoint(saved.folder).read("w")
