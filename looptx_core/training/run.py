@@ -204,7 +204,13 @@ def fit(
         start_from = resume_point(checkpoints, metrics.file, config.log_every, config.val_every)
     advice = f"go on with looptx {command} --resume {folder}"
     strategy = choose_strategy(
-        model, config, folder=folder, device=device, report=report, advice=advice
+        model,
+        config,
+        folder=folder,
+        device=device,
+        bf16=precision == "bf16",
+        report=report,
+        advice=advice,
     )
     sharded = shards_optimizer(config)
     if sharded and config.optimizer == "muon":

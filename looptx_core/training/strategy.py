@@ -61,6 +61,7 @@ def choose_strategy(
     *,
     folder: Path,
     device: torch.device,
+    bf16: bool,
     report: Report,
     advice: str = "",
 ) -> Strategy | str:
@@ -76,7 +77,8 @@ def choose_strategy(
     report(f"strategy: {kind} over {_processes(config)}, one for each {device.type} device")
     if kind == "ddp":
         return _Ddp(advice, process_group_backend=None if on_gpu else "gloo")
-    return _zero(model, config, folder, on_gpu, report, advice)
+    place = _place(model, config, folder, bf16, report)
+    return _zero(model, config, place, folder, on_gpu, report, advice)
 
 
 def _check_world(config: RunConfig) -> None:
@@ -97,6 +99,7 @@ def shards_optimizer(config: RunConfig) -> bool:
 def _zero(
     model: LoopedTransformer,
     config: RunConfig,
+    place: Placement,
     folder: Path,
     on_gpu: bool,
     report: Report,
@@ -106,7 +109,6 @@ def _zero(
     from looptx_core.training.zero import ZeroStrategy, override, settings
 
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    place = _place(config)
     swap = None
     if "nvme" in (place.optimizer, place.weights):
         # Weights, master weights, two moments and gradients of one machine's processes.
@@ -135,10 +137,23 @@ def _zero(
     return ZeroStrategy(chosen, on_gpu=on_gpu, swap=swap, advice=advice)
 
 
-def _place(config: RunConfig) -> Placement:
-    if config.offload in ("cpu", "nvme"):
-        return Placement(config.offload, config.offload if config.sharding == "zero3" else "none")
-    return Placement()
+def _place(
+    model: LoopedTransformer, config: RunConfig, folder: Path, bf16: bool, report: Report
+) -> Placement:
+    """What was asked for, or by default the smallest set that makes the run fit."""
+    from looptx_core.machine.facts import this_machine
+    from looptx_core.training.offload import plan_offload
+
+    if config.offload in ("none", "cpu", "nvme"):
+        both = config.sharding == "zero3"
+        return Placement(config.offload, config.offload if both else "none")
+    machine = this_machine(config.nvme_path or folder)
+    plan = plan_offload(model.config, config, machine, rows=config.rows, bf16=bf16)
+    for reason in plan.reasons:
+        report(f"offload: {reason}")
+    if not plan.fits:
+        report("offload: by this estimate the run does not fit; --dry-run shows the arithmetic")
+    return Placement(plan.optimizer, plan.parameters)
 
 
 def _require_async_io(report: Report) -> None:
