@@ -75,7 +75,7 @@ def train(
     quiet, as_json = quiet or not first, as_json and first
     note(f"run: {folder}", quiet)
     if resolved.origins["steps"] == _TRIAL:
-        note("a trial of swapping: preset small for 30 steps; --preset and --steps set them", quiet)
+        note("a trial of swapping: preset small for 20 steps; --preset and --steps set them", quiet)
     pairs = [item for item in settings.data if is_pairs(item)]
     texts = [item for item in settings.data if item not in pairs]
     if pairs and not model_config.vision_layers:
@@ -124,7 +124,7 @@ def train(
 
 # Layers large enough that DeepSpeed swaps them, for a few steps.
 _TRIAL = "a trial of --offload nvme"
-_TRIAL_VALUES = {"steps": 30, "batch_size": 8, "seq_len": 128, "val_batches": 2}
+_TRIAL_VALUES = {"steps": 20, "batch_size": 8, "seq_len": 128, "val_batches": 2}
 
 
 def _to_try_swapping(flags: dict[str, Any], config: Path | None) -> Resolved:

@@ -157,6 +157,10 @@ class ZeroStrategy(DeepSpeedStrategy):
             self.cluster_environment, self.num_processes, self.num_nodes, advice=self.advice
         )
 
+    def teardown(self) -> None:
+        super().teardown()
+        restore_torch()
+
     def setup_environment(self) -> None:
         with noise_to_stderr():
             if self.on_gpu:
@@ -438,17 +442,20 @@ def _count_in_batches_of(common: dict[str, Any], factor: float) -> None:
             state["batches"] = round(state["batches"] * factor)
 
 
+def restore_torch() -> None:
+    """Take back the linear function that ZeRO-3 put in torch's place, for all modules."""
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+
+    linear = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
+    if linear is not None:
+        torch.nn.functional.linear = linear
+
+
 def make_plain(module: nn.Module, weights: Iterator[tuple[str, Tensor]]) -> None:
     """Undo what ZeRO did to a module, and give it these whole weights by name.
 
     Parameters without one are left empty: frozen ones, which a caller has from elsewhere.
     """
-    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
-
-    # DeepSpeed put a linear function of its own in torch's place, for all modules.
-    linear = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
-    if linear is not None:
-        torch.nn.functional.linear = linear
     by_name = dict(weights)
     fresh: dict[int, nn.Parameter] = {}
     for name, p in module.named_parameters():
