@@ -22,8 +22,8 @@ UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "
 OPTIONS = {
     "inspect-loops": """
         --data --out --seq-len --batch-size --val-batches --max-loops --calibrate --no-calibrate
-        --target-loss-increase --text --prompt --max-new-tokens --decode-tokens --seed --model
-        --config --overwrite --json --quiet
+        --target-loss-increase --text --prompt --image --max-new-tokens --decode-tokens --seed
+        --model --config --overwrite --json --quiet
     """,
     "tokenize": """
         --data --out --vocab-size --tokenizer --val-fraction --text-key --seed --config --overwrite
@@ -63,7 +63,7 @@ OPTIONS = {
         --loss-threshold --deeper-share --explore --loss-at --precision --attention --compile
         --no-compile --grad-checkpointing --no-grad-checkpointing --devices --save-every --keep
         --val-every --val-batches --log-every --preset --document-mask
-        --no-document-mask --mix --bitnet
+        --no-document-mask --mix --mask-patches --bitnet
         --no-bitnet --config --resume --overwrite --dry-run --json
         --quiet
     """,
