@@ -28,14 +28,14 @@ from looptx_core.data.pairs import (
     pair_examples,
     read_pairs,
 )
-from looptx_core.data.pictures import grid_of, measure, read_picture, together
+from looptx_core.data.pictures import grid_of, measure, read_picture
 from looptx_core.data.shards import open_shards, tokenize_corpus
 from looptx_core.errors import DataError, UsageError
 from looptx_core.generation.engine import Engine, PicturePrompt
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rope import rotary_tables
-from looptx_core.model.vision import Pictures, lay_out
+from looptx_core.model.vision import Pictures, lay_out, together
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.reconstruction import draw, hide, places_of

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from looptx_core.checkpoint.folder import LoadedModel
 from looptx_core.config.generation import ExitSettings, GenerationOptions
-from looptx_core.data.pictures import Picture, read_picture, together
+from looptx_core.data.pictures import read_picture
 from looptx_core.data.tokenizer import end_id
 from looptx_core.generation.engine import Engine, PicturePrompt
-from looptx_core.model.vision import Pictures
+from looptx_core.model.vision import Picture, Pictures, together
 from looptx_core.training.reconstruction import draw, places_of
 
 
