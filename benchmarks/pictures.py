@@ -2,7 +2,7 @@
 
     python benchmarks/pictures.py [--model FOLDER] [--check]
 
-The model must come from `benchmarks/picture_model.yaml` or the like: names that are `unseen` in
+The model must come from `benchmarks/picture_model.yaml` or its like: names that are `unseen` in
 `benchmarks/emoji.py` and the styles of Facebook and Apple were not trained on. The photographs of
 `tuxpaint-stamps-default`, fetched by apt-get, are nothing like what it saw and are reported apart.
 Written to `benchmarks/results/pictures.json`. `--check` takes few pictures.
