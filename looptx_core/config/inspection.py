@@ -31,6 +31,8 @@ class InspectConfig:
     """Trace this text token by token."""
     prompt: str | None = None
     """Trace this prompt and what the model makes of it."""
+    image: tuple[str, ...] = ()
+    """Map how far the loops move the patches of this picture."""
     max_new_tokens: int = 40
     """prompt: tokens to generate."""
     decode_tokens: int = 480

@@ -71,6 +71,8 @@ class ModelConfig:
     """The token whose place a patch takes."""
     image_attention: Literal["both", "causal"] = "both"
     """Patches of a picture see each other, or only those before."""
+    reconstruct: bool = False
+    """A head that draws hidden patches back; set by --mask-patches."""
 
     def __post_init__(self) -> None:
         def need(ok: bool, what: str) -> None:

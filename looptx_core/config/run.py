@@ -179,5 +179,7 @@ class TrainConfig(RunConfig):
     """Tokens attend within their own document only."""
     mix: str = "1:1"
     """Weights of text and of pictures, where the data has pictures with texts."""
+    mask_patches: float = 0.0
+    """Share of the patches to hide from the encoder and to draw back, with a loss of their own."""
     bitnet: bool = False
     """Ternary weights in the blocks (BitNet b1.58); looptx convert --to-bitnet packs them."""

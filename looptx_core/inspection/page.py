@@ -123,6 +123,25 @@ def sentences(document: Document) -> list[str]:
         said.append(
             f"An oracle that sees the answer would need {choice['oracle']['mean_loops']:.2f}."
         )
+    for picture in document["pictures"]:
+        means = [
+            sum(map(sum, grid)) / (picture["rows"] * picture["columns"])
+            for grid in picture["change_by_loop"]
+        ]
+        steps = ", ".join(f"{mean:.1%} at loop {loop}" for loop, mean in enumerate(means, 2))
+        said.append(
+            f"{picture['picture']}, {picture['rows']} x {picture['columns']} patches: "
+            f"'{picture['caption']}'; their states move by {steps or 'nothing, with one loop'}."
+        )
+        if "confidence_by_loop" in picture:
+            sure, error = (
+                sum(map(sum, picture[key][-1])) / (picture["rows"] * picture["columns"])
+                for key in ("confidence_by_loop", "error_by_loop")
+            )
+            said.append(
+                f"Each patch hidden once: it is {sure:.0%} sure to draw one well, and is off by "
+                f"{error:.2f} of a patch's variance."
+            )
     trace = document["trace"]
     if trace and trace["deletion"]:
         test = trace["deletion"]

@@ -27,6 +27,7 @@ from looptx_core.inspection.frontier import (
     frontier,
     rule_depths,
 )
+from looptx_core.inspection.patches import look_at
 from looptx_core.inspection.survey import Survey, survey_lines, two_surveys
 from looptx_core.inspection.trace import trace_text
 from looptx_core.model.cache import POLICIES
@@ -93,6 +94,7 @@ def inspect_loops(
         "tasks": _tasks(loaded, data, batches, settings, loops),
         "kv_policies": [],
         "trace": None,
+        "pictures": [],
     }
     if config.decode_tokens:
         report("decoding with real exits, for each cache policy")
@@ -109,6 +111,9 @@ def inspect_loops(
         document["trace"] = trace_text(
             model, loaded.tokenizer, tokens, settings, loops, config.seed
         )
+    if config.image:
+        report("looking at the pictures")
+        document["pictures"] = look_at(loaded, config.image, settings, loops)
     return document, settings
 
 

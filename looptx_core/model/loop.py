@@ -31,7 +31,13 @@ from looptx_core.model.cache import LoopCache, Window
 from looptx_core.model.confidence import Confidence, ConfidenceHead
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_tables
-from looptx_core.model.vision import Layout, Pictures, VisionEncoder, lay_out
+from looptx_core.model.vision import (
+    Layout,
+    PatchHead,
+    Pictures,
+    VisionEncoder,
+    lay_out,
+)
 
 
 class LoopOutput(NamedTuple):
@@ -91,6 +97,7 @@ class LoopedTransformer(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.confidence = ConfidenceHead(config)
+        self.patch_head = PatchHead(config) if config.reconstruct else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -27,14 +27,17 @@ class Pictures:
     """The pictures of a batch, in the order of their image tokens.
 
     patches: (patches of all pictures, 3 * patch_size ** 2), about -1 to 1, row by row.
-    grids: (pictures, 2) integers, rows and columns.
+    grids: (pictures, 2) integers, rows and columns. hidden: (patches of all pictures,), those that
+    the encoder must do without; None for none.
     """
 
     patches: Tensor
     grids: Tensor
+    hidden: Tensor | None = None
 
     def to(self, device: torch.device) -> Pictures:
-        return Pictures(self.patches.to(device), self.grids)
+        hidden = None if self.hidden is None else self.hidden.to(device)
+        return Pictures(self.patches.to(device), self.grids, hidden)
 
 
 class Picture(NamedTuple):
@@ -83,6 +86,8 @@ class VisionEncoder(nn.Module):
         )
         self.config = own
         self.patch = nn.Linear(3 * config.patch_size**2, own.d_model)
+        # What stands for a hidden patch.
+        self.unknown = nn.Parameter(torch.zeros(own.d_model)) if config.reconstruct else None
         self.blocks = nn.ModuleList(Block(own) for _ in range(config.vision_layers))
         self.norm = RMSNorm(own.d_model, own.norm_eps)
         self.project = nn.Linear(own.d_model, config.d_model, bias=False)
@@ -106,9 +111,24 @@ class VisionEncoder(nn.Module):
         # A mask even where nothing is padded: without one attention would be causal.
         around = Surroundings(rotary, there[:, None, None, :].expand(-1, 1, x.shape[1], -1))
         x = self.patch(x)
+        if pictures.hidden is not None and self.unknown is not None:
+            hidden = pad_sequence(pictures.hidden.split(sizes), batch_first=True)
+            x = torch.where(hidden[..., None], self.unknown.to(x.dtype), x)
         for block in self.blocks:
             x = block(x, around)
         return self.project(self.norm(x))[there]
+
+
+class PatchHead(nn.Module):
+    """From the state at a hidden patch's place: its pixels, and the logit of drawing them well."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.pixels = nn.Linear(config.d_model, 3 * config.patch_size**2)
+        hidden = max(32, config.d_model // 4)
+        self.sure = nn.Sequential(
+            nn.Linear(config.d_model, hidden), nn.GELU(), nn.Linear(hidden, 1)
+        )
 
 
 def lay_out(

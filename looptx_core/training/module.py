@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from looptx_core.config.run import RunConfig
+from looptx_core.config.run import RunConfig, TrainConfig
 from looptx_core.errors import LooptxError
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_batch, pictures_of
@@ -25,6 +25,7 @@ from looptx_core.training.optimizer import (
     clip_by_part,
     learning_rate_factor,
 )
+from looptx_core.training.reconstruction import hide
 from looptx_core.training.strategy import Swapped, shards_optimizer
 
 
@@ -50,6 +51,7 @@ class LoopedLM(L.LightningModule):
         self._parts: list[LoopEvaluation] = []
         self._of_this_step: list[Tensor] = []
         self._begun = self._tokens = 0.0
+        self._mask_patches = config.mask_patches if isinstance(config, TrainConfig) else 0.0
         self.strict_loading = not self._frozen()
 
     def _frozen(self) -> dict[str, Tensor]:
@@ -82,6 +84,9 @@ class LoopedLM(L.LightningModule):
         tokens, ids = batch["tokens"], batch["ids"]
         # Dropout is a function of the step too, so that a resumed run draws the same masks.
         torch.manual_seed(hash((self.config.seed, self.global_step, int(ids[0]))) % 2**63)
+        pictures = pictures_of(batch)
+        if pictures is not None and self._mask_patches:
+            pictures = hide(pictures, self._mask_patches)
         result = loop_loss(
             self.model,
             tokens,
@@ -90,7 +95,7 @@ class LoopedLM(L.LightningModule):
             ids,
             documents=batch.get("documents"),
             weights=batch.get("weights"),
-            pictures=pictures_of(batch),
+            pictures=pictures,
             loss_at=self.config.loss_at,
             recompute=self.config.grad_checkpointing,
         )
@@ -103,6 +108,8 @@ class LoopedLM(L.LightningModule):
             self._of_this_step = []
         found = (result.deepest, result.mean_loops, result.confidence_error)
         self._of_this_step.append(torch.tensor([float(value) for value in found]))
+        if result.restored is not None:
+            self.log("restored", result.restored, sync_dist=True)
         names = ("train_loss", "mean_loops", "confidence_error")
         means = torch.stack(self._of_this_step).mean(0).to(self.device)
         self.log_dict(dict(zip(names, means)), prog_bar=True, sync_dist=True)

@@ -24,6 +24,7 @@ from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.vision import Pictures
 from looptx_core.training.evaluate import inputs_and_targets
 from looptx_core.training.loop_schedule import LoopSchedule
+from looptx_core.training.reconstruction import draw, drawing_losses, places_of
 
 _GAIN_LIMIT = 4.0  # nats; a lone token can gain more, and squared errors would follow it
 
@@ -44,6 +45,8 @@ class LoopLoss:
     """Core iterations a token."""
     flops: float
     """Of the forward and backward passes: three times the forward ones."""
+    restored: Tensor | None = None
+    """Scalar, detached: the error of hidden patches, of which `loss` has its part."""
 
 
 @dataclass
@@ -132,6 +135,12 @@ def loop_loss(
     result = _combine(model, scored, depths, keep_in_step=state, core_rows=core_rows)
     if pictures is not None:
         result.flops += 3 * patch_flops(model.config) * len(pictures.patches)
+        if pictures.hidden is not None:
+            places = places_of(inputs, model.config.image_token, pictures.hidden)
+            places = places[on_device][torch.tensor(scored.rows, device=places.device)]
+            error, judged = drawing_losses(draw(model, scored.decoded, places, pictures))
+            result.loss, result.restored = result.loss + error, error.detach()
+            result.confidence_loss = result.confidence_loss + judged
     return result
 
 
@@ -166,6 +175,8 @@ class _Scored:
     weights: Tensor | None
     counted: float
     """Share of the targets that count."""
+    decoded: Tensor
+    """What the head read, (read-outs, length, d_model)."""
 
 
 def _score(
@@ -179,8 +190,8 @@ def _score(
     rows = torch.tensor(read.rows, device=targets.device)
     targets = targets[rows]
     weights = None if weights is None else weights[rows]
-    read_out = model.decode(states, around.rows(rows)).flatten(0, 1)
-    wanted, counted = targets.flatten(), None
+    decoded = model.decode(states, around.rows(rows))
+    read_out, wanted, counted = decoded.flatten(0, 1), targets.flatten(), None
     if weights is not None and bool((weights == 0).any()):
         # A product with the vocabulary only where a target counts, which it does on no picture.
         counted = weights.flatten() > 0
@@ -202,6 +213,7 @@ def _score(
         confidence.gain.float(),
         weights,
         1.0 if counted is None else float(counted.float().mean()),
+        decoded,
     )
 
 

@@ -115,6 +115,11 @@ def train(
     The other arguments, and the errors, are those of `fit`.
     """
     started = time.monotonic()
+    if not 0 <= config.mask_patches < 1 or (config.mask_patches and not pairs):
+        raise UsageError(
+            f"--mask-patches {config.mask_patches}: a share below 1 of the patches of pictures; "
+            "give pictures with texts too, as --data pairs.jsonl"
+        )
     if config.seq_len > model_config.max_seq_len:
         raise UsageError(
             f"--seq-len {config.seq_len} exceeds the model's max_seq_len "
@@ -129,6 +134,8 @@ def train(
         "workers": config.workers,
         "document_mask": config.document_mask,
     }
+    if config.mask_patches:
+        model_config = replace(model_config, reconstruct=True)
     batches: TokenData | MixedData
     if pairs:
         read = read_pairs(pairs, config.skip_bad)
