@@ -2,7 +2,7 @@
 
     pip install reasoning-gym
     OMP_NUM_THREADS=1 python benchmarks/finetune_task.py --tune
-    OMP_NUM_THREADS=1 python benchmarks/finetune_task.py [--seeds 0 1 2] [--methods full lora]
+    OMP_NUM_THREADS=1 python benchmarks/finetune_task.py [--seeds 0] [--methods full-180]
 
 1. The base, 0.6M parameters: one block, two in the loop, up to two loops. It is pretrained on the
    bundled novel, and on lines that hold words of the novel and their mirror images.
@@ -62,15 +62,20 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": ADAPTER,
     "qlora": ADAPTER | {"qlora": True},
 }
-# Adapters learn more slowly; `lora-180` shows them in as many steps as full finetuning.
-METHODS = {"full": ("full", 180), "lora-180": ("lora", 180), "lora": ("lora", 420),
-           "qlora": ("qlora", 420)}  # fmt: skip
+# By name, kind and steps. Adapters learn more slowly, so they get more steps, and the same too.
+METHODS = {
+    f"{kind}-{steps}": (kind, steps)
+    for kind, steps in (
+        ("full", 180), ("lora", 180), ("qlora", 180), ("lora", 420), ("qlora", 420),
+    )
+}  # fmt: skip
 FINETUNING: dict[str, Any] = {
     "seq_len": 148, "batch_size": 12, "val_fraction": 0.02, "precision": "float32",
 }  # fmt: skip
 RATES = {"full": (1e-3, 3e-3), "lora": (3e-3, 1e-2)}
 TUNING_STEPS, TUNING_SEED = 150, 100
 LETTERS, TUNING_LETTERS = 6, 10  # of the longest words
+SEEDS = [0, 1, 2]
 TRAIN, TEST = 20_000, 400
 Records = list[dict[str, str]]
 
@@ -147,10 +152,12 @@ def own_loss(loaded: LoadedModel) -> float:
     return evaluate_all(loaded.model, data.val_dataloader(), loops).loss_by_loop[-1]
 
 
-def one(kind: str, seed: int, rate: float, steps: int) -> dict[str, Any]:
-    """One run's figures, made or read."""
+def one(kind: str, seed: int, rate: float, steps: int, make: bool = True) -> dict[str, Any] | None:
+    """One run's figures, made or read; None for one that is not there and not to be made."""
     file = WORK / f"{kind}-{seed}-{rate:g}-{steps}.json"
     if not file.is_file():
+        if not make:
+            return None
         found = _run(kind, seed, rate, steps)
         file.write_text(json.dumps(found), "utf-8")
         print(file.stem, json.dumps(found), flush=True)
@@ -206,9 +213,32 @@ def base_figures(seeds: list[int]) -> dict[str, Any]:
     return dict(json.loads(file.read_text("utf-8")))
 
 
+def gathered() -> dict[str, Any]:
+    """All that was run so far."""
+    seeds: dict[str, dict[str, Any]] = {}
+    for seed in SEEDS:
+        for method, (kind, steps) in METHODS.items():
+            rate = rate_of(kind)
+            if found := one(kind, seed, rate, steps, make=False):
+                seeds.setdefault(str(seed), {})[method] = {"lr": rate, **found}
+    return {
+        "task": TASK,
+        "letters": [3, LETTERS],
+        "training_questions": TRAIN,
+        "held_out_questions": TEST,
+        "base": base_figures(SEEDS),
+        "seeds": seeds,
+        "tuning": {
+            kind: {str(rate): one(kind, TUNING_SEED, rate, TUNING_STEPS, make=False)
+                   for rate in RATES[kind]}
+            for kind in RATES
+        },
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--tune", action="store_true", help="Only pick the learning rates.")
     parser.add_argument("--base", action="store_true", help="Only make the base.")
@@ -217,32 +247,15 @@ def main() -> None:
     if args.base:
         return
     if args.tune:
-        for kind in [kind for kind in RATES if kind in args.methods]:
+        for kind in RATES:
             for rate in RATES[kind]:
                 one(kind, TUNING_SEED, rate, TUNING_STEPS)
         return
-    seeds: dict[str, Any] = {str(seed): {} for seed in args.seeds}
     for seed in args.seeds:
         for method in args.methods:
             kind, steps = METHODS[method]
-            rate = rate_of(kind)
-            found = one(kind, seed, rate, steps)
-            seeds[str(seed)][method] = {"lr": rate, "steps": steps, **found}
-    if args.methods != list(METHODS):
-        return
-    results = {
-        "task": TASK,
-        "letters": [3, LETTERS],
-        "training_questions": TRAIN,
-        "held_out_questions": TEST,
-        "base": base_figures(args.seeds),
-        "seeds": seeds,
-        "tuning": {
-            kind: {str(rate): one(kind, TUNING_SEED, rate, TUNING_STEPS) for rate in RATES[kind]}
-            for kind in RATES
-        },
-    }
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+            one(kind, seed, rate_of(kind), steps)
+    RESULTS.write_text(json.dumps(gathered(), indent=2) + "\n")
 
 
 if __name__ == "__main__":
