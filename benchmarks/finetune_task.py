@@ -2,14 +2,15 @@
 
     pip install reasoning-gym
     OMP_NUM_THREADS=1 python benchmarks/finetune_task.py --tune
-    OMP_NUM_THREADS=1 python benchmarks/finetune_task.py [--seeds 0 1 2] [--methods full lora]
+    OMP_NUM_THREADS=1 python benchmarks/finetune_task.py [--seeds 0] [--methods full-180]
 
 1. The base, 0.6M parameters: one block, two in the loop, up to two loops. It is pretrained on the
    bundled novel, and on lines that hold words of the novel and their mirror images.
-2. The task is `spell_backward`: other words, another form, which the base does not follow. Answers
-   are exact, greedy, at full depth; questions that were trained on are never asked.
-3. `--tune` picks each method's learning rate on a seed of its own, by held-out loss; QLoRA takes
-   LoRA's.
+2. The task is `spell_backward` with words of 3 to 6 letters: other words, another form, which the
+   base does not follow. Answers are exact, greedy, at full depth; questions that were trained on
+   are never asked.
+3. `--tune` picks each method's learning rate on a seed of its own, by held-out loss, on longer
+   words and in fewer steps; QLoRA takes LoRA's.
 4. Beside what is solved: the base's own validation loss before and after.
 
 Each run leaves a file under `benchmarks/.data/finetune_task/` and is not done again; the base's
@@ -55,17 +56,27 @@ PRETRAINING = TrainConfig(
     steps=400, seq_len=128, batch_size=32, val_every=100, save_every=50, precision="float32"
 )
 ENOUGH = 200  # of these steps, on two busy cores
-METHODS: dict[str, dict[str, Any]] = {
+ADAPTER: dict[str, Any] = {"lora": True, "lora_rank": 4, "lora_alpha": 8.0}
+KINDS: dict[str, dict[str, Any]] = {
     "full": {},
-    "lora": {"lora": True, "lora_rank": 4, "lora_alpha": 8.0},
-    "qlora nf4": {"lora": True, "qlora": True, "lora_rank": 4, "lora_alpha": 8.0},
+    "lora": ADAPTER,
+    "qlora": ADAPTER | {"qlora": True},
 }
+# By name, kind and steps. Adapters learn more slowly, so they get more steps, and the same too.
+METHODS = {
+    f"{kind}-{steps}": (kind, steps)
+    for kind, steps in (
+        ("full", 180), ("lora", 180), ("qlora", 180), ("lora", 420), ("qlora", 420),
+    )
+}  # fmt: skip
 FINETUNING: dict[str, Any] = {
-    "steps": 150, "seq_len": 160, "batch_size": 12, "val_fraction": 0.02, "precision": "float32",
+    "seq_len": 148, "batch_size": 12, "val_fraction": 0.02, "precision": "float32",
 }  # fmt: skip
 RATES = {"full": (1e-3, 3e-3), "lora": (3e-3, 1e-2)}
-TUNING_SEED = 100
-TRAIN, TEST = 20_000, 500
+TUNING_STEPS, TUNING_SEED = 150, 100
+LETTERS, TUNING_LETTERS = 6, 10  # of the longest words
+SEEDS = [0, 1, 2]
+TRAIN, TEST = 20_000, 400
 Records = list[dict[str, str]]
 
 
@@ -111,9 +122,10 @@ def _shards() -> Path:
 
 def questions(seed: int) -> tuple[Records, Records]:
     """Training and held-out ones. A reasoning-gym item is drawn from (seed + its number)."""
+    letters = TUNING_LETTERS if seed == TUNING_SEED else LETTERS
 
     def some(seed: int, size: int) -> Records:
-        rows = reasoning_gym.create_dataset(TASK, size=size, seed=seed)
+        rows = reasoning_gym.create_dataset(TASK, size=size, seed=seed, max_word_len=letters)
         return [{"prompt": f"{row['question']}\n", "response": str(row["answer"])} for row in rows]
 
     held_out = some(10_000_000 + seed * 1_000_000, TEST)
@@ -140,17 +152,19 @@ def own_loss(loaded: LoadedModel) -> float:
     return evaluate_all(loaded.model, data.val_dataloader(), loops).loss_by_loop[-1]
 
 
-def one(method: str, seed: int, rate: float, steps: int) -> dict[str, Any]:
-    """One run's figures, made or read."""
-    file = WORK / f"{method.replace(' ', '-')}-{seed}-{rate:g}-{steps}.json"
+def one(kind: str, seed: int, rate: float, steps: int, make: bool = True) -> dict[str, Any] | None:
+    """One run's figures, made or read; None for one that is not there and not to be made."""
+    file = WORK / f"{kind}-{seed}-{rate:g}-{steps}.json"
     if not file.is_file():
-        found = _run(method, seed, rate, steps)
+        if not make:
+            return None
+        found = _run(kind, seed, rate, steps)
         file.write_text(json.dumps(found), "utf-8")
         print(file.stem, json.dumps(found), flush=True)
     return dict(json.loads(file.read_text("utf-8")))
 
 
-def _run(method: str, seed: int, rate: float, steps: int) -> dict[str, Any]:
+def _run(kind: str, seed: int, rate: float, steps: int) -> dict[str, Any]:
     base = pretrained()
     train_on, test = questions(seed)
     begun = time.monotonic()
@@ -158,7 +172,7 @@ def _run(method: str, seed: int, rate: float, steps: int) -> dict[str, Any]:
         (file := Path(place, "train.jsonl")).write_text(
             "".join(json.dumps(record) + "\n" for record in train_on)
         )
-        settings = FINETUNING | METHODS[method] | {"steps": steps, "val_every": steps}
+        settings = FINETUNING | KINDS[kind] | {"steps": steps, "val_every": steps}
         config = FinetuneConfig(**settings, lr=rate, seed=seed)
         (folder := Path(place, "run")).mkdir()
         result = finetune(prepare(config, base=base, data=[str(file)]), folder=folder)
@@ -179,12 +193,12 @@ def _run(method: str, seed: int, rate: float, steps: int) -> dict[str, Any]:
         }
 
 
-def rate_of(method: str) -> float:
+def rate_of(kind: str) -> float:
     """The learning rate with the lowest held-out loss on the seed for tuning; of those there."""
-    kind = "full" if method == "full" else "lora"
+    kind = "lora" if kind == "qlora" else kind
     losses = {}
     for rate in RATES[kind]:
-        file = WORK / f"{kind}-{TUNING_SEED}-{rate:g}-{FINETUNING['steps']}.json"
+        file = WORK / f"{kind}-{TUNING_SEED}-{rate:g}-{TUNING_STEPS}.json"
         if file.is_file():
             losses[rate] = json.loads(file.read_text("utf-8"))["held_out_loss"]
     return min(losses, key=lambda rate: losses[rate]) if losses else RATES[kind][1]
@@ -199,9 +213,32 @@ def base_figures(seeds: list[int]) -> dict[str, Any]:
     return dict(json.loads(file.read_text("utf-8")))
 
 
+def gathered() -> dict[str, Any]:
+    """All that was run so far."""
+    seeds: dict[str, dict[str, Any]] = {}
+    for seed in SEEDS:
+        for method, (kind, steps) in METHODS.items():
+            rate = rate_of(kind)
+            if found := one(kind, seed, rate, steps, make=False):
+                seeds.setdefault(str(seed), {})[method] = {"lr": rate, **found}
+    return {
+        "task": TASK,
+        "letters": [3, LETTERS],
+        "training_questions": TRAIN,
+        "held_out_questions": TEST,
+        "base": base_figures(SEEDS),
+        "seeds": seeds,
+        "tuning": {
+            kind: {str(rate): one(kind, TUNING_SEED, rate, TUNING_STEPS, make=False)
+                   for rate in RATES[kind]}
+            for kind in RATES
+        },
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--tune", action="store_true", help="Only pick the learning rates.")
     parser.add_argument("--base", action="store_true", help="Only make the base.")
@@ -210,27 +247,15 @@ def main() -> None:
     if args.base:
         return
     if args.tune:
-        for kind in [kind for kind in RATES if kind in args.methods]:
+        for kind in RATES:
             for rate in RATES[kind]:
-                one(kind, TUNING_SEED, rate, FINETUNING["steps"])
+                one(kind, TUNING_SEED, rate, TUNING_STEPS)
         return
-    seeds: dict[str, Any] = {str(seed): {} for seed in args.seeds}
     for seed in args.seeds:
         for method in args.methods:
-            rate = rate_of(method)
-            found = one(method, seed, rate, FINETUNING["steps"])
-            seeds[str(seed)][method] = {"lr": rate, **found}
-    if args.methods != list(METHODS):
-        return
-    results = {
-        "task": TASK,
-        "steps": FINETUNING["steps"],
-        "training_questions": TRAIN,
-        "held_out_questions": TEST,
-        "base": base_figures(args.seeds),
-        "seeds": seeds,
-    }
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+            kind, steps = METHODS[method]
+            one(kind, seed, rate_of(kind), steps)
+    RESULTS.write_text(json.dumps(gathered(), indent=2) + "\n")
 
 
 if __name__ == "__main__":

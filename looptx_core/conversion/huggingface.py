@@ -95,6 +95,8 @@ def exported_sources() -> dict[str, str]:
             continue
         spec = importlib.util.find_spec(module)
         assert spec and spec.origin
+        # `from looptx_core.model import x` would find nothing in a flat folder.
+        assert not spec.submodule_search_locations, f"{module} is a package; import from its files"
         text = Path(spec.origin).read_text("utf-8")
         waiting += [match[2] for match in _IMPORT.finditer(text)]
         found[name] = _IMPORT.sub(lambda match: f"{match[1]}from .{_flat(match[2])} import", text)

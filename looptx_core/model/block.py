@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
-from looptx_core.model import fused
 from looptx_core.model.attention import Attend, Packed, sdpa
 from looptx_core.model.bitnet import BitLinear, IntegerProduct, PackedBitLinear
 from looptx_core.model.cache import Slot, Window
+from looptx_core.model.fused import gelu_gate, ready
 from looptx_core.model.norm import HeadNorm, RMSNorm
 from looptx_core.model.rope import Rotary, Rotate
 
@@ -132,8 +132,8 @@ class GeGLU(SideBySide):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.project(x)
-        if self.activation is F.gelu and fused.ready(gate, up):
-            return self.down_proj(fused.gelu_gate(gate, up))
+        if self.activation is F.gelu and ready(gate, up):
+            return self.down_proj(gelu_gate(gate, up))
         return self.down_proj(self.activation(gate) * up)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from looptx_core.model import fused
+from looptx_core.model.fused import norm_and_rotate, ready, rms_norm
 from looptx_core.model.rope import Rotary, rotate
 
 
@@ -21,8 +21,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        if fused.ready(x, self.weight):
-            return fused.rms_norm(x, self.weight, self.eps)
+        if ready(x, self.weight):
+            return rms_norm(x, self.weight, self.eps)
         if x.device.type != "cpu" or x.element_size() < 4:
             return F.rms_norm(x, (self.width,), self.weight, self.eps)
         # On CPUs torch's own is a row of slow kernels; a vector's length is one fast one.
@@ -36,6 +36,6 @@ class HeadNorm(RMSNorm):
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:  # type: ignore[override]
         """x: (batch, length, heads, head_dim)."""
-        if fused.ready(x, self.weight, *rotary):
-            return fused.norm_and_rotate(x, self.weight, self.eps, *rotary)
+        if ready(x, self.weight, *rotary):
+            return norm_and_rotate(x, self.weight, self.eps, *rotary)
         return rotate(super().forward(x), rotary)
