@@ -95,9 +95,6 @@ def settings(
             "buffer_size": max(1 << 18, math.ceil(largest / world_size) + 1024),
             "max_in_cpu": 0, **place,
         }  # fmt: skip
-        if weights_to == "nvme":
-            # Read ahead follows the last step's order, and depth changes from step to step.
-            zero["stage3_prefetch_bucket_size"] = 0
     return {
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -196,6 +193,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             super().setup(trainer)
         if trainer.training:
             self._clip_by_part()
+            if self.zero_stage_3:
+                self._forget_order()
             # Lightning has divided the loss by the micro-batches, and DeepSpeed would again.
             engine = self.deepspeed_engine
             engine.backward = functools.partial(engine.backward, scale_wrt_gas=False)
@@ -216,6 +215,23 @@ class ZeroStrategy(DeepSpeedStrategy):
             for p in self._module.model.core.parameters():
                 p.ds_active_sub_modules.add(_HELD)  # cleared by its step, which cuts all again
         return super().training_step(*args, **kwargs)
+
+    def _forget_order(self) -> None:
+        """Keep DeepSpeed from expecting the last pass's order of modules in the next one.
+
+        Depth changes from pass to pass. A pass that is alike up to some place and then is not can
+        end in a "tracing error" (0.19.8), so that no order is ever taken for known; what is lost is
+        reading ahead, which a change of order ended in any case.
+        """
+        order = self._zero.parameter_offload.get_param_coordinator()
+        begin = order.reset_step
+
+        def begin_anew() -> None:
+            begin()
+            if order.is_complete_trace():
+                order._invalidate_trace()
+
+        order.reset_step = begin_anew
 
     @property
     def holds_core(self) -> bool:
