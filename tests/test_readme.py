@@ -49,7 +49,7 @@ def looptx(command: str, where: Path, site: Path, **env: str) -> subprocess.Comp
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
 
 
@@ -108,6 +108,16 @@ def test_bare_generate_takes_the_bundled_model(installed: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Call me") and len(done.stdout) > len("Call me\n")
     assert "bundled" in done.stderr and "try next" in done.stderr
+
+
+@pytest.mark.slow
+def test_bare_training_that_swaps(installed: Path, tmp_path: Path) -> None:
+    done = looptx("looptx train --zero3 --offload nvme", tmp_path, installed, OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"swapped: [1-9]\d+ files of [\d,]{9,} bytes; [\d,]{9,} bytes written", done.stdout
+    )
+    assert "try next" in done.stderr and not (tmp_path / "runs/train-1/swap").exists()
 
 
 def test_bare_generate_describes_a_picture(installed: Path, tmp_path: Path) -> None:
