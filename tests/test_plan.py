@@ -202,7 +202,7 @@ def test_advice_is_followed_by_a_fit() -> None:
     assert tight.advice == "Pass --grad-checkpointing --micro-batch 1."
     followed = replace(config, grad_checkpointing=True, micro_batch=1)
     assert not tight.fits and plan(model, followed, WORKSTATION).fits
-    tighter = plan(model, config, replace(WORKSTATION, gpu_memory=(12 * GB,)))
+    tighter = plan(model, config, replace(WORKSTATION, gpu_memory=(16 * GB,)))
     assert "--zero3" in tighter.advice and "--grad-checkpointing" in tighter.advice
     tiny = plan(*preset("7b"), replace(WORKSTATION, gpu_memory=(2 * GB,), ram=2 * GB, disk=GB))
     assert "smaller --preset" in tiny.advice

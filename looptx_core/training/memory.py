@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from looptx_core.training.loop_schedule import draw_depths
 # DeepSpeed's own sizes, in elements.
 REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
+UPDATES = 8
+"""Parts in which looptx lets ZeRO-3 update."""
 _RARE = 0.999  # the batch that is deeper than all but one of a thousand
 # C's allocator keeps freed blocks below 32 MiB for itself, so that on the CPU activations and
 # gradients don't take each other's place, and leaves gaps: this share of such gradients, as
@@ -49,9 +51,7 @@ class Spread:
     @staticmethod
     def of(config: RunConfig) -> Spread:
         """As the settings say."""
-        world = getattr(config, "world_size", config.devices)
-        kind: Kind = getattr(config, "sharding", "ddp" if world > 1 else "none")
-        return Spread(kind, world, config.devices)
+        return Spread(cast(Kind, config.sharding), config.world_size, config.devices)
 
     @property
     def stage(self) -> int:
@@ -76,6 +76,8 @@ class Need:
     overlap: int
     """Negative for activations that are gone before the last gradients are there, positive for
     what is there beside both."""
+    update: int = 0
+    """Flat copies that ZeRO-3's update works on, by parts; a CPU's allocator keeps all of them."""
     gaps: int = 0
     """What the CPU's allocator keeps of freed blocks."""
 
@@ -87,6 +89,7 @@ class Need:
             "optimizer": self.moments,
             "master weights": self.masters,
             "buffers": self.buffers,
+            "update": self.update,
             "activations": self.activations,
             "not at the same time" if self.overlap < 0 else "beside them": self.overlap,
             "allocator's gaps": self.gaps,
@@ -111,6 +114,8 @@ class Counts:
     """0 where it is the embedding's."""
     matrices: int
     """Elements of the blocks' matrices, which Muon takes."""
+    alike: int
+    """Elements of the most of them that have one shape, which Muon takes together."""
     block: int
     """Of one block."""
 
@@ -131,6 +136,7 @@ def count(model: ModelConfig) -> Counts:
         embedding=words,
         head=0 if model.tie_embeddings else words,
         matrices=blocks * matrices,
+        alike=2 * blocks * model.d_model * max(model.d_ff, queries),
         block=block,
     )
 
@@ -224,6 +230,11 @@ def rank_need(
     overlap = peak - activations.total - each * (whole if not spread.stage else share)
     if spread.stage:  # whose gradients are cut as soon as they are there
         overlap = 0
+    if muon:  # updates, these in one piece, and two of the same size while it multiplies
+        step = (4 + 3 * (2 if bf16 else 4)) * counts.alike
+        # On a CPU its pieces are large, and fresh, while activations stay with the allocator.
+        left = activations.total if not heap else 4 * counts.alike
+        overlap = max(overlap, step - left)
     small = 4 * max(model.d_ff, model.n_heads * model.head_dim) * model.d_model < _HEAP_BLOCK
     return Need(
         weights=each * (share if cut else whole),
@@ -233,6 +244,7 @@ def rank_need(
         buffers=_buffers(counts, spread, each, bf16),
         activations=activations.total,
         overlap=max(0, overlap) if heap else overlap,
+        update=4 * share // (1 if heap else UPDATES) if spread.stage == 3 else 0,
         gaps=int(_HEAP_GAPS * gradients) if heap and small else 0,
     )
 
@@ -248,7 +260,9 @@ def _buffers(counts: Counts, spread: Spread, each: int, bf16: bool) -> int:
     if spread.kind == "zero2":
         return bucket
     live = min(LIVE_PARAMETERS, counts.all) if spread.world > 1 else 0
-    return bucket + each * live
+    # A gradient is whole until the last loop has added to it.
+    summed = counts.core + max(counts.embedding, counts.head)
+    return bucket + each * (live + summed)
 
 
 def _peak_of_backward(

@@ -13,14 +13,13 @@ from typing import Literal
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import RunConfig
 from looptx_core.machine.facts import Machine
-from looptx_core.training.memory import Need, Spread, rank_need
+from looptx_core.training.memory import UPDATES, Need, Spread, rank_need
 
 Place = Literal["none", "cpu", "nvme"]
 
 # Of each place, what is left to the system, the allocator's gaps and the data.
 _USABLE = {"gpu": 0.9, "ram": 0.85, "disk": 0.95}
 _SWAP_BUFFERS = 5  # of one update's share each, in RAM, where the optimizer lies on a disk
-_UPDATES = 8  # parts in which the swapped optimizer is updated
 # The smaller set first; a set to RAM before the same one to disk.
 _CHOICES: tuple[tuple[Place, Place], ...] = (
     ("none", "none"),
@@ -79,7 +78,7 @@ def plan_offload(
     device. Where nothing fits, the largest set is returned with `fits` False.
     """
     spread = spread or Spread.of(config)
-    rows = rows or config.micro_batch or max(1, config.batch_size // spread.world)
+    rows = rows or config.rows
     need = rank_need(model, config, spread, rows, bf16, heap=not machine.gpu_memory)
     choices = _allowed(spread, machine, asked)
     reasons: list[str] = []
@@ -130,8 +129,9 @@ def _place(
             "allocator's gaps": need.gaps}  # fmt: skip
     if optimizer == "none":
         own["not at the same time"] = need.overlap
+    (own if optimizer == "none" else ram)["update"] = need.update
     if optimizer == "nvme":
-        ram["swap buffers"] = _SWAP_BUFFERS * need.masters // _UPDATES
+        ram["swap buffers"] = _SWAP_BUFFERS * need.masters // UPDATES
     for part in (own, ram, disk):
         for name in [name for name, size in part.items() if not size]:
             del part[name]

@@ -53,14 +53,14 @@ class Plan:
 
 def plan(model: ModelConfig, config: TrainConfig, machine: Machine | None = None) -> Plan:
     """Count a run's needs, and compare them with a machine: this one by default."""
-    machine = machine or this_machine(getattr(config, "nvme_path", None) or ".")
+    machine = machine or this_machine(config.nvme_path or ".")
     spread = Spread.of(config)
-    rows = config.micro_batch or max(1, config.batch_size // spread.world)
+    rows = config.rows
     max_loops = config.max_loops or model.max_loops
     cost = token_flops(model, config.seq_len / 2)
     # 'auto' is a probe's choice at the start: bf16 on GPUs, float32 where it is not sure.
     bf16 = config.precision == "bf16" or (config.precision == "auto" and bool(machine.gpu_memory))
-    asked = getattr(config, "offload", None) or "auto"
+    asked = config.offload or "auto"
     offload = plan_offload(
         model, config, machine, spread=spread, rows=rows, bf16=bf16, asked=asked
     )  # fmt: skip
@@ -104,4 +104,4 @@ def _advice(
             )
             if fitting.fits:
                 return f"Pass {flags}{more}."
-    return "Its weights and optimizer alone are too large here; take a smaller --preset."
+    return "By this estimate no flag makes it fit here; take a smaller --preset, or more devices."
