@@ -146,7 +146,8 @@ def stamps(captions: Captions, engine: Engine, count: int) -> dict[str, Any]:
     found = []
     for file in sorted(fetch_stamps().rglob("*.png")):
         text = file.with_suffix(".txt")
-        if text.is_file() and "cartoon" not in str(file):
+        # Most others are photographs; letters, coins and cartoons are none.
+        if text.is_file() and not {"symbols", "cartoon"} & set(file.parts):
             words = text.read_text("utf-8").splitlines()[0].lower().rstrip(".")
             found.append({"image": str(file), "text": words})
     chosen = random.Random(SEED).sample(found, count)
