@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from looptx_core.config.generation import EXIT_RULES, ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
@@ -89,8 +90,11 @@ class Reference:
         x_norm = block.attention_norm(x)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         q, k, v = (part(x_norm).view(1, 1, -1, CONFIG.head_dim) for part in projections)
-        q = rotate(attention.q_norm(q), rotary).transpose(1, 2)
-        k = rotate(attention.k_norm(k), rotary).transpose(1, 2)
+        norms = attention.q_norm, attention.k_norm
+        q, k = (
+            rotate(F.rms_norm(x, x.shape[-1:], n.weight, n.eps), rotary).transpose(1, 2)
+            for x, n in zip((q, k), norms)
+        )
         entries = self.memory.setdefault(key, [])
         past = [seen_at(one) for one in entries[:position]]
         if loop == 1:
