@@ -33,6 +33,8 @@ OPS = {
 """Names as DeepSpeed's, in the order in which they are built, with what each is for."""
 
 # Runs in a process of its own: DeepSpeed writes to stdout, and a compiler's crash stays outside.
+# A background job of a shell hands on that it ignores interrupts.
+_INTERRUPTIBLE = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
 _BUILD = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell's job started us
@@ -173,7 +175,7 @@ def build_op(
         _wait_for(op_folder(name), every)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-c", _BUILD, name],
+            [sys.executable, "-P", "-c", _INTERRUPTIBLE + _BUILD, name],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=_environment(),
             start_new_session=True,
         )  # fmt: skip
