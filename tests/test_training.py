@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.datamodule import SeededBatches
+from looptx_core.model import fused
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.callbacks import read_metrics
 from looptx_core.training.curves import verdict
@@ -468,6 +469,7 @@ def test_dry_run(tmp_path) -> None:
 @pytest.mark.parametrize("loss_at", ["last", "pair", "all"])
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_the_plan_counts_what_autograd_keeps(loss_at: str, qk_norm: bool) -> None:
+    fused.prepare(False)
     shape = ModelConfig(vocab_size=256, d_model=128, d_ff=384, qk_norm=qk_norm)
     config = TrainConfig(
         batch_size=4, loop_schedule="fixed", loops=3, loss_at=loss_at, optimizer="muon"

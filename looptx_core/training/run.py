@@ -198,8 +198,6 @@ def fit(
     )
     report(f"attention: {backend.name}, {backend.reason}")
     model.attend = backend.attend
-    if device.type == "cpu":
-        report(f"kernels: {fused.prepare(precision == 'float32' and not config.compile)}")
     if config.compile:
         for block in (*model.prelude, *model.core, *model.coda):
             block.compile(dynamic=True)
@@ -238,6 +236,8 @@ def fit(
     every = [*callbacks, Begin(begin), stop, *([end] if sharded else [])]
     with quiet_lightning(), own_environment(folder):
         trainer = _trainer(config, folder, precision, device, strategy, every, metrics)
+        if device.type == "cpu":
+            report(f"kernels: {fused.prepare(precision == 'float32' and not config.compile)}")
         try:
             trainer.fit(module, datamodule=batches, ckpt_path=start_from, weights_only=True)
         except OSError as error:
