@@ -161,8 +161,9 @@ def advance(requests: Sequence[Request], landing: Landing) -> list[Step]:
 def record(requests: Sequence[Request], ids: Sequence[int], landing: Landing) -> list[Step]:
     """Give each request its next token; one of the landing's rows for each."""
     logits = at_least_float(landing.logits)
-    chosen = logits.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0]
-    logprobs = (chosen - logits.logsumexp(-1)).tolist()
+    # logsumexp of one row wakes torch's threads, which then spin in the kernel's way.
+    chosen = torch.tensor(ids, device=logits.device)[:, None]
+    logprobs = logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
     now = time.perf_counter()
     columns = (requests, ids, landing.loops, landing.confidence, logprobs)
     steps = []
