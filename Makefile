@@ -30,7 +30,7 @@ bench: export BENCH_RESULTS = bench-results
 bench: setup
 	$(BIN)/python benchmarks/start.py --rounds 2
 	$(BIN)/python benchmarks/decode_speed.py --rounds 2 --shape "small 1" --parts peers loops
-	$(BIN)/python benchmarks/exit_clock.py --texts 2 --rounds 1
+	$(BIN)/python benchmarks/exit_clock.py --texts 2 --rounds 5
 	$(BIN)/python benchmarks/speculation.py --texts 2 --new 48 --rounds 1
 	$(BIN)/python benchmarks/batches.py --new 24 --rounds 1 --skip-small
 	$(BIN)/python benchmarks/cache.py --texts 2 --context 4096

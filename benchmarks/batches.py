@@ -18,6 +18,7 @@ import argparse
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import get_preset
 from looptx_core.generation.engine import Engine
-from looptx_core.generation.moves import Work
+from looptx_core.generation.moves import Moves, Work
 from looptx_core.model.loop import LoopedTransformer
 
 ROWS, DEEPEST = 16, 10
@@ -45,6 +46,7 @@ def leave_by_chance(engine: Engine) -> None:
         return [(1000.0 if leaves else -1000.0, 1.0) for leaves in draws]
 
     engine.moves.judge = drawn  # type: ignore[method-assign]
+    engine.moves.ride = partial(Moves.ride, engine.moves)  # type: ignore[method-assign]
 
 
 def compare(

@@ -220,9 +220,9 @@ def test_who_waits_takes_the_place_of_who_is_done(model, tokenizer, engine):
     prompts = [*PROMPTS, "mind", "how long precisely", "Ishmael"]
     options = [replace(GREEDY, max_new_tokens=n) for n in (3, 14, 1, 9, 5, 12, 7)]
     together = small.complete(prompts, options)
-    turns, step = [], small.moves.step
-    small.moves.step = lambda state, embedding, loops, place, further=0: (
-        turns.append(list(loops)), step(state, embedding, loops, place, further))[1]  # fmt: skip
+    turns, ride = [], small.moves.ride
+    small.moves.ride = lambda state, embedding, loops, *more: (
+        turns.append(list(loops)), ride(state, embedding, loops, *more))[1]  # fmt: skip
     steps = list(small.generate(prompts, options))
     for prompt, option, one in zip(prompts, options, together):
         assert facts(one)[0] == facts(*engine.complete([prompt], option))[0]

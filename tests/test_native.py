@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from looptx_core.config.generation import GenerationOptions
+from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.conversion.ternary import pack_model
 from looptx_core.data.tokenizer import train_tokenizer
 from looptx_core.errors import MissingError, UsageError
 from looptx_core.generation.engine import Engine
+from looptx_core.generation.exits import Exit, Readout, calibrated, fixed_exit
 from looptx_core.generation.moves import Moves
 from looptx_core.generation.native_moves import NativeMoves, choose_moves
 from looptx_core.machine import kernels
@@ -178,3 +179,58 @@ def test_without_a_compiler(monkeypatch, tmp_path) -> None:
         assert not list(tmp_path.rglob("*.so")), "nothing half made is left"
     finally:
         kernels.load.cache_clear()
+
+
+@torch.inference_mode()
+def test_rows_are_let_go_by_the_kernel_where_their_exits_say_so() -> None:
+    """Rows of many exits, alone and together: each ride ends where a slow reference does."""
+    model, deepest = make(SMALL), 5
+    moves, reference = NativeMoves(model), Moves(model)
+    tokens = torch.arange(12)[:, None]
+    # The head's own words on these states, so that thresholds fall among them.
+    cache = LoopCache(model.config, 12, 4, deepest)
+    place = reference.at(cache)
+    state = embedding = reference.encode(tokens, place)
+    said = []
+    for loop in range(1, deepest + 1):
+        state = reference.step(state, embedding, [loop], place)
+        said.append(reference.judge(state, [loop]))
+    words = torch.tensor(said)  # (loops, rows, 2)
+    plain = ExitSettings(temperature=2.0)
+    half = float(torch.sigmoid(words[..., 0].median() / 2))
+    settings = [
+        replace(plain, confidence=half, gain=-1e9),
+        replace(plain, confidence=2.0, gain=float(words[..., 1].median())),
+        replace(plain, confidence=0.0),
+        replace(plain, confidence=1.0, gain=-1e9),
+    ]
+    slope, offset = (2.0, 1.5, 1.0, 0.5), (0.1, -0.1, 0.2, 0.0)
+    settings += [replace(one, gain_slope=slope, gain_offset=offset) for one in settings[:2]]
+
+    def depth(row: int, leave: Exit) -> int:
+        """Where this row's exit lets it go."""
+        for loop in range(1, deepest + 1):
+            read = calibrated(*map(float, words[loop - 1, row]), loop, leave.settings)
+            if leave.stops(loop, Readout(*read)):
+                return loop
+        raise AssertionError("no exit")
+
+    for own in settings:
+        exits = [
+            *(Exit(least, deepest, own, rule) for least in (1, 3)
+              for rule in ("auto", "confidence", "gain")),
+            Exit(4, 3, own, "auto"), fixed_exit(2, own),
+        ]  # fmt: skip
+
+        for n, leave in enumerate(exits):
+            mixed = [exits[(n + row) % len(exits)] for row in range(12)]
+            first = min(depth(row, one) for row, one in enumerate(mixed))
+            for rows, each in ((range(12), mixed), ([n], [leave])):
+                cache = LoopCache(model.config, 12, 4, deepest)
+                place = moves.at(cache, rows)
+                start = moves.encode(tokens[list(rows)], place)
+                ride = moves.ride(start, start, [1] * len(each), place, each)
+                assert ride.passes == (first if len(each) > 1 else depth(n, leave))
+                assert ride.judged is not None
+                close = torch.tensor(ride.judged) - words[ride.passes - 1, list(rows)]
+                assert close.abs().max() < 1e-4

@@ -38,6 +38,16 @@ class Counted:
             return step(state, *arguments, further=further)
 
         self.engine.moves.step = counted
+        ride = self.engine.moves.ride
+
+        def counted_ride(*arguments):
+            before, found = self.passes, ride(*arguments)
+            if self.passes == before:  # else by steps, which are counted
+                self.passes += found.passes
+                self.turns += found.passes
+            return found
+
+        self.engine.moves.ride = counted_ride
 
     @property
     def work(self):

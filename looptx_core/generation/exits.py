@@ -51,6 +51,8 @@ def calibrated(
 
 
 _NEVER = -500.0  # log-odds of a probability that is 0 and whose inverse is still a float
+_LEAST = 1e-15  # a probability that 1 can be told from
+_FAR = 1e30  # nothing is beyond it
 
 
 class Signal(NamedTuple):
@@ -118,12 +120,34 @@ class Exit:
         """What the rule looks at; nothing at a fixed depth."""
         return () if self.rule is None else RULES[self.rule]
 
+    @property
+    def first_look(self) -> int:
+        """The first loop after which the rule, or the end, is asked for; every later one is too."""
+        return self.max_loops if self.rule is None else min(self.min_loops, self.max_loops)
+
     def next_look(self, loop: int) -> int:
-        """The first loop after this one at which the rule, or the end, is asked for."""
+        """The first loop after this one at which something has to be looked at."""
         if self.reads_logits:  # which may compare each loop with the one before
             return loop + 1
-        first = self.max_loops if self.rule is None else max(self.min_loops, loop + 1)
-        return max(loop + 1, min(first, self.max_loops))
+        return max(loop + 1, self.first_look)
+
+    def looks(self, before: int, after: int) -> int:
+        """How many of the loops from `before` + 1 to `after` end with a look."""
+        return max(0, after - max(before, self.first_look - 1))
+
+    def bounds(self) -> tuple[float, float]:
+        """The head's log-odds from which on a token may stop, and the nats below which it may.
+
+        Log-odds as they are before calibration, nats after it. A hair too ready to stop, as
+        `stops` has the last word.
+        """
+        odds, nats = _FAR, -_FAR
+        if "confidence" in self.signals:
+            sure = min(max(self.settings.confidence, _LEAST), 1 - _LEAST)
+            odds = math.log(sure / (1 - sure)) * self.settings.temperature - 1e-4
+        if "gain" in self.signals:
+            nats = self.settings.gain + 1e-5
+        return odds, nats
 
     def judges(self, loop: int) -> bool:
         """Whether the rule has a say after this loop."""

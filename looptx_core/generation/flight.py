@@ -103,21 +103,18 @@ class Flight:
         if self._place is None:
             self._place = self.moves.at(self.cache, [rider.row for rider in riders])
         loops = [rider.loop + 1 for rider in riders]
-        passes = min(rider.exit.next_look(rider.loop) - rider.loop for rider in riders)
-        self._state = self.moves.step(
-            self._state, self._embedding, loops, self._place, further=passes - 1
+        exits = [rider.exit for rider in riders]
+        self._state, passes, judged = self.moves.ride(
+            self._state, self._embedding, loops, self._place, exits
         )
         for rider in riders:
+            work.judged += rider.exit.looks(rider.loop, rider.loop + passes)
             rider.loop += passes
         work.loops += passes * len(riders)
         if readers := [i for i, rider in enumerate(riders) if rider.exit.reads_logits]:
             self._read(readers)
-        asked = [
-            i
-            for i, rider in enumerate(riders)
-            if rider.exit.judges(rider.loop) or rider.loop >= rider.exit.max_loops
-        ]
-        go = self._leaving(asked) if asked else []
+        asked = [i for i, rider in enumerate(riders) if rider.loop >= rider.exit.first_look]
+        go = self._leaving(asked, judged) if asked else []
         return self._land(go) if go else None
 
     def run(self) -> list[Landing]:
@@ -141,15 +138,17 @@ class Flight:
         for i, row in zip(which, logits):
             self._riders[i].previous, self._riders[i].logits = self._riders[i].logits, row
 
-    def _leaving(self, asked: list[int]) -> list[int]:
-        """Which of these are let go by their exits."""
+    def _leaving(self, asked: list[int], judged: list[tuple[float, float]] | None) -> list[int]:
+        """Which of these are let go by their exits. judged: what the head says of all riders."""
         assert self._state is not None
         riders = [self._riders[i] for i in asked]
-        states = self._state if len(asked) == len(self._riders) else self._state[asked]
-        judged = self.moves.judge(states, [rider.loop for rider in riders])
-        self.work.judged += len(asked)
+        if judged is None:
+            states = self._state if len(asked) == len(self._riders) else self._state[asked]
+            words = self.moves.judge(states, [rider.loop for rider in riders])
+        else:
+            words = [judged[i] for i in asked]
         go = []
-        for i, rider, (logit, gain) in zip(asked, riders, judged):
+        for i, rider, (logit, gain) in zip(asked, riders, words):
             sure, gain = calibrated(logit, gain, rider.loop, self.settings)
             if rider.exit.stops(rider.loop, Readout(sure, gain, rider.logits, rider.previous)):
                 rider.confidence = sure

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from looptx_core.generation.exits import Exit
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.vision import Pictures
@@ -36,6 +37,17 @@ class Work:
     """Tokens that shallow loops proposed."""
     accepted: int = 0
     """Those of them that full depth would have drawn too."""
+
+
+class Ride(NamedTuple):
+    """Where a ride has got to."""
+
+    state: Tensor
+    """(rows, 1, d_model)."""
+    passes: int
+    """Of the core, by each row."""
+    judged: list[tuple[float, float]] | None = None
+    """`Moves.judge` after the last pass, where it was asked on the way."""
 
 
 Place = Any
@@ -104,6 +116,21 @@ class Moves:
         window = place.window
         assert window is not None, "made by `at`"
         return self.at(window.cache, [window.rows[i] for i in which], window.new)
+
+    def ride(
+        self,
+        state: Tensor,
+        embedding: Tensor,
+        loops: Sequence[int],
+        place: Place,
+        exits: Sequence[Exit],
+    ) -> Ride:
+        """On to the next loop after which one of the rows, (rows, 1, d_model), may have to leave.
+
+        loops: each row's next, from 1. exits: each row's own.
+        """
+        passes = min(own.next_look(loop - 1) - loop + 1 for own, loop in zip(exits, loops))
+        return Ride(self.step(state, embedding, loops, place, further=passes - 1), passes)
 
     def decode(self, state: Tensor, place: Place, last: bool = False) -> Tensor:
         """Logits (rows, new, vocab_size); of each row's last token alone where so asked."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from looptx_core.errors import MissingError, UsageError
-from looptx_core.generation.moves import Moves, Place
+from looptx_core.generation.exits import Exit
+from looptx_core.generation.moves import Moves, Place, Ride
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rounding import KINDS
 from looptx_core.model.vision import Pictures
-from looptx_core.native.model import PRECISIONS, NativeModel, obstacle, round_weights
+from looptx_core.native.model import PRECISIONS, NativeModel, Watch, obstacle, round_weights
 from looptx_core.native.model import Place as NativePlace
 
 KERNELS = ("auto", "native", "torch")
@@ -26,6 +28,7 @@ class NativeMoves(Moves):
     def __init__(self, model: LoopedTransformer, precision: str = "float32") -> None:
         super().__init__(model)
         self.native = NativeModel(model, precision)
+        self._watched: Sequence[Exit] = ()
 
     def at(
         self,
@@ -72,6 +75,22 @@ class NativeMoves(Moves):
         flat = state.flatten(0, 1), embedding.flatten(0, 1)
         return self.native.step(*flat, _each(loops, state), place, further).view_as(state)
 
+    def ride(
+        self,
+        state: Tensor,
+        embedding: Tensor,
+        loops: Sequence[int],
+        place: Place,
+        exits: Sequence[Exit],
+    ) -> Ride:
+        if not isinstance(place, NativePlace) or any(own.reads_logits for own in exits):
+            return super().ride(state, embedding, loops, place, exits)
+        if len(exits) != len(self._watched) or any(map(operator.is_not, exits, self._watched)):
+            self._watched, self._watch = exits, _watch(exits)  # else the same rows go on
+        flat = state.flatten(0, 1), embedding.flatten(0, 1)
+        after, passes, judged = self.native.ride(*flat, loops, place, self._watch)
+        return Ride(after.view_as(state), passes, judged)
+
     def decode(self, state: Tensor, place: Place, last: bool = False) -> Tensor:
         if not isinstance(place, NativePlace):
             return super().decode(state, place, last)
@@ -80,6 +99,17 @@ class NativeMoves(Moves):
 
     def judge(self, state: Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
         return self.native.judge(state.flatten(0, 1).contiguous(), _each(loops, state))
+
+
+def _watch(exits: Sequence[Exit]) -> Watch:
+    settings = exits[0].settings  # calibration is the model's, so the same for all
+    return Watch(
+        first=[own.first_look for own in exits],
+        last=[own.max_loops for own in exits],
+        bounds=[own.bounds() for own in exits],
+        slope=settings.gain_slope,
+        offset=settings.gain_offset,
+    )
 
 
 def _each(loops: Sequence[int], state: Tensor) -> Sequence[int]:

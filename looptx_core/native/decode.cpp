@@ -319,6 +319,14 @@ struct Rows {
     const int32_t *row, *column, *start, *position;  // (count,) each
 };
 
+// When rows may leave the loop: after `first` passes and more, by the judge's log-odds or nats.
+struct Watch {
+    const int32_t *first, *last;   // (count,) each: looked at from here on; ended here
+    const float *sure, *least;     // (count,) each: leaves from these log-odds on, below these nats
+    const float *slope, *offset;   // (depths,) each: nats are slope * gain + offset
+    int32_t depths;
+};
+
 }  // extern "C"
 
 namespace {
@@ -614,6 +622,29 @@ struct Runner {
         for (int more = 0; more <= further; ++more) once(at, words, loop, more, rows, cache);
     }
 
+    // `step` until a row may leave; the number of passes. out: what `judge` says after the last.
+    int ride(float* at, const float* words, const int32_t* loop, const Watch& watch,
+             const Rows& rows, const Cache& cache, float* out) {
+        find_turns(rows);
+        for (int more = 0;; ++more) {
+            once(at, words, loop, more, rows, cache);
+            bool look = false, end = false;
+            for (int r = 0; r < rows.count; ++r) {
+                look |= loop[r] + more >= watch.first[r];
+                end |= loop[r] + more >= watch.last[r];
+            }
+            if (!look && !end) continue;
+            judge(at, loop, more, rows.count, out);
+            for (int r = 0; r < rows.count && !end; ++r) {
+                const int place = std::min(loop[r] + more, watch.depths) - 1;
+                const float nats = watch.slope[place] * out[2 * r + 1] + watch.offset[place];
+                end = loop[r] + more >= watch.first[r] &&
+                      (out[2 * r] >= watch.sure[r] || nats < watch.least[r]);
+            }
+            if (end) return more + 1;
+        }
+    }
+
     void once(float* at, const float* words, const int32_t* loop, int more, const Rows& rows,
               const Cache& cache) {
         const Model& m = model;
@@ -646,7 +677,7 @@ struct Runner {
     }
 
     // out: (count, 2), the log-odds of being right and the nats of one more loop.
-    void judge(const float* at, const int32_t* loops, int count, float* out) {
+    void judge(const float* at, const int32_t* loop, int more, int count, float* out) {
         const Model& m = model;
         const int width = m.judge_hidden.rows;
         enter(at, m.judge_norm, count, m.d_model, FLOAT);
@@ -655,7 +686,7 @@ struct Runner {
         });
         for (int r = 0; r < count; ++r) {
             float* own = judged.data() + (int64_t)r * width;
-            const float* depth = m.judge_loop + (int64_t)(std::min(loops[r], m.max_loops) - 1) * width;
+            const float* depth = m.judge_loop + (int64_t)(std::min(loop[r] + more, m.max_loops) - 1) * width;
             float sums[2] = {m.judge_out_bias[0], m.judge_out_bias[1]};
             for (int i = 0; i < width; ++i) own[i] = gelu(own[i] + m.judge_bias[i] + depth[i]);
             for (int i = 0; i < width; ++i) {
@@ -685,6 +716,12 @@ void looptx_step(Runner* r, float* at, const float* words, const int32_t* loop, 
     r->step(at, words, loop, further, *rows, *cache);
 }
 
+int32_t looptx_ride(Runner* r, float* at, const float* words, const int32_t* loop,
+                    const Watch* watch, const Rows* rows, const Cache* cache, float* out) {
+    r->make_room(rows->count);
+    return r->ride(at, words, loop, *watch, *rows, *cache, out);
+}
+
 void looptx_decode(Runner* r, float* at, float* logits, const Rows* rows, const Cache* cache) {
     r->make_room(rows->count);
     r->decode(at, logits, *rows, *cache);
@@ -692,7 +729,7 @@ void looptx_decode(Runner* r, float* at, float* logits, const Rows* rows, const 
 
 void looptx_judge(Runner* r, const float* at, const int32_t* loops, int32_t count, float* out) {
     r->make_room(count);
-    r->judge(at, loops, count, out);
+    r->judge(at, loops, 0, count, out);
 }
 
 }  // extern "C"

@@ -66,6 +66,34 @@ class _Rows(ctypes.Structure):
     _fields_ = _fields(count=_int, row__column__start__position=_pointer)
 
 
+class _Watch(ctypes.Structure):
+    _fields_ = _fields(
+        first__last=_pointer, sure__least=_pointer, slope__offset=_pointer, depths=_int
+    )
+
+
+class Watch:
+    """When rows may leave the loop.
+
+    first, last: for each row the loop from which on it is looked at, and the one that ends it.
+    bounds: for each row the confidence head's log-odds from which on it leaves, and the nats,
+    slope * gain + offset, below which it does. slope, offset: by loop; empty: 1 and 0.
+    """
+
+    def __init__(
+        self,
+        first: Sequence[int],
+        last: Sequence[int],
+        bounds: Sequence[tuple[float, float]],
+        slope: Sequence[float],
+        offset: Sequence[float],
+    ) -> None:
+        floats = [*zip(*bounds), slope or (1.0,), offset or (0.0,)]
+        self._parts = [*map(_ints, (first, last)), *map(_floats, floats)]
+        self._watch = _Watch(*map(ctypes.addressof, self._parts), len(floats[2]))
+        self.argument = ctypes.byref(self._watch)
+
+
 class Place:
     """Tokens of one pass, one a row, and where they stand in a cache.
 
@@ -144,6 +172,20 @@ class NativeModel:
             self._handle, _at(state), _at(embedding), _ints(loops), further, *place.arguments
         )
         return state
+
+    def ride(
+        self, state: Tensor, embedding: Tensor, loops: Sequence[int], place: Place, watch: Watch
+    ) -> tuple[Tensor, int, list[tuple[float, float]]]:
+        """Loop all rows until one may leave: the states, the passes, and what `judge` says then.
+
+        loops: each row's first, counted from 1.
+        """
+        state, out = state.clone(), (ctypes.c_float * (2 * len(state)))()
+        passes = self._library.looptx_ride(
+            self._handle, _at(state), _at(embedding), _ints(loops), watch.argument,
+            *place.arguments, out,
+        )  # fmt: skip
+        return state, passes, list(zip(out[::2], out[1::2]))
 
     def decode(self, state: Tensor, place: Place) -> Tensor:
         """states (rows, d_model) -> logits (rows, vocab_size), by coda and head."""
@@ -283,6 +325,10 @@ def _at(tensor: Tensor) -> ctypes.c_void_p:
 
 def _ints(values: Sequence[int]) -> Any:
     return (_int * len(values))(*values)
+
+
+def _floats(values: Sequence[float]) -> Any:
+    return (_float * len(values))(*values)
 
 
 def held_bytes(model: LoopedTransformer, precision: str = "float32") -> int:
