@@ -93,7 +93,11 @@ def decoding(
 
 @torch.inference_mode()
 def prices(model: LoopedTransformer, kernel: str, repeats: int = 60) -> dict[str, float]:
-    """A decision and a read-out as shares of one loop, batch 1, by the best of each."""
+    """A decision and a read-out as shares of one loop, batch 1, by the best of each.
+
+    A decision apart has calls of its own; within a ride it is the difference of two long times,
+    which says something where a loop is short.
+    """
     deepest = model.config.max_loops
     settings = ExitSettings(confidence=1.0, gain=-1e9)  # to be asked after each loop, and go on
     moves, cache = choose_moves(model, kernel)[0], LoopCache(model.config, 1, 128, deepest)
@@ -114,10 +118,15 @@ def prices(model: LoopedTransformer, kernel: str, repeats: int = 60) -> dict[str
             ((logit, gain),) = judged or moves.judge(at, [loop])
             own.stops(loop, Readout(*calibrated(logit, gain, loop, settings)))
 
+    def decide() -> None:
+        ((logit, gain),) = moves.judge(state, [1])
+        asked.stops(1, Readout(*calibrated(logit, gain, 1, settings)))
+
     asked, fixed = Exit(1, deepest, settings, "auto"), fixed_exit(deepest, settings)
     parts: dict[str, Callable[[], object]] = {
         "asked": lambda: ride(asked),
         "fixed": lambda: ride(fixed),
+        "decision": decide,
         "readout": lambda: moves.decode(state, place),
     }
     best = dict.fromkeys(parts, float("inf"))
@@ -130,7 +139,8 @@ def prices(model: LoopedTransformer, kernel: str, repeats: int = 60) -> dict[str
     loop = best["fixed"] / deepest
     return {
         "loop_ms": loop * 1e3,
-        "decision_in_loops": (best["asked"] - best["fixed"]) / (deepest - 1) / loop,
+        "decision_apart_in_loops": best["decision"] / loop,
+        "decision_within_a_ride_in_loops": (best["asked"] - best["fixed"]) / (deepest - 1) / loop,
         "readout_in_loops": best["readout"] / loop,
     }
 
