@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looptx_core.errors import MissingError, UsageError
+from looptx_core.model import fused
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,14 @@ class Packed:
         new[:, 1:] = documents[:, 1:] != documents[:, :-1]
         starts = F.pad(new.flatten().nonzero().flatten(), (0, 1), value=documents.numel())
         return Packed(documents, starts.to(torch.int32), documents.shape[1])
+
+    @cached_property
+    def first(self) -> Tensor:
+        """The column of a row where the document of each token starts, (rows, length) int32."""
+        flat = self.starts[:-1].to(torch.int64)
+        marks = torch.zeros(self.documents.numel(), dtype=torch.int64, device=flat.device)
+        marks[flat] = flat % self.documents.shape[1]
+        return marks.view_as(self.documents).cummax(1).values.to(torch.int32)
 
     def __getitem__(self, rows: Tensor | slice) -> Packed:
         return Packed.of(self.documents[rows])
@@ -61,7 +71,9 @@ queries' shape.
 
 
 def sdpa(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Packed | None) -> Tensor:
-    """torch's fused attention; runs everywhere."""
+    """torch's fused attention; runs everywhere, in training on a CPU by a kernel of our own."""
+    if _trains(queries, keys, values) and (isinstance(mask, Packed) or mask is None):
+        return fused.attend(queries, keys, values, None if mask is None else mask.first)
     mask = mask.mask() if isinstance(mask, Packed) else mask
     batch, heads, new, width = queries.shape
     if new == 1 and keys.shape[1] != heads:
@@ -77,6 +89,15 @@ def sdpa(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Packed | 
         is_causal=mask is None and queries.shape[2] > 1,
         enable_gqa=queries.shape[1] != keys.shape[1],
     )
+
+
+def _trains(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    return fused.ready(queries, keys, values) and queries.shape[2] == keys.shape[2] > 1
+
+
+def takes_documents(attend: Attend, like: Tensor) -> bool:
+    """Whether a back end does better with `Packed` than with its mask. like: a tensor to attend."""
+    return getattr(attend, "packs", False) or (attend is sdpa and fused.ready(like))
 
 
 # (queries, keys, values, starts, length) -> output, all (tokens, heads, head_dim): causal within

@@ -1,11 +1,12 @@
 // What stands between the matrix products of a training step, each a single pass over memory.
 //
-// Forward and backward of RMSNorm, of RMSNorm with RoPE for the heads, and of GeGLU; float32,
-// contiguous. The equations are those of looptx_core/model (norm.py, rope.py, block.py), and a
+// Forward and backward of RMSNorm, of RMSNorm with RoPE for the heads, of GeGLU and of attention;
+// float32. The equations are those of looptx_core/model (norm.py, rope.py, block.py), and a
 // test holds both together. Sums over rows are taken thread by thread in a fixed order, so that
 // the same number of threads gives the same bits.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -93,6 +94,122 @@ inline void normal(float x, float& phi, float& density) {
     phi = x < 0 ? tail : 1.f - tail;
     density = 0.39894228f * e;
 }
+
+typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
+constexpr int LANES = 8, PANEL = 2 * LANES, STRIP = 6, BLOCK = 8 * STRIP;
+
+// What `Attention` has of a tensor of heads: where a row's, a head's and a position's numbers are.
+struct Heads {
+    float* data;
+    int64_t batch, head, place;
+    float* at(int64_t b, int64_t h, int64_t l = 0) const {
+        return data + b * batch + h * head + l * place;
+    }
+};
+
+// The right side of a product, (depth, columns), in panels of 16 columns: each panel lies in one
+// piece, as columns of a wide matrix would fall on the same few lines of the cache.
+struct Panels {
+    int64_t depth = 0;
+    std::vector<float> data;
+
+    void fill(const float* x, int64_t along, int64_t across, int64_t depth_, int64_t columns) {
+        depth = depth_;
+        data.assign((columns + PANEL - 1) / PANEL * PANEL * depth, 0.f);
+        for (int64_t j = 0; j < columns; j += PANEL) {
+            const int64_t wide = std::min<int64_t>(PANEL, columns - j);
+            float* to = &data[j * depth];
+            if (across == 1)
+                for (int64_t p = 0; p < depth; ++p)
+                    std::copy_n(x + p * along + j, wide, to + p * PANEL);
+            else
+                for (int64_t n = 0; n < wide; ++n)
+                    for (int64_t p = 0; p < depth; ++p)
+                        to[p * PANEL + n] = x[p * along + (j + n) * across];
+        }
+    }
+};
+
+// A strip of rows by a panel. TURNED: a(i, p) is a[p * step + i], else a[i * step + p].
+template <int ROWS, bool TURNED>
+inline void tile(int64_t depth, const float* a, int64_t step, const float* b, float* c, int64_t ci,
+                 int64_t wide, bool add) {
+    Floats sums[ROWS][2] = {};
+    for (int64_t p = 0; p < depth; ++p) {
+        const Floats low = *(const Floats*)(b + p * PANEL);
+        const Floats high = *(const Floats*)(b + p * PANEL + LANES);
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; ++r) {
+            const float one = TURNED ? a[p * step + r] : a[r * step + p];
+            sums[r][0] += one * low, sums[r][1] += one * high;
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        float* out = c + r * ci;
+        if (wide == PANEL) {
+            Floats &low = *(Floats*)out, &high = *(Floats*)(out + LANES);
+            low = add ? low + sums[r][0] : sums[r][0];
+            high = add ? high + sums[r][1] : sums[r][1];
+        } else
+            for (int64_t n = 0; n < wide; ++n) {
+                const float sum = sums[r][n / LANES][n % LANES];
+                out[n] = add ? out[n] + sum : sum;
+            }
+    }
+}
+
+// c[i][j] = sum over p of a(i, p) b(p + skip, j + from), or added to what is there; `from` is a
+// multiple of 16. For matrices that fit a core's cache.
+template <bool TURNED>
+void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t step,
+             const Panels& b, int64_t skip, int64_t from, float* c, int64_t ci, bool add) {
+    for (int64_t j = 0; j < columns; j += PANEL) {
+        const float* right = &b.data[(j + from) * b.depth + skip * PANEL];
+        const int64_t wide = std::min<int64_t>(PANEL, columns - j);
+        for (int64_t i = 0, left; (left = rows - i) > 0;) {
+            const float* one = a + i * (TURNED ? 1 : step);
+            float* out = c + i * ci + j;
+            if (left >= STRIP) {
+                tile<STRIP, TURNED>(depth, one, step, right, out, ci, wide, add), i += STRIP;
+            } else if (left >= 4) {
+                tile<4, TURNED>(depth, one, step, right, out, ci, wide, add), i += 4;
+            } else {
+                tile<1, TURNED>(depth, one, step, right, out, ci, wide, add), i += 1;
+            }
+        }
+    }
+}
+
+// Causal attention of one key head and the query heads that share it, in blocks of queries: what a
+// block sees are the columns from `from` to `seen`, filled up to whole panels: `wide` of them.
+struct Attention {
+    int64_t length, width;
+    const int32_t* first;  // (length,): the first column that a query sees
+    int64_t padded = ((length + PANEL - 1) / PANEL | 1) * PANEL;  // odd, to spread over the cache
+    int64_t begin = 0, rows = 0, from = 0, seen = 0, wide = 0;
+
+    void block(int64_t begin_) {
+        begin = begin_, rows = std::min<int64_t>(BLOCK, length - begin);
+        seen = begin + rows, from = first[begin] / PANEL * PANEL;
+        wide = (seen + PANEL - 1) / PANEL * PANEL - from;
+    }
+
+    // Rows of `padded`: each query's products with the columns that the block sees.
+    void scores(const float* q, int64_t place, const Panels& across, float* out) const {
+        product<false>(rows, wide, width, q, place, across, 0, from, out, padded, false);
+    }
+
+    // make(r, row, low, high) for each query's columns; the others become 0.
+    template <class Make> void each_row(float* out, const Make& make) const {
+        for (int64_t r = 0; r < rows; ++r) {
+            float* row = out + r * padded;
+            const int64_t low = first[begin + r] - from, high = begin + r + 1 - from;
+            std::fill(row, row + low, 0.f);
+            std::fill(row + high, row + wide, 0.f);
+            make(r, row, low, high);
+        }
+    }
+};
 
 }  // namespace
 
@@ -189,6 +306,106 @@ void looptx_gelu_gate_backward(int threads, int64_t count, const float* dy, cons
             normal(gate[i], phi, density);
             dup[i] = dy[i] * gate[i] * phi;
             dgate[i] = dy[i] * up[i] * (phi + gate[i] * density);
+        }
+    });
+}
+
+// Queries (batch, kv_heads * group, length, width) in any layout whose last stride is 1, and so keys
+// and values; first (batch, length): see above. out: of the queries' shape; log_sums (batch, heads,
+// length): of each query's exponentials.
+void looptx_attend(int threads, int64_t batch, int64_t kv_heads, int64_t group, int64_t length,
+                   int64_t width, float scale, const int32_t* first, const Heads* tensors,
+                   float* log_sums) {
+    const Heads &q = tensors[0], &k = tensors[1], &v = tensors[2], &out = tensors[3];
+    std::atomic<int64_t> next{0};
+    share(threads, threads, [&](int, int64_t, int64_t) {
+        Panels keys, values;
+        std::vector<float> chances;
+        for (int64_t task; (task = next++) < batch * kv_heads;) {
+            const int64_t b = task / kv_heads, own = task % kv_heads;
+            Attention at{length, width, first + b * length};
+            keys.fill(k.at(b, own), 1, k.place, width, length);
+            values.fill(v.at(b, own), v.place, 1, length, width);
+            chances.resize(BLOCK * at.padded);
+            for (int64_t h = own * group; h < (own + 1) * group; ++h)
+                for (int64_t i = 0; i < length; i += BLOCK) {
+                    at.block(i);
+                    at.scores(q.at(b, h, i), q.place, keys, chances.data());
+                    float* sums = log_sums + (b * kv_heads * group + h) * length + i;
+                    at.each_row(chances.data(), [&](int64_t r, float* row, int64_t low,
+                                                    int64_t high) {
+                        float most = row[low], sum = 0;
+#pragma omp simd reduction(max : most)
+                        for (int64_t j = low; j < high; ++j) most = row[j] > most ? row[j] : most;
+#pragma omp simd reduction(+ : sum)
+                        for (int64_t j = low; j < high; ++j)
+                            sum += row[j] = exp_below((row[j] - most) * scale);
+                        const float share = 1.f / sum;
+                        for (int64_t j = low; j < high; ++j) row[j] *= share;
+                        sums[r] = most * scale + std::log(sum);
+                    });
+                    product<false>(at.rows, width, at.seen - at.from, chances.data(), at.padded,
+                                   values, at.from, 0, out.at(b, h, i), out.place, false);
+                }
+        }
+    });
+}
+
+// tensors: queries, keys, values, the output and its gradient, and the gradients of the first three.
+void looptx_attend_backward(int threads, int64_t batch, int64_t kv_heads, int64_t group,
+                            int64_t length, int64_t width, float scale, const int32_t* first,
+                            const Heads* tensors, const float* log_sums) {
+    const Heads &q = tensors[0], &k = tensors[1], &v = tensors[2], &out = tensors[3];
+    const Heads &dout = tensors[4], &dq = tensors[5], &dk = tensors[6], &dv = tensors[7];
+    std::atomic<int64_t> next{0};
+    share(threads, threads, [&](int, int64_t, int64_t) {
+        Panels keys, values, plain_keys, queries, pushes;
+        std::vector<float> chances, pulls;
+        for (int64_t task; (task = next++) < batch * kv_heads;) {
+            const int64_t b = task / kv_heads, own = task % kv_heads;
+            Attention at{length, width, first + b * length};
+            keys.fill(k.at(b, own), 1, k.place, width, length);
+            values.fill(v.at(b, own), 1, v.place, width, length);
+            plain_keys.fill(k.at(b, own), k.place, 1, length, width);
+            chances.resize(BLOCK * at.padded), pulls.resize(BLOCK * at.padded);
+            for (int64_t l = 0; l < length; ++l) {
+                std::fill_n(dk.at(b, own, l), width, 0.f);
+                std::fill_n(dv.at(b, own, l), width, 0.f);
+            }
+            for (int64_t h = own * group; h < (own + 1) * group; ++h)
+                for (int64_t i = 0; i < length; i += BLOCK) {
+                    at.block(i);
+                    const float* sums = log_sums + (b * kv_heads * group + h) * length + i;
+                    at.scores(q.at(b, h, i), q.place, keys, chances.data());
+                    at.scores(dout.at(b, h, i), dout.place, values, pulls.data());
+                    at.each_row(chances.data(), [&](int64_t r, float* row, int64_t low,
+                                                    int64_t high) {
+                        const float sum = sums[r];
+#pragma omp simd
+                        for (int64_t j = low; j < high; ++j)
+                            row[j] = exp_below(std::min(row[j] * scale - sum, 0.f));
+                    });
+                    at.each_row(pulls.data(), [&](int64_t r, float* row, int64_t low,
+                                                  int64_t high) {
+                        const float *one = dout.at(b, h, i + r), *two = out.at(b, h, i + r);
+                        const float* chance = chances.data() + r * at.padded;
+                        float mean = 0;
+#pragma omp simd reduction(+ : mean)
+                        for (int64_t d = 0; d < width; ++d) mean += one[d] * two[d];
+#pragma omp simd
+                        for (int64_t j = low; j < high; ++j)
+                            row[j] = chance[j] * (row[j] - mean) * scale;
+                    });
+                    const int64_t columns = at.seen - at.from;
+                    queries.fill(q.at(b, h, i), q.place, 1, at.rows, width);
+                    pushes.fill(dout.at(b, h, i), dout.place, 1, at.rows, width);
+                    product<true>(columns, width, at.rows, chances.data(), at.padded, pushes, 0, 0,
+                            dv.at(b, own, at.from), dv.place, true);
+                    product<true>(columns, width, at.rows, pulls.data(), at.padded, queries, 0, 0,
+                            dk.at(b, own, at.from), dk.place, true);
+                    product<false>(at.rows, width, columns, pulls.data(), at.padded, plain_keys,
+                            at.from, 0, dq.at(b, h, i), dq.place, false);
+                }
         }
     });
 }

@@ -1,8 +1,9 @@
 """What stands between a training step's matrix products on a CPU, each in one pass over memory.
 
-`fused.cpp` has the forward and backward of RMSNorm, of RMSNorm with RoPE, and of GeGLU's gate. The
-modules say what is computed, and take these where `ready` says so: training has asked for them by
-`prepare`, and gradients of plain float32 are wanted. A gradient of a gradient is refused.
+`fused.cpp` has the forward and backward of RMSNorm, of RMSNorm with RoPE, of GeGLU's gate and of
+causal attention. The modules say what is computed, and take these where `ready` says so: training
+has asked for them by `prepare`, and gradients of plain float32 are wanted. A gradient of a gradient
+is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def prepare(on: bool = True) -> str:
         _library = load(Path(__file__).with_suffix(".cpp"))
     except MissingError as error:
         return f"plain torch: {error}"
-    return "fused, norms, RoPE and gates in one pass each"
+    return "fused, norms, RoPE, gates and attention in one pass each"
 
 
 def ready(*tensors: Tensor) -> bool:
@@ -123,6 +124,54 @@ class _GeluGate(Function):
         return dgate, dup
 
 
+class _Heads(ctypes.Structure):
+    """A tensor (batch, heads, length, head_dim) in any layout whose last stride is 1."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 3)]
+
+    @classmethod
+    def array(cls, *tensors: Tensor) -> Any:
+        """Of some, for a call."""
+        each = (cls(x.data_ptr(), (ctypes.c_int64 * 3)(*x.stride()[:3])) for x in tensors)
+        return (cls * len(tensors))(*each)
+
+
+class _Attend(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, first: Tensor | None
+    ) -> Tensor:
+        q, k, v = map(_rows_whole, (queries, keys, values))
+        batch, heads, length, width = q.shape
+        if first is None:
+            first = torch.zeros(batch, length, dtype=torch.int32)
+        # As it lies when heads are joined again, and so are the gradients below.
+        out = q.new_empty(batch, length, heads, width).transpose(1, 2)
+        sums = q.new_empty(batch, heads, length)
+        ctx.sizes = batch, k.shape[1], heads // k.shape[1], length, width, width**-0.5
+        tensors = _Heads.array(q, k, v, out)
+        _call("looptx_attend", *ctx.sizes, first, ctypes.addressof(tensors), sums)
+        ctx.save_for_backward(q, k, v, out, sums, first)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, sums, first = ctx.saved_tensors
+        dout = _rows_whole(dout)
+        dq, dk, dv = (
+            x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+            for x in (q, k, v)
+        )
+        tensors = _Heads.array(q, k, v, out, dout, dq, dk, dv)
+        _call("looptx_attend_backward", *ctx.sizes, first, ctypes.addressof(tensors), sums)
+        return dq, dk, dv, None
+
+
+def _rows_whole(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`RMSNorm` over the last dimension."""
     return _Norm.apply(x, weight, eps)
@@ -136,3 +185,13 @@ def norm_and_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Ten
 def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) * up, the gelu by the error function."""
     return _GeluGate.apply(gate, up)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, first: Tensor | None = None) -> Tensor:
+    """Causal attention with grouped heads, by blocks that are never kept (arXiv 2205.14135).
+
+    queries (batch, heads, length, head_dim), keys and values (batch, kv_heads, length, head_dim);
+    first: the first column that each query sees, (batch, length) int32, no later than itself and
+    never falling along a row. None: all see the first. The result has the queries' shape.
+    """
+    return _Attend.apply(queries, keys, values, first)

@@ -25,7 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
-from looptx_core.model.attention import Attend, Packed, sdpa, within_documents
+from looptx_core.model.attention import (
+    Attend,
+    Packed,
+    sdpa,
+    takes_documents,
+    within_documents,
+)
 from looptx_core.model.block import Block, SideBySide, Surroundings
 from looptx_core.model.cache import LoopCache, Window
 from looptx_core.model.confidence import Confidence, ConfidenceHead
@@ -138,7 +144,7 @@ class LoopedTransformer(nn.Module):
             positions = torch.arange(length, device=weight.device)[None, None]
             # A batch of one document a row needs no mask, and causal attention is half the work.
             if documents is not None and bool((documents != documents[:, :1]).any()):
-                packs = layout is None and getattr(self.attend, "packs", False)
+                packs = layout is None and takes_documents(self.attend, weight)
                 mask = Packed.of(documents) if packs else within_documents(documents)
         else:
             positions, mask = window.positions()[None], window.mask()

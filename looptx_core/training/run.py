@@ -6,6 +6,7 @@ import functools
 import operator
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from looptx_core.data.datamodule import TokenData
 from looptx_core.data.pairs import MixedData, mix_of, read_pairs
 from looptx_core.data.probes import probe_batches, read_probes
 from looptx_core.errors import Interrupted, LooptxError, UsageError
+from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.model import fused
 from looptx_core.model.attention import choose_backend
 from looptx_core.model.loop import LoopedTransformer
@@ -239,7 +241,8 @@ def fit(
         if device.type == "cpu":
             report(f"kernels: {fused.prepare(precision == 'float32' and not config.compile)}")
         try:
-            trainer.fit(module, datamodule=batches, ckpt_path=start_from, weights_only=True)
+            with freed_memory_kept() if device.type == "cpu" else nullcontext():
+                trainer.fit(module, datamodule=batches, ckpt_path=start_from, weights_only=True)
         except OSError as error:
             raise LooptxError(
                 f"cannot save to {checkpoints}: {error.strerror or error}; free some space and "
