@@ -1,6 +1,7 @@
 """Training speed: looptx against transformers' Llama of the same width and effective depth.
 
-Both have width 512, 12 effective layers, float32, AdamW; rounds alternate in one process. Ours is
+Both have width 512, 12 effective layers, float32, AdamW. Each side has a process of its own, as
+memory that is given back and cleared anew is a part of a step; they take steps in turns. Ours is
 2 + 2 x 4 + 2, with the loss at the final loop only, and beside it the default recipe (depths by
 the loss, two read-outs a sequence), with AdamW and with its own Muon: a step of only 2,048 tokens
 shows what Muon costs at its worst. "Plain" is ours without the fused kernels.
@@ -17,12 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -38,7 +41,7 @@ from looptx_core.data.datamodule import TokenData
 from looptx_core.data.shards import tokenize_corpus
 from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.model import fused
-from looptx_core.model.attention import Attend, explicit, sdpa
+from looptx_core.model.attention import Attend, Packed, explicit, sdpa
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rope import rotary_tables
@@ -48,7 +51,9 @@ from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import build_optimizer
 
 OURS, THEIRS = "looptx, last loop only", "transformers"
-PLAIN = "looptx, last loop only, plain"
+PLAIN, THEIRS_KEPT = "looptx, last loop only, plain", "transformers, freed memory kept"
+WARM = 3
+"""Rounds that bring a process's memory to where it stays."""
 VOCAB, ROWS, LENGTH = 4096, 8, 256
 SHAPE = ModelConfig(
     vocab_size=VOCAB,
@@ -117,10 +122,18 @@ def theirs() -> Callable[[int], None]:
 
 
 LAST = {"loop_schedule": "fixed", "loops": 4, "loss_at": "last", "optimizer": "adamw"}
+SETTINGS: dict[str, dict[str, str]] = {
+    OURS: LAST,
+    PLAIN: LAST,
+    "looptx, default recipe, AdamW": {"optimizer": "adamw"},
+    "looptx, default recipe": {},
+}
 LINES = {
     "matrix products of the blocks": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
-    "attention, forward": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
-    "attention, backward": ("aten::_scaled_dot_product_flash_attention_for_cpu_backward",),
+    "attention, forward": ("aten::_scaled_dot_product_flash_attention_for_cpu", "_Attend"),
+    "attention, backward": (
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward", "_AttendBackward",
+    ),
     "norms, RoPE, gates (fused)": (
         "_Norm", "_NormBackward", "_Turn", "_TurnBackward", "_GeluGate", "_GeluGateBackward",
     ),
@@ -135,9 +148,10 @@ LINES = {
 
 def profiled(step: Callable[[int], None]) -> dict[str, float]:
     """Share of a step by line. The vocabulary's three products have a line of their own."""
-    step(0)
+    for number in range(WARM):
+        step(number)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
-        step(1)
+        step(WARM)
     line_of = {name: line for line, names in LINES.items() for name in names}
     shares: dict[str, float] = dict.fromkeys(
         (*LINES, "loss over the vocabulary, its products", "all else"), 0.0
@@ -200,7 +214,7 @@ def parts() -> dict[str, dict[str, float]]:
         ).sum().backward(),
     }  # fmt: skip
     found: dict[str, dict[str, float]] = {name: {} for name in steps}
-    for way in ("plain", "fused"):
+    for way in ("plain", "fused"):  # the second stays on
         fused.prepare(way == "fused")
         for name, step in steps.items():
             found[name][way] = milliseconds(step)
@@ -213,13 +227,17 @@ def parts() -> dict[str, dict[str, float]]:
         "apart": milliseconds(lambda: [plain @ part.T for part in rows]),
     }
 
-    def attention(attend: Attend) -> Callable[[], object]:
-        return lambda: attend(q, kv, kv, None).sum().backward()
+    documents = Packed.of((torch.arange(LENGTH) // 60).expand(ROWS, -1))
 
-    found["attention"] = {
-        "torch's fused": milliseconds(attention(sdpa)),
-        "products and softmax": milliseconds(attention(explicit)),
-    }
+    def attention(attend: Attend, seen: Packed | None) -> Callable[[], object]:
+        return lambda: attend(q, kv, kv, seen).sum().backward()
+
+    for name, seen in (("attention", None), ("attention within documents of 60", documents)):
+        found[name] = {"ours": milliseconds(attention(sdpa, seen))}
+        fused.prepare(False)
+        found[name]["torch's fused"] = milliseconds(attention(sdpa, seen))
+        found[name]["products and softmax"] = milliseconds(attention(explicit, seen))
+        fused.prepare()
     matrices, coefficients = torch.randn(2, 256, 512), (3.4445, -4.775, 2.0315)
 
     def muon(dtype: torch.dtype) -> Callable[[], object]:
@@ -260,18 +278,19 @@ def main() -> None:
     kernels = fused.prepare()
     result: dict[str, object] = {"kernels": kernels, "threads": args.threads}
     if args.parts:
-        name, result["milliseconds"] = "train_parts.json", parts()
+        with freed_memory_kept():
+            name, result["milliseconds"] = "train_parts.json", parts()
     elif args.profile:
         name = "train_profile.json"
-        result["shares"] = {
-            "looptx, last loop only": profiled(ours(False, **LAST)),
-            "looptx, default recipe": profiled(ours(False)),
-            "transformers": profiled(theirs()),
-        }
+        shares = {THEIRS: profiled(theirs())}
+        with freed_memory_kept():
+            shares[OURS] = profiled(ours(False, **LAST))
+            shares["looptx, default recipe"] = profiled(ours(False))
+        result["shares"] = shares
         result["processor_seconds_a_batch"] = data_seconds()
     else:
         name = "train_speed_compiled.json" if args.compile else "train_speed.json"
-        result |= timed(args.rounds, args.compile)
+        result |= timed(args.rounds, args.compile, args.threads)
     result["versions"] = {
         "looptx": __version__,
         "torch": torch.__version__,
@@ -282,34 +301,57 @@ def main() -> None:
     (Path(__file__).parent / "results" / name).write_text(json.dumps(result, indent=2) + "\n")
 
 
-def timed(rounds: int, compiled: bool) -> dict[str, object]:
-    sides = {
-        OURS: ours(compiled, **LAST),
-        THEIRS: theirs(),
-        "looptx, default recipe, AdamW": ours(compiled, optimizer="adamw"),
-        "looptx, default recipe": ours(compiled),
-    }
-    sides[PLAIN] = sides[OURS]
-    clock: dict[str, list[float]] = {name: [] for name in sides}
-    processor: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        for name, step in sides.items():
-            fused.prepare(not compiled and name != PLAIN)
-            # Ours as `looptx train` runs it; the others as they come.
-            with freed_memory_kept() if name not in (PLAIN, THEIRS) else nullcontext():
-                step(number - 1)  # warms up, as the other side has the processor's cache
-                start, used = time.perf_counter(), time.process_time()
-                step(number)
-                if number:
-                    clock[name].append(time.perf_counter() - start)
-                    processor[name].append(time.process_time() - used)
-    seconds = {name: statistics.median(each) for name, each in clock.items()}
+def _sit(side: str, compiled: bool, threads: int, orders: Connection) -> None:
+    """One side in a process of its own: a step for each number that comes, seconds back."""
+    torch.set_num_threads(threads)
+    if side in (THEIRS, THEIRS_KEPT):
+        step = theirs()
+    else:
+        fused.prepare(not compiled and side != PLAIN)
+        step = ours(compiled, **SETTINGS[side])
+    with nullcontext() if side == THEIRS else freed_memory_kept():
+        while (number := orders.recv()) is not None:
+            start, used = time.perf_counter(), time.process_time()
+            step(number)
+            orders.send((time.perf_counter() - start, time.process_time() - used))
+
+
+def timed(rounds: int, compiled: bool, threads: int) -> dict[str, object]:
+    spawn = multiprocessing.get_context("spawn")
+    lines, seats = {}, []
+    for side in (*SETTINGS, THEIRS, THEIRS_KEPT):
+        lines[side], other = spawn.Pipe()
+        seats.append(spawn.Process(target=_sit, args=(side, compiled, threads, other)))
+        seats[-1].start()
+    clock: dict[str, list[float]] = {name: [] for name in lines}
+    processor: dict[str, list[float]] = {name: [] for name in lines}
+    for number in range(rounds + WARM):
+        for name, line in lines.items():
+            line.send(number)
+            seconds, used = line.recv()
+            if number >= WARM:
+                clock[name].append(seconds)
+                processor[name].append(used)
+    for line in lines.values():
+        line.send(None)
+    for seat in seats:
+        seat.join()
+
+    def ratios(times: dict[str, list[float]], to: str) -> dict[str, float]:
+        """Medians over rounds, as such machines change their speed from one minute to the next."""
+        return {
+            name: round(statistics.median(a / b for a, b in zip(times[to], each)), 3)
+            for name, each in times.items()
+        }
+
+    middle = {name: statistics.median(each) for name, each in clock.items()}
     used_by = {name: statistics.median(each) for name, each in processor.items()}
     rate = product_rate(torch.float32, 1536)
     return {
-        "tokens_per_second": {n: round(ROWS * LENGTH / s, 1) for n, s in seconds.items()},
-        "ratio": {n: round(seconds[THEIRS] / s, 3) for n, s in seconds.items()},
-        "ratio_of_processor_time": {n: round(used_by[THEIRS] / s, 3) for n, s in used_by.items()},
+        "tokens_per_second": {n: round(ROWS * LENGTH / s, 1) for n, s in middle.items()},
+        "ratio": ratios(clock, THEIRS),
+        "ratio_of_processor_time": ratios(processor, THEIRS),
+        "ratio_to_transformers_with_freed_memory_kept": ratios(clock, THEIRS_KEPT),
         "processor_seconds": {n: round(s, 3) for n, s in used_by.items()},
         "product_gflops_per_processor_second": {
             "float32": round(rate / 1e9, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.errors import MissingError
 from looptx_core.machine import kernels
+from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.model import fused
 from looptx_core.model.attention import Packed, explicit, sdpa
 from looptx_core.model.loop import LoopedTransformer
@@ -161,3 +163,26 @@ def test_what_cannot_be_built_is_said_in_one_line(
         kernels.load(source)
     assert fused.prepare().startswith("plain torch: no C++ compiler")
     kernels.load.cache_clear()
+
+
+def test_freed_memory_is_kept_within_and_given_back_after() -> None:
+    """A tensor's pages come from the system once, not at every use; at the end they go back."""
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(16, 1 << 20)  # 64 MB, above what is ever kept otherwise
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs Linux")
+    usual = faults()
+    with freed_memory_kept():
+        torch.ones(16, 1 << 20)
+        kept, held = faults(), resident()
+    assert usual > 10_000 and kept < usual / 10
+    assert resident() < held - (48 << 20)
+    assert faults() > 10_000
