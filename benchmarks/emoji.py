@@ -6,8 +6,6 @@
 writes into `benchmarks/.data/emoji`:
 - `train.jsonl`: of names that are not held out, in the styles to train on, each with two captions,
   "cat face" and "animal mammal: cat face", the kind being the emoji data's own subcategory.
-- `names.jsonl`: the same in the four styles of `BUNDLED` with the names alone, which the model that
-  ships was trained on.
 - `words.jsonl`: texts as "animal mammal: okapi", the nouns of WordNet 3.1 that have one of those
   kinds, and the captions to train on; text alone, without a picture.
 - `all.jsonl`: each picture with `style`, `group`, `kind` and `unseen`.
@@ -63,7 +61,6 @@ TEST = {
     "facebook": Style("emoji-datasource-facebook@16.0.0", "", "package/img/facebook/64/"),
     "apple": Style("emoji-datasource-apple@16.0.0", "", "package/img/apple/64/"),
 }
-BUNDLED = ("noto", "blob", "fluent", "twemoji")
 UNSEEN = 0.1
 _TONES = r"-1f3f[b-f]"
 _GENDER = r"-200d-264[02]|-200d-27a1"
@@ -148,11 +145,6 @@ def fetch_emoji() -> Path:
     files: dict[str, list[dict[str, Any]]] = {
         "all": records,
         "train": train,
-        "names": [
-            {"image": record["image"], "text": record["text"][0]}
-            for record in train
-            if record["image"].split("/")[0] in BUNDLED
-        ],
         "words": [{"text": text} for text in texts],
     }
     for file, lines in files.items():
@@ -270,5 +262,5 @@ def _members(package: str) -> Iterator[tuple[str, bytes]]:
 
 if __name__ == "__main__":
     folder = fetch_emoji()
-    for file in ("train.jsonl", "names.jsonl", "all.jsonl", "words.jsonl"):
+    for file in ("train.jsonl", "all.jsonl", "words.jsonl"):
         print(f"{folder / file}: {(folder / file).read_text('utf-8').count(chr(10))} lines")

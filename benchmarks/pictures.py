@@ -138,7 +138,13 @@ def cats(captions: Captions, engine: Engine, records: list[dict[str, Any]]) -> d
             {"picture": r["image"], "name": r["text"], "caption": g.text, "loops": g.mean_loops}
             for r, g in zip(chosen, found)
         ]
-    return {"cat_said_of_cats": shares[0], "cat_said_of_others": shares[1], **said}
+    beyond = sum("cat" in one["caption"].split(": ")[-1].split() for one in said["cats"])
+    return {
+        "cat_said_of_cats": shares[0],
+        "cat_said_of_others": shares[1],
+        "cat_said_of_cats_after_the_kind": beyond / len(said["cats"]),
+        **said,
+    }
 
 
 def stamps(captions: Captions, engine: Engine, count: int) -> dict[str, Any]:
@@ -187,6 +193,9 @@ def main() -> int:
     unseen = some([r for r in new if r["unseen"] and r["style"] == "facebook"], 150)
     known = some([r for r in records if r["unseen"] and r["style"] == "noto"], 150)
     usual = typical(captions, sorted({r["text"] for r in unseen + known}), trained)
+    # The other form in which captions were trained: the emoji data's own kind before the name.
+    whole = [{**r, "text": f"{r['kind']}: {r['text']}"} for r in unseen]
+    usual_whole = typical(captions, sorted({r["text"] for r in whole}), trained)
     found = {
         "command": "python benchmarks/pictures.py",
         "seed": SEED,
@@ -194,6 +203,7 @@ def main() -> int:
         "seen_names": right_or_shuffled(captions, seen),
         "unseen_names": right_or_shuffled(captions, unseen),
         "one_of_ten_unseen": one_of_ten(captions, unseen, usual),
+        "one_of_ten_unseen_with_kinds": one_of_ten(captions, whole, usual_whole),
         "one_of_ten_unseen_in_a_style_trained_on": one_of_ten(captions, known, usual),
         "cats": cats(captions, engine, [r for r in new if not r["unseen"]]),
         "photographs": stamps(captions, engine, 20 if few else 100),
@@ -202,6 +212,7 @@ def main() -> int:
         print(f"{name}: the right picture is worth {found[name]['difference']:.2f} nats a token")
     for name, ten in (
         ("unseen emoji", found["one_of_ten_unseen"]),
+        ("unseen emoji, kinds said", found["one_of_ten_unseen_with_kinds"]),
         ("unseen emoji in a style trained on", found["one_of_ten_unseen_in_a_style_trained_on"]),
         ("photographs", found["photographs"]["one_of_ten"]),
     ):
