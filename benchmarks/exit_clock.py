@@ -9,7 +9,7 @@ half their speed for a part of the time. Then the price of a decision, and of a 
 vocabulary, in loops.
 
     python benchmarks/exit_clock.py [--texts 4] [--rounds 20] [--threads 1] [--model FOLDER]
-        [--kernel auto]
+        [--kernel auto] [--name exit_clock]
 """
 
 from __future__ import annotations
@@ -88,6 +88,11 @@ def decoding(
         "share_of_promise": (full - own) / ((deepest - loops["auto"]) * price),
         "exit_against_full_depth": full / own,
         "exit_against_fixed": seconds["fixed"] / own,
+        "share_of_promise_against_fixed": (
+            (seconds["fixed"] - own) / ((equal - loops["auto"]) * price)
+            if loops["auto"] < equal
+            else None
+        ),
     }
 
 
@@ -152,6 +157,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--kernel", default="auto", help="auto, native or torch.")
+    parser.add_argument("--name", default="exit_clock", help="Of the results file.")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     loaded = load_model(flags.model)
@@ -179,7 +185,7 @@ def main() -> None:
         shapes[preset] = LoopedTransformer(ModelConfig(**get_preset(preset)["model"])).eval()
         shapes[preset].join()
     results["prices"] = {name: prices(model, flags.kernel) for name, model in shapes.items()}
-    write("exit_clock", results)
+    write(flags.name, results)
 
 
 if __name__ == "__main__":
