@@ -171,6 +171,7 @@ def main() -> None:
     results: dict[str, Any] = {
         "what": __doc__.splitlines()[0],
         "texts": flags.texts,
+        "rounds": flags.rounds,
         "kernel": engine.kernel,
     }
     for name, texts in (("prose", prose), ("hop lines", hops)):

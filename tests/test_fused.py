@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_attention(length: int, heads: int, kv_heads: int, width: int) -> None:
         draw(2, n, length, width).transpose(1, 2).contiguous().transpose(1, 2)
         for n in (heads, kv_heads, kv_heads)
     ]
-    agree(fused.attend, textbook, *inputs)
+    agree(fused.causal_attention, textbook, *inputs)
 
 
 def test_attention_within_documents() -> None:
@@ -103,7 +104,7 @@ def test_attention_within_documents() -> None:
     packed = Packed.of(documents)
     assert packed.first[0, [0, 1, 47, 48, 50, 51, 139]].tolist() == [0, 1, 1, 48, 48, 51, 131]
     agree(
-        lambda q, k, v: fused.attend(q, k, v, packed.first),
+        lambda q, k, v: fused.causal_attention(q, k, v, packed.first),
         lambda q, k, v: textbook(q, k, v, packed.mask()),
         draw(2, 4, 140, 16), draw(2, 2, 140, 16), draw(2, 2, 140, 16),
     )  # fmt: skip
@@ -177,12 +178,15 @@ def test_freed_memory_is_kept_within_and_given_back_after() -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
-    if not Path("/proc/self/statm").exists():
-        pytest.skip("needs Linux")
+    name, version = platform.libc_ver()
+    if name != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
+        pytest.skip("needs glibc 2.35")
     usual = faults()
+    if usual < 10_000:
+        pytest.skip("huge pages hide what is counted")
     with freed_memory_kept():
         faults()
         kept, held = faults(), resident()
-    assert usual > 10_000 and kept < 1_000
+    assert kept < 1_000
     assert resident() < held - (48 << 20)
     assert faults() > 10_000

@@ -1,9 +1,9 @@
 """Rows on their way through the core: each at its own loop, each leaving by its own exit.
 
-One turn is one pass of the core over all rows that are in it, whatever loop each has reached: they
-share the weights, and only their places in the cache differ. Who leaves is read out at once, and
-others may enter before the next turn, so that the core works on a full batch (continuous batching
-over depth, arXiv 2608.09444).
+One turn is a ride: passes of the core over all rows that are in it, whatever loop each has reached,
+until one may leave. They share the weights, and only their places in the cache differ. Who leaves
+is read out at once, and others may enter before the next turn, so that the core works on a full
+batch (continuous batching over depth, arXiv 2608.09444).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Flight:
         self._riders += [_Rider(row, own) for row, own in zip(rows, exits)]
 
     def turn(self) -> Landing | None:
-        """On to the next loop at which a row is looked at; those that leave are read out."""
+        """On until a row may leave, or has to be looked at; those that leave are read out."""
         riders, work = self._riders, self.work
         assert self._state is not None and self._embedding is not None, "nobody has entered"
         if self._place is None:

@@ -28,6 +28,7 @@ class NativeMoves(Moves):
     def __init__(self, model: LoopedTransformer, precision: str = "float32") -> None:
         super().__init__(model)
         self.native = NativeModel(model, precision)
+        self._watch: Watch  # of these exits:
         self._watched: Sequence[Exit] = ()
 
     def at(
@@ -86,7 +87,8 @@ class NativeMoves(Moves):
         if not isinstance(place, NativePlace) or any(own.reads_logits for own in exits):
             return super().ride(state, embedding, loops, place, exits)
         if len(exits) != len(self._watched) or any(map(operator.is_not, exits, self._watched)):
-            self._watched, self._watch = exits, _watch(exits)  # else the same rows go on
+            # Else the same rows go on.
+            self._watch, self._watched = _watch(exits), tuple(exits)
         flat = state.flatten(0, 1), embedding.flatten(0, 1)
         after, passes, judged = self.native.ride(*flat, loops, place, self._watch)
         return Ride(after.view_as(state), passes, judged)

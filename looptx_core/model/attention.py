@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looptx_core.errors import MissingError, UsageError
-from looptx_core.model import fused
+from looptx_core.model.fused import causal_attention, ready
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ queries' shape.
 def sdpa(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Packed | None) -> Tensor:
     """torch's fused attention; runs everywhere, in training on a CPU by a kernel of our own."""
     if _trains(queries, keys, values) and (isinstance(mask, Packed) or mask is None):
-        return fused.attend(queries, keys, values, None if mask is None else mask.first)
+        return causal_attention(queries, keys, values, None if mask is None else mask.first)
     mask = mask.mask() if isinstance(mask, Packed) else mask
     batch, heads, new, width = queries.shape
     if new == 1 and keys.shape[1] != heads:
@@ -92,12 +92,17 @@ def sdpa(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Packed | 
 
 
 def _trains(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
-    return fused.ready(queries, keys, values) and queries.shape[2] == keys.shape[2] > 1
+    """Whether the kernel takes these; its threads share out rows and key heads."""
+    return (
+        ready(queries, keys, values)
+        and queries.shape[2] == keys.shape[2] > 1
+        and keys.shape[0] * keys.shape[1] >= torch.get_num_threads()
+    )
 
 
 def takes_documents(attend: Attend, like: Tensor) -> bool:
     """Whether a back end does better with `Packed` than with its mask. like: a tensor to attend."""
-    return getattr(attend, "packs", False) or (attend is sdpa and fused.ready(like))
+    return getattr(attend, "packs", False) or (attend is sdpa and ready(like))
 
 
 # (queries, keys, values, starts, length) -> output, all (tokens, heads, head_dim): causal within

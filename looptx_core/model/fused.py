@@ -187,7 +187,9 @@ def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
     return _GeluGate.apply(gate, up)
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, first: Tensor | None = None) -> Tensor:
+def causal_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, first: Tensor | None = None
+) -> Tensor:
     """Causal attention with grouped heads, by blocks that are never kept (arXiv 2205.14135).
 
     queries (batch, heads, length, head_dim), keys and values (batch, kv_heads, length, head_dim);

@@ -88,7 +88,10 @@ class Watch:
         slope: Sequence[float],
         offset: Sequence[float],
     ) -> None:
-        floats = [*zip(*bounds), slope or (1.0,), offset or (0.0,)]
+        if not slope:
+            slope, offset = (1.0,), (0.0,)
+        assert len(slope) == len(offset), "a slope and an offset for each loop"
+        floats = [*zip(*bounds), slope, offset]
         self._parts = [*map(_ints, (first, last)), *map(_floats, floats)]
         self._watch = _Watch(*map(ctypes.addressof, self._parts), len(floats[2]))
         self.argument = ctypes.byref(self._watch)

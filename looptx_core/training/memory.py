@@ -17,6 +17,7 @@ import numpy as np
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import RunConfig
+from looptx_core.machine.heap import KEPT_BLOCK
 from looptx_core.model.flops import parameter_count
 from looptx_core.training.loop_schedule import draw_depths
 
@@ -26,10 +27,9 @@ LIVE_PARAMETERS = 1_000_000_000
 UPDATES = 8
 """Parts in which looptx lets ZeRO-3 update."""
 _RARE = 0.999  # the batch that is deeper than all but one of a thousand
-# C's allocator keeps freed blocks below 32 MiB for itself, so that on the CPU activations and
-# gradients don't take each other's place, and leaves gaps: this share of such gradients, as
+# C's allocator keeps freed blocks for itself (`freed_memory_kept`), so that on the CPU activations
+# and gradients don't take each other's place, and leaves gaps: this share of such gradients, as
 # benchmarks/memory_plan.py measures.
-_HEAP_BLOCK = 32 << 20
 _HEAP_GAPS = 0.65
 _BF16_ACTIVATIONS = 0.72  # of float32's bytes, as autograd keeps them; normalisations stay float32
 
@@ -235,7 +235,7 @@ def rank_need(
         # On a CPU its pieces are large, and fresh, while activations stay with the allocator.
         left = activations.total if not heap else 4 * counts.alike
         overlap = max(overlap, step - left)
-    small = 4 * max(model.d_ff, model.n_heads * model.head_dim) * model.d_model < _HEAP_BLOCK
+    small = 4 * max(model.d_ff, model.n_heads * model.head_dim) * model.d_model < KEPT_BLOCK
     return Need(
         weights=each * (share if cut else whole),
         masters=4 * share if spread.stage else 0,
