@@ -34,7 +34,7 @@ bench: setup
 	$(BIN)/python benchmarks/speculation.py --texts 2 --new 48 --rounds 1
 	$(BIN)/python benchmarks/batches.py --new 24 --rounds 1 --skip-small
 	$(BIN)/python benchmarks/cache.py --texts 2 --context 4096
-	$(BIN)/python benchmarks/train_speed.py --rounds 2
+	$(BIN)/python benchmarks/train_speed.py --rounds 1
 
 lint: setup
 	$(BIN)/ruff check .
