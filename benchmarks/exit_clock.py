@@ -9,7 +9,9 @@ half their speed for a part of the time. Then the price of a decision, and of a 
 vocabulary, in loops.
 
     python benchmarks/exit_clock.py [--texts 4] [--rounds 20] [--threads 1] [--model FOLDER]
-        [--kernel auto] [--name exit_clock]
+        [--kernel auto] [--apart] [--name exit_clock]
+
+With --apart the engine asks for each decision by a call of its own, for comparison.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import get_preset
 from looptx_core.generation.engine import Engine, Followed
 from looptx_core.generation.exits import Exit, Readout, calibrated, fixed_exit
+from looptx_core.generation.moves import Moves
 from looptx_core.generation.native_moves import choose_moves
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
@@ -157,11 +161,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--kernel", default="auto", help="auto, native or torch.")
+    parser.add_argument("--apart", action="store_true")
     parser.add_argument("--name", default="exit_clock", help="Of the results file.")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     loaded = load_model(flags.model)
     engine = Engine(loaded.model, loaded.tokenizer, loaded.exit, kernel=flags.kernel)
+    if flags.apart:  # as torch's moves do it
+        engine.moves.ride = partial(Moves.ride, engine.moves)  # type: ignore[method-assign]
     prose = [(ids, PROMPT) for ids in held_out(loaded.config.vocab_size, flags.texts, LENGTH)]
     encode = loaded.tokenizer.encode
     hops = [

@@ -52,6 +52,10 @@ class Packed:
 
     def mask(self) -> Tensor:
         """The same as a mask, (rows, 1, length, length)."""
+        return self._mask
+
+    @cached_property
+    def _mask(self) -> Tensor:  # once for all blocks and loops that ask
         return within_documents(self.documents)
 
 
