@@ -37,6 +37,7 @@ SETTINGS = ExitSettings(
     entropy=2.0,
     maxprob=0.5,
     temperature=2.0,
+    stated=(0.2, 0.3, 0.8),
     gain_slope=(1.0, 0.8, 1.3),
     gain_offset=(0.0, -0.02, 0.04),
 )
@@ -138,7 +139,11 @@ class Reference:
         y = state
         for i, block in enumerate(model.coda):
             y = self.block(block, ("coda", i), y, position, 1, lambda one: one[0])
-        return model.head(model.norm(y))[0, -1], loop, sure
+        logits = model.head(model.norm(y))[0, -1]
+        best = logits.softmax(-1).max()
+        offset, head, readout = settings.stated
+        odds = offset + head * logit.item() + readout * torch.log(best / (1 - best))
+        return logits, loop, torch.sigmoid(odds).item()
 
     @torch.no_grad()
     def generate(self, prompt, new, *, prompt_loops, minimum=1):
@@ -160,7 +165,10 @@ def test_fixed_depth_equals_uncached_forward(engine, model, tokenizer, loops):
         with torch.no_grad():
             out = model(torch.tensor([ids]), loops)
         logs = out.logits[0, -1].log_softmax(-1)
-        sure = torch.sigmoid(out.confidence.logit[0, -1] / SETTINGS.temperature)
+        best = logs.max().exp()
+        offset, head, readout = SETTINGS.stated
+        odds = offset + head * out.confidence.logit[0, -1] + readout * torch.log(best / (1 - best))
+        sure = torch.sigmoid(odds)
         assert step.id == logs.argmax() and step.loops == loops
         assert step.logprob == pytest.approx(logs[step.id].item(), abs=1e-9)
         assert step.confidence == pytest.approx(sure.item(), abs=1e-9)

@@ -82,6 +82,7 @@ def small_survey() -> Survey:
     evaluation = LoopEvaluation(
         tokens=2, loss=loss.sum(1), correct=hit.sum(1), norm=torch.zeros(3),
         logit=torch.tensor([[3.0, -3.0], [3.0, 3.0], [3.0, 3.0]]), hit=hit, gain=gain, each=loss,
+        sharp=torch.tensor([[2.2, -1.4], [2.2, 2.2], [2.2, 2.2]]),
     )  # fmt: skip
     infinite = torch.full((1, 2), torch.inf)
     kl = torch.cat([infinite, torch.tensor([[0.0, 1.0], [0.0, 0.0]])])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import signal
 import subprocess
@@ -15,15 +16,24 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.datamodule import SeededBatches
+from looptx_core.generation.exits import stated
 from looptx_core.model import fused
+from looptx_core.model.confidence import sharpness
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.callbacks import read_metrics
 from looptx_core.training.curves import verdict
-from looptx_core.training.evaluate import evaluate_loops, fit_gain, fit_temperature
+from looptx_core.training.evaluate import (
+    evaluate_loops,
+    fit_gain,
+    fit_stated,
+    fit_temperature,
+)
 from looptx_core.training.loop_schedule import LoopSchedule
+from looptx_core.training.metrics import auroc
 from looptx_core.training.muon import Muon, orthogonal
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import (
@@ -270,6 +280,28 @@ def test_temperature() -> None:
     true = torch.randn(20_000, generator=generator)
     hit = (torch.rand(20_000, generator=generator) < true.sigmoid()).float()
     assert fit_temperature(3 * true, hit) == pytest.approx(3, rel=0.05)
+
+
+def test_the_stated_confidence_weighs_head_and_readout() -> None:
+    """Both tell a part of the truth, the read-out twice as much."""
+    generator = torch.Generator().manual_seed(0)
+    logit, sharp = torch.randn(2, 40_000, generator=generator)
+    true = torch.sigmoid(0.3 + 0.5 * logit + sharp)
+    hit = (torch.rand(40_000, generator=generator) < true).float()
+    assert fit_stated(logit, sharp, hit) == pytest.approx((0.3, 0.5, 1.0), abs=0.04)
+    told = stated(logit, sharp, ExitSettings(stated=(0.3, 0.5, 1.0)))
+    assert torch.allclose(told, true)
+    best, worst = auroc(told, hit), max(auroc(logit, hit), auroc(sharp, hit))
+    assert best > worst + 0.01
+    # Where no answer is wrong, nothing runs away.
+    assert max(map(abs, fit_stated(logit, sharp, torch.ones(40_000)))) < 20
+
+
+def test_the_log_odds_of_the_best_by_hand() -> None:
+    logs = torch.tensor([[0.75, 0.25], [0.5, 0.5], [1.0, 0.0]]).log()
+    odds = sharpness(logs)
+    assert odds[:2].tolist() == pytest.approx([math.log(3), 0.0], abs=1e-6)
+    assert 15 < odds[2] < 17
 
 
 def test_predicted_gains_become_true_ones() -> None:

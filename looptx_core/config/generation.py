@@ -26,7 +26,11 @@ class ExitSettings:
     maxprob: float = 0.9
     """Stop when the most likely token's probability is at least this."""
     temperature: float = 1.0
-    """Calibration of the confidence: its log-odds are divided by this (arXiv 1706.04599)."""
+    """Calibration of the head's confidence: its log-odds are divided by this (arXiv 1706.04599)."""
+    stated: tuple[float, ...] = ()
+    """Calibration of the confidence that is stated with a token, which the exit has no need of: its
+    log-odds are stated[0] + stated[1] * the head's + stated[2] * those of the most likely token's
+    own probability, as the logits are read by then; none states the head's, see `temperature`."""
     gain_slope: tuple[float, ...] = ()
     """Calibration of the gain: after loop t it is slope[t] * predicted + offset[t]. Deeper loops
     take the last; none leaves the prediction as it is."""

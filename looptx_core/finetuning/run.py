@@ -20,6 +20,7 @@ from looptx_core.checkpoint.folder import (
     update_generation_config,
 )
 from looptx_core.config.finetune import FinetuneConfig
+from looptx_core.config.generation import ExitSettings
 from looptx_core.config.processes import is_first
 from looptx_core.data.chat import TEMPLATE
 from looptx_core.data.examples import (
@@ -34,13 +35,14 @@ from looptx_core.data.pairs import PairExample, PicturePacked
 from looptx_core.errors import UsageError
 from looptx_core.finetuning.adapters import attach, load_adapter, save_adapter, targets
 from looptx_core.finetuning.quantise import quantise, stored_bytes
+from looptx_core.generation.exits import stated
 from looptx_core.training.callbacks import read_metrics
 from looptx_core.training.curves import plot_run
 from looptx_core.training.evaluate import (
     LoopEvaluation,
     calibrate,
     evaluate_all,
-    fit_temperature,
+    fit_stated,
 )
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.metrics import calibration_error
@@ -217,21 +219,22 @@ def finetune(
         loss_by_loop=after.loss_by_loop,
         accuracy_by_loop_before=prepared.before.accuracy_by_loop,
         accuracy_by_loop=after.accuracy_by_loop,
-        ece_before=held_out_ece(prepared.before, loaded.exit.temperature),
-        ece=held_out_ece(after),
+        ece_before=held_out_ece(prepared.before, loaded.exit),
+        ece=held_out_ece(after, None),
         quantised_loss=quantised_loss,
     )
 
 
-def held_out_ece(found: LoopEvaluation, temperature: float | None = None) -> float:
-    """ECE on half of the tokens, with a temperature fitted on the other half where none is given.
+def held_out_ece(found: LoopEvaluation, settings: ExitSettings | None) -> float:
+    """ECE of the stated confidence on half of the tokens; None: calibrated on the other half.
 
-    Over all loops, as the exit asks after each.
+    Over all loops, as a token may stop after each.
     """
     half = found.logit.shape[1] // 2
-    if temperature is None:
-        temperature = fit_temperature(found.logit[:, :half], found.hit[:, :half])
-    confidence = (found.logit[:, half:] / temperature).sigmoid()
+    if settings is None:
+        parts = (found.logit, found.sharp, found.hit)
+        settings = ExitSettings(stated=fit_stated(*(part[:, :half] for part in parts)))
+    confidence = stated(found.logit[:, half:], found.sharp[:, half:], settings)
     return calibration_error(confidence, found.hit[:, half:])
 
 

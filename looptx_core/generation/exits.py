@@ -44,10 +44,26 @@ def calibrated(
     if settings.gain_slope:
         place = min(loop, len(settings.gain_slope)) - 1
         gain = settings.gain_slope[place] * gain + settings.gain_offset[place]
-    odds = logit / settings.temperature
+    return _probability(logit / settings.temperature), gain
+
+
+def stated(logit: Numbers, sharp: Numbers, settings: ExitSettings) -> Numbers:
+    """The probability, told with a token, that the most likely one is right; shapes stay.
+
+    logit: the confidence head's. sharp: `looptx_core.model.confidence.sharpness` of the logits,
+    which are read by then. The head has seen what the loops do, the logits how close the others
+    are; together they tell hits from misses better than either.
+    """
+    if not settings.stated:
+        return _probability(logit / settings.temperature)
+    offset, head, readout = settings.stated
+    return _probability(offset + head * logit + readout * sharp)
+
+
+def _probability(odds: Numbers) -> Numbers:
     if isinstance(odds, Tensor):
-        return torch.sigmoid(odds), gain
-    return 1 / (1 + math.exp(-max(odds, _NEVER))), gain
+        return torch.sigmoid(odds)
+    return 1 / (1 + math.exp(-max(odds, _NEVER)))
 
 
 _NEVER = -500.0  # log-odds of a probability that is 0 and whose inverse is still a float

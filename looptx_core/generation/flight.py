@@ -30,7 +30,8 @@ class Landing(NamedTuple):
     logits: Tensor
     """(rows, vocab_size)."""
     loops: list[int]
-    confidence: list[float]
+    odds: list[float]
+    """The confidence head's, logarithms."""
 
 
 @dataclass
@@ -44,7 +45,8 @@ class _Rider:
     """After this loop, (vocab_size,), once they were read."""
     previous: Tensor | None = None
     """After the loop before, for the rules that read them."""
-    confidence: float = 0.0
+    odds: float = 0.0
+    """The confidence head's log-odds where it leaves."""
 
 
 class Flight:
@@ -78,9 +80,8 @@ class Flight:
         window.advance()
         self.work.prompt += tokens.numel()
         depths = [loops] * len(rows)
-        judged = moves.judge(state[:, -1:], depths)
-        sure = [calibrated(logit, gain, loops, self.settings)[0] for logit, gain in judged]
-        return Landing(list(rows), logits, depths, sure)
+        odds = [logit for logit, _ in moves.judge(state[:, -1:], depths)]
+        return Landing(list(rows), logits, depths, odds)
 
     def enter(self, rows: Sequence[int], tokens: Sequence[int], exits: Sequence[Exit]) -> None:
         """Rows begin with their next tokens."""
@@ -151,7 +152,7 @@ class Flight:
         for i, rider, (logit, gain) in zip(asked, riders, words):
             sure, gain = calibrated(logit, gain, rider.loop, self.settings)
             if rider.exit.stops(rider.loop, Readout(sure, gain, rider.logits, rider.previous)):
-                rider.confidence = sure
+                rider.odds = logit
                 go.append(i)
         return go
 
@@ -173,5 +174,5 @@ class Flight:
             [rider.row for rider in gone],
             torch.stack([rider.logits for rider in gone if rider.logits is not None]),
             [rider.loop for rider in gone],
-            [rider.confidence for rider in gone],
+            [rider.odds for rider in gone],
         )

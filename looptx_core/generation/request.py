@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.generation import GenerationOptions
-from looptx_core.generation.exits import Exit
+from looptx_core.generation.exits import Exit, stated
 from looptx_core.generation.flight import Landing
 from looptx_core.generation.sampling import chances, draw
 from looptx_core.generation.text import TextStream
+from looptx_core.model.confidence import sharpness
 from looptx_core.model.vision import Picture
 
 
@@ -51,7 +52,7 @@ class Step(NamedTuple):
     loops: int
     """The depth at the position that predicted it."""
     confidence: float
-    """The calibrated probability, there, that the top-1 token is right."""
+    """The calibrated probability, there, that the top-1 token is right, by its logits too."""
     logprob: float
     """The model's own, at temperature 1 and before any filter, in nats."""
     seconds: float
@@ -163,13 +164,16 @@ def record(requests: Sequence[Request], ids: Sequence[int], landing: Landing) ->
     logits = at_least_float(landing.logits)
     # logsumexp of one row wakes torch's threads, which then spin in the kernel's way.
     chosen = torch.tensor(ids, device=logits.device)[:, None]
-    logprobs = logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
+    logs = logits.log_softmax(-1)
+    logprobs = logs.gather(1, chosen)[:, 0].tolist()
+    sharp = sharpness(logs).tolist()
     now = time.perf_counter()
-    columns = (requests, ids, landing.loops, landing.confidence, logprobs)
+    columns = (requests, ids, landing.loops, landing.odds, sharp, logprobs)
     steps = []
-    for request, token, loops, confidence, logprob in zip(*columns):
+    for request, token, loops, odds, sharp_here, logprob in zip(*columns):
         text, reason = request.take(token)
-        figures = (loops, confidence, logprob, now - request.began)
+        sure = stated(odds, sharp_here, request.exit.settings)
+        figures = (loops, sure, logprob, now - request.began)
         steps.append(Step(request.index, token, text, *figures, reason))
     return steps
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from looptx_core.generation.exits import calibrated
 from looptx_core.generation.flight import Flight, Landing
 from looptx_core.generation.request import Request, Step, advance, at_least_float, record
 from looptx_core.generation.sampling import pick
@@ -64,10 +63,7 @@ def _round(flight: Flight, request: Request) -> Iterator[Step]:
     work.readouts += drafts + count
     work.judged += count
     work.drafted += drafts
-    sure = [
-        calibrated(*words, full, flight.settings)[0]
-        for words in moves.judge(state.transpose(0, 1), [full] * count)
-    ]
+    judged = moves.judge(state.transpose(0, 1), [full] * count)
     cache.window(count, _ROW).advance()
     for number in range(count):
         meant = request.chances(logits[number], request.seen)
@@ -76,7 +72,7 @@ def _round(flight: Flight, request: Request) -> Iterator[Step]:
         else:
             stands, token = False, pick(meant, request.generator)
         work.accepted += stands
-        landing = Landing(_ROW, logits[number : number + 1], [full], [sure[number]])
+        landing = Landing(_ROW, logits[number : number + 1], [full], [judged[number][0]])
         yield from record([request], [token], landing)
         if not stands or request.done:
             cache.forget(drafts - number, _ROW)

@@ -105,7 +105,8 @@ def sentences(document: Document) -> list[str]:
     said = [
         f"Confidence where tokens stop: ECE {document['ece']:.3f} "
         f"(before calibration {document['ece_before']:.3f}), "
-        f"AUROC {_number(document['auroc'])} against max-probability's "
+        f"AUROC {_number(document['auroc'])}, by the head alone "
+        f"{_number(document['auroc_head'])}, by max-probability "
         f"{_number(document['auroc_maxprob'])}."
     ]
     within = f"{choice['target_loss_increase']:.2%}"

@@ -89,7 +89,8 @@ def _confidence(document: Document, axes: Any) -> None:
     axes[0].legend(frameon=False)
     rows = document["confidence_by_loop"]
     loops = range(1, len(rows) + 1)
-    for key, name in (("auroc", "confidence head"), ("auroc_maxprob", "max-probability")):
+    for key, name in (("auroc", "stated"), ("auroc_head", "by the confidence head alone"),
+                      ("auroc_maxprob", "max-probability")):  # fmt: skip
         values = [float("nan") if row[key] is None else row[key] for row in rows]
         axes[1].plot(loops, values, marker="o", label=name)
     axes[1].set(xlabel="loop", ylabel="AUROC", title="Is the top token right?")

@@ -148,11 +148,12 @@ def _by_loop(survey: Survey, tokens_per_byte: float) -> Document:
 def _confidence(survey: Survey, stored: ExitSettings, settings: ExitSettings) -> Document:
     """Calibration and discrimination where tokens stop, and by loop.
 
-    `before`: as the head says it; `after`: divided by the temperature of the other half.
+    `before`: as the head says it. `head`: divided by the temperature of the other half, which the
+    exit rests on. Without a suffix: as it is stated with a token, which reads the logits too.
     """
-    raw = survey.evaluation.logit.sigmoid()
+    raw, told = survey.evaluation.logit.sigmoid(), survey.stated(settings)
     signals = survey.signals(settings)
-    after, sharp = signals["confidence"], signals["maxprob"]
+    head, sharp = signals["confidence"], signals["maxprob"]
     place = rule_depths(survey, settings)[None] - 1
 
     def at_exit(values: Tensor) -> Tensor:
@@ -161,27 +162,30 @@ def _confidence(survey: Survey, stored: ExitSettings, settings: ExitSettings) ->
     hit, loss = at_exit(survey.hit), at_exit(survey.loss)
     by_loop = [
         {
-            "ece_before": metrics.calibration_error(raw[i], survey.hit[i]),
-            "ece": metrics.calibration_error(after[i], survey.hit[i]),
-            "ece_maxprob": metrics.calibration_error(sharp[i], survey.hit[i]),
-            "auroc": metrics.auroc(after[i], survey.hit[i]),
-            "auroc_maxprob": metrics.auroc(sharp[i], survey.hit[i]),
-            "spearman_loss": metrics.spearman(after[i], survey.loss[i]),
-            "spearman_loss_maxprob": metrics.spearman(sharp[i], survey.loss[i]),
+            f"{name}{of}": measure(values[i], target[i])
+            for name, measure, target in (
+                ("ece", metrics.calibration_error, survey.hit),
+                ("auroc", metrics.auroc, survey.hit),
+                ("spearman_loss", metrics.spearman, survey.loss),
+            )
+            for of, values in (("", told), ("_head", head), ("_maxprob", sharp), ("_before", raw))
         }
         for i in range(survey.loops)
     ]
     gains = survey.loss[:-1] - survey.loss[1:]
     return {
-        "ece": metrics.calibration_error(at_exit(after), hit),
+        "ece": metrics.calibration_error(at_exit(told), hit),
+        "ece_head": metrics.calibration_error(at_exit(head), hit),
         "ece_before": metrics.calibration_error(at_exit(raw), hit),
-        "auroc": metrics.auroc(at_exit(after), hit),
+        "auroc": metrics.auroc(at_exit(told), hit),
+        "auroc_head": metrics.auroc(at_exit(head), hit),
         "auroc_maxprob": metrics.auroc(at_exit(sharp), hit),
-        "spearman_loss": metrics.spearman(at_exit(after), loss),
+        "spearman_loss": metrics.spearman(at_exit(told), loss),
         "temperature_before": stored.temperature,
         "temperature": settings.temperature,
+        "stated": list(settings.stated),
         "reliability_before": [b._asdict() for b in metrics.reliability(at_exit(raw), hit)],
-        "reliability": [b._asdict() for b in metrics.reliability(at_exit(after), hit)],
+        "reliability": [b._asdict() for b in metrics.reliability(at_exit(told), hit)],
         "confidence_by_loop": by_loop,
         "spearman_gain_by_loop": [
             metrics.spearman(predicted, gain)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.generation import ExitSettings
-from looptx_core.generation.exits import SIGNALS, Readout, calibrated
+from looptx_core.generation.exits import SIGNALS, Readout, calibrated, stated
 from looptx_core.model.confidence import Confidence
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.evaluate import (
@@ -43,6 +43,10 @@ class Survey:
     @property
     def loops(self) -> int:
         return len(self.loss)
+
+    def stated(self, settings: ExitSettings) -> Tensor:
+        """The confidence told with a token that stops there, (loops, tokens)."""
+        return stated(self.evaluation.logit, self.evaluation.sharp, settings)
 
     def signals(self, settings: ExitSettings) -> dict[str, Tensor]:
         """All signals, the head's calibrated by these settings."""

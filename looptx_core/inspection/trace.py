@@ -9,8 +9,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from looptx_core.config.generation import ExitSettings
-from looptx_core.generation.exits import Exit, Readout, calibrated
+from looptx_core.generation.exits import Exit, Readout, calibrated, stated
 from looptx_core.inspection.influence import deletion_test, influence
+from looptx_core.model.confidence import sharpness
 from looptx_core.model.loop import LoopedTransformer
 
 TOP = 5
@@ -89,7 +90,9 @@ def _walk(
         previous = logits[-1] if logits else None
         logits.append(model.head(model.decode(state, around))[0].float().cpu())
         here = (depth == 0) & own.stops(loop, Readout(*read, logits[-1], previous))
-        depth[here], confidence[here] = loop, read[0][here]
+        sharp = sharpness(logits[-1].log_softmax(-1))
+        told = stated(judged.logit[0].float().cpu(), sharp, settings)
+        depth[here], confidence[here] = loop, told[here]
     return torch.stack(logits), depth, confidence
 
 

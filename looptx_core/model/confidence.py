@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
@@ -25,6 +26,15 @@ class Confidence(NamedTuple):
 
     logit: Tensor
     gain: Tensor
+
+
+def sharpness(log_probs: Tensor) -> Tensor:
+    """The log-odds of the most likely token's own probability.
+
+    log_probs: (..., vocab_size), nats. Returns (...), at most about 16, as float32 tells no surer.
+    """
+    best = log_probs.amax(-1).clamp(max=-1e-7)
+    return best - torch.log(-torch.expm1(best))
 
 
 class ConfidenceHead(nn.Module):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looptx_core.config.generation import ExitSettings
-from looptx_core.model.confidence import Confidence
+from looptx_core.model.confidence import Confidence, sharpness
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.vision import Pictures
 
@@ -25,8 +25,9 @@ Observe = Callable[[int, Tensor, Tensor, Confidence], object]
 class LoopEvaluation:
     """Sums over tokens for each loop; add evaluations up, then read the means.
 
-    loss, correct, norm: (loops,) float64. logit, hit, gain, each: (loops, tokens), what the
-    confidence head said, whether the top token was right, and the loss, for calibration.
+    loss, correct, norm: (loops,) float64. logit, hit, gain, each, sharp: (loops, tokens), what the
+    confidence head said, whether the top token was right, the loss, and the log-odds of the top
+    token's own probability, for calibration.
     """
 
     tokens: int
@@ -37,6 +38,7 @@ class LoopEvaluation:
     hit: Tensor
     gain: Tensor
     each: Tensor
+    sharp: Tensor
 
     def __add__(self, other: LoopEvaluation) -> LoopEvaluation:
         return LoopEvaluation(
@@ -48,6 +50,7 @@ class LoopEvaluation:
             torch.cat([self.hit, other.hit], 1),
             torch.cat([self.gain, other.gain], 1),
             torch.cat([self.each, other.each], 1),
+            torch.cat([self.sharp, other.sharp], 1),
         )
 
     @property
@@ -96,13 +99,14 @@ def evaluate_loops(
     counted = torch.ones_like(targets, dtype=torch.bool) if counted is None else counted
     layout = model.layout(inputs, pictures)
     around = model.surroundings(targets.shape[1], documents=documents, layout=layout)
-    losses, hits, norms, logits, gains = [], [], [], [], []
+    losses, hits, norms, logits, gains, sharp = [], [], [], [], [], []
     states = model.states(inputs, loops, around=around, pictures=pictures)
     for loop, state in enumerate(states, start=1):
         predicted = model.head(model.decode(state, around)).float()
         loss = F.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="none")
         losses.append(loss.view(targets.shape)[counted])
         hits.append((predicted.argmax(-1) == targets)[counted])
+        sharp.append(sharpness(predicted[counted].log_softmax(-1)))
         norms.append(state.float().square().mean(-1).sqrt()[counted].double().sum())
         judged = model.confidence(state, loop)
         logits.append(judged.logit.float()[counted])
@@ -119,6 +123,7 @@ def evaluate_loops(
         hit=hit.float().cpu(),
         gain=torch.stack(gains).cpu(),
         each=each.cpu(),
+        sharp=torch.stack(sharp).cpu(),
     )
 
 
@@ -182,8 +187,35 @@ def fit_gain(gain: Tensor, loss: Tensor) -> tuple[tuple[float, ...], tuple[float
     return tuple(slopes), tuple(offsets)
 
 
+def fit_stated(logit: Tensor, sharp: Tensor, hit: Tensor) -> tuple[float, ...]:
+    """`ExitSettings.stated`: logistic regression of hits on both log-odds (Platt, 1999).
+
+    Newton's method; the cross-entropy has one minimum. logit, sharp, hit: any equal shapes.
+    """
+    inputs = torch.stack([torch.ones_like(logit), logit, sharp], -1).flatten(0, -2).double()
+    wanted, weights = hit.flatten().double(), torch.zeros(3, dtype=torch.double)
+    scale = inputs.square().mean(0).sqrt().clamp(min=1e-6)
+    inputs = inputs / scale
+    # A trace of decay keeps the weights finite where hits can be told without an error.
+    decay = 1e-4 * torch.eye(3, dtype=torch.double)
+    for _ in range(50):
+        sure = torch.sigmoid(inputs @ weights)
+        slope = inputs.T @ (sure - wanted) / len(inputs) + decay @ weights
+        curve = (inputs.T * (sure * (1 - sure))) @ inputs / len(inputs) + decay
+        step = torch.linalg.solve(curve, slope)
+        weights = weights - step * min(1.0, 2.0 / float(step.norm().clamp(min=1e-12)))
+        if step.norm() < 1e-9:
+            break
+    return tuple((weights / scale).tolist())
+
+
 def calibrate(settings: ExitSettings, held_out: LoopEvaluation) -> ExitSettings:
-    """The exit settings with temperature and gains fitted on these tokens."""
+    """The exit settings with confidences and gains fitted on these tokens."""
     slope, offset = fit_gain(held_out.gain, held_out.each)
-    temperature = fit_temperature(held_out.logit, held_out.hit)
-    return replace(settings, temperature=temperature, gain_slope=slope, gain_offset=offset)
+    return replace(
+        settings,
+        temperature=fit_temperature(held_out.logit, held_out.hit),
+        stated=fit_stated(held_out.logit, held_out.sharp, held_out.hit),
+        gain_slope=slope,
+        gain_offset=offset,
+    )
