@@ -25,6 +25,7 @@ from looptx_core.errors import DataError, LooptxError, UsageError
 if sys.platform != "linux":
     pytest.skip("DeepSpeed runs on Linux", allow_module_level=True)
 
+from looptx_core.training.callbacks import processes_of
 from looptx_core.training.fragments import Checkpoint, Group, Piece, commit, write
 from looptx_core.training.swap import SwapFolder, clear_stale
 
@@ -160,16 +161,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
             run(top / "zero3-cpu", shards, zero3=True, offload="cpu", grad_checkpointing=True),
             run(top / "zero2-cpu", shards, strategy="zero2", offload="cpu"),
             run(top / "dropout", shards, DROPOUT, zero3=True),
+            run(top / "fsdp", shards, strategy="fsdp"),
         ])
     )  # fmt: skip
     finish(*two_nodes([
         run(top / "nodes", shards, zero3=True, nodes=2, grad_checkpointing=True),
         run(top / "nodes-zero2", shards, strategy="zero2", nodes=2),
+        run(top / "nodes-fsdp", shards, strategy="fsdp", nodes=2, grad_checkpointing=True),
     ]))  # fmt: skip
     return top
 
 
-@pytest.mark.parametrize("name", ["zero3", "zero3-cpu", "zero2-cpu", "nodes", "nodes-zero2"])
+@pytest.mark.parametrize(
+    "name", ["zero3", "zero3-cpu", "zero2-cpu", "fsdp", "nodes", "nodes-zero2", "nodes-fsdp"]
+)
 def test_equal_to_the_plain_run(name: str, trained: Path) -> None:
     assert_equal_runs(trained / "plain", trained / name)
 
@@ -210,6 +215,39 @@ def test_a_killed_run_goes_on_bit_for_bit(trained: Path, shards: Path) -> None:
     before, after = losses(trained / "nodes"), losses(fewer)
     assert before[:16] == after[:16]
     assert max(abs(a - b) for a, b in zip(before, after, strict=True)) < 1e-4
+
+
+def test_a_killed_fsdp_run_goes_on(trained: Path, shards: Path) -> None:
+    """By two processes bit for bit; by one where two had saved, from the same place."""
+    whole, killed, fewer = (trained / name for name in ("nodes-fsdp", "killed-fsdp", "fewer-fsdp"))
+    how = {"strategy": "fsdp", "nodes": 2, "grad_checkpointing": True}
+    finish(*two_nodes([run(killed, shards, **how, dies_at=12)]), code=-signal.SIGKILL)
+    assert "resumed: at step 8" in finish(*two_nodes([run(killed, shards, **how, resume=True)]))
+    last = "checkpoints/step-0000016.ckpt"
+    assert losses(whole) == losses(killed)
+    left, right = weights(whole), weights(killed)
+    assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+    one, other = (
+        torch.load(top / last, weights_only=True)["optimizer_states"][0]["state"]
+        for top in (whole, killed)
+    )
+    assert one.keys() == other.keys() and len(one) > 30
+    assert all(torch.equal(one[key][kind], other[key][kind]) for key in one for kind in one[key])
+
+    (fewer / "checkpoints").mkdir(parents=True)
+    (fewer / last).write_bytes((whole / last).read_bytes())
+    (fewer / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
+    said = finish(start([run(fewer, shards, strategy="fsdp", resume=True)]))
+    assert "2 processes saved and 1 go on" in said and "resumed: at step 16" in said
+    assert_equal_runs(whole, fewer)
+
+
+def test_a_checkpoint_cut_short_is_named(trained: Path, shards: Path) -> None:
+    cut = trained / "cut-fsdp/checkpoints/step-0000016.ckpt"
+    cut.parent.mkdir(parents=True)
+    cut.write_bytes((trained / "fsdp/checkpoints/step-0000016.ckpt").read_bytes()[:5000])
+    with pytest.raises(DataError, match=r"not a whole checkpoint .*; remove it to go on"):
+        processes_of(cut)
 
 
 def test_a_lost_process_ends_the_others(tmp_path: Path, shards: Path) -> None:

@@ -76,6 +76,11 @@ class FinetuneConfig(RunConfig):
                 f"--qlora with {self.sharding} is refused: four-bit weights are packed bytes with "
                 "scales beside them, which sharding neither cuts nor casts rightly; use --lora"
             )
+        if self.sharding == "fsdp":
+            raise UsageError(
+                "--strategy fsdp is for looptx train: its checkpoints hold what is frozen too; "
+                "use --zero3"
+            )
         if self.dora and self.lora_per_loop:
             raise UsageError("--dora with --lora-per-loop is not supported; leave one out")
         if self.dora and self.qlora and self.quantization == "int8":

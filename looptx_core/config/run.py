@@ -81,9 +81,10 @@ class RunConfig:
     """Processes on each machine, one for each device."""
     nodes: int = 1
     """Machines; torchrun, SLURM or NODE_RANK say which this one is."""
-    strategy: Literal["auto", "ddp", "zero2", "zero3"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp", "zero2", "zero3"] = "auto"
     """ddp: each process holds all. zero2: gradients and optimizer are cut over the processes, by
-    DeepSpeed. zero3: the weights too. auto: ddp where there is more than one process."""
+    DeepSpeed. zero3: the weights too. fsdp: the same cut as zero3, by PyTorch. auto: ddp where
+    there is more than one process."""
     zero3: bool = False
     """The same as --strategy zero3."""
     offload: Literal["none", "auto", "cpu", "nvme"] | None = None
@@ -151,7 +152,7 @@ class RunConfig:
 
     @property
     def sharding(self) -> str:
-        """The strategy that is meant: 'none', 'ddp', 'zero2' or 'zero3'."""
+        """The strategy that is meant: 'none', 'ddp', 'fsdp', 'zero2' or 'zero3'."""
         if self.zero3:
             return "zero3"
         if self.strategy == "auto":

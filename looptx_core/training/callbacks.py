@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import signal
 import threading
 import time
@@ -20,6 +21,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from looptx_core.errors import DataError
+from looptx_core.training import fragments
 from looptx_core.training.ranks import any_rank
 
 
@@ -198,6 +200,21 @@ def resume_point(folder: Path, metrics: Path, log_every: int, val_every: int) ->
         if logged and (step % val_every or step in validated):
             return file
     return None
+
+
+def processes_of(checkpoint: Path) -> int:
+    """How many saved it. Raises `DataError` for one that can't be read."""
+    if checkpoint.is_dir():
+        return fragments.Checkpoint(checkpoint).world_size
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
+        return int(saved["looptx"].get("processes", 1))
+    except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{checkpoint}: not a whole checkpoint ({reason}); remove it to go on from the one "
+            "before"
+        ) from error
 
 
 def step_of(checkpoint: Path) -> int:

@@ -228,7 +228,7 @@ def rank_need(
     accumulates = config.batch_size > rows * spread.world
     peak = _peak_of_backward(counts, activations, each, accumulates or bool(spread.stage))
     overlap = peak - activations.total - each * (whole if not spread.stage else share)
-    if spread.stage:  # whose gradients are cut as soon as they are there
+    if spread.stage or cut:  # whose gradients are cut as soon as they are there
         overlap = 0
     if muon:  # updates, these in one piece, and two of the same size while it multiplies
         step = (4 + 3 * (2 if bf16 else 4)) * counts.alike
@@ -254,8 +254,11 @@ def _buffers(counts: Counts, spread: Spread, each: int, bf16: bool) -> int:
         return 2 * counts.matrices if bf16 else 0
     if spread.kind == "ddp":  # gradients in buckets beside the gradients
         return 4 * counts.all + (2 * counts.matrices if bf16 else 0)
-    if spread.kind == "fsdp":  # two blocks gathered, their gradients, and the embedding
-        return 4 * (3 * counts.block + 2 * counts.embedding)
+    if spread.kind == "fsdp":
+        # All but prelude and coda, with its gradient, for the whole step; two blocks of these, the
+        # second fetched ahead, with the gradient of one.
+        rest = counts.all - counts.prelude - counts.coda
+        return 4 * (2 * rest + (3 * counts.block if counts.prelude + counts.coda else 0))
     bucket = each * min(REDUCE_BUCKET, counts.all)
     if spread.kind == "zero2":
         return bucket

@@ -155,7 +155,23 @@ class LoopedLM(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Two loggers' and the loops' states are plain numbers; nothing here needs a pickle.
-        checkpoint["looptx"] = {"step": self.global_step}
+        checkpoint["looptx"] = {
+            "step": self.global_step,
+            "processes": self.trainer.world_size,
+            "accumulation": self.trainer.accumulate_grad_batches,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning counts batches of one process; over another number of them there are more or
+        fewer to an optimizer step."""
+        now = self.trainer.accumulate_grad_batches
+        factor = now / checkpoint["looptx"].get("accumulation", now)
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        places = [progress["total"], progress["current"]]
+        places += [v for v in checkpoint.values() if isinstance(v, dict) and "batches" in v]
+        for counts in places:
+            for key in counts:
+                counts[key] = round(counts[key] * factor)
 
 
 class NotFinite(LooptxError):

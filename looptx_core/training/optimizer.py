@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from looptx_core.config.run import RunConfig
 from looptx_core.model.loop import LoopedTransformer
@@ -114,4 +115,6 @@ def clip_by_part(model: LoopedTransformer, limit: float) -> torch.Tensor:
     A common norm would let the head's gradient scale the trunk's steps.
     """
     torch.nn.utils.clip_grad_norm_(model.confidence.parameters(), limit)
-    return torch.nn.utils.clip_grad_norm_(model.trunk_parameters(), limit)
+    norm = torch.nn.utils.clip_grad_norm_(model.trunk_parameters(), limit)
+    # Over cut gradients it is a part of the whole until it is asked for.
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

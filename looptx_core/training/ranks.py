@@ -49,6 +49,22 @@ class Launcher(_SubprocessScriptLauncher):
         return function(*args, **kwargs)
 
 
+class EndsTogether:
+    """For a Lightning strategy: its processes by `Launcher`. advice: how to go on."""
+
+    advice: str
+    _launcher: Any
+
+    def _configure_launcher(self) -> None:
+        strategy: Any = self
+        self._launcher = Launcher(
+            strategy.cluster_environment,
+            strategy.num_processes,
+            strategy.num_nodes,
+            advice=self.advice,
+        )
+
+
 def _watch_children(processes: list[subprocess.Popen[bytes]], advice: str) -> None:
     while any(process.poll() is None for process in processes):
         for number, process in enumerate(processes, start=1):

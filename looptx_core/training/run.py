@@ -35,6 +35,7 @@ from looptx_core.training.callbacks import (
     JsonLines,
     StopCleanly,
     WholeFiles,
+    processes_of,
     read_metrics,
     resume_point,
     step_of,
@@ -159,7 +160,7 @@ def train(
     )  # fmt: skip
     if not is_first():
         return None
-    return _finish(model, module, batches, config, data, pairs, folder, steps, started)
+    return _finish(module.model, module, batches, config, data, pairs, folder, steps, started)
 
 
 def fit(
@@ -176,8 +177,8 @@ def fit(
 ) -> tuple[LoopedLM, int]:
     """Train what of `model` is not frozen, with checkpoints and records in `folder`.
 
-    The model ends in evaluation mode on the CPU, whole in the run's first process; beside it, the
-    module and the steps done.
+    Returns the module, and the steps done. Its model, which is `model` unless that was cut by
+    FSDP, ends in evaluation mode on the CPU, whole in the run's first process.
 
     command: what `--resume` goes on with, for messages. callbacks: Lightning's, for progress
     displays and the like. report: called with lines of one choice each ("attention: sdpa, ...").
@@ -203,7 +204,14 @@ def fit(
     if config.compile:
         for block in (*model.prelude, *model.core, *model.coda):
             block.compile(dynamic=True)
-    module = LoopedLM(model, config)
+    gathered = None
+    if config.sharding == "fsdp":
+        from looptx_core.training.fsdp import Gathered, ShardedLM
+
+        module: LoopedLM = ShardedLM(model, config)
+        gathered = Gathered()
+    else:
+        module = LoopedLM(model, config)
 
     checkpoints, metrics = folder / "checkpoints", JsonLines(folder / "metrics.jsonl", watch)
     start_from = None
@@ -221,7 +229,7 @@ def fit(
     )
     sharded = shards_optimizer(config)
     if sharded and config.optimizer == "muon":
-        report("optimizer: adamw, as ZeRO cuts the whole matrices that muon needs")
+        report("optimizer: adamw, as muon needs the whole matrices that are cut here")
     begin_at = step_of(start_from) if start_from else 0
     if start_from is not None:
         report(f"resumed: at step {begin_at}, from {start_from}")
@@ -235,7 +243,8 @@ def fit(
         sweep(checkpoints)
 
     stop, end = StopCleanly(checkpoints, config.max_minutes), AtTheEnd(checkpoints)
-    every = [*callbacks, Begin(begin), stop, *([end] if sharded else [])]
+    last = [gathered] if gathered else [end] if sharded else []
+    every = [*callbacks, Begin(begin), stop, *last]
     with quiet_lightning(), own_environment(folder):
         trainer = _trainer(config, folder, precision, device, strategy, every, metrics)
         if device.type == "cpu":
@@ -267,6 +276,8 @@ def fit(
         from looptx_core.training.zero import make_plain
 
         make_plain(module, Checkpoint(end.saved).weights())
+    if gathered:
+        model = module.model = gathered.model(model)
     module.swapped = end.swapped
     model.eval()
     model.to(torch.device("cpu"))
@@ -276,9 +287,7 @@ def fit(
 def _tell_of_other_ranks(
     checkpoint: Path, config: RunConfig, report: Callable[[str], object]
 ) -> None:
-    if not checkpoint.is_dir():
-        return
-    before = Checkpoint(checkpoint).world_size
+    before = processes_of(checkpoint)
     if before != config.world_size:
         report(
             f"resumed: {before} processes saved and {config.world_size} go on; weights, moments "

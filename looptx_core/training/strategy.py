@@ -18,7 +18,7 @@ from looptx_core.config.processes import RUN, is_first_here, starter
 from looptx_core.config.run import RunConfig
 from looptx_core.errors import MissingError, UsageError
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.ranks import Launcher
+from looptx_core.training.ranks import EndsTogether
 
 Report = Callable[[str], object]
 
@@ -41,18 +41,12 @@ class Swapped:
     read: int
 
 
-class _Ddp(DDPStrategy):
+class _Ddp(EndsTogether, DDPStrategy):
     """Lightning's, which names the process that was lost."""
 
     def __init__(self, advice: str, **how: Any) -> None:
         super().__init__(**how)
         self.advice = advice
-
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        self._launcher = Launcher(
-            self.cluster_environment, self.num_processes, self.num_nodes, advice=self.advice
-        )
 
 
 def choose_strategy(
@@ -77,6 +71,10 @@ def choose_strategy(
     report(f"strategy: {kind} over {_processes(config)}, one for each {device.type} device")
     if kind == "ddp":
         return _Ddp(advice, process_group_backend=None if on_gpu else "gloo")
+    if kind == "fsdp":
+        from looptx_core.training.fsdp import FsdpStrategy
+
+        return FsdpStrategy(config.world_size, on_gpu=on_gpu, advice=advice)
     place = _place(model, config, folder, bf16, report)
     return _zero(model, config, place, folder, on_gpu, report, advice)
 

@@ -26,7 +26,7 @@ from looptx_core.config.processes import is_first_here
 from looptx_core.errors import UsageError
 from looptx_core.training import fragments
 from looptx_core.training.fragments import MOMENTS, Checkpoint, Group, Piece
-from looptx_core.training.ranks import Launcher, any_rank
+from looptx_core.training.ranks import EndsTogether, any_rank
 from looptx_core.training.swap import SwapFolder, Traffic, count_traffic
 
 # What looptx sets by flags of its own.
@@ -124,7 +124,7 @@ def _merge(config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-class ZeroStrategy(DeepSpeedStrategy):
+class ZeroStrategy(EndsTogether, DeepSpeedStrategy):
     """See the module's docstring. advice: how to go on where a process is lost."""
 
     def __init__(
@@ -147,12 +147,6 @@ class ZeroStrategy(DeepSpeedStrategy):
     @property
     def root_device(self) -> torch.device:
         return super().root_device if self.on_gpu else torch.device("cpu", 0)
-
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        self._launcher = Launcher(
-            self.cluster_environment, self.num_processes, self.num_nodes, advice=self.advice
-        )
 
     def teardown(self) -> None:
         super().teardown()
@@ -303,7 +297,6 @@ class ZeroStrategy(DeepSpeedStrategy):
                 common = {key: v for key, v in checkpoint.items() if key not in left_out}
                 module = self._module
                 common["buffers"] = {name: b.detach().cpu() for name, b in module.named_buffers()}
-                common["accumulation"] = module.trainer.accumulate_grad_batches
                 common["lr"] = [group["lr"] for group in self._zero.optimizer.param_groups]
                 shutil.rmtree(folder, ignore_errors=True)
                 fragments.commit(partial, folder, common, self._shapes(), self.world_size)
@@ -319,9 +312,6 @@ class ZeroStrategy(DeepSpeedStrategy):
         # A schedule sets the rate after a step; the first one takes what the optimizer has.
         for group, lr in zip(self._zero.optimizer.param_groups, common["lr"], strict=True):
             group["lr"] = lr
-        before, now = common["accumulation"], self._module.trainer.accumulate_grad_batches
-        if before != now:
-            _count_in_batches_of(common, now / before)
         return common
 
     @contextlib.contextmanager
@@ -444,18 +434,6 @@ class ZeroStrategy(DeepSpeedStrategy):
             zero._optimizer_states_and_gradient_swap_out(number)
         elif swapped:
             zero._release_swap_buffers(number)
-
-
-def _count_in_batches_of(common: dict[str, Any], factor: float) -> None:
-    """Lightning counts batches of one process; over another number of them there are more or
-    fewer to an optimizer step."""
-    progress = common["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    for counts in (progress["total"], progress["current"]):
-        for key in counts:
-            counts[key] = round(counts[key] * factor)
-    for state in common.values():
-        if isinstance(state, dict) and "batches" in state:
-            state["batches"] = round(state["batches"] * factor)
 
 
 def restore_torch() -> None:

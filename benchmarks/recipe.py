@@ -1,0 +1,141 @@
+"""The recipe, one change at a time: what each default is worth, at equal FLOPs.
+
+On p-hop (a task that needs depth) and on the State of the Union speeches at the budget where depth
+pays (`depth_pays.py`). Every contestant gets the steps that cost as many FLOPs as the defaults',
+vocabulary products included. Resumable: a run that stands in the results file is not repeated.
+
+    python benchmarks/recipe.py --on p-hop [--seeds 0 1] [--threads 2]
+    python benchmarks/recipe.py --on text [--seeds 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import depth_pays
+import p_hop
+import torch
+from depth_on_text import flops_per_step
+
+from looptx_core.config.model import ModelConfig
+from looptx_core.config.run import TrainConfig
+from looptx_core.data.p_hop import IGNORED, p_hop_batch
+from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.loop_schedule import LoopSchedule
+from looptx_core.training.objective import loop_loss
+from looptx_core.training.run import train
+
+RESULTS = Path(__file__).parent / "results" / "recipe.json"
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "the defaults": ({}, {}),
+    "schedule: sampled": ({}, {"loop_schedule": "sampled"}),
+    "schedule: fixed at the maximum": ({}, {"loop_schedule": "fixed"}),
+    "deeper by the loss itself": ({}, {"deeper_by": "loss"}),
+    "mean depth of the prior 2, not 3": ({}, {"mean_loops": 2.0}),
+    "mean depth of the prior 5": ({}, {"mean_loops": 5.0}),
+    "loss at every loop": ({}, {"loss_at": "all"}),
+    "loss at the last loop": ({}, {"loss_at": "last"}),
+    "injection: addition": ({"injection": "add"}, {}),
+    "injection: none": ({"injection": "none"}, {}),
+    "no norm on queries and keys": ({"qk_norm": False}, {}),
+    "AdamW at a quarter of the learning rate": ({}, {"optimizer": "adamw"}),
+    "half the learning rate": ({}, {}),
+}
+P_HOP = argparse.Namespace(hops=4, loops=6, length=32, steps=1000, lr=1e-2)
+
+
+def settings(name: str, base: TrainConfig) -> TrainConfig:
+    share = {"AdamW at a quarter of the learning rate": 0.25, "half the learning rate": 0.5}
+    return replace(base, lr=base.lr * share.get(name, 1.0), **VARIANTS[name][1])
+
+
+def on_p_hop(name: str, seed: int, flops: float | None) -> dict[str, Any]:
+    model = replace(
+        p_hop.shapes(P_HOP.loops, P_HOP.hops, P_HOP.length)["1 x 6"], **VARIANTS[name][0]
+    )
+    base = TrainConfig(steps=P_HOP.steps, batch_size=p_hop.BATCH, lr=P_HOP.lr, seed=seed,
+                       weight_decay=0.0)  # fmt: skip
+    config = settings(name, base)
+    if flops:
+        config = replace(config, steps=round(flops / p_hop_flops(model, config)))
+    trained, spent, seconds = p_hop.train(model, config, P_HOP)
+    survey, hops, _ = p_hop.tested(trained, P_HOP, 2)
+    return {
+        "steps": config.steps,
+        "flops": spent,
+        "seconds": round(seconds, 1),
+        "accuracy_by_hops": p_hop.by_hops(survey.hit[-1], hops, P_HOP),
+        "accuracy_by_loop": [round(a, 4) for a in survey.evaluation.accuracy_by_loop],
+    }
+
+
+def p_hop_flops(model_config: ModelConfig, config: TrainConfig) -> float:
+    """Of a step, in the mean; depths that hang on the model are an untrained one's."""
+    import numpy as np
+
+    model, schedule = LoopedTransformer(model_config), LoopSchedule(config, model_config.max_loops)
+    rng, found = np.random.default_rng(0), []
+    for step in range(20):
+        tokens, targets, _ = p_hop_batch(rng, config.batch_size, P_HOP.length, P_HOP.hops,
+                                         p_hop.SYMBOLS)  # fmt: skip
+        asked = (targets != IGNORED).float()
+        with torch.no_grad():
+            loss = loop_loss(model, tokens, schedule, step, torch.arange(config.batch_size),
+                             targets=targets, weights=asked / asked.mean(),
+                             loss_at=config.loss_at)  # fmt: skip
+        found.append(loss.flops)
+    return statistics.mean(found)
+
+
+def on_text(name: str, seed: int, flops: float | None) -> dict[str, Any]:
+    model = replace(depth_pays.LOOPED, **VARIANTS[name][0])
+    config = settings(name, replace(depth_pays.BASE, seed=seed))
+    if flops:
+        config = replace(config, steps=round(flops / flops_per_step(model, config)))
+    with tempfile.TemporaryDirectory() as scratch:
+        run = train(config, model, data=depth_pays.shards(), folder=Path(scratch))
+    return {
+        "steps": run.steps,
+        "flops": run.flops,
+        "seconds": round(run.seconds, 1),
+        "bits_per_byte_by_loop": [round(x, 4) for x in run.bits_per_byte_by_loop],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--on", choices=("p-hop", "text"), required=True)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    run = {"p-hop": on_p_hop, "text": on_text}[args.on]
+
+    def read() -> list[dict[str, Any]]:
+        return json.loads(args.results.read_text())["runs"] if args.results.exists() else []
+
+    for seed in args.seeds:
+        for name in args.only:
+            done = {(r["on"], r["name"], r["seed"]): r for r in read()}
+            if (args.on, name, seed) in done:
+                continue
+            first = done.get((args.on, "the defaults", seed))
+            found = {"on": args.on, "name": name, "seed": seed,
+                     **run(name, seed, first and first["flops"])}  # fmt: skip
+            content = {"machine": platform.machine(), "torch": torch.__version__,
+                       "threads": args.threads, "runs": [*read(), found]}  # fmt: skip
+            args.results.write_text(json.dumps(content, indent=1) + "\n")
+            print(found, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""PyTorch's fully sharded data parallelism, FSDP2 (arXiv 2304.11277), under Lightning.
+
+Blocks that run once are gathered for their use alone. All else is one group: a looped core is
+gathered once a step, and its gradient reduced once, whatever the loops. It runs on GPUs and, by
+gloo, on the CPU. Checkpoints are whole files by name, so that any number of processes goes on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+
+from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.module import LoopedLM
+from looptx_core.training.ranks import EndsTogether
+
+
+class FsdpStrategy(EndsTogether, ModelParallelStrategy):
+    """Over all processes. advice: how to go on where one of them is lost."""
+
+    def __init__(self, world_size: int, *, on_gpu: bool, advice: str) -> None:
+        super().__init__(
+            data_parallel_size=world_size,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=None if on_gpu else "gloo",
+        )
+        self.advice = advice
+
+
+class ShardedLM(LoopedLM):
+    """A `LoopedLM` whose weights are cut over the processes once these have found each other."""
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+        model = self.model
+        if isinstance(model, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        for block in (*model.prelude, *model.coda):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        # The first move of every pass; the others find the weights there, until the backward pass
+        # is over.
+        register_fsdp_forward_method(model, "encode")
+
+
+class Gathered(L.Callback):
+    """At the end the first process has the whole weights in `weights`, by the model's names."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, Tensor] = {}
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        whole: dict[str, Any] = trainer.strategy.lightning_module_state_dict()
+        prefix = "model."
+        self.weights = {
+            name.removeprefix(prefix): value
+            for name, value in whole.items()
+            if name.startswith(prefix)
+        }
+
+    def model(self, like: LoopedTransformer) -> LoopedTransformer:
+        """A model that is not cut, with these weights; with others in the other processes."""
+        plain = LoopedTransformer(like.config)
+        plain.attend = like.attend
+        if self.weights:
+            plain.load_state_dict(self.weights)
+        return plain
