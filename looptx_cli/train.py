@@ -195,8 +195,9 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     row("KV cache, generating", plan.cache, " a full context")
     spread = plan.spread
     count = f"{spread.world} process{'es' if spread.world > 1 else ''}"
+    cut = "nothing cut" if spread.kind in ("none", "ddp") else spread.kind
     out.print(
-        f"\nEach of {count}, {spread.kind if spread.stage else 'no ZeRO'}, {plan.precision}, "
+        f"\nEach of {count}, {cut}, {plan.precision}, "
         f"{plan.rows} sequence{'s' if plan.rows > 1 else ''} a pass, nothing offloaded:",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
