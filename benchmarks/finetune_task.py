@@ -38,7 +38,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.corpus import bundled_text
 from looptx_core.data.datamodule import TokenData
-from looptx_core.data.shards import cached_shards
+from looptx_core.data.resolve import cached_shards
 from looptx_core.finetuning.adapters import load_adapter
 from looptx_core.finetuning.run import finetune, prepare
 from looptx_core.generation.engine import Engine

@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "tokenize.json"
 VOCAB = 4096
 CHILD = """
 import sys
-from looptx_core.data.shards import tokenize_corpus
+from looptx_core.data.shard_writer import tokenize_corpus
 manifest = tokenize_corpus([sys.argv[1]], sys.argv[2])
 print(manifest.bytes, manifest.tokens)
 """

@@ -38,7 +38,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.corpus import bundled_text
 from looptx_core.data.datamodule import TokenData
-from looptx_core.data.shards import tokenize_corpus
+from looptx_core.data.shard_writer import tokenize_corpus
 from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.model import fused
 from looptx_core.model.attention import Attend, Packed, explicit, sdpa

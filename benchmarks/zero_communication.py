@@ -108,7 +108,7 @@ def main() -> None:
             Path(sys.argv[2], "rows.json").write_text(json.dumps(rows))
         return
     from looptx_core.data.corpus import bundled_text
-    from looptx_core.data.shards import tokenize_corpus
+    from looptx_core.data.shard_writer import tokenize_corpus
 
     with tempfile.TemporaryDirectory() as top:
         text = Path(top) / "text.txt"

@@ -85,7 +85,7 @@ def inspect_loops(
 def _data(settings: InspectConfig, tokenizer: Tokenizer, folder: Path, quiet: bool) -> Path:
     """Shards by the model's tokenizer: what was asked for, the run's own, or the bundled text."""
     from looptx_core.data.bundled import bundled_shards
-    from looptx_core.data.shards import resolve_data
+    from looptx_core.data.resolve import resolve_data
 
     data = settings.data
     run = folder.parent / "config.yaml"

@@ -50,7 +50,7 @@ def tokenize(
     """
     from looptx_core.checkpoint.registry import next_run_dir
     from looptx_core.data.bundled import add_bundled_probes, bundled_corpus
-    from looptx_core.data.shards import tokenize_corpus
+    from looptx_core.data.shard_writer import tokenize_corpus
     from looptx_core.data.tokenizer import load_tokenizer
 
     flags = {

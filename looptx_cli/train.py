@@ -69,7 +69,8 @@ def train(
 
     from looptx_core.data.bundled import bundled_shards
     from looptx_core.data.pairs import VISION_LAYERS, is_pairs
-    from looptx_core.data.shards import Manifest, resolve_data
+    from looptx_core.data.resolve import resolve_data
+    from looptx_core.data.shards import Manifest
 
     folder, first = place_of(folder, settings.out, "train", overwrite)
     quiet, as_json = quiet or not first, as_json and first

@@ -18,7 +18,7 @@ os.environ["LOOPTX_CACHE"] = str(Path(tempfile.gettempdir()) / f"looptx-tests-{o
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A little tokenised text."""
     from looptx_core.data.corpus import bundled_text
-    from looptx_core.data.shards import tokenize_corpus
+    from looptx_core.data.shard_writer import tokenize_corpus
 
     folder = tmp_path_factory.mktemp("data")
     text = bundled_text().read_text("utf-8")

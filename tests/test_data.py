@@ -24,13 +24,9 @@ from looptx_core.data.bundled import bundled_shards
 from looptx_core.data.corpus import PIECE, Corpus, boundary, bundled_text, cut_pieces, documents
 from looptx_core.data.datamodule import TokenData
 from looptx_core.data.hops import MAX_HOPS, hop_lines, hop_probes
-from looptx_core.data.shards import (
-    Manifest,
-    cached_shards,
-    open_shards,
-    resolve_data,
-    tokenize_corpus,
-)
+from looptx_core.data.resolve import cached_shards, resolve_data
+from looptx_core.data.shard_writer import tokenize_corpus
+from looptx_core.data.shards import Manifest, open_shards
 from looptx_core.data.tokenizer import (
     END,
     MIN_VOCAB,

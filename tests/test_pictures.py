@@ -29,7 +29,8 @@ from looptx_core.data.pairs import (
     read_pairs,
 )
 from looptx_core.data.pictures import grid_of, measure, read_picture
-from looptx_core.data.shards import open_shards, tokenize_corpus
+from looptx_core.data.shard_writer import tokenize_corpus
+from looptx_core.data.shards import open_shards
 from looptx_core.errors import DataError, UsageError
 from looptx_core.generation.engine import Engine, PicturePrompt
 from looptx_core.model.cache import LoopCache

@@ -82,7 +82,7 @@ def test_the_choice_is_the_first_that_fits(name: str, gpu: int) -> None:
 
 
 def test_a_machine_without_a_gpu_never_offloads_to_ram() -> None:
-    laptop = replace(WORKSTATION, gpu_memory=(), gpu_names=(), ram=16 * GB)
+    laptop = replace(WORKSTATION, gpu_memory=(), gpu_names=(), ram=24 * GB)
     found = offload("1b", laptop, seq_len=128)
     assert (found.optimizer, found.fits) == ("nvme", True)
     assert not any("to cpu" in line for line in found.reasons)

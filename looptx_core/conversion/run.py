@@ -34,7 +34,7 @@ from looptx_core.conversion.ternary import (
 )
 from looptx_core.data.bundled import bundled_shards
 from looptx_core.data.datamodule import TokenData
-from looptx_core.data.shards import resolve_data
+from looptx_core.data.resolve import resolve_data
 from looptx_core.errors import Interrupted, UsageError
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.evaluate import LoopEvaluation, calibrate, evaluate_all

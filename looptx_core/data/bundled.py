@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 from looptx_core.data.corpus import bundled_text
 from looptx_core.data.hops import hop_lines, hop_probes
 from looptx_core.data.probes import FILE, write_probes
-from looptx_core.data.shards import Progress, cache_folder, cached_shards
+from looptx_core.data.resolve import cache_folder, cached_shards
+from looptx_core.data.split import Progress
 
 _LINES = 20_000
 _PROBES = 200

@@ -31,6 +31,8 @@ _RARE = 0.999  # the batch that is deeper than all but one of a thousand
 # and gradients don't take each other's place, and leaves gaps: this share of such gradients, as
 # benchmarks/memory_plan.py measures.
 _HEAP_GAPS = 0.65
+SPARE_BUFFERS = 8  # of weights read from a disk, beside those of the looped ones
+_MATRICES = 7  # of a block
 _BF16_ACTIVATIONS = 0.72  # of float32's bytes, as autograd keeps them; normalisations stay float32
 
 
@@ -80,6 +82,10 @@ class Need:
     """Flat copies that ZeRO-3's update works on, by parts; a CPU's allocator keeps all of them."""
     gaps: int = 0
     """What the CPU's allocator keeps of freed blocks."""
+    pool: int = 0
+    """Buffers in RAM for weights that are read from a disk, where they are offloaded to it."""
+    unswapped: int = 0
+    """Of the weights, what stays in RAM then: the embedding and the head."""
 
     def to_dict(self) -> dict[str, int]:
         """Without what is not there, in the order of a table."""
@@ -118,6 +124,8 @@ class Counts:
     """Elements of the most of them that have one shape, which Muon takes together."""
     block: int
     """Of one block."""
+    matrix: int
+    """Of a block's largest."""
 
 
 @functools.cache
@@ -138,6 +146,7 @@ def count(model: ModelConfig) -> Counts:
         matrices=blocks * matrices,
         alike=2 * blocks * model.d_model * max(model.d_ff, queries),
         block=block,
+        matrix=model.d_model * max(model.d_ff, queries),
     )
 
 
@@ -233,8 +242,7 @@ def rank_need(
     if muon:  # updates, these in one piece, and two of the same size while it multiplies
         step = (4 + 3 * (2 if bf16 else 4)) * counts.alike
         # On a CPU its pieces are large, and fresh, while activations stay with the allocator.
-        left = activations.total if not heap else 4 * counts.alike
-        overlap = max(overlap, step - left)
+        overlap = max(overlap, step - (0 if heap else activations.total))
     small = 4 * max(model.d_ff, model.n_heads * model.head_dim) * model.d_model < KEPT_BLOCK
     return Need(
         weights=each * (share if cut else whole),
@@ -246,6 +254,10 @@ def rank_need(
         overlap=max(0, overlap) if heap else overlap,
         update=4 * share // (1 if heap else UPDATES) if spread.stage == 3 else 0,
         gaps=int(_HEAP_GAPS * gradients) if heap and small else 0,
+        pool=each
+        * (_MATRICES * model.core_layers + SPARE_BUFFERS)
+        * math.ceil(counts.matrix / spread.world),
+        unswapped=each * math.ceil((counts.embedding + counts.head) / spread.world),
     )
 
 

@@ -121,17 +121,23 @@ def _place(
     disk: dict[str, int] = {}
     where = {"none": own, "cpu": ram, "nvme": disk}
     where[parameters]["weights"] = need.weights
+    if parameters == "nvme":
+        disk["weights"] -= need.unswapped
+        ram |= {"weights": need.unswapped, "weights' buffers": need.pool}
     for name, size in (("optimizer", need.moments), ("master weights", need.masters)):
         where[optimizer][name] = size
-    # Gradients are made on the device, and lie where the optimizer reads them.
+    # Gradients are made on the device, and lie where the optimizer reads them; of an offloaded one
+    # they are summed up in RAM first, where DeepSpeed has a place for all.
     where[optimizer]["gradients"] = need.gradients if optimizer == "none" else need.masters
+    if optimizer != "none":
+        ram["summed gradients"] = need.gradients
     own |= {"buffers": need.buffers, "activations": need.activations,
             "allocator's gaps": need.gaps}  # fmt: skip
     if optimizer == "none":
         own["not at the same time"] = need.overlap
     (own if optimizer == "none" else ram)["update"] = need.update
     if optimizer == "nvme":
-        ram["swap buffers"] = _SWAP_BUFFERS * need.masters // UPDATES
+        ram["swap buffers"] = _SWAP_BUFFERS * max(need.masters // UPDATES, need.unswapped)
     for part in (own, ram, disk):
         for name in [name for name, size in part.items() if not size]:
             del part[name]

@@ -121,7 +121,9 @@ def _zero(
         rows=config.rows,
         clip=config.clip,
         parameters=sum(trained),
-        largest=max(trained),
+        largest=max(
+            p.numel() for part in (model.prelude, model.core, model.coda) for p in part.parameters()
+        ),
         looped=sum(p.dim() >= 2 for p in model.core.parameters()),
         world_size=config.world_size,
         on_gpu=on_gpu,

@@ -26,6 +26,7 @@ from looptx_core.config.processes import is_first_here
 from looptx_core.errors import UsageError
 from looptx_core.training import fragments
 from looptx_core.training.fragments import MOMENTS, Checkpoint, Group, Piece
+from looptx_core.training.memory import SPARE_BUFFERS
 from looptx_core.training.ranks import EndsTogether, any_rank
 from looptx_core.training.swap import SwapFolder, Traffic, count_traffic
 
@@ -65,8 +66,9 @@ def settings(
 ) -> dict[str, Any]:
     """DeepSpeed's configuration.
 
-    parameters, largest: elements of all trained weights, and of the largest one. looped: matrices
-    in the core. optimizer_to, weights_to: 'none', 'cpu' or 'nvme'.
+    parameters: elements of all trained weights. largest: of the largest one of a block, which
+    swap; what is larger, as an embedding, stays in RAM. looped: matrices in the core.
+    optimizer_to, weights_to: 'none', 'cpu' or 'nvme'.
     """
     shard = math.ceil(parameters / world_size)
     zero: dict[str, Any] = {
@@ -91,8 +93,8 @@ def settings(
             "device": weights_to, "pin_memory": on_gpu,
             # In the backward pass DeepSpeed lets a weight go after its last use, so that of the
             # looped ones each has a buffer.
-            "buffer_count": looped + 8,
-            "buffer_size": max(1 << 18, math.ceil(largest / world_size) + 1024),
+            "buffer_count": looped + SPARE_BUFFERS,
+            "buffer_size": math.ceil(largest / world_size) + 1024,
             "max_in_cpu": 0, **place,
         }  # fmt: skip
     return {
@@ -183,7 +185,11 @@ class ZeroStrategy(EndsTogether, DeepSpeedStrategy):
                 # where the processor has no fp16 (0.19.8).
                 import deepspeed
 
-                deepspeed.zero.Init(module=self.model, config_dict_or_path=self.config)
+                deepspeed.zero.Init(
+                    module=self.model,
+                    config_dict_or_path=self.config,
+                    param_swapper=self._swapper(),
+                )
             super().setup(trainer)
         if trainer.training:
             self._clip_by_part()
@@ -192,6 +198,34 @@ class ZeroStrategy(EndsTogether, DeepSpeedStrategy):
             # Lightning has divided the loss by the micro-batches, and DeepSpeed would again.
             engine = self.deepspeed_engine
             engine.backward = functools.partial(engine.backward, scale_wrt_gas=False)
+
+    def _swapper(self) -> Any:
+        """DeepSpeed's own, whose buffers are all as large as the largest weight that it swaps: made
+        for those of the blocks, as for an embedding's size they would take more than all weights.
+        """
+        assert isinstance(self.config, dict)
+        place = self.config["zero_optimization"].get("offload_param", {}).get("device")
+        if place != "nvme":
+            return None
+        from deepspeed.runtime.config import DeepSpeedConfig
+        from deepspeed.runtime.swap_tensor.partitioned_param_swapper import (
+            AsyncPartitionedParameterSwapper,
+        )
+
+        class BlocksAlone(AsyncPartitionedParameterSwapper):
+            def swappable_tensor(self, param: Any = None, numel: int | None = None) -> bool:
+                size = param.ds_tensor.ds_numel if numel is None else numel
+                return super().swappable_tensor(numel=size) and size <= self.elements_per_buffer
+
+            def reserve_available_buffers(self) -> list[Tensor]:
+                # At the start, to make the masters: of a whole group, so all buffers as one.
+                assert len(self.available_buffer_ids) == self.param_buffer_count
+                super().reserve_available_buffers()
+                return [self.buffers]
+
+        bf16 = self.config.get("bf16", {}).get("enabled", False)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        return BlocksAlone(DeepSpeedConfig(self.config), dtype)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Nothing: checkpoints hold each rank's part, and gathering it here would need memory."""
