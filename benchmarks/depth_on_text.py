@@ -1,11 +1,19 @@
 """What looping brings on plain text: bits per byte by loop, against models that do not loop.
 
-State of the Union speeches, held out by document. One looped block, trained by each of the three
-loop schedules, against the same parameters run once and against a plain stack of layers, at equal
-tokens and at equal FLOPs (vocabulary products included). Three seeds. Resumable: a run that
-stands in the results file is not repeated.
+State of the Union speeches, held out by document. One block, looped, trained by several recipes,
+against the same parameters run once and against a plain stack of layers, at equal tokens and at
+equal FLOPs (vocabulary products included). Two budgets:
 
-    python benchmarks/depth_on_text.py [--steps 200] [--seeds 0 1 2] [--threads 2]
+    minutes   200 steps of 4,096 tokens, 2,048 token types: depth brings nothing, plain or looped
+    pays      500 steps of as many, 512 token types: four layers beat one by four percent, and by
+              six with the norm on the embedding that the looped ones have
+
+Three seeds. Resumable: a run that stands in the results file is not repeated.
+
+    python benchmarks/depth_on_text.py [--budget minutes] [--seeds 0 1 2] [--threads 2]
+        [--only NAME ...] [--keep FOLDER]
+
+--keep holds on to the models of looped runs, as FOLDER/<name>-<seed>.
 """
 
 from __future__ import annotations
@@ -13,9 +21,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,36 +32,93 @@ from corpora import DATA, fetch_sotu
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
-from looptx_core.data.shards import open_shards, tokenize_corpus
+from looptx_core.data.shard_writer import tokenize_corpus
+from looptx_core.data.shards import open_shards
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.run import train
 
-RESULTS = Path(__file__).parent / "results" / "depth_on_text.json"
-VOCAB = 2048
-LAYERS = 3  # of the plain deeper model: the looped models' mean depth in training
-
-LOOPED = ModelConfig(vocab_size=VOCAB, prelude_layers=0, core_layers=1, coda_layers=0)
-ONE_LOOP = replace(LOOPED, max_loops=1)
-DEEPER = replace(ONE_LOOP, core_layers=LAYERS, injection="none")
+RESULTS = Path(__file__).parent / "results"
 
 
-def contestants(base: TrainConfig) -> dict[str, tuple[ModelConfig, TrainConfig, bool]]:
+@dataclass(frozen=True)
+class Budget:
+    """How much text a comparison takes, and how deep its models go."""
+
+    name: str
+    results: str
+    vocab: int
+    layers: int
+    """Of the plain deeper model."""
+    max_loops: int
+    reference: str
+    """Whose FLOPs others are scaled to."""
+    train: TrainConfig
+
+    @property
+    def looped(self) -> ModelConfig:
+        return ModelConfig(
+            vocab_size=self.vocab, prelude_layers=0, core_layers=1, coda_layers=0,
+            max_loops=self.max_loops,
+        )  # fmt: skip
+
+    def shards(self) -> Path:
+        folder = DATA / f"sotu-{self.vocab}"
+        if not folder.exists():
+            tokenize_corpus([fetch_sotu()], folder, vocab_size=self.vocab)
+        return folder
+
+
+RETAIN = 0.88
+COMMON = TrainConfig(val_every=10**9, save_every=10**9, precision="float32")
+BUDGETS = {
+    b.name: b
+    for b in (
+        Budget("minutes", "depth_on_text.json", 2048, 3, 10, "looped, loss",
+               replace(COMMON, steps=200, val_batches=12)),
+        Budget("pays", "depth_pays.json", 512, 4, 4, "the same, retain 0.88",
+               replace(COMMON, steps=500, seq_len=256, batch_size=16, val_batches=16)),
+    )
+}  # fmt: skip
+
+
+def contestants(
+    budget: Budget, base: TrainConfig
+) -> dict[str, tuple[ModelConfig, TrainConfig, bool]]:
     """Name -> model, settings, whether its steps are scaled to the first one's FLOPs.
 
-    The two that choose by the model itself can't be scaled beforehand: they take equal steps.
+    Those that choose by the model itself can't be scaled beforehand: they take equal steps.
     """
+    looped, layers = budget.looped, budget.layers
+    one_loop = replace(looped, max_loops=1)
+    deeper = replace(one_loop, core_layers=layers, injection="none")
+    normed = replace(deeper, injection="decay")  # which at one loop is a norm on the embedding
     once = replace(base, loop_schedule="fixed", loops=1)
-    return {
-        "looped, loss": (LOOPED, base, False),
-        "looped, loss by the loss itself": (LOOPED, replace(base, deeper_by="loss"), False),
-        "looped, sampled": (LOOPED, replace(base, loop_schedule="sampled"), True),
-        "looped, fixed at 3": (LOOPED, replace(base, loop_schedule="fixed", loops=3), True),
-        "one loop, equal tokens": (ONE_LOOP, once, False),
-        "one loop, equal FLOPs": (ONE_LOOP, once, True),
-        f"{LAYERS} layers, equal tokens": (DEEPER, once, False),
-        f"{LAYERS} layers, equal FLOPs": (DEEPER, once, True),
+    fixed = replace(base, loop_schedule="fixed", loops=layers)
+    found = {"looped, loss": (looped, base, False)}
+    if budget.name == "minutes":
+        found |= {
+            "looped, loss by the loss itself": (looped, replace(base, deeper_by="loss"), False),
+            "looped, sampled": (looped, replace(base, loop_schedule="sampled"), True),
+            f"looped, fixed at {layers}": (looped, fixed, True),
+        }
+    else:
+        found |= {
+            f"looped, fixed at {layers}": (looped, fixed, False),
+            f"looped, fixed at {layers}, read at the end": (
+                looped, replace(fixed, loss_at="last"), False
+            ),
+            f"the same, retain {RETAIN}": (
+                replace(looped, retain=RETAIN), replace(fixed, loss_at="last"), False
+            ),
+            f"{layers} layers with a norm on the embedding": (normed, once, False),
+        }  # fmt: skip
+    return found | {
+        "one loop, equal tokens": (one_loop, once, False),
+        "one loop, equal FLOPs": (one_loop, once, True),
+        f"{layers} layers, equal tokens": (deeper, once, False),
+        f"{layers} layers, equal FLOPs": (deeper, once, True),
     }
 
 
@@ -71,40 +137,37 @@ def flops_per_step(model_config: ModelConfig, config: TrainConfig) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", choices=BUDGETS, default="minutes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", help="Contestants, by name.")
+    parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    budget = BUDGETS[options.budget]
+    file, shards = RESULTS / budget.results, budget.shards()
 
-    shards = DATA / f"sotu-{VOCAB}"
-    if not shards.exists():
-        tokenize_corpus([fetch_sotu()], shards, vocab_size=VOCAB)
-    held_out = open_shards(shards).manifest.splits["val"]
+    def read() -> list[dict]:
+        return json.loads(file.read_text())["runs"] if file.exists() else []
 
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
-    results |= {
-        "command": f"python benchmarks/depth_on_text.py --steps {options.steps}",
-        "machine": f"{platform.processor() or platform.machine()}, {options.threads} threads",
-        "torch": torch.__version__,
-        "held_out_documents": held_out.documents,
-    }
-    done = {(run["name"], run["seed"]): run for run in results["runs"]}
     for seed in options.seeds:
-        base = TrainConfig(
-            steps=options.steps, seed=seed, val_batches=12, val_every=10**9, precision="float32"
-        )
-        for name, (model, config, scaled) in contestants(base).items():
-            if (name, seed) in done:
+        base = replace(budget.train, seed=seed)
+        for name, (model, config, scaled) in contestants(budget, base).items():
+            done = {(run["name"], run["seed"]): run for run in read()}
+            if (name, seed) in done or (options.only and name not in options.only):
                 continue
             if scaled:
-                target = done["looped, loss", seed]["flops"]
+                target = done[budget.reference, seed]["flops"]
                 steps = round(target / flops_per_step(model, config))
                 config = replace(config, steps=steps)
             with tempfile.TemporaryDirectory() as scratch:
                 run = train(config, model, data=shards, folder=Path(scratch))
-            done[name, seed] = {
+                assert run is not None
+                if options.keep and model.max_loops > 1:
+                    kept = options.keep / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+                    shutil.copytree(run.model_folder, kept, dirs_exist_ok=True)
+            found = {
                 "name": name,
                 "seed": seed,
                 "steps": run.steps,
@@ -112,19 +175,35 @@ def main() -> None:
                 "flops": run.flops,
                 "seconds": round(run.seconds, 1),
                 "bits_per_byte_by_loop": [round(x, 4) for x in run.bits_per_byte_by_loop],
-            }  # fmt: skip
-            results["runs"].append(done[name, seed])
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-            print(seed, name, done[name, seed], flush=True)
-    print(table(results["runs"]))
+            }
+            results = {
+                "command": f"python benchmarks/depth_on_text.py --budget {budget.name}",
+                "machine": f"{platform.processor() or platform.machine()}, "
+                f"{options.threads} threads",
+                "torch": torch.__version__,
+                "held_out_documents": open_shards(shards).manifest.splits["val"].documents,
+                "runs": [*read(), found],
+            }
+            file.write_text(json.dumps(results, indent=1) + "\n")
+            print(found, flush=True)
+    print(table(read(), budget))
 
 
-def table(runs: list[dict]) -> str:
-    """A Markdown table: means over seeds of bits per byte at loops 1, 2, 3, 5 and 10."""
-    lines = [
-        "| model | steps | tokens | FLOPs | seconds | 1 | 2 | 3 | 5 | 10 loops | spread |",
-        "|" + "---|" * 11,
-    ]
+def table(runs: list[dict], budget: Budget) -> str:
+    """A Markdown table: means over seeds of bits per byte at some loops, and at full depth the
+    share of what the plain deeper models gain over one loop."""
+    shown = [loop for loop in (1, 2, 3, 4, 5, 10) if loop <= budget.max_loops]
+    heads = ["model", "steps", "tokens", "FLOPs", "seconds", *map(str, shown), "spread",
+             "of the gain"]  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+
+    def ends(name: str) -> list[float]:
+        return [run["bits_per_byte_by_loop"][-1] for run in runs if run["name"] == name]
+
+    one = ends("one loop, equal tokens")
+    deeper = [f"{budget.layers} layers, equal tokens",
+              f"{budget.layers} layers with a norm on the embedding"]  # fmt: skip
+    gaps = [statistics.mean(one) - statistics.mean(ends(name)) for name in deeper if ends(name)]
     for name in dict.fromkeys(run["name"] for run in runs):
         mine = [run for run in runs if run["name"] == name]
         mean = {key: statistics.mean(run[key] for run in mine)
@@ -133,13 +212,14 @@ def table(runs: list[dict]) -> str:
         cells = [
             f"{statistics.mean(curve[loop - 1] for curve in curves):.3f}"
             if loop <= len(curves[0]) else ""
-            for loop in (1, 2, 3, 5, 10)
+            for loop in shown
         ]  # fmt: skip
-        ends = [curve[-1] for curve in curves]
+        won = statistics.mean(one) - statistics.mean(ends(name))
+        shares = ", ".join(f"{won / gap:.0%}" for gap in gaps if gap > 0)
         lines.append(
             f"| {name} | {mean['steps']:.0f} | {mean['tokens'] / 1e6:.2f}M "
             f"| {mean['flops']:.2e} | {mean['seconds']:.0f} | {' | '.join(cells)} "
-            f"| {max(ends) - min(ends):.3f} |"
+            f"| {max(ends(name)) - min(ends(name)):.3f} | {shares} |"
         )
     return "\n".join(lines)
 

@@ -1,12 +1,12 @@
 """What a calibrated exit brings on the clock: real decoding of held-out texts, batch 1.
 
 Against full depth, and against the smallest fixed depth whose loss is within 0.5 % of it. The texts
-are held-out prose and hop lines, each token given (`Engine.follow`), so that all sides decode
-the same and their losses compare. `share_of_promise`: the time saved against full depth, over what
-the saved loops would save at the price of a loop, which is the difference of full depth and one
-loop. Sides alternate text by text, and each text counts by its best round, as such machines go at
-half their speed for a part of the time. Then the price of a decision, and of a read-out of the
-vocabulary, in loops.
+are held-out prose, hop lines, and both together, each token given (`Engine.follow`), so that all
+sides decode the same and their losses compare. `share_of_promise`: the time saved against full
+depth, over what the saved loops would save at the price of a loop, which is the difference of full
+depth and one loop. Sides alternate text by text, and each text counts by its best round, as such
+machines go at half their speed for a part of the time. Then the price of a decision, and of a
+read-out of the vocabulary, in loops.
 
     python benchmarks/exit_clock.py [--texts 4] [--rounds 20] [--threads 1] [--model FOLDER]
         [--kernel auto] [--apart] [--name exit_clock]
@@ -181,7 +181,7 @@ def main() -> None:
         "rounds": flags.rounds,
         "kernel": engine.kernel,
     }
-    for name, texts in (("prose", prose), ("hop lines", hops)):
+    for name, texts in (("prose", prose), ("hop lines", hops), ("both", prose + hops)):
         # `gain` alone: a token that is sure already may still be mended, at little cost.
         results[name] = {
             rule: decoding(engine, texts, GenerationOptions(exit=rule), flags.rounds)

@@ -75,7 +75,7 @@ def train(
         asked = (targets != IGNORED).float()
         loss = loop_loss(
             model, tokens, schedule, step, step * BATCH + torch.arange(BATCH),
-            targets=targets, weights=asked / asked.mean(),
+            targets=targets, weights=asked / asked.mean(), loss_at=settings.loss_at,
         )  # fmt: skip
         optimizer.zero_grad()
         (loss.loss + loss.confidence_loss).backward()

@@ -1,7 +1,7 @@
 """The recipe, one change at a time: what each default is worth, at equal FLOPs.
 
 On p-hop (a task that needs depth) and on the State of the Union speeches at the budget where depth
-pays (`depth_pays.py`). Every contestant gets the steps that cost as many FLOPs as the defaults',
+pays (`depth_on_text.py`). Every contestant gets the steps that cost as many FLOPs as the defaults',
 vocabulary products included. Resumable: a run that stands in the results file is not repeated.
 
     python benchmarks/recipe.py --on p-hop [--seeds 0 1] [--threads 2]
@@ -19,10 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import depth_pays
+import numpy as np
 import p_hop
 import torch
-from depth_on_text import flops_per_step
+from depth_on_text import BUDGETS, flops_per_step
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
@@ -78,8 +78,6 @@ def on_p_hop(name: str, seed: int, flops: float | None) -> dict[str, Any]:
 
 def p_hop_flops(model_config: ModelConfig, config: TrainConfig) -> float:
     """Of a step, in the mean; depths that hang on the model are an untrained one's."""
-    import numpy as np
-
     model, schedule = LoopedTransformer(model_config), LoopSchedule(config, model_config.max_loops)
     rng, found = np.random.default_rng(0), []
     for step in range(20):
@@ -95,12 +93,13 @@ def p_hop_flops(model_config: ModelConfig, config: TrainConfig) -> float:
 
 
 def on_text(name: str, seed: int, flops: float | None) -> dict[str, Any]:
-    model = replace(depth_pays.LOOPED, **VARIANTS[name][0])
-    config = settings(name, replace(depth_pays.BASE, seed=seed))
+    budget = BUDGETS["pays"]
+    model = replace(budget.looped, **VARIANTS[name][0])
+    config = settings(name, replace(budget.train, seed=seed))
     if flops:
         config = replace(config, steps=round(flops / flops_per_step(model, config)))
     with tempfile.TemporaryDirectory() as scratch:
-        run = train(config, model, data=depth_pays.shards(), folder=Path(scratch))
+        run = train(config, model, data=budget.shards(), folder=Path(scratch))
     return {
         "steps": run.steps,
         "flops": run.flops,

@@ -43,6 +43,9 @@ class ModelConfig:
     """The most loops that this model is trained for."""
     injection: Literal["decay", "add", "none"] = "decay"
     """How the prelude's output enters each loop; see `looptx_core.model.loop.Injection`."""
+    retain: float = 0.5
+    """decay: the share of the state that a loop keeps before any training, between 0 and 1; the
+    rest is the embedding's."""
     qk_norm: bool = True
     """RMSNorm on queries and keys of each head (arXiv 2302.05442)."""
     rope_theta: float = 10_000.0
@@ -105,6 +108,7 @@ class ModelConfig:
             self.linear in ("float", "ternary", "packed"),
             f"linear must be float, ternary or packed, not {self.linear!r}",
         )
+        need(0.0 < self.retain < 1.0, f"retain must lie between 0 and 1, not {self.retain}")
         for name in ("patch_size", "max_patches", "vision_width"):
             need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         need(

@@ -71,8 +71,9 @@ class Injection(nn.Module):
         self.state_norm = RMSNorm(config.d_model, config.norm_eps)
         self.embedding_norm = RMSNorm(config.d_model, config.norm_eps)
         if self.kind == "decay":
-            self.decay = nn.Parameter(torch.zeros(config.d_model))
-            self.gain = nn.Parameter(torch.full((config.d_model,), 0.5))
+            kept = config.retain
+            self.decay = nn.Parameter(torch.full((config.d_model,), math.log((1 - kept) / kept)))
+            self.gain = nn.Parameter(torch.full((config.d_model,), 1 - kept))
 
     def forward(self, state: Tensor, embedding: Tensor) -> Tensor:
         if self.kind == "none":
