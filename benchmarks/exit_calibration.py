@@ -1,4 +1,4 @@
-"""What calibrating the predicted gains brings: mean loops and loss by the rule `gain`.
+"""What calibration brings: mean loops and loss by the rule `gain`, and how good a confidence is.
 
 The bundled model on held-out tokens of its own data: half of them for the calibration, half for the
 figures. States come from full depth, as in training.
@@ -17,9 +17,12 @@ from torch import Tensor
 
 import looptx_core
 from looptx_core.checkpoint.folder import load_model
+from looptx_core.config.generation import ExitSettings
 from looptx_core.data.bundled import bundled_shards
 from looptx_core.data.datamodule import TokenData
-from looptx_core.training.evaluate import evaluate_batch, fit_gain
+from looptx_core.generation.exits import stated
+from looptx_core.training import metrics
+from looptx_core.training.evaluate import evaluate_batch, fit_gain, fit_stated, fit_temperature
 
 RESULTS = Path(__file__).parent / "results" / "exit_calibration.json"
 THRESHOLD = 0.01  # nats, the default
@@ -32,6 +35,25 @@ def stopped(gain: Tensor, loss: Tensor) -> dict[str, float]:
     return {
         "mean_loops": round(float((depth + 1).double().mean()), 3),
         "loss": round(float(loss.gather(0, depth[None]).double().mean()), 4),
+    }
+
+
+def confidences(*halves: Tensor) -> dict[str, dict[str, float | None]]:
+    """Of the head alone, of the largest probability alone, and as stated, at the last loop; each
+    calibrated on logit, sharp and hit of the first half, and measured on the second."""
+    (fit_logit, fit_sharp, fit_hit), (logit, sharp, hit) = halves[:3], halves[3:]
+    told = ExitSettings(stated=fit_stated(fit_logit, fit_sharp, fit_hit))
+    each = {
+        "head": torch.sigmoid(logit / fit_temperature(fit_logit, fit_hit)),
+        "largest probability": torch.sigmoid(sharp / fit_temperature(fit_sharp, fit_hit)),
+        "stated": stated(logit, sharp, told),
+    }
+    return {
+        name: {
+            "auroc": metrics.auroc(values[-1], hit[-1]),
+            "ece": metrics.calibration_error(values[-1], hit[-1]),
+        }
+        for name, values in each.items()
     }
 
 
@@ -59,7 +81,11 @@ def main() -> None:
         "all loops": {"mean_loops": len(by_loop), "loss": round(by_loop[-1], 4)},
         "as predicted": stopped(gain[:, show], loss[:, show]),
         "calibrated": stopped(calibrated, loss[:, show]),
-    }
+        "confidence": confidences(*(
+            torch.cat([getattr(part, name) for part in parts], 1)[:, half]
+            for half in (fit, show) for name in ("logit", "sharp", "hit")
+        )),
+    }  # fmt: skip
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
 

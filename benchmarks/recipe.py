@@ -42,6 +42,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mean depth of the prior 5": ({}, {"mean_loops": 5.0}),
     "loss at every loop": ({}, {"loss_at": "all"}),
     "loss at the last loop": ({}, {"loss_at": "last"}),
+    "retain 0.88, not 0.5": ({"retain": 0.88}, {}),
     "injection: addition": ({"injection": "add"}, {}),
     "injection: none": ({"injection": "none"}, {}),
     "no norm on queries and keys": ({"qk_norm": False}, {}),

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from looptx_core.config.model import ModelConfig
+from looptx_core.errors import UsageError
 from looptx_core.model.attention import Recording, choose_backend, explicit
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.flops import parameter_count, token_flops
-from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.loop import Injection, LoopedTransformer
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rounding import KINDS
 
@@ -223,6 +225,17 @@ def test_no_gradient_from_the_confidence_head_into_the_trunk() -> None:
     (judged.logit.sum() + judged.gain.sum()).backward()
     assert all(p.grad is None for p in model.trunk_parameters())
     assert all(p.grad is not None for p in model.confidence.parameters())
+
+
+def test_what_a_loop_keeps_at_the_start() -> None:
+    """Of a state and an embedding that are normed already, as their share says."""
+    state, embedding = (F.normalize(torch.randn(2, 3, 64), dim=-1) * 8 for _ in range(2))
+    for kept in (0.5, 0.88):
+        config = replace(CONFIG, d_model=64, retain=kept)
+        mixed = Injection(config)(state, embedding)
+        assert torch.allclose(mixed, kept * state + (1 - kept) * embedding, atol=1e-5)
+    with pytest.raises(UsageError, match="retain must lie between 0 and 1, not 1"):
+        replace(CONFIG, retain=1)
 
 
 def test_no_prelude_and_no_coda() -> None:
