@@ -148,7 +148,18 @@ inline float scalar(uint16_t x) {
     return out;
 }
 
-// out[r][n] = sum over k of w[r][k] x[n][k], for R rows of weights and N inputs at once.
+// The sums of four vectors.
+inline void sums_of(const Floats& a, const Floats& b, const Floats& c, const Floats& d, float* out) {
+#if defined(__AVX2__)
+    const __m256 two = _mm256_hadd_ps((__m256)a, (__m256)b);
+    const __m256 four = _mm256_hadd_ps(two, _mm256_hadd_ps((__m256)c, (__m256)d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+#else
+    out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+#endif
+}
+
+// out[n][r] = sum over k of w[r][k] x[n][k], for R rows of weights and N inputs at once.
 template <int R, int N, class Weight>
 inline void tile(const Weight* w, const float* x, int width, float* out, int64_t out_stride) {
     Floats sums[R][N] = {};
@@ -161,13 +172,17 @@ inline void tile(const Weight* w, const float* x, int width, float* out, int64_t
             for (int n = 0; n < N; ++n) sums[r][n] += weights * inputs[n];
         }
     }
-    for (int r = 0; r < R; ++r)
-        for (int n = 0; n < N; ++n) {
-            float total = sum(sums[r][n]);
-            for (int rest = k; rest < width; ++rest)
-                total += scalar(w[(int64_t)r * width + rest]) * x[(int64_t)n * width + rest];
-            out[(int64_t)n * out_stride + r] = total;
-        }
+    for (int n = 0; n < N; ++n) {
+        float* to = out + (int64_t)n * out_stride;
+        if constexpr (R == 4)
+            sums_of(sums[0][n], sums[1][n], sums[2][n], sums[3][n], to);
+        else
+            for (int r = 0; r < R; ++r) to[r] = sum(sums[r][n]);
+        if (k < width)
+            for (int r = 0; r < R; ++r)
+                for (int rest = k; rest < width; ++rest)
+                    to[r] += scalar(w[(int64_t)r * width + rest]) * x[(int64_t)n * width + rest];
+    }
 }
 
 template <int R, class Weight>
