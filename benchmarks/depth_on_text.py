@@ -126,7 +126,8 @@ def flops_per_step(model_config: ModelConfig, config: TrainConfig) -> float:
     """Mean over steps whose depths do not hang on the model."""
     model = LoopedTransformer(model_config)
     schedule = LoopSchedule(config, model_config.max_loops)
-    tokens = torch.zeros(config.batch_size, config.seq_len + 1, dtype=torch.long)
+    shape = (config.batch_size, config.seq_len + 1)
+    tokens = torch.randint(model_config.vocab_size, shape)
     with torch.no_grad():
         costs = [
             loop_loss(model, tokens, schedule, step, torch.arange(config.batch_size) + 97 * step,
@@ -157,6 +158,8 @@ def main() -> None:
             done = {(run["name"], run["seed"]): run for run in read()}
             if (name, seed) in done or (options.only and name not in options.only):
                 continue
+            if scaled and (budget.reference, seed) not in done:
+                parser.error(f"{name}: first run {budget.reference!r}, whose FLOPs it takes")
             if scaled:
                 target = done[budget.reference, seed]["flops"]
                 steps = round(target / flops_per_step(model, config))
@@ -203,7 +206,7 @@ def table(runs: list[dict], budget: Budget) -> str:
     one = ends("one loop, equal tokens")
     deeper = [f"{budget.layers} layers, equal tokens",
               f"{budget.layers} layers with a norm on the embedding"]  # fmt: skip
-    gaps = [statistics.mean(one) - statistics.mean(ends(name)) for name in deeper if ends(name)]
+    gaps = [statistics.mean(one) - statistics.mean(ends(n)) for n in deeper if one and ends(n)]
     for name in dict.fromkeys(run["name"] for run in runs):
         mine = [run for run in runs if run["name"] == name]
         mean = {key: statistics.mean(run[key] for run in mine)
@@ -214,8 +217,10 @@ def table(runs: list[dict], budget: Budget) -> str:
             if loop <= len(curves[0]) else ""
             for loop in shown
         ]  # fmt: skip
-        won = statistics.mean(one) - statistics.mean(ends(name))
-        shares = ", ".join(f"{won / gap:.0%}" for gap in gaps if gap > 0)
+        shares = ", ".join(
+            f"{(statistics.mean(one) - statistics.mean(ends(name))) / gap:.0%}"
+            for gap in gaps if gap > 0
+        )  # fmt: skip
         lines.append(
             f"| {name} | {mean['steps']:.0f} | {mean['tokens'] / 1e6:.2f}M "
             f"| {mean['flops']:.2e} | {mean['seconds']:.0f} | {' | '.join(cells)} "

@@ -129,6 +129,8 @@ def main() -> None:
             if (args.on, name, seed) in done:
                 continue
             first = done.get((args.on, "the defaults", seed))
+            if first is None and name != "the defaults":
+                parser.error(f"{name}: first run 'the defaults' of this seed, whose FLOPs it takes")
             found = {"on": args.on, "name": name, "seed": seed,
                      **run(name, seed, first and first["flops"])}  # fmt: skip
             content = {"machine": platform.machine(), "torch": torch.__version__,

@@ -660,7 +660,7 @@ def test_bad_standard_input_is_called_so(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_reading_imports_no_torch() -> None:
     code = (
-        "import sys, looptx_core.data.shards\n"
+        "import sys, looptx_core.data.resolve\n"
         "assert not {'torch', 'lightning', 'transformers', 'pyarrow'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -289,6 +289,28 @@ def test_hidden_patches_are_learned_to_be_drawn_from_the_others() -> None:
     assert result.logit[~of_noise].mean() > result.logit[of_noise].mean() + 1
 
 
+def test_beside_other_ranks_pictures_text_has_the_same_gradients() -> None:
+    """Of zero, for the encoder: ranks sum up what has a gradient, and must agree on what that is."""
+    torch.manual_seed(0)
+    model = LoopedTransformer(replace(CONFIG, reconstruct=True))
+    schedule = LoopSchedule(TrainConfig(loop_schedule="fixed", loops=2), CONFIG.max_loops)
+    tokens = torch.randint(5, 20, (2, 9))
+
+    def of_pictures() -> list[torch.Tensor | None]:
+        model.zero_grad()
+        loop_loss(model, tokens, schedule, 0, torch.arange(2)).loss.backward()
+        return [p.grad for part in (model.vision, model.patch_head) for p in part.parameters()]
+
+    assert all(grad is None for grad in of_pictures())
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        found = of_pictures()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found and all(grad is not None and not grad.any() for grad in found)
+
+
 @pytest.mark.parametrize("reconstruct", [False, True])
 def test_inspecting_a_picture_maps_its_patches(
     cat: Path, tmp_path: Path, run, reconstruct: bool

@@ -39,8 +39,9 @@ SETTINGS = {
     "val_every": 20, "val_batches": 1, "log_every": 1, "lr": 0.003, "precision": "float32",
     "optimizer": "adamw", "loop_schedule": "sampled",
 }  # fmt: skip
-LARGE = {  # layers of which DeepSpeed swaps the matrices, and not the small ones
-    **MODEL, "d_model": 512, "n_heads": 8, "n_kv_heads": 8, "head_dim": 64, "d_ff": 1024,
+LARGE = {  # of which DeepSpeed swaps the blocks' matrices; not what is smaller, nor the embedding
+    **MODEL, "vocab_size": 2048, "d_model": 512, "n_heads": 8, "n_kv_heads": 8, "head_dim": 64,
+    "d_ff": 1024,
 }  # fmt: skip
 DROPOUT = {**MODEL, "dropout": 0.1}
 
@@ -342,7 +343,8 @@ BAD = {
     "not JSON": (["--zero3", "--deepspeed-config", "bad.json"], 2, "not valid JSON"),
     "ours": (["--zero3", "--deepspeed-config", "ours.json"], 2, "is set by --lr"),
     "not over two": (["--devices", "2", "--batch-size", "3"], 2, "--micro-batch"),
-    "unknown": (["--strategy", "fsdp"], 2, "zero3"),
+    "unknown": (["--strategy", "zero1"], 2, "zero3"),
+    "fsdp offloads nothing": (["--strategy", "fsdp", "--offload", "cpu"], 2, "needs ZeRO"),
 }
 
 
@@ -386,6 +388,11 @@ def test_which_process_this_is() -> None:
     assert is_first({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"})
     assert starter({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == ""
     assert not is_first({"NODE_RANK": "1"}) and starter({"NODE_RANK": "1"}) == "hand"
+
+
+def test_finetuning_by_fsdp_is_refused() -> None:
+    with pytest.raises(UsageError, match="for looptx train"):
+        FinetuneConfig(strategy="fsdp")
 
 
 def test_batches_over_processes() -> None:

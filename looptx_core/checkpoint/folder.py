@@ -421,7 +421,13 @@ def read_exit(folder: Path) -> ExitSettings:
     settings = read_json(file).get("exit", {})
     if not isinstance(settings, dict):
         raise DataError(f"{file}: exit must hold keys of its own; copy the model again")
-    return typed(ExitSettings, settings, f"{file}, exit")
+    found = typed(ExitSettings, settings, f"{file}, exit")
+    if len(found.stated) not in (0, 3) or len(found.gain_slope) != len(found.gain_offset):
+        raise DataError(
+            f"{file}, exit: stated has three numbers, and gain_slope as many as gain_offset; run "
+            f"looptx inspect-loops --calibrate --model {folder}"
+        )
+    return found
 
 
 def read_json(file: Path) -> dict[str, Any]:

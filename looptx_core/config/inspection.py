@@ -24,7 +24,7 @@ class InspectConfig:
     max_loops: int | None = None
     """The deepest loop to look at; absent: the model's maximum."""
     calibrate: bool = False
-    """Write temperature and calibrated gains into the model folder."""
+    """Write the calibration of confidence and gains into the model folder."""
     target_loss_increase: str | None = None
     """Pick the exit that saves the most within this, as 0.5%, and make it the model's own."""
     text: str | None = None

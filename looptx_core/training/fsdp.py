@@ -1,8 +1,9 @@
 """PyTorch's fully sharded data parallelism, FSDP2 (arXiv 2304.11277), under Lightning.
 
 Blocks that run once are gathered for their use alone. All else is one group: a looped core is
-gathered once a step, and its gradient reduced once, whatever the loops. It runs on GPUs and, by
-gloo, on the CPU. Checkpoints are whole files by name, so that any number of processes goes on.
+gathered once a pass forward and back, and its gradient reduced once, whatever the loops. It runs on
+GPUs and, by gloo, on the CPU. Checkpoints are whole files by name, so that any number of processes
+goes on. In bf16 weights are gathered in float32, and autograd keeps what was rounded of them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
@@ -65,9 +67,12 @@ class Gathered(L.Callback):
         }
 
     def model(self, like: LoopedTransformer) -> LoopedTransformer:
-        """A model that is not cut, with these weights; with others in the other processes."""
-        plain = LoopedTransformer(like.config)
+        """A model that is not cut, with these weights; in the other processes without any."""
+        with torch.device("meta"):
+            plain = LoopedTransformer(like.config)
         plain.attend = like.attend
         if self.weights:
-            plain.load_state_dict(self.weights)
+            plain.load_state_dict(self.weights, assign=True)
+            if like.config.tie_embeddings:
+                plain.head.weight = plain.embedding.weight
         return plain

@@ -86,6 +86,8 @@ class Need:
     """Buffers in RAM for weights that are read from a disk, where they are offloaded to it."""
     unswapped: int = 0
     """Of the weights, what stays in RAM then: the embedding and the head."""
+    group: int = 0
+    """The most masters that ZeRO-3 updates at once."""
 
     def to_dict(self) -> dict[str, int]:
         """Without what is not there, in the order of a table."""
@@ -258,6 +260,10 @@ def rank_need(
         * (_MATRICES * model.core_layers + SPARE_BUFFERS)
         * math.ceil(counts.matrix / spread.world),
         unswapped=each * math.ceil((counts.embedding + counts.head) / spread.world),
+        group=max(
+            4 * share // UPDATES,
+            4 * math.ceil(max(counts.embedding, counts.head) / spread.world),
+        ),
     )
 
 
@@ -270,7 +276,8 @@ def _buffers(counts: Counts, spread: Spread, each: int, bf16: bool) -> int:
         # All but prelude and coda, with its gradient, for the whole step; two blocks of these, the
         # second fetched ahead, with the gradient of one.
         rest = counts.all - counts.prelude - counts.coda
-        return 4 * (2 * rest + (3 * counts.block if counts.prelude + counts.coda else 0))
+        whole = 4 * (2 * rest + (3 * counts.block if counts.prelude + counts.coda else 0))
+        return whole + (2 * counts.matrices if bf16 else 0)  # autograd keeps the rounded ones
     bucket = each * min(REDUCE_BUCKET, counts.all)
     if spread.kind == "zero2":
         return bucket

@@ -164,6 +164,8 @@ class LoopedLM(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning counts batches of one process; over another number of them there are more or
         fewer to an optimizer step."""
+        if self._trainer is None:  # loaded to be looked at
+            return
         now = self.trainer.accumulate_grad_batches
         factor = now / checkpoint["looptx"].get("accumulation", now)
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

@@ -132,6 +132,7 @@ def loop_loss(
         }[loss_at]
         read.add(state[first:here], list(range(first, here)), loop)
     scored = _score(model, read, wanted, weights, around)
+    state = _with_what_others_use(model, state, pictures)
     result = _combine(model, scored, depths, keep_in_step=state, core_rows=core_rows)
     if pictures is not None:
         result.flops += 3 * patch_flops(model.config) * len(pictures.patches)
@@ -272,6 +273,20 @@ def _average(values: Tensor, weights: Tensor | None, dim: int | None = None) -> 
     if weights is None:
         return values.mean(dim)
     return (values * weights).sum(dim) / weights.sum(dim).clamp(min=1e-9)
+
+
+def _with_what_others_use(
+    model: LoopedTransformer, state: Tensor, pictures: Pictures | None
+) -> Tensor:
+    """The state, and beside pictures of other ranks the parts that only they go through: a gradient
+    has to be there, if of zero, where ranks sum theirs up."""
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    if alone or pictures is not None:
+        return state
+    parts = [part for part in (model.vision, model.patch_head) if part is not None]
+    for p in (p for part in parts for p in part.parameters() if p.requires_grad):
+        state = state + 0.0 * p.sum().to(state.dtype)
+    return state
 
 
 def _largest_over_ranks(value: int, device: torch.device) -> int:

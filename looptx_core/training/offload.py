@@ -13,7 +13,7 @@ from typing import Literal
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import RunConfig
 from looptx_core.machine.facts import Machine
-from looptx_core.training.memory import UPDATES, Need, Spread, rank_need
+from looptx_core.training.memory import Need, Spread, rank_need
 
 Place = Literal["none", "cpu", "nvme"]
 
@@ -137,7 +137,7 @@ def _place(
         own["not at the same time"] = need.overlap
     (own if optimizer == "none" else ram)["update"] = need.update
     if optimizer == "nvme":
-        ram["swap buffers"] = _SWAP_BUFFERS * max(need.masters // UPDATES, need.unswapped)
+        ram["swap buffers"] = _SWAP_BUFFERS * need.group
     for part in (own, ram, disk):
         for name in [name for name, size in part.items() if not size]:
             del part[name]

@@ -73,10 +73,10 @@ def build_optimizer(model: LoopedTransformer, config: RunConfig) -> torch.optim.
 
 
 def build_adamw(model: LoopedTransformer, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW whose groups are `trunk` or `head`, the confidence head's, for ZeRO.
+    """AdamW whose groups are `trunk` or `head`, the confidence head's, for parameters that are cut.
 
-    ZeRO cuts parameters wherever it falls, so that an update by element is all it can run: Muon,
-    which needs whole matrices, can't be.
+    ZeRO cuts them wherever it falls, and FSDP by rows, so that an update by element is all that can
+    run: Muon, which needs whole matrices, can't be.
     """
     head = {id(p) for p in model.confidence.parameters()}
     groups = []

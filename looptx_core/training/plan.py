@@ -96,7 +96,9 @@ def _advice(
         trials.append((f"--grad-checkpointing --micro-batch {rows}", less, rows))
     kinds: list[tuple[str, Spread, str]] = [("", spread, asked)]
     if spread.stage < 3:
-        kinds.append((" --zero3 --offload auto", replace(spread, kind="zero3"), "auto"))
+        given = config.strategy != "auto"
+        place = f" in place of --strategy {config.strategy}" if given else ""
+        kinds.append((f" --zero3 --offload auto{place}", replace(spread, kind="zero3"), "auto"))
     for more, kind, wish in kinds:
         for flags, trial, these in trials:
             fitting = plan_offload(

@@ -278,9 +278,10 @@ def fit(
         make_plain(module, Checkpoint(end.saved).weights())
     if gathered:
         model = module.model = gathered.model(model)
+    else:
+        model.to(torch.device("cpu"))
     module.swapped = end.swapped
     model.eval()
-    model.to(torch.device("cpu"))
     return module, trainer.global_step
 
 

@@ -217,12 +217,6 @@ class ZeroStrategy(EndsTogether, DeepSpeedStrategy):
                 size = param.ds_tensor.ds_numel if numel is None else numel
                 return super().swappable_tensor(numel=size) and size <= self.elements_per_buffer
 
-            def reserve_available_buffers(self) -> list[Tensor]:
-                # At the start, to make the masters: of a whole group, so all buffers as one.
-                assert len(self.available_buffer_ids) == self.param_buffer_count
-                super().reserve_available_buffers()
-                return [self.buffers]
-
         bf16 = self.config.get("bf16", {}).get("enabled", False)
         dtype = torch.bfloat16 if bf16 else torch.float32
         return BlocksAlone(DeepSpeedConfig(self.config), dtype)
