@@ -290,7 +290,7 @@ def test_hidden_patches_are_learned_to_be_drawn_from_the_others() -> None:
 
 
 def test_beside_other_ranks_pictures_text_has_the_same_gradients() -> None:
-    """Of zero, for the encoder: ranks sum up what has a gradient, and must agree on what that is."""
+    """Of zero, for the encoder: ranks sum up what has a gradient, and must agree on it."""
     torch.manual_seed(0)
     model = LoopedTransformer(replace(CONFIG, reconstruct=True))
     schedule = LoopSchedule(TrainConfig(loop_schedule="fixed", loops=2), CONFIG.max_loops)
