@@ -60,7 +60,7 @@ class Budget:
     def looped(self) -> ModelConfig:
         return ModelConfig(
             vocab_size=self.vocab, prelude_layers=0, core_layers=1, coda_layers=0,
-            max_loops=self.max_loops,
+            max_loops=self.max_loops, retain=0.5,  # the default when most of it was measured
         )  # fmt: skip
 
     def shards(self) -> Path:

@@ -43,7 +43,7 @@ class ModelConfig:
     """The most loops that this model is trained for."""
     injection: Literal["decay", "add", "none"] = "decay"
     """How the prelude's output enters each loop; see `looptx_core.model.loop.Injection`."""
-    retain: float = 0.5
+    retain: float = 0.88
     """decay: the share of the state that a loop keeps before any training, between 0 and 1; the
     rest is the embedding's."""
     qk_norm: bool = True
