@@ -27,6 +27,7 @@ from looptx_core.model.rope import rotary_tables, rotate
 CONFIG = ModelConfig(
     **dict(vocab_size=280, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48),
     **dict(prelude_layers=1, core_layers=2, coda_layers=1, max_loops=10, max_seq_len=64),
+    retain=0.5,  # by which tokens of random weights leave at many depths
 )
 GREEDY = GenerationOptions(temperature=0, max_new_tokens=12, ignore_eos=True)
 # Near the medians of the model below, so that tokens leave at many depths.
