@@ -404,7 +404,7 @@ def test_batches_over_processes() -> None:
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no memory file system")
 def test_memory_is_no_place_to_swap(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="in memory"):
-        SwapFolder(Path("/dev/shm"), tmp_path).open()
+        SwapFolder(Path("/dev/shm"), tmp_path)
 
 
 def test_swap_folders_are_per_run_and_cleared(tmp_path: Path) -> None:

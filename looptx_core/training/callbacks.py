@@ -201,13 +201,14 @@ def resume_point(folder: Path, metrics: Path, log_every: int, val_every: int) ->
     return None
 
 
-def processes_of(checkpoint: Path) -> int:
-    """How many saved it. Raises `DataError` for one that can't be read."""
+def processes_of(checkpoint: Path) -> int | None:
+    """How many saved it; None where an older looptx did not say. Raises `DataError` for one that
+    can't be read."""
     if checkpoint.is_dir():
         return fragments.Checkpoint(checkpoint).world_size
     try:
         saved = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
-        return int(saved["looptx"].get("processes", 1))
+        return saved["looptx"].get("processes")
     except Exception as error:  # a file cut short has many ways to fail
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(

@@ -42,7 +42,8 @@ class ShardedLM(LoopedLM):
         model = self.model
         if isinstance(model, FSDPModule):
             return
-        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        assert self.device_mesh is not None, "made by the strategy before this"
+        mesh = self.device_mesh["data_parallel"]
         for block in (*model.prelude, *model.coda):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward=False)

@@ -289,7 +289,7 @@ def _tell_of_other_ranks(
     checkpoint: Path, config: RunConfig, report: Callable[[str], object]
 ) -> None:
     before = processes_of(checkpoint)
-    if before != config.world_size:
+    if before not in (None, config.world_size):
         report(
             f"resumed: {before} processes saved and {config.world_size} go on; weights, moments "
             "and the place in the data are the same, but sums over processes are ordered anew, and "

@@ -49,6 +49,8 @@ class SwapFolder:
         self._own_parent = path is None
         if path is not None and not path.is_dir():
             raise UsageError(f"--nvme-path {path}: no such folder; make it, or choose another")
+        if path is not None:  # said before ops are compiled for it, for minutes
+            refuse_memory(path)
         self.needed = needed
         self._held: int | None = None
 
