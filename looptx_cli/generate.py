@@ -57,7 +57,8 @@ def generate(
         str, typer.Option(help="float32, bf16, or int8 (weights; on a CPU).")
     ] = "float32",
     kernel: Annotated[
-        str, typer.Option(help="On a CPU: auto, native (compiled at first use) or torch.")
+        str,
+        typer.Option(help="auto, native (compiled, on a CPU), graph (recorded, on a GPU) or torch."),
     ] = "auto",
     config: Annotated[Path | None, typer.Option(help="A YAML file of these settings.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
@@ -150,7 +151,9 @@ def _load(
     found = resolve_adapter(adapter, model) if adapter else resolve_model(model, need=need)
     if model is None:
         note(f"model: {found.folder}, {found.reason}", quiet)
-    if kernel != "torch" and build_ahead(*KERNEL):
+    # Beside torch's import, which alone would know whether there is a GPU to use.
+    on_cpu = not Path("/dev/nvidiactl").exists()
+    if on_cpu and kernel in ("auto", "native") and build_ahead(*KERNEL):
         note("decoding: its kernel is compiled, once on this machine, some seconds", quiet)
     import torch
 

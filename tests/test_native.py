@@ -15,7 +15,8 @@ from looptx_core.errors import MissingError, UsageError
 from looptx_core.generation.engine import Engine
 from looptx_core.generation.exits import Exit, Readout, calibrated, fixed_exit
 from looptx_core.generation.moves import Moves
-from looptx_core.generation.native_moves import NativeMoves, choose_moves
+from looptx_core.generation.choose import choose_moves
+from looptx_core.generation.native_moves import NativeMoves
 from looptx_core.machine import kernels
 from looptx_core.model.attention import explicit
 from looptx_core.model.cache import LoopCache

@@ -26,7 +26,7 @@ from looptx_core.errors import UsageError
 from looptx_core.generation.exits import fixed_exit, resolve_exit
 from looptx_core.generation.flight import Flight
 from looptx_core.generation.moves import Work
-from looptx_core.generation.native_moves import choose_moves
+from looptx_core.generation.choose import choose_moves
 from looptx_core.generation.request import (
     ChatPrompt,
     Generation,

@@ -161,9 +161,9 @@ class Flight:
             self._read(unread)
         gone = [self._riders[i] for i in go]
         for loop in {rider.loop for rider in gone}:
-            window = self.cache.window(1, [rider.row for rider in gone if rider.loop == loop])
-            window.leave(loop)
-            window.advance()
+            rows = [rider.row for rider in gone if rider.loop == loop]
+            self.moves.leave(self.cache, rows, loop)
+            self.cache.window(1, rows).advance()
         stay = sorted(set(range(len(self._riders))) - set(go))
         self._riders = [self._riders[i] for i in stay]
         self._place = None

@@ -143,3 +143,7 @@ class Moves:
         index = loops[0] if alike else torch.tensor(loops, device=state.device)
         judged = self.model.confidence(state, index)
         return torch.cat([judged.logit, judged.gain], -1).tolist()
+
+    def leave(self, cache: LoopCache, rows: Sequence[int], loop: int) -> None:
+        """These rows end their next column after `loop`: provide for its deeper slots."""
+        cache.window(1, rows).leave(loop)

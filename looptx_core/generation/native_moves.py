@@ -8,17 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from looptx_core.errors import MissingError, UsageError
 from looptx_core.generation.exits import Exit
 from looptx_core.generation.moves import Moves, Place, Ride
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rounding import KINDS
 from looptx_core.model.vision import Pictures
-from looptx_core.native.model import PRECISIONS, NativeModel, Watch, obstacle, round_weights
+from looptx_core.native.model import NativeModel, Watch
 from looptx_core.native.model import Place as NativePlace
 
-KERNELS = ("auto", "native", "torch")
 _MOST_TOKENS = 32  # of one pass: with more, torch's products for matrices are faster
 
 
@@ -119,31 +117,3 @@ def _each(loops: Sequence[int], state: Tensor) -> Sequence[int]:
     rows, new = state.shape[:2]
     spread = list(loops) * (rows // len(loops))
     return spread if new == 1 else [loop for loop in spread for _ in range(new)]
-
-
-def choose_moves(
-    model: LoopedTransformer, kernel: str = "auto", precision: str = "float32"
-) -> tuple[Moves, str]:
-    """The moves to generate with, and in a line why.
-
-    kernel: auto, native or torch. precision: how the kernel holds the model's weights, float32,
-    bf16 or int8; the model's own are rounded to the same values.
-    Raises `UsageError` for unknown names, `MissingError` where what was asked for can't be had.
-    """
-    if kernel not in KERNELS:
-        raise UsageError(f"--kernel {kernel}: not one of {', '.join(KERNELS)}")
-    if precision not in PRECISIONS:
-        raise UsageError(f"--precision {precision}: not one of {', '.join(PRECISIONS)}")
-    needed = kernel == "native" or precision != "float32"
-    if kernel == "torch" and precision != "float32":
-        raise UsageError(f"--precision {precision} needs the compiled kernel; leave out --kernel")
-    why = "asked for" if kernel == "torch" else obstacle(model)
-    if why is None:
-        try:
-            round_weights(model, precision)
-            return NativeMoves(model, precision), f"native, weights in {precision}"
-        except MissingError as error:
-            why = str(error)
-    if needed and kernel != "torch":
-        raise MissingError(f"the compiled kernel can't run here: {why}; use --kernel torch")
-    return Moves(model), f"torch, {why}"

@@ -255,3 +255,31 @@ class Window:
         """Count the first `by` of these columns, by default all, as filled."""
         for row, first in zip(self.rows, self.first):
             self.cache.lengths[row] = first + (self.new if by is None else by)
+
+
+class FixedWindow(Window):
+    """One new column of a cache of one row, numbered on the device: the same shapes and the same
+    memory wherever it stands, as a CUDA graph needs.
+
+    columns: (1, 1), to be set below `stop`, as far as which the row is looked at.
+    """
+
+    def __init__(self, cache: LoopCache, stop: int) -> None:
+        self.cache, self.new, self.rows, self.stop = cache, 1, [0], stop
+        self.columns = torch.zeros(1, 1, dtype=torch.long, device=cache.start.device)
+
+    def positions(self) -> Tensor:
+        return (self.columns - self.cache.shift[:, None]).clamp(min=0)
+
+    def mask(self) -> Tensor:
+        return torch.arange(self.stop, device=self.columns.device) <= self.columns[:, None, :, None]
+
+    def _write(self, store: Tensor, place: int | slice | Tensor, x: Tensor) -> None:
+        into = store[place]
+        into.index_copy_(into.dim() - 2, self.columns[0], x.expand(*into.shape[:-2], *x.shape[-2:]))
+
+    def _read(self, store: Tensor, place: int | Tensor) -> Tensor:
+        return store[place][..., : self.stop, :]
+
+    def _new(self, store: Tensor, place: int) -> Tensor:
+        return store[place].index_select(-2, self.columns[0])

@@ -15,9 +15,12 @@ Rotary = tuple[Tensor, Tensor]
 """Cosines and signed sines, each (batch or 1, length, 1, head_dim), to broadcast over heads."""
 
 
-def rotary_frequencies(head_dim: int, theta: float) -> Tensor:
+def rotary_frequencies(
+    head_dim: int, theta: float, device: torch.device | str = "cpu"
+) -> Tensor:
     """Radians a position, (head_dim / 2,), from the fastest to the slowest."""
-    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    return 1.0 / theta ** (steps / head_dim)
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
@@ -25,7 +28,7 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.d
 
     positions: (axes, batch or 1, length), integer; one axis where all coordinates are equal.
     """
-    frequencies = rotary_frequencies(head_dim, theta).to(positions.device)
+    frequencies = rotary_frequencies(head_dim, theta, positions.device)
     axis = torch.arange(len(frequencies), device=positions.device) % len(positions)
     angles = (positions[axis].float() * frequencies[:, None, None]).permute(1, 2, 0)
     angles = angles.unsqueeze(2)

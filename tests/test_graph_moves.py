@@ -1,0 +1,103 @@
+"""Moves that are recorded and replayed: the same tokens, loops and figures as torch's as they are.
+
+Without a GPU nothing is recorded, and the same bodies run on the same buffers.
+"""
+
+from __future__ import annotations
+
+
+import pytest
+import torch
+
+from looptx_core.config.generation import ExitSettings, GenerationOptions
+from looptx_core.config.model import ModelConfig
+from looptx_core.data.tokenizer import train_tokenizer
+from looptx_core.errors import MissingError
+from looptx_core.generation import graph_moves
+from looptx_core.generation.choose import choose_moves
+from looptx_core.generation.engine import Engine
+from looptx_core.generation.graph_moves import GraphMoves
+from looptx_core.generation.request import Step
+from looptx_core.model.loop import LoopedTransformer
+
+SHAPE = ModelConfig(vocab_size=279, d_model=48, n_heads=4, n_kv_heads=2, head_dim=12, d_ff=100,
+                    prelude_layers=1, core_layers=2, coda_layers=1, max_loops=5)  # fmt: skip
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return torch.device(request.param)
+
+
+def engines(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, Engine]:
+    """By recorded moves, whose graphs begin with eight columns, and by torch's as they are."""
+    monkeypatch.setattr(graph_moves, "_STRETCH", 8)
+    torch.manual_seed(0)
+    model = LoopedTransformer(SHAPE).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    tokenizer = train_tokenizer(["some words to write with, and some more of them"], 279)
+    settings = ExitSettings(confidence=0.05, gain=0.0, gain_slope=(1.0, 0.9), gain_offset=(0, 0.01))
+    both = [Engine(model.to(device), tokenizer, settings, kernel="torch") for _ in range(2)]
+    both[0].moves = GraphMoves(model)
+    return both[0], both[1]
+
+
+def written(engine: Engine, prompts: list[str], options: GenerationOptions) -> list[list[Step]]:
+    return [found.tokens for found in engine.complete(prompts, options)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"exit": "auto"},
+        {"exit": "gain", "min_loops": 2},
+        {"exit": "kl", "threshold": 0.05},
+        {"exit": "auto", "kv_policy": "last"},
+        {"exit": "auto", "kv_type": "int8"},
+        {"loops": 4},
+        {"loops": 5, "speculate": 3, "draft_loops": 2},
+        {"exit": "auto", "temperature": 0.8, "seed": 3},
+    ],
+)
+def test_the_same_tokens(
+    options: dict, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded, plain = engines(device, monkeypatch)
+    given = {"temperature": 0.0, "max_new_tokens": 40, "ignore_eos": True, **options}
+    for prompt in ("some", "some words to write with and more"):
+        ours, theirs = (
+            written(e, [prompt], GenerationOptions(**given))[0] for e in (recorded, plain)
+        )
+        assert [step.id for step in ours] == [step.id for step in theirs]
+        assert [step.loops for step in ours] == [step.loops for step in theirs]
+        for mine, other in zip(ours, theirs):
+            assert mine.logprob == pytest.approx(other.logprob, abs=1e-3)
+            assert mine.confidence == pytest.approx(other.confidence, abs=1e-3)
+    assert recorded.work == plain.work
+    if options.get("exit") == "auto":
+        assert len({step.loops for step in ours}) > 1
+    assert isinstance(recorded.moves, GraphMoves)
+    assert len(recorded.moves._tracks) > 1, "the text outgrew the first graphs"
+
+
+def test_batches_go_as_they_are(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded, plain = engines(device, monkeypatch)
+    options = GenerationOptions(temperature=0.0, max_new_tokens=12, ignore_eos=True)
+    prompts = ["some", "words to write", "them"]
+    ours, theirs = (written(engine, prompts, options) for engine in (recorded, plain))
+    assert [[s.id for s in one] for one in ours] == [[s.id for s in one] for one in theirs]
+    assert isinstance(recorded.moves, GraphMoves) and not recorded.moves._tracks
+
+
+def test_the_choice_is_explained() -> None:
+    model = LoopedTransformer(SHAPE)
+    with pytest.raises(MissingError, match="the model is on cpu"):
+        choose_moves(model, "graph")
+    if torch.cuda.is_available():
+        moves, reason = choose_moves(model.to("cuda"))
+        assert isinstance(moves, GraphMoves) and "CUDA graphs" in reason
+        assert choose_moves(model, "torch")[1] == "torch, asked for"
