@@ -30,10 +30,10 @@ from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import get_preset
+from looptx_core.generation.choose import choose_moves
 from looptx_core.generation.engine import Engine, Followed
 from looptx_core.generation.exits import Exit, Readout, calibrated, fixed_exit
 from looptx_core.generation.moves import Moves
-from looptx_core.generation.choose import choose_moves
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
 

@@ -58,7 +58,9 @@ def generate(
     ] = "float32",
     kernel: Annotated[
         str,
-        typer.Option(help="auto, native (compiled, on a CPU), graph (recorded, on a GPU) or torch."),
+        typer.Option(
+            help="auto, native (compiled, on a CPU), graph (recorded, on a GPU) or torch."
+        ),
     ] = "auto",
     config: Annotated[Path | None, typer.Option(help="A YAML file of these settings.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
@@ -160,9 +162,10 @@ def _load(
     from looptx_core.data.chat import TEMPLATE
     from looptx_core.finetuning.load import load_resolved
     from looptx_core.generation.engine import Engine
+    from looptx_core.machine.device import best_device
     from looptx_core.model.attention import choose_backend
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     # On a CPU the kernel rounds the weights; elsewhere, and without it, all is in that type.
     rounded = device.type == "cpu" and kernel != "torch"
     dtype = torch.bfloat16 if precision == "bf16" and not rounded else torch.float32

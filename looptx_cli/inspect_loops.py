@@ -51,8 +51,9 @@ def inspect_loops(
     from looptx_core.finetuning.load import load_resolved
     from looptx_core.inspection.page import sentences
     from looptx_core.inspection.report import inspect_loops, write_report
+    from looptx_core.machine.device import best_device
 
-    loaded = load_resolved(found)
+    loaded = load_resolved(found, device=best_device())
     own = found.adapter or found.folder
     data = _data(settings, loaded.tokenizer, own, quiet)
     document, exit_settings = inspect_loops(

@@ -5,7 +5,6 @@ Without a GPU nothing is recorded, and the same bodies run on the same buffers.
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 

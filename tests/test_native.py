@@ -12,10 +12,10 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.conversion.ternary import pack_model
 from looptx_core.data.tokenizer import train_tokenizer
 from looptx_core.errors import MissingError, UsageError
+from looptx_core.generation.choose import choose_moves
 from looptx_core.generation.engine import Engine
 from looptx_core.generation.exits import Exit, Readout, calibrated, fixed_exit
 from looptx_core.generation.moves import Moves
-from looptx_core.generation.choose import choose_moves
 from looptx_core.generation.native_moves import NativeMoves
 from looptx_core.machine import kernels
 from looptx_core.model.attention import explicit

@@ -23,10 +23,10 @@ from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.data.chat import chat_prompt, text_ids
 from looptx_core.data.tokenizer import end_id
 from looptx_core.errors import UsageError
+from looptx_core.generation.choose import choose_moves
 from looptx_core.generation.exits import fixed_exit, resolve_exit
 from looptx_core.generation.flight import Flight
 from looptx_core.generation.moves import Work
-from looptx_core.generation.choose import choose_moves
 from looptx_core.generation.request import (
     ChatPrompt,
     Generation,

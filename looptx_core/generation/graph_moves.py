@@ -1,10 +1,10 @@
 """The model's moves as CUDA graphs: at one token a pass, launching kernels takes longer than they.
 
 A graph replays the same kernels on the same memory. So what a pass reads and writes stands in
-buffers that stay (`_Track`), the column that it fills is a number on the device, and attention looks
-at a bounded stretch of the cache, behind a mask. Only a cache of one row is recorded, one token at a
-time; prompts, batches and verified drafts go through torch as they are, where numbers take longer
-than calls.
+buffers that stay (`_Track`), the column that it fills is a number on the device, and attention
+looks at a bounded stretch of the cache, behind a mask. Only a cache of one row is recorded, one
+token at a time; prompts, batches and verified drafts go through torch as they are, where numbers
+take longer than calls.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from looptx_core.generation.exits import Exit, calibrated
 from looptx_core.generation.moves import Moves, Place, Ride
-from looptx_core.model.bitnet import BitLinear, PackedBitLinear
+from looptx_core.model.bitnet import BitLinear
 from looptx_core.model.block import Block
 from looptx_core.model.cache import FixedWindow, LoopCache
 from looptx_core.model.loop import LoopedTransformer
@@ -27,7 +27,7 @@ _STRETCH = 256
 
 
 class GraphMoves(Moves):
-    """Keeps hold of the cache that was decoded last, whose graphs it has; another takes its place."""
+    """Keeps hold of the cache that was decoded last, whose graphs it has, until another comes."""
 
     def __init__(self, model: LoopedTransformer) -> None:
         super().__init__(model)
@@ -117,7 +117,9 @@ class _Track:
         weight = model.norm.weight
         self.model, self.window, self.column = model, FixedWindow(cache, stop), -1
         self.token = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
-        self.state = torch.zeros(1, 1, model.config.d_model, dtype=weight.dtype, device=weight.device)
+        self.state = torch.zeros(
+            1, 1, model.config.d_model, dtype=weight.dtype, device=weight.device
+        )
         self.embedding = torch.zeros_like(self.state)
         self.logits = self.state.new_zeros(1, 1, model.config.vocab_size)
         self.judgement = self.state.new_zeros(2)
@@ -200,10 +202,7 @@ def obstacle(model: LoopedTransformer) -> str | None:
     """Why the moves can't be recorded, in a few words; None where they can."""
     if model.norm.weight.device.type != "cuda":
         return f"the model is on {model.norm.weight.device.type}"
-    known = (nn.Linear, BitLinear, PackedBitLinear)
-    blocks = [m for m in model.modules() if isinstance(m, Block)]
-    names = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-    layers = [getattr(part, name) for block in blocks
-              for part, own in zip((block.attention, block.mlp), names) for name in own]  # fmt: skip
-    kinds = {type(layer).__name__ for layer in layers if type(layer) not in known}
-    return f"its layers are {', '.join(sorted(kinds))}" if kinds else None
+    blocks = [part for part in model.modules() if isinstance(part, Block)]
+    layers = [part for block in blocks for part in block.modules() if isinstance(part, nn.Linear)]
+    odd = {type(layer).__name__ for layer in layers if type(layer) not in (nn.Linear, BitLinear)}
+    return f"its layers are {', '.join(sorted(odd))}" if odd else None

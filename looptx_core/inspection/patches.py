@@ -60,7 +60,7 @@ def _changes(loaded: LoadedModel, picture: Picture, loops: int) -> list[list[lis
     states = torch.cat([state for state, _ in _walk(loaded, tokens, pictures, loops)])
     states = states[:, 1:].float()  # the end token stands before the picture
     moved = (states[1:] - states[:-1]).norm(dim=-1) / states[1:].norm(dim=-1)
-    return _maps(moved, picture)
+    return _maps(moved.cpu(), picture)
 
 
 @torch.no_grad()
@@ -73,12 +73,13 @@ def _restored(loaded: LoadedModel, picture: Picture, loops: int) -> dict[str, An
     sure, error = torch.zeros(loops, count), torch.zeros(loops, count)
     for hidden in (turn == number for number in range(4)):
         if hidden.any():
-            covered = replace(pictures, hidden=hidden)
-            places = places_of(tokens, loaded.config.image_token, hidden)
+            there = hidden.to(tokens.device)
+            covered = replace(pictures, hidden=there)
+            places = places_of(tokens, loaded.config.image_token, there)
             for loop, (_, decoded) in enumerate(_walk(loaded, tokens, covered, loops)):
                 drawn = draw(loaded.model, decoded, places, covered)
-                sure[loop, hidden] = drawn.logit.float().sigmoid()
-                error[loop, hidden] = drawn.error.float()
+                sure[loop, hidden] = drawn.logit.float().sigmoid().cpu()
+                error[loop, hidden] = drawn.error.float().cpu()
     return {"confidence_by_loop": _maps(sure, picture), "error_by_loop": _maps(error, picture)}
 
 
@@ -87,7 +88,9 @@ def _alone(loaded: LoadedModel, picture: Picture) -> tuple[Tensor, Pictures]:
     pictures = together([picture])
     assert pictures is not None
     images = [loaded.config.image_token] * len(picture.patches)
-    return torch.tensor([[end_id(loaded.tokenizer), *images]]), pictures
+    device = loaded.model.norm.weight.device
+    tokens = torch.tensor([[end_id(loaded.tokenizer), *images]], device=device)
+    return tokens, pictures.to(device)
 
 
 def _walk(

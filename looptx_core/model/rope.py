@@ -15,9 +15,7 @@ Rotary = tuple[Tensor, Tensor]
 """Cosines and signed sines, each (batch or 1, length, 1, head_dim), to broadcast over heads."""
 
 
-def rotary_frequencies(
-    head_dim: int, theta: float, device: torch.device | str = "cpu"
-) -> Tensor:
+def rotary_frequencies(head_dim: int, theta: float, device: torch.device | str = "cpu") -> Tensor:
     """Radians a position, (head_dim / 2,), from the fastest to the slowest."""
     steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
     return 1.0 / theta ** (steps / head_dim)

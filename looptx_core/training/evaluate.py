@@ -95,6 +95,11 @@ def evaluate_loops(
     count; all by default. documents: (batch, length), to attend within only. observe: sees every
     loop's tokens. pictures: of the image tokens.
     """
+    device = model.norm.weight.device
+    tokens, pictures = tokens.to(device), pictures and pictures.to(device)
+    targets, counted, documents = (
+        part if part is None else part.to(device) for part in (targets, counted, documents)
+    )
     inputs, targets = inputs_and_targets(tokens, targets)
     counted = torch.ones_like(targets, dtype=torch.bool) if counted is None else counted
     layout = model.layout(inputs, pictures)

@@ -25,6 +25,7 @@ from looptx_core.data.datamodule import TokenData
 from looptx_core.data.pairs import MixedData, mix_of, read_pairs
 from looptx_core.data.probes import probe_batches, read_probes
 from looptx_core.errors import Interrupted, LooptxError, UsageError
+from looptx_core.machine.device import best_device, on_best_device
 from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.model import fused
 from looptx_core.model.attention import choose_backend
@@ -193,7 +194,7 @@ def fit(
         log_every=min(config.log_every, config.steps),
         val_every=min(config.val_every, config.steps),
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     precision, why = choose_precision(config.precision, device)
     report(f"precision: {precision}, {why}")
     backend = choose_backend(
@@ -347,19 +348,21 @@ def _finish(
     started: float,
 ) -> TrainResult:
     loops = module.schedule.max_loops
-    by_part = {
-        name: evaluate_all(model, batches.held_out(part), loops)
-        for name, part in batches.val_parts.items()
-    }
+    with on_best_device(model):
+        by_part = {
+            name: evaluate_all(model, batches.held_out(part), loops)
+            for name, part in batches.val_parts.items()
+        }
+        lines = probe_batches(read_probes(data), batches.shards.tokenizer)
+        probes = {
+            name: evaluate_loops(model, tokens, loops, counted).accuracy_by_loop
+            for name, tokens, counted in lines
+        }
     evaluation = by_part["text"]
     exit_settings = calibrate(ExitSettings(), functools.reduce(operator.add, by_part.values()))
     counts = batches.shards.manifest.splits["val"]
     bits = [loss / 0.6931471805599453 * counts.tokens / counts.bytes
             for loss in evaluation.loss_by_loop]  # fmt: skip
-    probes = {
-        name: evaluate_loops(model, tokens, loops, counted).accuracy_by_loop
-        for name, tokens, counted in probe_batches(read_probes(data), batches.shards.tokenizer)
-    }
     records = read_metrics(folder / "metrics.jsonl")
     result = TrainResult(
         folder=folder,
