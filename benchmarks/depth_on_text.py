@@ -2,11 +2,12 @@
 
 State of the Union speeches, held out by document. One block, looped, trained by several recipes,
 against the same parameters run once and against a plain stack of layers, at equal tokens and at
-equal FLOPs (vocabulary products included). Two budgets:
+equal FLOPs (vocabulary products included). Budgets:
 
     minutes   200 steps of 4,096 tokens, 2,048 token types: depth brings nothing, plain or looped
     pays      500 steps of as many, 512 token types: four layers beat one by four percent, and by
               six with the norm on the embedding that the looped ones have
+    12M, 48M  the same models on 12 and 48 million tokens, 3 and 12 times the text; for a GPU
 
 Three seeds. Resumable: a run that stands in the results file is not repeated.
 
@@ -55,6 +56,8 @@ class Budget:
     reference: str
     """Whose FLOPs others are scaled to."""
     train: TrainConfig
+    minimal: bool = False
+    """Only what says whether looping pays at equal tokens and at equal FLOPs."""
 
     @property
     def looped(self) -> ModelConfig:
@@ -79,6 +82,12 @@ BUDGETS = {
                replace(COMMON, steps=200, val_batches=12)),
         Budget("pays", "depth_pays.json", 512, 4, 4, "the same, retain 0.88",
                replace(COMMON, steps=500, seq_len=256, batch_size=16, val_batches=16)),
+        *(
+            Budget(f"{tokens}M", f"depth_{tokens}m.json", 512, 4, 4, "the same, retain 0.88",
+                   replace(COMMON, precision="auto", steps=round(tokens * 1e6 / 64 / 256),
+                           seq_len=256, batch_size=64, val_batches=16), minimal=True)
+            for tokens in (12, 48)
+        ),
     )
 }  # fmt: skip
 
@@ -114,12 +123,17 @@ def contestants(
             ),
             f"{layers} layers with a norm on the embedding": (normed, once, False),
         }  # fmt: skip
-    return found | {
+    found = found | {
         "one loop, equal tokens": (one_loop, once, False),
         "one loop, equal FLOPs": (one_loop, once, True),
         f"{layers} layers, equal tokens": (deeper, once, False),
         f"{layers} layers, equal FLOPs": (deeper, once, True),
     }
+    if budget.minimal:
+        wanted = (budget.reference, f"{layers} layers with a norm on the embedding",
+                  "one loop, equal tokens", "one loop, equal FLOPs")  # fmt: skip
+        found = {name: found[name] for name in wanted}
+    return found
 
 
 def flops_per_step(model_config: ModelConfig, config: TrainConfig) -> float:
@@ -144,10 +158,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", help="Contestants, by name.")
     parser.add_argument("--keep", type=Path)
+    parser.add_argument("--results", type=Path, help="The file; by default the budget's own.")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     budget = BUDGETS[options.budget]
-    file, shards = RESULTS / budget.results, budget.shards()
+    file, shards = options.results or RESULTS / budget.results, budget.shards()
 
     def read() -> list[dict]:
         return json.loads(file.read_text())["runs"] if file.exists() else []
@@ -158,10 +173,10 @@ def main() -> None:
             done = {(run["name"], run["seed"]): run for run in read()}
             if (name, seed) in done or (options.only and name not in options.only):
                 continue
-            if scaled and (budget.reference, seed) not in done:
-                parser.error(f"{name}: first run {budget.reference!r}, whose FLOPs it takes")
             if scaled:
-                target = done[budget.reference, seed]["flops"]
+                target = _flops_of_reference(budget, base, done.get((budget.reference, seed)))
+                if target is None:
+                    parser.error(f"{name}: first run {budget.reference!r}, whose FLOPs it takes")
                 steps = round(target / flops_per_step(model, config))
                 config = replace(config, steps=steps)
             with tempfile.TemporaryDirectory() as scratch:
@@ -181,8 +196,9 @@ def main() -> None:
             }
             results = {
                 "command": f"python benchmarks/depth_on_text.py --budget {budget.name}",
-                "machine": f"{platform.processor() or platform.machine()}, "
-                f"{options.threads} threads",
+                "machine": torch.cuda.get_device_name()
+                if torch.cuda.is_available()
+                else f"{platform.processor() or platform.machine()}, {options.threads} threads",
                 "torch": torch.__version__,
                 "held_out_documents": open_shards(shards).manifest.splits["val"].documents,
                 "runs": [*read(), found],
@@ -190,6 +206,14 @@ def main() -> None:
             file.write_text(json.dumps(results, indent=1) + "\n")
             print(found, flush=True)
     print(table(read(), budget))
+
+
+def _flops_of_reference(budget: Budget, base: TrainConfig, run: dict | None) -> float | None:
+    """What the reference took, or will where its depths do not hang on the model."""
+    model, config, _ = contestants(budget, base)[budget.reference]
+    if run is not None:
+        return run["flops"]
+    return flops_per_step(model, config) * config.steps if config.loop_schedule == "fixed" else None
 
 
 def table(runs: list[dict], budget: Budget) -> str:

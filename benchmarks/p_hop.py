@@ -6,6 +6,8 @@ looped model draws its depths and trains its confidence head, so that its exits 
 do the loops used rise with p, and what do they keep of full depth's accuracy?
 
     python benchmarks/p_hop.py [--hops 4] [--loops 6] [--steps 2000] [--seeds 0 1]
+    python benchmarks/p_hop.py --device cuda --width 128 --heads 8 --length 256 --hops 16 \
+        --batch 256 --schedule fixed --lr 5e-3 ...        # the paper's shape, on a GPU
 
 Resumable: a run that stands in the results file is not repeated.
 """
@@ -27,7 +29,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.p_hop import IGNORED, p_hop_batch
 from looptx_core.inspection.frontier import choose, frontier, rule_depths
-from looptx_core.inspection.survey import Survey, survey_lines
+from looptx_core.inspection.survey import Survey, survey_lines, together
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.evaluate import calibrate
 from looptx_core.training.loop_schedule import LoopSchedule
@@ -36,26 +38,30 @@ from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import build_optimizer, clip_by_part, learning_rate_factor
 
 RESULTS = Path(__file__).parent / "results" / "p_hop.json"
-SYMBOLS, WIDTH, BATCH, TESTED = 4, 64, 64, 1024
+SYMBOLS, TESTED = 4, 1024
+SETTING = dict(hops=4, loops=6, length=32, steps=2000, lr=1e-2, width=64, heads=4, batch=64,
+               schedule="sampled")  # fmt: skip
+"""What a run is known by, with the defaults."""
 
 
-def shapes(loops: int, hops: int, length: int) -> dict[str, ModelConfig]:
+def shapes(args: argparse.Namespace) -> dict[str, ModelConfig]:
     one = ModelConfig(
-        vocab_size=SYMBOLS + hops, d_model=WIDTH, n_heads=4, n_kv_heads=4, head_dim=WIDTH // 4,
-        d_ff=4 * WIDTH, prelude_layers=0, core_layers=1, coda_layers=0, max_loops=1,
-        max_seq_len=length + 1,
+        vocab_size=SYMBOLS + args.hops, d_model=args.width, n_heads=args.heads,
+        n_kv_heads=args.heads, head_dim=args.width // args.heads, d_ff=4 * args.width,
+        prelude_layers=0, core_layers=1, coda_layers=0, max_loops=1, max_seq_len=args.length + 1,
     )  # fmt: skip
     return {
-        f"1 x {loops}": replace(one, max_loops=loops),
+        f"1 x {args.loops}": replace(one, max_loops=args.loops),
         "1 x 1": one,
-        f"{loops} x 1": replace(one, core_layers=loops),
+        f"{args.loops} x 1": replace(one, core_layers=args.loops),
     }
 
 
 def training(args: argparse.Namespace, seed: int) -> TrainConfig:
     return TrainConfig(
-        steps=args.steps, batch_size=BATCH, lr=args.lr, seed=seed, weight_decay=0.0,
-        loop_schedule="sampled", mean_loops=args.loops / 2 + 1, optimizer="muon",
+        steps=args.steps, batch_size=args.batch, lr=args.lr, seed=seed, weight_decay=0.0,
+        loop_schedule=args.schedule, mean_loops=args.loops / 2 + 1, optimizer="muon",
+        loss_at="last" if args.schedule == "fixed" else "pair",
     )  # fmt: skip
 
 
@@ -64,19 +70,25 @@ def train(
 ) -> tuple[LoopedTransformer, float, float]:
     """The model, its FLOPs and seconds."""
     torch.manual_seed(settings.seed)
-    model = LoopedTransformer(config).train()
+    model = LoopedTransformer(config).to(args.device).train()
+    if args.compile:
+        for block in model.core:
+            block.compile()
+    half = args.device != "cpu"  # bf16, as `looptx train` would take there
     schedule = LoopSchedule(settings, config.max_loops)
     optimizer = build_optimizer(model, settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(settings))
     rng = np.random.default_rng((settings.seed, 1))
     flops, began = 0.0, time.monotonic()
     for step in range(settings.steps):
-        tokens, targets, _ = p_hop_batch(rng, BATCH, args.length, args.hops, SYMBOLS)
+        tokens, targets, _ = p_hop_batch(rng, args.batch, args.length, args.hops, SYMBOLS,
+                                         args.device)  # fmt: skip
         asked = (targets != IGNORED).float()
-        loss = loop_loss(
-            model, tokens, schedule, step, step * BATCH + torch.arange(BATCH),
-            targets=targets, weights=asked / asked.mean(), loss_at=settings.loss_at,
-        )  # fmt: skip
+        with torch.autocast(args.device, torch.bfloat16, enabled=half):
+            loss = loop_loss(
+                model, tokens, schedule, step, step * args.batch + torch.arange(args.batch),
+                targets=targets, weights=asked / asked.mean(), loss_at=settings.loss_at,
+            )  # fmt: skip
         optimizer.zero_grad()
         (loss.loss + loss.confidence_loss).backward()
         clip_by_part(model, 1.0)
@@ -96,7 +108,9 @@ def tested(
     rng = np.random.default_rng((99, stream))
     tokens, targets, hops = p_hop_batch(rng, TESTED, args.length, args.hops, SYMBOLS)
     asked = targets != IGNORED
-    survey = survey_lines(model, tokens, model.config.max_loops, asked, targets=targets)
+    parts = zip(*(part.split(128) for part in (tokens, asked, targets)))
+    depth = model.config.max_loops
+    survey = together([survey_lines(model, t, depth, c, targets=a) for t, c, a in parts])
     return survey, hops[:, None].expand_as(tokens)[asked], asked.nonzero()[:, 0]
 
 
@@ -150,23 +164,25 @@ def exits(model: LoopedTransformer, args: argparse.Namespace) -> dict[str, objec
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hops", type=int, default=4)
-    parser.add_argument("--loops", type=int, default=6)
-    parser.add_argument("--length", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--lr", type=float, default=1e-2)
+    for name, default in SETTING.items():
+        choices = ("sampled", "fixed") if name == "schedule" else None
+        parser.add_argument(f"--{name}", type=type(default), default=default, choices=choices)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", help="one shape, as '1 x 1'")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    setting = {k: getattr(args, k) for k in ("hops", "loops", "length", "steps", "lr")}
+    setting = {name: getattr(args, name) for name in SETTING}
     for seed in args.seeds:
-        for name, config in shapes(args.loops, args.hops, args.length).items():
+        for name, config in shapes(args).items():
             done = json.loads(args.results.read_text())["runs"] if args.results.exists() else []
             key = {"name": name, "seed": seed, **setting}
-            if (args.only and name != args.only) or any(key.items() <= r.items() for r in done):
+            if (args.only and name != args.only) or any(
+                key.items() <= (SETTING | r).items() for r in done
+            ):
                 continue
             print(key, flush=True)
             model, flops, seconds = train(config, training(args, seed), args)

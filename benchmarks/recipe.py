@@ -51,7 +51,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "AdamW at a quarter of the learning rate": ({}, {"optimizer": "adamw"}),
     "half the learning rate": ({}, {}),
 }
-P_HOP = argparse.Namespace(hops=4, loops=6, length=32, steps=1000, lr=1e-2)
+P_HOP = argparse.Namespace(**p_hop.SETTING | {"steps": 1000}, device="cpu", compile=False)
 
 
 def settings(name: str, base: TrainConfig) -> TrainConfig:
@@ -60,9 +60,9 @@ def settings(name: str, base: TrainConfig) -> TrainConfig:
 
 
 def on_p_hop(name: str, seed: int, flops: float | None) -> dict[str, Any]:
-    shape = p_hop.shapes(P_HOP.loops, P_HOP.hops, P_HOP.length)["1 x 6"]
+    shape = p_hop.shapes(P_HOP)["1 x 6"]
     model = replace(shape, **{"retain": 0.5, **VARIANTS[name][0]})
-    base = TrainConfig(steps=P_HOP.steps, batch_size=p_hop.BATCH, lr=P_HOP.lr, seed=seed,
+    base = TrainConfig(steps=P_HOP.steps, batch_size=P_HOP.batch, lr=P_HOP.lr, seed=seed,
                        weight_decay=0.0)  # fmt: skip
     config = settings(name, base)
     if flops:

@@ -83,6 +83,24 @@ def test_the_same_tokens(
     assert len(recorded.moves._tracks) > 1, "the text outgrew the first graphs"
 
 
+def test_the_next_prompt_finds_the_graphs(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded, _ = engines(device, monkeypatch)
+    assert isinstance(recorded.moves, GraphMoves)
+    found, options = [], GenerationOptions(max_new_tokens=4, ignore_eos=True, temperature=0.0)
+    for prompt in ("some", "some words to write with and more", "some"):
+        found.append((written(recorded, [prompt], options), recorded.moves._cache))
+    assert found[0][1] is found[1][1] is found[2][1]
+    ids = [[step.id for step in tokens[0]] for tokens, _ in found]
+    assert ids[0] == ids[2]
+    unfinished = recorded.generate(["some"], options)
+    next(unfinished)
+    other = written(recorded, ["some"], options)[0]  # while the cache is in use
+    assert [step.id for step in other] == ids[0]
+    assert [step.id for step in unfinished] == ids[0][1:]
+
+
 def test_batches_go_as_they_are(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded, plain = engines(device, monkeypatch)
     options = GenerationOptions(temperature=0.0, max_new_tokens=12, ignore_eos=True)

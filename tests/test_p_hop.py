@@ -31,7 +31,8 @@ def by_definition(values: list[int], hops: int) -> list[int]:
 
 def test_the_answers_are_those_of_the_definition() -> None:
     rng = np.random.default_rng(0)
-    values, hops = rng.integers(0, 4, (20, 24)), rng.integers(1, 6, 20)
+    drawn = rng.integers(0, 4, (20, 24)), rng.integers(1, 6, 20)
+    values, hops = (torch.from_numpy(part) for part in drawn)
     found = p_hop(values, hops)
     for row in range(20):
         assert found[row].tolist() == by_definition(values[row].tolist(), int(hops[row]))
@@ -39,8 +40,8 @@ def test_the_answers_are_those_of_the_definition() -> None:
 
 def test_one_hop_by_hand() -> None:
     #        a  b  a  c  a   after the last a came c; after the one before, b
-    values = np.array([[0, 1, 0, 2, 0]])
-    assert p_hop(values, np.array([1]))[0].tolist() == [IGNORED, IGNORED, 1, IGNORED, 2]
+    values = torch.tensor([[0, 1, 0, 2, 0]])
+    assert p_hop(values, torch.tensor([1]))[0].tolist() == [IGNORED, IGNORED, 1, IGNORED, 2]
 
 
 def test_a_loss_with_targets_of_its_own() -> None:

@@ -10,6 +10,7 @@ request's exit lets it go.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -42,6 +43,8 @@ from looptx_core.generation.text import TextStream
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer
+
+_ROUND = 256
 
 __all__ = ["ChatPrompt", "Engine", "Followed", "Generation", "PicturePrompt", "Prompt", "Step"]
 
@@ -85,6 +88,7 @@ class Engine:
         self.end = end_id(tokenizer)
         self.moves, self.kernel = choose_moves(model, kernel, precision)
         self.work = Work()
+        self._spare: LoopCache | None = None
 
     def generate(
         self,
@@ -138,8 +142,8 @@ class Engine:
         for index, text in enumerate(tokens.tolist()):
             requests.append(self._request(index, text[:prompt], options))
             requests[-1].script = text[prompt:]
-        flight = self._flight(requests, len(requests))
-        steps = sorted(serve(flight, requests), key=lambda step: step.request)
+        with self._flight(requests, len(requests)) as flight:
+            steps = sorted(serve(flight, requests), key=lambda step: step.request)
         seconds = [step.seconds for step in steps]
         return Followed(
             -torch.tensor([step.logprob for step in steps]).view(len(tokens), new),
@@ -148,20 +152,39 @@ class Engine:
             flight.cache.bytes_per_token,
         )
 
-    def _flight(self, requests: Sequence[Request], rows: int) -> Flight:
+    @contextlib.contextmanager
+    def _flight(self, requests: Sequence[Request], rows: int) -> Iterator[Flight]:
         """With a cache that holds so many of these requests at once."""
-        weight, settings = self.model.embedding.weight, requests[0].exit.settings
-        cache = LoopCache(
+        needed = max(request.limit for request in requests) - 1
+        loops = max(max(r.exit.max_loops, r.prompt_exit.max_loops) for r in requests)
+        cache = self._cache(requests[0].exit.settings, rows, needed, loops)
+        try:
+            yield Flight(self.moves, cache, self.exit_settings, self.work)
+        finally:
+            if self.moves.keeps_cache and rows == 1:
+                cache.clear(0)
+                self._spare = cache
+
+    def _cache(self, settings: ExitSettings, rows: int, needed: int, loops: int) -> LoopCache:
+        """A new one, or the last one where it would be the same."""
+        weight, spare, capacity = self.model.embedding.weight, self._spare, needed
+        if self.moves.keeps_cache and rows == 1:
+            self._spare = None
+            if spare is not None and spare.capacity >= needed:
+                own = spare.policy, spare.kind.name, spare.loops
+                if own == (settings.kv_policy, settings.kv_type, loops):
+                    return spare
+            capacity = -(-needed // _ROUND) * _ROUND  # so that the next one fits
+        return LoopCache(
             self.model.config,
             batch=rows,
-            capacity=max(request.limit for request in requests) - 1,
-            loops=max(max(r.exit.max_loops, r.prompt_exit.max_loops) for r in requests),
+            capacity=capacity,
+            loops=loops,
             policy=settings.kv_policy,
             kind=settings.kv_type,
             dtype=weight.dtype,
             device=weight.device,
         )
-        return Flight(self.moves, cache, self.exit_settings, self.work)
 
     def compute_saved(self, generation: Generation) -> float:
         """Share of the FLOPs of the tokens that full depth would have taken beyond these.
@@ -236,13 +259,15 @@ class Engine:
             return request.exit.settings.kv_policy, request.exit.settings.kv_type
 
         for request in [request for request in requests if request.options.speculate]:
-            yield from speculate(self._flight([request], 1), request)
+            with self._flight([request], 1) as flight:
+                yield from speculate(flight, request)
         requests = [request for request in requests if not request.options.speculate]
 
         # A cache has one policy and type, so requests of different ones run after one another.
         for _, alike in itertools.groupby(sorted(requests, key=kind), kind):
             group = list(alike)
-            yield from serve(self._flight(group, min(len(group), self.batch_size)), group)
+            with self._flight(group, min(len(group), self.batch_size)) as flight:
+                yield from serve(flight, group)
 
 
 def _for_each(

@@ -29,6 +29,8 @@ _STRETCH = 256
 class GraphMoves(Moves):
     """Keeps hold of the cache that was decoded last, whose graphs it has, until another comes."""
 
+    keeps_cache = True
+
     def __init__(self, model: LoopedTransformer) -> None:
         super().__init__(model)
         self._cache: LoopCache | None = None

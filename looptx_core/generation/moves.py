@@ -57,6 +57,9 @@ Place = Any
 class Moves:
     """A token at a place: encode it, loop it, read it out, ask how sure it is."""
 
+    keeps_cache = False
+    """Whether a cache that was used before is worth more than a new one."""
+
     def __init__(self, model: LoopedTransformer) -> None:
         self.model = model
 

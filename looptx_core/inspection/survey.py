@@ -110,11 +110,12 @@ def two_surveys(
             if len(half["tokens"]):
                 documents = half.get("documents")
                 part.append(survey_lines(model, half["tokens"], loops, documents=documents))
-    fit, report = (_together(part) for part in parts)
+    fit, report = (together(part) for part in parts)
     return fit, report
 
 
-def _together(parts: list[Survey]) -> Survey:
+def together(parts: list[Survey]) -> Survey:
+    """One survey of all their tokens."""
     total = parts[0].evaluation
     for part in parts[1:]:
         total = total + part.evaluation
