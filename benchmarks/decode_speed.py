@@ -8,8 +8,10 @@ moment meets them all; read the ratios.
     python benchmarks/decode_speed.py                       # peers, both shapes of `small`
     python benchmarks/decode_speed.py --shape medium
     python benchmarks/decode_speed.py --parts loops         # equal depth by 1, 2, 5 and 10 loops
+    python benchmarks/decode_speed.py --device cuda         # on a GPU, by CUDA graphs
 
-Results: benchmarks/results/decode_speed.json, a part for each shape. Weights are random: what they
+Results: benchmarks/results/decode_speed.json, a part for each shape, and decode_speed_cuda.json.
+--compiled adds transformers with a static cache, which it compiles (bf16). Weights are random: what they
 say is not the matter here.
 """
 
@@ -46,6 +48,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "small 1 + 1 x 10 + 1": dict(SMALL, prelude_layers=1, core_layers=1, loops=10, coda_layers=1),
     "medium 2 + 4 x 3 + 2": dict(MEDIUM, prelude_layers=2, core_layers=4, loops=3, coda_layers=2),
 }
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 Run = Callable[[], float]
 """Generates once; seconds for the tokens after the first."""
 
@@ -55,7 +58,11 @@ def config_of(shape: dict[str, Any]) -> ModelConfig:
 
 
 def looptx(
-    config: ModelConfig, prompt: list[int], weights: str, kernel: str = "auto"
+    config: ModelConfig,
+    prompt: list[int],
+    weights: str,
+    kernel: str = "auto",
+    device: str = "cpu",
 ) -> tuple[Run, int]:
     """The run, and the bytes of weights that a token reads at least once."""
     torch.manual_seed(0)
@@ -66,6 +73,8 @@ def looptx(
     vocabulary = {"<|end|>": 0, **{f"t{i}": i for i in range(1, config.vocab_size)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|end|>"))
     held = "float32" if ternary else weights
+    if device != "cpu":
+        model, held = model.to(device, DTYPES[weights]), "float32"
     engine = Engine(model, tokenizer, kernel=kernel, precision=held)
     options = GenerationOptions(
         loops=config.loops, temperature=0, max_new_tokens=NEW, ignore_eos=True
@@ -75,7 +84,7 @@ def looptx(
         steps = list(engine.generate([prompt], options))
         return steps[-1].seconds - steps[0].seconds
 
-    return run, held_bytes(model, held)
+    return run, held_bytes(model, weights if device != "cpu" else held)
 
 
 def llama_config(config: ModelConfig) -> Any:
@@ -90,17 +99,23 @@ def llama_config(config: ModelConfig) -> Any:
     )  # fmt: skip
 
 
-def hugging_face(config: ModelConfig, prompt: list[int], weights: str) -> Run:
+def hugging_face(
+    config: ModelConfig,
+    prompt: list[int],
+    weights: str,
+    device: str = "cpu",
+    compiled: bool = False,
+) -> Run:
     import transformers
 
-    dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[weights]
-    model = transformers.LlamaForCausalLM(llama_config(config)).to(dtype).eval()
-    ids = torch.tensor([prompt])
+    model = transformers.LlamaForCausalLM(llama_config(config)).to(device, DTYPES[weights]).eval()
+    ids = torch.tensor([prompt], device=device)
+    more = {"cache_implementation": "static"} if compiled else {}
 
     class Clock(transformers.StoppingCriteria):
         def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
             self.first = self.first or time.perf_counter()
-            return torch.zeros(1, dtype=torch.bool)
+            return torch.zeros(1, dtype=torch.bool, device=input_ids.device)
 
     def run() -> float:
         clock = Clock()
@@ -108,8 +123,9 @@ def hugging_face(config: ModelConfig, prompt: list[int], weights: str) -> Run:
         with torch.inference_mode():
             out = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False,
-                stopping_criteria=[clock],
+                stopping_criteria=[clock], **more,
             )  # fmt: skip
+            out = out.cpu()
         assert out.shape[1] == PROMPT + NEW
         return time.perf_counter() - clock.first
 
@@ -193,17 +209,24 @@ def measure(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
     return rates
 
 
-def against_peers(config: ModelConfig, prompt: list[int], rounds: int) -> dict[str, Any]:
+def against_peers(
+    config: ModelConfig, prompt: list[int], rounds: int, device: str, compiled: bool
+) -> dict[str, Any]:
     report: dict[str, Any] = {}
+    on_cpu = device == "cpu"
     with tempfile.TemporaryDirectory() as folder:
-        for weights in ("float32", "bf16", "int8", "ternary"):
-            ours, read = looptx(config, prompt, weights)
+        for weights in ("float32", "bf16", "int8", "ternary") if on_cpu else ("float32", "bf16"):
+            ours, read = looptx(config, prompt, weights, device=device)
             runs: dict[str, Run] = {"looptx": ours}
-            if weights == "float32":
-                runs["looptx, torch alone"] = looptx(config, prompt, weights, "torch")[0]
-            if weights in ("float32", "bf16"):
-                runs["transformers"] = hugging_face(config, prompt, weights)
-            if find_spec("llama_cpp") and find_spec("gguf"):
+            if weights == "float32" or not on_cpu:
+                runs["looptx, torch alone"] = looptx(config, prompt, weights, "torch", device)[0]
+            if weights in DTYPES:
+                runs["transformers"] = hugging_face(config, prompt, weights, device)
+            if compiled and weights == "bf16":
+                runs["transformers, compiled"] = hugging_face(
+                    config, prompt, weights, device, compiled
+                )
+            if on_cpu and find_spec("llama_cpp") and find_spec("gguf"):
                 runs["llama.cpp"] = llama_cpp(config, prompt, weights, Path(folder))
             rates = measure(runs, rounds)
             report[weights] = {
@@ -247,9 +270,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shape", default="small", help="beginning of a shape's name")
     parser.add_argument("--parts", nargs="+", default=["peers"], choices=["peers", "loops"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compiled", action="store_true")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
-    file = results_file("decode_speed")
+    name_of_results = "decode_speed" if flags.device == "cpu" else f"decode_speed_{flags.device}"
+    file = results_file(name_of_results)
     report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     report["what"] = f"tokens per second after the first, prompt {PROMPT}, {NEW} new, batch 1"
     report["rounds"] = flags.rounds
@@ -258,7 +284,7 @@ def main() -> None:
             print(name)
             config = config_of(shape)
             prompt = torch.randint(1, config.vocab_size, (PROMPT,)).tolist()
-            report[name] = against_peers(config, prompt, flags.rounds)
+            report[name] = against_peers(config, prompt, flags.rounds, flags.device, flags.compiled)
     if "loops" in flags.parts:
         prompt = torch.randint(1, SMALL["vocab_size"], (PROMPT,)).tolist()
         report["effective depth 12, by loops"] = by_loops(prompt, flags.rounds)
@@ -267,7 +293,9 @@ def main() -> None:
         for name in ("transformers", "llama_cpp")
         if find_spec(name)
     }
-    write("decode_speed", report)
+    if flags.device == "cuda":
+        report["gpu"] = torch.cuda.get_device_name()
+    write(name_of_results, report)
 
 
 if __name__ == "__main__":
