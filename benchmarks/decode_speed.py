@@ -11,8 +11,8 @@ moment meets them all; read the ratios.
     python benchmarks/decode_speed.py --device cuda         # on a GPU, by CUDA graphs
 
 Results: benchmarks/results/decode_speed.json, a part for each shape, and decode_speed_cuda.json.
---compiled adds transformers with a static cache, which it compiles (bf16). Weights are random: what they
-say is not the matter here.
+--compiled adds transformers with a static cache, which it compiles (bf16). Weights are random: what
+they say is not the matter here.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ equal FLOPs (vocabulary products included). Budgets:
     minutes   200 steps of 4,096 tokens, 2,048 token types: depth brings nothing, plain or looped
     pays      500 steps of as many, 512 token types: four layers beat one by four percent, and by
               six with the norm on the embedding that the looped ones have
-    12M, 48M  the same models on 12 and 48 million tokens, 3 and 12 times the text; for a GPU
+    12M, 36M  the same models on 12 and 36 million tokens, 3 and 9 times the text; for a GPU
 
 Three seeds. Resumable: a run that stands in the results file is not repeated.
 
@@ -86,7 +86,7 @@ BUDGETS = {
             Budget(f"{tokens}M", f"depth_{tokens}m.json", 512, 4, 4, "the same, retain 0.88",
                    replace(COMMON, precision="auto", steps=round(tokens * 1e6 / 64 / 256),
                            seq_len=256, batch_size=64, val_batches=16), minimal=True)
-            for tokens in (12, 48)
+            for tokens in (12, 36)
         ),
     )
 }  # fmt: skip

@@ -85,7 +85,12 @@ def test_finetune(method: tuple[str, ...], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "more",
-    [("--zero3",), ("--zero3", "--offload", "cpu"), ("--strategy", "zero2"), ("--strategy", "fsdp")],
+    [
+        ("--zero3",),
+        ("--zero3", "--offload", "cpu"),
+        ("--strategy", "zero2"),
+        ("--strategy", "fsdp"),
+    ],
 )
 def test_sharded(more: tuple[str, ...], tmp_path: Path) -> None:
     """One process each; the same loss as the plain run's, within what bf16 loses."""

@@ -30,6 +30,8 @@ class Packed:
     documents: Tensor
     starts: Tensor
     length: int
+    counts: tuple[int, ...]
+    """How many documents stand in each row and those above it."""
 
     @staticmethod
     def of(documents: Tensor) -> Packed:
@@ -37,7 +39,8 @@ class Packed:
         new = torch.ones_like(documents, dtype=torch.bool)
         new[:, 1:] = documents[:, 1:] != documents[:, :-1]
         starts = F.pad(new.flatten().nonzero().flatten(), (0, 1), value=documents.numel())
-        return Packed(documents, starts.to(torch.int32), documents.shape[1])
+        counts = tuple(new.sum(1).cumsum(0).tolist())
+        return Packed(documents, starts.to(torch.int32), documents.shape[1], counts)
 
     @cached_property
     def first(self) -> Tensor:
@@ -48,6 +51,9 @@ class Packed:
         return marks.view_as(self.documents).cummax(1).values.to(torch.int32)
 
     def __getitem__(self, rows: Tensor | slice) -> Packed:
+        if isinstance(rows, slice) and not rows.start and rows.step is None and rows.stop:
+            counts = self.counts[rows]  # the first rows: without a look at the device
+            return Packed(self.documents[rows], self.starts[: counts[-1] + 1], self.length, counts)
         return Packed.of(self.documents[rows])
 
     def mask(self) -> Tensor:
@@ -84,7 +90,7 @@ def sdpa(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Packed | 
         # A single token's query heads of one key head do as well for rows of a sequence.
         grouped = queries.view(batch, keys.shape[1], -1, width)
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
-        return out.view(batch, heads, 1, width)
+        return out.reshape(batch, heads, 1, width)
     return F.scaled_dot_product_attention(
         queries,
         keys,
@@ -146,9 +152,9 @@ def _by_torch() -> Varlen:
     """torch's own kernels: FlashAttention 2, or whichever was activated."""
     from torch.nn.attention.varlen import varlen_attn
 
-    causal: dict[str, Any] = {"is_causal": True}  # as the first version said it
-    if "window_size" in inspect.signature(varlen_attn).parameters:
-        causal = {"window_size": (-1, 0), "enable_gqa": True}
+    known = inspect.signature(varlen_attn).parameters  # which versions of torch name as they like
+    ways = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    causal: dict[str, Any] = ways | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
     def call(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, length: int) -> Tensor:
         out = varlen_attn(q, k, v, starts, starts, length, length, **causal)

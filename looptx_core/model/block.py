@@ -56,6 +56,8 @@ class SideBySide(nn.Module):
     def project(self, x: Tensor) -> Sequence[Tensor]:
         """Each layer's output."""
         if self._joined is None or torch.is_grad_enabled():
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not for each of them
             return [self.get_submodule(name)(x) for name in self.beside]
         return self._joined(x).split(self._widths, dim=-1)
 

@@ -58,9 +58,9 @@ class LoopSchedule(torch.nn.Module):
         ids: (batch,), the samples' numbers. measure: gives, for "gain" or "loss", what each
         sequence has after the base depth, (batch,), nats a token; asked by `loss` alone.
         """
-        draws = [np.random.default_rng((self.seed, step, sample)) for sample in ids.tolist()]
         if self.kind == "fixed":
             return torch.full(ids.shape, self.base)
+        draws = [np.random.default_rng((self.seed, step, sample)) for sample in ids.tolist()]
         free = torch.tensor([self._depth(rng, 1 if self.kind == "sampled" else self.base)
                              for rng in draws])  # fmt: skip
         if self.kind == "sampled" or self.base == self.max_loops:
