@@ -146,7 +146,7 @@ def flops_per_step(model_config: ModelConfig, config: TrainConfig) -> float:
         costs = [
             loop_loss(model, tokens, schedule, step, torch.arange(config.batch_size) + 97 * step,
                       loss_at=config.loss_at).flops
-            for step in range(20)
+            for step in range(1 if config.loop_schedule == "fixed" else 20)
         ]  # fmt: skip
     return statistics.mean(costs)
 
