@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--kernel", default="auto", help="auto, native or torch.")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
-    loaded = load_model(flags.model)
+    loaded = load_model(flags.model, dtype=torch.float32)
     deepest = loaded.model.config.max_loops
     prompts = held_out(loaded.model.config.vocab_size, flags.texts, 48)
     model = wide(loaded.model.config) if flags.wide else loaded.model

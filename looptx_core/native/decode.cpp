@@ -148,6 +148,15 @@ inline float scalar(uint16_t x) {
     return out;
 }
 
+// Keep a vector in its register: compilers would read it again for each product that it enters.
+inline void hold(Floats& v) {
+#if defined(__AVX2__)
+    asm("" : "+x"(v));
+#else
+    (void)v;
+#endif
+}
+
 // The sums of four vectors.
 inline void sums_of(const Floats& a, const Floats& b, const Floats& c, const Floats& d, float* out) {
 #if defined(__AVX2__)
@@ -159,16 +168,22 @@ inline void sums_of(const Floats& a, const Floats& b, const Floats& c, const Flo
 #endif
 }
 
-// out[n][r] = sum over k of w[r][k] x[n][k], for R rows of weights and N inputs at once.
-template <int R, int N, class Weight>
+// out[n][r] = sum over k of w[r][k] x[n][k], for R rows of weights and N inputs at once. Ahead:
+// fetch the next rows meanwhile, as many as a group has.
+constexpr int GROUP = 4;
+
+template <int R, int N, bool Ahead, class Weight>
 inline void tile(const Weight* w, const float* x, int width, float* out, int64_t out_stride) {
     Floats sums[R][N] = {};
     int k = 0;
     for (; k + LANES <= width; k += LANES) {
+        if (Ahead && k * sizeof(Weight) % 64 == 0)
+            for (int r = 0; r < R; ++r) __builtin_prefetch(w + (int64_t)(GROUP + r) * width + k);
         Floats inputs[N];
-        for (int n = 0; n < N; ++n) inputs[n] = load(x + (int64_t)n * width + k);
+        for (int n = 0; n < N; ++n) inputs[n] = load(x + (int64_t)n * width + k), hold(inputs[n]);
         for (int r = 0; r < R; ++r) {
-            const Floats weights = load(w + (int64_t)r * width + k);
+            Floats weights = load(w + (int64_t)r * width + k);
+            hold(weights);
             for (int n = 0; n < N; ++n) sums[r][n] += weights * inputs[n];
         }
     }
@@ -185,17 +200,34 @@ inline void tile(const Weight* w, const float* x, int width, float* out, int64_t
     }
 }
 
+// A group of R rows: sums, inputs and weights of a tile fill the sixteen registers, or nearly.
+template <int R, int N, bool Ahead, class Weight>
+inline void group(const Weight* w, const float* x, int width, float* out, int64_t out_stride) {
+    constexpr int some = R == 4 && N > 3 ? 2 : R;
+    for (int r = 0; r < R; r += some)
+        tile<some, N, Ahead>(w + (int64_t)r * width, x, width, out + r, out_stride);
+}
+
 template <int R, class Weight>
 inline void tiles(const Weight* w, const float* x, int width, int count, float* out,
                   int64_t out_stride) {
-    // Three at a time fill the registers; two and two beat three and one.
     for (int n = 0, many; n < count; n += many) {
         const int left = count - n;
         const float* from = x + (int64_t)n * width;
-        many = left == 4 ? 2 : std::min(left, 3);
-        if (many == 3) tile<R, 3>(w, from, width, out + n * out_stride, out_stride);
-        if (many == 2) tile<R, 2>(w, from, width, out + n * out_stride, out_stride);
-        if (many == 1) tile<R, 1>(w, from, width, out + n * out_stride, out_stride);
+        float* to = out + n * out_stride;
+        many = left == 4 ? 4 : std::min(left, 3);
+        // Later inputs find these rows in the cache, and have time for the next ones.
+        const bool ahead = n > 0 && many == left;
+        switch (2 * many + ahead) {
+            case 2: group<R, 1, false>(w, from, width, to, out_stride); break;
+            case 3: group<R, 1, true>(w, from, width, to, out_stride); break;
+            case 4: group<R, 2, false>(w, from, width, to, out_stride); break;
+            case 5: group<R, 2, true>(w, from, width, to, out_stride); break;
+            case 6: group<R, 3, false>(w, from, width, to, out_stride); break;
+            case 7: group<R, 3, true>(w, from, width, to, out_stride); break;
+            case 8: group<R, 4, false>(w, from, width, to, out_stride); break;
+            case 9: group<R, 4, true>(w, from, width, to, out_stride); break;
+        }
     }
 }
 
