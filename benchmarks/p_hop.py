@@ -101,13 +101,20 @@ def train(
     return model.eval(), flops, time.monotonic() - began
 
 
+def held_out(
+    args: argparse.Namespace, stream: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, targets and which of them are asked, each (sequences, length); p of each."""
+    rng = np.random.default_rng((99, stream))
+    tokens, targets, hops = p_hop_batch(rng, TESTED, args.length, args.hops, SYMBOLS)
+    return tokens, targets, targets != IGNORED, hops
+
+
 def tested(
     model: LoopedTransformer, args: argparse.Namespace, stream: int
 ) -> tuple[Survey, torch.Tensor, torch.Tensor]:
     """Held-out sequences, with p and the number of its sequence for each counted token."""
-    rng = np.random.default_rng((99, stream))
-    tokens, targets, hops = p_hop_batch(rng, TESTED, args.length, args.hops, SYMBOLS)
-    asked = targets != IGNORED
+    tokens, targets, asked, hops = held_out(args, stream)
     parts = zip(*(part.split(128) for part in (tokens, asked, targets)))
     depth = model.config.max_loops
     survey = together([survey_lines(model, t, depth, c, targets=a) for t, c, a in parts])
