@@ -8,6 +8,7 @@ equal FLOPs (vocabulary products included). Budgets:
     pays      500 steps of as many, 512 token types: four layers beat one by four percent, and by
               six with the norm on the embedding that the looped ones have
     12M, 36M  the same models on 12 and 36 million tokens, 3 and 9 times the text; for a GPU
+    narrow    width 64, 18 million tokens: what a small block can hold is soon full
 
 Three seeds. Resumable: a run that stands in the results file is not repeated.
 
@@ -56,6 +57,7 @@ class Budget:
     reference: str
     """Whose FLOPs others are scaled to."""
     train: TrainConfig
+    width: int = 128
     minimal: bool = False
     """Only what says whether looping pays at equal tokens and at equal FLOPs."""
 
@@ -64,6 +66,8 @@ class Budget:
         return ModelConfig(
             vocab_size=self.vocab, prelude_layers=0, core_layers=1, coda_layers=0,
             max_loops=self.max_loops, retain=0.5,  # the default when most of it was measured
+            d_model=self.width, n_heads=self.width // 32, n_kv_heads=max(1, self.width // 64),
+            head_dim=32, d_ff=3 * self.width,
         )  # fmt: skip
 
     def shards(self) -> Path:
@@ -88,6 +92,9 @@ BUDGETS = {
                            seq_len=256, batch_size=64, val_batches=16), minimal=True)
             for tokens in (12, 36)
         ),
+        Budget("narrow", "depth_narrow.json", 512, 4, 4, "the same, retain 0.88",
+               replace(COMMON, steps=4400, seq_len=256, batch_size=16, val_batches=16),
+               width=64, minimal=True),
     )
 }  # fmt: skip
 

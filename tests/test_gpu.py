@@ -26,7 +26,7 @@ def looptx(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     program = "from looptx_cli.main import main; raise SystemExit(main())"
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], cwd=folder, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return done

@@ -80,7 +80,9 @@ class LoopSchedule(torch.nn.Module):
     def _above_threshold(self, values: Tensor) -> Tensor:
         if self.fixed_threshold is not None:
             return values > self.fixed_threshold
-        quantile = _over_ranks(torch.quantile(values.float(), 1 - self.deeper_share))
+        # Where the model is: NCCL sums nothing up on a CPU.
+        there = values.float().to(self.threshold.device)
+        quantile = _over_ranks(torch.quantile(there, 1 - self.deeper_share))
         if self.training:
             old = torch.where(self.threshold.isnan(), quantile, self.threshold)
             self.threshold.copy_(_THRESHOLD_MEMORY * old + (1 - _THRESHOLD_MEMORY) * quantile)
