@@ -18,8 +18,9 @@ demo: setup
 	$(BIN)/looptx generate "Call me" --show-iterations --max-new-tokens 60
 	$(BIN)/looptx generate "map bf da ee fe cd hh gh aa:" --show-iterations --temperature 0 --max-new-tokens 12
 
+# Two at a time with a thread each are faster than one with two.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # Swapping to a disk: compiles DeepSpeed's async_io at first, some minutes; needs libaio-dev.
 test-slow: setup
