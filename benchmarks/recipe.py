@@ -33,12 +33,13 @@ from looptx_core.training.objective import loop_loss
 from looptx_core.training.run import train
 
 RESULTS = Path(__file__).parent / "results" / "recipe.json"
-# On text with all sequences at full depth, read at the last loop.
+# On text the base is all sequences at full depth, read at the last loop.
 BASE = "the defaults with retain 0.5"
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     BASE: ({}, {}),
     "schedule: sampled": ({}, {"loop_schedule": "sampled"}),
     "schedule: fixed at the maximum": ({}, {"loop_schedule": "fixed"}),
+    "schedule: by loss, read at pairs of loops": ({}, {"loop_schedule": "loss", "loss_at": "pair"}),
     "deeper by the loss itself": ({}, {"deeper_by": "loss"}),
     "mean depth of the prior 2, not 3": ({}, {"mean_loops": 2.0}),
     "mean depth of the prior 5": ({}, {"mean_loops": 5.0}),
