@@ -189,8 +189,9 @@ inline void tile(const Weight* w, const float* x, int width, float* out, int64_t
     }
     for (int n = 0; n < N; ++n) {
         float* to = out + (int64_t)n * out_stride;
-        if constexpr (R == 4)
-            sums_of(sums[0][n], sums[1][n], sums[2][n], sums[3][n], to);
+        if constexpr (R % 4 == 0)
+            for (int r = 0; r < R; r += 4)
+                sums_of(sums[r][n], sums[r + 1][n], sums[r + 2][n], sums[r + 3][n], to + r);
         else
             for (int r = 0; r < R; ++r) to[r] = sum(sums[r][n]);
         if (k < width)
@@ -249,6 +250,9 @@ void float_rows(const Weight* w, int begin, int end, const float* x, int width, 
     // Short rows from memory come faster one after another than four at a time.
     if (count == 1 && sizeof(Weight) < sizeof(float))
         for (; r < end; ++r) out[r] = line(w + (int64_t)r * width, x, width);
+    if (count == 1)  // a sum has to wait for itself: eight at a time
+        for (; r + 8 <= end; r += 8)
+            tile<8, 1, false>(w + (int64_t)r * width, x, width, out + r, out_stride);
     for (; r + 4 <= end; r += 4)
         tiles<4>(w + (int64_t)r * width, x, width, count, out + r, out_stride);
     for (; r < end; ++r)
@@ -404,9 +408,7 @@ inline float erf_of(float x) {  // Abramowitz and Stegun 7.1.26, absolute error 
 inline float gelu(float x) { return 0.5f * x * (1.0f + erf_of(x * 0.70710678f)); }
 
 void rms_norm(const float* x, const float* weight, int width, float eps, float* out) {
-    float squares = 0;
-    for (int i = 0; i < width; ++i) squares += x[i] * x[i];
-    const float scale = 1.0f / std::sqrt(squares / width + eps);
+    const float scale = 1.0f / std::sqrt(line(x, x, width) / width + eps);
     for (int i = 0; i < width; ++i) out[i] = x[i] * scale * weight[i];
 }
 
@@ -560,22 +562,26 @@ struct Runner {
         const float scale = 1.0f / std::sqrt((float)width);
         thread_local std::vector<float> chances;
         if ((int)chances.size() < length) chances.resize(length + 256);
+        float* each = chances.data();
+        float_rows(keys, 0, length, q, width, 1, each, length);
         float largest = -3e38f, total = 0;
-        for (int c = 0; c < length; ++c) {
-            const float* key = keys + (int64_t)c * width;
-            float dot = 0;
-            for (int i = 0; i < width; ++i) dot += q[i] * key[i];
-            chances[c] = dot * scale;
-            largest = std::max(largest, chances[c]);
-        }
-        for (int c = 0; c < length; ++c) chances[c] = exp_of(chances[c] - largest);
-        for (int c = 0; c < length; ++c) total += chances[c];
+#pragma omp simd reduction(max : largest)
+        for (int c = 0; c < length; ++c) largest = std::max(largest, each[c]);
+        for (int c = 0; c < length; ++c) each[c] = exp_of((each[c] - largest) * scale);
+#pragma omp simd reduction(+ : total)
+        for (int c = 0; c < length; ++c) total += each[c];
         for (int i = 0; i < width; ++i) out[i] = 0;
-        for (int c = 0; c < length; ++c) {
-            const float chance = chances[c] / total;
-            const float* value = values + (int64_t)c * width;
-            for (int i = 0; i < width; ++i) out[i] += chance * value[i];
+        int c = 0;
+        for (; c + 4 <= length; c += 4) {  // the sums are read and written once for four
+            const float* v = values + (int64_t)c * width;
+            const float* four = each + c;
+            for (int i = 0; i < width; ++i)
+                out[i] += (four[0] * v[i] + four[1] * v[width + i]) +
+                          (four[2] * v[2 * width + i] + four[3] * v[3 * width + i]);
         }
+        for (; c < length; ++c)
+            for (int i = 0; i < width; ++i) out[i] += each[c] * values[(int64_t)c * width + i];
+        for (int i = 0; i < width; ++i) out[i] /= total;
     }
 
     // One block on the rows of `at`, (count, d_model); slot: the cache's, for each row.
@@ -734,13 +740,9 @@ struct Runner {
         for (int r = 0; r < count; ++r) {
             float* own = judged.data() + (int64_t)r * width;
             const float* depth = m.judge_loop + (int64_t)(std::min(loop[r] + more, m.max_loops) - 1) * width;
-            float sums[2] = {m.judge_out_bias[0], m.judge_out_bias[1]};
             for (int i = 0; i < width; ++i) own[i] = gelu(own[i] + m.judge_bias[i] + depth[i]);
-            for (int i = 0; i < width; ++i) {
-                sums[0] += own[i] * m.judge_out[i];
-                sums[1] += own[i] * m.judge_out[width + i];
-            }
-            out[2 * r] = sums[0], out[2 * r + 1] = sums[1];
+            for (int i = 0; i < 2; ++i)
+                out[2 * r + i] = m.judge_out_bias[i] + line(own, m.judge_out + i * width, width);
         }
     }
 };
