@@ -245,15 +245,15 @@ def against_peers(
     return report
 
 
-def by_loops(prompt: list[int], rounds: int) -> dict[str, Any]:
+def by_loops(prompt: list[int], rounds: int, device: str) -> dict[str, Any]:
     """Effective depth 12 by one layer ten times, or two five times, up to ten once."""
     report: dict[str, Any] = {}
-    for weights in ("float32", "bf16", "int8", "ternary"):
+    for weights in ("float32", "bf16", "int8", "ternary") if device == "cpu" else DTYPES:
         runs, read = {}, {}
         for loops in (1, 2, 5, 10):
             shape = dict(SMALL, prelude_layers=1, core_layers=10 // loops, coda_layers=1)
             runs[str(loops)], read[str(loops)] = looptx(
-                config_of(dict(shape, loops=loops)), prompt, weights
+                config_of(dict(shape, loops=loops)), prompt, weights, device=device
             )
         rates = measure(runs, rounds)
         report[weights] = {
@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shape", default="small", help="beginning of a shape's name")
     parser.add_argument("--parts", nargs="+", default=["peers"], choices=["peers", "loops"])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--compiled", action="store_true")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
@@ -287,7 +287,7 @@ def main() -> None:
             report[name] = against_peers(config, prompt, flags.rounds, flags.device, flags.compiled)
     if "loops" in flags.parts:
         prompt = torch.randint(1, SMALL["vocab_size"], (PROMPT,)).tolist()
-        report["effective depth 12, by loops"] = by_loops(prompt, flags.rounds)
+        report["effective depth 12, by loops"] = by_loops(prompt, flags.rounds, flags.device)
     report["peers"] = {
         name: __import__(name).__version__
         for name in ("transformers", "llama_cpp")

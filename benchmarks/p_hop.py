@@ -174,7 +174,7 @@ def main() -> None:
     for name, default in SETTING.items():
         choices = ("sampled", "fixed") if name == "schedule" else None
         parser.add_argument(f"--{name}", type=type(default), default=default, choices=choices)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--threads", type=int, default=2)

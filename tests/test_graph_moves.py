@@ -5,20 +5,29 @@ Without a GPU nothing is recorded, and the same bodies run on the same buffers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import pytest
 import torch
 
+import looptx_core
+from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
+from looptx_core.data.pictures import read_picture
 from looptx_core.data.tokenizer import train_tokenizer
 from looptx_core.errors import MissingError
 from looptx_core.generation import graph_moves
 from looptx_core.generation.choose import choose_moves
 from looptx_core.generation.engine import Engine
 from looptx_core.generation.graph_moves import GraphMoves
-from looptx_core.generation.request import Step
+from looptx_core.generation.moves import Moves
+from looptx_core.generation.request import PicturePrompt, Prompt, Step
 from looptx_core.model.loop import LoopedTransformer
 
+BUNDLED_VISION = Path(looptx_core.__file__).parent / "assets" / "picture-model"
+CAT = Path(__file__).parent.parent / "examples" / "cat.png"
 SHAPE = ModelConfig(vocab_size=279, d_model=48, n_heads=4, n_kv_heads=2, head_dim=12, d_ff=100,
                     prelude_layers=1, core_layers=2, coda_layers=1, max_loops=5)  # fmt: skip
 
@@ -45,7 +54,9 @@ def engines(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> tuple[Engi
     return both[0], both[1]
 
 
-def written(engine: Engine, prompts: list[str], options: GenerationOptions) -> list[list[Step]]:
+def written(
+    engine: Engine, prompts: Sequence[Prompt], options: GenerationOptions
+) -> list[list[Step]]:
     return [found.tokens for found in engine.complete(prompts, options)]
 
 
@@ -99,6 +110,42 @@ def test_the_next_prompt_finds_the_graphs(
     other = written(recorded, ["some"], options)[0]  # while the cache is in use
     assert [step.id for step in other] == ids[0]
     assert [step.id for step in unfinished] == ids[0][1:]
+
+
+def test_pictures_between_texts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture moves positions: a prompt that ends where the last one did starts anew."""
+    monkeypatch.setattr(graph_moves, "_STRETCH", 8)
+    loaded = load_model(BUNDLED_VISION, dtype=torch.float32)
+    picture = read_picture(CAT, loaded.config)
+    options = GenerationOptions(loops=3, temperature=0.0, max_new_tokens=6, ignore_eos=True)
+    both = []
+    for moves in (GraphMoves, Moves):
+        engine = Engine(loaded.model.to(device), loaded.tokenizer, loaded.exit, kernel="torch")
+        engine.moves = moves(loaded.model)
+        asked = PicturePrompt("", (picture,))
+        length = engine.length(asked)
+        before = [5] * (length - 6)  # its last token stands where the picture's first new one does
+        found = [written(engine, [p], options)[0] for p in (before, asked, before)]
+        both.append([[(step.id, round(step.logprob, 3)) for step in one] for one in found])
+    assert both[0] == both[1]
+
+
+def test_a_second_engine_leaves_the_weights_where_they_are() -> None:
+    model = LoopedTransformer(SHAPE).eval()
+    model.join()
+    where = [p.data_ptr() for p in model.parameters()]
+    model.to("cpu")
+    model.join()
+    assert where == [p.data_ptr() for p in model.parameters()]
+    attention = model.core[0].attention
+    x = torch.randn(1, 2, SHAPE.d_model)
+    with torch.no_grad():
+        _, _, v = attention.project(x)
+        assert torch.allclose(v, attention.v_proj(x), atol=1e-6)
+    attention.k_proj.weight.data = attention.k_proj.weight.data.clone()
+    model.join()
+    with torch.no_grad():
+        assert torch.allclose(attention.project(x)[1], attention.k_proj(x), atol=1e-6)
 
 
 def test_batches_go_as_they_are(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ from looptx_core.finetuning.adapters import attach, load_adapter, save_adapter, 
 from looptx_core.finetuning.quantise import quantise, stored_bytes
 from looptx_core.generation.exits import stated
 from looptx_core.machine.device import on_best_device
+from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.callbacks import read_metrics
 from looptx_core.training.curves import plot_run
 from looptx_core.training.evaluate import (
@@ -138,8 +139,7 @@ def prepare(
     if config.adapts:
         targets(model, config.target_modules)
     batches, chat_template = _data(config, loaded, data, report)
-    with on_best_device(model):
-        before = evaluate_all(model, batches.val_dataloader(), schedule.max_loops)
+    before = _measured(model, batches, schedule.max_loops)
     torch.manual_seed(config.seed)
     if config.qlora:
         quantise(model, config.quantization)
@@ -154,6 +154,13 @@ def prepare(
         config, loaded, data, batches, chat_template, peft, before, trainable, parameters,
         base_bytes,
     )  # fmt: skip
+
+
+def _measured(
+    model: LoopedTransformer, batches: L.LightningDataModule, loops: int
+) -> LoopEvaluation:
+    """What it does on the held-out examples."""
+    return on_best_device(model, lambda: evaluate_all(model, batches.val_dataloader(), loops))
 
 
 def finetune(
@@ -192,15 +199,12 @@ def finetune(
     trained = model
     if peft is not None:
         if config.qlora:
-            with on_best_device(model):
-                here = evaluate_all(model, batches.val_dataloader(), loops)
-            quantised_loss = here.loss_by_loop[-1]
+            quantised_loss = _measured(model, batches, loops).loss_by_loop[-1]
         save_adapter(final, peft, loaded, exit_settings=loaded.exit, facts=facts,
                      chat_template=prepared.chat_template)  # fmt: skip
         # As it will run: on the full-precision base, merged where it can be.
         trained = load_adapter(load_model(loaded.folder, dtype=torch.float32), final).model
-    with on_best_device(trained):
-        after = evaluate_all(trained, batches.val_dataloader(), loops)
+    after = _measured(trained, batches, loops)
     exit_settings = calibrate(loaded.exit, after)
     facts["loss_by_loop"] = [round(loss, 4) for loss in after.loss_by_loop]
     if peft is not None:

@@ -162,7 +162,6 @@ class Engine:
             yield Flight(self.moves, cache, self.exit_settings, self.work)
         finally:
             if self.moves.keeps_cache and rows == 1:
-                cache.clear(0)
                 self._spare = cache
 
     def _cache(self, settings: ExitSettings, rows: int, needed: int, loops: int) -> LoopCache:
@@ -173,6 +172,7 @@ class Engine:
             if spare is not None and spare.capacity >= needed:
                 own = spare.policy, spare.kind.name, spare.loops
                 if own == (settings.kv_policy, settings.kv_type, loops):
+                    spare.wipe()  # what is masked is read too, and must be finite
                     return spare
             capacity = -(-needed // _ROUND) * _ROUND  # so that the next one fits
         return LoopCache(

@@ -35,6 +35,18 @@ class GraphMoves(Moves):
         super().__init__(model)
         self._cache: LoopCache | None = None
         self._tracks: dict[int, _Track] = {}
+        self._weights: tuple[int, ...] = ()
+
+    def _addresses(self) -> tuple[int, ...]:
+        return tuple(parameter.data_ptr() for parameter in self.model.parameters())
+
+    def _something_else(self) -> None:
+        """A pass that is not recorded, as a prompt's, moves positions; and weights that were moved
+        before it are not those that the graphs read."""
+        for track in self._tracks.values():
+            track.column = -1
+        if self._weights != self._addresses():
+            self._tracks, self._weights = {}, self._addresses()
 
     def at(
         self,
@@ -45,9 +57,11 @@ class GraphMoves(Moves):
         pictures: Pictures | None = None,
     ) -> Place:
         if new > 1 or len(cache.lengths) > 1 or cache.padded or pictures is not None:
+            if cache is self._cache:
+                self._something_else()
             return super().at(cache, rows, new, tokens, pictures)
         if cache is not self._cache:
-            self._cache, self._tracks = cache, {}
+            self._cache, self._tracks, self._weights = cache, {}, self._addresses()
         stop = _STRETCH
         while stop <= cache.length:
             stop *= 4
@@ -106,10 +120,10 @@ class GraphMoves(Moves):
 
     def leave(self, cache: LoopCache, rows: Sequence[int], loop: int) -> None:
         track = next((t for t in self._tracks.values() if t.column == cache.length), None)
-        if cache is self._cache and track is not None:
-            track.leave(loop)
-        else:
+        if cache is not self._cache or track is None:
             super().leave(cache, rows, loop)
+        elif cache.fills(loop):
+            track.leave(loop)
 
 
 class _Track:
@@ -134,9 +148,9 @@ class _Track:
         """Stand at this column."""
         assert column < self.window.cache.capacity, "the cache is full"
         if column != self.column:
-            self.column = column
             self.window.columns.fill_(column)
             self._run("place", 0, self._place)
+            self.column = column
         return self
 
     def take(self, state: Tensor, embedding: Tensor | None = None) -> None:
@@ -189,14 +203,15 @@ class _Track:
             self._graphs[move, loop] = body
             body()
             return
-        aside = torch.cuda.Stream()  # where libraries set themselves up before a recording
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            body()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            body()
+        with torch.cuda.device(self.state.device):
+            aside = torch.cuda.Stream()  # where libraries set themselves up before a recording
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                body()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                body()
         self._graphs[move, loop] = graph.replay
 
 

@@ -268,6 +268,7 @@ def _policies(
     for policy in POLICIES:
         for loops in ("auto", *sorted({fixed, deepest})):
             options = GenerationOptions(loops=loops, kv_policy=policy)  # type: ignore[arg-type]
+            engine.follow(texts[0][None], _PROMPT, options)  # graphs are recorded at first use
             walked = [engine.follow(text[None], _PROMPT, options) for text in texts]
             losses = torch.cat([w.loss[0] for w in walked])
             exact = [each.gather(0, w.loops - 1)[0] for each, w in zip(by_loop, walked)]

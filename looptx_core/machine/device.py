@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import nn
+
+Result = TypeVar("Result")
 
 
 def best_device() -> torch.device:
     """The GPU of this process's own number, or the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        number = int(os.environ.get("LOCAL_RANK", 0))
+        return torch.device("cuda", number % torch.cuda.device_count())
     return torch.device("cpu")
 
 
-@contextlib.contextmanager
-def on_best_device(model: nn.Module) -> Iterator[None]:
-    """The model stands there for a while, and then where it stood."""
+def on_best_device(model: nn.Module, work: Callable[[], Result]) -> Result:
+    """Do the work with the model there, or where it stands if the GPU's memory is too small."""
     home = next(model.parameters()).device
-    model.to(best_device())
     try:
-        yield
+        model.to(best_device())
+        return work()
+    except torch.OutOfMemoryError:
+        model.to(home)
+        torch.cuda.empty_cache()
+        return work()
     finally:
         model.to(home)

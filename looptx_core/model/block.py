@@ -56,9 +56,11 @@ class SideBySide(nn.Module):
     def project(self, x: Tensor) -> Sequence[Tensor]:
         """Each layer's output."""
         if self._joined is None or torch.is_grad_enabled():
-            if torch.is_autocast_enabled(x.device.type):
-                x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not for each of them
-            return [self.get_submodule(name)(x) for name in self.beside]
+            layers = [self.get_submodule(name) for name in self.beside]
+            kind = x.device.type
+            if torch.is_autocast_enabled(kind) and all(type(part) is nn.Linear for part in layers):
+                x = x.to(torch.get_autocast_dtype(kind))  # once, not for each of them
+            return [layer(x) for layer in layers]
         return self._joined(x).split(self._widths, dim=-1)
 
     @torch.no_grad()
@@ -72,14 +74,29 @@ class SideBySide(nn.Module):
             self._joined = IntegerProduct(packed)
         elif len(weights) == len(layers):  # an adapter's layer does more than a product
             self._widths = [len(weight) for weight in weights]
-            joined = torch.cat(weights)
-            for weight, rows in zip(weights, joined.split(self._widths)):
-                weight.data = rows
+            if _end_to_end(weights):  # already: what others made of them stays right
+                shape = sum(self._widths), weights[0].shape[1]
+                joined = weights[0].data.as_strided(shape, (shape[1], 1))
+            else:
+                joined = torch.cat(weights)
+                for weight, rows in zip(weights, joined.split(self._widths)):
+                    weight.data = rows
             self._joined = partial(F.linear, weight=joined)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SideBySide:
         self._joined = None  # a move or a cast gives each weight its own memory again
         return super()._apply(fn, recurse)
+
+
+def _end_to_end(weights: Sequence[Tensor]) -> bool:
+    """Whether these are rows of one matrix, in this order."""
+    first, place = weights[0], weights[0].storage_offset()
+    for weight in weights:
+        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or weight.storage_offset() != place:
+            return False
+        place += weight.numel()
+    return True
 
 
 def linear(config: ModelConfig, width: int, out: int, normed: bool = True) -> nn.Module:

@@ -117,6 +117,18 @@ class LoopCache:
         depth = loop.clamp(max=last) - 1 if isinstance(loop, Tensor) else min(loop, last) - 1
         return self.prelude + depth * self.core + layer
 
+    def fills(self, loop: int) -> bool:
+        """Whether an exit after this loop leaves anything behind in deeper slots."""
+        return self.policy == "fill" and loop < self.loops
+
+    def wipe(self) -> None:
+        """Make all of it as it was when it was new."""
+        for part in self._parts():
+            part.zero_()
+        for row in range(len(self.lengths)):
+            self.clear(row)
+        self.padded = self.shifted = False
+
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows, (n,), only."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
@@ -236,7 +248,7 @@ class Window:
     def leave(self, loop: int) -> None:
         """The rows end their current tokens after `loop`: provide for the deeper slots."""
         cache = self.cache
-        if cache.policy != "fill" or loop >= cache.loops:
+        if not cache.fills(loop):
             return
         first = cache.prelude + (loop - 1) * cache.core
         for store in cache._parts():
@@ -261,7 +273,8 @@ class FixedWindow(Window):
     """One new column of a cache of one row, numbered on the device: the same shapes and the same
     memory wherever it stands, as a CUDA graph needs.
 
-    columns: (1, 1), to be set below `stop`, as far as which the row is looked at.
+    columns: (1, 1), to be set below `stop`, as far as which the row is looked at. It reads, writes
+    and leaves; to advance is the cache's other windows'.
     """
 
     def __init__(self, cache: LoopCache, stop: int) -> None:

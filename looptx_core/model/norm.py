@@ -24,8 +24,9 @@ class RMSNorm(nn.Module):
         if ready(x, self.weight):
             return rms_norm(x, self.weight, self.eps)
         if x.device.type != "cpu" or x.element_size() < 4:
-            # A weight of another type would take the fused kernel away.
-            return F.rms_norm(x, (self.width,), self.weight.to(x.dtype), self.eps)
+            # A weight of another type would take the fused kernel away, and autocast the type.
+            with torch.autocast(x.device.type, enabled=False):
+                return F.rms_norm(x, (self.width,), self.weight.to(x.dtype), self.eps)
         # On CPUs torch's own is a row of slow kernels; a vector's length is one fast one.
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = length.square().add(self.width * self.eps).rsqrt()

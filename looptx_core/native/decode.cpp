@@ -123,7 +123,7 @@ typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
 constexpr int LANES = 8;
 
 inline float sum(Floats v) {
-    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));  // as `sums_of`
 }
 
 inline Floats load(const float* at) { return *reinterpret_cast<const Floats*>(at); }

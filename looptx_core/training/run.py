@@ -43,6 +43,7 @@ from looptx_core.training.callbacks import (
 )
 from looptx_core.training.curves import plot_run, verdict
 from looptx_core.training.evaluate import (
+    LoopEvaluation,
     calibrate,
     evaluate_all,
     evaluate_loops,
@@ -348,16 +349,19 @@ def _finish(
     started: float,
 ) -> TrainResult:
     loops = module.schedule.max_loops
-    with on_best_device(model):
-        by_part = {
+
+    def measure() -> tuple[dict[str, LoopEvaluation], dict[str, list[float]]]:
+        parts = {
             name: evaluate_all(model, batches.held_out(part), loops)
             for name, part in batches.val_parts.items()
         }
         lines = probe_batches(read_probes(data), batches.shards.tokenizer)
-        probes = {
+        return parts, {
             name: evaluate_loops(model, tokens, loops, counted).accuracy_by_loop
             for name, tokens, counted in lines
         }
+
+    by_part, probes = on_best_device(model, measure)
     evaluation = by_part["text"]
     exit_settings = calibrate(ExitSettings(), functools.reduce(operator.add, by_part.values()))
     counts = batches.shards.manifest.splits["val"]
