@@ -48,5 +48,6 @@ def choose_moves(
         except MissingError as error:
             why = str(error)
     if kernel == "native" or rounded:
-        raise MissingError(f"the compiled kernel can't run here: {why}; use --kernel torch")
+        way = "leave out --precision" if precision == "int8" else "use --kernel torch"
+        raise MissingError(f"the compiled kernel can't run here: {why}; {way}")
     return Moves(model), f"torch, {why}"
