@@ -9,9 +9,10 @@ alike, and are calibrated on one half of the held-out ones and measured on the o
                         loop; the largest drop still to come
 
 Measured: AUROC and ECE of the head's confidence at full depth; of the rule `gain` over its
-thresholds, by how much the loss is above full depth's at a mean of some loops.
+thresholds, at a mean of some loops, how much of full depth's loss (text, per cent) or accuracy
+(p-hop, points) is lost.
 
-    python benchmarks/confidence_targets.py [--seeds 0 1] [--threads 2]
+    python benchmarks/confidence_targets.py [--on text p-hop] [--seeds 0 1] [--threads 2]
 
 Text: the bundled model on *Moby Dick* and lines. p-hop: one layer of six loops, trained here.
 """
@@ -28,7 +29,7 @@ from typing import Any
 import p_hop
 import torch
 import torch.nn.functional as F
-from clock import BUNDLED, write
+from clock import BUNDLED, results_file, write
 from torch import Tensor
 
 from looptx_core.checkpoint.folder import load_model
@@ -128,26 +129,28 @@ def taught(model: LoopedTransformer, seen: Seen, target: Target, seed: int) -> C
 
 
 def measured(
-    model: LoopedTransformer, fit: Survey, shown: Survey, context: float
+    model: LoopedTransformer, fit: Survey, shown: Survey, context: float, hits: bool
 ) -> dict[str, Any]:
     settings = calibrate(ExitSettings(), fit.evaluation)
     points = frontier(shown, settings, model.config, context)
-    full = float(shown.loss[-1].double().mean())
+    full = float((shown.hit if hits else shown.loss)[-1].double().mean())
     sure = shown.signals(settings)["confidence"][-1]
 
-    def above(rule: str, loops: float) -> float:
-        """Per cent of full depth's loss, between the rule's points."""
-        own = sorted((p.mean_loops, p.loss) for p in points if p.rule == rule)
+    def lost(rule: str, loops: float) -> float:
+        """Points of accuracy or per cent of the loss, between the rule's points."""
+        own = sorted((p.mean_loops, p.accuracy if hits else p.loss) for p in points
+                     if p.rule == rule)  # fmt: skip
         low = max((p for p in own if p[0] <= loops), default=own[0])
         high = min((p for p in own if p[0] >= loops), default=own[-1])
         share = (loops - low[0]) / (high[0] - low[0]) if high[0] > low[0] else 0.0
-        return 100 * ((low[1] + share * (high[1] - low[1])) / full - 1)
+        found = low[1] + share * (high[1] - low[1])
+        return 100 * (full - found if hits else found / full - 1)
 
     return {
         "auroc": auroc(sure, shown.hit[-1]),
         "ece": calibration_error(sure, shown.hit[-1]),
-        **{f"gain, {loops} loops": above("gain", loops) for loops in AT},
-        **{f"fixed, {loops} loops": above("fixed", loops) for loops in AT},
+        **{f"gain, {loops} loops": lost("gain", loops) for loops in AT},
+        **{f"fixed, {loops} loops": lost("fixed", loops) for loops in AT},
     }
 
 
@@ -157,14 +160,15 @@ def compare(
     surveys: Callable[[], tuple[Survey, Survey]],
     seeds: Sequence[int],
     context: float,
+    hits: bool,
 ) -> dict[str, Any]:
-    rows: dict[str, Any] = {"as it was trained": [measured(model, *surveys(), context)]}
+    rows: dict[str, Any] = {"as it was trained": [measured(model, *surveys(), context, hits)]}
     own = model.confidence
     for name, target in TARGETS.items():
         rows[name] = []
         for seed in seeds:
             model.confidence = taught(model, seen, target, seed)
-            rows[name].append(measured(model, *surveys(), context))
+            rows[name].append(measured(model, *surveys(), context, hits))
             print(name, json.dumps({k: round(v, 4) for k, v in rows[name][-1].items()}), flush=True)
     model.confidence = own
     return {
@@ -184,7 +188,7 @@ def on_text(seeds: Sequence[int]) -> dict[str, Any]:
                  for batch in data.train_dataloader()]  # fmt: skip
     return compare(
         model, Seen.of(model, sequences, loops),
-        lambda: two_surveys(model, data.val_dataloader(), loops), seeds, 64,
+        lambda: two_surveys(model, data.val_dataloader(), loops), seeds, 64, hits=False,
     )  # fmt: skip
 
 
@@ -201,20 +205,24 @@ def on_p_hop(seeds: Sequence[int]) -> dict[str, Any]:
         fit, shown = (p_hop.tested(model, args, stream)[0] for stream in (1, 2))
         return fit, shown
 
-    return compare(model, Seen.of(model, lines, args.loops), surveys, seeds, args.length / 2)
+    seen = Seen.of(model, lines, args.loops)
+    return compare(model, seen, surveys, seeds, args.length / 2, hits=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--on", nargs="+", choices=("text", "p-hop"), default=["text", "p-hop"])
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    write("confidence_targets", {
-        "what": __doc__.splitlines()[0], "seeds": args.seeds,
-        "values": "mean over seeds, largest less smallest",
-        "text": on_text(args.seeds), "p-hop": on_p_hop(args.seeds),
-    })  # fmt: skip
+    file = results_file("confidence_targets")
+    report = json.loads(file.read_text()) if file.exists() else {}
+    report |= {"what": __doc__.splitlines()[0], "seeds": args.seeds,
+               "values": "mean over seeds, largest less smallest"}  # fmt: skip
+    for name in args.on:
+        report[name] = {"text": on_text, "p-hop": on_p_hop}[name](args.seeds)
+    write("confidence_targets", report)
 
 
 if __name__ == "__main__":
