@@ -21,6 +21,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.datamodule import SeededBatches
 from looptx_core.generation.exits import stated
+from looptx_core.machine.device import on_best_device
 from looptx_core.model import fused
 from looptx_core.model.confidence import sharpness
 from looptx_core.model.loop import LoopedTransformer
@@ -528,3 +529,18 @@ def test_the_plan_counts_what_autograd_keeps(loss_at: str, qk_norm: bool) -> Non
     states = [state for part in optimizer.parts for state in part.state.values()]
     real = sum(x.numel() * 4 for state in states for x in state.values() if x.numel() > 1)
     assert counted["optimizer"] == pytest.approx(real, rel=0.02)
+
+
+def test_a_measurement_too_large_for_the_gpu_is_made_beside_it() -> None:
+    model, seen = torch.nn.Linear(2, 2), []
+
+    def work() -> str:
+        seen.append(model.weight.device)
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "done"
+
+    assert on_best_device(model, work) == "done" and len(seen) == 2
+    assert model.weight.device == seen[1] == torch.device("cpu")
+    with pytest.raises(ZeroDivisionError):
+        on_best_device(model, lambda: 1 // 0)
