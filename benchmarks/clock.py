@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 import looptx_core
 from looptx_core.data.bundled import bundled_shards
@@ -46,8 +47,13 @@ def alternate(runs: dict[str, Callable[[], int]], rounds: int) -> dict[str, dict
     }  # fmt: skip
 
 
-def held_out(vocab_size: int, count: int, length: int) -> list[list[int]]:
-    """Beginnings of the bundled text's held-out pieces that are prose, as token ids."""
+def held_out(
+    vocab_size: int, count: int, length: int, tokenizer: Tokenizer | None = None
+) -> list[list[int]]:
+    """Beginnings of the bundled text's held-out pieces that are prose, as token ids.
+
+    tokenizer: the model's, where it was not trained on that text; they are then as long or shorter.
+    """
     shards = open_shards(bundled_shards(vocab_size))
     tokens = shards.tokens("val")
     stream = np.asarray(tokens.read(0, len(tokens)))
@@ -56,7 +62,11 @@ def held_out(vocab_size: int, count: int, length: int) -> list[list[int]]:
     pieces = [stream[a:b].tolist() for a, b in zip(starts, [*ends.tolist(), len(stream)])]
     long = [p[i : i + length] for p in pieces for i in range(0, len(p) - length + 1, length)]
     prose = [p for p in long if not shards.tokenizer.decode(p).lstrip().startswith("map ")]
-    return [prose[i] for i in np.linspace(0, len(prose) - 1, count).astype(int)]
+    chosen = [prose[i] for i in np.linspace(0, len(prose) - 1, count).astype(int)]
+    if tokenizer is None:
+        return chosen
+    texts = [shards.tokenizer.decode(piece) for piece in chosen]
+    return [tokenizer.encode(text, add_special_tokens=False).ids[:length] for text in texts]
 
 
 def hop_texts(count: int, seed: int = 5) -> list[str]:

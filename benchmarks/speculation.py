@@ -57,7 +57,7 @@ def main() -> None:
     torch.set_num_threads(flags.threads)
     loaded = load_model(flags.model, dtype=torch.float32)
     deepest = loaded.model.config.max_loops
-    prompts = held_out(loaded.model.config.vocab_size, flags.texts, 48)
+    prompts = held_out(loaded.config.vocab_size, flags.texts, 48, loaded.tokenizer)
     model = wide(loaded.model.config) if flags.wide else loaded.model
     engine = Engine(model, loaded.tokenizer, loaded.exit, kernel=flags.kernel)
     parts = []
