@@ -93,8 +93,9 @@ def main() -> None:
             if temperature == 0:
                 row["same_tokens"] = written[name] == written["full depth"]
             parts.append(row)
+    kind = ["wide"] if flags.wide else ["trained"] if flags.model != BUNDLED else []
     write(
-        "_".join(["speculation", *(["wide"] if flags.wide else []), engine.kernel.split(",")[0]]),
+        "_".join(["speculation", *kind, engine.kernel.split(",")[0]]),
         {"what": __doc__.splitlines()[0], "texts": flags.texts, "new_tokens": flags.new,
          "rounds": flags.rounds, "kernel": engine.kernel, "rows": parts},
     )  # fmt: skip

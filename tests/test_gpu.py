@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -70,8 +69,6 @@ def test_train_resume_generate_inspect(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", [("--lora",), ("--qlora",)])
 def test_finetune(method: tuple[str, ...], tmp_path: Path) -> None:
-    if "--qlora" in method and not find_spec("bitsandbytes"):
-        pytest.skip("needs bitsandbytes")
     lines = [{"prompt": f"{n} + 1 =", "response": f"{n + 1}"} for n in range(60)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, lines)))
     looptx(tmp_path, "finetune", "--data", "sums.jsonl", "--steps", "6", "--out", "t", *method)
@@ -89,8 +86,6 @@ def test_finetune(method: tuple[str, ...], tmp_path: Path) -> None:
 )
 def test_sharded(more: tuple[str, ...], tmp_path: Path) -> None:
     """One process each; the same loss as the plain run's, within what bf16 loses."""
-    if "fsdp" not in more and not find_spec("deepspeed"):
-        pytest.skip("needs deepspeed")
     looptx(tmp_path, "train", *FEW, "--optimizer", "adamw", "--lr", "3e-3", "--out", "plain")
     looptx(tmp_path, "train", *FEW, "--optimizer", "adamw", "--lr", "3e-3", "--out", "cut", *more)
     looptx(tmp_path, "generate", "Call me", "--model", "cut", "--json")
