@@ -160,10 +160,9 @@ class Flight:
         if unread := [i for i in go if self._riders[i].logits is None]:
             self._read(unread)
         gone = [self._riders[i] for i in go]
-        for loop in {rider.loop for rider in gone}:
-            rows = [rider.row for rider in gone if rider.loop == loop]
-            self.moves.leave(self.cache, rows, loop)
-            self.cache.window(1, rows).advance()
+        rows = [rider.row for rider in gone]
+        self.moves.leave(self.cache, rows, [rider.loop for rider in gone])
+        self.cache.grow(rows)
         stay = sorted(set(range(len(self._riders))) - set(go))
         self._riders = [self._riders[i] for i in stay]
         self._place = None
@@ -171,7 +170,7 @@ class Flight:
         self._state = self._state[stay] if stay else None
         self._embedding = self._embedding[stay] if stay else None
         return Landing(
-            [rider.row for rider in gone],
+            rows,
             torch.stack([rider.logits for rider in gone if rider.logits is not None]),
             [rider.loop for rider in gone],
             [rider.odds for rider in gone],

@@ -118,12 +118,12 @@ class GraphMoves(Moves):
         place.take(state)
         return place.decode().clone()
 
-    def leave(self, cache: LoopCache, rows: Sequence[int], loop: int) -> None:
+    def leave(self, cache: LoopCache, rows: Sequence[int], loops: Sequence[int]) -> None:
         track = next((t for t in self._tracks.values() if t.column == cache.length), None)
         if cache is not self._cache or track is None:
-            super().leave(cache, rows, loop)
-        elif cache.fills(loop):
-            track.leave(loop)
+            super().leave(cache, rows, loops)
+        elif cache.fills(loops[0]):
+            track.leave(loops[0])
 
 
 class _Track:

@@ -147,6 +147,7 @@ class Moves:
         judged = self.model.confidence(state, index)
         return torch.cat([judged.logit, judged.gain], -1).tolist()
 
-    def leave(self, cache: LoopCache, rows: Sequence[int], loop: int) -> None:
-        """These rows end their next column after `loop`: provide for its deeper slots."""
-        cache.window(1, rows).leave(loop)
+    def leave(self, cache: LoopCache, rows: Sequence[int], loops: Sequence[int]) -> None:
+        """These rows end their next column, each after its loop: provide for its deeper slots."""
+        for loop in set(loops):
+            cache.window(1, [row for row, own in zip(rows, loops) if own == loop]).leave(loop)

@@ -97,6 +97,17 @@ class NativeMoves(Moves):
         logits = self.native.decode(state.flatten(0, 1), place).view(*state.shape[:2], -1)
         return logits[:, -1:] if last else logits
 
+    def leave(self, cache: LoopCache, rows: Sequence[int], loops: Sequence[int]) -> None:
+        filling = [pair for pair in zip(rows, loops) if cache.fills(pair[1])]
+        if not filling:
+            return
+        rows, loops = zip(*filling)
+        place = self.at(cache, rows)
+        if isinstance(place, NativePlace):
+            self.native.leave(loops, place)
+        else:
+            super().leave(cache, rows, loops)
+
     def judge(self, state: Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
         return self.native.judge(state.flatten(0, 1).contiguous(), _each(loops, state))
 

@@ -145,6 +145,11 @@ class LoopCache:
         self.lengths[row] = 0
         self.start[row] = self.shift[row] = 0
 
+    def grow(self, rows: Sequence[int]) -> None:
+        """Count the next column of these rows as filled."""
+        for row in rows:
+            self.lengths[row] += 1
+
     def forget(self, columns: int, rows: Sequence[int] | None = None) -> None:
         """Drop the last columns of these rows, or of all, so that they can be written again."""
         for row in range(len(self.lengths)) if rows is None else rows:

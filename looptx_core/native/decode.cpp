@@ -729,6 +729,25 @@ struct Runner {
         });
     }
 
+    // Rows end their columns, each after its loop: the deeper slots get what that one holds.
+    void leave(const int32_t* loop, const Rows& rows, const Cache& cache) const {
+        const Model& m = model;
+        for (int r = 0; r < rows.count; ++r)
+            for (int layer = 0; layer < m.core; ++layer) {
+                const int64_t own = core_slot(layer, loop[r], cache);
+                for (int h = 0; h < m.kv_heads; ++h) {
+                    const int64_t at = rows.row[r] * cache.row + h * cache.head +
+                                       (int64_t)rows.column[r] * m.head_dim;
+                    for (int deeper = loop[r] + 1; deeper <= cache.depths; ++deeper) {
+                        const int64_t slot = core_slot(layer, deeper, cache);
+                        for (float* kept : {cache.keys, cache.values})
+                            memcpy(kept + slot * cache.slot + at, kept + own * cache.slot + at,
+                                   m.head_dim * sizeof(float));
+                    }
+                }
+            }
+    }
+
     // out: (count, 2), the log-odds of being right and the nats of one more loop.
     void judge(const float* at, const int32_t* loop, int more, int count, float* out) {
         const Model& m = model;
@@ -774,6 +793,10 @@ int32_t looptx_ride(Runner* r, float* at, const float* words, const int32_t* loo
 void looptx_decode(Runner* r, float* at, float* logits, const Rows* rows, const Cache* cache) {
     r->make_room(rows->count);
     r->decode(at, logits, *rows, *cache);
+}
+
+void looptx_leave(Runner* r, const int32_t* loops, const Rows* rows, const Cache* cache) {
+    r->leave(loops, *rows, *cache);
 }
 
 void looptx_judge(Runner* r, const float* at, const int32_t* loops, int32_t count, float* out) {

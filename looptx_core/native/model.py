@@ -196,6 +196,10 @@ class NativeModel:
         self._library.looptx_decode(self._handle, _at(state), _at(logits), *place.arguments)
         return logits
 
+    def leave(self, loops: Sequence[int], place: Place) -> None:
+        """Copy what each row's loop left in the cache into the slots of the deeper ones."""
+        self._library.looptx_leave(self._handle, _ints(loops), *place.arguments)
+
     def judge(self, state: Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
         """The confidence head's words after each row's loop: logit and gain."""
         out = (ctypes.c_float * (2 * len(state)))()
