@@ -61,14 +61,17 @@ class LoopSchedule(torch.nn.Module):
         if self.kind == "fixed":
             return torch.full(ids.shape, self.base)
         draws = [np.random.default_rng((self.seed, step, sample)) for sample in ids.tolist()]
-        free = torch.tensor([self._depth(rng, 1 if self.kind == "sampled" else self.base)
-                             for rng in draws])  # fmt: skip
+        free = torch.tensor([self._depth(rng, self.base) for rng in draws])
         if self.kind == "sampled" or self.base == self.max_loops:
             return free
         deeper = torch.tensor([self._depth(rng, self.base + 1) for rng in draws])
         explores = torch.tensor([rng.random() < self.explore for rng in draws])
         ruled = torch.where(self._above_threshold(measure(self.by)), deeper, self.base)
         return torch.where(explores, free, ruled)
+
+    def first_read(self, loss_at: str) -> int:
+        """The earliest loop that training reads out. loss_at: last, pair or all."""
+        return {"last": self.base, "pair": max(1, self.base - 1), "all": 1}[loss_at]
 
     def _depth(self, rng: np.random.Generator, low: int) -> int:
         while True:  # truncation by rejection keeps the shape
@@ -79,14 +82,14 @@ class LoopSchedule(torch.nn.Module):
 
     def _above_threshold(self, values: Tensor) -> Tensor:
         if self.fixed_threshold is not None:
-            return values > self.fixed_threshold
-        # Where the model is: NCCL sums nothing up on a CPU.
-        there = values.float().to(self.threshold.device)
-        quantile = _over_ranks(torch.quantile(there, 1 - self.deeper_share))
+            return (values > self.fixed_threshold).cpu()
+        # Summed up where the model is: NCCL can't on a CPU, where ZeRO leaves this buffer.
+        quantile = _over_ranks(torch.quantile(values.float(), 1 - self.deeper_share))
+        quantile = quantile.to(self.threshold.device)
         if self.training:
             old = torch.where(self.threshold.isnan(), quantile, self.threshold)
             self.threshold.copy_(_THRESHOLD_MEMORY * old + (1 - _THRESHOLD_MEMORY) * quantile)
-        return values > self.threshold.to(values.device)
+        return (values > self.threshold.to(values.device)).cpu()
 
 
 def draw_depths(

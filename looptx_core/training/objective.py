@@ -157,10 +157,10 @@ def _measured(
 ) -> Tensor:
     """What the choice of going deeper rests on, nats a token, (batch,)."""
     if by == "gain":
-        return _average(model.confidence(state, loop).gain.float(), weights, 1).cpu()
+        return _average(model.confidence(state, loop).gain.float(), weights, 1)
     logits = model.head(model.decode(state, around)).float()
     losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-    return _average(losses, weights, 1).cpu()
+    return _average(losses, weights, 1)
 
 
 @dataclass
