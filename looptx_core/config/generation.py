@@ -25,6 +25,8 @@ class ExitSettings:
     """Stop when the distribution's entropy is below, in nats."""
     maxprob: float = 0.9
     """Stop when the most likely token's probability is at least this."""
+    min_loops: int = 1
+    """No token stops before this loop: training read out none that was earlier."""
     temperature: float = 1.0
     """Calibration of the head's confidence: its log-odds are divided by this (arXiv 1706.04599)."""
     stated: tuple[float, ...] = ()
@@ -54,8 +56,8 @@ class GenerationOptions:
     """The exit rule; absent: the model's own."""
     threshold: float | None = None
     """The exit rule's threshold; absent: the model's own. With auto it is the confidence's."""
-    min_loops: int = 1
-    """No token stops before this loop."""
+    min_loops: int | None = None
+    """No token stops before this loop; absent: the model's own."""
     max_loops: int | None = None
     """No token goes deeper than this; absent: the model's maximum."""
     prompt_loops: int | None = None

@@ -52,7 +52,8 @@ class RunConfig:
     loop_schedule: Literal["loss", "sampled", "fixed"] = "loss"
     """How deep each sequence goes in training; see `looptx_core.training.loop_schedule`."""
     loops: int | None = None
-    """fixed: the depth (absent: the maximum). loss: the base depth (absent: 1)."""
+    """fixed: the depth (absent: the maximum). loss: the base depth (absent: 1). sampled: the least
+    (absent: 1)."""
     max_loops: int | None = None
     """The most loops in training; absent: the model's maximum."""
     mean_loops: float = 3.0

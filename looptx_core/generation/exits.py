@@ -232,12 +232,12 @@ def resolve_exit(settings: ExitSettings, options: GenerationOptions, config: Mod
     if options.loops != "auto":
         return fixed_exit(options.loops, settings)
     deepest = config.max_loops if options.max_loops is None else options.max_loops
-    if not 1 <= options.min_loops <= deepest:
+    least = min(settings.min_loops, deepest) if options.min_loops is None else options.min_loops
+    if not 1 <= least <= deepest:
         raise UsageError(
-            f"--min-loops {options.min_loops} --max-loops {deepest}: "
-            "need 1 <= --min-loops <= --max-loops"
+            f"--min-loops {least} --max-loops {deepest}: need 1 <= --min-loops <= --max-loops"
         )
-    return Exit(options.min_loops, deepest, settings, rule)
+    return Exit(least, deepest, settings, rule)
 
 
 def _verified(settings: ExitSettings, options: GenerationOptions, config: ModelConfig) -> Exit:

@@ -45,12 +45,13 @@ class Point:
         return replace(base, rule=self.rule, **{self.rule: self.threshold})  # type: ignore[arg-type]
 
 
-def depths(stops: Tensor) -> Tensor:
+def depths(stops: Tensor, least: int = 1) -> Tensor:
     """The loop after which each token stops, (tokens,), from 1; the last where nothing stops it.
 
-    stops: (loops, tokens), True where a token may stop.
+    stops: (loops, tokens), True where a token may stop. least: none stops before.
     """
     stops = stops.clone()
+    stops[: least - 1] = False
     stops[-1] = True
     return stops.int().argmax(0) + 1
 
@@ -61,7 +62,7 @@ def rule_depths(survey: Survey, settings: ExitSettings) -> Tensor:
     stops = torch.zeros_like(survey.loss, dtype=torch.bool)
     for name in RULES[settings.rule]:
         stops |= SIGNALS[name].stops(signals[name], getattr(settings, name))
-    return depths(stops)
+    return depths(stops, settings.min_loops)
 
 
 def frontier(
@@ -72,12 +73,12 @@ def frontier(
     settings: their calibration counts. context: tokens that a token attends to, for the FLOPs.
     """
     cost = token_flops(config, context)
-    full = cost.at(survey.loops)
+    full, least = cost.at(survey.loops), settings.min_loops
 
     def point(rule: str, threshold: float, depth: Tensor, confidence: float | None = None) -> Point:
         place = depth[None] - 1
         mean = float(depth.double().mean())
-        stored = Exit(1, survey.loops, settings, rule if rule in RULES else None)
+        stored = Exit(least, survey.loops, settings, rule if rule in RULES else None)
         readouts, judgements = stored.cost(mean) if rule in RULES else (1, 0)
         return Point(
             rule=rule,
@@ -95,11 +96,11 @@ def frontier(
     for name, values in signals.items():
         signal = SIGNALS.get(name, _STATE_CHANGE)
         for threshold in _spread(values):
-            points.append(point(name, threshold, depths(signal.stops(values, threshold))))
+            points.append(point(name, threshold, depths(signal.stops(values, threshold), least)))
     for threshold, sure in itertools.product(_spread(signals["gain"], 8), _CONFIDENCES):
         stops = SIGNALS["gain"].stops(signals["gain"], threshold)
         stops = stops | SIGNALS["confidence"].stops(signals["confidence"], sure)
-        points.append(point("auto", threshold, depths(stops), sure))
+        points.append(point("auto", threshold, depths(stops, least), sure))
     steps = torch.arange(1, survey.loops + 1)[:, None]
     for price in (0.0, *torch.logspace(-4, 0.5, _THRESHOLDS).tolist()):
         points.append(point("oracle", price, (survey.loss + price * steps).argmin(0) + 1))

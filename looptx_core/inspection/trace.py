@@ -77,7 +77,7 @@ def _walk(
 
     From states of full depth: a token that left early still shows its deeper ones.
     """
-    own = Exit(1, loops, settings, settings.rule)
+    own = Exit(min(settings.min_loops, loops), loops, settings, settings.rule)
     around = model.surroundings(len(tokens))
     depth = torch.zeros(len(tokens), dtype=torch.long)
     confidence = torch.zeros(len(tokens))

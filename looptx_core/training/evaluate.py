@@ -215,12 +215,15 @@ def fit_stated(logit: Tensor, sharp: Tensor, hit: Tensor) -> tuple[float, ...]:
 
 
 def calibrate(settings: ExitSettings, held_out: LoopEvaluation) -> ExitSettings:
-    """The exit settings with confidences and gains fitted on these tokens."""
+    """The exit settings with confidences and gains fitted on these tokens, where they may stop."""
+    logit, sharp, hit = (
+        part[settings.min_loops - 1 :] for part in (held_out.logit, held_out.sharp, held_out.hit)
+    )
     slope, offset = fit_gain(held_out.gain, held_out.each)
     return replace(
         settings,
-        temperature=fit_temperature(held_out.logit, held_out.hit),
-        stated=fit_stated(held_out.logit, held_out.sharp, held_out.hit),
+        temperature=fit_temperature(logit, hit),
+        stated=fit_stated(logit, sharp, hit),
         gain_slope=slope,
         gain_offset=offset,
     )

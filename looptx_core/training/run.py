@@ -363,7 +363,8 @@ def _finish(
 
     by_part, probes = on_best_device(model, measure)
     evaluation = by_part["text"]
-    exit_settings = calibrate(ExitSettings(), functools.reduce(operator.add, by_part.values()))
+    earliest = ExitSettings(min_loops=module.schedule.first_read(config.loss_at))
+    exit_settings = calibrate(earliest, functools.reduce(operator.add, by_part.values()))
     counts = batches.shards.manifest.splits["val"]
     bits = [loss / 0.6931471805599453 * counts.tokens / counts.bytes
             for loss in evaluation.loss_by_loop]  # fmt: skip
