@@ -4,8 +4,9 @@
     python benchmarks/emoji.py
 
 writes into `benchmarks/.data/emoji`:
-- `train.jsonl`: of names that are not held out, in the styles to train on, each with two captions,
-  "cat face" and "animal mammal: cat face", the kind being the emoji data's own subcategory.
+- `train.jsonl`: of names that are not held out, in the styles to train on, each with up to three
+  captions, "cat face", "animal mammal: cat face" and "animal mammal, pet: cat face": the emoji
+  data's own subcategory, and what Unicode's annotations say of it that its name does not.
 - `words.jsonl`: texts as "animal mammal: okapi", the nouns of WordNet 3.1 that have one of those
   kinds, and the captions to train on; text alone, without a picture.
 - `all.jsonl`: each picture with `style`, `group`, `kind` and `unseen`.
@@ -61,6 +62,7 @@ TEST = {
     "facebook": Style("emoji-datasource-facebook@16.0.0", "", "package/img/facebook/64/"),
     "apple": Style("emoji-datasource-apple@16.0.0", "", "package/img/apple/64/"),
 }
+ANNOTATIONS = ("cldr-annotations-full@44.0.0", "cldr-annotations-derived-full@44.0.0")
 UNSEEN = 0.1
 _TONES = r"-1f3f[b-f]"
 _GENDER = r"-200d-264[02]|-200d-27a1"
@@ -132,14 +134,16 @@ def fetch_emoji() -> Path:
             name, kind = emoji.named[code]
             group = group_of(code)
             records.append(
-                {"image": f"{style}/{code}.png", "text": name, "kind": kind, "style": style,
+                {"image": f"{style}/{code}.png", "text": name, "kind": kind,
+                 "said": f"{', '.join([kind, *emoji.keywords(code)])}: {name}", "style": style,
                  "group": group, "unseen": is_unseen(group)}
             )  # fmt: skip
     train = []
     for record in records:
         if record["style"] in TRAIN and not record["unseen"]:
             name, kind = record["text"], record["kind"]
-            train.append({"image": record["image"], "text": [name, f"{kind}: {name}"]})
+            captions = dict.fromkeys((name, f"{kind}: {name}", record["said"]))
+            train.append({"image": record["image"], "text": list(captions)})
     texts = [f"{kind}: {word}" for kind, word in words_by_kind()]
     texts += dict.fromkeys(caption for record in train for caption in record["text"])
     files: dict[str, list[dict[str, Any]]] = {
@@ -154,7 +158,7 @@ def fetch_emoji() -> Path:
 
 
 class Emoji:
-    """Codes, names and kinds of the emoji data, and styles drawn by them."""
+    """Codes, names and kinds of the emoji data, Unicode's annotations, and styles drawn by them."""
 
     def __init__(self) -> None:
         self.named: dict[str, tuple[str, str]] = {}
@@ -174,6 +178,23 @@ class Emoji:
         for found, name in json.loads(chars).items():
             if code := plain.get(found.lower().replace("-fe0f", "")):
                 self.codes.setdefault(_squashed(name), code)
+        self.annotations: dict[str, list[str]] = {}
+        """Keywords by the emoji itself, without variation selectors."""
+        for package in ANNOTATIONS:
+            for file, data in _members(package):
+                if file.endswith("/en/annotations.json"):
+                    (top,) = json.loads(data).values()
+                    for char, entry in top["annotations"].items():
+                        said = self.annotations.setdefault(char.replace("\ufe0f", ""), [])
+                        said += entry.get("default", [])
+
+    def keywords(self, code: str) -> list[str]:
+        """What Unicode says of an emoji in one word each, and its name and kind do not."""
+        name, kind = self.named[code]
+        char = "".join(chr(int(part, 16)) for part in code.split("-") if part != "fe0f")
+        known = set(re.findall(r"\w+", f"{name} {kind}"))
+        said = dict.fromkeys(word.lower() for word in self.annotations.get(char, []))
+        return [word for word in said if not known & set(re.findall(r"\w+", word))][:6]
 
     def pictures(self, style: Style) -> Iterator[tuple[str, Image.Image]]:
         """Codes and pictures of those that have a name of their own, a skin tone does not."""

@@ -34,6 +34,8 @@ RESULTS = Path(__file__).parent / "results" / "pictures.json"
 SEED = 0
 RANKED = 3
 """Loops at which names are ranked; more change nothing, and cost."""
+DRAWS = 3
+"""Of nine others for each picture."""
 
 
 class Captions:
@@ -43,6 +45,7 @@ class Captions:
         self.loaded, self.folder = loaded, folder
         self.loops = loaded.config.max_loops
         self.ranked = min(RANKED, self.loops)
+        self._known: dict[str | None, dict[str, torch.Tensor]] = {}
 
     def picture(self, record: dict[str, Any]) -> Picture:
         return read_picture(self.folder / record["image"], self.loaded.config)
@@ -62,6 +65,15 @@ class Captions:
         found = evaluate_loops(self.loaded.model, tokens, loops, counted, pictures=pictures)
         sums = torch.zeros(loops, len(rows), dtype=torch.float64)
         return sums.index_add_(1, counted.nonzero()[:, 0], found.each.double())
+
+    def ranked_by(self, record: dict[str, Any] | None, names: list[str]) -> torch.Tensor:
+        """`losses` after the loops that names are ranked by; each is worked out once."""
+        known = self._known.setdefault(record and record["image"], {})
+        new = [name for name in dict.fromkeys(names) if name not in known]
+        if new:
+            picture = record and self.picture(record)
+            known.update(zip(new, self.losses(picture, new, self.ranked).T))
+        return torch.stack([known[name] for name in names], 1)
 
     def tokens(self, name: str) -> int:
         """Targets of a name, its end included."""
@@ -88,37 +100,50 @@ def typical(
     captions: Captions, names: list[str], pictures: list[dict[str, Any]]
 ) -> dict[str, torch.Tensor]:
     """-log of the mean probability of each name over these pictures, (loops,)."""
-    shown = [captions.picture(record) for record in pictures]
-    found = torch.stack([captions.losses(one, names, captions.ranked) for one in shown])
+    found = torch.stack([captions.ranked_by(record, names) for record in pictures])
     mean = -(torch.logsumexp(-found, 0) - math.log(len(pictures)))
     return dict(zip(names, mean.T))
 
 
 def one_of_ten(
-    captions: Captions, records: list[dict[str, Any]], others: dict[str, torch.Tensor]
+    captions: Captions,
+    records: list[dict[str, Any]],
+    shown: list[dict[str, Any]],
+    forms: tuple[str, ...] = ("text",),
 ) -> dict[str, Any]:
-    """How often the right name of ten is first, by loop, for three ways to rank.
+    """How often the right caption of ten is first, by loop, for three ways to rank.
 
-    `probability`: log p(name | picture), which favours short and common names whatever is shown.
-    `over_other_pictures`: pointwise mutual information, log p(name | picture) - log p(name), with
-    p(name) the mean over pictures that were trained on. `over_no_picture`: p(name) as a text.
+    `probability`: log p(caption | picture), which favours short and common ones whatever is shown.
+    `over_other_pictures`: pointwise mutual information, log p(caption | picture) - log p(caption),
+    with p(caption) the mean over the pictures `shown`. `over_no_picture`: p(caption) as a text.
+    forms: the fields that hold a caption; of several, what each says is summed up.
     """
     draw = random.Random(SEED)
-    names = sorted(others)
-    alone = dict(zip(names, captions.losses(None, names, captions.ranked).T))
-    nothing = {name: torch.zeros(captions.ranked, dtype=torch.float64) for name in names}
-    ways = {"probability": nothing, "over_other_pictures": others, "over_no_picture": alone}
-    hits = {way: torch.zeros(captions.ranked) for way in ways}
+    hits: dict[str, torch.Tensor] = {}
+    usual = {form: typical(captions, sorted({r[form] for r in records}), shown) for form in forms}
     for record in records:
-        wrong = draw.sample([name for name in names if name != record["text"]], 9)
-        choices = [record["text"], *wrong]
-        cost = captions.losses(captions.picture(record), choices, captions.ranked)
-        for way, usual in ways.items():
-            gained = torch.stack([usual[name] for name in choices], 1) - cost
-            hits[way] += gained.argmax(1) == 0
+        others = [r for r in records if r["text"] != record["text"]]
+        for _ in range(DRAWS):
+            choices = [record, *draw.sample(others, 9)]
+            ways: dict[str, torch.Tensor] = {}
+            for form in forms:
+                texts = [choice[form] for choice in choices]
+                cost = captions.ranked_by(record, texts)
+                seen = torch.stack([usual[form][text] for text in texts], 1)
+                alone = captions.ranked_by(None, texts)
+                for way, gained in (
+                    ("probability", -cost),
+                    ("over_other_pictures", seen - cost),
+                    ("over_no_picture", alone - cost),
+                ):
+                    ways[way] = ways.get(way, 0) + gained
+            for way, gained in ways.items():
+                hits[way] = hits.get(way, 0) + (gained.argmax(1) == 0).float()
+    tries = DRAWS * len(records)
     return {
         "pictures": len(records),
-        **{f"{way}_by_loop": (hit / len(records)).tolist() for way, hit in hits.items()},
+        "draws_of_nine_others": DRAWS,
+        **{f"{way}_by_loop": (hit / tries).tolist() for way, hit in hits.items()},
     }
 
 
@@ -159,11 +184,9 @@ def stamps(captions: Captions, engine: Engine, count: int) -> dict[str, Any]:
     chosen = random.Random(SEED).sample(found, count)
     options = GenerationOptions(temperature=0, max_new_tokens=24)
     prompts = [PicturePrompt("", (captions.picture(record),)) for record in chosen[:20]]
-    texts = list(dict.fromkeys(record["text"] for record in chosen))
-    usual = typical(captions, texts, chosen[: count // 3])
     return {
         **right_or_shuffled(captions, chosen),
-        "one_of_ten": one_of_ten(captions, chosen, usual),
+        "one_of_ten": one_of_ten(captions, chosen, chosen[: count // 3]),
         "captions": [
             {"picture": Path(r["image"]).stem, "text": r["text"], "caption": g.text}
             for r, g in zip(chosen, engine.complete(prompts, options))
@@ -188,37 +211,37 @@ def main() -> int:
     def some(pool: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         return draw.sample(pool, min(len(pool), 20 if few else count))
 
-    trained = some([r for r in records if r["style"] in TRAIN and not r["unseen"]], 40)
+    trained = some([r for r in records if r["style"] in TRAIN and not r["unseen"]], 100)
     seen = some([r for r in new if not r["unseen"]], 150)
     unseen = some([r for r in new if r["unseen"] and r["style"] == "facebook"], 150)
     known = some([r for r in records if r["unseen"] and r["style"] == "noto"], 150)
-    usual = typical(captions, sorted({r["text"] for r in unseen + known}), trained)
-    # The other form in which captions were trained: the emoji data's own kind before the name.
-    whole = [{**r, "text": f"{r['kind']}: {r['text']}"} for r in unseen]
-    usual_whole = typical(captions, sorted({r["text"] for r in whole}), trained)
+    for record in unseen:
+        record["kind said"] = f"{record['kind']}: {record['text']}"
+    # The forms in which captions were trained: the name, the emoji data's own kind before it, and
+    # Unicode's annotations before that.
+    forms = {"": ("text",), "_with_kinds": ("kind said",), "_with_annotations": ("said",),
+             "_in_all_three_forms": ("text", "kind said", "said")}  # fmt: skip
     found = {
         "command": "python benchmarks/pictures.py",
         "seed": SEED,
         "styles_never_trained_on": list(TEST),
         "seen_names": right_or_shuffled(captions, seen),
         "unseen_names": right_or_shuffled(captions, unseen),
-        "one_of_ten_unseen": one_of_ten(captions, unseen, usual),
-        "one_of_ten_unseen_with_kinds": one_of_ten(captions, whole, usual_whole),
-        "one_of_ten_unseen_in_a_style_trained_on": one_of_ten(captions, known, usual),
+        **{
+            f"one_of_ten_unseen{name}": one_of_ten(captions, unseen, trained, fields)
+            for name, fields in forms.items()
+        },
+        "one_of_ten_unseen_in_a_style_trained_on": one_of_ten(captions, known, trained),
         "cats": cats(captions, engine, [r for r in new if not r["unseen"]]),
         "photographs": stamps(captions, engine, 20 if few else 100),
     }
     for name in ("seen_names", "unseen_names", "photographs"):
         print(f"{name}: the right picture is worth {found[name]['difference']:.2f} nats a token")
-    for name, ten in (
-        ("unseen emoji", found["one_of_ten_unseen"]),
-        ("unseen emoji, kinds said", found["one_of_ten_unseen_with_kinds"]),
-        ("unseen emoji in a style trained on", found["one_of_ten_unseen_in_a_style_trained_on"]),
-        ("photographs", found["photographs"]["one_of_ten"]),
-    ):
+    tens = {name: found[name] for name in found if name.startswith("one_of_ten")}
+    for name, ten in (tens | {"photographs": found["photographs"]["one_of_ten"]}).items():
         shares = ", ".join(f"{k.removesuffix('_by_loop')} {v[-1]:.0%} (one loop {v[0]:.0%})"
-                           for k, v in ten.items() if k != "pictures")  # fmt: skip
-        print(f"one name of ten, {name}: {shares}")
+                           for k, v in ten.items() if k.endswith("_by_loop"))  # fmt: skip
+        print(f"one caption of ten, {name}: {shares}")
     says = found["cats"]
     print(f"'cat' said of {says['cat_said_of_cats']:.0%} of the cats and "
           f"{says['cat_said_of_others']:.0%} of the others")  # fmt: skip
