@@ -393,6 +393,9 @@ def test_resolve_exit():
 
     own = resolve()
     assert (own.rule, own.min_loops, own.max_loops, own.settings) == ("auto", 1, 10, SETTINGS)
+    late = replace(SETTINGS, min_loops=3)
+    for asked, least in ({}, 3), ({"min_loops": 1}, 1), ({"max_loops": 2}, 2):
+        assert resolve_exit(late, GenerationOptions(**asked), CONFIG).min_loops == least
     assert resolve(threshold=0.3).settings.confidence == 0.3
     assert resolve(exit="kl", threshold=0.3).settings.kl == 0.3
     assert resolve(kv_policy="last").settings.kv_policy == "last"

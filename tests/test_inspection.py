@@ -110,6 +110,11 @@ def test_frontier_by_hand():
         and chosen.rule in ("auto", "gain", "confidence")
     )
     assert rule_depths(survey, chosen.settings(settings)).tolist() == [1, 2]
+    # No token stops at a loop that training did not read.
+    late = replace(settings, min_loops=2)
+    assert rule_depths(survey, replace(late, rule="gain")).tolist() == [2, 2]
+    later = frontier(survey, late, config, context=64)
+    assert min(p.mean_loops for p in later if p.rule not in ("fixed", "oracle", "change")) == 2
     # A rule that reads the vocabulary after each loop pays for it.
     probable = next(p for p in points if p.rule == "maxprob" and p.mean_loops == 1.5)
     hidden = next(p for p in points if p.rule == "gain" and p.mean_loops == 1.5)

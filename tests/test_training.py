@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import resource
 import signal
 import subprocess
@@ -81,20 +82,24 @@ def test_depths_are_functions_of_seed_step_and_sample() -> None:
     many = drawn.depths(0, torch.arange(4000), unasked)
     assert set(many.tolist()) == set(range(1, 11))
     assert 3.4 < float(many.double().mean()) < 4  # the truncation at 10 costs some of the 4
+    deep = schedule(loop_schedule="sampled", mean_loops=4, loops=3)
+    assert set(deep.depths(8, torch.arange(2000), unasked).tolist()) == set(range(3, 11))
+    assert [deep.first_read(at) for at in ("last", "pair", "all")] == [3, 2, 1]
 
 
-@pytest.mark.parametrize("loss_at", ["pair", "all", "last"])
-def test_the_objective_is_the_mean_of_the_readouts(loss_at: str) -> None:
+@pytest.mark.parametrize(("loss_at", "prior"), [("pair", 0), ("all", 0), ("all", 1.5), ("last", 2)])
+def test_the_objective_is_the_mean_of_the_readouts(loss_at: str, prior: float) -> None:
     """Against one plain pass for each sequence."""
     net, (tokens, ids) = model(), batch()
     drawn = schedule(loop_schedule="sampled")
     depths = drawn.depths(3, ids, unasked).tolist()
-    found = loop_loss(net, tokens, drawn, 3, ids, loss_at=loss_at)
+    found = loop_loss(net, tokens, drawn, 3, ids, loss_at=loss_at, loss_prior=prior)
     rows = []
     for row, depth in enumerate(depths):
         losses = evaluate_loops(net, tokens[row : row + 1], depth).loss_by_loop
         first = {"pair": max(0, depth - 2), "all": 0, "last": depth - 1}[loss_at]
-        rows.append(sum(losses[first:]) / len(losses[first:]))
+        counts = [loop**prior for loop in range(first + 1, depth + 1)]
+        rows.append(sum(map(operator.mul, counts, losses[first:])) / sum(counts))
     assert float(found.loss.detach()) == pytest.approx(sum(rows) / len(rows), abs=1e-5)
     assert found.mean_loops == sum(depths) / len(depths)
 

@@ -69,6 +69,8 @@ class RunConfig:
     """loss: the share of sequences that draw their depth regardless of the rule."""
     loss_at: Literal["pair", "all", "last"] = "pair"
     """Loops with a loss: each sequence's last two, all, or its last alone."""
+    loss_prior: float = 0.0
+    """Loop t's loss counts t to this power, beside the sequence's others; 0: all alike."""
 
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """auto: bf16 where a short probe finds it faster."""

@@ -97,6 +97,7 @@ class LoopedLM(L.LightningModule):
             weights=batch.get("weights"),
             pictures=pictures,
             loss_at=self.config.loss_at,
+            loss_prior=self.config.loss_prior,
             recompute=self.config.grad_checkpointing,
         )
         loss = result.loss + result.confidence_loss

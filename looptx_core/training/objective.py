@@ -76,6 +76,7 @@ def loop_loss(
     weights: Tensor | None = None,
     pictures: Pictures | None = None,
     loss_at: str = "pair",
+    loss_prior: float = 0.0,
     recompute: bool = False,
 ) -> LoopLoss:
     """The objective on a batch.
@@ -85,6 +86,7 @@ def loop_loss(
     length), the document of each input token; attention stays within it. weights: (batch,
     length), what each target counts, about 1 in the mean over all batches; all 1 by default.
     pictures: of the image tokens.
+    loss_prior: where a sequence is read after several loops, loop t counts t to this power.
     recompute: trade time for memory by running each loop again in the backward pass.
     """
     inputs, wanted = inputs_and_targets(tokens, targets)
@@ -133,7 +135,7 @@ def loop_loss(
         read.add(state[first:here], list(range(first, here)), loop)
     scored = _score(model, read, wanted, weights, around)
     state = _with_what_others_use(model, state, pictures)
-    result = _combine(model, scored, depths, keep_in_step=state, core_rows=core_rows)
+    result = _combine(model, scored, depths, loss_prior, keep_in_step=state, core_rows=core_rows)
     if pictures is not None:
         result.flops += 3 * patch_flops(model.config) * len(pictures.patches)
         if pictures.hidden is not None:
@@ -222,12 +224,14 @@ def _combine(
     model: LoopedTransformer,
     read: _Scored,
     depths: Tensor,
+    prior: float,
     keep_in_step: Tensor,
     core_rows: int,
 ) -> LoopLoss:
     batch, length = len(depths), read.losses.shape[1]
     rows, loops = torch.tensor(read.rows), torch.tensor(read.loops)
-    weight = 1.0 / rows.bincount(minlength=batch)[rows] / batch
+    share = loops.double() ** prior
+    weight = share / torch.zeros(batch).double().index_add(0, rows, share)[rows] / batch
     by_readout = _weigh(read.losses, read.weights).mean(1)
     loss = (by_readout * weight.to(by_readout)).sum() + 0.0 * keep_in_step.float().sum()
 
