@@ -48,13 +48,18 @@ def alternate(runs: dict[str, Callable[[], int]], rounds: int) -> dict[str, dict
 
 
 def held_out(
-    vocab_size: int, count: int, length: int, tokenizer: Tokenizer | None = None
+    vocab_size: int,
+    count: int,
+    length: int,
+    tokenizer: Tokenizer | None = None,
+    data: Path | None = None,
 ) -> list[list[int]]:
-    """Beginnings of the bundled text's held-out pieces that are prose, as token ids.
+    """Parts of held-out pieces that are prose, as token ids.
 
+    data: shards; by default the bundled text's, with so many token types.
     tokenizer: the model's, where it was not trained on that text; they are then as long or shorter.
     """
-    shards = open_shards(bundled_shards(vocab_size))
+    shards = open_shards(data or bundled_shards(vocab_size))
     tokens = shards.tokens("val")
     stream = np.asarray(tokens.read(0, len(tokens)))
     ends = np.flatnonzero(stream == end_id(shards.tokenizer))

@@ -193,7 +193,7 @@ def on_text(seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def on_p_hop(seeds: Sequence[int]) -> dict[str, Any]:
-    args = argparse.Namespace(**p_hop.SETTING, device="cpu", compile=False)
+    args = p_hop.setting()
     shape = p_hop.shapes(args)["1 x 6"]
     model, _, _ = p_hop.train(replace(shape, retain=0.88), p_hop.training(args, 0), args)
     lines = []

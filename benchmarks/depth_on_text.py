@@ -9,6 +9,8 @@ equal FLOPs (vocabulary products included). Budgets:
               six with the norm on the embedding that the looped ones have
     12M, 36M  the same models on 12 and 36 million tokens, 3 and 9 times the text; for a GPU
     narrow    width 64, 18 million tokens: what a small block can hold is soon full
+    long, long-narrow   36 million tokens, width 128 and 64: drawn depths, by chance or by the loss,
+              where each loop can be the last, and all loops at every step; for a GPU
 
 Three seeds. Resumable: a run that stands in the results file is not repeated.
 
@@ -95,6 +97,12 @@ BUDGETS = {
         Budget("narrow", "depth_narrow.json", 512, 4, 4, "the same, retain 0.88",
                replace(COMMON, steps=4400, seq_len=256, batch_size=16, val_batches=16),
                width=64, minimal=True),
+        *(
+            Budget(name, f"depth_{name.replace('-', '_')}.json", 512, 4, 4, "looped, sampled",
+                   replace(COMMON, precision="auto", steps=2200, seq_len=256, batch_size=64,
+                           val_batches=16), width=width)
+            for name, width in (("long", 128), ("long-narrow", 64))
+        ),
     )
 }  # fmt: skip
 
@@ -113,6 +121,15 @@ def contestants(
     once = replace(base, loop_schedule="fixed", loops=1)
     fixed = replace(base, loop_schedule="fixed", loops=layers)
     found = {"looped, loss": (looped, base, False)}
+    if budget.name.startswith("long"):
+        schedules = {
+            "looped, sampled": replace(base, loop_schedule="sampled"),
+            "looped, loss": base,
+            f"looped, fixed at {layers}": fixed,
+            f"looped, fixed at {layers}, loss at every loop": replace(fixed, loss_at="all"),
+        }
+        kept = replace(looped, retain=RETAIN)
+        return {name: (kept, config, False) for name, config in schedules.items()}
     if budget.name == "minutes":
         found |= {
             "looped, loss by the loss itself": (looped, replace(base, deeper_by="loss"), False),

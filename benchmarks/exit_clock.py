@@ -9,9 +9,10 @@ machines go at half their speed for a part of the time. Then the price of a deci
 read-out of the vocabulary, in loops.
 
     python benchmarks/exit_clock.py [--texts 4] [--rounds 20] [--threads 1] [--model FOLDER]
-        [--kernel auto] [--apart] [--name exit_clock]
+        [--kernel auto] [--apart] [--name exit_clock] [--data SHARDS]
 
-With --apart the engine asks for each decision by a call of its own, for comparison.
+With --data the texts are held-out prose of these shards. With --apart the engine asks for each
+decision by a call of its own, for comparison.
 """
 
 from __future__ import annotations
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--kernel", default="auto", help="auto, native or torch.")
+    parser.add_argument("--data", type=Path, help="Shards; by default the bundled text's.")
     parser.add_argument("--apart", action="store_true")
     parser.add_argument("--name", default="exit_clock", help="Of the results file.")
     flags = parser.parse_args()
@@ -169,7 +171,8 @@ def main() -> None:
     engine = Engine(loaded.model, loaded.tokenizer, loaded.exit, kernel=flags.kernel)
     if flags.apart:  # as torch's moves do it
         engine.moves.ride = partial(Moves.ride, engine.moves)  # type: ignore[method-assign]
-    prose = [(ids, PROMPT) for ids in held_out(loaded.config.vocab_size, flags.texts, LENGTH)]
+    vocabulary = loaded.config.vocab_size
+    prose = [(ids, PROMPT) for ids in held_out(vocabulary, flags.texts, LENGTH, data=flags.data)]
     encode = loaded.tokenizer.encode
     hops = [
         (encode(line).ids, len(encode(line.split(":")[0]).ids) + 1)
@@ -181,7 +184,8 @@ def main() -> None:
         "rounds": flags.rounds,
         "kernel": engine.kernel,
     }
-    for name, texts in (("prose", prose), ("hop lines", hops), ("both", prose + hops)):
+    kinds = {"prose": prose, "hop lines": hops, "both": prose + hops}
+    for name, texts in kinds.items() if flags.data is None else [("prose", prose)]:
         # `gain` alone: a token that is sure already may still be mended, at little cost.
         results[name] = {
             rule: decoding(engine, texts, options, flags.rounds)

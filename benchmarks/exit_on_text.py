@@ -10,6 +10,7 @@ auto.
 Three seeds: the bundled model, and two of `looptx train --seed 1` and `--seed 2`.
 
     python benchmarks/exit_on_text.py --models FOLDER [FOLDER ...] [--val-batches 40]
+        [--data SHARDS] [--name exit_on_text]
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ OURS, FREE = ("auto", "confidence", "gain"), ("kl", "entropy", "maxprob", "chang
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # of 95 %, by the number of seeds
 
 
-def judged(folder: Path, val_batches: int) -> dict[str, Any]:
+def judged(folder: Path, val_batches: int, data: Path | None) -> dict[str, Any]:
     loaded = load_model(folder)
+    data = data or bundled_shards(loaded.config.vocab_size)
     config = InspectConfig(val_batches=val_batches, decode_tokens=0, target_loss_increase="0.5%")
-    document, _ = inspect_loops(loaded, bundled_shards(loaded.config.vocab_size), config)
+    document, _ = inspect_loops(loaded, data, config)
     choice, loss = document["choice"], document["loss_by_loop"]
     points = document["frontier"]
 
@@ -45,6 +47,7 @@ def judged(folder: Path, val_batches: int) -> dict[str, Any]:
 
     budgets = [p["flops"] for p in points if p["rule"] in FREE]
     return {
+        "loss_by_loop": loss,
         "depth_brings": 1 - min(loss) / loss[0],
         "d*": choice["fixed"]["mean_loops"],
         "rule": choice["rule"],
@@ -61,10 +64,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, nargs="+", default=[BUNDLED])
     parser.add_argument("--val-batches", type=int, default=40)
+    parser.add_argument("--data", type=Path, help="Shards; by default the bundled text's.")
+    parser.add_argument("--name", default="exit_on_text", help="Of the results file.")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    each = [judged(folder, args.val_batches) for folder in args.models]
+    each = [judged(folder, args.val_batches, args.data) for folder in args.models]
     for found in each:
         print(json.dumps(found), flush=True)
     together: dict[str, Any] = {}
@@ -74,7 +79,7 @@ def main() -> None:
         if len(values) in STUDENT:
             half = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
             together[key]["95 % within"] = half
-    write("exit_on_text", {"what": __doc__.splitlines()[0], "runs": each, "together": together})
+    write(args.name, {"what": __doc__.splitlines()[0], "runs": each, "together": together})
 
 
 if __name__ == "__main__":

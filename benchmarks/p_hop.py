@@ -7,7 +7,7 @@ do the loops used rise with p, and what do they keep of full depth's accuracy?
 
     python benchmarks/p_hop.py [--hops 4] [--loops 6] [--steps 2000] [--seeds 0 1]
     python benchmarks/p_hop.py --device cuda --width 128 --heads 8 --length 256 --hops 16 \
-        --batch 256 --schedule fixed --lr 5e-3 ...        # the paper's shape, on a GPU
+        --batch 256 --schedule fixed --lr 5e-3 --layers 1 2 3 --bf16   # the paper's shape, on a GPU
 
 Resumable: a run that stands in the results file is not repeated.
 """
@@ -44,17 +44,24 @@ SETTING = dict(hops=4, loops=6, length=32, steps=2000, lr=1e-2, width=64, heads=
 """What a run is known by, with the defaults."""
 
 
+def setting(**changed: object) -> argparse.Namespace:
+    """What a run hangs on, for other benchmarks."""
+    where = {"layers": [1], "device": "cpu", "bf16": False, "compile": False}
+    return argparse.Namespace(**(SETTING | where | changed))
+
+
 def shapes(args: argparse.Namespace) -> dict[str, ModelConfig]:
     one = ModelConfig(
         vocab_size=SYMBOLS + args.hops, d_model=args.width, n_heads=args.heads,
         n_kv_heads=args.heads, head_dim=args.width // args.heads, d_ff=4 * args.width,
         prelude_layers=0, core_layers=1, coda_layers=0, max_loops=1, max_seq_len=args.length + 1,
     )  # fmt: skip
-    return {
-        f"1 x {args.loops}": replace(one, max_loops=args.loops),
-        "1 x 1": one,
-        f"{args.loops} x 1": replace(one, core_layers=args.loops),
-    }
+    found = {}
+    for layers in args.layers:
+        core = replace(one, core_layers=layers)
+        found[f"{layers} x {args.loops // layers}"] = replace(core, max_loops=args.loops // layers)
+        found[f"{layers} x 1"] = core
+    return found | {f"{args.loops} x 1": replace(one, core_layers=args.loops)}
 
 
 def training(args: argparse.Namespace, seed: int) -> TrainConfig:
@@ -74,7 +81,6 @@ def train(
     if args.compile:
         for block in model.core:
             block.compile()
-    half = args.device != "cpu"  # bf16, as `looptx train` would take there
     schedule = LoopSchedule(settings, config.max_loops)
     optimizer = build_optimizer(model, settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(settings))
@@ -84,7 +90,7 @@ def train(
         tokens, targets, _ = p_hop_batch(rng, args.batch, args.length, args.hops, SYMBOLS,
                                          args.device)  # fmt: skip
         asked = (targets != IGNORED).float()
-        with torch.autocast(args.device, torch.bfloat16, enabled=half):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
             loss = loop_loss(
                 model, tokens, schedule, step, step * args.batch + torch.arange(args.batch),
                 targets=targets, weights=asked / asked.mean(), loss_at=settings.loss_at,
@@ -175,19 +181,21 @@ def main() -> None:
         choices = ("sampled", "fixed") if name == "schedule" else None
         parser.add_argument(f"--{name}", type=type(default), default=default, choices=choices)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--layers", type=int, nargs="+", default=[1], help="Of the looped cores.")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", help="one shape, as '1 x 1'")
+    parser.add_argument("--only", nargs="+", help="Some shapes, as '1 x 1'.")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    setting = {name: getattr(args, name) for name in SETTING}
+    known_by = {name: getattr(args, name) for name in SETTING}
     for seed in args.seeds:
         for name, config in shapes(args).items():
             done = json.loads(args.results.read_text())["runs"] if args.results.exists() else []
-            key = {"name": name, "seed": seed, **setting}
-            if (args.only and name != args.only) or any(
+            key = {"name": name, "seed": seed, **known_by}
+            if (args.only and name not in args.only) or any(
                 key.items() <= (SETTING | r).items() for r in done
             ):
                 continue

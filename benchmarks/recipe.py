@@ -4,8 +4,8 @@ On p-hop (a task that needs depth) and on the State of the Union speeches at the
 pays (`depth_on_text.py`). Every contestant gets the steps that cost as many FLOPs as the defaults',
 vocabulary products included. Resumable: a run that stands in the results file is not repeated.
 
-    python benchmarks/recipe.py --on p-hop [--seeds 0 1] [--threads 2]
-    python benchmarks/recipe.py --on text [--seeds 0]
+    python benchmarks/recipe.py --on p-hop [--seeds 0 1] [--threads 2] [--device cuda]
+    python benchmarks/recipe.py --on text [--seeds 0]            # on a GPU where there is one
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ from looptx_core.training.run import train
 RESULTS = Path(__file__).parent / "results" / "recipe.json"
 # On text the base is all sequences at full depth, read at the last loop.
 BASE = "the defaults with retain 0.5"
+BY_LOSS = "schedule: by the loss"
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     BASE: ({}, {}),
     "schedule: sampled": ({}, {"loop_schedule": "sampled"}),
+    BY_LOSS: ({}, {"loop_schedule": "loss"}),
     "schedule: fixed at the maximum": ({}, {"loop_schedule": "fixed"}),
     "deeper by the loss itself": ({}, {"deeper_by": "loss"}),
     "mean depth of the prior 2, not 3": ({}, {"mean_loops": 2.0}),
@@ -55,7 +57,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 AS_THE_BASE = ("schedule: fixed at the maximum", "deeper by the loss itself",
                "mean depth of the prior 2, not 3", "mean depth of the prior 5",
                "loss at the last loop")  # fmt: skip
-P_HOP = argparse.Namespace(**p_hop.SETTING | {"steps": 1000}, device="cpu", compile=False)
+P_HOP = p_hop.setting(steps=1000)
 
 
 def settings(name: str, base: TrainConfig) -> TrainConfig:
@@ -122,11 +124,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="For p-hop.")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    on_gpu = args.device == "cuda" or (args.on == "text" and torch.cuda.is_available())
+    machine = torch.cuda.get_device_name() if on_gpu else platform.machine()
     run = {"p-hop": on_p_hop, "text": on_text}[args.on]
-    chosen = args.only or [n for n in VARIANTS if args.on == "p-hop" or n not in AS_THE_BASE]
+    P_HOP.device = args.device
+    as_the_base = AS_THE_BASE if args.on == "text" else (BY_LOSS,)
+    chosen = args.only or [name for name in VARIANTS if name not in as_the_base]
 
     def read() -> list[dict[str, Any]]:
         return json.loads(args.results.read_text())["runs"] if args.results.exists() else []
@@ -139,7 +146,7 @@ def main() -> None:
             first = done.get((args.on, BASE, seed))
             if first is None and name != BASE:
                 parser.error(f"{name}: first run {BASE!r} of this seed, whose FLOPs it takes")
-            found = {"on": args.on, "name": name, "seed": seed,
+            found = {"on": args.on, "name": name, "seed": seed, "machine": machine,
                      **run(name, seed, first and first["flops"])}  # fmt: skip
             content = {"machine": platform.machine(), "torch": torch.__version__,
                        "threads": args.threads, "runs": [*read(), found]}  # fmt: skip

@@ -6,12 +6,15 @@ memory that is given back and cleared anew is a part of a step; they take steps 
 the loss, two read-outs a sequence), with AdamW and with its own Muon: a step of only 2,048 tokens
 shows what Muon costs at its worst. "Plain" is ours without the fused kernels.
 
+On a GPU both sides train in bf16 by autocast, each as it comes and compiled, and ours with flash
+attention where it isn't (as `looptx train` takes it): `--device cuda [--rows 32 --length 1024]`.
+
 Beside the clock's the ratios of processor time are told: they hold on a machine that is busy with
 other things, where the clock's do not. `--profile` says where a step's time goes instead, and
 `--parts` how fast each part is by the ways that were tried.
 
     python benchmarks/train_speed.py [--rounds 5] [--compile] [--threads 2]
-        [--profile | --parts]
+        [--profile | --parts | --device cuda]
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ from looptx_core.data.datamodule import TokenData
 from looptx_core.data.shard_writer import tokenize_corpus
 from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.model import fused
-from looptx_core.model.attention import Attend, Packed, explicit, sdpa
+from looptx_core.model.attention import Attend, Packed, choose_backend, explicit, sdpa
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rope import rotary_tables
@@ -69,23 +72,39 @@ SHAPE = ModelConfig(
 )
 
 
-def batch(step: int) -> torch.Tensor:
+Where = tuple[torch.device, int, int]
+"""A device, rows and their length."""
+HERE: Where = (torch.device("cpu"), ROWS, LENGTH)
+
+
+def batch(step: int, where: Where) -> torch.Tensor:
+    device, rows, length = where
     generator = torch.Generator().manual_seed(step)
-    return torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=generator)
+    return torch.randint(0, VOCAB, (rows, length + 1), generator=generator).to(device)
 
 
-def ours(compile_blocks: bool, **settings: object) -> Callable[[int], None]:
+def half(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def ours(compile_blocks: bool, where: Where = HERE, **settings: object) -> Callable[[int], None]:
     torch.manual_seed(0)
-    model = LoopedTransformer(SHAPE)
+    device, rows, _ = where
+    model = LoopedTransformer(SHAPE).to(device)
+    if device.type == "cuda":
+        attention = "sdpa" if compile_blocks else "auto"
+        model.attend = choose_backend(attention, device, torch.bfloat16).attend
     if compile_blocks:
         for block in (*model.prelude, *model.core, *model.coda):
             block.compile(dynamic=True)
     config = TrainConfig(**settings)  # type: ignore[arg-type]
     schedule, optimizer = LoopSchedule(config, 4), build_optimizer(model, config)
-    ids = torch.arange(ROWS)
+    ids = torch.arange(rows)
 
     def step(number: int) -> None:
-        found = loop_loss(model, batch(number), schedule, number, ids, loss_at=config.loss_at)
+        with half(device):
+            tokens = batch(number, where)
+            found = loop_loss(model, tokens, schedule, number, ids, loss_at=config.loss_at)
         (found.loss + found.confidence_loss).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -93,8 +112,9 @@ def ours(compile_blocks: bool, **settings: object) -> Callable[[int], None]:
     return step
 
 
-def theirs() -> Callable[[int], None]:
+def theirs(compiled: bool = False, where: Where = HERE) -> Callable[[int], None]:
     torch.manual_seed(0)
+    device, _, length = where
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=VOCAB,
@@ -107,20 +127,26 @@ def theirs() -> Callable[[int], None]:
             hidden_act="gelu",
             tie_word_embeddings=True,
             use_cache=False,
+            max_position_embeddings=max(2048, length),
         )
-    )
+    ).to(device)
+    if compiled:
+        model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
 
     def step(number: int) -> None:
-        tokens = batch(number)
-        logits = model(tokens[:, :-1]).logits
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        tokens = batch(number, where)
+        with half(device):
+            logits = model(tokens[:, :-1]).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
+COMPILED = ", compiled"
 LAST = {"loop_schedule": "fixed", "loops": 4, "loss_at": "last", "optimizer": "adamw"}
 SETTINGS: dict[str, dict[str, str]] = {
     OURS: LAST,
@@ -271,6 +297,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--parts", action="store_true")
@@ -291,7 +320,10 @@ def main() -> None:
         result["processor_seconds_a_batch"] = data_seconds()
     else:
         name = "train_speed_compiled.json" if args.compile else "train_speed.json"
-        result |= timed(args.rounds, args.compile, args.threads)
+        if args.device == "cuda":
+            name = f"train_speed_cuda_{args.rows}x{args.length}.json"
+        where = (torch.device(args.device), args.rows, args.length)
+        result |= timed(args.rounds, args.compile, args.threads, where)
     result["versions"] = {
         "looptx": __version__,
         "torch": torch.__version__,
@@ -302,27 +334,36 @@ def main() -> None:
     (Path(__file__).parent / "results" / name).write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _sit(side: str, compiled: bool, threads: int, orders: Connection) -> None:
+def _sit(side: str, compiled: bool, threads: int, where: Where, orders: Connection) -> None:
     """One side in a process of its own: a step for each number that comes, seconds back."""
     torch.set_num_threads(threads)
+    on_gpu = where[0].type == "cuda"
+    side, _, how = side.partition(COMPILED)
+    compiled |= bool(how)
     if side in (THEIRS, THEIRS_KEPT):
-        step = theirs()
+        step = theirs(compiled, where)
     else:
-        fused.prepare(not compiled and side != PLAIN)
-        step = ours(compiled, **SETTINGS[side])
-    with nullcontext() if side == THEIRS else freed_memory_kept():
+        fused.prepare(not on_gpu and not compiled and side != PLAIN)
+        step = ours(compiled, where, **SETTINGS[side])
+    with nullcontext() if on_gpu or side == THEIRS else freed_memory_kept():
         while (number := orders.recv()) is not None:
             start, used = time.perf_counter(), time.process_time()
             step(number)
+            if on_gpu:
+                torch.cuda.synchronize()
             orders.send((time.perf_counter() - start, time.process_time() - used))
 
 
-def timed(rounds: int, compiled: bool, threads: int) -> dict[str, object]:
+def timed(rounds: int, compiled: bool, threads: int, where: Where) -> dict[str, object]:
+    device, rows, length = where
+    sides = [*SETTINGS, THEIRS, THEIRS_KEPT]
+    if device.type == "cuda":
+        sides = [n + how for n in (*SETTINGS, THEIRS) if n != PLAIN for how in ("", COMPILED)]
     spawn = multiprocessing.get_context("spawn")
     lines, seats = {}, []
-    for side in (*SETTINGS, THEIRS, THEIRS_KEPT):
+    for side in sides:
         lines[side], other = spawn.Pipe()
-        arguments = (side, compiled, threads, other)
+        arguments = (side, compiled, threads, where, other)
         seats.append(spawn.Process(target=_sit, args=arguments, daemon=True))
         seats[-1].start()
         other.close()  # so that the end of a process is seen
@@ -347,12 +388,22 @@ def timed(rounds: int, compiled: bool, threads: int) -> dict[str, object]:
             for name, each in times.items()
         }
 
-    middle = {name: statistics.median(each) for name, each in clock.items()}
+    common = {
+        "tokens_per_second": {
+            name: round(rows * length / statistics.median(each), 1) for name, each in clock.items()
+        },
+        "ratio": ratios(clock, THEIRS),
+        "rows": rows,
+        "length": length,
+        "rounds": rounds,
+    }
+    if device.type == "cuda":
+        beside = ratios(clock, THEIRS + COMPILED)
+        name = torch.cuda.get_device_name()
+        return common | {"ratio_to_transformers_compiled": beside, "device": name}
     used_by = {name: statistics.median(each) for name, each in processor.items()}
     rate = product_rate(torch.float32, 1536)
-    return {
-        "tokens_per_second": {n: round(ROWS * LENGTH / s, 1) for n, s in middle.items()},
-        "ratio": ratios(clock, THEIRS),
+    return common | {
         "ratio_of_processor_time": ratios(processor, THEIRS),
         "ratio_to_transformers_with_freed_memory_kept": ratios(clock, THEIRS_KEPT),
         "processor_seconds": {n: round(s, 3) for n, s in used_by.items()},
@@ -363,7 +414,6 @@ def timed(rounds: int, compiled: bool, threads: int) -> dict[str, object]:
         "share_of_the_float32_product_rate": {
             name: round(step_flops() / used_by[name] / rate, 3) for name in (OURS, PLAIN, THEIRS)
         },
-        "rounds": rounds,
         "compile": compiled,
     }
 
