@@ -142,7 +142,9 @@ def exits(model: LoopedTransformer, args: argparse.Namespace) -> dict[str, objec
     """Calibrated and picked on one stream of sequences, measured on another."""
     fit, *_ = tested(model, args, 1)
     shown, hops, sequence = tested(model, args, 2)
-    settings = calibrate(ExitSettings(), fit.evaluation)
+    how = training(args, 0)
+    least = LoopSchedule(how, model.config.max_loops).first_read(how.loss_at)
+    settings = calibrate(ExitSettings(min_loops=least), fit.evaluation)
     full_loss = float(fit.loss[-1].double().mean())
     context = args.length / 2
     points = frontier(fit, settings, model.config, context)
@@ -190,13 +192,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    known_by = {name: getattr(args, name) for name in SETTING}
+    known_by = {name: getattr(args, name) for name in SETTING} | {"bf16": args.bf16}
     for seed in args.seeds:
         for name, config in shapes(args).items():
             done = json.loads(args.results.read_text())["runs"] if args.results.exists() else []
             key = {"name": name, "seed": seed, **known_by}
             if (args.only and name not in args.only) or any(
-                key.items() <= (SETTING | r).items() for r in done
+                key.items() <= (SETTING | {"bf16": False} | r).items() for r in done
             ):
                 continue
             print(key, flush=True)

@@ -42,6 +42,7 @@ from looptx_core.config.run import TrainConfig
 from looptx_core.data.corpus import bundled_text
 from looptx_core.data.datamodule import TokenData
 from looptx_core.data.shard_writer import tokenize_corpus
+from looptx_core.machine.device import best_device
 from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.model import fused
 from looptx_core.model.attention import Attend, Packed, choose_backend, explicit, sdpa
@@ -93,7 +94,7 @@ def ours(compile_blocks: bool, where: Where = HERE, **settings: object) -> Calla
     model = LoopedTransformer(SHAPE).to(device)
     if device.type == "cuda":
         attention = "sdpa" if compile_blocks else "auto"
-        model.attend = choose_backend(attention, device, torch.bfloat16).attend
+        model.attend = choose_backend(attention, best_device(), torch.bfloat16).attend
     if compile_blocks:
         for block in (*model.prelude, *model.core, *model.coda):
             block.compile(dynamic=True)
@@ -305,8 +306,11 @@ def main() -> None:
     parser.add_argument("--parts", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    kernels = fused.prepare()
-    result: dict[str, object] = {"kernels": kernels, "threads": args.threads}
+    if args.compile and args.device == "cuda":
+        parser.error("--device cuda times both, compiled and not")
+    result: dict[str, object] = {"threads": args.threads}
+    if args.device == "cpu":
+        result["kernels"] = fused.prepare()
     if args.parts:
         with freed_memory_kept():
             name, result["milliseconds"] = "train_parts.json", parts()

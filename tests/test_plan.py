@@ -189,6 +189,8 @@ def test_the_deepest_batch_of_a_thousand() -> None:
     assert deepest_rows(model, TrainConfig(loop_schedule="fixed", loops=3), 5) == [5, 5, 5]
     drawn = deepest_rows(model, TrainConfig(loop_schedule="sampled"), 16)
     assert drawn[0] == 16 and drawn == sorted(drawn, reverse=True) and len(drawn) <= 10
+    deep = deepest_rows(model, TrainConfig(loop_schedule="sampled", loops=4), 16)
+    assert deep[:4] == [16] * 4 and sum(deep) > sum(drawn)
     ruled = deepest_rows(model, TrainConfig(loop_schedule="loss"), 16)
     assert ruled[:2] == [16, 16] and sum(ruled) > sum(drawn) > 3 * 16
     assert drawn == deepest_rows(model, TrainConfig(loop_schedule="sampled"), 16)

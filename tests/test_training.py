@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from looptx_core.checkpoint.folder import read_exit
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
@@ -29,6 +30,8 @@ from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.callbacks import read_metrics
 from looptx_core.training.curves import verdict
 from looptx_core.training.evaluate import (
+    LoopEvaluation,
+    calibrate,
     evaluate_loops,
     fit_gain,
     fit_stated,
@@ -288,6 +291,25 @@ def test_temperature() -> None:
     assert fit_temperature(3 * true, hit) == pytest.approx(3, rel=0.05)
 
 
+def test_what_may_not_stop_is_not_calibrated_on() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logit, sharp, gain, each = torch.randn(4, 3, 500, generator=generator)
+    hit = (torch.rand(3, 500, generator=generator) < 0.5).float()
+    hit[0] = 0  # by a head that was never asked there
+
+    def some(loops: slice) -> LoopEvaluation:
+        sums = [part[loops].double().sum(1) for part in (each, hit, sharp)]
+        parts = [part[loops] for part in (logit, hit, gain, each, sharp)]
+        return LoopEvaluation(500, *sums, *parts)
+
+    late = calibrate(ExitSettings(min_loops=2), some(slice(3)))
+    read = calibrate(ExitSettings(), some(slice(1, 3)))
+    assert (late.temperature, late.stated) == (read.temperature, read.stated)
+    # Where fewer loops are looked at, by the last of them.
+    alone = calibrate(ExitSettings(min_loops=3), some(slice(1, 2)))
+    assert all(map(math.isfinite, (alone.temperature, *alone.stated)))
+
+
 def test_the_stated_confidence_weighs_head_and_readout() -> None:
     """Both tell a part of the truth, the read-out twice as much."""
     generator = torch.Generator().manual_seed(0)
@@ -462,6 +484,11 @@ def test_accumulation_logs_the_whole_batch(tmp_path, shards) -> None:
         first.append(records(tmp_path / f"by{micro}")[0])
     assert first[0]["train_loss"] == pytest.approx(first[1]["train_loss"], abs=1e-5)
     assert first[0]["mean_loops"] == first[1]["mean_loops"] == 2
+    # Read at its last two loops by default, here the first and the second.
+    assert read_exit(tmp_path / "by8" / "final").min_loops == 1
+    code, _, err = run(tmp_path / "last", shards, settings | {"loss_at": "last"})
+    assert code == 0, err
+    assert read_exit(tmp_path / "last" / "final").min_loops == 2
 
 
 def test_json_lines_end_with_a_summary(tmp_path, shards) -> None:

@@ -427,6 +427,8 @@ def read_exit(folder: Path) -> ExitSettings:
             f"{file}, exit: stated has three numbers, and gain_slope as many as gain_offset; run "
             f"looptx inspect-loops --calibrate --model {folder}"
         )
+    if found.min_loops < 1:
+        raise DataError(f"{file}, exit: min_loops {found.min_loops}: a depth is at least 1")
     return found
 
 

@@ -68,8 +68,8 @@ class GenerationOptions:
     """float, int8 or int4; absent: the model's own."""
     speculate: int = 0
     """Draft so many tokens by shallow loops, and verify them at full depth in one pass; 0: none."""
-    draft_loops: int = 1
-    """Loops of a draft."""
+    draft_loops: int | None = None
+    """Loops of a draft; absent: the fewest that the model may stop after."""
     temperature: float = 0.8
     """0 is greedy."""
     top_k: int = 0

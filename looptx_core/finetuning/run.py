@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +205,8 @@ def finetune(
         # As it will run: on the full-precision base, merged where it can be.
         trained = load_adapter(load_model(loaded.folder, dtype=torch.float32), final).model
     after = _measured(trained, batches, loops)
-    exit_settings = calibrate(loaded.exit, after)
+    least = LoopSchedule(config, loaded.config.max_loops).first_read(config.loss_at)
+    exit_settings = calibrate(replace(loaded.exit, min_loops=least), after)
     facts["loss_by_loop"] = [round(loss, 4) for loss in after.loss_by_loop]
     if peft is not None:
         update_generation_config(final, exit_settings)
@@ -228,22 +229,22 @@ def finetune(
         accuracy_by_loop_before=prepared.before.accuracy_by_loop,
         accuracy_by_loop=after.accuracy_by_loop,
         ece_before=held_out_ece(prepared.before, loaded.exit),
-        ece=held_out_ece(after, None),
+        ece=held_out_ece(after, replace(exit_settings, stated=())),
         quantised_loss=quantised_loss,
     )
 
 
-def held_out_ece(found: LoopEvaluation, settings: ExitSettings | None) -> float:
-    """ECE of the stated confidence on half of the tokens; None: calibrated on the other half.
+def held_out_ece(found: LoopEvaluation, settings: ExitSettings) -> float:
+    """ECE of the stated confidence on half of the tokens, over the loops where one may stop.
 
-    Over all loops, as a token may stop after each.
+    settings: without `stated` it is calibrated on the other half.
     """
-    half = found.logit.shape[1] // 2
-    if settings is None:
-        parts = (found.logit, found.sharp, found.hit)
-        settings = ExitSettings(stated=fit_stated(*(part[:, :half] for part in parts)))
-    confidence = stated(found.logit[:, half:], found.sharp[:, half:], settings)
-    return calibration_error(confidence, found.hit[:, half:])
+    half, first = found.logit.shape[1] // 2, min(settings.min_loops, len(found.logit)) - 1
+    parts = [part[first:] for part in (found.logit, found.sharp, found.hit)]
+    if not settings.stated:
+        settings = replace(settings, stated=fit_stated(*(part[:, :half] for part in parts)))
+    logit, sharp, hit = (part[:, half:] for part in parts)
+    return calibration_error(stated(logit, sharp, settings), hit)
 
 
 def _data(

@@ -240,15 +240,22 @@ def resolve_exit(settings: ExitSettings, options: GenerationOptions, config: Mod
     return Exit(least, deepest, settings, rule)
 
 
+def draft_loops(options: GenerationOptions, full: Exit) -> int:
+    """Loops of a draft: the fewest that training read out, where nothing is said."""
+    if options.draft_loops is None:
+        return max(1, min(full.settings.min_loops, full.max_loops - 1))
+    return options.draft_loops
+
+
 def _verified(settings: ExitSettings, options: GenerationOptions, config: ModelConfig) -> Exit:
     """The depth that verifies drafts: the fixed one asked for, else the deepest allowed."""
     full = options.loops
     if full == "auto":
         full = config.max_loops if options.max_loops is None else options.max_loops
-    if not 1 <= options.draft_loops < full:
+    shallow = draft_loops(options, fixed_exit(full, settings))
+    if not 1 <= shallow < full:
         raise UsageError(
-            f"--draft-loops {options.draft_loops}: drafts of 1 to {full - 1} loops go with a "
-            f"depth of {full}"
+            f"--draft-loops {shallow}: drafts of 1 to {full - 1} loops go with a depth of {full}"
         )
     if settings.kv_policy != "fill":
         raise UsageError(

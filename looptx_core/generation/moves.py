@@ -140,6 +140,10 @@ class Moves:
         read = self.model.decode(state, place)
         return self.model.head(read[:, -1:] if last else read)
 
+    def draft(self, state: Tensor, place: Place) -> Tensor:
+        """`decode` where a guess will do."""
+        return self.decode(state, place)
+
     def judge(self, state: Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
         """The confidence head's words on states (rows, 1, d_model): log-odds and gain."""
         alike = loops.count(loops[0]) == len(loops)

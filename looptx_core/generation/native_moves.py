@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -96,6 +97,16 @@ class NativeMoves(Moves):
             return super().decode(state, place, last)
         logits = self.native.decode(state.flatten(0, 1), place).view(*state.shape[:2], -1)
         return logits[:, -1:] if last else logits
+
+    def draft(self, state: Tensor, place: Place) -> Tensor:
+        if not isinstance(place, NativePlace):
+            return super().draft(state, place)
+        return self._rough.decode(state.flatten(0, 1), place).view(*state.shape[:2], -1)
+
+    @cached_property
+    def _rough(self) -> NativeModel:
+        """With 8-bit weights: a draft's read-out takes most of its time, from memory."""
+        return NativeModel(self.model, "int8")
 
     def leave(self, cache: LoopCache, rows: Sequence[int], loops: Sequence[int]) -> None:
         filling = [pair for pair in zip(rows, loops) if cache.fills(pair[1])]

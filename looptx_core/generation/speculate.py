@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from looptx_core.generation.exits import draft_loops
 from looptx_core.generation.flight import Flight, Landing
 from looptx_core.generation.request import Request, Step, advance, at_least_float, record
 from looptx_core.generation.sampling import pick
@@ -34,7 +35,7 @@ def speculate(flight: Flight, request: Request) -> Iterator[Step]:
 def _round(flight: Flight, request: Request) -> Iterator[Step]:
     """Draft some tokens, verify them, take those that stand and one that full depth draws."""
     moves, cache, work, exits = flight.moves, flight.cache, flight.work, request.exit
-    shallow, full = request.options.draft_loops, exits.max_loops
+    shallow, full = draft_loops(request.options, exits), exits.max_loops
     # The last position's token needs no draft, and no more tokens than may come.
     drafts = min(request.options.speculate, request.limit - len(request.seen) - 1)
     states, starts, drafted, believed = [], [], [], []
@@ -46,7 +47,7 @@ def _round(flight: Flight, request: Request) -> Iterator[Step]:
         states.append(state)
         starts.append(embedding)
         if number < drafts:
-            logits = at_least_float(moves.decode(state, place)[0, 0])
+            logits = at_least_float(moves.draft(state, place)[0, 0])
             believed.append(request.chances(logits, seen))
             drafted.append(pick(believed[-1], request.generator))
             seen.append(drafted[-1])

@@ -253,9 +253,6 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backe
 
     Raises `MissingError` where `flash` is asked for by name and can't run.
     """
-    if device.type == "cuda":
-        # It plans anew for each number of rows, and those still in the loop change at every step.
-        torch.backends.cuda.enable_cudnn_sdp(False)
     if name == "sdpa":
         return Backend("sdpa", sdpa, "asked for")
     if name == "explicit":

@@ -216,9 +216,8 @@ def fit_stated(logit: Tensor, sharp: Tensor, hit: Tensor) -> tuple[float, ...]:
 
 def calibrate(settings: ExitSettings, held_out: LoopEvaluation) -> ExitSettings:
     """The exit settings with confidences and gains fitted on these tokens, where they may stop."""
-    logit, sharp, hit = (
-        part[settings.min_loops - 1 :] for part in (held_out.logit, held_out.sharp, held_out.hit)
-    )
+    first = min(settings.min_loops, len(held_out.each)) - 1
+    logit, sharp, hit = (part[first:] for part in (held_out.logit, held_out.sharp, held_out.hit))
     slope, offset = fit_gain(held_out.gain, held_out.each)
     return replace(
         settings,

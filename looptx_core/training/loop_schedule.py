@@ -5,7 +5,7 @@ resumed run repeats them and every rank runs the same loops.
 
 - `fixed`: every sequence runs the same number of loops.
 - `sampled`: each sequence draws its depth from a log-normal Poisson distribution, truncated to
-  1..max (Huginn, arXiv 2502.05171; drawn per sequence as in Parcae, arXiv 2604.12946).
+  base..max (Huginn, arXiv 2502.05171; drawn per sequence as in Parcae, arXiv 2604.12946).
 - `loss`: the original design's rule. All sequences run the base depth; those that still have
   loss to lose go on, to a depth drawn as above. Two amendments keep all depths honest, which the
   plain rule starves: what counts is the loss that one more loop is predicted to remove (by the
@@ -25,6 +25,7 @@ from looptx_core.config.run import RunConfig
 from looptx_core.errors import UsageError
 
 _DEPTH_SPREAD = 0.5  # sigma of the log-normal rate, Huginn's
+_TRIES = 1000  # then the least depth: so far from the mean nearly all draws would be that
 _THRESHOLD_MEMORY = 0.9  # of the running quantile: the last ten steps, as losses fall fast
 
 
@@ -74,11 +75,12 @@ class LoopSchedule(torch.nn.Module):
         return {"last": self.base, "pair": max(1, self.base - 1), "all": 1}[loss_at]
 
     def _depth(self, rng: np.random.Generator, low: int) -> int:
-        while True:  # truncation by rejection keeps the shape
+        for _ in range(_TRIES):  # truncation by rejection keeps the shape
             rate = np.exp(rng.normal(np.log(self.mean_loops) - _DEPTH_SPREAD**2 / 2, _DEPTH_SPREAD))
             depth = 1 + int(rng.poisson(max(rate - 1, 0)))
             if low <= depth <= self.max_loops:
                 return depth
+        return low
 
     def _above_threshold(self, values: Tensor) -> Tensor:
         if self.fixed_threshold is not None:
@@ -97,11 +99,13 @@ def draw_depths(
 ) -> np.ndarray:
     """`number` depths of `sampled`'s distribution at once, truncated to low..high."""
     found = np.empty(0, dtype=np.int64)
-    while len(found) < number:
+    for _ in range(_TRIES):
+        if len(found) >= number:
+            break
         rates = np.exp(rng.normal(np.log(mean) - _DEPTH_SPREAD**2 / 2, _DEPTH_SPREAD, number))
         drawn = 1 + rng.poisson(np.maximum(rates - 1, 0))
         found = np.concatenate([found, drawn[(low <= drawn) & (drawn <= high)]])
-    return found[:number]
+    return np.concatenate([found, np.full(number, low)])[:number]
 
 
 def _over_ranks(value: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ def deepest_rows(model: ModelConfig, config: RunConfig, rows: int) -> list[int]:
     most = config.max_loops or model.max_loops
     if config.loop_schedule == "fixed":
         return [rows] * (config.loops or most)
-    low = 1 if config.loop_schedule == "sampled" else min((config.loops or 1) + 1, most)
+    low = min((config.loops or 1) + (config.loop_schedule == "loss"), most)
     rng = np.random.default_rng(0)
     depths = draw_depths(rng, 1000 * rows, config.mean_loops, low, most).reshape(1000, rows)
     sums = depths.sum(1)

@@ -1,9 +1,10 @@
 """The loss of a looped model, and of its confidence head, from one forward pass.
 
 Each sequence runs to its own depth (`loop_schedule`) and is read out at some of its loops; its
-loss is the mean over these read-outs, so that depth 1 and depth 10 weigh the same. `pair` reads
-a sequence's last two loops: with depths drawn broadly every loop is supervised under the fixed
-prior that the draw implies, and the gain of one more loop is seen at each pair.
+loss is their mean, by a prior over the loops if one is given, so that depth 1 and depth 10 weigh
+the same. `pair` reads a sequence's last two loops: with depths drawn broadly every loop is
+supervised under the fixed prior that the draw implies, and the gain of one more loop is seen at
+each pair.
 
 The confidence head learns from the very same read-outs: whether the top token was right, and by
 how much the next loop lowered the loss.
