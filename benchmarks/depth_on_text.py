@@ -9,6 +9,8 @@ equal FLOPs (vocabulary products included). Budgets:
               six with the norm on the embedding that the looped ones have
     12M, 36M  the same models on 12 and 36 million tokens, 3 and 9 times the text; for a GPU
     narrow    width 64, 18 million tokens: what a small block can hold is soon full
+    exits     width 64, 9 million tokens, all loops read, the later ones counting more: models for
+              exit_on_text.py, by --keep
     long, long-narrow   36 million tokens, width 128 and 64: drawn depths, by chance or by the loss,
               where each loop can be the last, and all loops at every step; for a GPU
 
@@ -80,6 +82,7 @@ class Budget:
 
 
 RETAIN = 0.88
+RISING = "looped, loop t counts t to the 1.5"
 COMMON = TrainConfig(val_every=10**9, save_every=10**9, precision="float32")
 BUDGETS = {
     b.name: b
@@ -97,6 +100,8 @@ BUDGETS = {
         Budget("narrow", "depth_narrow.json", 512, 4, 4, "the same, retain 0.88",
                replace(COMMON, steps=4400, seq_len=256, batch_size=16, val_batches=16),
                width=64, minimal=True),
+        Budget("exits", "depth_exits.json", 512, 4, 4, RISING,
+               replace(COMMON, steps=2200, seq_len=256, batch_size=16, val_batches=16), width=64),
         *(
             Budget(name, f"depth_{name.replace('-', '_')}.json", 512, 4, 4, "looped, sampled",
                    replace(COMMON, precision="auto", steps=2200, seq_len=256, batch_size=64,
@@ -121,6 +126,9 @@ def contestants(
     once = replace(base, loop_schedule="fixed", loops=1)
     fixed = replace(base, loop_schedule="fixed", loops=layers)
     found = {"looped, loss": (looped, base, False)}
+    if budget.name == "exits":
+        rising = replace(fixed, loss_at="all", loss_prior=1.5)
+        return {RISING: (replace(looped, retain=RETAIN), rising, False)}
     if budget.name.startswith("long"):
         schedules = {
             "looped, sampled": replace(base, loop_schedule="sampled"),

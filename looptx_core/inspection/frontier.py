@@ -15,7 +15,7 @@ from looptx_core.generation.exits import RULES, SIGNALS, Exit, Signal
 from looptx_core.inspection.survey import Survey
 from looptx_core.model.flops import token_flops
 
-_THRESHOLDS = 24
+_THRESHOLDS = 64
 _STATE_CHANGE = Signal(lambda read: read.gain)  # its side of the threshold only; not a stored rule
 _CONFIDENCES = (0.7, 0.8, 0.9, 0.95, 0.99)  # with `auto`, beside each threshold on the gain
 
