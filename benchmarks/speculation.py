@@ -29,7 +29,7 @@ from looptx_core.generation.moves import Work
 from looptx_core.model.loop import LoopedTransformer
 
 SETTINGS = {"full depth": (0, 1), "3 drafts of 1 loop": (3, 1), "3 drafts of 2 loops": (3, 2),
-            "6 drafts of 2 loops": (6, 2)}  # fmt: skip
+            "6 drafts of 2 loops": (6, 2), "6 drafts of 3 loops": (6, 3)}  # fmt: skip
 
 
 def wide(config: ModelConfig) -> LoopedTransformer:
