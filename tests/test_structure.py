@@ -33,8 +33,8 @@ OPTIONS = {
         --data --out --seed --steps --max-minutes --seq-len --batch-size --micro-batch --workers
         --augment --no-augment --skip-bad --no-skip-bad --lr --min-lr --warmup --weight-decay
         --optimizer --beta2 --clip --loop-schedule --loops --max-loops --mean-loops --deeper-by
-        --loss-threshold --deeper-share --explore --loss-at --precision --attention --compile
-        --no-compile --grad-checkpointing --no-grad-checkpointing --devices --nodes --strategy
+        --loss-threshold --deeper-share --explore --loss-at --loss-prior --precision --attention
+        --compile --no-compile --grad-checkpointing --no-grad-checkpointing --devices --nodes --strategy
         --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every --keep
         --val-every --val-batches --log-every --model --lora --no-lora
         --qlora --no-qlora --quantization --dora --no-dora --lora-per-loop --no-lora-per-loop
@@ -61,8 +61,8 @@ OPTIONS = {
         --data --out --seed --steps --max-minutes --seq-len --batch-size --micro-batch --workers
         --augment --no-augment --skip-bad --no-skip-bad --lr --min-lr --warmup --weight-decay
         --optimizer --beta2 --clip --loop-schedule --loops --max-loops --mean-loops --deeper-by
-        --loss-threshold --deeper-share --explore --loss-at --precision --attention --compile
-        --no-compile --grad-checkpointing --no-grad-checkpointing --devices --nodes --strategy
+        --loss-threshold --deeper-share --explore --loss-at --loss-prior --precision --attention
+        --compile --no-compile --grad-checkpointing --no-grad-checkpointing --devices --nodes --strategy
         --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every --keep
         --val-every --val-batches --log-every --preset --document-mask
         --no-document-mask --mix --mask-patches --bitnet
