@@ -34,7 +34,8 @@ OPTIONS = {
         --augment --no-augment --skip-bad --no-skip-bad --lr --min-lr --warmup --weight-decay
         --optimizer --beta2 --clip --loop-schedule --loops --max-loops --mean-loops --deeper-by
         --loss-threshold --deeper-share --explore --loss-at --loss-prior --precision --attention
-        --compile --no-compile --grad-checkpointing --no-grad-checkpointing --devices --nodes --strategy
+        --compile --no-compile --grad-checkpointing --no-grad-checkpointing --devices --nodes
+        --strategy
         --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every --keep
         --val-every --val-batches --log-every --model --lora --no-lora
         --qlora --no-qlora --quantization --dora --no-dora --lora-per-loop --no-lora-per-loop
@@ -62,7 +63,8 @@ OPTIONS = {
         --augment --no-augment --skip-bad --no-skip-bad --lr --min-lr --warmup --weight-decay
         --optimizer --beta2 --clip --loop-schedule --loops --max-loops --mean-loops --deeper-by
         --loss-threshold --deeper-share --explore --loss-at --loss-prior --precision --attention
-        --compile --no-compile --grad-checkpointing --no-grad-checkpointing --devices --nodes --strategy
+        --compile --no-compile --grad-checkpointing --no-grad-checkpointing --devices --nodes
+        --strategy
         --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every --keep
         --val-every --val-batches --log-every --preset --document-mask
         --no-document-mask --mix --mask-patches --bitnet
