@@ -13,6 +13,7 @@ from looptx_core.config.generation import GenerationOptions
 from looptx_core.data.tokenizer import train_tokenizer
 from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine
+from looptx_core.generation.exits import draft_loops, fixed_exit
 from looptx_core.generation.speculate import settle
 from looptx_core.model.loop import LoopedTransformer
 
@@ -111,6 +112,12 @@ def test_sampled_tokens_are_spread_as_by_full_depth(model, tokenizer):
     for token, chance in zip(best.indices.tolist(), best.values.softmax(-1).tolist()):
         error = (chance * (1 - chance) / len(seconds)) ** 0.5
         assert seconds.count(token) / len(seconds) == pytest.approx(chance, abs=4 * error)
+
+
+def test_drafts_end_where_training_read_first():
+    late = replace(SETTINGS, min_loops=3)
+    for asked, full, loops in (None, 10, 3), (None, 3, 2), (None, 1, 1), (2, 10, 2):
+        assert draft_loops(GenerationOptions(draft_loops=asked), fixed_exit(full, late)) == loops
 
 
 def test_what_cannot_be_drafted(model, tokenizer):

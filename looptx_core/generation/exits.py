@@ -252,7 +252,8 @@ def _verified(settings: ExitSettings, options: GenerationOptions, config: ModelC
     full = options.loops
     if full == "auto":
         full = config.max_loops if options.max_loops is None else options.max_loops
-    shallow = draft_loops(options, fixed_exit(full, settings))
+    verified = fixed_exit(full, settings)
+    shallow = draft_loops(options, verified)
     if not 1 <= shallow < full:
         raise UsageError(
             f"--draft-loops {shallow}: drafts of 1 to {full - 1} loops go with a depth of {full}"
@@ -262,4 +263,4 @@ def _verified(settings: ExitSettings, options: GenerationOptions, config: ModelC
             f"--speculate with --kv-policy {settings.kv_policy}: drafts would overwrite what "
             "full depth needs; add --kv-policy fill"
         )
-    return fixed_exit(full, settings)
+    return verified

@@ -26,6 +26,7 @@ class NativeMoves(Moves):
 
     def __init__(self, model: LoopedTransformer, precision: str = "float32") -> None:
         super().__init__(model)
+        self.precision = precision
         self.native = NativeModel(model, precision)
         self._watch: Watch  # of these exits:
         self._watched: Sequence[Exit] = ()
@@ -106,7 +107,7 @@ class NativeMoves(Moves):
     @cached_property
     def _rough(self) -> NativeModel:
         """With 8-bit weights: a draft's read-out takes most of its time, from memory."""
-        return NativeModel(self.model, "int8")
+        return self.native if self.precision == "int8" else NativeModel(self.model, "int8")
 
     def leave(self, cache: LoopCache, rows: Sequence[int], loops: Sequence[int]) -> None:
         filling = [pair for pair in zip(rows, loops) if cache.fills(pair[1])]

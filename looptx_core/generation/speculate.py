@@ -51,7 +51,7 @@ def _round(flight: Flight, request: Request) -> Iterator[Step]:
             believed.append(request.chances(logits, seen))
             drafted.append(pick(believed[-1], request.generator))
             seen.append(drafted[-1])
-        cache.window(1, _ROW).advance()
+        cache.grow(_ROW)
     cache.forget(drafts + 1, _ROW)
     count = drafts + 1
     place = moves.at(cache, _ROW, count)
