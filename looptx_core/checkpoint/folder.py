@@ -7,17 +7,14 @@
     preprocessor_config.json  of a model that reads pictures: what is done to one
     README.md               the model card
 
-A folder appears whole or not at all: it is written under a temporary name beside its place, then
-renamed. Weights are safetensors only; a pickle is refused, since reading one can run its code.
+A folder appears whole or not at all (`atomic.py`).
+Weights are safetensors only; a pickle is refused, since reading one can run its code.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,13 +27,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import looptx_core
+from looptx_core.checkpoint.atomic import write_file, write_folder
 from looptx_core.checkpoint.card import model_card
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import FORMAT_VERSION, ModelConfig
 from looptx_core.config.resolve import coerce
 from looptx_core.data.pictures import preprocessor
 from looptx_core.data.tokenizer import fingerprint
-from looptx_core.errors import DataError, LooptxError, UsageError
+from looptx_core.errors import DataError, UsageError
 from looptx_core.model.flops import parameter_count
 from looptx_core.model.loop import LoopedTransformer
 
@@ -50,7 +48,6 @@ _NOT_SHAPE = {
     *("tokenizer_fingerprint", "facts"),
 }
 T = TypeVar("T")
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @dataclass(frozen=True)
@@ -252,15 +249,7 @@ def update_generation_config(folder: str | Path, exit_settings: ExitSettings) ->
     """
     file = Path(folder) / "generation_config.json"
     text = _json({**read_json(file), "exit": asdict(exit_settings)})
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        temporary.write_text(text, "utf-8")
-        _sync(temporary)
-        temporary.replace(file)
-        _sync(file.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _unwritable(file, error) from error
+    write_file(file, text)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -461,59 +450,6 @@ def check_target(folder: Path, overwrite: bool) -> None:
         raise UsageError(
             f"{folder} is no looptx model, so it is not replaced; choose another --out"
         )
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary sibling, then move it into place of what is there."""
-    folder = folder.resolve()
-    temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
-    try:
-        if old.exists() and not folder.exists():  # a crash between the two renames below
-            old.rename(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            write(temporary)
-            for file in temporary.iterdir():
-                _sync(file)
-            _sync(temporary)
-            if folder.exists():
-                folder.rename(old)
-            try:
-                temporary.rename(folder)
-            except BaseException:
-                if old.exists():
-                    old.rename(folder)
-                raise
-            _sync(folder.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise _unwritable(folder, error) from error
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or a folder's entries, to the disk."""
-    if os.name == "nt":  # its fsync takes no read-only handle
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _unwritable(path: Path, error: Exception) -> LooptxError:
-    """One line for a failed write; safetensors reports the system's error as text only."""
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and (match := _OS_ERROR.search(str(error))):
-        number = int(match[1])
-    reason = os.strerror(number) if number else str(error).splitlines()[0]
-    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    mend = "free some space or choose another --out" if full else "choose another --out"
-    return LooptxError(f"cannot write {path}: {reason}; {mend}")
 
 
 def _token_id(tokenizer: Tokenizer, *names: str) -> int | None:

@@ -26,6 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
+from looptx_core.checkpoint.atomic import write_folder
 from looptx_core.checkpoint.folder import (
     LoadedModel,
     read_chat_template,
@@ -33,7 +34,6 @@ from looptx_core.checkpoint.folder import (
     read_json,
     refuse_pickle,
     tokenizer_config,
-    write_folder,
 )
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import ExitSettings

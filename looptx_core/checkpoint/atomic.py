@@ -1,0 +1,83 @@
+"""Folders and files that appear whole or not at all: written under a temporary name beside their
+place, brought to the disk, then renamed. What was there stays until then."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from looptx_core.errors import LooptxError
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary sibling, then move it into place of what is there."""
+    folder = folder.resolve()
+    temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
+    try:
+        if old.exists() and not folder.exists():  # a crash between the two renames below
+            old.rename(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            write(temporary)
+            for file in temporary.iterdir():
+                _sync(file)
+            _sync(temporary)
+            if folder.exists():
+                folder.rename(old)
+            try:
+                temporary.rename(folder)
+            except BaseException:
+                if old.exists():
+                    old.rename(folder)
+                raise
+            _sync(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(folder, error) from error
+
+
+def write_file(file: Path, text: str) -> None:
+    """Put a text in place of what is there."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        temporary.write_text(text, "utf-8")
+        _sync(temporary)
+        temporary.replace(file)
+        _sync(file.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _unwritable(file, error) from error
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or a folder's entries, to the disk."""
+    if os.name == "nt":  # its fsync takes no read-only handle
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _unwritable(path: Path, error: Exception) -> LooptxError:
+    """One line for a failed write; safetensors reports the system's error as text only."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (match := _OS_ERROR.search(str(error))):
+        number = int(match[1])
+    reason = os.strerror(number) if number else str(error).splitlines()[0]
+    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    mend = "free some space or choose another --out" if full else "choose another --out"
+    return LooptxError(f"cannot write {path}: {reason}; {mend}")
