@@ -7,8 +7,8 @@
     preprocessor_config.json  of a model that reads pictures: what is done to one
     README.md               the model card
 
-A folder appears whole or not at all (`atomic.py`).
-Weights are safetensors only; a pickle is refused, since reading one can run its code.
+A folder appears whole or not at all (`atomic.py`). Weights are safetensors only; a pickle is
+refused, since reading one can run its code.
 """
 
 from __future__ import annotations
