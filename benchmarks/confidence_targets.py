@@ -40,7 +40,8 @@ from looptx_core.inspection.frontier import frontier
 from looptx_core.inspection.survey import Survey, two_surveys
 from looptx_core.model.confidence import Confidence, ConfidenceHead
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.evaluate import calibrate, evaluate_loops
+from looptx_core.training.calibration import calibrate
+from looptx_core.training.evaluate import evaluate_loops
 from looptx_core.training.metrics import auroc, calibration_error
 
 STEPS, PAIRS, LR = 1500, 4096, 3e-3

@@ -11,7 +11,9 @@ equal FLOPs (vocabulary products included). Budgets:
     narrow    width 64, 18 million tokens: what a small block can hold is soon full
     exits     width 64, 9 million tokens, all loops read, the later ones counting more: models for
               exit_on_text.py, by --keep
-    long, long-narrow   36 million tokens, width 128 and 64: drawn depths, by chance or by the loss,
+    exits-wide   width 256, two blocks a loop, 18 million tokens, the same by two priors; for a GPU
+    long, long-narrow, long-ten   36 million tokens, width 128, 64, and 64 with up to ten loops:
+              drawn depths, by chance or by the loss,
               where each loop can be the last, and all loops at every step; for a GPU
 
 Three seeds. Resumable: a run that stands in the results file is not repeated.
@@ -62,14 +64,19 @@ class Budget:
     """Whose FLOPs others are scaled to."""
     train: TrainConfig
     width: int = 128
+    core: int = 1
+    """Blocks of the looped models."""
+    confidence: int = 0
+    """Units of the confidence head; 0: the default."""
     minimal: bool = False
     """Only what says whether looping pays at equal tokens and at equal FLOPs."""
 
     @property
     def looped(self) -> ModelConfig:
         return ModelConfig(
-            vocab_size=self.vocab, prelude_layers=0, core_layers=1, coda_layers=0,
-            max_loops=self.max_loops, retain=0.5,  # the default when most of it was measured
+            vocab_size=self.vocab, prelude_layers=0, core_layers=self.core, coda_layers=0,
+            confidence_width=self.confidence, max_loops=self.max_loops,
+            retain=0.5,  # the default when most of it was measured
             d_model=self.width, n_heads=self.width // 32, n_kv_heads=max(1, self.width // 64),
             head_dim=32, d_ff=3 * self.width,
         )  # fmt: skip
@@ -102,12 +109,18 @@ BUDGETS = {
                width=64, minimal=True),
         Budget("exits", "depth_exits.json", 512, 4, 4, RISING,
                replace(COMMON, steps=2200, seq_len=256, batch_size=16, val_batches=16), width=64),
+        Budget("exits-wide", "depth_exits_wide.json", 512, 4, 4, RISING,
+               replace(COMMON, precision="auto", steps=1100, seq_len=256, batch_size=64,
+                       val_batches=16), width=256, core=2, confidence=128),
         *(
             Budget(name, f"depth_{name.replace('-', '_')}.json", 512, 4, 4, "looped, sampled",
                    replace(COMMON, precision="auto", steps=2200, seq_len=256, batch_size=64,
                            val_batches=16), width=width)
             for name, width in (("long", 128), ("long-narrow", 64))
         ),
+        Budget("long-ten", "depth_long_ten.json", 512, 4, 10, "looped, sampled",
+               replace(COMMON, precision="auto", steps=2200, seq_len=256, batch_size=64,
+                       val_batches=16), width=64),
     )
 }  # fmt: skip
 
@@ -126,12 +139,27 @@ def contestants(
     once = replace(base, loop_schedule="fixed", loops=1)
     fixed = replace(base, loop_schedule="fixed", loops=layers)
     found = {"looped, loss": (looped, base, False)}
-    if budget.name == "exits":
-        rising = replace(fixed, loss_at="all", loss_prior=1.5)
-        return {RISING: (replace(looped, retain=RETAIN), rising, False)}
+    if budget.name.startswith("exits"):
+        kept, rising = replace(looped, retain=RETAIN), replace(fixed, loss_at="all")
+        powers = (1.5, 1.25) if budget.core > 1 else (1.5,)
+        return {
+            f"looped, loop t counts t to the {power}": (
+                kept, replace(rising, loss_prior=power), False
+            )
+            for power in powers
+        }  # fmt: skip
     if budget.name.startswith("long"):
         schedules = {
             "looped, sampled": replace(base, loop_schedule="sampled"),
+            **{
+                f"looped, sampled, mean depth of the prior {mean}": replace(
+                    base, loop_schedule="sampled", mean_loops=mean
+                )
+                for mean in (5, 8)
+            },
+            "looped, sampled, all loops, t counts t to the 1.5": replace(
+                base, loop_schedule="sampled", loss_at="all", loss_prior=1.5
+            ),
             "looped, loss": base,
             f"looped, fixed at {layers}": fixed,
             f"looped, fixed at {layers}, loss at every loop": replace(fixed, loss_at="all"),

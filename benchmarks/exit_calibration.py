@@ -20,9 +20,10 @@ from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings
 from looptx_core.data.bundled import bundled_shards
 from looptx_core.data.datamodule import TokenData
-from looptx_core.generation.exits import stated
+from looptx_core.generation.exits import calibrated, stated
 from looptx_core.training import metrics
-from looptx_core.training.evaluate import evaluate_batch, fit_gain, fit_stated, fit_temperature
+from looptx_core.training.calibration import fit_gain, fit_stated, fit_temperature
+from looptx_core.training.evaluate import evaluate_batch
 
 RESULTS = Path(__file__).parent / "results" / "exit_calibration.json"
 THRESHOLD = 0.01  # nats, the default
@@ -71,8 +72,11 @@ def main() -> None:
     loss = torch.cat([part.each for part in parts], 1)
     order = torch.randperm(gain.shape[1], generator=torch.Generator().manual_seed(0))
     fit, show = order.chunk(2)
-    slope, offset = (torch.tensor(line)[:, None] for line in fit_gain(gain[:, fit], loss[:, fit]))
-    calibrated = torch.cat([slope * gain[:-1, show] + offset, gain[-1:, show]])
+    change = torch.cat([part.change for part in parts], 1)
+    slope, power, offset = fit_gain(gain[:, fit], change[:, fit], loss[:, fit])
+    fitted = ExitSettings(gain_slope=slope, gain_power=power, gain_offset=offset)
+    words = zip(gain[:, show], gain[:, show], change[:, show])
+    told = torch.stack([calibrated(*w, loop, fitted)[1] for loop, w in enumerate(words, start=1)])
     by_loop = loss[:, show].double().mean(1).tolist()
     results = {
         "tokens": len(show),
@@ -80,7 +84,7 @@ def main() -> None:
         "one loop": {"mean_loops": 1, "loss": round(by_loop[0], 4)},
         "all loops": {"mean_loops": len(by_loop), "loss": round(by_loop[-1], 4)},
         "as predicted": stopped(gain[:, show], loss[:, show]),
-        "calibrated": stopped(calibrated, loss[:, show]),
+        "calibrated": stopped(told, loss[:, show]),
         "confidence": confidences(*(
             torch.cat([getattr(part, name) for part in parts], 1)[:, half]
             for half in (fit, show) for name in ("logit", "sharp", "hit")

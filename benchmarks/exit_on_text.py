@@ -45,7 +45,8 @@ def judged(folder: Path, val_batches: int, data: Path | None) -> dict[str, Any]:
         return min((p["loss"] for p in points if p["rule"] in rules and p["flops"] <= flops),
                    default=float("inf"))  # fmt: skip
 
-    budgets = [p["flops"] for p in points if p["rule"] in FREE]
+    least = min(p["flops"] for p in points if p["rule"] in OURS)  # below it a rule has no say
+    budgets = [p["flops"] for p in points if p["rule"] in FREE and p["flops"] >= least]
     return {
         "loss_by_loop": loss,
         "depth_brings": 1 - min(loss) / loss[0],

@@ -31,7 +31,7 @@ from looptx_core.data.p_hop import IGNORED, p_hop_batch
 from looptx_core.inspection.frontier import choose, frontier, rule_depths
 from looptx_core.inspection.survey import Survey, survey_lines, together
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.evaluate import calibrate
+from looptx_core.training.calibration import calibrate
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.metrics import auroc, calibration_error, spearman
 from looptx_core.training.objective import loop_loss

@@ -72,7 +72,8 @@ def inspect_loops(
     if settings.calibrate or settings.target_loss_increase:
         out.print(
             f"{own}: temperature {exit_settings.temperature:.3f}, calibrated gains and "
-            f"the exit {exit_settings.rule} are the model's own now.",
+            f"the exit {exit_settings.rule} with the cache policy {exit_settings.kv_policy} "
+            "are the model's own now.",
             soft_wrap=True,
         )
     out.print(f"report: {folder / 'report.html'}", soft_wrap=True)

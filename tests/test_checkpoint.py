@@ -91,7 +91,7 @@ def test_equal_logits(tmp_path: Path, tokenizer: Tokenizer, tied: bool, size: in
 def test_the_folder_follows_the_conventions(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     assert config["model_type"] == "looptx" and config["architectures"] == ["LoopedTransformer"]
-    assert config["format_version"] == 1 and config["torch_dtype"] == "float32"
+    assert config["format_version"] == 2 and config["torch_dtype"] == "float32"
     generation = json.loads((saved / "generation_config.json").read_text())
     assert generation["eos_token_id"] == 0 and generation["pad_token_id"] == 1
     assert generation["exit"]["rule"] == "auto"
@@ -258,8 +258,8 @@ BAD = {
         "model_type is 'llama'",
     ),
     "newer format": (
-        lambda p: edit(p / "config.json", format_version=2, new_key=1),
-        "format_version 2 is newer than 1",
+        lambda p: edit(p / "config.json", format_version=3, new_key=1),
+        "format_version 3 is newer than 2",
     ),
     "no format": (lambda p: edit(p / "config.json", format_version="drop"), "format_version is"),
     "unknown key": (lambda p: edit(p / "config.json", windows=3), "unknown windows"),

@@ -32,14 +32,15 @@ CONFIG = ModelConfig(
 GREEDY = GenerationOptions(temperature=0, max_new_tokens=12, ignore_eos=True)
 # Near the medians of the model below, so that tokens leave at many depths.
 SETTINGS = ExitSettings(
-    confidence=0.9,
-    gain=-0.5,
+    confidence=0.93,
+    gain=0.1,
     kl=1.5,
     entropy=2.0,
     maxprob=0.5,
     temperature=2.0,
     stated=(0.2, 0.3, 0.8),
     gain_slope=(1.0, 0.8, 1.3),
+    gain_power=(1.0, 0.5, 1.5),
     gain_offset=(0.0, -0.02, 0.04),
 )
 PROMPTS = ["Call me", "Some years ago, never mind how long", "", "whale"]
@@ -123,12 +124,14 @@ class Reference:
                     return one[-1]
                 return one[min(loop, len(one)) - 1]
 
-            state = model.injection(state, e)
+            before, state = state, model.injection(state, e)
             for i, block in enumerate(model.core):
                 state = self.block(block, ("core", i), state, position, loop, seen_at)
             logit, gain = model.confidence(state, loop)
             place = min(loop, len(settings.gain_slope)) - 1
-            gain = settings.gain_slope[place] * gain + settings.gain_offset[place]
+            change = (state - before).norm() / state.norm()
+            gain = torch.exp(settings.gain_slope[place] * gain + settings.gain_offset[place])
+            gain = gain * change ** settings.gain_power[place]
             sure = torch.sigmoid(logit / settings.temperature).item()
             if depth is not None:
                 if loop == depth:

@@ -48,7 +48,8 @@ def engines(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> tuple[Engi
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     tokenizer = train_tokenizer(["some words to write with, and some more of them"], 279)
-    settings = ExitSettings(confidence=0.05, gain=0.0, gain_slope=(1.0, 0.9), gain_offset=(0, 0.01))
+    settings = ExitSettings(confidence=0.05, gain=0.5, gain_slope=(1.0, 0.9),
+                            gain_power=(0.5, 1.0), gain_offset=(0, 0.1))  # fmt: skip
     both = [Engine(model.to(device), tokenizer, settings, kernel="torch") for _ in range(2)]
     both[0].moves = GraphMoves(model)
     return both[0], both[1]

@@ -79,15 +79,25 @@ def small_survey() -> Survey:
     loss = torch.tensor([[1.0, 3.0], [1.0, 1.0], [1.0, 1.0]])
     gain = torch.tensor([[0.0, 2.0], [0.0, 0.0], [0.0, 0.0]])
     hit = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    kl = torch.tensor([[torch.inf, torch.inf], [0.0, 1.0], [0.0, 0.0]])
     evaluation = LoopEvaluation(
         tokens=2, loss=loss.sum(1), correct=hit.sum(1), norm=torch.zeros(3),
-        logit=torch.tensor([[3.0, -3.0], [3.0, 3.0], [3.0, 3.0]]), hit=hit, gain=gain, each=loss,
+        logit=torch.tensor([[3.0, -3.0], [3.0, 3.0], [3.0, 3.0]]), hit=hit, gain=gain,
+        change=kl, each=loss,
         sharp=torch.tensor([[2.2, -1.4], [2.2, 2.2], [2.2, 2.2]]),
     )  # fmt: skip
-    infinite = torch.full((1, 2), torch.inf)
-    kl = torch.cat([infinite, torch.tensor([[0.0, 1.0], [0.0, 0.0]])])
     sharp = torch.tensor([[0.9, 0.2], [0.9, 0.9], [0.9, 0.9]])
-    return Survey(evaluation, {"kl": kl, "entropy": 1 - sharp, "maxprob": sharp, "change": kl})
+    return Survey(evaluation, {"kl": kl, "entropy": 1 - sharp, "maxprob": sharp})
+
+
+def test_the_cache_policy_by_hand():
+    def found(fill, last):
+        rows = ("fill", "gain", fill), ("fill", "fixed at 3", 1.0), ("last", "gain", last)
+        return _policy([dict(zip(("policy", "exit", "loss"), row)) for row in rows])
+
+    assert found(fill=1.3, last=1.28) == "last"
+    assert found(fill=1.3, last=1.301) == "last"  # it takes a part of the memory
+    assert found(fill=1.3, last=1.302) == "fill"
 
 
 def test_frontier_by_hand():

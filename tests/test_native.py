@@ -195,9 +195,10 @@ def test_rows_are_let_go_by_the_kernel_where_their_exits_say_so() -> None:
     state = embedding = reference.encode(tokens, place)
     said = []
     for loop in range(1, deepest + 1):
-        state = reference.step(state, embedding, [loop], place)
-        said.append(reference.judge(state, [loop]))
-    words = torch.tensor(said)  # (loops, rows, 2)
+        before, state = state, reference.step(state, embedding, [loop], place)
+        change = (state - before).norm(dim=-1) / state.norm(dim=-1)
+        said.append([(*w, float(c)) for w, c in zip(reference.judge(state, [loop]), change)])
+    words = torch.tensor(said)  # (loops, rows, 3)
     plain = ExitSettings(temperature=2.0)
     half = float(torch.sigmoid(words[..., 0].median() / 2))
     settings = [
@@ -206,8 +207,14 @@ def test_rows_are_let_go_by_the_kernel_where_their_exits_say_so() -> None:
         replace(plain, confidence=0.0),
         replace(plain, confidence=1.0, gain=-1e9),
     ]
-    slope, offset = (2.0, 1.5, 1.0, 0.5), (0.1, -0.1, 0.2, 0.0)
-    settings += [replace(one, gain_slope=slope, gain_offset=offset) for one in settings[:2]]
+    fit = {"gain_slope": (2.0, 1.5, 1.0, 0.5), "gain_power": (0.5, 1.0, 1.5, 0.0),
+           "gain_offset": (0.1, -0.1, 0.2, 0.0)}  # fmt: skip
+    nats = torch.stack([calibrated(*w.T, loop, ExitSettings(**fit))[1]
+                        for loop, w in enumerate(words, start=1)])  # fmt: skip
+    settings += [
+        replace(settings[0], **fit),
+        replace(settings[1], gain=float(nats.median()), **fit),
+    ]
 
     def depth(row: int, leave: Exit) -> int:
         """Where this row's exit lets it go."""
@@ -233,6 +240,5 @@ def test_rows_are_let_go_by_the_kernel_where_their_exits_say_so() -> None:
                 start = moves.encode(tokens[list(rows)], place)
                 ride = moves.ride(start, start, [1] * len(each), place, each)
                 assert ride.passes == (first if len(each) > 1 else depth(n, leave))
-                assert ride.judged is not None
                 close = torch.tensor(ride.judged) - words[ride.passes - 1, list(rows)]
                 assert close.abs().max() < 1e-4

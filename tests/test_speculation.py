@@ -120,6 +120,14 @@ def test_drafts_end_where_training_read_first():
         assert draft_loops(GenerationOptions(draft_loops=asked), fixed_exit(full, late)) == loops
 
 
+def test_a_model_that_keeps_the_last_loop_drafts_by_filling(model, tokenizer):
+    engine = Engine(model, tokenizer, replace(SETTINGS, kv_policy="last"))
+    options = replace(GREEDY, loops=4)
+    [plain] = engine.complete(["Call me"], replace(options, kv_policy="fill"))
+    [drafted] = engine.complete(["Call me"], replace(options, speculate=2, draft_loops=2))
+    assert [s.id for s in drafted.tokens] == [s.id for s in plain.tokens]
+
+
 def test_what_cannot_be_drafted(model, tokenizer):
     engine = Engine(model, tokenizer, SETTINGS)
     for bad, why in (

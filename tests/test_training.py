@@ -22,21 +22,15 @@ from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.datamodule import SeededBatches
-from looptx_core.generation.exits import stated
+from looptx_core.generation.exits import calibrated, stated
 from looptx_core.machine.device import on_best_device
 from looptx_core.model import fused
 from looptx_core.model.confidence import sharpness
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.calibration import calibrate, fit_gain, fit_stated, fit_temperature
 from looptx_core.training.callbacks import read_metrics
 from looptx_core.training.curves import verdict
-from looptx_core.training.evaluate import (
-    LoopEvaluation,
-    calibrate,
-    evaluate_loops,
-    fit_gain,
-    fit_stated,
-    fit_temperature,
-)
+from looptx_core.training.evaluate import LoopEvaluation, evaluate_loops
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.metrics import auroc
 from looptx_core.training.muon import Muon, orthogonal
@@ -294,12 +288,13 @@ def test_temperature() -> None:
 def test_what_may_not_stop_is_not_calibrated_on() -> None:
     generator = torch.Generator().manual_seed(0)
     logit, sharp, gain, each = torch.randn(4, 3, 500, generator=generator)
+    change = torch.rand(3, 500, generator=generator) + 0.1
     hit = (torch.rand(3, 500, generator=generator) < 0.5).float()
     hit[0] = 0  # by a head that was never asked there
 
     def some(loops: slice) -> LoopEvaluation:
         sums = [part[loops].double().sum(1) for part in (each, hit, sharp)]
-        parts = [part[loops] for part in (logit, hit, gain, each, sharp)]
+        parts = [part[loops] for part in (logit, hit, gain, change, each, sharp)]
         return LoopEvaluation(500, *sums, *parts)
 
     late = calibrate(ExitSettings(min_loops=2), some(slice(3)))
@@ -333,15 +328,30 @@ def test_the_log_odds_of_the_best_by_hand() -> None:
 
 
 def test_predicted_gains_become_true_ones() -> None:
-    """A loop that brings what was predicted, half of it, and nothing at all."""
+    """A loop whose gain goes with the prediction, one whose goes with the change, one of noise
+    alone, and one that takes back."""
     generator = torch.Generator().manual_seed(0)
-    predicted = torch.randn(4, 20_000, generator=generator) + 0.3
-    drops = torch.stack([predicted[0], 0.5 * predicted[1] + 0.1, torch.zeros(20_000)])
-    drops += torch.randn(3, 20_000, generator=generator)
-    loss = torch.cat([torch.full((1, 20_000), 9.0), 9.0 - drops.cumsum(0)])
-    slope, offset = fit_gain(predicted, loss)
-    assert slope == pytest.approx((1.0, 0.5, 0.0), abs=0.03)
-    assert offset == pytest.approx((0.0, 0.1, 0.0), abs=0.03)
+    predicted = torch.randn(5, 40_000, generator=generator)
+    change = torch.randn(5, 40_000, generator=generator).exp()
+    gains = [0.2 * (0.5 * predicted[0]).exp(), 0.1 * change[1] ** 0.7]
+    gains += [torch.full((40_000,), 0.01), torch.full((40_000,), -0.05)]
+    drops = torch.stack(gains) + 0.2 * torch.randn(4, 40_000, generator=generator)
+    loss = torch.cat([torch.full((1, 40_000), 9.0), 9.0 - drops.cumsum(0)])
+    slope, power, offset = fit_gain(predicted, change, loss)
+    assert slope[:2] == pytest.approx((0.5, 0.0), abs=0.05)
+    assert power[:2] == pytest.approx((0.0, 0.7), abs=0.05)
+    assert max(map(abs, (slope[2], power[2]))) < 0.3  # whose standard errors are 0.1
+    assert (slope[3], power[3]) == (0.0, 0.0)
+    assert offset[:2] == pytest.approx((math.log(0.2), math.log(0.1)), abs=0.06)
+    assert offset[3] == pytest.approx(math.log(1e-6))
+    told = ExitSettings(gain_slope=slope, gain_power=power, gain_offset=offset)
+    for loop in (1, 2):
+        logit = torch.zeros(40_000)
+        words = (logit, predicted[loop - 1], change[loop - 1])
+        nats = calibrated(*words, loop, told)[1]
+        assert (nats / gains[loop - 1]).log().abs().mean() < 0.05
+        single = calibrated(*(float(part[0]) for part in words), loop, told)[1]
+        assert single == pytest.approx(float(nats[0]), rel=1e-5)
 
 
 def test_batches_are_functions_of_the_seed() -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -30,7 +30,7 @@ import looptx_core
 from looptx_core.checkpoint.atomic import write_file, write_folder
 from looptx_core.checkpoint.card import model_card
 from looptx_core.config.generation import ExitSettings
-from looptx_core.config.model import FORMAT_VERSION, ModelConfig
+from looptx_core.config.model import FORMAT_VERSION, FORMER, ModelConfig
 from looptx_core.config.resolve import coerce
 from looptx_core.data.pictures import preprocessor
 from looptx_core.data.tokenizer import fingerprint
@@ -360,7 +360,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
             f"looptx convert --from-hf {folder}"
         )
     shape = {key: value for key, value in settings.items() if key not in _NOT_SHAPE}
-    return typed(ModelConfig, shape, str(file)), settings
+    return typed(ModelConfig, FORMER.get(version, {}) | shape, str(file)), settings
 
 
 def typed(schema: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -411,10 +411,13 @@ def read_exit(folder: Path) -> ExitSettings:
     if not isinstance(settings, dict):
         raise DataError(f"{file}: exit must hold keys of its own; copy the model again")
     found = typed(ExitSettings, settings, f"{file}, exit")
-    if len(found.stated) not in (0, 3) or len(found.gain_slope) != len(found.gain_offset):
+    if found.gain_slope and "gain_power" not in settings:  # a line, of before forecasts had a power
+        found = replace(found, gain_slope=(), gain_offset=())
+    gains = {len(part) for part in (found.gain_slope, found.gain_power, found.gain_offset)}
+    if len(found.stated) not in (0, 3) or len(gains) > 1:
         raise DataError(
-            f"{file}, exit: stated has three numbers, and gain_slope as many as gain_offset; run "
-            f"looptx inspect-loops --calibrate --model {folder}"
+            f"{file}, exit: stated has three numbers, and gain_slope as many as gain_power and "
+            "gain_offset; copy the model again"
         )
     if found.min_loops < 1:
         raise DataError(f"{file}, exit: min_loops {found.min_loops}: a depth is at least 1")

@@ -34,8 +34,11 @@ class ExitSettings:
     log-odds are stated[0] + stated[1] * the head's + stated[2] * those of the most likely token's
     own probability, as the logits are read by then; none states the head's, see `temperature`."""
     gain_slope: tuple[float, ...] = ()
-    """Calibration of the gain: after loop t it is slope[t] * predicted + offset[t]. Deeper loops
-    take the last; none leaves the prediction as it is."""
+    """Calibration of the gain: after loop t it is exp(offset[t] + slope[t] * predicted) times the
+    state's relative change to the power[t]. Deeper loops take the last; none leaves the prediction
+    as it is."""
+    gain_power: tuple[float, ...] = ()
+    """See `gain_slope`."""
     gain_offset: tuple[float, ...] = ()
     """See `gain_slope`."""
     kv_policy: str = "fill"

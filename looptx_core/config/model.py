@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from looptx_core.errors import UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FORMER = {1: {"confidence_gate": False}}
+"""By the format's version: what was fixed in models of that time."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class ModelConfig:
     """Loops of a plain forward pass."""
     max_loops: int = 10
     """The most loops that this model is trained for."""
+    confidence_width: int = 0
+    """Hidden units of the confidence head; 0: an eighth of d_model, 16 at least, or twice as many
+    without a gate."""
+    confidence_gate: bool = True
+    """The confidence head is a GeGLU; models of before it was have none."""
     injection: Literal["decay", "add", "none"] = "decay"
     """How the prelude's output enters each loop; see `looptx_core.model.loop.Injection`."""
     retain: float = 0.88
@@ -85,7 +92,7 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff",
                      "core_layers", "loops", "max_loops", "max_seq_len"):  # fmt: skip
             need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("prelude_layers", "coda_layers"):
+        for name in ("prelude_layers", "coda_layers", "confidence_width"):
             need(getattr(self, name) >= 0, f"{name} must not be negative")
         need(
             self.n_heads % self.n_kv_heads == 0,
@@ -120,6 +127,11 @@ class ModelConfig:
             f"image_attention must be both or causal, not {self.image_attention!r}",
         )
         need(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), not {self.dropout}")
+
+    @property
+    def confidence_units(self) -> int:
+        """Hidden units of the confidence head; gates double what each costs."""
+        return self.confidence_width or max(32, self.d_model // 4) // (1 + self.confidence_gate)
 
     def effective_layers(self, loops: int) -> int:
         """Blocks that a token passes at a given number of loops."""

@@ -37,7 +37,8 @@ from looptx_core.data.datamodule import TokenData
 from looptx_core.data.resolve import resolve_data
 from looptx_core.errors import Interrupted, UsageError
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.evaluate import LoopEvaluation, calibrate, evaluate_all
+from looptx_core.training.calibration import calibrate
+from looptx_core.training.evaluate import LoopEvaluation, evaluate_all
 from looptx_core.training.run import fit
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -38,14 +38,10 @@ from looptx_core.finetuning.quantise import quantise, stored_bytes
 from looptx_core.generation.exits import stated
 from looptx_core.machine.device import on_best_device
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.calibration import calibrate, fit_stated
 from looptx_core.training.callbacks import read_metrics
 from looptx_core.training.curves import plot_run
-from looptx_core.training.evaluate import (
-    LoopEvaluation,
-    calibrate,
-    evaluate_all,
-    fit_stated,
-)
+from looptx_core.training.evaluate import LoopEvaluation, evaluate_all
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.metrics import calibration_error
 from looptx_core.training.run import fit

@@ -38,13 +38,27 @@ Numbers = TypeVar("Numbers", Tensor, float)
 
 
 def calibrated(
-    logit: Numbers, gain: Numbers, loop: int, settings: ExitSettings
+    logit: Numbers, gain: Numbers, change: Numbers, loop: int, settings: ExitSettings
 ) -> tuple[Numbers, Numbers]:
-    """The confidence head's words after a loop as probability and nats; shapes stay."""
+    """The confidence head's words after a loop as probability and nats; shapes stay.
+
+    change: the state's, `looptx_core.model.confidence.relative_change`.
+    """
     if settings.gain_slope:
         place = min(loop, len(settings.gain_slope)) - 1
-        gain = settings.gain_slope[place] * gain + settings.gain_offset[place]
+        slope, power, offset = (
+            part[place] for part in (settings.gain_slope, settings.gain_power, settings.gain_offset)
+        )
+        gain = _exp(offset + slope * gain + power * _log(change))
     return _probability(logit / settings.temperature), gain
+
+
+def _exp(x: Numbers) -> Numbers:
+    return x.clamp(max=_MOST).exp() if isinstance(x, Tensor) else math.exp(min(x, _MOST))
+
+
+def _log(x: Numbers) -> Numbers:
+    return x.log() if isinstance(x, Tensor) else math.log(x)
 
 
 def stated(logit: Numbers, sharp: Numbers, settings: ExitSettings) -> Numbers:
@@ -66,6 +80,7 @@ def _probability(odds: Numbers) -> Numbers:
     return 1 / (1 + math.exp(-max(odds, _NEVER)))
 
 
+_MOST = 10.0  # the logarithm of a gain, in nats, that no token has
 _NEVER = -500.0  # log-odds of a probability that is 0 and whose inverse is still a float
 _LEAST = 1e-15  # a probability that 1 can be told from
 _FAR = 1e30  # nothing is beyond it
@@ -258,9 +273,9 @@ def _verified(settings: ExitSettings, options: GenerationOptions, config: ModelC
         raise UsageError(
             f"--draft-loops {shallow}: drafts of 1 to {full - 1} loops go with a depth of {full}"
         )
-    if settings.kv_policy != "fill":
+    if options.kv_policy not in (None, "fill"):
         raise UsageError(
-            f"--speculate with --kv-policy {settings.kv_policy}: drafts would overwrite what "
+            f"--speculate with --kv-policy {options.kv_policy}: drafts would overwrite what "
             "full depth needs; add --kv-policy fill"
         )
-    return verified
+    return replace(verified, settings=replace(settings, kv_policy="fill"))

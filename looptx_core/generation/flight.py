@@ -114,8 +114,7 @@ class Flight:
         work.loops += passes * len(riders)
         if readers := [i for i, rider in enumerate(riders) if rider.exit.reads_logits]:
             self._read(readers)
-        asked = [i for i, rider in enumerate(riders) if rider.loop >= rider.exit.first_look]
-        go = self._leaving(asked, judged) if asked else []
+        go = self._leaving(judged)
         return self._land(go) if go else None
 
     def run(self) -> list[Landing]:
@@ -139,20 +138,13 @@ class Flight:
         for i, row in zip(which, logits):
             self._riders[i].previous, self._riders[i].logits = self._riders[i].logits, row
 
-    def _leaving(self, asked: list[int], judged: list[tuple[float, float]] | None) -> list[int]:
-        """Which of these are let go by their exits. judged: what the head says of all riders."""
-        assert self._state is not None
-        riders = [self._riders[i] for i in asked]
-        if judged is None:
-            states = self._state if len(asked) == len(self._riders) else self._state[asked]
-            words = self.moves.judge(states, [rider.loop for rider in riders])
-        else:
-            words = [judged[i] for i in asked]
+    def _leaving(self, judged: list[tuple[float, float, float]]) -> list[int]:
+        """Which riders are let go by their exits. judged: `Ride.judged`."""
         go = []
-        for i, rider, (logit, gain) in zip(asked, riders, words):
-            sure, gain = calibrated(logit, gain, rider.loop, self.settings)
-            if rider.exit.stops(rider.loop, Readout(sure, gain, rider.logits, rider.previous)):
-                rider.odds = logit
+        for i, (rider, words) in enumerate(zip(self._riders, judged)):
+            read = calibrated(*words, rider.loop, self.settings)
+            if rider.exit.stops(rider.loop, Readout(*read, rider.logits, rider.previous)):
+                rider.odds = words[0]
                 go.append(i)
         return go
 

@@ -19,6 +19,7 @@ from looptx_core.generation.moves import Moves, Place, Ride
 from looptx_core.model.bitnet import BitLinear
 from looptx_core.model.block import Block
 from looptx_core.model.cache import FixedWindow, LoopCache
+from looptx_core.model.confidence import relative_change
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.vision import Pictures
 
@@ -106,10 +107,10 @@ class GraphMoves(Moves):
         while True:
             place.step(loop, judge=loop >= own.first_look)
             if loop >= own.first_look:
-                logit, gain = place.judgement.tolist()
-                _, nats = calibrated(logit, gain, loop, own.settings)
+                logit, gain, change = place.judgement.tolist()
+                _, nats = calibrated(logit, gain, change, loop, own.settings)
                 if loop >= own.max_loops or logit >= sure or nats < least:
-                    return Ride(place.state, loop - loops[0] + 1, [(logit, gain)])
+                    return Ride(place.state, loop - loops[0] + 1, [(logit, gain, change)])
             loop += 1
 
     def decode(self, state: Tensor, place: Place, last: bool = False) -> Tensor:
@@ -138,7 +139,7 @@ class _Track:
         )
         self.embedding = torch.zeros_like(self.state)
         self.logits = self.state.new_zeros(1, 1, model.config.vocab_size)
-        self.judgement = self.state.new_zeros(2)
+        self.judgement = self.state.new_zeros(3)
         self.around = model.surroundings(1, self.window)
         assert isinstance(self.around.mask, Tensor)
         self._graphs: dict[tuple[str, int], Callable[[], object]] = {}
@@ -186,10 +187,11 @@ class _Track:
         self.embedding.copy_(self.model.encode(self.token, self.around))
 
     def _step(self, loop: int, judge: bool) -> None:
-        self.state.copy_(self.model.step(self.state, self.embedding, loop, self.around))
+        after = self.model.step(self.state, self.embedding, loop, self.around)
         if judge:
-            said = self.model.confidence(self.state, loop)
-            self.judgement.copy_(torch.cat([said.logit, said.gain]).flatten())
+            said, change = self.model.confidence(after, loop), relative_change(self.state, after)
+            self.judgement.copy_(torch.cat([said.logit, said.gain, change.to(after)]).flatten())
+        self.state.copy_(after)
 
     def _decode(self) -> None:
         self.logits.copy_(self.model.head(self.model.decode(self.state, self.around)))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from looptx_core.generation.exits import Exit
-from looptx_core.model.cache import LoopCache
+from looptx_core.model.cache import LoopCache, Window
+from looptx_core.model.confidence import relative_change
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.vision import Pictures
 
@@ -46,8 +47,8 @@ class Ride(NamedTuple):
     """(rows, 1, d_model)."""
     passes: int
     """Of the core, by each row."""
-    judged: list[tuple[float, float]] | None = None
-    """`Moves.judge` after the last pass, where it was asked on the way."""
+    judged: list[tuple[float, float, float]]
+    """After the last pass: `Moves.judge`, and by how much it changed the state."""
 
 
 Place = Any
@@ -117,7 +118,7 @@ class Moves:
 
     def _some(self, place: Place, which: list[int]) -> Place:
         window = place.window
-        assert window is not None, "made by `at`"
+        assert isinstance(window, Window), "made by `at`"
         return self.at(window.cache, [window.rows[i] for i in which], window.new)
 
     def ride(
@@ -133,7 +134,12 @@ class Moves:
         loops: each row's next, from 1. exits: each row's own.
         """
         passes = min(own.next_look(loop - 1) - loop + 1 for own, loop in zip(exits, loops))
-        return Ride(self.step(state, embedding, loops, place, further=passes - 1), passes)
+        if passes > 1:
+            state = self.step(state, embedding, loops, place, further=passes - 2)
+        last = [loop + passes - 1 for loop in loops]
+        after = self.step(state, embedding, last, place)
+        changes = relative_change(state, after).flatten().tolist()
+        return Ride(after, passes, [(*w, c) for w, c in zip(self.judge(after, last), changes)])
 
     def decode(self, state: Tensor, place: Place, last: bool = False) -> Tensor:
         """Logits (rows, new, vocab_size); of each row's last token alone where so asked."""

@@ -130,8 +130,7 @@ def _watch(exits: Sequence[Exit]) -> Watch:
         first=[own.first_look for own in exits],
         last=[own.max_loops for own in exits],
         bounds=[own.bounds() for own in exits],
-        slope=settings.gain_slope,
-        offset=settings.gain_offset,
+        gains=(settings.gain_slope, settings.gain_power, settings.gain_offset),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,15 @@ from looptx_core.inspection.survey import Survey, survey_lines, two_surveys
 from looptx_core.inspection.trace import trace_text
 from looptx_core.model.cache import POLICIES
 from looptx_core.training import metrics
-from looptx_core.training.evaluate import calibrate, evaluate_loops
+from looptx_core.training.calibration import calibrate
+from looptx_core.training.evaluate import evaluate_loops
 
 SCHEMA_VERSION = 1
 SHOWN_INCREASE = 0.005
 """The rise of the loss at which rules are compared where none is asked for."""
 _DECODED_TEXT = 64  # tokens of one text, prompt included
 _PROMPT = 16
+_LEVEL = 1e-3  # a share of the loss, below which a smaller cache is worth more
 
 Document = dict[str, Any]
 
@@ -52,8 +54,8 @@ def inspect_loops(
     """Measure a model on the held-out split of shards.
 
     Returns the document, and the model's exit settings, calibrated on one half of the sequences,
-    with the picked rule where `target_loss_increase` asks for one. All figures come from the
-    other half.
+    with the picked rule and, if texts are decoded, the better cache policy where
+    `target_loss_increase` asks for one. All figures come from the other half.
     """
     model, stored = loaded.model, loaded.exit
     loops = config.max_loops or model.config.max_loops
@@ -105,6 +107,8 @@ def inspect_loops(
             config.decode_tokens,
             fixed=int(document["choice"]["fixed"]["mean_loops"]),
         )
+        if choice is not None and config.allowed_increase is not None:
+            settings = replace(settings, kv_policy=_policy(document["kv_policies"]))
     if config.text is not None or config.prompt is not None:
         report("tracing")
         tokens = _text(loaded, settings, config)
@@ -131,7 +135,9 @@ def write_report(document: Document, folder: Path) -> None:
 def _by_loop(survey: Survey, tokens_per_byte: float) -> Document:
     loss, hit = survey.loss.double(), survey.hit.bool()
     before, after = hit[:-1], hit[1:]
-    kl, change = (survey.read[name][1:].double().mean(1).tolist() for name in ("kl", "change"))
+    kl, change = (
+        part[1:].double().mean(1).tolist() for part in (survey.read["kl"], survey.evaluation.change)
+    )
     return {
         "loss_by_loop": loss.mean(1).tolist(),
         "bits_per_byte_by_loop": (loss.mean(1) / math.log(2) * tokens_per_byte).tolist(),
@@ -284,6 +290,12 @@ def _policies(
                 }
             )
     return found
+
+
+def _policy(found: list[Document]) -> str:
+    """The cache policy to keep: the smaller `last` unless `fill` is clearly better with exits."""
+    losses = {each["policy"]: each["loss"] for each in found if "fixed" not in each["exit"]}
+    return "last" if losses["last"] <= losses["fill"] * (1 + _LEVEL) else "fill"
 
 
 def _documents(batches: TokenData, count: int) -> list[Tensor]:

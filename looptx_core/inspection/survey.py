@@ -27,8 +27,7 @@ class Survey:
 
     evaluation: LoopEvaluation
     read: dict[str, Tensor]
-    """kl, entropy, maxprob, and change: the state's relative step |s[t] - s[t-1]| / |s[t]|.
-    Infinite at the first loop where they compare."""
+    """kl, entropy and maxprob; kl is infinite at the first loop, which it can't compare."""
 
     @property
     def loss(self) -> Tensor:
@@ -49,15 +48,14 @@ class Survey:
         return stated(self.evaluation.logit, self.evaluation.sharp, settings)
 
     def signals(self, settings: ExitSettings) -> dict[str, Tensor]:
-        """All signals, the head's calibrated by these settings."""
+        """All signals, the head's calibrated by these settings, and the state's change."""
+        seen = self.evaluation
         judged = [
-            calibrated(logit, gain, loop, settings)
-            for loop, (logit, gain) in enumerate(
-                zip(self.evaluation.logit, self.evaluation.gain), start=1
-            )
+            calibrated(*words, loop, settings)
+            for loop, words in enumerate(zip(seen.logit, seen.gain, seen.change), start=1)
         ]
         confidence, gain = (torch.stack(part) for part in zip(*judged))
-        return {"confidence": confidence, "gain": gain, **self.read}
+        return {"confidence": confidence, "gain": gain, **self.read, "change": seen.change}
 
 
 class _Observer:
@@ -65,7 +63,6 @@ class _Observer:
 
     def __init__(self) -> None:
         self.loops: list[dict[str, Tensor]] = []
-        self._state: Tensor | None = None
         self._logits: Tensor | None = None
 
     def __call__(self, loop: int, state: Tensor, logits: Tensor, judged: Confidence) -> None:
@@ -73,13 +70,8 @@ class _Observer:
         seen = {
             name: torch.as_tensor(s.value(readout)) for name, s in SIGNALS.items() if s.reads_logits
         }
-        state = state.float()
-        if self._state is None:
-            seen["change"] = torch.full_like(judged.logit, torch.inf)
-        else:
-            seen["change"] = (state - self._state).norm(dim=-1) / state.norm(dim=-1)
         self.loops.append({name: value.cpu() for name, value in seen.items()})
-        self._state, self._logits = state, logits
+        self._logits = logits
 
 
 def survey_lines(

@@ -11,7 +11,7 @@ from torch import Tensor
 from looptx_core.config.generation import ExitSettings
 from looptx_core.generation.exits import Exit, Readout, calibrated, stated
 from looptx_core.inspection.influence import deletion_test, influence
-from looptx_core.model.confidence import sharpness
+from looptx_core.model.confidence import relative_change, sharpness
 from looptx_core.model.loop import LoopedTransformer
 
 TOP = 5
@@ -82,16 +82,17 @@ def _walk(
     depth = torch.zeros(len(tokens), dtype=torch.long)
     confidence = torch.zeros(len(tokens))
     logits: list[Tensor] = []
-    for loop, state in enumerate(model.states(tokens[None], loops, around=around), start=1):
-        judged = model.confidence(state, loop)
-        read = calibrated(
-            judged.logit[0].float().cpu(), judged.gain[0].float().cpu(), loop, settings
-        )
+    state = embedding = model.encode(tokens[None], around)
+    for loop in range(1, loops + 1):
+        before, state = state, model.step(state, embedding, loop, around)
+        judged, change = model.confidence(state, loop), relative_change(before, state)
+        logit, gain, moved = (part[0].float().cpu() for part in (*judged, change))
+        read = calibrated(logit, gain, moved, loop, settings)
         previous = logits[-1] if logits else None
         logits.append(model.head(model.decode(state, around))[0].float().cpu())
         here = (depth == 0) & own.stops(loop, Readout(*read, logits[-1], previous))
         sharp = sharpness(logits[-1].log_softmax(-1))
-        told = stated(judged.logit[0].float().cpu(), sharp, settings)
+        told = stated(logit, sharp, settings)
         depth[here], confidence[here] = loop, told[here]
     return torch.stack(logits), depth, confidence
 

@@ -37,8 +37,20 @@ def sharpness(log_probs: Tensor) -> Tensor:
     return best - torch.log(-torch.expm1(best))
 
 
+def relative_change(before: Tensor, after: Tensor) -> Tensor:
+    """By how much a loop moved the state: |after - before| / |after|, (...), of (..., d_model).
+
+    A millionth at least, which is about what float32 can tell, so that it has a logarithm.
+    Nothing is learnt of it, and it tells well which tokens are done (Geiping et al., arXiv
+    2502.05171, stop by a like criterion).
+    """
+    before, after = before.float(), after.float()
+    change = (after - before).norm(dim=-1) / after.norm(dim=-1).clamp(min=1e-12)
+    return change.clamp(min=1e-6)
+
+
 class ConfidenceHead(nn.Module):
-    """A small network on the detached state after a loop.
+    """A small GeGLU on the detached state after a loop.
 
     It reads the hidden state only, so that deciding to stop costs no product with the
     vocabulary, and it is detached, so that it can't disturb the trunk.
@@ -46,9 +58,10 @@ class ConfidenceHead(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        hidden = max(32, config.d_model // 4)
+        hidden = config.confidence_units
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.hidden = nn.Linear(config.d_model, hidden)
+        self.gate = nn.Linear(config.d_model, hidden) if config.confidence_gate else None
         self.loop = nn.Embedding(config.max_loops, hidden)
         self.out = nn.Linear(hidden, 2)
 
@@ -59,6 +72,9 @@ class ConfidenceHead(nn.Module):
             depth = self.loop.weight[min(loop, deepest) - 1]
         else:
             depth = self.loop(loop.clamp(max=deepest)[:, None] - 1)
-        hidden = nn.functional.gelu(self.hidden(self.norm(state)) + depth)
+        state = self.norm(state)
+        hidden = nn.functional.gelu(self.hidden(state) + depth)
+        if self.gate is not None:
+            hidden = hidden * self.gate(state)
         logit, gain = self.out(hidden).unbind(-1)
         return Confidence(logit, gain)

@@ -32,12 +32,12 @@ def token_flops(config: ModelConfig, context: float) -> TokenFlops:
     )
     scores = 2 * context * heads * width
     block = int(2 * (attention + 3 * config.d_model * config.d_ff + scores))
-    hidden = max(32, config.d_model // 4)
+    hidden = config.confidence_units
     return TokenFlops(
         prelude=config.prelude_layers * block,
         loop=config.core_layers * block,
         readout=config.coda_layers * block + 2 * config.d_model * config.vocab_size,
-        confidence=2 * (config.d_model * hidden + 2 * hidden),
+        confidence=2 * ((1 + config.confidence_gate) * config.d_model * hidden + 2 * hidden),
     )
 
 

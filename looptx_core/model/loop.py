@@ -121,6 +121,8 @@ class LoopedTransformer(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
         # A halting bias starts low: unsure until shown otherwise (ACT, arXiv 1603.08983).
         nn.init.zeros_(self.confidence.hidden.bias)
+        if self.confidence.gate is not None:
+            nn.init.ones_(self.confidence.gate.bias)
         with torch.no_grad():
             self.confidence.out.bias.copy_(torch.tensor([-3.0, 0.0]))
 

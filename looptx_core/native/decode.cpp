@@ -355,8 +355,8 @@ struct Model {
     const Block* blocks;  // prelude, core, coda
     const float *state_norm, *state_share, *embedding_norm, *embedding_share;  // of the injection
     const float *embedding, *norm, *frequencies;
-    Matrix head, judge_hidden;
-    const float *judge_norm, *judge_bias, *judge_loop, *judge_out, *judge_out_bias;
+    Matrix head, judge_hidden, judge_gate;  // judge_gate: of 0 rows where there is none
+    const float *judge_norm, *judge_bias, *judge_gate_bias, *judge_loop, *judge_out, *judge_out_bias;
 };
 
 struct Cache {
@@ -374,8 +374,16 @@ struct Rows {
 struct Watch {
     const int32_t *first, *last;   // (count,) each: looked at from here on; ended here
     const float *sure, *least;     // (count,) each: leaves from these log-odds on, below these nats
-    const float *slope, *offset;   // (depths,) each: nats are slope * gain + offset
+    // (depths,) each: nats are e^(offset + slope * gain) * change^power; the gain where depths is 0.
+    const float *slope, *power, *offset;
     int32_t depths;
+
+    float nats(const float* said, int loop) const {
+        if (!depths) return said[1];
+        const int place = std::min(loop, depths) - 1;
+        const float log = offset[place] + slope[place] * said[1] + power[place] * std::log(said[2]);
+        return std::exp(std::min(log, 10.0f));
+    }
 };
 
 }  // extern "C"
@@ -500,7 +508,7 @@ struct Runner {
     const Model model;
     Pool pool;
     int room = 0;
-    std::vector<float> normed, qkv, attended, hidden, turns, judged;
+    std::vector<float> normed, qkv, attended, hidden, turns, judged, before;
     Input input;
 
     Runner(const Model& model, int threads) : model(model), pool(threads) {}
@@ -512,7 +520,8 @@ struct Runner {
         const int64_t n = count, kv = m.kv_heads * m.head_dim, q = m.heads * m.head_dim;
         normed.resize(n * std::max({m.d_model, (int32_t)q, m.d_ff}));
         qkv.resize(n * (q + 2 * kv)), attended.resize(n * q), hidden.resize(n * 2 * m.d_ff);
-        turns.resize(n * m.head_dim), judged.resize(n * m.judge_hidden.rows);
+        turns.resize(n * m.head_dim), judged.resize(2 * n * m.judge_hidden.rows);
+        before.resize(n * m.d_model);
     }
 
     // The next products read norm(in), or in itself where there is no norm.
@@ -675,27 +684,41 @@ struct Runner {
         for (int more = 0; more <= further; ++more) once(at, words, loop, more, rows, cache);
     }
 
-    // `step` until a row may leave; the number of passes. out: what `judge` says after the last.
+    // `step` until a row may leave; the number of passes. out: (count, 3), what `judge` says after
+    // the last, and by how much that changed the state.
     int ride(float* at, const float* words, const int32_t* loop, const Watch& watch,
              const Rows& rows, const Cache& cache, float* out) {
         find_turns(rows);
+        const int width = model.d_model;
         for (int more = 0;; ++more) {
-            once(at, words, loop, more, rows, cache);
             bool look = false, end = false;
             for (int r = 0; r < rows.count; ++r) {
                 look |= loop[r] + more >= watch.first[r];
                 end |= loop[r] + more >= watch.last[r];
             }
+            if (look || end) memcpy(before.data(), at, sizeof(float) * rows.count * width);
+            once(at, words, loop, more, rows, cache);
             if (!look && !end) continue;
-            judge(at, loop, more, rows.count, out);
-            for (int r = 0; r < rows.count && !end; ++r) {
-                const int place = std::min(loop[r] + more, watch.depths) - 1;
-                const float nats = watch.slope[place] * out[2 * r + 1] + watch.offset[place];
-                end = loop[r] + more >= watch.first[r] &&
-                      (out[2 * r] >= watch.sure[r] || nats < watch.least[r]);
+            judge(at, loop, more, rows.count, out, 3);
+            for (int r = 0; r < rows.count; ++r) {
+                float* said = out + 3 * r;
+                said[2] = change(before.data() + (int64_t)r * width, at + (int64_t)r * width);
+                end |= loop[r] + more >= watch.first[r] &&
+                       (said[0] >= watch.sure[r] || watch.nats(said, loop[r] + more) < watch.least[r]);
             }
             if (end) return more + 1;
         }
+    }
+
+    // `relative_change`
+    float change(const float* a, const float* b) const {
+        float moved = 0, size = 0;
+#pragma omp simd reduction(+ : moved, size)
+        for (int i = 0; i < model.d_model; ++i) {
+            moved += (b[i] - a[i]) * (b[i] - a[i]);
+            size += b[i] * b[i];
+        }
+        return std::max(std::sqrt(moved) / std::max(std::sqrt(size), 1e-12f), 1e-6f);
     }
 
     void once(float* at, const float* words, const int32_t* loop, int more, const Rows& rows,
@@ -748,20 +771,25 @@ struct Runner {
             }
     }
 
-    // out: (count, 2), the log-odds of being right and the nats of one more loop.
-    void judge(const float* at, const int32_t* loop, int more, int count, float* out) {
+    // out: for each row, `stride` apart, the log-odds of being right and the nats of one more loop.
+    void judge(const float* at, const int32_t* loop, int more, int count, float* out, int stride) {
         const Model& m = model;
         const int width = m.judge_hidden.rows;
         enter(at, m.judge_norm, count, m.d_model, FLOAT);
+        float* gates = judged.data() + (int64_t)count * width;
         pool.each(width, 4, [&](int begin, int end) {
             product(m.judge_hidden, begin, end, input, judged.data(), width);
+            if (m.judge_gate.rows) product(m.judge_gate, begin, end, input, gates, width);
         });
         for (int r = 0; r < count; ++r) {
             float* own = judged.data() + (int64_t)r * width;
             const float* depth = m.judge_loop + (int64_t)(std::min(loop[r] + more, m.max_loops) - 1) * width;
             for (int i = 0; i < width; ++i) own[i] = gelu(own[i] + m.judge_bias[i] + depth[i]);
+            const float* gate = gates + (int64_t)r * width;
+            for (int i = 0; m.judge_gate.rows && i < width; ++i)
+                own[i] *= gate[i] + m.judge_gate_bias[i];
             for (int i = 0; i < 2; ++i)
-                out[2 * r + i] = m.judge_out_bias[i] + line(own, m.judge_out + i * width, width);
+                out[stride * r + i] = m.judge_out_bias[i] + line(own, m.judge_out + i * width, width);
         }
     }
 };
@@ -801,7 +829,7 @@ void looptx_leave(Runner* r, const int32_t* loops, const Rows* rows, const Cache
 
 void looptx_judge(Runner* r, const float* at, const int32_t* loops, int32_t count, float* out) {
     r->make_room(count);
-    r->judge(at, loops, 0, count, out);
+    r->judge(at, loops, 0, count, out, 2);
 }
 
 }  // extern "C"

@@ -53,8 +53,8 @@ class _Model(ctypes.Structure):
         eps=_float,
         blocks__state_norm__state_share__embedding_norm__embedding_share=_pointer,
         embedding__norm__frequencies=_pointer,
-        head__judge_hidden=_Matrix,
-        judge_norm__judge_bias__judge_loop__judge_out__judge_out_bias=_pointer,
+        head__judge_hidden__judge_gate=_Matrix,
+        judge_norm__judge_bias__judge_gate_bias__judge_loop__judge_out__judge_out_bias=_pointer,
     )
 
 
@@ -67,17 +67,15 @@ class _Rows(ctypes.Structure):
 
 
 class _Watch(ctypes.Structure):
-    _fields_ = _fields(
-        first__last=_pointer, sure__least=_pointer, slope__offset=_pointer, depths=_int
-    )
+    _fields_ = _fields(first__last__sure__least__slope__power__offset=_pointer, depths=_int)
 
 
 class Watch:
     """When rows may leave the loop.
 
     first, last: for each row the loop from which on it is looked at, and the one that ends it.
-    bounds: for each row the confidence head's log-odds from which on it leaves, and the nats,
-    slope * gain + offset, below which it does. slope, offset: by loop; empty: 1 and 0.
+    bounds: for each row the confidence head's log-odds from which on it leaves, and the nats of
+    gain below which it does. gains: `ExitSettings.gain_slope`, `gain_power` and `gain_offset`.
     """
 
     def __init__(
@@ -85,15 +83,11 @@ class Watch:
         first: Sequence[int],
         last: Sequence[int],
         bounds: Sequence[tuple[float, float]],
-        slope: Sequence[float],
-        offset: Sequence[float],
+        gains: tuple[Sequence[float], Sequence[float], Sequence[float]],
     ) -> None:
-        if not slope:
-            slope, offset = (1.0,), (0.0,)
-        assert len(slope) == len(offset), "a slope and an offset for each loop"
-        floats = [*zip(*bounds), slope, offset]
-        self._parts = [*map(_ints, (first, last)), *map(_floats, floats)]
-        self._watch = _Watch(*map(ctypes.addressof, self._parts), len(floats[2]))
+        assert len({len(part) for part in gains}) == 1, "three numbers for each loop"
+        self._parts = [*map(_ints, (first, last)), *map(_floats, (*zip(*bounds), *gains))]
+        self._watch = _Watch(*map(ctypes.addressof, self._parts), len(gains[0]))
         self.argument = ctypes.byref(self._watch)
 
 
@@ -178,17 +172,18 @@ class NativeModel:
 
     def ride(
         self, state: Tensor, embedding: Tensor, loops: Sequence[int], place: Place, watch: Watch
-    ) -> tuple[Tensor, int, list[tuple[float, float]]]:
-        """Loop all rows until one may leave: the states, the passes, and what `judge` says then.
+    ) -> tuple[Tensor, int, list[tuple[float, float, float]]]:
+        """Loop all rows until one may leave: the states, the passes, and of each row what `judge`
+        says then and the state's relative change in the last pass.
 
         loops: each row's first, counted from 1.
         """
-        state, out = state.clone(), (ctypes.c_float * (2 * len(state)))()
+        state, out = state.clone(), (ctypes.c_float * (3 * len(state)))()
         passes = self._library.looptx_ride(
             self._handle, _at(state), _at(embedding), _ints(loops), watch.argument,
             *place.arguments, out,
         )  # fmt: skip
-        return state, passes, list(zip(out[::2], out[1::2]))
+        return state, passes, list(zip(out[::3], out[1::3], out[2::3]))
 
     def decode(self, state: Tensor, place: Place) -> Tensor:
         """states (rows, d_model) -> logits (rows, vocab_size), by coda and head."""
@@ -212,11 +207,14 @@ class NativeModel:
         config, injection, judge = model.config, model.injection, model.confidence
         blocks = (_Block * len(_blocks(model)))(*(self._block(b) for b in _blocks(model)))
         self._kept.append(blocks)
-        shares: dict[str, Any] = {}
+        parts: dict[str, Any] = {}
+        if judge.gate is not None:
+            parts["judge_gate"] = self._matrix(judge.gate.weight, _FLOAT)
+            parts["judge_gate_bias"] = self._vector(judge.gate.bias)
         if injection.kind != "none":
             ones = torch.ones(config.d_model)
             decays = injection.kind == "decay"
-            shares = {
+            parts |= {
                 "state_norm": self._vector(injection.state_norm.weight),
                 "embedding_norm": self._vector(injection.embedding_norm.weight),
                 "state_share": self._vector(torch.sigmoid(-injection.decay) if decays else ones),
@@ -228,7 +226,7 @@ class NativeModel:
             prelude=config.prelude_layers, core=config.core_layers, coda=config.coda_layers,
             max_loops=config.max_loops, silu=config.activation == "silu",
             injection=injection.kind != "none", eps=config.norm_eps,
-            blocks=ctypes.addressof(blocks), **shares,
+            blocks=ctypes.addressof(blocks), **parts,
             embedding=self._vector(model.embedding.weight), norm=self._vector(model.norm.weight),
             frequencies=self._vector(rotary_frequencies(config.head_dim, config.rope_theta)),
             head=self._matrix(model.head.weight, self._kind),

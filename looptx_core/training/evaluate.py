@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from looptx_core.config.generation import ExitSettings
-from looptx_core.model.confidence import Confidence, sharpness
+from looptx_core.model.confidence import Confidence, relative_change, sharpness
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.vision import Pictures
 
@@ -25,9 +24,9 @@ Observe = Callable[[int, Tensor, Tensor, Confidence], object]
 class LoopEvaluation:
     """Sums over tokens for each loop; add evaluations up, then read the means.
 
-    loss, correct, norm: (loops,) float64. logit, hit, gain, each, sharp: (loops, tokens), what the
-    confidence head said, whether the top token was right, the loss, and the log-odds of the top
-    token's own probability, for calibration.
+    loss, correct, norm: (loops,) float64. logit, hit, gain, change, each, sharp: (loops, tokens),
+    what the confidence head said, whether the top token was right, by how much the loop changed
+    the state, the loss, and the log-odds of the top token's own probability, for calibration.
     """
 
     tokens: int
@@ -37,6 +36,7 @@ class LoopEvaluation:
     logit: Tensor
     hit: Tensor
     gain: Tensor
+    change: Tensor
     each: Tensor
     sharp: Tensor
 
@@ -49,6 +49,7 @@ class LoopEvaluation:
             torch.cat([self.logit, other.logit], 1),
             torch.cat([self.hit, other.hit], 1),
             torch.cat([self.gain, other.gain], 1),
+            torch.cat([self.change, other.change], 1),
             torch.cat([self.each, other.each], 1),
             torch.cat([self.sharp, other.sharp], 1),
         )
@@ -104,9 +105,10 @@ def evaluate_loops(
     counted = torch.ones_like(targets, dtype=torch.bool) if counted is None else counted
     layout = model.layout(inputs, pictures)
     around = model.surroundings(targets.shape[1], documents=documents, layout=layout)
-    losses, hits, norms, logits, gains, sharp = [], [], [], [], [], []
-    states = model.states(inputs, loops, around=around, pictures=pictures)
-    for loop, state in enumerate(states, start=1):
+    losses, hits, norms, logits, gains, changes, sharp = [], [], [], [], [], [], []
+    state = embedding = model.encode(inputs, around, pictures=pictures)
+    for loop in range(1, loops + 1):
+        before, state = state, model.step(state, embedding, loop, around)
         predicted = model.head(model.decode(state, around)).float()
         loss = F.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="none")
         losses.append(loss.view(targets.shape)[counted])
@@ -116,6 +118,7 @@ def evaluate_loops(
         judged = model.confidence(state, loop)
         logits.append(judged.logit.float()[counted])
         gains.append(judged.gain.float()[counted])
+        changes.append(relative_change(before, state)[counted])
         if observe is not None:
             observe(loop, state[counted], predicted[counted], Confidence(logits[-1], gains[-1]))
     hit, each = torch.stack(hits), torch.stack(losses)
@@ -127,6 +130,7 @@ def evaluate_loops(
         logit=torch.stack(logits).cpu(),
         hit=hit.float().cpu(),
         gain=torch.stack(gains).cpu(),
+        change=torch.stack(changes).cpu(),
         each=each.cpu(),
         sharp=torch.stack(sharp).cpu(),
     )
@@ -153,76 +157,3 @@ def evaluate_all(
     """`evaluate_batch` on all batches, added up."""
     parts = (evaluate_batch(model, batch, loops) for batch in batches)
     return functools.reduce(operator.add, parts)
-
-
-def fit_temperature(logit: Tensor, hit: Tensor) -> float:
-    """The temperature that minimises the cross-entropy of sigmoid(logit / T) against hits.
-
-    Temperature scaling (Guo et al., arXiv 1706.04599), by golden-section search on log T, along
-    which the cross-entropy has one minimum. logit, hit: any equal shapes.
-    """
-
-    def cost(log_t: float) -> float:
-        scaled = logit.double() / torch.tensor(log_t).exp()
-        return float(F.binary_cross_entropy_with_logits(scaled, hit.double()))
-
-    low, high, golden = -2.0, 2.0, (5**0.5 - 1) / 2
-    for _ in range(30):
-        left, right = high - golden * (high - low), low + golden * (high - low)
-        if cost(left) < cost(right):
-            high = right
-        else:
-            low = left
-    return float(torch.tensor((low + high) / 2).exp())
-
-
-def fit_gain(gain: Tensor, loss: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Slopes and offsets, one for each loop but the last, that make predicted gains true ones.
-
-    Least squares of the drop that followed on the drop predicted; a slope is never negative. A
-    loop after which nothing comes any more gets a slope of 0, whatever the head's noise.
-    gain, loss: (loops, tokens), nats.
-    """
-    slopes, offsets = [], []
-    for predicted, drop in zip(gain.double(), (loss[:-1] - loss[1:]).double()):
-        spread = predicted - predicted.mean()
-        slope = float((spread * drop).mean() / spread.square().mean().clamp(min=1e-12))
-        slopes.append(max(slope, 0.0))
-        offsets.append(float(drop.mean()) - slopes[-1] * float(predicted.mean()))
-    return tuple(slopes), tuple(offsets)
-
-
-def fit_stated(logit: Tensor, sharp: Tensor, hit: Tensor) -> tuple[float, ...]:
-    """`ExitSettings.stated`: logistic regression of hits on both log-odds (Platt, 1999).
-
-    Newton's method; the cross-entropy has one minimum. logit, sharp, hit: any equal shapes.
-    """
-    inputs = torch.stack([torch.ones_like(logit), logit, sharp], -1).flatten(0, -2).double()
-    wanted, weights = hit.flatten().double(), torch.zeros(3, dtype=torch.double)
-    scale = inputs.square().mean(0).sqrt().clamp(min=1e-6)
-    inputs = inputs / scale
-    # A trace of decay keeps the weights finite where hits can be told without an error.
-    decay = 1e-4 * torch.eye(3, dtype=torch.double)
-    for _ in range(50):
-        sure = torch.sigmoid(inputs @ weights)
-        slope = inputs.T @ (sure - wanted) / len(inputs) + decay @ weights
-        curve = (inputs.T * (sure * (1 - sure))) @ inputs / len(inputs) + decay
-        step = torch.linalg.solve(curve, slope)
-        weights = weights - step * min(1.0, 2.0 / float(step.norm().clamp(min=1e-12)))
-        if step.norm() < 1e-9:
-            break
-    return tuple((weights / scale).tolist())
-
-
-def calibrate(settings: ExitSettings, held_out: LoopEvaluation) -> ExitSettings:
-    """The exit settings with confidences and gains fitted on these tokens, where they may stop."""
-    first = min(settings.min_loops, len(held_out.each)) - 1
-    logit, sharp, hit = (part[first:] for part in (held_out.logit, held_out.sharp, held_out.hit))
-    slope, offset = fit_gain(held_out.gain, held_out.each)
-    return replace(
-        settings,
-        temperature=fit_temperature(logit, hit),
-        stated=fit_stated(logit, sharp, hit),
-        gain_slope=slope,
-        gain_offset=offset,
-    )

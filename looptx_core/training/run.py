@@ -30,6 +30,7 @@ from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.model import fused
 from looptx_core.model.attention import choose_backend
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.calibration import calibrate
 from looptx_core.training.callbacks import (
     Begin,
     Checkpoints,
@@ -42,12 +43,7 @@ from looptx_core.training.callbacks import (
     step_of,
 )
 from looptx_core.training.curves import plot_run, verdict
-from looptx_core.training.evaluate import (
-    LoopEvaluation,
-    calibrate,
-    evaluate_all,
-    evaluate_loops,
-)
+from looptx_core.training.evaluate import LoopEvaluation, evaluate_all, evaluate_loops
 from looptx_core.training.fragments import Checkpoint, sweep
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.module import LoopedLM, quiet_lightning
