@@ -24,6 +24,7 @@ from looptx_core.generation.engine import Engine
 from looptx_core.inspection.frontier import choose, depths, frontier, rule_depths
 from looptx_core.inspection.influence import deletion_test, influence, relevance, without
 from looptx_core.inspection.page import page
+from looptx_core.inspection.report import _policy
 from looptx_core.inspection.survey import Survey, survey_lines, two_surveys
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.evaluate import LoopEvaluation
