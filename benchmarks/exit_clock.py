@@ -123,14 +123,13 @@ def prices(model: LoopedTransformer, kernel: str, repeats: int = 60) -> dict[str
     def ride(own: Exit) -> None:
         at, loop = state, 0
         while loop < deepest:
-            at, passes, judged = moves.ride(at, embedding, [loop + 1], place, [own])
+            at, passes, (words,) = moves.ride(at, embedding, [loop + 1], place, [own])
             loop += passes
-            ((logit, gain),) = judged or moves.judge(at, [loop])
-            own.stops(loop, Readout(*calibrated(logit, gain, loop, settings)))
+            own.stops(loop, Readout(*calibrated(*words, loop, settings)))
 
     def decide() -> None:
         ((logit, gain),) = moves.judge(state, [1])
-        asked.stops(1, Readout(*calibrated(logit, gain, 1, settings)))
+        asked.stops(1, Readout(*calibrated(logit, gain, 1.0, 1, settings)))
 
     asked, fixed = Exit(1, deepest, settings, "auto"), fixed_exit(deepest, settings)
     parts: dict[str, Callable[[], object]] = {
@@ -187,14 +186,13 @@ def main() -> None:
     kinds = {"prose": prose, "hop lines": hops, "both": prose + hops}
     for name, texts in kinds.items() if flags.data is None else [("prose", prose)]:
         # `gain` alone: a token that is sure already may still be mended, at little cost.
+        rules = {loaded.exit.rule: GenerationOptions()}
+        if flags.data is None:  # else the exit that was stored is the one that was picked
+            rules["gain"] = GenerationOptions(exit="gain")
+            # About what `--target-loss-increase 0.5%` picks for these models.
+            rules["gain at 0.03"] = GenerationOptions(exit="gain", threshold=0.03)
         results[name] = {
-            rule: decoding(engine, texts, options, flags.rounds)
-            for rule, options in (
-                (loaded.exit.rule, GenerationOptions(exit=loaded.exit.rule)),
-                ("gain", GenerationOptions(exit="gain")),
-                # About what `--target-loss-increase 0.5%` picks for these models.
-                ("gain at 0.03", GenerationOptions(exit="gain", threshold=0.03)),
-            )
+            rule: decoding(engine, texts, options, flags.rounds) for rule, options in rules.items()
         }
     shapes = {"bundled": loaded.model}
     for preset in ("small", "medium") if flags.model == BUNDLED else ():

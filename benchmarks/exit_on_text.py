@@ -42,8 +42,17 @@ def judged(folder: Path, val_batches: int, data: Path | None) -> dict[str, Any]:
     points = document["frontier"]
 
     def best(rules: tuple[str, ...], flops: float) -> float:
-        return min((p["loss"] for p in points if p["rule"] in rules and p["flops"] <= flops),
-                   default=float("inf"))  # fmt: skip
+        """Of their least losses at this budget, between two thresholds of a rule by a line: some
+        tokens may go by the one, some by the other."""
+        found = [float("inf")]
+        for rule in rules:
+            own = sorted((p["flops"], p["loss"]) for p in points if p["rule"] == rule)
+            below, above = [p for p in own if p[0] <= flops], [p for p in own if p[0] > flops]
+            found += [loss for _, loss in below]
+            if below and above:
+                (a, first), (b, second) = below[-1], above[0]
+                found.append(first + (second - first) * (flops - a) / (b - a))
+        return min(found)
 
     least = min(p["flops"] for p in points if p["rule"] in OURS)  # below it a rule has no say
     budgets = [p["flops"] for p in points if p["rule"] in FREE and p["flops"] >= least]
