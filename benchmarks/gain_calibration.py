@@ -4,11 +4,11 @@ What the rule `gain` loses against full depth at a mean of some loops, where a t
 as its calibrated gain is below a threshold. Calibrated on one half of the held-out sequences,
 measured on the other:
 
-    line                 the default: least squares, a slope and an offset for each loop
-    line and change      with the logarithm of the state's relative change beside the prediction
-    binned               the mean gain in 24 bins of the prediction, made to rise
-    binned and change    least squares on both, binned
-    change               no head: the state's relative change alone, from the second loop on
+    default              looptx's: the gain's logarithm, linear in the prediction and in that of the
+                         state's relative change (`looptx_core.training.calibration.fit_gain`)
+    line                 the former default: least squares, a slope and an offset for each loop
+    binned and change    least squares on the means in 24 bins of the prediction and of the change
+    change               no head: the state's relative change alone
 
     python benchmarks/gain_calibration.py --models FOLDER [FOLDER ...] [--data SHARDS]
 """
@@ -24,10 +24,12 @@ from clock import BUNDLED, write
 from torch import Tensor
 
 from looptx_core.checkpoint.folder import load_model
+from looptx_core.config.generation import ExitSettings
 from looptx_core.data.bundled import bundled_shards
 from looptx_core.data.datamodule import TokenData
 from looptx_core.inspection.frontier import depths
 from looptx_core.inspection.survey import Survey, two_surveys
+from looptx_core.training.calibration import fit_gain
 
 BINS, THRESHOLDS = 24, 200
 AT = (1.25, 1.5, 1.75, 2.0, 2.2, 2.4, 2.6, 3.0)
@@ -54,23 +56,22 @@ def regressed(inputs: list[Tensor], wanted: Tensor, given: list[Tensor]) -> Tens
 def forecasts(fit: Survey, shown: Survey) -> dict[str, Tensor]:
     """By calibration: what each token of `shown` is to gain, (loops - 1, tokens)."""
     found: dict[str, list[Tensor]] = {}
+    seen = fit.evaluation
+    slope, power, offset = fit_gain(seen.gain, seen.change, seen.each)
+    fitted = ExitSettings(gain_slope=slope, gain_power=power, gain_offset=offset)
+    default = shown.signals(fitted)["gain"]
     for loop in range(fit.loops - 1):
         drop = (fit.loss[loop] - fit.loss[loop + 1]).double()
         gain, gain_here = (s.evaluation.gain[loop].double() for s in (fit, shown))
-        moved, moved_here = (s.read["change"][loop].double() for s in (fit, shown))
-        line = regressed([gain], drop, [gain_here])
-        bins = binned(gain, drop, gain_here)
-        ways = {"line": line, "line and change": line, "binned": bins, "binned and change": bins,
-                "change": torch.full_like(line, torch.inf)}  # fmt: skip
-        if loop:
-            own = binned(gain, drop, gain), binned(moved, drop, moved)
-            ways["line and change"] = regressed(
-                [gain, moved.log()], drop, [gain_here, moved_here.log()]
-            )
-            ways["binned and change"] = regressed(
-                list(own), drop, [bins, binned(moved, drop, moved_here)]
-            )
-            ways["change"] = moved_here
+        moved, moved_here = (s.evaluation.change[loop].double() for s in (fit, shown))
+        own = [binned(gain, drop, gain), binned(moved, drop, moved)]
+        here = [binned(gain, drop, gain_here), binned(moved, drop, moved_here)]
+        ways = {
+            "default": default[loop],
+            "line": regressed([gain], drop, [gain_here]),
+            "binned and change": regressed(own, drop, here),
+            "change": moved_here,
+        }
         for way, values in ways.items():
             found.setdefault(way, []).append(values)
     return {way: torch.stack(values) for way, values in found.items()}
