@@ -41,8 +41,8 @@ def relative_change(before: Tensor, after: Tensor) -> Tensor:
     """By how much a loop moved the state: |after - before| / |after|, (...), of (..., d_model).
 
     A millionth at least, which is about what float32 can tell, so that it has a logarithm.
-    Nothing is learnt of it, and it tells well which tokens are done (Geiping et al., arXiv
-    2502.05171, stop by a like criterion).
+    It tells well which tokens are done, and takes no training; Huginn's code (arXiv 2502.05171)
+    stops by the same as `latent-diff`.
     """
     before, after = before.float(), after.float()
     change = (after - before).norm(dim=-1) / after.norm(dim=-1).clamp(min=1e-12)
