@@ -269,7 +269,7 @@ def test_hidden_patches_are_learned_to_be_drawn_from_the_others() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     grid, tokens = torch.tensor([[2, 3]] * 8), torch.tensor([row(9, (2, 3), 8, 7)] * 8)
     errors = []
-    for step in range(150):
+    for step in range(200):
         base = torch.rand(8, 1, 3).mul(2).sub(1)
         stripes = torch.where(torch.arange(16)[:, None] % 4 < 2, base, -base)
         even = stripes.reshape(8, 1, 48).expand(8, 6, 48)
