@@ -72,7 +72,7 @@ def differences(model: LoopedTransformer, precision: str = "float32") -> dict[st
     "changes",
     [
         {},
-        {"injection": "add", "activation": "silu"},
+        {"injection": "add", "activation": "silu", "confidence_gate": False},
         {"injection": "none", "qk_norm": False, "tie_embeddings": False},
         {"prelude_layers": 0, "coda_layers": 0, "core_layers": 1},
         {"d_model": 37, "d_ff": 53, "head_dim": 6, "n_kv_heads": 4, "vocab_size": 97},
