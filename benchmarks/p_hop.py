@@ -32,6 +32,7 @@ from looptx_core.inspection.frontier import choose, frontier, rule_depths
 from looptx_core.inspection.survey import Survey, survey_lines, together
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.calibration import calibrate
+from looptx_core.training.compiled import compile_moves
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.metrics import auroc, calibration_error, spearman
 from looptx_core.training.objective import loop_loss
@@ -79,8 +80,7 @@ def train(
     torch.manual_seed(settings.seed)
     model = LoopedTransformer(config).to(args.device).train()
     if args.compile:
-        for block in model.core:
-            block.compile()
+        compile_moves(model)
     schedule = LoopSchedule(settings, config.max_loops)
     optimizer = build_optimizer(model, settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(settings))

@@ -1,13 +1,14 @@
 """Training speed: looptx against transformers' Llama of the same width and effective depth.
 
-Both have width 512, 12 effective layers, float32, AdamW. Each side has a process of its own, as
-memory that is given back and cleared anew is a part of a step; they take steps in turns. Ours is
-2 + 2 x 4 + 2, with the loss at the final loop only, and beside it the default recipe (depths by
+Both have width 512, 12 effective layers, float32, AdamW; with `--shape nano` the default preset's
+width 128 and ten layers. Each side has a process of its own, as memory that is given back and
+cleared anew is a part of a step; they take steps in turns. Ours is 2 + 2 x 4 + 2 (`nano`: one layer
+ten times), with the loss at the final loop only, and beside it the default recipe (depths by
 the loss, two read-outs a sequence), with AdamW and with its own Muon: a step of only 2,048 tokens
 shows what Muon costs at its worst. "Plain" is ours without the fused kernels.
 
 On a GPU both sides train in bf16 by autocast, each as it comes and compiled, and ours with flash
-attention where it isn't (as `looptx train` takes it): `--device cuda [--rows 32 --length 1024]`.
+attention (as `looptx train` takes it): `--device cuda [--rows 32 --length 1024]`.
 
 Beside the clock's the ratios of processor time are told: they hold on a machine that is busy with
 other things, where the clock's do not. `--profile` says where a step's time goes instead, and
@@ -30,6 +31,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from looptx_core import __version__
 from looptx_core.config.model import ModelConfig
+from looptx_core.config.presets import PRESETS
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.corpus import bundled_text
 from looptx_core.data.datamodule import TokenData
@@ -49,6 +52,7 @@ from looptx_core.model.attention import Attend, Packed, choose_backend, explicit
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rope import rotary_tables
+from looptx_core.training.compiled import compile_moves
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.muon import orthogonal
 from looptx_core.training.objective import loop_loss
@@ -57,29 +61,43 @@ from looptx_core.training.optimizer import build_optimizer
 OURS, THEIRS = "looptx, last loop only", "transformers"
 PLAIN, THEIRS_KEPT = "looptx, last loop only, plain", "transformers, freed memory kept"
 WARM = 3
-"""Rounds that bring a process's memory to where it stays."""
+"""Rounds, after a first step, that bring a process's memory to where it stays."""
 VOCAB, ROWS, LENGTH = 4096, 8, 256
-SHAPE = ModelConfig(
-    vocab_size=VOCAB,
-    d_model=512,
-    n_heads=8,
-    n_kv_heads=4,
-    head_dim=64,
-    d_ff=1536,
-    prelude_layers=2,
-    core_layers=2,
-    coda_layers=2,
-    max_loops=4,
-)
+SHAPES = {
+    "small": ModelConfig(
+        vocab_size=VOCAB,
+        d_model=512,
+        n_heads=8,
+        n_kv_heads=4,
+        head_dim=64,
+        d_ff=1536,
+        prelude_layers=2,
+        core_layers=2,
+        coda_layers=2,
+        max_loops=4,
+    ),
+    "nano": ModelConfig(vocab_size=VOCAB, **PRESETS["nano"]["model"]),
+}
 
 
-Where = tuple[torch.device, int, int]
-"""A device, rows and their length."""
-HERE: Where = (torch.device("cpu"), ROWS, LENGTH)
+class Where(NamedTuple):
+    """A device, rows and their length, and what is trained there."""
+
+    device: torch.device = torch.device("cpu")
+    rows: int = ROWS
+    length: int = LENGTH
+    shape: str = "small"
+
+    @property
+    def model(self) -> ModelConfig:
+        return SHAPES[self.shape]
+
+
+HERE = Where()
 
 
 def batch(step: int, where: Where) -> torch.Tensor:
-    device, rows, length = where
+    device, rows, length, _ = where
     generator = torch.Generator().manual_seed(step)
     return torch.randint(0, VOCAB, (rows, length + 1), generator=generator).to(device)
 
@@ -88,18 +106,19 @@ def half(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def ours(compile_blocks: bool, where: Where = HERE, **settings: object) -> Callable[[int], None]:
+def ours(compiled: bool, where: Where = HERE, **settings: object) -> Callable[[int], None]:
     torch.manual_seed(0)
-    device, rows, _ = where
-    model = LoopedTransformer(SHAPE).to(device)
+    device, rows, _, _ = where
+    model = LoopedTransformer(where.model).to(device)
     if device.type == "cuda":
-        attention = "sdpa" if compile_blocks else "auto"
-        model.attend = choose_backend(attention, best_device(), torch.bfloat16).attend
-    if compile_blocks:
-        for block in (*model.prelude, *model.core, *model.coda):
-            block.compile(dynamic=True)
+        model.attend = choose_backend("auto", best_device(), torch.bfloat16).attend
+    if compiled:
+        compile_moves(model)
     config = TrainConfig(**settings)  # type: ignore[arg-type]
-    schedule, optimizer = LoopSchedule(config, 4), build_optimizer(model, config)
+    schedule, optimizer = (
+        LoopSchedule(config, where.model.max_loops),
+        build_optimizer(model, config),
+    )
     ids = torch.arange(rows)
 
     def step(number: int) -> None:
@@ -115,16 +134,17 @@ def ours(compile_blocks: bool, where: Where = HERE, **settings: object) -> Calla
 
 def theirs(compiled: bool = False, where: Where = HERE) -> Callable[[int], None]:
     torch.manual_seed(0)
-    device, _, length = where
+    device, _, length, _ = where
+    shape = where.model
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=VOCAB,
-            hidden_size=512,
-            intermediate_size=1536,
-            num_hidden_layers=12,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=64,
+            hidden_size=shape.d_model,
+            intermediate_size=shape.d_ff,
+            num_hidden_layers=shape.effective_layers(shape.max_loops),
+            num_attention_heads=shape.n_heads,
+            num_key_value_heads=shape.n_kv_heads,
+            head_dim=shape.head_dim,
             hidden_act="gelu",
             tie_word_embeddings=True,
             use_cache=False,
@@ -148,7 +168,8 @@ def theirs(compiled: bool = False, where: Where = HERE) -> Callable[[int], None]
 
 
 COMPILED = ", compiled"
-LAST = {"loop_schedule": "fixed", "loops": 4, "loss_at": "last", "optimizer": "adamw"}
+LAST = {"loop_schedule": "fixed", "loss_at": "last", "optimizer": "adamw"}
+"""At the model's maximum of loops."""
 SETTINGS: dict[str, dict[str, str]] = {
     OURS: LAST,
     PLAIN: LAST,
@@ -225,7 +246,7 @@ def milliseconds(function: Callable[[], object], rounds: int = 7) -> float:
 
 def parts() -> dict[str, dict[str, float]]:
     """Forward and backward of a block's parts by the ways that were tried, 2,048 tokens."""
-    block = LoopedTransformer(SHAPE).core[0]
+    block = LoopedTransformer(SHAPES["small"]).core[0]
     rotary = rotary_tables(torch.arange(LENGTH)[None, None], 64, 1e4, torch.float32)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -289,9 +310,10 @@ def product_rate(dtype: torch.dtype, size: int) -> float:
     return 2 * size**3 / best
 
 
-def step_flops() -> float:
+def step_flops(where: Where) -> float:
     """Of a step with the loss at the last loop: three times the forward pass."""
-    return 3 * token_flops(SHAPE, LENGTH / 2).at(4, 1, 1) * ROWS * LENGTH
+    cost = token_flops(where.model, where.length / 2).at(where.model.max_loops, 1, 1)
+    return 3 * cost * where.rows * where.length
 
 
 def main() -> None:
@@ -301,6 +323,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--length", type=int, default=LENGTH)
+    parser.add_argument("--shape", choices=[*SHAPES], default="small")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--parts", action="store_true")
@@ -316,17 +339,20 @@ def main() -> None:
             name, result["milliseconds"] = "train_parts.json", parts()
     elif args.profile:
         name = "train_profile.json"
-        shares = {THEIRS: profiled(theirs())}
+        odd = Where(length=LENGTH - 1)  # so that no number of tokens is the vocabulary's size
+        shares = {THEIRS: profiled(theirs(where=odd))}
         with freed_memory_kept():
-            shares[OURS] = profiled(ours(False, **LAST))
-            shares["looptx, default recipe"] = profiled(ours(False))
+            shares[OURS] = profiled(ours(False, odd, **LAST))
+            shares["looptx, default recipe"] = profiled(ours(False, odd))
         result["shares"] = shares
         result["processor_seconds_a_batch"] = data_seconds()
     else:
         name = "train_speed_compiled.json" if args.compile else "train_speed.json"
         if args.device == "cuda":
             name = f"train_speed_cuda_{args.rows}x{args.length}.json"
-        where = (torch.device(args.device), args.rows, args.length)
+        if args.shape != "small":
+            name = name.replace(".json", f"_{args.shape}.json")
+        where = Where(torch.device(args.device), args.rows, args.length, args.shape)
         result |= timed(args.rounds, args.compile, args.threads, where)
     result["versions"] = {
         "looptx": __version__,
@@ -342,8 +368,8 @@ def _sit(side: str, compiled: bool, threads: int, where: Where, orders: Connecti
     """One side in a process of its own: a step for each number that comes, seconds back."""
     torch.set_num_threads(threads)
     on_gpu = where[0].type == "cuda"
-    side, _, how = side.partition(COMPILED)
-    compiled |= bool(how)
+    compiled |= side.endswith(COMPILED)
+    side = side.removesuffix(COMPILED)
     if side in (THEIRS, THEIRS_KEPT):
         step = theirs(compiled, where)
     else:
@@ -359,7 +385,7 @@ def _sit(side: str, compiled: bool, threads: int, where: Where, orders: Connecti
 
 
 def timed(rounds: int, compiled: bool, threads: int, where: Where) -> dict[str, object]:
-    device, rows, length = where
+    device, rows, length, shape = where
     sides = [*SETTINGS, THEIRS, THEIRS_KEPT]
     if device.type == "cuda":
         sides = [n + how for n in (*SETTINGS, THEIRS) if n != PLAIN for how in ("", COMPILED)]
@@ -373,11 +399,15 @@ def timed(rounds: int, compiled: bool, threads: int, where: Where) -> dict[str, 
         other.close()  # so that the end of a process is seen
     clock: dict[str, list[float]] = {name: [] for name in lines}
     processor: dict[str, list[float]] = {name: [] for name in lines}
-    for number in range(rounds + WARM):
+    for line in lines.values():  # all at once: what is compiled takes a minute each
+        line.send(0)
+    for line in lines.values():
+        line.recv()
+    for number in range(1, rounds + 1 + WARM):
         for name, line in lines.items():
             line.send(number)
             seconds, used = line.recv()
-            if number >= WARM:
+            if number > WARM:
                 clock[name].append(seconds)
                 processor[name].append(used)
     for line in lines.values():
@@ -397,6 +427,7 @@ def timed(rounds: int, compiled: bool, threads: int, where: Where) -> dict[str, 
             name: round(rows * length / statistics.median(each), 1) for name, each in clock.items()
         },
         "ratio": ratios(clock, THEIRS),
+        "shape": shape,
         "rows": rows,
         "length": length,
         "rounds": rounds,
@@ -416,7 +447,8 @@ def timed(rounds: int, compiled: bool, threads: int, where: Where) -> dict[str, 
             "bfloat16": round(product_rate(torch.bfloat16, 384) / 1e9, 1),
         },
         "share_of_the_float32_product_rate": {
-            name: round(step_flops() / used_by[name] / rate, 3) for name in (OURS, PLAIN, THEIRS)
+            name: round(step_flops(where) / used_by[name] / rate, 3)
+            for name in (OURS, PLAIN, THEIRS)
         },
         "compile": compiled,
     }

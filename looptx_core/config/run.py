@@ -77,7 +77,7 @@ class RunConfig:
     attention: Literal["auto", "sdpa", "flash", "explicit"] = "auto"
     """Back end of attention."""
     compile: bool = False
-    """Compile the block with torch.compile."""
+    """Compile the passes of the model with torch.compile."""
     grad_checkpointing: bool = False
     """Recompute each loop in the backward pass to save memory."""
     devices: int = 1

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
@@ -126,7 +127,7 @@ class LoopedTransformer(nn.Module):
         with torch.no_grad():
             self.confidence.out.bias.copy_(torch.tensor([-3.0, 0.0]))
 
-    # The four moves of a forward pass. The engine and the trainer use them one by one.
+    # The moves of a forward pass. The engine and the trainer use them one by one.
 
     def surroundings(
         self,
@@ -202,6 +203,13 @@ class LoopedTransformer(nn.Module):
         for layer, block in enumerate(self.coda):
             state = block(state, around, window and window.coda(layer))
         return self.norm(state)
+
+    def score(self, decoded: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head makes of (tokens, d_model): the loss of each target (tokens,) in nats, and
+        whether the top token is the target, 1 or 0."""
+        logits = self.head(decoded).float()
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        return losses, (logits.detach().argmax(-1) == targets).float()
 
     def states(
         self,

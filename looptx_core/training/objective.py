@@ -161,9 +161,8 @@ def _measured(
     """What the choice of going deeper rests on, nats a token, (batch,)."""
     if by == "gain":
         return _average(model.confidence(state, loop).gain.float(), weights, 1)
-    logits = model.head(model.decode(state, around)).float()
-    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-    return _average(losses, weights, 1)
+    losses, _ = model.score(model.decode(state, around).flatten(0, 1), targets.flatten())
+    return _average(losses.view(targets.shape), weights, 1)
 
 
 @dataclass
@@ -200,9 +199,7 @@ def _score(
         # A product with the vocabulary only where a target counts, which it does on no picture.
         counted = weights.flatten() > 0
         read_out, wanted = read_out[counted], wanted[counted]
-    logits = model.head(read_out).float()
-    losses = F.cross_entropy(logits, wanted, reduction="none")
-    hits = (logits.detach().argmax(-1) == wanted).float()
+    losses, hits = model.score(read_out, wanted)
     if counted is not None:
         nothing = losses.new_zeros(targets.numel())
         losses = nothing.masked_scatter(counted, losses)

@@ -42,6 +42,7 @@ from looptx_core.training.callbacks import (
     resume_point,
     step_of,
 )
+from looptx_core.training.compiled import compile_moves, plain_moves
 from looptx_core.training.curves import plot_run, verdict
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all, evaluate_loops
 from looptx_core.training.fragments import Checkpoint, sweep
@@ -200,8 +201,7 @@ def fit(
     report(f"attention: {backend.name}, {backend.reason}")
     model.attend = backend.attend
     if config.compile:
-        for block in (*model.prelude, *model.core, *model.coda):
-            block.compile(dynamic=True)
+        compile_moves(model)
     gathered = None
     if config.sharding == "fsdp":
         from looptx_core.training.fsdp import Gathered, ShardedLM
@@ -263,6 +263,7 @@ def fit(
             if swap := getattr(strategy, "swap", None):
                 swap.close()
             fused.prepare(False)
+            plain_moves(model)
     if stop.reason == "interrupted":
         left = (config.steps - trainer.global_step) * (time.monotonic() - stop.begun)
         left /= max(1, trainer.global_step - begin_at)

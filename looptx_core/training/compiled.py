@@ -1,0 +1,43 @@
+"""torch.compile for training: a graph for each move of the forward pass, not for each block.
+
+A loop is then one call, whose norms, gates and casts are fused with each other and with those of
+the loss. The first graphs are for the shapes that come; where depths are drawn, the number of rows
+that are still in the loop becomes a symbol at its first change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+
+from looptx_core.model.loop import LoopedTransformer
+
+_MOVES = ("encode", "step", "decode", "score")
+
+
+def compile_moves(model: LoopedTransformer, backend: str = "inductor") -> None:
+    """From here on the model's moves are compiled, at their first use, where gradients are asked
+    for."""
+    # Pictures' sizes differ from batch to batch, and each would be a graph of its own.
+    for name in _MOVES if model.vision is None else _MOVES[1:]:
+        setattr(model, name, _where_it_learns(getattr(model, name), backend))
+
+
+def plain_moves(model: LoopedTransformer) -> None:
+    """As they were."""
+    for name in _MOVES:
+        vars(model).pop(name, None)
+
+
+def _where_it_learns(move: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """Validation is a small part of a run, and its graphs would be compiled beside training's."""
+    compiled = torch.compile(move, backend=backend)
+
+    @wraps(move)
+    def either(*arguments: Any, **named: Any) -> Any:
+        return (compiled if torch.is_grad_enabled() else move)(*arguments, **named)
+
+    return either
