@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 # Before anything of ours is imported: no test reads or writes the user's cache or settings.
 for _name in [name for name in os.environ if name.startswith("LOOPTX_")]:
@@ -27,3 +29,35 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{number}.txt").write_text(part, "utf-8")
     tokenize_corpus([str(folder)], folder / "shards", vocab_size=400, val_fraction=0.2)
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """A small one, of the beginning of the bundled text."""
+    from data_cases import MOBY, VOCAB
+
+    from looptx_core.data.tokenizer import train_tokenizer
+
+    return train_tokenizer([MOBY[:200_000]], VOCAB)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Twelve short documents in files of three kinds."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from data_cases import text_of
+
+    root = tmp_path / "corpus"
+    (root / "deep").mkdir(parents=True)
+    for i in range(4):
+        (root / "deep" / f"{i}.txt").write_text(text_of(i), "utf-8")
+    lines = [json.dumps({"text": text_of(i), "n": i}) for i in range(4, 8)]
+    (root / "lines.jsonl").write_text("\n".join(lines) + "\n\n", "utf-8")
+    pq.write_table(
+        pa.table({"n": [1] * 4, "text": [text_of(i) for i in range(8, 12)]}),
+        root / "table.parquet",
+        row_group_size=3,
+    )
+    (root / ".hidden").write_bytes(b"\xff")
+    return root
