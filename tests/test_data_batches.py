@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_cases import MOBY
 
-from looptx_core.data.datamodule import TokenData
+from looptx_core.data.datamodule import SeededBatches, TokenData
 from looptx_core.data.shard_writer import tokenize_corpus
 from looptx_core.data.tokenizer import END
 
@@ -28,3 +28,13 @@ def test_windows_number_their_documents(tmp_path: Path) -> None:
         "documents"
         not in TokenData(out, seq_len=256, micro_batch=2, batches=1, document_mask=False).train[0]
     )
+
+
+def test_batches_are_functions_of_the_seed() -> None:
+    whole = list(SeededBatches(10, 4, 7, seed=1))
+    later = SeededBatches(10, 4, 7, seed=1)
+    later.start = 3
+    assert list(later) == whole[3:] and len(later) == 7
+    assert sorted([i for batch in whole for i in batch][:10]) == list(range(10))
+    ranks = [list(SeededBatches(10, 2, 7, 1, rank, 2)) for rank in range(2)]
+    assert [a + b for a, b in zip(*ranks)] == whole
