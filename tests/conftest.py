@@ -61,3 +61,45 @@ def texts(tmp_path: Path) -> Path:
     )
     (root / ".hidden").write_bytes(b"\xff")
     return root
+
+
+@pytest.fixture
+def cat(tmp_path: Path) -> Path:
+    """A picture of 30 x 20 pixels with some structure."""
+    import numpy as np
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    Image.fromarray(draw.integers(0, 256, (20, 30, 3), np.uint8)).save(tmp_path / "cat.png")
+    return tmp_path / "cat.png"
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    """Twelve pictures in one colour each, with its name, as a folder and as JSON lines."""
+    from PIL import Image
+
+    names = ("red", "green", "blue", "white", "black", "orange")
+    lines = []
+    (tmp_path / "pairs").mkdir()
+    for number in range(12):
+        name = names[number % 6]
+        file = tmp_path / "pairs" / f"{number:02}.png"
+        Image.new("RGB", (16, 16 + number), name).save(file)
+        file.with_suffix(".txt").write_text(f"{name} {number}\n")
+        lines.append(json.dumps({"image": f"pairs/{number:02}.png", "text": f"{name} {number}"}))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def colour_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A little tokenised text, with the names of colours."""
+    from looptx_core.data.corpus import bundled_text
+    from looptx_core.data.shard_writer import tokenize_corpus
+
+    out = tmp_path_factory.mktemp("data") / "shards"
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(bundled_text().read_text("utf-8")[:60_000] + " red green blue white black" * 9)
+    tokenize_corpus([text], out, 300)
+    return out
