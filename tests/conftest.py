@@ -1,4 +1,4 @@
-"""What tests share: their own cache, two threads, and small data."""
+"""What tests share: their own cache, small data and a small model."""
 
 from __future__ import annotations
 
@@ -103,3 +103,41 @@ def colour_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text.write_text(bundled_text().read_text("utf-8")[:60_000] + " red green blue white black" * 9)
     tokenize_corpus([text], out, 300)
     return out
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model to finetune, which has learned nothing."""
+    import torch
+    from finetuning_cases import SHAPE
+
+    from looptx_core.checkpoint.folder import save_model
+    from looptx_core.config.generation import ExitSettings
+    from looptx_core.data.hops import hop_questions
+    from looptx_core.data.tokenizer import train_tokenizer
+    from looptx_core.model.loop import LoopedTransformer
+
+    torch.manual_seed(0)
+    text = "".join(f"{q['prompt']}{q['response']} " for q in hop_questions(7, 40))
+    tokenizer = train_tokenizer([text], 300)
+    place = tmp_path_factory.mktemp("base") / "tiny"
+    save_model(place, LoopedTransformer(SHAPE), tokenizer, exit_settings=ExitSettings(), facts={})
+    return place
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What to finetune it on."""
+    from looptx_core.data.hops import hop_questions
+
+    file = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    file.write_text("".join(json.dumps(q) + "\n" for q in hop_questions(1, 60)))
+    return file
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to type commands in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("_TYPER_FORCE_DISABLE_TERMINAL", "1")
+    return tmp_path

@@ -13,7 +13,7 @@ from looptx_core.machine.device import on_best_device
 from looptx_core.model.confidence import sharpness
 from looptx_core.training.calibration import calibrate, fit_gain, fit_stated, fit_temperature
 from looptx_core.training.evaluate import LoopEvaluation
-from looptx_core.training.metrics import auroc
+from looptx_core.training.metrics import auroc, calibration_error
 
 
 def test_temperature() -> None:
@@ -91,6 +91,13 @@ def test_predicted_gains_become_true_ones() -> None:
         assert (nats / gains[loop - 1]).log().abs().mean() < 0.05
         single = calibrated(*(float(part[0]) for part in words), loop, told)[1]
         assert single == pytest.approx(float(nats[0]), rel=1e-5)
+
+
+def test_the_calibration_error_is_that_of_its_definition() -> None:
+    hit = torch.tensor([0.0, 1.0] * 60)
+    assert calibration_error(torch.full((120,), 0.5), hit) == pytest.approx(0.0, abs=0.02)
+    assert calibration_error(torch.full((120,), 0.9), hit) == pytest.approx(0.4, abs=0.02)
+    assert calibration_error(hit, hit) == 0.0
 
 
 def test_a_measurement_too_large_for_the_gpu_is_made_beside_it() -> None:
