@@ -1,12 +1,14 @@
-"""What tests share: their own cache, two threads, and small data."""
+"""What tests share: their own cache, small data and a small model."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 # Before anything of ours is imported: no test reads or writes the user's cache or settings.
 for _name in [name for name in os.environ if name.startswith("LOOPTX_")]:
@@ -27,3 +29,115 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{number}.txt").write_text(part, "utf-8")
     tokenize_corpus([str(folder)], folder / "shards", vocab_size=400, val_fraction=0.2)
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """A small one, of the beginning of the bundled text."""
+    from data_cases import MOBY, VOCAB
+
+    from looptx_core.data.tokenizer import train_tokenizer
+
+    return train_tokenizer([MOBY[:200_000]], VOCAB)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Twelve short documents in files of three kinds."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from data_cases import text_of
+
+    root = tmp_path / "corpus"
+    (root / "deep").mkdir(parents=True)
+    for i in range(4):
+        (root / "deep" / f"{i}.txt").write_text(text_of(i), "utf-8")
+    lines = [json.dumps({"text": text_of(i), "n": i}) for i in range(4, 8)]
+    (root / "lines.jsonl").write_text("\n".join(lines) + "\n\n", "utf-8")
+    pq.write_table(
+        pa.table({"n": [1] * 4, "text": [text_of(i) for i in range(8, 12)]}),
+        root / "table.parquet",
+        row_group_size=3,
+    )
+    (root / ".hidden").write_bytes(b"\xff")
+    return root
+
+
+@pytest.fixture
+def cat(tmp_path: Path) -> Path:
+    """A picture of 30 x 20 pixels with some structure."""
+    import numpy as np
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    Image.fromarray(draw.integers(0, 256, (20, 30, 3), np.uint8)).save(tmp_path / "cat.png")
+    return tmp_path / "cat.png"
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    """Twelve pictures in one colour each, with its name, as a folder and as JSON lines."""
+    from PIL import Image
+
+    names = ("red", "green", "blue", "white", "black", "orange")
+    lines = []
+    (tmp_path / "pairs").mkdir()
+    for number in range(12):
+        name = names[number % 6]
+        file = tmp_path / "pairs" / f"{number:02}.png"
+        Image.new("RGB", (16, 16 + number), name).save(file)
+        file.with_suffix(".txt").write_text(f"{name} {number}\n")
+        lines.append(json.dumps({"image": f"pairs/{number:02}.png", "text": f"{name} {number}"}))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def colour_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A little tokenised text, with the names of colours."""
+    from looptx_core.data.corpus import bundled_text
+    from looptx_core.data.shard_writer import tokenize_corpus
+
+    out = tmp_path_factory.mktemp("data") / "shards"
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(bundled_text().read_text("utf-8")[:60_000] + " red green blue white black" * 9)
+    tokenize_corpus([text], out, 300)
+    return out
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model to finetune, which has learned nothing."""
+    import torch
+    from finetuning_cases import SHAPE
+
+    from looptx_core.checkpoint.folder import save_model
+    from looptx_core.config.generation import ExitSettings
+    from looptx_core.data.hops import hop_questions
+    from looptx_core.data.tokenizer import train_tokenizer
+    from looptx_core.model.loop import LoopedTransformer
+
+    torch.manual_seed(0)
+    text = "".join(f"{q['prompt']}{q['response']} " for q in hop_questions(7, 40))
+    tokenizer = train_tokenizer([text], 300)
+    place = tmp_path_factory.mktemp("base") / "tiny"
+    save_model(place, LoopedTransformer(SHAPE), tokenizer, exit_settings=ExitSettings(), facts={})
+    return place
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What to finetune it on."""
+    from looptx_core.data.hops import hop_questions
+
+    file = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    file.write_text("".join(json.dumps(q) + "\n" for q in hop_questions(1, 60)))
+    return file
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to type commands in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("_TYPER_FORCE_DISABLE_TERMINAL", "1")
+    return tmp_path

@@ -13,6 +13,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import PRESETS
 from looptx_core.config.run import TrainConfig
 from looptx_core.machine.facts import Machine
+from looptx_core.model import fused
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.memory import (
@@ -24,6 +25,7 @@ from looptx_core.training.memory import (
 )
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.offload import plan_offload
+from looptx_core.training.optimizer import build_optimizer
 from looptx_core.training.plan import plan
 
 GB = 10**9
@@ -165,6 +167,38 @@ def test_masks_and_bf16_are_counted(bf16: bool, documents: bool) -> None:
     if bf16:
         counted += 2 * count(shape).matrices  # autocast's copies, counted as buffers
     assert 0.85 * real <= counted <= 1.35 * real
+
+
+@pytest.mark.parametrize("loss_at", ["last", "pair", "all"])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_the_plan_counts_what_autograd_keeps(loss_at: str, qk_norm: bool) -> None:
+    fused.prepare(False)
+    shape = ModelConfig(vocab_size=256, d_model=128, d_ff=384, qk_norm=qk_norm)
+    config = TrainConfig(
+        batch_size=4, loop_schedule="fixed", loops=3, loss_at=loss_at, optimizer="muon"
+    )
+    model, ids = LoopedTransformer(shape), torch.arange(4)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in own:
+            kept[place] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = loop_loss(model, torch.zeros(4, 129, dtype=torch.long),
+                          LoopSchedule(config, 10), 0, ids, loss_at=loss_at)  # fmt: skip
+    saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    counted = plan(shape, config).bytes
+    assert saved <= counted["activations"] <= 1.3 * saved  # the gradients' peak is counted too
+
+    (found.loss + found.confidence_loss).backward()
+    optimizer = build_optimizer(model, config)
+    optimizer.step()
+    states = [state for part in optimizer.parts for state in part.state.values()]
+    real = sum(x.numel() * 4 for state in states for x in state.values() if x.numel() > 1)
+    assert counted["optimizer"] == pytest.approx(real, rel=0.02)
 
 
 def test_what_makes_a_run_larger_and_smaller() -> None:

@@ -104,7 +104,8 @@ def _zero(
     advice: str,
 ) -> Strategy:
     from looptx_core.training.swap import SwapFolder
-    from looptx_core.training.zero import ZeroStrategy, override, settings
+    from looptx_core.training.zero import ZeroStrategy
+    from looptx_core.training.zero_settings import override, settings
 
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     swap = None

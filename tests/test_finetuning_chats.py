@@ -1,0 +1,92 @@
+"""Finetuning on chats: the template that is trained, and talking by it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from finetuning_cases import QUICK, write
+
+from looptx_cli.main import main
+from looptx_core.checkpoint.folder import load_model, read_chat_template
+from looptx_core.config.finetune import FinetuneConfig
+from looptx_core.data.chat import chat_prompt
+from looptx_core.data.tokenizer import END
+from looptx_core.finetuning.run import finetune, prepare
+
+
+def test_the_chat_template_is_the_one_that_was_trained(tiny: Path, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    asked = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "a <|end|>?"}]
+    data = write(tmp_path / "chat.jsonl",
+                 *[{"messages": [*asked, {"role": "assistant", "content": "b"}]}] * 4)  # fmt: skip
+    (tmp_path / "run").mkdir()
+    config = FinetuneConfig(**(QUICK | {"steps": 1}), lora=True)
+    result = finetune(prepare(config, base=tiny, data=[data]), folder=tmp_path / "run")
+    assert read_chat_template(result.model_folder)
+    theirs = PreTrainedTokenizerFast.from_pretrained(result.model_folder)
+    plain = [asked[0], {"role": "user", "content": "a?"}]
+    ours = load_model(tiny).tokenizer
+    assert chat_prompt(plain, ours) == theirs.apply_chat_template(
+        plain, add_generation_prompt=True, return_dict=False
+    )
+    # A user can't spell a marker: it stays so many characters.
+    assert chat_prompt(asked, ours).count(ours.token_to_id(END)) == 0
+
+
+@pytest.fixture(scope="module")
+def talker(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was finetuned on a chat of two turns."""
+    place = tmp_path_factory.mktemp("chats")
+    said = [("user", "Hello"), ("assistant", "Good day."), ("user", "More"), ("assistant", "No.")]
+    chat = {"messages": [{"role": role, "content": content} for role, content in said]}
+    data = write(place / "chats.jsonl", *[chat] * 16)
+    (place / "run").mkdir()
+    config = FinetuneConfig(**(QUICK | {"steps": 60, "val_every": 60, "save_every": 60}), lora=True)
+    finetune(prepare(config, base=tiny, data=[data]), folder=place / "run")
+    return place / "run"
+
+
+def test_a_chat_is_asked_by_its_template(talker: Path, capsys) -> None:
+    ask = ["generate", "--adapter", str(talker), "--temperature", "0", "Hello", "--max-new-tokens"]
+    assert main([*ask, "20", "--json", "--chat"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["prompt"], found["text"], found["finish_reason"]) == ("Hello", "Good day.", "end")
+    assert main([*ask, "20", "--chat"]) == 0
+    assert capsys.readouterr().out == "Good day.\n"
+    assert main([*ask, "20", "--chat", "Hello"]) == 0
+    assert capsys.readouterr().out == "Good day.\nGood day.\n"
+    # Without the template it is a text to go on with.
+    assert main([*ask, "20", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] < found["prompt_tokens"]
+
+
+def test_a_terminal_talks_by_turns(talker: Path, tiny: Path, capsys, monkeypatch) -> None:
+    def session(*lines: str, model: tuple[str, ...] = ("--adapter", str(talker))) -> list[str]:
+        typed = iter(lines)
+
+        def read(_: str) -> str:
+            try:
+                return next(typed)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+        assert main(["generate", *model, "--temperature", "0", "--max-new-tokens", "20"]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    assert session("Hello", "More", "/new", "Hello") == ["Good day.", "No.", "Good day.", ""]
+    # A line that is too long is refused and forgotten; the talk goes on.
+    assert session("ab" * 300, "Hello")[-2:] == ["Good day.", ""]
+    # The oldest turns give way to the newest.
+    assert len(session(*["Hello"] * 40)) == 41
+    assert session("Hello", model=("--model", str(tiny)))  # a text, gone on with
+
+
+def test_no_chat_with_a_model_that_learned_none(tiny: Path, capsys) -> None:
+    assert main(["generate", "--model", str(tiny), "--chat", "Hello"]) == 2
+    assert "not finetuned on chats" in capsys.readouterr().err

@@ -1,0 +1,83 @@
+"""The optimizer: Muon against torch's own, and its state that comes back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_training_objective import batch, model, schedule
+
+from looptx_core.config.run import TrainConfig
+from looptx_core.training.muon import Muon, orthogonal
+from looptx_core.training.objective import loop_loss
+from looptx_core.training.optimizer import build_optimizer, learning_rate_factor
+
+
+def test_muon_for_the_blocks_and_adamw_for_the_rest() -> None:
+    """Every weight is stepped by one of the two, and their state comes back."""
+    tokens, ids = batch()
+    config = TrainConfig(lr=0.01)
+    runs = []
+    for interrupted in (False, True):
+        net = model()
+        optimizer = build_optimizer(net, config)
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(
+            list(net.parameters())
+        )
+        for step in range(4):
+            if interrupted and step == 2:
+                saved = optimizer.state_dict()
+                optimizer = build_optimizer(net, config)
+                optimizer.load_state_dict(saved)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 * (step + 1)
+            found = loop_loss(net, tokens, schedule(), step, ids)
+            (found.loss + found.confidence_loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (96, 32), (32, 96), (48, 64)])
+def test_matrices_become_orthogonal_as_torch_makes_them(shape: tuple[int, int]) -> None:
+    """In float32 against the plain iteration in float64; in bf16 against torch's own step."""
+    a, b, c = coefficients = (3.4445, -4.7750, 2.0315)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(3, *shape, generator=generator)
+    start *= torch.logspace(0, -4, shape[1])  # singular values of many sizes
+    for one, found in zip(start, orthogonal(start, coefficients, 5, 1e-7)):
+        x = (one if shape[0] <= shape[1] else one.T).double()
+        x = x / x.norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        x = x if shape[0] <= shape[1] else x.T
+        assert torch.allclose(found.double(), x, atol=1e-3)
+
+    weights = [torch.nn.Parameter(one.clone()) for one in start]
+    alike = [torch.nn.Parameter(one.clone()) for one in start]
+    ours = Muon(weights, 0.02, 0.1, torch.bfloat16)
+    theirs = torch.optim.Muon(alike, 0.02, 0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for one, two in zip(weights, alike):
+            one.grad = torch.randn(shape, generator=generator)
+            two.grad = one.grad.clone()
+        ours.step()
+        theirs.step()
+    for one, two in zip(weights, alike):
+        assert torch.allclose(one, two, atol=3e-3)
+        assert torch.equal(ours.state[one]["momentum_buffer"], theirs.state[two]["momentum_buffer"])
+
+
+def test_the_type_of_muons_products_is_in_its_state() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    saved = Muon([weight], 0.1, 0.0, torch.float32).state_dict()
+    other = Muon([weight], 0.1, 0.0, torch.bfloat16)
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["products"] == "float32"
+
+
+def test_learning_rate() -> None:
+    factor = learning_rate_factor(TrainConfig(steps=100, warmup=0.1, min_lr=0.1))
+    assert factor(0) == 0.1 and factor(9) == 1.0 and factor(55) == pytest.approx(0.55)
+    assert factor(100) == pytest.approx(0.1)
