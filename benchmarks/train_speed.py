@@ -187,7 +187,7 @@ LINES = {
     ),
     "loss over the vocabulary, without its products": (
         "aten::_log_softmax", "aten::_log_softmax_backward_data", "aten::nll_loss_forward",
-        "aten::nll_loss_backward", "aten::argmax",
+        "aten::nll_loss_backward", "aten::argmax", "_CrossEntropy", "_CrossEntropyBackward",
     ),
     "optimizer": ("aten::_fused_adamw_",),
 }  # fmt: skip

@@ -80,6 +80,25 @@ def test_the_gate() -> None:
     agree(fused.gelu_gate, lambda gate, up: F.gelu(gate) * up, gate, draw(1000))
 
 
+@pytest.mark.parametrize("classes", [7, 400])
+def test_the_cross_entropy(classes: int) -> None:
+    """Logits so far apart, too, that a target's chance is nothing or all."""
+    logits = draw(90, classes, size=2)
+    logits[30:60] *= 40
+    targets = torch.arange(90) % classes
+    targets[::4] = logits[::4].argmax(-1)
+    agree(
+        lambda x: fused.cross_entropy(x, targets)[0],
+        lambda x: F.cross_entropy(x, targets, reduction="none"),
+        logits,
+    )
+    _, hits = fused.cross_entropy(logits, targets)
+    assert hits.tolist() == (logits.argmax(-1) == targets).float().tolist()
+    assert 0 < hits.mean() < 1
+    logits[5, 2] = float("nan")
+    assert fused.cross_entropy(logits, targets)[0].isnan().nonzero().flatten().tolist() == [5]
+
+
 def textbook(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     return explicit(q, k, v, mask)
 

@@ -1,8 +1,8 @@
 // What stands between the matrix products of a training step, each a single pass over memory.
 //
-// Forward and backward of RMSNorm, of RMSNorm with RoPE for the heads, of GeGLU and of attention;
-// float32. The equations are those of looptx_core/model (norm.py, rope.py, block.py), and a
-// test holds both together. Sums over rows are taken thread by thread in a fixed order, so that
+// Forward and backward of RMSNorm, of RMSNorm with RoPE for the heads, of GeGLU, of attention and
+// of the cross-entropy; float32. The equations are those of looptx_core/model (norm.py, rope.py,
+// block.py, loop.py), and a test holds both together. Sums over rows are taken thread by thread in a fixed order, so that
 // the same number of threads gives the same bits.
 
 #include <algorithm>
@@ -306,6 +306,40 @@ void looptx_gelu_gate_backward(int threads, int64_t count, const float* dy, cons
             normal(gate[i], phi, density);
             dup[i] = dy[i] * gate[i] * phi;
             dgate[i] = dy[i] * up[i] * (phi + gate[i] * density);
+        }
+    });
+}
+
+// Of each row of logits, (rows, classes): the loss of its target, whether the target is the largest,
+// and the log of the sum of all exponentials.
+void looptx_cross_entropy(int threads, int64_t rows, int64_t classes, const float* logits,
+                          const int64_t* targets, float* losses, float* hits, float* log_sums) {
+    share(threads, rows, [&](int, int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            const float* x = logits + row * classes;
+            float most = x[0], sum = 0;
+#pragma omp simd reduction(max : most)
+            for (int64_t i = 0; i < classes; ++i) most = x[i] > most ? x[i] : most;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < classes; ++i) sum += exp_below(x[i] - most);
+            log_sums[row] = most + std::log(sum);
+            losses[row] = log_sums[row] - x[targets[row]];
+            hits[row] = x[targets[row]] == most;
+        }
+    });
+}
+
+void looptx_cross_entropy_backward(int threads, int64_t rows, int64_t classes, const float* dlosses,
+                                   const float* logits, const int64_t* targets,
+                                   const float* log_sums, float* dlogits) {
+    share(threads, rows, [&](int, int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            const float *x = logits + row * classes, push = dlosses[row], sum = log_sums[row];
+            float* dx = dlogits + row * classes;
+#pragma omp simd
+            for (int64_t i = 0; i < classes; ++i)
+                dx[i] = push * exp_below(std::min(x[i] - sum, 0.f));
+            dx[targets[row]] -= push;
         }
     });
 }

@@ -1,9 +1,9 @@
 """What stands between a training step's matrix products on a CPU, each in one pass over memory.
 
-`fused.cpp` has the forward and backward of RMSNorm, of RMSNorm with RoPE, of GeGLU's gate and of
-causal attention. The modules say what is computed, and take these where `ready` says so: training
-has asked for them by `prepare`, and gradients of plain float32 are wanted. A gradient of a gradient
-is refused.
+`fused.cpp` has the forward and backward of RMSNorm, of RMSNorm with RoPE, of GeGLU's gate, of
+causal attention and of the cross-entropy. The modules say what is computed, and take these where
+`ready` says so: training has asked for them by `prepare`, and gradients of plain float32 are
+wanted. A gradient of a gradient is refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def prepare(on: bool = True) -> str:
         _library = load(Path(__file__).with_suffix(".cpp"))
     except MissingError as error:
         return f"plain torch: {error}"
-    return "fused, norms, RoPE, gates and attention in one pass each"
+    return "fused, norms, RoPE, gates, attention and the loss in one pass each"
 
 
 def ready(*tensors: Tensor) -> bool:
@@ -124,6 +124,26 @@ class _GeluGate(Function):
         return dgate, dup
 
 
+class _CrossEntropy(Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits, targets = logits.contiguous(), targets.contiguous()
+        losses, hits, sums = (logits.new_empty(len(logits)) for _ in range(3))
+        _call("looptx_cross_entropy", *logits.shape, logits, targets, losses, hits, sums)
+        ctx.save_for_backward(logits, targets, sums)
+        ctx.mark_non_differentiable(hits)
+        return losses, hits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlosses: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        logits, targets, sums = ctx.saved_tensors
+        dlogits, dlosses = torch.empty_like(logits), dlosses.contiguous()
+        sizes = logits.shape
+        _call("looptx_cross_entropy_backward", *sizes, dlosses, logits, targets, sums, dlogits)
+        return dlogits, None
+
+
 class _Heads(ctypes.Structure):
     """A tensor (batch, heads, length, head_dim) in any layout whose last stride is 1."""
 
@@ -185,6 +205,14 @@ def norm_and_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Ten
 def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) * up, the gelu by the error function."""
     return _GeluGate.apply(gate, up)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of each target in nats, and whether it has the largest logit, 1 or 0.
+
+    logits (tokens, classes), targets (tokens,) of int64 below classes; both results (tokens,).
+    """
+    return _CrossEntropy.apply(logits, targets)
 
 
 def causal_attention(

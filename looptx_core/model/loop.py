@@ -36,6 +36,7 @@ from looptx_core.model.attention import (
 from looptx_core.model.block import Block, SideBySide, Surroundings
 from looptx_core.model.cache import LoopCache, Window
 from looptx_core.model.confidence import Confidence, ConfidenceHead
+from looptx_core.model.fused import cross_entropy, ready
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_tables
 from looptx_core.model.vision import (
@@ -208,6 +209,8 @@ class LoopedTransformer(nn.Module):
         """What the head makes of (tokens, d_model): the loss of each target (tokens,) in nats, and
         whether the top token is the target, 1 or 0."""
         logits = self.head(decoded).float()
+        if ready(logits):
+            return cross_entropy(logits, targets)
         losses = F.cross_entropy(logits, targets, reduction="none")
         return losses, (logits.detach().argmax(-1) == targets).float()
 
