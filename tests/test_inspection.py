@@ -24,7 +24,7 @@ from looptx_core.generation.engine import Engine
 from looptx_core.inspection.frontier import choose, depths, frontier, rule_depths
 from looptx_core.inspection.influence import deletion_test, influence, relevance, without
 from looptx_core.inspection.page import page
-from looptx_core.inspection.report import _policy
+from looptx_core.inspection.report import _as_good, _policy
 from looptx_core.inspection.survey import Survey, survey_lines, two_surveys
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.evaluate import LoopEvaluation
@@ -93,12 +93,24 @@ def small_survey() -> Survey:
 
 def test_the_cache_policy_by_hand():
     def found(fill, last):
-        rows = ("fill", "gain", fill), ("fill", "fixed at 3", 1.0), ("last", "gain", last)
-        return _policy([dict(zip(("policy", "exit", "loss"), row)) for row in rows])
+        rows = ("fill", None, fill), ("fill", 3, 1.0), ("last", None, last)
+        return _policy([dict(zip(("policy", "fixed", "loss"), row)) for row in rows])
 
     assert found(fill=1.3, last=1.28) == "last"
     assert found(fill=1.3, last=1.301) == "last"  # it takes a part of the memory
     assert found(fill=1.3, last=1.302) == "fill"
+
+
+def test_a_fixed_depth_as_good_as_the_exit_by_hand():
+    def found(loops, deeper):
+        rows = ("last", None, 2.0, loops), ("last", 1, 2.1, 1), ("last", 2, deeper, 2)
+        keys = "policy", "fixed", "loss", "mean_loops"
+        return _as_good([dict(zip(keys, row)) for row in (*rows, ("fill", 2, 1.0, 2))], "last")
+
+    assert found(loops=2.3, deeper=2.001)["fixed"] == 2
+    assert found(loops=1.95, deeper=2.001)["fixed"] == 2  # looking costs as much
+    assert found(loops=2.3, deeper=2.01) is None
+    assert found(loops=1.8, deeper=1.9) is None  # better, and dearer
 
 
 def test_frontier_by_hand():

@@ -124,6 +124,12 @@ def sentences(document: Document) -> list[str]:
         said.append(
             f"An oracle that sees the answer would need {choice['oracle']['mean_loops']:.2f}."
         )
+    if simple := document["as_good"]:
+        said.append(
+            f"In real decoding with the cache policy {simple['policy']} a fixed depth of "
+            f"{simple['fixed']} does as well as the exit at no more loops: looptx generate "
+            f"--loops {simple['fixed']}."
+        )
     for picture in document["pictures"]:
         means = [
             sum(map(sum, grid)) / (picture["rows"] * picture["columns"])

@@ -40,7 +40,8 @@ SHOWN_INCREASE = 0.005
 """The rise of the loss at which rules are compared where none is asked for."""
 _DECODED_TEXT = 64  # tokens of one text, prompt included
 _PROMPT = 16
-_LEVEL = 1e-3  # a share of the loss, below which a smaller cache is worth more
+_LEVEL = 1e-3  # a share of the loss, below which what is smaller or simpler is worth more
+_NEXT = 0.1  # of a loop, which deciding when to stop may cost
 
 Document = dict[str, Any]
 
@@ -95,6 +96,7 @@ def inspect_loops(
         "choice": _chosen(shown, settings, choice, increase, model.config, context),
         "tasks": _tasks(loaded, data, batches, settings, loops),
         "kv_policies": [],
+        "as_good": None,
         "trace": None,
         "pictures": [],
     }
@@ -109,6 +111,7 @@ def inspect_loops(
         )
         if choice is not None and config.allowed_increase is not None:
             settings = replace(settings, kv_policy=_policy(document["kv_policies"]))
+        document["as_good"] = _as_good(document["kv_policies"], settings.kv_policy)
     if config.text is not None or config.prompt is not None:
         report("tracing")
         tokens = _text(loaded, settings, config)
@@ -265,37 +268,56 @@ def _policies(
     """Cache policies in real decoding of held-out texts, batch 1, with exits and at fixed depths.
 
     `loss_with_full_cache`: of the same texts at the same depths, had every token run all loops.
+    `fixed`: the depth; None with exits. Among the depths is the next one below what the exit takes.
     """
     model, deepest = loaded.model, loaded.model.config.max_loops
     engine = Engine(model, loaded.tokenizer, settings)
     texts = _documents(batches, max(1, tokens // (_DECODED_TEXT - _PROMPT)))
     by_loop = [evaluate_loops(model, text[None], deepest).each[:, _PROMPT - 1 :] for text in texts]
+
+    def decode(policy: str, depth: int | None) -> Document:
+        options = GenerationOptions(loops=depth or "auto", prompt_loops=deepest, kv_policy=policy)
+        engine.follow(texts[0][None], _PROMPT, options)  # graphs are recorded at first use
+        walked = [engine.follow(text[None], _PROMPT, options) for text in texts]
+        losses = torch.cat([w.loss[0] for w in walked])
+        exact = [each.gather(0, w.loops - 1)[0] for each, w in zip(by_loop, walked)]
+        return {
+            "policy": policy,
+            "exit": settings.rule if depth is None else f"fixed at {depth}",
+            "fixed": depth,
+            "loss": _mean(losses),
+            "loss_with_full_cache": _mean(torch.cat(exact)),
+            "mean_loops": _mean(torch.cat([w.loops[0, 1:] for w in walked])),
+            "bytes_per_token": walked[0].bytes_per_token,
+            "tokens_per_second": len(losses) / sum(w.seconds for w in walked),
+        }
+
     found = []
     for policy in POLICIES:
-        for loops in ("auto", *sorted({fixed, deepest})):
-            options = GenerationOptions(loops=loops, kv_policy=policy)  # type: ignore[arg-type]
-            engine.follow(texts[0][None], _PROMPT, options)  # graphs are recorded at first use
-            walked = [engine.follow(text[None], _PROMPT, options) for text in texts]
-            losses = torch.cat([w.loss[0] for w in walked])
-            exact = [each.gather(0, w.loops - 1)[0] for each, w in zip(by_loop, walked)]
-            found.append(
-                {
-                    "policy": policy,
-                    "exit": settings.rule if loops == "auto" else f"fixed at {loops}",
-                    "loss": _mean(losses),
-                    "loss_with_full_cache": _mean(torch.cat(exact)),
-                    "mean_loops": _mean(torch.cat([w.loops[0] for w in walked])),
-                    "bytes_per_token": walked[0].bytes_per_token,
-                    "tokens_per_second": len(losses) / sum(w.seconds for w in walked),
-                }
-            )
+        own = decode(policy, None)
+        depths = sorted({_below(own), fixed, deepest})
+        found += [own, *(decode(policy, depth) for depth in depths)]
     return found
+
+
+def _below(own: Document) -> int:
+    """The fixed depth that costs what an exit in real decoding does, or a little less."""
+    return max(1, int(own["mean_loops"] + _NEXT))
 
 
 def _policy(found: list[Document]) -> str:
     """The cache policy to keep: the smaller `last` unless `fill` is clearly better with exits."""
-    losses = {each["policy"]: each["loss"] for each in found if "fixed" not in each["exit"]}
+    losses = {each["policy"]: each["loss"] for each in found if each["fixed"] is None}
     return "last" if losses["last"] <= losses["fill"] * (1 + _LEVEL) else "fill"
+
+
+def _as_good(found: list[Document], policy: str) -> Document | None:
+    """What shows that the exit is not worth having, with this cache: a fixed depth at the same
+    cost or less whose texts are predicted as well; None where there is none."""
+    rows = {each["fixed"]: each for each in found if each["policy"] == policy}
+    own = rows[None]
+    simple = rows[_below(own)]
+    return simple if simple["loss"] <= own["loss"] * (1 + _LEVEL) else None
 
 
 def _documents(batches: TokenData, count: int) -> list[Tensor]:
