@@ -63,7 +63,8 @@ def train(
     settings = resolved.build(TrainConfig)
     model_config = resolved.build(ModelConfig, "model")
     if dry_run:
-        from looptx_core.training.plan import plan
+        with large_imports():
+            from looptx_core.training.plan import plan
 
         _show_plan(plan(model_config, settings), as_json)
         return
