@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from looptx_cli.console import note, stdout
+from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.resolve import resolve
@@ -40,8 +41,9 @@ def convert(
     """
     settings = resolve(ConvertConfig, flags=flags, config=config).build(ConvertConfig)
 
-    from looptx_cli.progress import train_progress
-    from looptx_core.conversion.run import convert
+    with large_imports():
+        from looptx_cli.progress import train_progress
+        from looptx_core.conversion.run import convert
 
     result = convert(
         settings,

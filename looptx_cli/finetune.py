@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from looptx_cli.console import note, stdout
+from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_cli.runs import begin, place_of, resumed, settle, summary, write_line
 from looptx_core.config.finetune import FinetuneConfig
@@ -39,7 +40,6 @@ def finetune(
     with an `image` where there are pictures.
     """
     from looptx_core.checkpoint.registry import resolve_model
-    from looptx_core.data.bundled import bundled_questions
 
     if resume is not None:
         resolved, folder = resumed(resume, flags, "finetune", FinetuneConfig), resume
@@ -49,7 +49,9 @@ def finetune(
     settings = resolved.build(FinetuneConfig)
     folder, first = place_of(folder, settings.out, "finetune", overwrite)
     quiet, as_json = quiet or not first, as_json and first
-    from looptx_core.data.examples import have_pictures
+    with large_imports():
+        from looptx_core.data.bundled import bundled_questions
+        from looptx_core.data.examples import have_pictures
 
     sees = have_pictures(settings.data) if settings.data else False
     base = resolve_model(
@@ -62,8 +64,9 @@ def finetune(
         note("data: the bundled questions on tables of arrows", quiet)
     data = list(settings.data) or [str(bundled_questions())]
 
-    from looptx_cli.progress import train_progress
-    from looptx_core.finetuning.run import finetune, prepare
+    with large_imports():
+        from looptx_cli.progress import train_progress
+        from looptx_core.finetuning.run import finetune, prepare
 
     def report(line: str) -> None:
         note(line, quiet)

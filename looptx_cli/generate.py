@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from looptx_cli.console import is_plain, note, stdout
+from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.resolve import resolve
@@ -157,13 +158,14 @@ def _load(
     on_cpu = not Path("/dev/nvidiactl").exists()
     if on_cpu and kernel in ("auto", "native") and build_ahead(*KERNEL):
         note("decoding: its kernel is compiled, once on this machine, some seconds", quiet)
-    import torch
+    with large_imports():
+        import torch
 
-    from looptx_core.data.chat import TEMPLATE
-    from looptx_core.finetuning.load import load_resolved
-    from looptx_core.generation.engine import Engine
-    from looptx_core.machine.device import best_device
-    from looptx_core.model.attention import choose_backend
+        from looptx_core.data.chat import TEMPLATE
+        from looptx_core.finetuning.load import load_resolved
+        from looptx_core.generation.engine import Engine
+        from looptx_core.machine.device import best_device
+        from looptx_core.model.attention import choose_backend
 
     device = best_device()
     # On a CPU the kernel rounds the weights; elsewhere, and without it, all is in that type.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from looptx_cli.console import is_plain, note, stdout
+from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_core.config.inspection import InspectConfig
 from looptx_core.config.resolve import recorded, resolve
@@ -47,11 +48,12 @@ def inspect_loops(
         note(f"model: {found.folder}, {found.reason}", quiet)
     folder = next_run_dir(settings.out, "inspect-loops", overwrite)
 
-    from looptx_core.checkpoint.folder import update_generation_config
-    from looptx_core.finetuning.load import load_resolved
-    from looptx_core.inspection.page import sentences
-    from looptx_core.inspection.report import inspect_loops, write_report
-    from looptx_core.machine.device import best_device
+    with large_imports():
+        from looptx_core.checkpoint.folder import update_generation_config
+        from looptx_core.finetuning.load import load_resolved
+        from looptx_core.inspection.page import sentences
+        from looptx_core.inspection.report import inspect_loops, write_report
+        from looptx_core.machine.device import best_device
 
     loaded = load_resolved(found, device=best_device())
     own = found.adapter or found.folder

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from looptx_cli.console import note, stdout
+from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_cli.runs import (
     SCHEMA_VERSION,
@@ -62,15 +63,17 @@ def train(
     settings = resolved.build(TrainConfig)
     model_config = resolved.build(ModelConfig, "model")
     if dry_run:
-        from looptx_core.training.plan import plan
+        with large_imports():
+            from looptx_core.training.plan import plan
 
         _show_plan(plan(model_config, settings), as_json)
         return
 
-    from looptx_core.data.bundled import bundled_shards
-    from looptx_core.data.pairs import VISION_LAYERS, is_pairs
-    from looptx_core.data.resolve import resolve_data
-    from looptx_core.data.shards import Manifest
+    with large_imports():
+        from looptx_core.data.bundled import bundled_shards
+        from looptx_core.data.pairs import VISION_LAYERS, is_pairs
+        from looptx_core.data.resolve import resolve_data
+        from looptx_core.data.shards import Manifest
 
     folder, first = place_of(folder, settings.out, "train", overwrite)
     quiet, as_json = quiet or not first, as_json and first
@@ -88,7 +91,9 @@ def train(
         note("text: the bundled one, Moby Dick, and generated lines that need depth", quiet)
         shards = bundled_shards(model_config.vocab_size)
 
-    from looptx_core.training.run import fit_vocabulary, train
+    with large_imports():
+        from looptx_cli.progress import train_progress
+        from looptx_core.training.run import fit_vocabulary, train
 
     model_config = fit_vocabulary(
         model_config, Manifest.read(shards).vocab_size, resolved.given("model.vocab_size")
@@ -96,8 +101,6 @@ def train(
     if resume is None and first:
         shape = {f"model.{key}": value for key, value in model_config.to_dict().items()}
         begin(folder, settle(resolved, shape, "the data"), overwrite)
-
-    from looptx_cli.progress import train_progress
 
     result = train(
         settings,

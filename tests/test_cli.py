@@ -56,6 +56,17 @@ print(sorted(heavy & set(sys.modules)))
     assert done.stdout.index("looptx tokenize corpus") < done.stdout.index("Options")
 
 
+def test_text_becomes_tokens_without_torch() -> None:
+    program = """
+import sys
+from looptx_cli.main import main
+assert main(["tokenize", "a.txt", "--vocab-size", "280", "--out", "data", "--quiet"]) == 0
+print(sorted({"torch", "lightning", "transformers"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full")
 def test_a_full_disk_behind_stdout() -> None:
     with Path("/dev/full").open("w") as full:

@@ -88,3 +88,17 @@ def test_bad_input(folder: Path, arguments: list[str], code: int, word: str) -> 
     assert not done.stdout
     assert done.stderr.startswith("looptx: error: ") and done.stderr.count("\n") == 1
     assert word in done.stderr
+
+
+def test_a_word_takes_no_import_that_it_does_not_need(tmp_path: Path) -> None:
+    program = """
+import gc, sys
+from looptx_cli.main import main
+assert main(["generate", "Call me", "--max-new-tokens", "1", "--quiet"]) == 0
+heavy = {"torch._dynamo", "lightning", "transformers", "peft", "matplotlib"}
+print(sorted(heavy & set(sys.modules)), gc.isenabled(), gc.get_freeze_count() > 100_000)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.splitlines()[-1] == "[] True True", done.stderr

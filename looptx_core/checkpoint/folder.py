@@ -37,6 +37,7 @@ from looptx_core.data.tokenizer import fingerprint
 from looptx_core.errors import DataError, UsageError
 from looptx_core.model.flops import parameter_count
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.unset import unset_weights
 
 MODEL_TYPE = "looptx"
 PREPROCESSOR = "preprocessor_config.json"
@@ -178,7 +179,7 @@ def load_model(
     config, settings = _read_config(folder)
     tokenizer = read_tokenizer(folder, config, settings.get("tokenizer_fingerprint", ""))
     exit_settings = read_exit(folder)
-    with torch.device("meta"):
+    with unset_weights():
         model = LoopedTransformer(config)
     load_weights(model, folder, device=device, dtype=dtype)
     facts = settings.get("facts") or {}

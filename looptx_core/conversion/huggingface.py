@@ -28,6 +28,7 @@ from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import FORMER, ModelConfig
 from looptx_core.errors import DataError
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.unset import unset_weights
 
 ENTRY = "looptx_core.conversion.modeling_looptx"
 CLASS = "LooptxForCausalLM"
@@ -132,7 +133,7 @@ def from_huggingface(folder: Path) -> LoadedModel:
     config = typed(ModelConfig, shape, str(folder / "config.json"))
     known = {field.name for field in fields(ExitSettings)}
     rule = {k: v for k, v in (settings.get("exit") or {}).items() if k in known}
-    with torch.device("meta"):
+    with unset_weights():
         model = LoopedTransformer(config)
 
     def rename(name: str) -> str | None:
@@ -218,7 +219,7 @@ def _from_plain(folder: Path, settings: Mapping[str, Any]) -> LoadedModel:
             return name  # and is refused as unexpected
         return f"{places[int(match[1])]}.{_BLOCK.get(match[2], match[2])}.{match[3]}"
 
-    with torch.device("meta"):
+    with unset_weights():
         model = LoopedTransformer(config)
     torch.manual_seed(0)
     model.confidence = type(model.confidence)(config)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from looptx_core.model.bitnet import BitLinear, PackedBitLinear, pack, ternary
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.unset import unset_weights
 from looptx_core.training.evaluate import evaluate_batch
 
 
@@ -112,7 +113,7 @@ def _gains(model: LoopedTransformer, batches: Iterable[Mapping[str, Tensor]]) ->
 
 
 def _empty(model: LoopedTransformer, linear: str) -> LoopedTransformer:
-    with torch.device("meta"):
+    with unset_weights():
         return LoopedTransformer(replace(model.config, linear=linear))  # type: ignore[arg-type]
 
 

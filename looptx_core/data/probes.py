@@ -11,12 +11,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from looptx_core.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FILE = "probes.jsonl"
 
@@ -53,6 +55,8 @@ def probe_batches(
 
     `counted` marks the targets that lie in an answer. Shorter lines are padded at the end.
     """
+    import torch  # seconds, and who only writes probes needs none of it
+
     for name, members in groupby(sorted(probes, key=lambda p: p.group), key=lambda p: p.group):
         lines = list(members)
         encoded = tokenizer.encode_batch([line.text for line in lines])

@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.unset import unset_weights
 from looptx_core.training.module import LoopedLM
 from looptx_core.training.ranks import EndsTogether
 
@@ -69,7 +69,7 @@ class Gathered(L.Callback):
 
     def model(self, like: LoopedTransformer) -> LoopedTransformer:
         """A model that is not cut, with these weights; in the other processes without any."""
-        with torch.device("meta"):
+        with unset_weights():
             plain = LoopedTransformer(like.config)
         plain.attend = like.attend
         if self.weights:
