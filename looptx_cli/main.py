@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from looptx_cli.console import is_plain
+from looptx_cli.imports import large_imports
 from looptx_core import __version__
 from looptx_core.errors import Interrupted, LooptxError
 
@@ -47,6 +48,10 @@ class LazyGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
         return name, load_command(str(name)), rest
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        with large_imports():  # Rich's, for the help's boxes
+            super().format_help(ctx, formatter)
 
 
 app = typer.Typer(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -30,5 +30,5 @@ class _Undrawn(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"]
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
