@@ -36,6 +36,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from looptx_core import __version__
@@ -246,13 +247,15 @@ def milliseconds(function: Callable[[], object], rounds: int = 7) -> float:
 
 def parts() -> dict[str, dict[str, float]]:
     """Forward and backward of a block's parts by the ways that were tried, 2,048 tokens."""
-    block = LoopedTransformer(SHAPES["small"]).core[0]
+    model = LoopedTransformer(SHAPES["small"])
+    block, model.head = model.core[0], nn.Identity()
     rotary = rotary_tables(torch.arange(LENGTH)[None, None], 64, 1e4, torch.float32)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, requires_grad=True)
 
     x, heads, wide = draw(ROWS, LENGTH, 512), draw(ROWS, LENGTH, 8, 64), draw(ROWS, LENGTH, 1536)
+    logits, targets = draw(ROWS * LENGTH, VOCAB), torch.randint(0, VOCAB, (ROWS * LENGTH,))
     up, q, kv = draw(ROWS, LENGTH, 1536), draw(ROWS, 8, LENGTH, 64), draw(ROWS, 4, LENGTH, 64)
     steps: dict[str, Callable[[], object]] = {
         "norm": lambda: block.mlp_norm(x).sum().backward(),
@@ -260,6 +263,7 @@ def parts() -> dict[str, dict[str, float]]:
         "gate": lambda: (
             fused.gelu_gate(wide, up) if fused.ready(wide) else F.gelu(wide) * up
         ).sum().backward(),
+        "loss over 4,096 types": lambda: model.score(logits, targets)[0].sum().backward(),
     }  # fmt: skip
     found: dict[str, dict[str, float]] = {name: {} for name in steps}
     for way in ("plain", "fused"):  # the second stays on
