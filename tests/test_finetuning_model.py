@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -225,5 +224,5 @@ def test_full_precision_adapters_are_not_read_from_pickles(monkeypatch, tiny, ru
     if method == "full":
         pytest.skip("no adapter")
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
-    load_adapter(load_model(tiny), folder / "final")
-    assert builtins.open  # the folder's files are read by safetensors alone
+    adapted = load_adapter(load_model(tiny), folder / "final", merge=False).model
+    assert any("lora_" in name for name, _ in adapted.named_parameters())

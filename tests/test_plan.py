@@ -23,7 +23,7 @@ from looptx_core.training.memory import (
     deepest_rows,
     rank_need,
 )
-from looptx_core.training.objective import loop_loss
+from looptx_core.training.objective import LoopLoss, loop_loss
 from looptx_core.training.offload import plan_offload
 from looptx_core.training.optimizer import build_optimizer
 from looptx_core.training.plan import plan
@@ -133,10 +133,11 @@ def test_parameters_by_part_are_the_models() -> None:
         )  # fmt: skip
 
 
-def kept_by_autograd(shape: ModelConfig, config: TrainConfig, bf16: bool, documents: bool) -> int:
-    model, ids = LoopedTransformer(shape), torch.arange(4)
+def kept_by_autograd(
+    model: LoopedTransformer, config: TrainConfig, bf16: bool = False, documents: bool = False
+) -> tuple[int, LoopLoss]:
+    """Bytes, parameters aside, and the loss that they are kept for."""
     halves = torch.arange(config.seq_len).expand(4, -1) // (config.seq_len // 2)
-    numbers = halves if documents else None
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -149,11 +150,11 @@ def kept_by_autograd(shape: ModelConfig, config: TrainConfig, bf16: bool, docume
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
-        loop_loss(
+        found = loop_loss(
             model, torch.zeros(4, config.seq_len + 1, dtype=torch.long), LoopSchedule(config, 10),
-            0, ids, documents=numbers,
+            0, torch.arange(4), documents=halves if documents else None, loss_at=config.loss_at,
         )  # fmt: skip
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), found
 
 
 @pytest.mark.parametrize(("bf16", "documents"), [(False, True), (True, False), (True, True)])
@@ -162,7 +163,7 @@ def test_masks_and_bf16_are_counted(bf16: bool, documents: bool) -> None:
     config = TrainConfig(
         batch_size=4, seq_len=64, loop_schedule="fixed", loops=3, document_mask=documents
     )
-    real = kept_by_autograd(shape, config, bf16, documents)
+    real, _ = kept_by_autograd(LoopedTransformer(shape), config, bf16, documents)
     counted = count_activations(shape, config, 4, bf16).total
     if bf16:
         counted += 2 * count(shape).matrices  # autocast's copies, counted as buffers
@@ -177,19 +178,8 @@ def test_the_plan_counts_what_autograd_keeps(loss_at: str, qk_norm: bool) -> Non
     config = TrainConfig(
         batch_size=4, loop_schedule="fixed", loops=3, loss_at=loss_at, optimizer="muon"
     )
-    model, ids = LoopedTransformer(shape), torch.arange(4)
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if (place := tensor.untyped_storage().data_ptr()) not in own:
-            kept[place] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        found = loop_loss(model, torch.zeros(4, 129, dtype=torch.long),
-                          LoopSchedule(config, 10), 0, ids, loss_at=loss_at)  # fmt: skip
-    saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    model = LoopedTransformer(shape)
+    saved, found = kept_by_autograd(model, config)
     counted = plan(shape, config).bytes
     assert saved <= counted["activations"] <= 1.3 * saved  # the gradients' peak is counted too
 
