@@ -6,7 +6,8 @@ from pathlib import Path
 
 from data_cases import MOBY
 
-from looptx_core.data.datamodule import SeededBatches, TokenData
+from looptx_core.data.batches import SeededBatches
+from looptx_core.data.datamodule import TokenData
 from looptx_core.data.shard_writer import tokenize_corpus
 from looptx_core.data.tokenizer import END
 

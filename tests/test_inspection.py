@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,6 +239,15 @@ def test_the_page_stands_alone(inspected):
     document = json.loads((inspected / "report/report.json").read_text())
     document["trace"]["tokens"][0]["text"] = "</script><b>"
     assert "</script><b>" not in page(document, {})
+
+
+def test_to_look_needs_no_trainer():
+    program = (
+        "import sys, looptx_core.inspection.report; "
+        "print({'lightning', 'transformers', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_bad_input(tmp_path, capsys, monkeypatch):

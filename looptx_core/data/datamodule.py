@@ -1,85 +1,16 @@
-"""Tokens to batches: windows over the shards, in an order that is a function of the seed."""
+"""Batches for Lightning's Trainer, which goes on at any of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import lightning as L
-import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from looptx_core.data.shards import Shards, Tokens, open_shards
-from looptx_core.data.tokenizer import end_id
-from looptx_core.errors import DataError
-
-
-class Sequences(Protocol):
-    """Numbered training sequences: `tokens`, (length + 1,), `ids`, and what else a batch holds.
-
-    Sequence `epoch * len + n` is sequence n, for data that differs from epoch to epoch.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
-
-
-class Windows(Dataset[dict[str, Tensor]]):
-    """The stream cut into windows of seq_len inputs and their targets, without overlap.
-
-    end: the id that ends a document, to number a window's documents; None leaves them out.
-    """
-
-    def __init__(self, tokens: Tokens, seq_len: int, end: int | None = None) -> None:
-        self.tokens, self.seq_len, self.end = tokens, seq_len, end
-
-    def __len__(self) -> int:
-        return max(0, (len(self.tokens) - 1) // self.seq_len)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """tokens: (seq_len + 1,) int64. ids: the window's number. documents: (seq_len,)."""
-        index %= len(self)
-        start = index * self.seq_len
-        window = self.tokens.read(start, start + self.seq_len + 1)
-        item = {"tokens": torch.from_numpy(window), "ids": torch.tensor(index)}
-        if self.end is not None:
-            ends = item["tokens"][:-1] == self.end
-            item["documents"] = ends.cumsum(0) - ends.long()  # an end belongs to what it ends
-        return item
-
-
-class SeededBatches:
-    """Batch n of a run, for any n: each epoch a permutation drawn from (seed, epoch).
-
-    Iteration starts at batch `start`, while the length is the whole run's, as Lightning
-    goes on counting where a checkpoint stopped.
-    """
-
-    def __init__(
-        self, windows: int, batch: int, total: int, seed: int, rank: int = 0, world: int = 1
-    ) -> None:
-        self.windows, self.batch, self.total, self.seed = windows, batch, total, seed
-        self.rank, self.world = rank, world
-        self.start = 0
-
-    def __len__(self) -> int:
-        return self.total
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, np.empty(0, dtype=np.int64)
-        for number in range(self.start, self.total):
-            chosen = []
-            for place in range(self.batch):
-                index = (number * self.world + self.rank) * self.batch + place
-                if index // self.windows != epoch:
-                    epoch = index // self.windows
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.windows)
-                chosen.append(epoch * self.windows + int(order[index % self.windows]))
-            yield chosen
+from looptx_core.data.batches import SeededBatches, Sequences, held_out, loader, text_windows
+from looptx_core.data.shards import Shards, open_shards
 
 
 class Batches(L.LightningDataModule):
@@ -114,28 +45,16 @@ class Batches(L.LightningDataModule):
             len(self.train), self.micro_batch, self.batches, self.seed, rank, world
         )
         batches.start = self._done
-        return self._loader(cast(Dataset[dict[str, Tensor]], self.train), batch_sampler=batches)
+        dataset = cast(Dataset[dict[str, Tensor]], self.train)
+        return loader(dataset, workers=self.workers, seed=self.seed, batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         return self.held_out(self.val)
 
     def held_out(self, val: Sequences) -> DataLoader[dict[str, Tensor]]:
         """Batches spread over all of `val`, or of a part of it, the same each time."""
-        count = min(len(val), self.val_sequences)
-        chosen = np.linspace(0, len(val) - 1, count).astype(int)
-        dataset = cast(Dataset[dict[str, Tensor]], val)
-        subset = torch.utils.data.Subset(dataset, chosen.tolist())
-        return self._loader(subset, batch_size=self.micro_batch)
-
-    def _loader(self, dataset: Dataset[dict[str, Tensor]], **how: Any) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            collate_fn=collate,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            # Workers read files only; the seed is given, so that the main generator is untouched.
-            generator=torch.Generator().manual_seed(self.seed),
-            **how,
+        return held_out(
+            val, self.val_sequences, self.micro_batch, workers=self.workers, seed=self.seed
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -144,40 +63,6 @@ class Batches(L.LightningDataModule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._done = int(state["batches"])
-
-
-def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One batch. Patches and grids of pictures follow each other; what a plain text lacks beside
-    others, it gets: one document, all weights 1."""
-    batch = {}
-    for key in dict.fromkeys(key for item in items for key in item):
-        if key in ("patches", "grids"):
-            batch[key] = torch.cat([item[key] for item in items if key in item])
-            continue
-        stand_in = torch.ones if key == "weights" else torch.zeros
-        length = len(items[0]["tokens"]) - 1
-        like = next(item[key] for item in items if key in item)
-        batch[key] = torch.stack(
-            [item[key] if key in item else stand_in(length, dtype=like.dtype) for item in items]
-        )
-    return batch
-
-
-def text_windows(
-    folder: str | Path, shards: Shards, seq_len: int, document_mask: bool = True
-) -> list[Windows]:
-    """The windows of the training and of the validation split. Raises `DataError` for none."""
-    end = end_id(shards.tokenizer) if document_mask else None
-    parts = []
-    for split in ("train", "val"):
-        windows = Windows(shards.tokens(split), seq_len, end)
-        if not len(windows):
-            raise DataError(
-                f"{folder}: the {split} split has {len(windows.tokens)} tokens, fewer than one "
-                f"sequence of {seq_len}; add text or pass a smaller --seq-len"
-            )
-        parts.append(windows)
-    return parts
 
 
 class TokenData(Batches):

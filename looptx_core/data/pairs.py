@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
 from looptx_core.config.model import ModelConfig
+from looptx_core.data.batches import Sequences, text_windows
 from looptx_core.data.corpus import PICTURES, Corpus
-from looptx_core.data.datamodule import Batches, Sequences, text_windows
+from looptx_core.data.datamodule import Batches
 from looptx_core.data.examples import Example, Packed, padding_id
 from looptx_core.data.pictures import measure, read_picture
 from looptx_core.data.shards import open_shards

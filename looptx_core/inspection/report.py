@@ -15,8 +15,9 @@ from torch import Tensor
 from looptx_core.checkpoint.folder import LoadedModel
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.inspection import InspectConfig
-from looptx_core.data.datamodule import TokenData
+from looptx_core.data.batches import held_out, text_windows
 from looptx_core.data.probes import probe_batches, read_probes
+from looptx_core.data.shards import Shards, open_shards
 from looptx_core.data.tokenizer import end_id
 from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine
@@ -64,17 +65,13 @@ def inspect_loops(
         raise UsageError(
             f"--seq-len {config.seq_len}: the model's context holds {model.config.max_seq_len}"
         )
-    batches = TokenData(
-        data,
-        seq_len=config.seq_len,
-        micro_batch=config.batch_size,
-        batches=1,
-        val_batches=config.val_batches,
-    )
-    if batches.val_sequences < 2:
+    shards = open_shards(data)
+    _, val = text_windows(data, shards, config.seq_len)
+    count = min(len(val), config.val_batches * config.batch_size)
+    if count < 2:
         raise UsageError(f"{data}: one held-out sequence is too few; pass a smaller --seq-len")
     report("measuring every loop")
-    fit, shown = two_surveys(model, batches.val_dataloader(), loops)
+    fit, shown = two_surveys(model, held_out(val, count, config.batch_size), loops)
     settings = calibrate(stored, fit.evaluation)
     context = config.seq_len / 2
     to_choose = frontier(fit, settings, model.config, context)
@@ -82,7 +79,7 @@ def inspect_loops(
     choice = choose(to_choose, _mean(fit.loss[-1]), increase)
     if choice is not None and config.allowed_increase is not None:
         settings = choice.settings(settings)
-    counts = batches.shards.manifest.splits["val"]
+    counts = shards.manifest.splits["val"]
     document: Document = {
         "schema_version": SCHEMA_VERSION,
         "model": str(loaded.folder),
@@ -94,7 +91,7 @@ def inspect_loops(
         **_confidence(shown, stored, settings),
         "frontier": [asdict(point) for point in frontier(shown, settings, model.config, context)],
         "choice": _chosen(shown, settings, choice, increase, model.config, context),
-        "tasks": _tasks(loaded, data, batches, settings, loops),
+        "tasks": _tasks(loaded, data, shards, settings, loops),
         "kv_policies": [],
         "as_good": None,
         "trace": None,
@@ -104,7 +101,7 @@ def inspect_loops(
         report("decoding with real exits, for each cache policy")
         document["kv_policies"] = _policies(
             loaded,
-            batches,
+            shards,
             settings,
             config.decode_tokens,
             fixed=int(document["choice"]["fixed"]["mean_loops"]),
@@ -244,11 +241,11 @@ def _chosen(
 
 
 def _tasks(
-    loaded: LoadedModel, data: Path, batches: TokenData, settings: ExitSettings, loops: int
+    loaded: LoadedModel, data: Path, shards: Shards, settings: ExitSettings, loops: int
 ) -> list[Document]:
     """Lines that need depth, where the data has them: accuracy by loop, and the loops they take."""
     found = []
-    for name, tokens, counted in probe_batches(read_probes(data), batches.shards.tokenizer):
+    for name, tokens, counted in probe_batches(read_probes(data), shards.tokenizer):
         survey = survey_lines(loaded.model, tokens, loops, counted)
         place = rule_depths(survey, settings)[None] - 1
         found.append(
@@ -263,7 +260,7 @@ def _tasks(
 
 
 def _policies(
-    loaded: LoadedModel, batches: TokenData, settings: ExitSettings, tokens: int, fixed: int
+    loaded: LoadedModel, shards: Shards, settings: ExitSettings, tokens: int, fixed: int
 ) -> list[Document]:
     """Cache policies in real decoding of held-out texts, batch 1, with exits and at fixed depths.
 
@@ -272,7 +269,7 @@ def _policies(
     """
     model, deepest = loaded.model, loaded.model.config.max_loops
     engine = Engine(model, loaded.tokenizer, settings)
-    texts = _documents(batches, max(1, tokens // (_DECODED_TEXT - _PROMPT)))
+    texts = _documents(shards, max(1, tokens // (_DECODED_TEXT - _PROMPT)))
     by_loop = [evaluate_loops(model, text[None], deepest).each[:, _PROMPT - 1 :] for text in texts]
 
     def decode(policy: str, depth: int | None) -> Document:
@@ -320,10 +317,10 @@ def _as_good(found: list[Document], policy: str) -> Document | None:
     return simple if simple["loss"] <= own["loss"] * (1 + _LEVEL) else None
 
 
-def _documents(batches: TokenData, count: int) -> list[Tensor]:
+def _documents(shards: Shards, count: int) -> list[Tensor]:
     """Beginnings of held-out documents, spread over the split, each (_DECODED_TEXT,) or shorter."""
-    end = end_id(batches.shards.tokenizer)
-    tokens = batches.shards.tokens("val")
+    end = end_id(shards.tokenizer)
+    tokens = shards.tokens("val")
     stream = torch.from_numpy(tokens.read(0, len(tokens)))
     starts = torch.cat([torch.zeros(1, dtype=torch.long), (stream == end).nonzero()[:, 0] + 1])
     found: dict[int, Tensor] = {}
