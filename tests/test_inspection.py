@@ -104,15 +104,19 @@ def test_the_cache_policy_by_hand():
 
 
 def test_a_fixed_depth_as_good_as_the_exit_by_hand():
-    def found(loops, deeper):
+    def found(loops, deeper, tasks=()):
         rows = ("last", None, 2.0, loops), ("last", 1, 2.1, 1), ("last", 2, deeper, 2)
         keys = "policy", "fixed", "loss", "mean_loops"
-        return _as_good([dict(zip(keys, row)) for row in (*rows, ("fill", 2, 1.0, 2))], "last")
+        return _as_good(
+            [dict(zip(keys, row)) for row in (*rows, ("fill", 2, 1.0, 2))], "last", tasks
+        )
 
     assert found(loops=2.3, deeper=2.001)["fixed"] == 2
     assert found(loops=1.95, deeper=2.001)["fixed"] == 2  # looking costs as much
     assert found(loops=2.3, deeper=2.01) is None
     assert found(loops=1.8, deeper=1.9) is None  # better, and dearer
+    lines = dict(accuracy=0.9, accuracy_by_loop=[0.5, 0.8, 0.9])
+    assert found(loops=2.3, deeper=2.0, tasks=[lines]) is None
 
 
 def test_frontier_by_hand():
@@ -239,6 +243,15 @@ def test_the_page_stands_alone(inspected):
     document = json.loads((inspected / "report/report.json").read_text())
     document["trace"]["tokens"][0]["text"] = "</script><b>"
     assert "</script><b>" not in page(document, {})
+
+
+def test_short_documents_are_not_decoded(tmp_path):
+    lines = (json.dumps({"text": f"{n} and {n}"}) for n in range(400))
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    line = ["--data", str(tmp_path / "lines.jsonl"), "--out", str(tmp_path / "out")]
+    assert main(["inspect-loops", *line, "--seq-len", "16", "--val-batches", "2", "--quiet"]) == 0
+    document = json.loads((tmp_path / "out/report.json").read_text())
+    assert document["kv_policies"] == [] and document["as_good"] is None
 
 
 def test_to_look_needs_no_trainer():

@@ -42,6 +42,7 @@ SHOWN_INCREASE = 0.005
 _DECODED_TEXT = 64  # tokens of one text, prompt included
 _PROMPT = 16
 _LEVEL = 1e-3  # a share of the loss, below which what is smaller or simpler is worth more
+_POINTS = 5e-3  # of the accuracy, the same
 _NEXT = 0.1  # of a loop, which deciding when to stop may cost
 
 Document = dict[str, Any]
@@ -106,9 +107,10 @@ def inspect_loops(
             config.decode_tokens,
             fixed=int(document["choice"]["fixed"]["mean_loops"]),
         )
+    if found := document["kv_policies"]:
         if choice is not None and config.allowed_increase is not None:
-            settings = replace(settings, kv_policy=_policy(document["kv_policies"]))
-        document["as_good"] = _as_good(document["kv_policies"], settings.kv_policy)
+            settings = replace(settings, kv_policy=_policy(found))
+        document["as_good"] = _as_good(found, settings.kv_policy, document["tasks"])
     if config.text is not None or config.prompt is not None:
         report("tracing")
         tokens = _text(loaded, settings, config)
@@ -270,6 +272,8 @@ def _policies(
     model, deepest = loaded.model, loaded.model.config.max_loops
     engine = Engine(model, loaded.tokenizer, settings)
     texts = _documents(shards, max(1, tokens // (_DECODED_TEXT - _PROMPT)))
+    if not texts:
+        return []
     by_loop = [evaluate_loops(model, text[None], deepest).each[:, _PROMPT - 1 :] for text in texts]
 
     def decode(policy: str, depth: int | None) -> Document:
@@ -308,13 +312,17 @@ def _policy(found: list[Document]) -> str:
     return "last" if losses["last"] <= losses["fill"] * (1 + _LEVEL) else "fill"
 
 
-def _as_good(found: list[Document], policy: str) -> Document | None:
+def _as_good(found: list[Document], policy: str, tasks: list[Document]) -> Document | None:
     """What shows that the exit is not worth having, with this cache: a fixed depth at the same
-    cost or less whose texts are predicted as well; None where there is none."""
+    cost or less that predicts texts as well, and answers as many lines; None where there is none.
+    """
     rows = {each["fixed"]: each for each in found if each["policy"] == policy}
-    own = rows[None]
-    simple = rows[_below(own)]
-    return simple if simple["loss"] <= own["loss"] * (1 + _LEVEL) else None
+    own, simple = rows[None], rows[_below(rows[None])]
+    answers = all(
+        task["accuracy"] <= task["accuracy_by_loop"][simple["fixed"] - 1] + _POINTS
+        for task in tasks
+    )
+    return simple if answers and simple["loss"] <= own["loss"] * (1 + _LEVEL) else None
 
 
 def _documents(shards: Shards, count: int) -> list[Tensor]:
@@ -328,7 +336,7 @@ def _documents(shards: Shards, count: int) -> list[Tensor]:
         document = int(torch.searchsorted(starts, place, right=True)) - 1
         stop = starts[document + 1] if document + 1 < len(starts) else len(stream)
         text = stream[starts[document] : stop][:_DECODED_TEXT]
-        if len(text) > _PROMPT:
+        if len(text) > _PROMPT + 1:  # the first of them is the prompt's
             found.setdefault(document, text)
     texts = list(found.values())
     return texts[:: max(1, len(texts) // count)][:count]
