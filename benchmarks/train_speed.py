@@ -333,6 +333,8 @@ def main() -> None:
     parser.add_argument("--parts", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.shape != "small" and (args.profile or args.parts):
+        parser.error("--profile and --parts look at small")
     if args.compile and args.device == "cuda":
         parser.error("--device cuda times both, compiled and not")
     result: dict[str, object] = {"threads": args.threads}

@@ -95,8 +95,11 @@ def test_the_cross_entropy(classes: int) -> None:
     _, hits = fused.cross_entropy(logits, targets)
     assert hits.tolist() == (logits.argmax(-1) == targets).float().tolist()
     assert 0 < hits.mean() < 1
-    logits[5, 2] = float("nan")
-    assert fused.cross_entropy(logits, targets)[0].isnan().nonzero().flatten().tolist() == [5]
+    logits[5, 2], targets[7], targets[8] = float("nan"), -100, classes
+    logits.requires_grad_()
+    losses, _ = fused.cross_entropy(logits, targets)
+    assert losses.isnan().nonzero().flatten().tolist() == [5, 7, 8]
+    losses.nan_to_num().sum().backward()
 
 
 def textbook(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -127,8 +127,8 @@ def sentences(document: Document) -> list[str]:
     if simple := document["as_good"]:
         said.append(
             f"In real decoding with the cache policy {simple['policy']} a fixed depth of "
-            f"{simple['fixed']} does as well as the exit at no more loops: looptx generate "
-            f"--loops {simple['fixed']}."
+            f"{simple['fixed']} does as well as the exit at about the same loops: looptx generate "
+            f"--loops {simple['fixed']} --prompt-loops {simple['prompt_loops']}."
         )
     for picture in document["pictures"]:
         means = [

@@ -286,6 +286,7 @@ def _policies(
             "policy": policy,
             "exit": settings.rule if depth is None else f"fixed at {depth}",
             "fixed": depth,
+            "prompt_loops": deepest,
             "loss": _mean(losses),
             "loss_with_full_cache": _mean(torch.cat(exact)),
             "mean_loops": _mean(torch.cat([w.loops[0, 1:] for w in walked])),

@@ -310,8 +310,8 @@ void looptx_gelu_gate_backward(int threads, int64_t count, const float* dy, cons
     });
 }
 
-// Of each row of logits, (rows, classes): the loss of its target, whether the target is the largest,
-// and the log of the sum of all exponentials.
+// Of each row of logits, (rows, classes): the loss of its target, not a number where there is no such
+// class; whether the target is the largest, or one of them; the log of the sum of all exponentials.
 void looptx_cross_entropy(int threads, int64_t rows, int64_t classes, const float* logits,
                           const int64_t* targets, float* losses, float* hits, float* log_sums) {
     share(threads, rows, [&](int, int64_t begin, int64_t end) {
@@ -323,8 +323,9 @@ void looptx_cross_entropy(int threads, int64_t rows, int64_t classes, const floa
 #pragma omp simd reduction(+ : sum)
             for (int64_t i = 0; i < classes; ++i) sum += exp_below(x[i] - most);
             log_sums[row] = most + std::log(sum);
-            losses[row] = log_sums[row] - x[targets[row]];
-            hits[row] = x[targets[row]] == most;
+            const bool known = targets[row] >= 0 && targets[row] < classes;
+            losses[row] = known ? log_sums[row] - x[targets[row]] : NAN;
+            hits[row] = known && x[targets[row]] == most;
         }
     });
 }
@@ -339,7 +340,7 @@ void looptx_cross_entropy_backward(int threads, int64_t rows, int64_t classes, c
 #pragma omp simd
             for (int64_t i = 0; i < classes; ++i)
                 dx[i] = push * exp_below(std::min(x[i] - sum, 0.f));
-            dx[targets[row]] -= push;
+            if (targets[row] >= 0 && targets[row] < classes) dx[targets[row]] -= push;
         }
     });
 }

@@ -210,7 +210,8 @@ def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of each target in nats, and whether it has the largest logit, 1 or 0.
 
-    logits (tokens, classes), targets (tokens,) of int64 below classes; both results (tokens,).
+    logits (tokens, classes), targets (tokens,) of int64; both results (tokens,). The loss of a
+    target that is no class is not a number.
     """
     return _CrossEntropy.apply(logits, targets)
 

@@ -8,7 +8,6 @@ that are still in the loop becomes a symbol at its first change.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -21,23 +20,26 @@ _MOVES = ("encode", "step", "decode", "score")
 def compile_moves(model: LoopedTransformer, backend: str = "inductor") -> None:
     """From here on the model's moves are compiled, at their first use, where gradients are asked
     for."""
+    # Batches with documents and without, all rows, some and one, loops with adapters of their own.
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     # Pictures' sizes differ from batch to batch, and each would be a graph of its own.
     for name in _MOVES if model.vision is None else _MOVES[1:]:
-        setattr(model, name, _where_it_learns(getattr(model, name), backend))
+        setattr(model, name, _WhereItLearns(getattr(model, name), backend))
 
 
 def plain_moves(model: LoopedTransformer) -> None:
     """As they were."""
     for name in _MOVES:
-        vars(model).pop(name, None)
+        if isinstance(vars(model).get(name), _WhereItLearns):
+            delattr(model, name)
 
 
-def _where_it_learns(move: Callable[..., Any], backend: str) -> Callable[..., Any]:
+class _WhereItLearns:
     """Validation is a small part of a run, and its graphs would be compiled beside training's."""
-    compiled = torch.compile(move, backend=backend)
 
-    @wraps(move)
-    def either(*arguments: Any, **named: Any) -> Any:
-        return (compiled if torch.is_grad_enabled() else move)(*arguments, **named)
+    def __init__(self, move: Callable[..., Any], backend: str) -> None:
+        self.move, self.compiled = move, torch.compile(move, backend=backend)
 
-    return either
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return (self.compiled if torch.is_grad_enabled() else self.move)(*arguments, **named)

@@ -200,8 +200,6 @@ def fit(
     )
     report(f"attention: {backend.name}, {backend.reason}")
     model.attend = backend.attend
-    if config.compile:
-        compile_moves(model)
     gathered = None
     if config.sharding == "fsdp":
         from looptx_core.training.fsdp import Gathered, ShardedLM
@@ -247,6 +245,8 @@ def fit(
         trainer = _trainer(config, folder, precision, device, strategy, every, metrics)
         if device.type == "cpu":
             report(f"kernels: {fused.prepare(precision == 'float32' and not config.compile)}")
+        if config.compile:
+            compile_moves(model)
         try:
             with freed_memory_kept() if device.type == "cpu" else nullcontext():
                 trainer.fit(module, datamodule=batches, ckpt_path=start_from, weights_only=True)
