@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
+import test_model
 import torch
 from PIL import Image
 
@@ -18,12 +20,7 @@ IMG = CONFIG.image_token
 
 
 def build(config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float64) -> LoopedTransformer:
-    torch.manual_seed(1)
-    model = LoopedTransformer(config).to(dtype).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
+    return test_model.build(config, dtype)
 
 
 def row(*parts: int | tuple[int, int]) -> list[int]:
@@ -40,7 +37,7 @@ def letters():
     return train_tokenizer(["abcd efgh " * 50, "aab bbc ccd dda ab cd ef gh " * 50], 280)
 
 
-def png(size: tuple[int, int], mode: str = "RGB", **how: object) -> bytes:
+def png(size: tuple[int, int], mode: str = "RGB", color: Any = 0, **how: Any) -> bytes:
     out = io.BytesIO()
-    Image.new(mode, size, how.pop("color", 0)).save(out, "PNG", **how)  # type: ignore[arg-type]
+    Image.new(mode, size, color).save(out, "PNG", **how)
     return out.getvalue()

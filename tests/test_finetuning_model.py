@@ -50,6 +50,11 @@ def run(request, tiny, questions, tmp_path_factory) -> Iterator[tuple[str, Path]
     yield request.param, folder
 
 
+with_adapter = pytest.mark.parametrize(
+    "run", [method for method in METHODS if method != "full"], indirect=True, scope="module"
+)
+
+
 def tokens(loaded: LoadedModel) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     return torch.randint(0, loaded.config.vocab_size, (2, 12), generator=generator)
@@ -83,11 +88,10 @@ def test_a_run_learns_and_leaves_the_rest(run, tiny: Path) -> None:
     assert not torch.allclose(logits(found, ids), logits(base.model, ids), atol=1e-3)
 
 
+@with_adapter
 def test_peft_opens_the_folder(run, tiny: Path) -> None:
     """Onto our model, by PEFT alone; with a part for each loop, one loop at a time."""
     method, folder = run
-    if method == "full":
-        pytest.skip("no adapter")
     final, ids = folder / "final", tokens(load_model(tiny))
     ours = load_adapter(load_model(tiny), final, merge=False).model
     theirs = load_model(tiny).model
@@ -109,11 +113,10 @@ def test_peft_opens_the_folder(run, tiny: Path) -> None:
     assert torch.allclose(explicit, logits(ours, ids), atol=1e-6)
 
 
+@with_adapter
 def test_a_shared_adapter_merges(run, tiny: Path) -> None:
     method, folder = run
     final, ids = folder / "final", tokens(load_model(tiny))
-    if method == "full":
-        pytest.skip("no adapter")
     if method.startswith("per loop"):
         with pytest.raises(UsageError, match="an adapter for each of 3 loops"):
             merge_adapter(tiny, final)
@@ -219,10 +222,9 @@ def test_a_resumed_run_is_the_same_run(method, tiny, questions, tmp_path) -> Non
     assert any("embedding" in name for name in stored) == (method == "full")
 
 
+@with_adapter
 def test_full_precision_adapters_are_not_read_from_pickles(monkeypatch, tiny, run) -> None:
-    method, folder = run
-    if method == "full":
-        pytest.skip("no adapter")
+    _, folder = run
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
     adapted = load_adapter(load_model(tiny), folder / "final", merge=False).model
     assert any("lora_" in name for name, _ in adapted.named_parameters())

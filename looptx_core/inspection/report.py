@@ -303,7 +303,7 @@ def _policies(
 
 
 def _below(own: Document) -> int:
-    """The fixed depth that costs what an exit in real decoding does, or a little less."""
+    """The fixed depth that costs what an exit in real decoding does, at most `_NEXT` more."""
     return max(1, int(own["mean_loops"] + _NEXT))
 
 
@@ -314,8 +314,9 @@ def _policy(found: list[Document]) -> str:
 
 
 def _as_good(found: list[Document], policy: str, tasks: list[Document]) -> Document | None:
-    """What shows that the exit is not worth having, with this cache: a fixed depth at the same
-    cost or less that predicts texts as well, and answers as many lines; None where there is none.
+    """What shows that the exit is not worth having, with this cache: a fixed depth at about
+    the same cost or less that predicts texts as well, and answers as many lines; None where there
+    is none.
     """
     rows = {each["fixed"]: each for each in found if each["policy"] == policy}
     own, simple = rows[None], rows[_below(rows[None])]

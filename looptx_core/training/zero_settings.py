@@ -96,6 +96,7 @@ def _merge(config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(config)
     for key, value in own.items():
         old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = _merge(old, value)
+        merged[key] = value
     return merged
