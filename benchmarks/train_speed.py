@@ -11,51 +11,39 @@ On a GPU both sides train in bf16 by autocast, each as it comes and compiled, an
 attention (as `looptx train` takes it): `--device cuda [--rows 32 --length 1024]`.
 
 Beside the clock's the ratios of processor time are told: they hold on a machine that is busy with
-other things, where the clock's do not. `--profile` says where a step's time goes instead, and
-`--parts` how fast each part is by the ways that were tried.
+other things, where the clock's do not. Where a step's time goes: `train_parts.py`.
 
-    python benchmarks/train_speed.py [--rounds 5] [--compile] [--threads 2]
-        [--profile | --parts | --device cuda]
+    python benchmarks/train_speed.py [--rounds 5] [--shape nano] [--compile] [--threads 2]
+        [--device cuda]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from clock import write
 
-from looptx_core import __version__
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import PRESETS
 from looptx_core.config.run import TrainConfig
-from looptx_core.data.corpus import bundled_text
-from looptx_core.data.datamodule import TokenData
-from looptx_core.data.shard_writer import tokenize_corpus
 from looptx_core.machine.device import best_device
 from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.model import fused
-from looptx_core.model.attention import Attend, Packed, choose_backend, explicit, sdpa
+from looptx_core.model.attention import choose_backend
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.model.rope import rotary_tables
 from looptx_core.training.compiled import compile_moves
 from looptx_core.training.loop_schedule import LoopSchedule
-from looptx_core.training.muon import orthogonal
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import build_optimizer
 
@@ -177,130 +165,6 @@ SETTINGS: dict[str, dict[str, str]] = {
     "looptx, default recipe, AdamW": {"optimizer": "adamw"},
     "looptx, default recipe": {},
 }
-LINES = {
-    "matrix products of the blocks": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
-    "attention, forward": ("aten::_scaled_dot_product_flash_attention_for_cpu", "_Attend"),
-    "attention, backward": (
-        "aten::_scaled_dot_product_flash_attention_for_cpu_backward", "_AttendBackward",
-    ),
-    "norms, RoPE, gates (fused)": (
-        "_Norm", "_NormBackward", "_Turn", "_TurnBackward", "_GeluGate", "_GeluGateBackward",
-    ),
-    "loss over the vocabulary, without its products": (
-        "aten::_log_softmax", "aten::_log_softmax_backward_data", "aten::nll_loss_forward",
-        "aten::nll_loss_backward", "aten::argmax", "_CrossEntropy", "_CrossEntropyBackward",
-    ),
-    "optimizer": ("aten::_fused_adamw_",),
-}  # fmt: skip
-"""Names of torch's profiler, by line of the table; what is in none is 'all else'."""
-
-
-def profiled(step: Callable[[int], None]) -> dict[str, float]:
-    """Share of a step by line. The vocabulary's three products have a line of their own."""
-    for number in range(WARM):
-        step(number)
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
-        step(WARM)
-    line_of = {name: line for line, names in LINES.items() for name in names}
-    shares: dict[str, float] = dict.fromkeys(
-        (*LINES, "loss over the vocabulary, its products", "all else"), 0.0
-    )
-    for event in found.key_averages(group_by_input_shape=True):
-        line = line_of.get(event.key, "all else")
-        if event.key == "aten::mm" and any(VOCAB in shape for shape in event.input_shapes[:2]):
-            line = "loss over the vocabulary, its products"
-        shares[line] += event.self_cpu_time_total
-    total = sum(shares.values())
-    return {line: round(share / total, 4) for line, share in shares.items()}
-
-
-def data_seconds() -> dict[str, float]:
-    """To pack the tokens of a text into shards, and to read a batch back; seconds a batch."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, shards = Path(folder) / "text.txt", Path(folder) / "shards"
-        source.write_text(bundled_text().read_text("utf-8")[:300_000], "utf-8")
-        start = time.process_time()
-        tokenize_corpus([str(source)], shards, vocab_size=VOCAB)
-        packing = time.process_time() - start
-        data = TokenData(shards, seq_len=LENGTH, micro_batch=ROWS, batches=50)
-        tokens = data.shards.manifest.splits["train"].tokens
-        start = time.process_time()
-        for _ in data.train_dataloader():
-            pass
-        reading = (time.process_time() - start) / 50
-    return {
-        "tokenizer and packing": round(packing * ROWS * LENGTH / tokens, 4),
-        "data loader": round(reading, 4),
-    }
-
-
-def milliseconds(function: Callable[[], object], rounds: int = 7) -> float:
-    """Of processor time, the median."""
-    function()
-    each = []
-    for _ in range(rounds):
-        start = time.process_time()
-        function()
-        each.append(time.process_time() - start)
-    return round(1e3 * statistics.median(each), 2)
-
-
-def parts() -> dict[str, dict[str, float]]:
-    """Forward and backward of a block's parts by the ways that were tried, 2,048 tokens."""
-    model = LoopedTransformer(SHAPES["small"])
-    block, model.head = model.core[0], nn.Identity()
-    rotary = rotary_tables(torch.arange(LENGTH)[None, None], 64, 1e4, torch.float32)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, requires_grad=True)
-
-    x, heads, wide = draw(ROWS, LENGTH, 512), draw(ROWS, LENGTH, 8, 64), draw(ROWS, LENGTH, 1536)
-    logits, targets = draw(ROWS * LENGTH, VOCAB), torch.randint(0, VOCAB, (ROWS * LENGTH,))
-    up, q, kv = draw(ROWS, LENGTH, 1536), draw(ROWS, 8, LENGTH, 64), draw(ROWS, 4, LENGTH, 64)
-    steps: dict[str, Callable[[], object]] = {
-        "norm": lambda: block.mlp_norm(x).sum().backward(),
-        "norm and RoPE of queries": lambda: block.attention.q_norm(heads, rotary).sum().backward(),
-        "gate": lambda: (
-            fused.gelu_gate(wide, up) if fused.ready(wide) else F.gelu(wide) * up
-        ).sum().backward(),
-        "loss over 4,096 types": lambda: model.score(logits, targets)[0].sum().backward(),
-    }  # fmt: skip
-    found: dict[str, dict[str, float]] = {name: {} for name in steps}
-    for way in ("plain", "fused"):  # the second stays on
-        fused.prepare(way == "fused")
-        for name, step in steps.items():
-            found[name][way] = milliseconds(step)
-
-    weight = torch.randn(1024, 512)
-    rows = weight.split([512, 256, 256])
-    plain = x.detach().view(-1, 512)
-    found["queries, keys and values, forward product"] = {
-        "joined": milliseconds(lambda: plain @ weight.T),
-        "apart": milliseconds(lambda: [plain @ part.T for part in rows]),
-    }
-
-    documents = Packed.of((torch.arange(LENGTH) // 60).expand(ROWS, -1))
-
-    def attention(attend: Attend, seen: Packed | torch.Tensor | None) -> Callable[[], object]:
-        return lambda: attend(q, kv, kv, seen).sum().backward()
-
-    for name, packed in (("attention", None), ("attention within documents of 60", documents)):
-        found[name] = {"ours": milliseconds(attention(sdpa, packed))}
-        fused.prepare(False)
-        mask = packed and packed.mask()  # which a model makes once for all of its blocks
-        found[name]["torch's fused"] = milliseconds(attention(sdpa, mask))
-        found[name]["products and softmax"] = milliseconds(attention(explicit, mask))
-        fused.prepare()
-    matrices, coefficients = torch.randn(2, 256, 512), (3.4445, -4.775, 2.0315)
-
-    def muon(dtype: torch.dtype) -> Callable[[], object]:
-        return lambda: orthogonal(matrices.to(dtype), coefficients, 5, 1e-7)
-
-    found["Muon's iteration, two of 256 x 512"] = {
-        "bf16": milliseconds(muon(torch.bfloat16), rounds=1),
-        "float32": milliseconds(muon(torch.float32)),
-    }
-    return found
 
 
 def product_rate(dtype: torch.dtype, size: int) -> float:
@@ -329,45 +193,19 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--shape", choices=[*SHAPES], default="small")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--parts", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.shape != "small" and (args.profile or args.parts):
-        parser.error("--profile and --parts look at small")
     if args.compile and args.device == "cuda":
         parser.error("--device cuda times both, compiled and not")
-    result: dict[str, object] = {"threads": args.threads}
-    if args.device == "cpu":
-        result["kernels"] = fused.prepare()
-    if args.parts:
-        with freed_memory_kept():
-            name, result["milliseconds"] = "train_parts.json", parts()
-    elif args.profile:
-        name = "train_profile.json"
-        odd = Where(length=LENGTH - 1)  # so that no number of tokens is the vocabulary's size
-        shares = {THEIRS: profiled(theirs(where=odd))}
-        with freed_memory_kept():
-            shares[OURS] = profiled(ours(False, odd, **LAST))
-            shares["looptx, default recipe"] = profiled(ours(False, odd))
-        result["shares"] = shares
-        result["processor_seconds_a_batch"] = data_seconds()
-    else:
-        name = "train_speed_compiled.json" if args.compile else "train_speed.json"
-        if args.device == "cuda":
-            name = f"train_speed_cuda_{args.rows}x{args.length}.json"
-        if args.shape != "small":
-            name = name.replace(".json", f"_{args.shape}.json")
-        where = Where(torch.device(args.device), args.rows, args.length, args.shape)
-        result |= timed(args.rounds, args.compile, args.threads, where)
-    result["versions"] = {
-        "looptx": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-    print(json.dumps(result, indent=2))
-    (Path(__file__).parent / "results" / name).write_text(json.dumps(result, indent=2) + "\n")
+    name = "train_speed_compiled" if args.compile else "train_speed"
+    if args.device == "cuda":
+        name = f"train_speed_cuda_{args.rows}x{args.length}"
+    if args.shape != "small":
+        name += f"_{args.shape}"
+    where = Where(torch.device(args.device), args.rows, args.length, args.shape)
+    kernels = {"kernels": fused.prepare()} if args.device == "cpu" else {}
+    found = timed(args.rounds, args.compile, args.threads, where)
+    write(name, kernels | found | {"peers": {"transformers": transformers.__version__}})
 
 
 def _sit(side: str, compiled: bool, threads: int, where: Where, orders: Connection) -> None:
