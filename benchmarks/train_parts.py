@@ -21,7 +21,7 @@ import transformers
 from clock import write
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from train_speed import LAST, LENGTH, OURS, ROWS, SHAPES, THEIRS, VOCAB, WARM, Where, ours, theirs
+from train_speed import HERE, LAST, OURS, THEIRS, VOCAB, WARM, Where, ours, theirs
 
 from looptx_core.data.corpus import bundled_text
 from looptx_core.data.datamodule import TokenData
@@ -33,6 +33,7 @@ from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rope import rotary_tables
 from looptx_core.training.muon import orthogonal
 
+ROWS, LENGTH = HERE.rows, HERE.length
 LINES = {
     "matrix products of the blocks": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
     "attention, forward": ("aten::_scaled_dot_product_flash_attention_for_cpu", "_Attend"),
@@ -103,7 +104,7 @@ def milliseconds(function: Callable[[], object], rounds: int = 7) -> float:
 
 def parts() -> dict[str, dict[str, float]]:
     """Forward and backward of a block's parts by the ways that were tried, 2,048 tokens."""
-    model = LoopedTransformer(SHAPES["small"])
+    model = LoopedTransformer(HERE.model)
     block, model.head = model.core[0], nn.Identity()
     rotary = rotary_tables(torch.arange(LENGTH)[None, None], 64, 1e4, torch.float32)
 

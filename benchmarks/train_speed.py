@@ -1,11 +1,11 @@
 """Training speed: looptx against transformers' Llama of the same width and effective depth.
 
-Both have width 512, 12 effective layers, float32, AdamW; with `--shape nano` the default preset's
-width 128 and ten layers. Each side has a process of its own, as memory that is given back and
-cleared anew is a part of a step; they take steps in turns. Ours is 2 + 2 x 4 + 2 (`nano`: one layer
-ten times), with the loss at the final loop only, and beside it the default recipe (depths by
-the loss, two read-outs a sequence), with AdamW and with its own Muon: a step of only 2,048 tokens
-shows what Muon costs at its worst. "Plain" is ours without the fused kernels.
+Both have the preset's width and length of text, float32, AdamW: `small` is 2 + 4 x 2 + 2 (12
+effective layers), `nano` one layer ten times. Each side has a process of its own, as memory that is
+given back and cleared anew is a part of a step; they take steps in turns. Ours has the loss at the
+final loop only, and beside it the default recipe (depths by the loss, two read-outs a sequence),
+with AdamW and with its own Muon: a step of only 2,048 tokens shows what Muon costs at its worst.
+"Plain" is ours without the fused kernels.
 
 On a GPU both sides train in bf16 by autocast, each as it comes and compiled, and ours with flash
 attention (as `looptx train` takes it): `--device cuda [--rows 32 --length 1024]`.
@@ -13,8 +13,8 @@ attention (as `looptx train` takes it): `--device cuda [--rows 32 --length 1024]
 Beside the clock's the ratios of processor time are told: they hold on a machine that is busy with
 other things, where the clock's do not. Where a step's time goes: `train_parts.py`.
 
-    python benchmarks/train_speed.py [--rounds 5] [--shape nano] [--compile] [--threads 2]
-        [--device cuda]
+    python benchmarks/train_speed.py [--rounds 5] [--shape nano] [--rows 8 --length 256]
+        [--compile] [--threads 2] [--device cuda]
 """
 
 from __future__ import annotations
@@ -51,35 +51,36 @@ OURS, THEIRS = "looptx, last loop only", "transformers"
 PLAIN, THEIRS_KEPT = "looptx, last loop only, plain", "transformers, freed memory kept"
 WARM = 3
 """Rounds, after a first step, that bring a process's memory to where it stays."""
-VOCAB, ROWS, LENGTH = 4096, 8, 256
-SHAPES = {
-    "small": ModelConfig(
-        vocab_size=VOCAB,
-        d_model=512,
-        n_heads=8,
-        n_kv_heads=4,
-        head_dim=64,
-        d_ff=1536,
-        prelude_layers=2,
-        core_layers=2,
-        coda_layers=2,
-        max_loops=4,
-    ),
-    "nano": ModelConfig(vocab_size=VOCAB, **PRESETS["nano"]["model"]),
-}
+VOCAB = 4096
+
+
+class Shape(NamedTuple):
+    """A model and the rows and their length that it is trained on, 2,048 tokens or 4,096."""
+
+    model: ModelConfig
+    rows: int
+    length: int
+
+
+def preset(name: str, rows: int, **model: int) -> Shape:
+    shape = ModelConfig(**{"vocab_size": VOCAB} | PRESETS[name]["model"] | model)
+    return Shape(shape, rows, TrainConfig(**PRESETS[name]["train"]).seq_len)
+
+
+SHAPES = {"small": preset("small", 4, max_loops=2), "nano": preset("nano", 32)}
 
 
 class Where(NamedTuple):
     """A device, rows and their length, and what is trained there."""
 
     device: torch.device = torch.device("cpu")
-    rows: int = ROWS
-    length: int = LENGTH
+    rows: int = SHAPES["small"].rows
+    length: int = SHAPES["small"].length
     shape: str = "small"
 
     @property
     def model(self) -> ModelConfig:
-        return SHAPES[self.shape]
+        return SHAPES[self.shape].model
 
 
 HERE = Where()
@@ -189,20 +190,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rows", type=int, default=ROWS)
-    parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--shape", choices=[*SHAPES], default="small")
+    parser.add_argument("--rows", type=int, help="by default those of the shape")
+    parser.add_argument("--length", type=int, help="by default the preset's")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.compile and args.device == "cuda":
         parser.error("--device cuda times both, compiled and not")
     name = "train_speed_compiled" if args.compile else "train_speed"
+    _, rows, length = SHAPES[args.shape]
+    rows, length = args.rows or rows, args.length or length
     if args.device == "cuda":
-        name = f"train_speed_cuda_{args.rows}x{args.length}"
+        name += "_cuda"
+    if args.device == "cuda" or args.rows or args.length:
+        name += f"_{rows}x{length}"
     if args.shape != "small":
         name += f"_{args.shape}"
-    where = Where(torch.device(args.device), args.rows, args.length, args.shape)
+    where = Where(torch.device(args.device), rows, length, args.shape)
     kernels = {"kernels": fused.prepare()} if args.device == "cpu" else {}
     found = timed(args.rounds, args.compile, args.threads, where)
     write(name, kernels | found | {"peers": {"transformers": transformers.__version__}})

@@ -74,6 +74,27 @@ def test_the_norm_with_rope(tables: int) -> None:
     )  # fmt: skip
 
 
+def test_products_of_one_input() -> None:
+    """Beside each other, so that the gradient of what they share is a sum."""
+    agree(
+        lambda x, *weights: torch.cat(fused.products(x, *weights), -1),
+        lambda x, *weights: torch.cat([F.linear(x, weight) for weight in weights], -1),
+        draw(2, 7, 16), draw(5, 16), draw(9, 16), draw(3, 16),
+    )  # fmt: skip
+    x, frozen, weight = draw(7, 16), draw(5, 16), draw(9, 16).requires_grad_()
+    sum(y.sum() for y in fused.products(x, frozen, weight)).backward()
+    assert x.grad is None and frozen.grad is None
+    assert torch.allclose(weight.grad, x.sum(0).expand(9, 16), atol=1e-5)
+
+
+def test_a_layer_with_hooks_is_called() -> None:
+    """ZeRO-3 gathers weights by them: a product with what the layer holds would be wrong."""
+    net, called = model(), []
+    net.core[0].attention.k_proj.register_forward_pre_hook(lambda *_: called.append(1))
+    net(torch.zeros(1, 4, dtype=torch.long))
+    assert called == [1]
+
+
 def test_the_gate() -> None:
     """Far into both tails, and at zero."""
     gate = torch.cat([torch.linspace(-12, 12, 999), torch.zeros(1)])

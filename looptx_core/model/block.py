@@ -14,7 +14,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.model.attention import Attend, Packed, sdpa
 from looptx_core.model.bitnet import BitLinear, IntegerProduct, PackedBitLinear
 from looptx_core.model.cache import Slot, Window
-from looptx_core.model.fused import gelu_gate, ready
+from looptx_core.model.fused import gelu_gate, products, ready
 from looptx_core.model.norm import HeadNorm, RMSNorm
 from looptx_core.model.rope import Rotary, Rotate
 
@@ -57,9 +57,12 @@ class SideBySide(nn.Module):
         """Each layer's output."""
         if self._joined is None or torch.is_grad_enabled():
             layers = [self.get_submodule(name) for name in self.beside]
-            kind = x.device.type
-            if torch.is_autocast_enabled(kind) and all(type(part) is nn.Linear for part in layers):
-                x = x.to(torch.get_autocast_dtype(kind))  # once, not for each of them
+            weights = [layer.weight for layer in layers if type(layer) is nn.Linear]
+            if len(weights) == len(layers):
+                if ready(x) and not any(map(_hooked, layers)):
+                    return products(x, *weights)
+                if torch.is_autocast_enabled(x.device.type):
+                    x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not for each of them
             return [layer(x) for layer in layers]
         return self._joined(x).split(self._widths, dim=-1)
 
@@ -86,6 +89,11 @@ class SideBySide(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SideBySide:
         self._joined = None  # a move or a cast gives each weight its own memory again
         return super()._apply(fn, recurse)
+
+
+def _hooked(layer: nn.Module) -> bool:
+    """Whether a call does more than its forward: ZeRO-3 gathers a layer's weight by hooks."""
+    return bool(layer._forward_pre_hooks or layer._forward_hooks)
 
 
 def _end_to_end(weights: Sequence[Tensor]) -> bool:

@@ -158,24 +158,36 @@ inline void tile(int64_t depth, const float* a, int64_t step, const float* b, fl
     }
 }
 
+// Which numbers of a product of queries by columns are wanted, or are not 0: those with
+// column <= query + `ahead`. NONE: all are.
+enum Causal { NONE, OF_RESULT, OF_LEFT };
+
 // c[i][j] = sum over p of a(i, p) b(p + skip, j + from), or added to what is there; `from` is a
-// multiple of 16. For matrices that fit a core's cache.
-template <bool TURNED>
+// multiple of 16. For matrices that fit a core's cache. What the causal triangle leaves out is
+// skipped by whole strips: of the result, or of a, whose queries are the depth where it is TURNED.
+template <bool TURNED, Causal CAUSAL = NONE>
 void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t step,
-             const Panels& b, int64_t skip, int64_t from, float* c, int64_t ci, bool add) {
+             const Panels& b, int64_t skip, int64_t from, float* c, int64_t ci, bool add,
+             int64_t ahead = 0) {
     for (int64_t j = 0; j < columns; j += PANEL) {
         const float* right = &b.data[(j + from) * b.depth + skip * PANEL];
         const int64_t wide = std::min<int64_t>(PANEL, columns - j);
-        for (int64_t i = 0, left; (left = rows - i) > 0;) {
-            const float* one = a + i * (TURNED ? 1 : step);
+        int64_t i = CAUSAL == OF_RESULT ? std::max<int64_t>(0, (j - ahead) / STRIP * STRIP) : 0;
+        for (int64_t left; (left = rows - i) > 0;) {
+            const int64_t strip = left >= STRIP ? STRIP : left >= 4 ? 4 : 1;
+            int64_t low = 0, high = depth;
+            if (CAUSAL == OF_LEFT && TURNED) low = std::max<int64_t>(0, i - ahead);
+            if (CAUSAL == OF_LEFT && !TURNED) high = std::min(depth, i + strip + ahead);
+            const float* one = a + (TURNED ? low * step + i : i * step + low);
+            const float* two = right + low * PANEL;
             float* out = c + i * ci + j;
-            if (left >= STRIP) {
-                tile<STRIP, TURNED>(depth, one, step, right, out, ci, wide, add), i += STRIP;
-            } else if (left >= 4) {
-                tile<4, TURNED>(depth, one, step, right, out, ci, wide, add), i += 4;
-            } else {
-                tile<1, TURNED>(depth, one, step, right, out, ci, wide, add), i += 1;
-            }
+            if (strip == STRIP)
+                tile<STRIP, TURNED>(high - low, one, step, two, out, ci, wide, add);
+            else if (strip == 4)
+                tile<4, TURNED>(high - low, one, step, two, out, ci, wide, add);
+            else
+                tile<1, TURNED>(high - low, one, step, two, out, ci, wide, add);
+            i += strip;
         }
     }
 }
@@ -196,7 +208,8 @@ struct Attention {
 
     // Rows of `padded`: each query's products with the columns that the block sees.
     void scores(const float* q, int64_t place, const Panels& across, float* out) const {
-        product<false>(rows, wide, width, q, place, across, 0, from, out, padded, false);
+        product<false, OF_RESULT>(rows, wide, width, q, place, across, 0, from, out, padded, false,
+                                  begin - from);
     }
 
     // make(r, row, low, high) for each query's columns; the others become 0.
@@ -379,8 +392,9 @@ void looptx_attend(int threads, int64_t batch, int64_t kv_heads, int64_t group, 
                         for (int64_t j = low; j < high; ++j) row[j] *= share;
                         sums[r] = most * scale + std::log(sum);
                     });
-                    product<false>(at.rows, width, at.seen - at.from, chances.data(), at.padded,
-                                   values, at.from, 0, out.at(b, h, i), out.place, false);
+                    product<false, OF_LEFT>(at.rows, width, at.seen - at.from, chances.data(),
+                                            at.padded, values, at.from, 0, out.at(b, h, i),
+                                            out.place, false, i - at.from);
                 }
         }
     });
@@ -431,15 +445,18 @@ void looptx_attend_backward(int threads, int64_t batch, int64_t kv_heads, int64_
                         for (int64_t j = low; j < high; ++j)
                             row[j] = chance[j] * (row[j] - mean) * scale;
                     });
-                    const int64_t columns = at.seen - at.from;
+                    const int64_t columns = at.seen - at.from, ahead = i - at.from;
                     queries.fill(q.at(b, h, i), q.place, 1, at.rows, width);
                     pushes.fill(dout.at(b, h, i), dout.place, 1, at.rows, width);
-                    product<true>(columns, width, at.rows, chances.data(), at.padded, pushes, 0, 0,
-                            dv.at(b, own, at.from), dv.place, true);
-                    product<true>(columns, width, at.rows, pulls.data(), at.padded, queries, 0, 0,
-                            dk.at(b, own, at.from), dk.place, true);
-                    product<false>(at.rows, width, columns, pulls.data(), at.padded, plain_keys,
-                            at.from, 0, dq.at(b, h, i), dq.place, false);
+                    product<true, OF_LEFT>(columns, width, at.rows, chances.data(), at.padded,
+                                           pushes, 0, 0, dv.at(b, own, at.from), dv.place, true,
+                                           ahead);
+                    product<true, OF_LEFT>(columns, width, at.rows, pulls.data(), at.padded,
+                                           queries, 0, 0, dk.at(b, own, at.from), dk.place, true,
+                                           ahead);
+                    product<false, OF_LEFT>(at.rows, width, columns, pulls.data(), at.padded,
+                                            plain_keys, at.from, 0, dq.at(b, h, i), dq.place,
+                                            false, ahead);
                 }
         }
     });

@@ -1,9 +1,9 @@
 """What stands between a training step's matrix products on a CPU, each in one pass over memory.
 
 `fused.cpp` has the forward and backward of RMSNorm, of RMSNorm with RoPE, of GeGLU's gate, of
-causal attention and of the cross-entropy. The modules say what is computed, and take these where
-`ready` says so: training has asked for them by `prepare`, and gradients of plain float32 are
-wanted. A gradient of a gradient is refused.
+causal attention and of the cross-entropy; `products` adds up gradients within torch's products. The
+modules say what is computed, and take these where `ready` says so: training has asked for them by
+`prepare`, and gradients of plain float32 are wanted. A gradient of a gradient is refused.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -124,6 +125,28 @@ class _GeluGate(Function):
         return dgate, dup
 
 
+class _Products(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        return tuple(F.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        wants_x, *wants = ctx.needs_input_grad
+        flat = [dy.flatten(0, -2) for dy in dys]
+        dx = None
+        if wants_x:
+            dx = torch.mm(flat[0], weights[0])
+            for dy, weight in zip(flat[1:], weights[1:]):
+                dx.addmm_(dy, weight)
+            dx = dx.view_as(x)
+        rows = x.flatten(0, -2)
+        return dx, *(dy.T @ rows if wanted else None for dy, wanted in zip(flat, wants))
+
+
 class _CrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,6 +228,14 @@ def norm_and_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Ten
 def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) * up, the gelu by the error function."""
     return _GeluGate.apply(gate, up)
+
+
+def products(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """x (..., d_in) by each weight (d_out, d_in), as by linear layers: (..., d_out) each.
+
+    What the weights pull at x is added up within their products, not after them.
+    """
+    return _Products.apply(x, *weights)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
