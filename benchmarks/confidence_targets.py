@@ -106,7 +106,9 @@ TARGETS: dict[str, Target] = {
 }
 
 
-def taught(model: LoopedTransformer, seen: Seen, target: Target, seed: int) -> ConfidenceHead:
+def taught(
+    model: LoopedTransformer, seen: Seen, target: Target, seed: int, steps: int = STEPS
+) -> ConfidenceHead:
     right, drop_of, error = target
     torch.manual_seed(seed)
     head = ConfidenceHead(model.config)
@@ -114,8 +116,8 @@ def taught(model: LoopedTransformer, seen: Seen, target: Target, seed: int) -> C
     drops = drop_of(seen.loss)
     wanted = seen.hit if right else torch.exp(-seen.loss)
     optimizer = torch.optim.AdamW(head.parameters(), lr=LR)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    for _ in range(STEPS):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
         loop, which = torch.randint(loops, (PAIRS,)), torch.randint(tokens, (PAIRS,))
         said = head(seen.state[loop, which][:, None], loop + 1)
         logit, gain = said.logit[:, 0], said.gain[:, 0]

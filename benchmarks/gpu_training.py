@@ -124,7 +124,7 @@ def main() -> None:
     rows_of_table: list[dict[str, Any]] = []
     for name in args.shape.split(","):
         shape, loops, rows, length = SHAPES[name]
-        work = 3 * token_flops(shape, length / 2).at(loops)
+        work = 3 * token_flops(shape, length / 2).at(loops, confidences=0)
         for plain, attention in ((True, "sdpa"), (False, "sdpa"), (False, "flash")):
             for compiled in (False, True):
                 if compiled and args.no_compile:
@@ -145,7 +145,9 @@ def main() -> None:
                     "why": reason,
                     "parameters": parameter_count(shape),
 # Weights that a token meets, the core's at each loop.
-                    "effective_parameters": round(token_flops(shape, 0).at(loops) / 2),
+                    "effective_parameters": round(
+                        token_flops(shape, 0).at(loops, confidences=0) / 2
+                    ),
                 }  # fmt: skip
                 rows_of_table.append(found)
                 print(json.dumps(found), flush=True)

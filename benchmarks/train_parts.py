@@ -35,7 +35,9 @@ from looptx_core.training.muon import orthogonal
 
 ROWS, LENGTH = HERE.rows, HERE.length
 LINES = {
-    "matrix products of the blocks": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "matrix products of the blocks": (
+        "aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm",
+    ),
     "attention, forward": ("aten::_scaled_dot_product_flash_attention_for_cpu", "_Attend"),
     "attention, backward": (
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward", "_AttendBackward",

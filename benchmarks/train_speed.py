@@ -181,7 +181,7 @@ def product_rate(dtype: torch.dtype, size: int) -> float:
 
 def step_flops(where: Where) -> float:
     """Of a step with the loss at the last loop: three times the forward pass."""
-    cost = token_flops(where.model, where.length / 2).at(where.model.max_loops, 1, 1)
+    cost = token_flops(where.model, where.length / 2).at(where.model.max_loops)
     return 3 * cost * where.rows * where.length
 
 

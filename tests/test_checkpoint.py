@@ -29,7 +29,7 @@ from looptx_core.data.tokenizer import train_tokenizer
 from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.model.loop import LoopedTransformer
 
-FIXTURE = Path(__file__).parent / "fixtures" / "model_v1"
+FIXTURES = Path(__file__).parent / "fixtures"
 SHAPE = {"d_model": 32, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "d_ff": 32}
 TEXT = ["the whale and the sea and the ship went round and round the sea, said the whale "] * 40
 FACTS = {"data": "a | b", "steps": 3, "tokens": 4096, "seed": 0, "loss_by_loop": [3.5, 3.25]}
@@ -91,7 +91,7 @@ def test_equal_logits(tmp_path: Path, tokenizer: Tokenizer, tied: bool, size: in
 def test_the_folder_follows_the_conventions(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     assert config["model_type"] == "looptx" and config["architectures"] == ["LoopedTransformer"]
-    assert config["format_version"] == 2 and config["torch_dtype"] == "float32"
+    assert config["format_version"] == 3 and config["torch_dtype"] == "float32"
     generation = json.loads((saved / "generation_config.json").read_text())
     assert generation["eos_token_id"] == 0 and generation["pad_token_id"] == 1
     assert generation["exit"]["rule"] == "auto"
@@ -102,6 +102,7 @@ def test_the_folder_follows_the_conventions(saved: Path) -> None:
     assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: looptx\n")
     assert "| steps | 3 |" in card and "| 2 | 3.2500 |" in card and "| data | a \\| b |" in card
     assert sorted(p.name for p in saved.parent.iterdir()) == ["m"]
+    assert len({file.stat().st_mode for file in saved.iterdir()}) == 1, "whoever may read one"
 
 
 def test_dtypes(tmp_path: Path, model: LoopedTransformer, tokenizer: Tokenizer) -> None:
@@ -112,14 +113,20 @@ def test_dtypes(tmp_path: Path, model: LoopedTransformer, tokenizer: Tokenizer) 
     assert torch.equal(wide.head.weight, model.head.weight.bfloat16().double())
 
 
-def test_format_version_1_loads() -> None:
-    """Written by the first release; never write this fixture again."""
-    loaded = load_model(FIXTURE, dtype=torch.float32)
-    expected = json.loads((FIXTURE.parent / "model_v1.json").read_text())
+@pytest.mark.parametrize("version", [1, 2])
+def test_former_formats_load(version: int) -> None:
+    """Written by releases of their time; never write these fixtures again."""
+    folder = FIXTURES / f"model_v{version}"
+    loaded = load_model(folder, dtype=torch.float32)
+    expected = json.loads(folder.with_suffix(".json").read_text())
     assert loaded.tokenizer.encode(expected["text"]).ids == expected["ids"]
     with torch.no_grad():
-        out = loaded.model(torch.tensor([expected["ids"]]), loops=2).logits[0, -1, :8]
-    assert torch.allclose(out, torch.tensor(expected["logits"]), atol=1e-4)
+        out = loaded.model(torch.tensor([expected["ids"]]), loops=2)
+    assert torch.allclose(out.logits[0, -1, :8], torch.tensor(expected["logits"]), atol=1e-4)
+    if version > 1:
+        for name in ("logit", "gain"):
+            said = getattr(out.confidence, name)[0]
+            assert torch.allclose(said, torch.tensor(expected[name]), atol=1e-4)
     assert loaded.exit.rule == expected["exit"]
 
 
@@ -258,8 +265,8 @@ BAD = {
         "model_type is 'llama'",
     ),
     "newer format": (
-        lambda p: edit(p / "config.json", format_version=3, new_key=1),
-        "format_version 3 is newer than 2",
+        lambda p: edit(p / "config.json", format_version=4, new_key=1),
+        "format_version 4 is newer than 3",
     ),
     "no format": (lambda p: edit(p / "config.json", format_version="drop"), "format_version is"),
     "unknown key": (lambda p: edit(p / "config.json", windows=3), "unknown windows"),
@@ -315,7 +322,7 @@ def test_a_tokenizer_too_large_is_not_saved(tmp_path: Path, tokenizer: Tokenizer
 
 
 def finished(run: Path, when: int) -> Path:
-    shutil.copytree(FIXTURE, run / "final")
+    shutil.copytree(FIXTURES / "model_v1", run / "final")
     (run / "config.yaml").write_text("steps: 1\n")
     os.utime(run / "final" / "config.json", (when, when))
     return run

@@ -257,7 +257,7 @@ def test_counts() -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens(1, 32), 3)
     # The explicit back end multiplies the masked half too: every token meets all 32.
-    counted = token_flops(CONFIG, 32).at(3, readouts=1, decisions=1) * 32
+    counted = token_flops(CONFIG, 32).at(3, readouts=1, confidences=1, gains=1) * 32
     assert abs(counter.get_total_flops() / counted - 1) < 0.01
 
 

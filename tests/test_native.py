@@ -73,7 +73,8 @@ def differences(model: LoopedTransformer, precision: str = "float32") -> dict[st
     [
         {},
         {"injection": "add", "activation": "silu", "confidence_gate": False},
-        {"injection": "none", "qk_norm": False, "tie_embeddings": False},
+        {"injection": "none", "qk_norm": False, "tie_embeddings": False, "gain_width": -1},
+        {"gain_width": 5, "confidence_width": 7},
         {"prelude_layers": 0, "coda_layers": 0, "core_layers": 1},
         {"d_model": 37, "d_ff": 53, "head_dim": 6, "n_kv_heads": 4, "vocab_size": 97},
         {"d_model": 256, "d_ff": 512, "head_dim": 64},
@@ -98,7 +99,7 @@ def test_rounded_weights_are_the_rounded_models(precision: str, bound: float) ->
 def test_ternary_moves_are_torchs(changes: dict) -> None:
     """Both multiply whole numbers; a rounding that falls the other way is a step of 1/127."""
     # Of this seed no input stands so near an edge that the number of threads tells.
-    model = pack_model(make(replace(SMALL, linear="ternary", **changes), seed=1))
+    model = pack_model(make(replace(SMALL, linear="ternary", **changes), seed=2))
     assert max(differences(model).values()) < 2e-2
     assert sorted(differences(model).values())[2] < 1e-4
 
@@ -185,9 +186,10 @@ def test_without_a_compiler(monkeypatch, tmp_path) -> None:
 
 
 @torch.inference_mode()
-def test_rows_are_let_go_by_the_kernel_where_their_exits_say_so() -> None:
+@pytest.mark.parametrize("gain_width", [0, -1])
+def test_rows_are_let_go_by_the_kernel_where_their_exits_say_so(gain_width: int) -> None:
     """Rows of many exits, alone and together: each ride ends where a slow reference does."""
-    model, deepest = make(SMALL), 5
+    model, deepest = make(replace(SMALL, gain_width=gain_width)), 5
     moves, reference = NativeMoves(model), Moves(model)
     tokens = torch.arange(12)[:, None]
     # The head's own words on these states, so that thresholds fall among them.
@@ -204,7 +206,7 @@ def test_rows_are_let_go_by_the_kernel_where_their_exits_say_so() -> None:
     half = float(torch.sigmoid(words[..., 0].median() / 2))
     settings = [
         replace(plain, confidence=half, gain=-1e9),
-        replace(plain, confidence=2.0, gain=float(words[..., 1].median())),
+        replace(plain, confidence=2.0, gain=float(words[..., 1].median()) + 1e-3),
         replace(plain, confidence=0.0),
         replace(plain, confidence=1.0, gain=-1e9),
     ]
@@ -214,7 +216,7 @@ def test_rows_are_let_go_by_the_kernel_where_their_exits_say_so() -> None:
                         for loop, w in enumerate(words, start=1)])  # fmt: skip
     settings += [
         replace(settings[0], **fit),
-        replace(settings[1], gain=float(nats.median()), **fit),
+        replace(settings[1], gain=float(nats.median()) + 1e-3, **fit),
     ]
 
     def depth(row: int, leave: Exit) -> int:
@@ -242,4 +244,6 @@ def test_rows_are_let_go_by_the_kernel_where_their_exits_say_so() -> None:
                 ride = moves.ride(start, start, [1] * len(each), place, each)
                 assert ride.passes == (first if len(each) > 1 else depth(n, leave))
                 close = torch.tensor(ride.judged) - words[ride.passes - 1, list(rows)]
+                if not any("gain" in one.signals for one in each):
+                    close[:, 1] = 0  # which nobody asked for
                 assert close.abs().max() < 1e-4

@@ -229,7 +229,7 @@ def test_hidden_patches_are_learned_to_be_drawn_from_the_others() -> None:
         (found.loss + found.confidence_loss).backward()
         optimizer.step()
         errors.append(float(found.restored))
-    assert errors[0] > 0.9
+    assert sum(errors[:5]) / 5 > 0.85
     seen: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     for _ in range(8):
         drawn = some()

@@ -111,6 +111,9 @@ def test_the_adaptive_threshold_is_in_the_state() -> None:
 def test_a_masked_document_learns_what_it_would_alone(rule: str) -> None:
     """The loss of a window of two documents is that of the documents, each by itself."""
     net, (tokens, ids) = model(), batch()
+    with torch.no_grad():  # so that what is attended to shows
+        for parameter in net.trunk_parameters():
+            parameter.mul_(3)
     documents = torch.zeros(6, 16, dtype=torch.long)
     documents[:, 7:] = 1
     drawn = schedule(loop_schedule=rule, explore=0.0, loss_threshold=-1e9)

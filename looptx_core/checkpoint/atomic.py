@@ -30,6 +30,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         try:
             write(temporary)
             for file in temporary.iterdir():
+                if file.is_file():  # as the umask has it: safetensors lets nobody else read
+                    file.chmod(temporary.stat().st_mode & 0o666)
                 _sync(file)
             _sync(temporary)
             if folder.exists():

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from looptx_core.errors import UsageError
 
-FORMAT_VERSION = 2
-FORMER = {1: {"confidence_gate": False}}
+FORMAT_VERSION = 3
+FORMER = {1: {"confidence_gate": False, "gain_width": -1}, 2: {"gain_width": -1}}
 """By the format's version: what was fixed in models of that time."""
 
 
@@ -44,8 +44,11 @@ class ModelConfig:
     max_loops: int = 10
     """The most loops that this model is trained for."""
     confidence_width: int = 0
-    """Hidden units of the confidence head; 0: an eighth of d_model, 16 at least, or twice as many
-    without a gate."""
+    """Hidden units of the confidence head that tell how sure a token is; 0: an eighth of d_model,
+    16 at least, or twice as many without a gate."""
+    gain_width: int = 0
+    """Its units that tell what one more loop would bring, asked for after every loop; 0: a
+    sixteenth of d_model, 8 at least; -1: the same units tell both, as in models of before."""
     confidence_gate: bool = True
     """The confidence head is a GeGLU; models of before it was have none."""
     injection: Literal["decay", "add", "none"] = "decay"
@@ -94,6 +97,7 @@ class ModelConfig:
             need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("prelude_layers", "coda_layers", "confidence_width"):
             need(getattr(self, name) >= 0, f"{name} must not be negative")
+        need(self.gain_width >= -1, f"gain_width must be -1 or more, not {self.gain_width}")
         need(
             self.n_heads % self.n_kv_heads == 0,
             f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})",
@@ -130,8 +134,13 @@ class ModelConfig:
 
     @property
     def confidence_units(self) -> int:
-        """Hidden units of the confidence head; gates double what each costs."""
+        """Hidden units that tell how sure a token is; gates double what each costs."""
         return self.confidence_width or max(32, self.d_model // 4) // (1 + self.confidence_gate)
+
+    @property
+    def gain_units(self) -> int:
+        """Hidden units, beside those, that tell the gain alone; 0: those tell it too."""
+        return 0 if self.gain_width < 0 else self.gain_width or max(8, self.d_model // 16)
 
     def effective_layers(self, loops: int) -> int:
         """Blocks that a token passes at a given number of loops."""

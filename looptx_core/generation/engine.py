@@ -189,7 +189,8 @@ class Engine:
     def compute_saved(self, generation: Generation) -> float:
         """Share of the FLOPs of the tokens that full depth would have taken beyond these.
 
-        Heads and judgements count; full depth is the most loops the model is trained for.
+        Heads and looks of the confidence head count; full depth is the most loops that the model
+        is trained for.
         """
         config = self.model.config
         context = generation.prompt_tokens + len(generation.tokens) / 2
@@ -197,7 +198,7 @@ class Engine:
         full = len(generation.tokens) * flops.at(config.max_loops)
         first, *others = [step.loops for step in generation.tokens]
         # The first token comes from the prompt's pass, where no rule judges.
-        spent = flops.at(first, 1, 1)
+        spent = flops.at(first)
         spent += sum(flops.at(loops, *generation.exit.cost(loops)) for loops in others)
         return 1 - spent / full
 

@@ -196,11 +196,15 @@ class Exit:
                 stops = stops | signal.stops(signal.value(read), getattr(self.settings, name))
         return stops
 
-    def cost(self, loops: float) -> tuple[float, float]:
-        """Read-outs and judgements that a token of so many loops took; linear in the loops."""
-        if self.rule is None:
-            return 1, 1
-        return loops if self.reads_logits else 1, max(1, loops - self.min_loops + 1)
+    def cost(self, loops: float) -> tuple[float, float, float]:
+        """What a token of so many loops took, linear in the loops: read-outs, and looks at how
+        sure it is, one where it stops, and at what one more loop would bring."""
+        looks = max(1, loops - self.min_loops + 1)
+        return (
+            loops if self.reads_logits else 1,
+            looks if "confidence" in self.signals else 1,
+            looks if "gain" in self.signals else 0,
+        )
 
     def describe(self) -> dict[str, Any]:
         """For reports: the rule, its thresholds and bounds."""

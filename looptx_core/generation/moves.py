@@ -48,7 +48,8 @@ class Ride(NamedTuple):
     passes: int
     """Of the core, by each row."""
     judged: list[tuple[float, float, float]]
-    """After the last pass: `Moves.judge`, and by how much it changed the state."""
+    """After the last pass: `Moves.judge`, and by how much it changed the state. A gain that no
+    row's exit looks at may be left at 0."""
 
 
 Place = Any

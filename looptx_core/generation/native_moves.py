@@ -126,10 +126,12 @@ class NativeMoves(Moves):
 
 def _watch(exits: Sequence[Exit]) -> Watch:
     settings = exits[0].settings  # calibration is the model's, so the same for all
+    asked = {name for own in exits for name in own.signals}
     return Watch(
         first=[own.first_look for own in exits],
         last=[own.max_loops for own in exits],
         bounds=[own.bounds() for own in exits],
+        asks=("confidence" in asked, "gain" in asked),
         gains=(settings.gain_slope, settings.gain_power, settings.gain_offset),
     )
 

@@ -33,7 +33,8 @@ class Point:
     """Nats a token."""
     accuracy: float
     flops: float
-    """Forward, a token, read-outs and judgements included, against full depth's: a share."""
+    """Forward, a token, with read-outs, what the rule looks at and, where it stops, how sure it
+    is, against full depth's: a share."""
     confidence: float | None = None
     """auto: the confidence's threshold."""
 
@@ -79,14 +80,13 @@ def frontier(
         place = depth[None] - 1
         mean = float(depth.double().mean())
         stored = Exit(least, survey.loops, settings, rule if rule in RULES else None)
-        readouts, judgements = stored.cost(mean) if rule in RULES else (1, 0)
         return Point(
             rule=rule,
             threshold=threshold,
             mean_loops=mean,
             loss=float(survey.loss.gather(0, place).double().mean()),
             accuracy=float(survey.hit.gather(0, place).double().mean()),
-            flops=cost.at(mean, readouts, judgements) / full,
+            flops=cost.at(mean, *stored.cost(mean)) / full,
             confidence=confidence,
         )
 

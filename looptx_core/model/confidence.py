@@ -50,20 +50,25 @@ def relative_change(before: Tensor, after: Tensor) -> Tensor:
 
 
 class ConfidenceHead(nn.Module):
-    """A small GeGLU on the detached state after a loop.
+    """Two small GeGLUs on the detached state after a loop, a narrow one and a wider one.
 
     It reads the hidden state only, so that deciding to stop costs no product with the
-    vocabulary, and it is detached, so that it can't disturb the trunk.
+    vocabulary, and it is detached, so that it can't disturb the trunk. The first `gain_units`
+    hidden units tell the gain, which a rule may ask for after every loop; the others tell the
+    log-odds, which are needed where a token stops. The engine's kernel computes what is asked.
+    Without `gain_units` the same units tell both.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        hidden = config.confidence_units
+        narrow, wide = config.gain_units, config.confidence_units
+        self.widths = narrow, wide
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.hidden = nn.Linear(config.d_model, hidden)
-        self.gate = nn.Linear(config.d_model, hidden) if config.confidence_gate else None
-        self.loop = nn.Embedding(config.max_loops, hidden)
-        self.out = nn.Linear(hidden, 2)
+        self.hidden = nn.Linear(config.d_model, narrow + wide)
+        self.gate = nn.Linear(config.d_model, narrow + wide) if config.confidence_gate else None
+        self.loop = nn.Embedding(config.max_loops, narrow + wide)
+        self.out = nn.Linear(wide, 1 if narrow else 2)
+        self.gain = nn.Linear(narrow, 1) if narrow else None
 
     def forward(self, state: Tensor, loop: int | Tensor) -> Confidence:
         """state: (batch, length, d_model) after `loop`, an int or (batch,), counted from 1."""
@@ -76,5 +81,7 @@ class ConfidenceHead(nn.Module):
         hidden = nn.functional.gelu(self.hidden(state) + depth)
         if self.gate is not None:
             hidden = hidden * self.gate(state)
-        logit, gain = self.out(hidden).unbind(-1)
-        return Confidence(logit, gain)
+        if self.gain is None:
+            return Confidence(*self.out(hidden).unbind(-1))
+        narrow, wide = hidden.split(self.widths, -1)
+        return Confidence(self.out(wide).squeeze(-1), self.gain(narrow).squeeze(-1))

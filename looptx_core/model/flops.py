@@ -16,12 +16,21 @@ class TokenFlops:
     readout: int
     """Coda, final norm's product with the vocabulary."""
     confidence: int
+    """How sure the token is."""
+    gain: int
+    """What one more loop would bring; 0 where the confidence's units tell it too."""
 
-    def at(self, loops: float, readouts: float = 1, decisions: float = 0) -> float:
-        """A token of so many loops, read out and judged so many times."""
+    def at(
+        self, loops: float, readouts: float = 1, confidences: float = 1, gains: float = 0
+    ) -> float:
+        """A token of so many loops, read out so many times, with so many looks of the confidence
+        head: one at least tells how sure the token is."""
+        if not self.gain:
+            confidences = max(confidences, gains)
         return (
-            self.prelude + loops * self.loop + readouts * self.readout + decisions * self.confidence
-        )
+            self.prelude + loops * self.loop + readouts * self.readout
+            + confidences * self.confidence + gains * self.gain
+        )  # fmt: skip
 
 
 def token_flops(config: ModelConfig, context: float) -> TokenFlops:
@@ -32,12 +41,13 @@ def token_flops(config: ModelConfig, context: float) -> TokenFlops:
     )
     scores = 2 * context * heads * width
     block = int(2 * (attention + 3 * config.d_model * config.d_ff + scores))
-    hidden = config.confidence_units
+    unit = 2 * ((1 + config.confidence_gate) * config.d_model + 2)
     return TokenFlops(
         prelude=config.prelude_layers * block,
         loop=config.core_layers * block,
         readout=config.coda_layers * block + 2 * config.d_model * config.vocab_size,
-        confidence=2 * ((1 + config.confidence_gate) * config.d_model * hidden + 2 * hidden),
+        confidence=config.confidence_units * unit,
+        gain=config.gain_units * unit,
     )
 
 

@@ -126,7 +126,9 @@ class LoopedTransformer(nn.Module):
         if self.confidence.gate is not None:
             nn.init.ones_(self.confidence.gate.bias)
         with torch.no_grad():
-            self.confidence.out.bias.copy_(torch.tensor([-3.0, 0.0]))
+            self.confidence.out.bias.zero_()[0] = -3.0
+            if self.confidence.gain is not None:
+                self.confidence.gain.bias.zero_()
 
     # The moves of a forward pass. The engine and the trainer use them one by one.
 

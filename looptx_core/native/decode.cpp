@@ -357,6 +357,9 @@ struct Model {
     const float *embedding, *norm, *frequencies;
     Matrix head, judge_hidden, judge_gate;  // judge_gate: of 0 rows where there is none
     const float *judge_norm, *judge_bias, *judge_gate_bias, *judge_loop, *judge_out, *judge_out_bias;
+    // The first units tell the gain, the others the log-odds; 0: all tell both. judge_out: (2, units),
+    // log-odds first, 0 where a unit has no say.
+    int32_t judge_gain;
 };
 
 struct Cache {
@@ -374,6 +377,7 @@ struct Rows {
 struct Watch {
     const int32_t *first, *last;   // (count,) each: looked at from here on; ended here
     const float *sure, *least;     // (count,) each: leaves from these log-odds on, below these nats
+    int32_t odds, gain;            // whether any row's leaving hangs on the one and on the other
     // (depths,) each: nats are e^(offset + slope * gain) * change^power; the gain where depths is 0.
     const float *slope, *power, *offset;
     int32_t depths;
@@ -685,7 +689,7 @@ struct Runner {
     }
 
     // `step` until a row may leave; the number of passes. out: (count, 3), what `judge` says after
-    // the last, and by how much that changed the state.
+    // the last, the gain where a row's leaving hangs on it, and by how much that changed the state.
     int ride(float* at, const float* words, const int32_t* loop, const Watch& watch,
              const Rows& rows, const Cache& cache, float* out) {
         find_turns(rows);
@@ -699,14 +703,17 @@ struct Runner {
             if (look || end) memcpy(before.data(), at, sizeof(float) * rows.count * width);
             once(at, words, loop, more, rows, cache);
             if (!look && !end) continue;
-            judge(at, loop, more, rows.count, out, 3);
+            judge(at, loop, more, rows.count, watch.odds, watch.gain, out, 3);
             for (int r = 0; r < rows.count; ++r) {
                 float* said = out + 3 * r;
                 said[2] = change(before.data() + (int64_t)r * width, at + (int64_t)r * width);
                 end |= loop[r] + more >= watch.first[r] &&
-                       (said[0] >= watch.sure[r] || watch.nats(said, loop[r] + more) < watch.least[r]);
+                       ((watch.odds && said[0] >= watch.sure[r]) ||
+                        (watch.gain && watch.nats(said, loop[r] + more) < watch.least[r]));
             }
-            if (end) return more + 1;
+            if (!end) continue;
+            if (!watch.odds) judge(at, loop, more, rows.count, true, false, out, 3);
+            return more + 1;
         }
     }
 
@@ -771,25 +778,32 @@ struct Runner {
             }
     }
 
-    // out: for each row, `stride` apart, the log-odds of being right and the nats of one more loop.
-    void judge(const float* at, const int32_t* loop, int more, int count, float* out, int stride) {
+    // out: for each row, `stride` apart, the log-odds of being right and the nats of one more loop,
+    // each where it is asked for.
+    void judge(const float* at, const int32_t* loop, int more, int count, bool odds, bool gain,
+               float* out, int stride) {
         const Model& m = model;
         const int width = m.judge_hidden.rows;
+        const int first = gain ? 0 : m.judge_gain, last = odds || !m.judge_gain ? width : m.judge_gain;
+        if (!odds && !gain) return;
         enter(at, m.judge_norm, count, m.d_model, FLOAT);
         float* gates = judged.data() + (int64_t)count * width;
-        pool.each(width, 4, [&](int begin, int end) {
+        pool.each(last - first, 4, [&](int begin, int end) {
+            begin += first, end += first;
             product(m.judge_hidden, begin, end, input, judged.data(), width);
             if (m.judge_gate.rows) product(m.judge_gate, begin, end, input, gates, width);
         });
         for (int r = 0; r < count; ++r) {
             float* own = judged.data() + (int64_t)r * width;
             const float* depth = m.judge_loop + (int64_t)(std::min(loop[r] + more, m.max_loops) - 1) * width;
-            for (int i = 0; i < width; ++i) own[i] = gelu(own[i] + m.judge_bias[i] + depth[i]);
+            for (int i = first; i < last; ++i) own[i] = gelu(own[i] + m.judge_bias[i] + depth[i]);
             const float* gate = gates + (int64_t)r * width;
-            for (int i = 0; m.judge_gate.rows && i < width; ++i)
+            for (int i = first; m.judge_gate.rows && i < last; ++i)
                 own[i] *= gate[i] + m.judge_gate_bias[i];
             for (int i = 0; i < 2; ++i)
-                out[stride * r + i] = m.judge_out_bias[i] + line(own, m.judge_out + i * width, width);
+                if (i ? gain : odds)
+                    out[stride * r + i] = m.judge_out_bias[i] + line(own + first, m.judge_out + i * width + first,
+                                                                     last - first);
         }
     }
 };
@@ -829,7 +843,7 @@ void looptx_leave(Runner* r, const int32_t* loops, const Rows* rows, const Cache
 
 void looptx_judge(Runner* r, const float* at, const int32_t* loops, int32_t count, float* out) {
     r->make_room(count);
-    r->judge(at, loops, 0, count, out, 2);
+    r->judge(at, loops, 0, count, true, true, out, 2);
 }
 
 }  // extern "C"

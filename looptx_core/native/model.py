@@ -55,6 +55,7 @@ class _Model(ctypes.Structure):
         embedding__norm__frequencies=_pointer,
         head__judge_hidden__judge_gate=_Matrix,
         judge_norm__judge_bias__judge_gate_bias__judge_loop__judge_out__judge_out_bias=_pointer,
+        judge_gain=_int,
     )
 
 
@@ -67,7 +68,10 @@ class _Rows(ctypes.Structure):
 
 
 class _Watch(ctypes.Structure):
-    _fields_ = _fields(first__last__sure__least__slope__power__offset=_pointer, depths=_int)
+    _fields_ = _fields(
+        first__last__sure__least=_pointer, odds__gain=_int, slope__power__offset=_pointer,
+        depths=_int,
+    )  # fmt: skip
 
 
 class Watch:
@@ -75,7 +79,8 @@ class Watch:
 
     first, last: for each row the loop from which on it is looked at, and the one that ends it.
     bounds: for each row the confidence head's log-odds from which on it leaves, and the nats of
-    gain below which it does. gains: `ExitSettings.gain_slope`, `gain_power` and `gain_offset`.
+    gain below which it does. asks: whether any row's leaving hangs on the one, and on the other.
+    gains: `ExitSettings.gain_slope`, `gain_power` and `gain_offset`.
     """
 
     def __init__(
@@ -83,11 +88,13 @@ class Watch:
         first: Sequence[int],
         last: Sequence[int],
         bounds: Sequence[tuple[float, float]],
+        asks: tuple[bool, bool],
         gains: tuple[Sequence[float], Sequence[float], Sequence[float]],
     ) -> None:
         assert len({len(part) for part in gains}) == 1, "three numbers for each loop"
         self._parts = [*map(_ints, (first, last)), *map(_floats, (*zip(*bounds), *gains))]
-        self._watch = _Watch(*map(ctypes.addressof, self._parts), len(gains[0]))
+        addresses = [ctypes.addressof(part) for part in self._parts]
+        self._watch = _Watch(*addresses[:4], *asks, *addresses[4:], len(gains[0]))
         self.argument = ctypes.byref(self._watch)
 
 
@@ -174,7 +181,8 @@ class NativeModel:
         self, state: Tensor, embedding: Tensor, loops: Sequence[int], place: Place, watch: Watch
     ) -> tuple[Tensor, int, list[tuple[float, float, float]]]:
         """Loop all rows until one may leave: the states, the passes, and of each row what `judge`
-        says then and the state's relative change in the last pass.
+        says then and the state's relative change in the last pass. Its gain is 0 unless a row's
+        leaving hangs on it.
 
         loops: each row's first, counted from 1.
         """
@@ -211,6 +219,11 @@ class NativeModel:
         if judge.gate is not None:
             parts["judge_gate"] = self._matrix(judge.gate.weight, _FLOAT)
             parts["judge_gate_bias"] = self._vector(judge.gate.bias)
+        out: Tensor = judge.out.weight
+        out_bias: Tensor = judge.out.bias
+        if judge.gain is not None:
+            out = torch.block_diag(judge.gain.weight, out).flip(0)  # log-odds first
+            out_bias = torch.cat([out_bias, judge.gain.bias])
         if injection.kind != "none":
             ones = torch.ones(config.d_model)
             decays = injection.kind == "decay"
@@ -234,8 +247,8 @@ class NativeModel:
             judge_norm=self._vector(judge.norm.weight),
             judge_bias=self._vector(judge.hidden.bias),
             judge_loop=self._vector(judge.loop.weight),
-            judge_out=self._vector(judge.out.weight),
-            judge_out_bias=self._vector(judge.out.bias),
+            judge_out=self._vector(out), judge_out_bias=self._vector(out_bias),
+            judge_gain=judge.widths[0],
         )  # fmt: skip
 
     def _block(self, block: Block) -> _Block:

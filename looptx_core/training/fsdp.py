@@ -62,7 +62,8 @@ class Gathered(L.Callback):
         whole: dict[str, Any] = trainer.strategy.lightning_module_state_dict()
         prefix = "model."
         self.weights = {
-            name.removeprefix(prefix): value
+            # Rows that part unevenly are padded in memory, which safetensors would not store.
+            name.removeprefix(prefix): _alone(value)
             for name, value in whole.items()
             if name.startswith(prefix)
         }
@@ -77,3 +78,8 @@ class Gathered(L.Callback):
             if like.config.tie_embeddings:
                 plain.head.weight = plain.embedding.weight
         return plain
+
+
+def _alone(whole: Tensor) -> Tensor:
+    """In memory of its own size."""
+    return whole.clone() if whole.untyped_storage().nbytes() > whole.nbytes else whole

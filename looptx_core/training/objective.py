@@ -248,7 +248,7 @@ def _combine(
     cost = token_flops(model.config, length / 2)
     readouts = len(read.rows) / batch
     unread = readouts * (1 - read.counted) * 2 * model.config.d_model * model.config.vocab_size
-    forward = (cost.at(core_rows / batch, readouts, readouts) - unread) * batch * length
+    forward = (cost.at(core_rows / batch, readouts, readouts, readouts) - unread) * batch * length
     final = (depths[rows] == loops).to(by_readout.device)
     return LoopLoss(
         loss=loss,
