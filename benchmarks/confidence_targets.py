@@ -107,15 +107,13 @@ TARGETS: dict[str, Target] = {
 
 
 def taught(
-    model: LoopedTransformer, seen: Seen, target: Target, seed: int, steps: int = STEPS
+    seen: Seen, target: Target, head: ConfidenceHead, steps: int = STEPS, lr: float = LR
 ) -> ConfidenceHead:
     right, drop_of, error = target
-    torch.manual_seed(seed)
-    head = ConfidenceHead(model.config)
     loops, tokens = seen.loss.shape
     drops = drop_of(seen.loss)
     wanted = seen.hit if right else torch.exp(-seen.loss)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=LR)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         loop, which = torch.randint(loops, (PAIRS,)), torch.randint(tokens, (PAIRS,))
@@ -170,7 +168,8 @@ def compare(
     for name, target in TARGETS.items():
         rows[name] = []
         for seed in seeds:
-            model.confidence = taught(model, seen, target, seed)
+            torch.manual_seed(seed)
+            model.confidence = taught(seen, target, ConfidenceHead(model.config))
             rows[name].append(measured(model, *surveys(), context, hits))
             print(name, json.dumps({k: round(v, 4) for k, v in rows[name][-1].items()}), flush=True)
     model.confidence = own

@@ -102,11 +102,11 @@ def decoding(
 
 
 @torch.inference_mode()
-def prices(model: LoopedTransformer, kernel: str, repeats: int = 60) -> dict[str, float]:
+def prices(model: LoopedTransformer, kernel: str, repeats: int = 60) -> dict[str, Any]:
     """A decision and a read-out as shares of one loop, batch 1, by the best of each.
 
-    A decision apart has calls of its own; within a ride it is the difference of two long times,
-    which says something where a loop is short.
+    A decision apart has calls of its own; within a ride, by `auto` and by `gain` alone, it is the
+    difference of two long times, of some rides each, which says something where a loop is short.
     """
     deepest = model.config.max_loops
     settings = ExitSettings(confidence=1.0, gain=-1e9)  # to be asked after each loop, and go on
@@ -120,21 +120,24 @@ def prices(model: LoopedTransformer, kernel: str, repeats: int = 60) -> dict[str
     place = moves.at(cache, [0])
     state = embedding = moves.encode(tokens[:, :1], place)
 
-    def ride(own: Exit) -> None:
-        at, loop = state, 0
-        while loop < deepest:
-            at, passes, (words,) = moves.ride(at, embedding, [loop + 1], place, [own])
-            loop += passes
-            own.stops(loop, Readout(*calibrated(*words, loop, settings)))
+    def rides(own: Exit) -> None:
+        for _ in range(many):
+            at, loop = state, 0
+            while loop < deepest:
+                at, passes, (words,) = moves.ride(at, embedding, [loop + 1], place, [own])
+                loop += passes
+                own.stops(loop, Readout(*calibrated(*words, loop, settings)))
 
     def decide() -> None:
         ((logit, gain),) = moves.judge(state, [1])
-        asked.stops(1, Readout(*calibrated(logit, gain, 1.0, 1, settings)))
+        exits["auto"].stops(1, Readout(*calibrated(logit, gain, 1.0, 1, settings)))
 
-    asked, fixed = Exit(1, deepest, settings, "auto"), fixed_exit(deepest, settings)
+    rules = ("auto", "gain")
+    exits = {rule: Exit(1, deepest, settings, rule) for rule in rules}
+    exits["fixed"] = fixed_exit(deepest, settings)
+    many = 20 if model.config.d_model < 512 else 1
     parts: dict[str, Callable[[], object]] = {
-        "asked": lambda: ride(asked),
-        "fixed": lambda: ride(fixed),
+        **{name: partial(rides, own) for name, own in exits.items()},
         "decision": decide,
         "readout": lambda: moves.decode(state, place),
     }
@@ -145,11 +148,13 @@ def prices(model: LoopedTransformer, kernel: str, repeats: int = 60) -> dict[str
             began = time.perf_counter()
             part()
             best[name] = min(best[name], time.perf_counter() - began)
-    loop = best["fixed"] / deepest
+    loop = best["fixed"] / many / deepest
     return {
         "loop_ms": loop * 1e3,
         "decision_apart_in_loops": best["decision"] / loop,
-        "decision_within_a_ride_in_loops": (best["asked"] - best["fixed"]) / (deepest - 1) / loop,
+        "decision_within_a_ride_in_loops": {
+            rule: (best[rule] - best["fixed"]) / many / (deepest - 1) / loop for rule in rules
+        },
         "readout_in_loops": best["readout"] / loop,
     }
 

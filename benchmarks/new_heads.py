@@ -1,11 +1,12 @@
-"""New confidence heads for trained models, whose text stays as it is.
+"""Trained models with a head of the present format, whose text stays as it is.
 
-A head of the sizes asked for learns on the states of training sequences after every loop; the trunk
-is frozen. The model is written anew with it, and calibrated on held-out sequences, so that
-`exit_on_text.py` and `exit_clock.py` can look at what a head does without a training of the trunk.
+The units that told both how sure a token is and what a loop would bring tell the former alone;
+beside them a few new ones learn the latter, on the states of training sequences after every loop,
+with the trunk frozen. So `exit_on_text.py` and `exit_clock.py` can look at what that is worth
+without a training of the trunk.
 
     python benchmarks/new_heads.py --models FOLDER [FOLDER ...] --out FOLDER [--data SHARDS]
-        [--confidence-width 128] [--gain-width 16] [--batches 40] [--steps 4000]
+        [--gain-width 16] [--batches 40]
 """
 
 from __future__ import annotations
@@ -18,10 +19,27 @@ import torch
 from confidence_targets import TARGETS, Seen, taught
 
 from looptx_core.checkpoint.folder import load_model, save_model
+from looptx_core.config.model import ModelConfig
 from looptx_core.data.bundled import bundled_shards
 from looptx_core.data.datamodule import TokenData
+from looptx_core.model.confidence import ConfidenceHead
 from looptx_core.training.calibration import calibrate
 from looptx_core.training.evaluate import evaluate_all
+
+STEPS, LR = 1200, 3e-4  # more, or larger ones, learn the training text by heart
+
+
+@torch.no_grad()
+def parted(former: ConfidenceHead, config: ModelConfig) -> ConfidenceHead:
+    """The same log-odds; the gain by new units, which have not learned yet."""
+    head, narrow = ConfidenceHead(config), config.gain_units
+    head.norm.load_state_dict(former.norm.state_dict())
+    for one, two in ((head.hidden, former.hidden), (head.gate, former.gate)):
+        if one is not None and two is not None:
+            one.weight[narrow:], one.bias[narrow:] = two.weight, two.bias
+    head.loop.weight[:, narrow:] = former.loop.weight
+    head.out.weight[:], head.out.bias[:] = former.out.weight[:1], former.out.bias[:1]
+    return head
 
 
 def main() -> None:
@@ -29,15 +47,15 @@ def main() -> None:
     parser.add_argument("--models", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="Shards; by default the bundled text's.")
-    parser.add_argument("--confidence-width", type=int, default=0)
     parser.add_argument("--gain-width", type=int, default=0)
     parser.add_argument("--batches", type=int, default=40, help="Of 32 sequences of 256 tokens.")
-    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for number, folder in enumerate(args.models):
         loaded = load_model(folder, dtype=torch.float32)
+        if loaded.config.gain_units:
+            parser.error(f"{folder}: its gain has units of its own already")
         model, loops = loaded.model, loaded.config.max_loops
         data = TokenData(args.data or bundled_shards(loaded.config.vocab_size), seq_len=256,
                          micro_batch=32, batches=args.batches, val_batches=16, seed=7)  # fmt: skip
@@ -47,11 +65,10 @@ def main() -> None:
             [(b["tokens"], {"documents": b["documents"]}) for b in data.train_dataloader()],
             loops,
         )
-        model.config = replace(
-            loaded.config, confidence_width=args.confidence_width, confidence_gate=True,
-            gain_width=args.gain_width,
-        )  # fmt: skip
-        model.confidence = taught(model, seen, TARGETS["the defaults"], number, args.steps)
+        torch.manual_seed(number)
+        model.config = replace(loaded.config, gain_width=args.gain_width)
+        head = parted(model.confidence, model.config)
+        model.confidence = taught(seen, TARGETS["the defaults"], head, STEPS, LR)
         held_out = evaluate_all(model, data.val_dataloader(), loops)
         save_model(
             args.out / folder.name, model, loaded.tokenizer,
