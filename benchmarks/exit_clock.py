@@ -152,7 +152,7 @@ def prices(model: LoopedTransformer, kernel: str, repeats: int = 60) -> dict[str
     return {
         "loop_ms": loop * 1e3,
         "decision_apart_in_loops": best["decision"] / loop,
-        "decision_within_a_ride_in_loops": {
+        "decision_within_a_ride_by_rule_in_loops": {
             rule: (best[rule] - best["fixed"]) / many / (deepest - 1) / loop for rule in rules
         },
         "readout_in_loops": best["readout"] / loop,

@@ -1,8 +1,8 @@
 """Trained models with a head of the present format, whose text stays as it is.
 
-The units that told both how sure a token is and what a loop would bring tell the former alone;
-beside them a few new ones learn the latter, on the states of training sequences after every loop,
-with the trunk frozen. So `exit_on_text.py` and `exit_clock.py` can look at what that is worth
+The units that told both how sure a token is and what a loop would bring tell the former alone, and
+stay as they are; beside them a few new ones learn the latter, on the states of training sequences
+after every loop. So `exit_on_text.py` and `exit_clock.py` can look at what that is worth
 without a training of the trunk.
 
     python benchmarks/new_heads.py --models FOLDER [FOLDER ...] --out FOLDER [--data SHARDS]
@@ -19,27 +19,26 @@ import torch
 from confidence_targets import TARGETS, Seen, taught
 
 from looptx_core.checkpoint.folder import load_model, save_model
-from looptx_core.config.model import ModelConfig
 from looptx_core.data.bundled import bundled_shards
 from looptx_core.data.datamodule import TokenData
 from looptx_core.model.confidence import ConfidenceHead
+from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.calibration import calibrate
 from looptx_core.training.evaluate import evaluate_all
 
-STEPS, LR = 1200, 3e-4  # more, or larger ones, learn the training text by heart
+STEPS = 1500
 
 
 @torch.no_grad()
-def parted(former: ConfidenceHead, config: ModelConfig) -> ConfidenceHead:
-    """The same log-odds; the gain by new units, which have not learned yet."""
-    head, narrow = ConfidenceHead(config), config.gain_units
+def keep(head: ConfidenceHead, former: ConfidenceHead) -> None:
+    """Give a head the log-odds of a former one; its gain stays."""
+    narrow = head.widths[0]
     head.norm.load_state_dict(former.norm.state_dict())
     for one, two in ((head.hidden, former.hidden), (head.gate, former.gate)):
         if one is not None and two is not None:
             one.weight[narrow:], one.bias[narrow:] = two.weight, two.bias
     head.loop.weight[:, narrow:] = former.loop.weight
     head.out.weight[:], head.out.bias[:] = former.out.weight[:1], former.out.bias[:1]
-    return head
 
 
 def main() -> None:
@@ -67,8 +66,11 @@ def main() -> None:
         )
         torch.manual_seed(number)
         model.config = replace(loaded.config, gain_width=args.gain_width)
-        head = parted(model.confidence, model.config)
-        model.confidence = taught(seen, TARGETS["the defaults"], head, STEPS, LR)
+        former, model.confidence = model.confidence, LoopedTransformer(model.config).confidence
+        keep(model.confidence, former)
+        model.confidence.norm.requires_grad_(False)  # which both read
+        taught(seen, TARGETS["the defaults"], model.confidence, STEPS)
+        keep(model.confidence, former)
         held_out = evaluate_all(model, data.val_dataloader(), loops)
         save_model(
             args.out / folder.name, model, loaded.tokenizer,

@@ -295,10 +295,6 @@ def timed(rounds: int, compiled: bool, threads: int, where: Where) -> dict[str, 
             "float32": round(rate / 1e9, 1),
             "bfloat16": round(product_rate(torch.bfloat16, 384) / 1e9, 1),
         },
-        "share_of_the_float32_product_rate": {
-            name: round(step_flops(where) / used_by[name] / rate, 3)
-            for name in (OURS, PLAIN, THEIRS)
-        },
         "compile": compiled,
     }
 

@@ -17,7 +17,7 @@ from looptx_core.config.run import TrainConfig
 from looptx_core.errors import MissingError
 from looptx_core.machine import kernels
 from looptx_core.machine.heap import freed_memory_kept
-from looptx_core.model import fused
+from looptx_core.model import block, fused
 from looptx_core.model.attention import Packed, explicit, sdpa
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rope import rotary_tables, rotate
@@ -87,12 +87,14 @@ def test_products_of_one_input() -> None:
     assert torch.allclose(weight.grad, x.sum(0).expand(9, 16), atol=1e-5)
 
 
-def test_a_layer_with_hooks_is_called() -> None:
-    """ZeRO-3 gathers weights by them: a product with what the layer holds would be wrong."""
-    net, called = model(), []
+def test_a_layer_with_hooks_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 gathers weights by them, and keeps whole what is looked at outside of them."""
+    net, called, seen = model(), [], []
+    monkeypatch.setattr(block, "_weight", lambda layer: seen.append(layer) or layer.weight)
     net.core[0].attention.k_proj.register_forward_pre_hook(lambda *_: called.append(1))
     net(torch.zeros(1, 4, dtype=torch.long))
     assert called == [1]
+    assert seen and not {*seen} & {*net.core[0].attention.children()}
 
 
 def test_the_gate() -> None:

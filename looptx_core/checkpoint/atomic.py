@@ -29,11 +29,11 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         temporary.mkdir(parents=True)
         try:
             write(temporary)
-            for file in temporary.iterdir():
+            mode = temporary.stat().st_mode & 0o666
+            for file in [*temporary.rglob("*"), temporary]:
                 if file.is_file():  # as the umask has it: safetensors lets nobody else read
-                    file.chmod(temporary.stat().st_mode & 0o666)
+                    file.chmod(mode)
                 _sync(file)
-            _sync(temporary)
             if folder.exists():
                 folder.rename(old)
             try:

@@ -197,8 +197,11 @@ class Exit:
         return stops
 
     def cost(self, loops: float) -> tuple[float, float, float]:
-        """What a token of so many loops took, linear in the loops: read-outs, and looks at how
-        sure it is, one where it stops, and at what one more loop would bring."""
+        """What a token of so many loops needs, linear in the loops: read-outs, and looks at how
+        sure it is, one where it stops, and at what one more loop would bring.
+
+        The kernel makes no more of them; torch's moves, for which a look is a call, tell both.
+        """
         looks = max(1, loops - self.min_loops + 1)
         return (
             loops if self.reads_logits else 1,

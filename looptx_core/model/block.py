@@ -57,10 +57,9 @@ class SideBySide(nn.Module):
         """Each layer's output."""
         if self._joined is None or torch.is_grad_enabled():
             layers = [self.get_submodule(name) for name in self.beside]
-            weights = [layer.weight for layer in layers if type(layer) is nn.Linear]
-            if len(weights) == len(layers):
+            if all(type(layer) is nn.Linear for layer in layers):
                 if ready(x) and not any(map(_hooked, layers)):
-                    return products(x, *weights)
+                    return products(x, *map(_weight, layers))
                 if torch.is_autocast_enabled(x.device.type):
                     x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not for each of them
             return [layer(x) for layer in layers]
@@ -91,8 +90,15 @@ class SideBySide(nn.Module):
         return super()._apply(fn, recurse)
 
 
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def _hooked(layer: nn.Module) -> bool:
-    """Whether a call does more than its forward: ZeRO-3 gathers a layer's weight by hooks."""
+    """Whether a call does more than its forward: ZeRO-3 gathers a layer's weight by hooks, and for
+    good where it is looked at outside of them."""
     return bool(layer._forward_pre_hooks or layer._forward_hooks)
 
 

@@ -41,7 +41,8 @@ def token_flops(config: ModelConfig, context: float) -> TokenFlops:
     )
     scores = 2 * context * heads * width
     block = int(2 * (attention + 3 * config.d_model * config.d_ff + scores))
-    unit = 2 * ((1 + config.confidence_gate) * config.d_model + 2)
+    tells = 1 if config.gain_units else 2
+    unit = 2 * ((1 + config.confidence_gate) * config.d_model + tells)
     return TokenFlops(
         prelude=config.prelude_layers * block,
         loop=config.core_layers * block,

@@ -128,7 +128,9 @@ class _GeluGate(Function):
 class _Products(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, *weights)
+        wants_x, *wants = ctx.needs_input_grad
+        nothing = [None] * len(weights)
+        ctx.save_for_backward(x if any(wants) else None, *(weights if wants_x else nothing))
         return tuple(F.linear(x, weight) for weight in weights)
 
     @staticmethod
@@ -142,9 +144,9 @@ class _Products(Function):
             dx = torch.mm(flat[0], weights[0])
             for dy, weight in zip(flat[1:], weights[1:]):
                 dx.addmm_(dy, weight)
-            dx = dx.view_as(x)
-        rows = x.flatten(0, -2)
-        return dx, *(dy.T @ rows if wanted else None for dy, wanted in zip(flat, wants))
+            dx = dx.view(*dys[0].shape[:-1], -1)
+        dweights = (dy.T @ x.flatten(0, -2) if wanted else None for dy, wanted in zip(flat, wants))
+        return dx, *dweights
 
 
 class _CrossEntropy(Function):

@@ -694,6 +694,7 @@ struct Runner {
              const Rows& rows, const Cache& cache, float* out) {
         find_turns(rows);
         const int width = model.d_model;
+        const bool odds = watch.odds || (watch.gain && !model.judge_gain);  // where one look tells both
         for (int more = 0;; ++more) {
             bool look = false, end = false;
             for (int r = 0; r < rows.count; ++r) {
@@ -703,7 +704,7 @@ struct Runner {
             if (look || end) memcpy(before.data(), at, sizeof(float) * rows.count * width);
             once(at, words, loop, more, rows, cache);
             if (!look && !end) continue;
-            judge(at, loop, more, rows.count, watch.odds, watch.gain, out, 3);
+            judge(at, loop, more, rows.count, odds, watch.gain, out, 3);
             for (int r = 0; r < rows.count; ++r) {
                 float* said = out + 3 * r;
                 said[2] = change(before.data() + (int64_t)r * width, at + (int64_t)r * width);
@@ -712,7 +713,7 @@ struct Runner {
                         (watch.gain && watch.nats(said, loop[r] + more) < watch.least[r]));
             }
             if (!end) continue;
-            if (!watch.odds) judge(at, loop, more, rows.count, true, false, out, 3);
+            if (!odds) judge(at, loop, more, rows.count, true, false, out, 3);
             return more + 1;
         }
     }
