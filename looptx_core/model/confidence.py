@@ -55,9 +55,8 @@ class ConfidenceHead(nn.Module):
     It reads the hidden state only, so that deciding to stop costs no product with the
     vocabulary, and it is detached, so that it can't disturb the trunk. The first `gain_units`
     hidden units tell the gain, which a rule may ask for after every loop; the others tell the
-    log-odds, which are needed where a token stops. The engine's kernel on a
-    CPU computes what is asked, torch both.
-    Without `gain_units` the same units tell both.
+    log-odds, which are needed where a token stops. The engine's kernel on a CPU computes what is
+    asked for, torch both. Without `gain_units` the same units tell both.
     """
 
     def __init__(self, config: ModelConfig) -> None:
