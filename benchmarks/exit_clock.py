@@ -102,7 +102,7 @@ def decoding(
 
 
 @torch.inference_mode()
-def prices(model: LoopedTransformer, kernel: str, repeats: int = 60) -> dict[str, Any]:
+def prices(model: LoopedTransformer, kernel: str) -> dict[str, Any]:
     """A decision and a read-out as shares of one loop, batch 1, by the best of each.
 
     A decision apart has calls of its own; within a ride, by `auto` and by `gain` alone, it is the
@@ -135,7 +135,7 @@ def prices(model: LoopedTransformer, kernel: str, repeats: int = 60) -> dict[str
     rules = ("auto", "gain")
     exits = {rule: Exit(1, deepest, settings, rule) for rule in rules}
     exits["fixed"] = fixed_exit(deepest, settings)
-    many = 20 if model.config.d_model < 512 else 1
+    many, repeats = (20, 300) if model.config.d_model < 512 else (1, 60)
     parts: dict[str, Callable[[], object]] = {
         **{name: partial(rides, own) for name, own in exits.items()},
         "decision": decide,
