@@ -24,7 +24,7 @@ from looptx_core.config.corpus import TokenizeConfig
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.inspection import InspectConfig
-from looptx_core.config.model import ModelConfig
+from looptx_core.config.model import FORMER, ModelConfig
 from looptx_core.config.presets import get_preset, suggestion
 from looptx_core.config.run import TrainConfig
 from looptx_core.errors import LooptxError, UsageError
@@ -133,14 +133,20 @@ def read_resolved(
 ) -> Resolved:
     """Read what `write_resolved` wrote, with the origins of then.
 
-    Keys that it lacks are defaults; the environment is not read.
+    Keys that it lacks are defaults, and a model's as they were before there were such keys; the
+    environment is not read.
 
     Raises:
         UsageError: no such file, or not of these schemas.
     """
     path = Path(path)
     resolved = resolve(schema, sections, config=path, env={})
-    recorded = _load_yaml(path).get(ORIGINS) or {}
+    written = _load_yaml(path)
+    if isinstance(written.get("model"), dict):
+        for key, value in FORMER[1].items():
+            if key not in written["model"]:
+                resolved.values[f"model.{key}"] = value
+    recorded = written.get(ORIGINS) or {}
     origins = {key: str(recorded.get(key, origin)) for key, origin in resolved.origins.items()}
     return Resolved(resolved.values, origins)
 
