@@ -17,11 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from looptx_core.checkpoint import folder as folder_module
-from looptx_core.checkpoint.folder import (
-    load_model,
-    save_model,
-    update_generation_config,
-)
+from looptx_core.checkpoint.folder import load_model, save_model, update_generation_config
 from looptx_core.checkpoint.registry import bundled_model, next_run_dir, resolve_model
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig

@@ -1,10 +1,9 @@
-"""The engine against slow references, and the small parts by hand."""
+"""The engine against slow references, a batch against single runs, and its records."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-import math
 from dataclasses import replace
 
 import pytest
@@ -16,8 +15,6 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.data.tokenizer import train_tokenizer
 from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine
-from looptx_core.generation.exits import Exit, Readout, resolve_exit
-from looptx_core.generation.sampling import draw, keep, penalise
 from looptx_core.generation.text import TextStream
 from looptx_core.model.attention import explicit
 from looptx_core.model.block import Block
@@ -359,92 +356,6 @@ def test_engine_stops_before_a_string_that_straddles_tokens(engine):
     assert found.finish_reason == "stop"
     assert found.text == plain.text[: plain.text.index(stop)]
     assert "".join(s.text for s in found.tokens) == found.text
-
-
-def test_each_rule_by_hand():
-    sure = torch.tensor([0.5, 0.9, 0.95])
-    gain = torch.tensor([0.5, 0.5, 0.0])
-    even, peaked = [0.0, 0.0], [math.log(9.0), 0.0]  # probabilities 1/2, 1/2 and 9/10, 1/10
-    logits = torch.tensor([even, peaked, peaked])
-    previous = torch.tensor([even, even, peaked])
-    read = Readout(sure, gain, logits, previous)
-    at = ExitSettings(confidence=0.9, gain=0.01, kl=0.3, entropy=0.4, maxprob=0.85)
-
-    def stops(name, **changes):
-        return Exit(1, 10, replace(at, **changes), name).stops(1, read).tolist()
-
-    assert stops("confidence") == [False, True, True]
-    assert stops("gain") == [False, False, True]
-    assert stops("auto") == [False, True, True]
-    assert stops("auto", confidence=0.99) == [False, False, True]
-    # KL(9/10, 1/10 || 1/2, 1/2) = ln 2 - 0.325083 = 0.368064; the other way round it is 0.510826.
-    assert stops("kl") == [True, False, True]
-    assert stops("kl", kl=0.3680) == [True, False, True]
-    assert stops("kl", kl=0.3681) == [True, True, True]
-    first = read._replace(previous=None)
-    assert Exit(1, 10, at, "kl").stops(1, first).tolist() == [False] * 3
-    # Entropies: 0.693147 and 0.325083.
-    assert stops("entropy") == [False, True, True]
-    assert stops("entropy", entropy=0.325) == [False] * 3
-    assert stops("maxprob") == [False, True, True]
-    assert stops("maxprob", maxprob=0.91) == [False] * 3
-
-
-def test_resolve_exit():
-    def resolve(**options):
-        return resolve_exit(SETTINGS, GenerationOptions(**options), CONFIG)
-
-    own = resolve()
-    assert (own.rule, own.min_loops, own.max_loops, own.settings) == ("auto", 1, 10, SETTINGS)
-    late = replace(SETTINGS, min_loops=3)
-    for asked, least in ({}, 3), ({"min_loops": 1}, 1), ({"max_loops": 2}, 2):
-        assert resolve_exit(late, GenerationOptions(**asked), CONFIG).min_loops == least
-    assert resolve(threshold=0.3).settings.confidence == 0.3
-    assert resolve(exit="kl", threshold=0.3).settings.kl == 0.3
-    assert resolve(kv_policy="last").settings.kv_policy == "last"
-    assert resolve(loops=3).describe() == {"rule": "fixed", "loops": 3}
-    for bad in (
-        dict(exit="luck"), dict(kv_policy="all"), dict(loops=0), dict(min_loops=0),
-        dict(min_loops=5, max_loops=4), dict(max_loops=0), dict(prompt_loops=0),
-    ):  # fmt: skip
-        with pytest.raises(UsageError):
-            resolve(**bad)
-
-
-def test_filters_by_hand():
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-
-    def kept(**options):
-        return keep(logits, GenerationOptions(**options)).nonzero()[:, 0].tolist()
-
-    assert kept() == [0, 1, 2, 3]
-    assert kept(top_k=2) == [0, 1] and kept(top_k=9) == [0, 1, 2, 3]
-    assert kept(top_p=0.45) == [0] and kept(top_p=0.6) == [0, 1] and kept(top_p=0.9) == [0, 1, 2]
-    assert kept(min_p=0.25) == [0, 1, 2] and kept(min_p=0.4) == [0, 1]
-    # Top-p counts in what top-k leaves: 0.625 and 0.375.
-    assert kept(top_k=2, top_p=0.6) == [0] and kept(top_k=2, top_p=0.7) == [0, 1]
-    shuffled = keep(logits[[2, 0, 3, 1]], GenerationOptions(top_p=0.6))
-    assert shuffled.tolist() == [False, True, False, True]
-    ids = torch.tensor([0, 1, 1])
-    assert penalise(torch.tensor([2.0, -1.0, 3.0]), ids, 2.0).tolist() == [1.0, -2.0, 3.0]
-
-
-def test_draws_follow_the_distribution():
-    logits, none = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([], dtype=torch.long)
-    generator = torch.Generator().manual_seed(0)
-
-    def shares(**options):
-        options = GenerationOptions(**options)
-        drawn = [draw(logits, options, none, generator) for _ in range(2000)]
-        return [drawn.count(i) / 2000 for i in range(3)]
-
-    assert shares(temperature=1.0) == pytest.approx([0.5, 0.3, 0.2], abs=0.04)
-    # Squares of the probabilities, normalised: 25, 9 and 4 of 38.
-    assert shares(temperature=0.5) == pytest.approx([25 / 38, 9 / 38, 4 / 38], abs=0.04)
-    assert shares(temperature=1.0, top_k=2) == pytest.approx([0.625, 0.375, 0], abs=0.04)
-    assert shares(temperature=1e-30)[0] == shares(temperature=0)[0] == 1
-    seen = torch.tensor([0])
-    assert draw(logits, GenerationOptions(temperature=0, repetition_penalty=3.0), seen, generator)
 
 
 def test_settings_that_cannot_be_followed(engine):

@@ -7,31 +7,29 @@
     preprocessor_config.json  of a model that reads pictures: what is done to one
     README.md               the model card
 
-A folder appears whole or not at all (`atomic.py`). Weights are safetensors only; a pickle is
-refused, since reading one can run its code.
+A folder appears whole or not at all (`atomic.py`); its weights are read by `weights.py`.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
 import looptx_core
 from looptx_core.checkpoint.atomic import write_file, write_folder
 from looptx_core.checkpoint.card import model_card
+from looptx_core.checkpoint.documents import read_json, to_json, typed
+from looptx_core.checkpoint.weights import load_weights, tensors_of
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import FORMAT_VERSION, FORMER, ModelConfig
-from looptx_core.config.resolve import coerce
 from looptx_core.data.pictures import preprocessor
 from looptx_core.data.tokenizer import fingerprint
 from looptx_core.errors import DataError, UsageError
@@ -41,14 +39,11 @@ from looptx_core.model.unset import unset_weights
 
 MODEL_TYPE = "looptx"
 PREPROCESSOR = "preprocessor_config.json"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _END_TOKENS = ("<|end|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _NOT_SHAPE = {
     *("model_type", "architectures", "format_version", "torch_dtype", "looptx_version"),
     *("tokenizer_fingerprint", "facts"),
 }
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -115,7 +110,7 @@ def model_files(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_model` writes: tensors by name, and files by name, JSON documents or texts."""
     _check_vocabulary(tokenizer, model.config, "the tokenizer")
-    weights = _tensors(model, dtype)
+    weights = tensors_of(model, dtype)
     stored = next(iter(weights.values())).dtype
     config = {
         "model_type": MODEL_TYPE,
@@ -158,7 +153,7 @@ def write_model(
     def write(place: Path) -> None:
         save_torch_state_dict(weights, place, max_shard_size=max_shard_size)
         for name, content in files.items():
-            text = content if isinstance(content, str) else _json(content)
+            text = content if isinstance(content, str) else to_json(content)
             (place / name).write_text(text, "utf-8")
 
     write_folder(folder, write)
@@ -186,36 +181,6 @@ def load_model(
     return LoadedModel(
         model.eval(), config, tokenizer, exit_settings, facts, folder, read_chat_template(folder)
     )
-
-
-def load_weights(
-    model: LoopedTransformer,
-    folder: Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    rename: Callable[[str], str | None] = lambda name: name,
-) -> None:
-    """Give a model, which may be on the meta device, the weights of a folder.
-
-    rename: from the folder's names to the model's; None leaves a tensor out.
-    Raises `DataError` for weights that are missing, damaged, a pickle or of another shape.
-    """
-    expected = _tensors(model, None)
-    found: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        found |= _read_tensors(file, expected, torch.device(device), dtype, rename)
-    # What is there already, and not on the meta device, may be absent from the folder.
-    missing = sorted(name for name in expected.keys() - found.keys() if expected[name].is_meta)
-    if missing:
-        raise DataError(
-            f"{folder}: the weights lack {_some(missing)}; config.json or the weights are another "
-            "model's, so copy the folder again"
-        )
-    model.load_state_dict(found, strict=False, assign=True)
-    if model.config.tie_embeddings:
-        model.head.weight = model.embedding.weight
-    assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()]), "a tensor is unset"
 
 
 def tokenizer_config(
@@ -249,94 +214,8 @@ def update_generation_config(folder: str | Path, exit_settings: ExitSettings) ->
         LooptxError: it can't be written; the old one is intact.
     """
     file = Path(folder) / "generation_config.json"
-    text = _json({**read_json(file), "exit": asdict(exit_settings)})
+    text = to_json({**read_json(file), "exit": asdict(exit_settings)})
     write_file(file, text)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files. Raises `DataError` where they are missing or pickles."""
-    if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{folder / INDEX}: damaged; copy the model again") from error
-        for name in names:
-            # A name from a file must not lead out of the folder.
-            if Path(name).name != name or not (folder / name).is_file():
-                raise DataError(f"{folder}: {name} is missing; copy the model again")
-        return [folder / name for name in names]
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    for file in sorted(folder.iterdir()):
-        if file.suffix in PICKLES:
-            refuse_pickle(file)
-    raise DataError(f"{folder}: {WEIGHTS} is missing; copy the model again")
-
-
-def refuse_pickle(file: Path) -> None:
-    """Raise `DataError` for a file that is a pickle by its name or its first bytes."""
-    with file.open("rb") as data:
-        magic = data.read(8)
-    zipped, pickled = magic[:4] == b"PK\x03\x04", magic[:1] == b"\x80" and magic[1:2] < b"\x08"
-    # A safetensors header of 128 bytes starts like a pickle too, but zeros and '{' follow.
-    pickled = pickled and magic[2:] != b"\0" * 6
-    if file.suffix in PICKLES or zipped or pickled:
-        raise DataError(
-            f"{file}: a pickle can run code when read and is refused; convert it where you trust "
-            "it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
-            f"'{WEIGHTS}')"
-        )
-
-
-def _tensors(model: LoopedTransformer, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Parameters by name, each once (`embedding.weight` stands for a tied head), and buffers."""
-    persistent = model.state_dict().keys()
-    buffers = {name: b for name, b in model.named_buffers() if name in persistent}
-    tensors = {name: p.detach() for name, p in model.named_parameters()} | buffers
-    if dtype is None:
-        return tensors
-    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-
-
-def _read_tensors(
-    file: Path,
-    expected: Mapping[str, Tensor],
-    device: torch.device,
-    dtype: torch.dtype | None,
-    rename: Callable[[str], str | None],
-) -> dict[str, Tensor]:
-    """The tensors of one file, by name; each must be expected, of its shape and a float."""
-    refuse_pickle(file)
-    found: dict[str, Tensor] = {}
-    try:
-        with safe_open(file, framework="pt") as data:
-            theirs = list(data.keys())
-            names = {name: ours for name in theirs if (ours := rename(name))}
-            if unknown := sorted(t for t, ours in names.items() if ours not in expected):
-                raise DataError(
-                    f"{file}: unexpected {_some(unknown)}; config.json or the weights are another "
-                    "model's, so copy the folder again"
-                )
-            for stored, name in names.items():
-                tensor = data.get_tensor(stored)
-                wanted = expected[name]
-                floats = wanted.is_floating_point()
-                alike = tensor.is_floating_point() if floats else tensor.dtype == wanted.dtype
-                if tensor.shape != wanted.shape or not alike:
-                    raise DataError(
-                        f"{file}: {name} is {tensor.dtype} {list(tensor.shape)}, but config.json "
-                        f"asks for {'floats' if floats else wanted.dtype} {list(wanted.shape)}; "
-                        "copy the folder again"
-                    )
-                # A copy: aligned, and independent of the file.
-                kind = (dtype if floats else None) or tensor.dtype
-                found[name] = tensor.to(device, kind, copy=True)
-    except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(
-            f"{file}: not a whole safetensors file ({reason}); copy or save the model again"
-        ) from error
-    return found
 
 
 def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -362,17 +241,6 @@ def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         )
     shape = {key: value for key, value in settings.items() if key not in _NOT_SHAPE}
     return typed(ModelConfig, FORMER.get(version, {}) | shape, str(file)), settings
-
-
-def typed(schema: type[T], values: Mapping[str, Any], where: str) -> T:
-    """The dataclass with these values; absent ones, of an older format, take the default."""
-    hints = get_type_hints(schema)
-    if unknown := sorted(values.keys() - hints.keys()):
-        raise DataError(f"{where}: unknown {_some(unknown)}; upgrade looptx or remove it")
-    try:
-        return schema(**{key: coerce(v, hints[key], key) for key, v in values.items()})
-    except UsageError as error:
-        raise DataError(f"{where}: {error}; copy the model again") from error
 
 
 def read_tokenizer(folder: Path, config: ModelConfig, expected: str | None = None) -> Tokenizer:
@@ -425,21 +293,6 @@ def read_exit(folder: Path) -> ExitSettings:
     return found
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{file.parent}: {file.name} is missing; copy the model again") from error
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{file}: not valid JSON ({reason}); copy the model again") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{file}: expected a JSON object; copy the model again")
-    return content
-
-
 def check_target(folder: Path, overwrite: bool) -> None:
     """A new place, or a model folder that may be replaced; nothing else is ever removed."""
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
@@ -460,13 +313,3 @@ def _token_id(tokenizer: Tokenizer, *names: str) -> int | None:
     """The id of the first of these tokens that the tokenizer has."""
     found = (tokenizer.token_to_id(name) for name in names)
     return next((token for token in found if token is not None), None)
-
-
-def _some(names: list[str]) -> str:
-    """'a, b, c and 4 more'."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def _json(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

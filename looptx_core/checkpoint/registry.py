@@ -110,7 +110,7 @@ def abilities(folder: Path) -> frozenset[str]:
 
 def _given(path: Path) -> ResolvedModel:
     if path.is_file():
-        from looptx_core.checkpoint.folder import refuse_pickle  # brings torch
+        from looptx_core.checkpoint.weights import refuse_pickle  # brings torch
 
         refuse_pickle(path)
         raise DataError(f"{path}: a file; give the folder of a run or of a model")

@@ -16,14 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from looptx_core.checkpoint.folder import (
-    MODEL_TYPE,
-    LoadedModel,
-    load_weights,
-    read_json,
-    read_tokenizer,
-    typed,
-)
+from looptx_core.checkpoint.documents import read_json, typed
+from looptx_core.checkpoint.folder import MODEL_TYPE, LoadedModel, read_tokenizer
+from looptx_core.checkpoint.weights import load_weights
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import FORMER, ModelConfig
 from looptx_core.errors import DataError

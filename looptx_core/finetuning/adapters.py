@@ -27,14 +27,14 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from looptx_core.checkpoint.atomic import write_folder
+from looptx_core.checkpoint.documents import read_json
 from looptx_core.checkpoint.folder import (
     LoadedModel,
     read_chat_template,
     read_exit,
-    read_json,
-    refuse_pickle,
     tokenizer_config,
 )
+from looptx_core.checkpoint.weights import refuse_pickle
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import ExitSettings
 from looptx_core.errors import DataError, UsageError
@@ -207,7 +207,7 @@ def fingerprint(folder: Path) -> str:
     """What tells a base from another, whatever its number type: names, shapes, some values."""
     from safetensors import safe_open
 
-    from looptx_core.checkpoint.folder import weight_files
+    from looptx_core.checkpoint.weights import weight_files
 
     total: dict[str, bytes] = {}
     for file in weight_files(folder):

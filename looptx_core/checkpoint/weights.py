@@ -1,0 +1,136 @@
+"""A model folder's weights, from the files into a model.
+
+Safetensors only: a pickle is refused, since reading one can run its code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from looptx_core.checkpoint.documents import read_json, some
+from looptx_core.errors import DataError
+from looptx_core.model.loop import LoopedTransformer
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def load_weights(
+    model: LoopedTransformer,
+    folder: Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    rename: Callable[[str], str | None] = lambda name: name,
+) -> None:
+    """Give a model, which may be on the meta device, the weights of a folder.
+
+    rename: from the folder's names to the model's; None leaves a tensor out.
+    Raises `DataError` for weights that are missing, damaged, a pickle or of another shape.
+    """
+    expected = tensors_of(model, None)
+    found: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        found |= _read_tensors(file, expected, torch.device(device), dtype, rename)
+    # What is there already, and not on the meta device, may be absent from the folder.
+    missing = sorted(name for name in expected.keys() - found.keys() if expected[name].is_meta)
+    if missing:
+        raise DataError(
+            f"{folder}: the weights lack {some(missing)}; config.json or the weights are another "
+            "model's, so copy the folder again"
+        )
+    model.load_state_dict(found, strict=False, assign=True)
+    if model.config.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()]), "a tensor is unset"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files. Raises `DataError` where they are missing or pickles."""
+    if (folder / INDEX).is_file():
+        try:
+            names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{folder / INDEX}: damaged; copy the model again") from error
+        for name in names:
+            # A name from a file must not lead out of the folder.
+            if Path(name).name != name or not (folder / name).is_file():
+                raise DataError(f"{folder}: {name} is missing; copy the model again")
+        return [folder / name for name in names]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    for file in sorted(folder.iterdir()):
+        if file.suffix in PICKLES:
+            refuse_pickle(file)
+    raise DataError(f"{folder}: {WEIGHTS} is missing; copy the model again")
+
+
+def refuse_pickle(file: Path) -> None:
+    """Raise `DataError` for a file that is a pickle by its name or its first bytes."""
+    with file.open("rb") as data:
+        magic = data.read(8)
+    zipped, pickled = magic[:4] == b"PK\x03\x04", magic[:1] == b"\x80" and magic[1:2] < b"\x08"
+    # A safetensors header of 128 bytes starts like a pickle too, but zeros and '{' follow.
+    pickled = pickled and magic[2:] != b"\0" * 6
+    if file.suffix in PICKLES or zipped or pickled:
+        raise DataError(
+            f"{file}: a pickle can run code when read and is refused; convert it where you trust "
+            "it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
+            f"'{WEIGHTS}')"
+        )
+
+
+def tensors_of(model: LoopedTransformer, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Parameters by name, each once (`embedding.weight` stands for a tied head), and buffers."""
+    persistent = model.state_dict().keys()
+    buffers = {name: b for name, b in model.named_buffers() if name in persistent}
+    tensors = {name: p.detach() for name, p in model.named_parameters()} | buffers
+    if dtype is None:
+        return tensors
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def _read_tensors(
+    file: Path,
+    expected: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    rename: Callable[[str], str | None],
+) -> dict[str, Tensor]:
+    """The tensors of one file, by name; each must be expected, of its shape and a float."""
+    refuse_pickle(file)
+    found: dict[str, Tensor] = {}
+    try:
+        with safe_open(file, framework="pt") as data:
+            theirs = list(data.keys())
+            names = {name: ours for name in theirs if (ours := rename(name))}
+            if unknown := sorted(t for t, ours in names.items() if ours not in expected):
+                raise DataError(
+                    f"{file}: unexpected {some(unknown)}; config.json or the weights are another "
+                    "model's, so copy the folder again"
+                )
+            for stored, name in names.items():
+                tensor = data.get_tensor(stored)
+                wanted = expected[name]
+                floats = wanted.is_floating_point()
+                alike = tensor.is_floating_point() if floats else tensor.dtype == wanted.dtype
+                if tensor.shape != wanted.shape or not alike:
+                    raise DataError(
+                        f"{file}: {name} is {tensor.dtype} {list(tensor.shape)}, but config.json "
+                        f"asks for {'floats' if floats else wanted.dtype} {list(wanted.shape)}; "
+                        "copy the folder again"
+                    )
+                # A copy: aligned, and independent of the file.
+                kind = (dtype if floats else None) or tensor.dtype
+                found[name] = tensor.to(device, kind, copy=True)
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{file}: not a whole safetensors file ({reason}); copy or save the model again"
+        ) from error
+    return found

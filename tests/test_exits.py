@@ -1,0 +1,69 @@
+"""The exit rules by hand, and which one a request gets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from looptx_core.config.generation import ExitSettings, GenerationOptions
+from looptx_core.config.model import ModelConfig
+from looptx_core.errors import UsageError
+from looptx_core.generation.exits import Exit, Readout, resolve_exit
+
+SETTINGS = ExitSettings(confidence=0.93, gain=0.1, kl=1.5, temperature=2.0)
+
+
+def test_each_rule_by_hand():
+    sure = torch.tensor([0.5, 0.9, 0.95])
+    gain = torch.tensor([0.5, 0.5, 0.0])
+    even, peaked = [0.0, 0.0], [math.log(9.0), 0.0]  # probabilities 1/2, 1/2 and 9/10, 1/10
+    logits = torch.tensor([even, peaked, peaked])
+    previous = torch.tensor([even, even, peaked])
+    read = Readout(sure, gain, logits, previous)
+    at = ExitSettings(confidence=0.9, gain=0.01, kl=0.3, entropy=0.4, maxprob=0.85)
+
+    def stops(name, **changes):
+        return Exit(1, 10, replace(at, **changes), name).stops(1, read).tolist()
+
+    assert stops("confidence") == [False, True, True]
+    assert stops("gain") == [False, False, True]
+    assert stops("auto") == [False, True, True]
+    assert stops("auto", confidence=0.99) == [False, False, True]
+    # KL(9/10, 1/10 || 1/2, 1/2) = ln 2 - 0.325083 = 0.368064; the other way round it is 0.510826.
+    assert stops("kl") == [True, False, True]
+    assert stops("kl", kl=0.3680) == [True, False, True]
+    assert stops("kl", kl=0.3681) == [True, True, True]
+    first = read._replace(previous=None)
+    assert Exit(1, 10, at, "kl").stops(1, first).tolist() == [False] * 3
+    # Entropies: 0.693147 and 0.325083.
+    assert stops("entropy") == [False, True, True]
+    assert stops("entropy", entropy=0.325) == [False] * 3
+    assert stops("maxprob") == [False, True, True]
+    assert stops("maxprob", maxprob=0.91) == [False] * 3
+
+
+def test_resolve_exit():
+    def resolve(**options):
+        return resolve_exit(SETTINGS, GenerationOptions(**options), ModelConfig(max_loops=10))
+
+    own = resolve()
+    assert (own.rule, own.min_loops, own.max_loops, own.settings) == ("auto", 1, 10, SETTINGS)
+    late = replace(SETTINGS, min_loops=3)
+    for asked, least in ({}, 3), ({"min_loops": 1}, 1), ({"max_loops": 2}, 2):
+        assert (
+            resolve_exit(late, GenerationOptions(**asked), ModelConfig(max_loops=10)).min_loops
+            == least
+        )
+    assert resolve(threshold=0.3).settings.confidence == 0.3
+    assert resolve(exit="kl", threshold=0.3).settings.kl == 0.3
+    assert resolve(kv_policy="last").settings.kv_policy == "last"
+    assert resolve(loops=3).describe() == {"rule": "fixed", "loops": 3}
+    for bad in (
+        dict(exit="luck"), dict(kv_policy="all"), dict(loops=0), dict(min_loops=0),
+        dict(min_loops=5, max_loops=4), dict(max_loops=0), dict(prompt_loops=0),
+    ):  # fmt: skip
+        with pytest.raises(UsageError):
+            resolve(**bad)
