@@ -106,16 +106,14 @@ TARGETS: dict[str, Target] = {
 }
 
 
-def taught(
-    seen: Seen, target: Target, head: ConfidenceHead, steps: int = STEPS, lr: float = LR
-) -> ConfidenceHead:
+def taught(seen: Seen, target: Target, head: ConfidenceHead) -> ConfidenceHead:
     right, drop_of, error = target
     loops, tokens = seen.loss.shape
     drops = drop_of(seen.loss)
     wanted = seen.hit if right else torch.exp(-seen.loss)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+    optimizer = torch.optim.AdamW(head.parameters(), lr=LR)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for _ in range(STEPS):
         loop, which = torch.randint(loops, (PAIRS,)), torch.randint(tokens, (PAIRS,))
         said = head(seen.state[loop, which][:, None], loop + 1)
         logit, gain = said.logit[:, 0], said.gain[:, 0]

@@ -26,8 +26,6 @@ from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.calibration import calibrate
 from looptx_core.training.evaluate import evaluate_all
 
-STEPS = 1500
-
 
 @torch.no_grad()
 def keep(head: ConfidenceHead, former: ConfidenceHead) -> None:
@@ -69,7 +67,7 @@ def main() -> None:
         former, model.confidence = model.confidence, LoopedTransformer(model.config).confidence
         keep(model.confidence, former)
         model.confidence.norm.requires_grad_(False)  # which both read
-        taught(seen, TARGETS["the defaults"], model.confidence, STEPS)
+        taught(seen, TARGETS["the defaults"], model.confidence)
         keep(model.confidence, former)
         held_out = evaluate_all(model, data.val_dataloader(), loops)
         save_model(

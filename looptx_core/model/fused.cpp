@@ -158,17 +158,17 @@ inline void tile(int64_t depth, const float* a, int64_t step, const float* b, fl
     }
 }
 
-// Which numbers of a product of queries by columns are wanted, or are not 0: those with
-// column <= query + `ahead`. NONE: all are.
-enum Causal { NONE, OF_RESULT, OF_LEFT };
+// Where the causal triangle, queries by columns, stands in a product: only numbers with
+// column <= query + `ahead` are wanted of the result, or are not 0 in a.
+enum Causal { OF_RESULT, OF_LEFT };
 
 // c[i][j] = sum over p of a(i, p) b(p + skip, j + from), or added to what is there; `from` is a
 // multiple of 16. For matrices that fit a core's cache. What the causal triangle leaves out is
 // skipped by whole strips: of the result, or of a, whose queries are the depth where it is TURNED.
-template <bool TURNED, Causal CAUSAL = NONE>
+template <bool TURNED, Causal CAUSAL>
 void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t step,
              const Panels& b, int64_t skip, int64_t from, float* c, int64_t ci, bool add,
-             int64_t ahead = 0) {
+             int64_t ahead) {
     for (int64_t j = 0; j < columns; j += PANEL) {
         const float* right = &b.data[(j + from) * b.depth + skip * PANEL];
         const int64_t wide = std::min<int64_t>(PANEL, columns - j);
