@@ -3,7 +3,8 @@
 Heads of one shape, from the same start, learn on the states of training sequences, all loops
 alike, and are calibrated on one half of the held-out ones and measured on the other. By target:
 
-    right or wrong      cross-entropy against [top token == label], the default; or exp(-loss)
+    right or wrong      cross-entropy against the top token's own probability, the default; against
+                        [top token == label], the default before; or exp(-loss)
     the gain            the drop of the loss to the next loop, the default; Ouro's squashed one,
                         sigmoid(50 (max(0, drop) - 0.005)) (arXiv 2510.25741); the drop to the last
                         loop; the largest drop still to come
@@ -55,6 +56,8 @@ class Seen:
     state: Tensor
     loss: Tensor
     hit: Tensor
+    top: Tensor
+    """The probability of the top token."""
 
     @staticmethod
     def of(
@@ -71,6 +74,7 @@ class Seen:
             torch.stack([torch.cat(parts) for parts in states]),
             torch.cat([part.each for part in found], 1),
             torch.cat([part.hit for part in found], 1),
+            torch.cat([part.sharp for part in found], 1).sigmoid(),
         )
 
 
@@ -96,21 +100,36 @@ def squashed(said: Tensor, drop: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(said, wanted)
 
 
-Target = tuple[bool, Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
+def likely(seen: Seen) -> Tensor:
+    return seen.top
+
+
+def right(seen: Seen) -> Tensor:
+    return seen.hit
+
+
+def label(seen: Seen) -> Tensor:
+    return torch.exp(-seen.loss)
+
+
+Target = tuple[
+    Callable[[Seen], Tensor], Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]
+]
 TARGETS: dict[str, Target] = {
-    "the defaults": (True, next_drop, squared),
-    "exp(-loss), not right or wrong": (False, next_drop, squared),
-    "Ouro's squashed drop": (True, next_drop, squashed),
-    "the drop to the last loop": (True, last_drop, squared),
-    "the largest drop to come": (True, best_drop, squared),
+    "the defaults": (likely, next_drop, squared),
+    "right or wrong, not how likely": (right, next_drop, squared),
+    "exp(-loss), not how likely": (label, next_drop, squared),
+    "Ouro's squashed drop": (likely, next_drop, squashed),
+    "the drop to the last loop": (likely, last_drop, squared),
+    "the largest drop to come": (likely, best_drop, squared),
 }
 
 
 def taught(seen: Seen, target: Target, head: ConfidenceHead) -> ConfidenceHead:
-    right, drop_of, error = target
+    wanted_of, drop_of, error = target
     loops, tokens = seen.loss.shape
     drops = drop_of(seen.loss)
-    wanted = seen.hit if right else torch.exp(-seen.loss)
+    wanted = wanted_of(seen)
     optimizer = torch.optim.AdamW(head.parameters(), lr=LR)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):

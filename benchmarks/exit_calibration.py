@@ -22,7 +22,7 @@ from looptx_core.data.bundled import bundled_shards
 from looptx_core.data.datamodule import TokenData
 from looptx_core.generation.exits import calibrated, stated
 from looptx_core.training import metrics
-from looptx_core.training.calibration import fit_gain, fit_stated, fit_temperature
+from looptx_core.training.calibration import fit_gain, fit_odds
 from looptx_core.training.evaluate import evaluate_batch
 
 RESULTS = Path(__file__).parent / "results" / "exit_calibration.json"
@@ -43,10 +43,15 @@ def confidences(*halves: Tensor) -> dict[str, dict[str, float | None]]:
     """Of the head alone, of the largest probability alone, and as stated, at the last loop; each
     calibrated on logit, sharp and hit of the first half, and measured on the second."""
     (fit_logit, fit_sharp, fit_hit), (logit, sharp, hit) = halves[:3], halves[3:]
-    told = ExitSettings(stated=fit_stated(fit_logit, fit_sharp, fit_hit))
+
+    def alone(fit_odds_of: Tensor, odds: Tensor) -> Tensor:
+        offset, slope = fit_odds(fit_hit, fit_odds_of)
+        return torch.sigmoid(offset + slope * odds)
+
+    told = ExitSettings(stated=fit_odds(fit_hit, fit_logit, fit_sharp))
     each = {
-        "head": torch.sigmoid(logit / fit_temperature(fit_logit, fit_hit)),
-        "largest probability": torch.sigmoid(sharp / fit_temperature(fit_sharp, fit_hit)),
+        "head": alone(fit_logit, logit),
+        "largest probability": alone(fit_sharp, sharp),
         "stated": stated(logit, sharp, told),
     }
     return {

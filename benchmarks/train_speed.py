@@ -8,13 +8,14 @@ with AdamW and with its own Muon: a step of only 2,048 tokens shows what Muon co
 "Plain" is ours without the fused kernels.
 
 On a GPU both sides train in bf16 by autocast, each as it comes and compiled, and ours with flash
-attention (as `looptx train` takes it): `--device cuda [--rows 32 --length 1024]`.
+attention (as `looptx train` takes it): `--device cuda [--rows 32 --length 1024]`. `--last` leaves
+the default recipe out, for cards without room for all.
 
 Beside the clock's the ratios of processor time are told: they hold on a machine that is busy with
 other things, where the clock's do not. Where a step's time goes: `train_parts.py`.
 
     python benchmarks/train_speed.py [--rounds 5] [--shape nano] [--rows 8 --length 256]
-        [--compile] [--threads 2] [--device cuda]
+        [--compile] [--threads 2] [--device cuda [--last]]
 """
 
 from __future__ import annotations
@@ -194,6 +195,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="by default those of the shape")
     parser.add_argument("--length", type=int, help="by default the preset's")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--last", action="store_true", help="the loss at the last loop alone")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.compile and args.device == "cuda":
@@ -207,9 +209,16 @@ def main() -> None:
         name += f"_{rows}x{length}"
     if args.shape != "small":
         name += f"_{args.shape}"
+    if args.last:
+        name += "_last"
     where = Where(torch.device(args.device), rows, length, args.shape)
     kernels = {"kernels": fused.prepare()} if args.device == "cpu" else {}
-    found = timed(args.rounds, args.compile, args.threads, where)
+    ours = [side for side in SETTINGS if SETTINGS[side] is LAST or not args.last]
+    sides = [*ours, THEIRS, THEIRS_KEPT]
+    if args.device == "cuda":
+        alike = (side for side in (*ours, THEIRS) if side != PLAIN)
+        sides = [side + how for side in alike for how in ("", COMPILED)]
+    found = timed(sides, args.rounds, args.compile, args.threads, where)
     write(name, kernels | found | {"peers": {"transformers": transformers.__version__}})
 
 
@@ -233,11 +242,10 @@ def _sit(side: str, compiled: bool, threads: int, where: Where, orders: Connecti
             orders.send((time.perf_counter() - start, time.process_time() - used))
 
 
-def timed(rounds: int, compiled: bool, threads: int, where: Where) -> dict[str, object]:
+def timed(
+    sides: list[str], rounds: int, compiled: bool, threads: int, where: Where
+) -> dict[str, object]:
     device, rows, length, shape = where
-    sides = [*SETTINGS, THEIRS, THEIRS_KEPT]
-    if device.type == "cuda":
-        sides = [n + how for n in (*SETTINGS, THEIRS) if n != PLAIN for how in ("", COMPILED)]
     spawn = multiprocessing.get_context("spawn")
     lines, seats = {}, []
     for side in sides:

@@ -73,7 +73,8 @@ def inspect_loops(
         out.print(sentence, soft_wrap=True)
     if settings.calibrate or settings.target_loss_increase:
         out.print(
-            f"{own}: temperature {exit_settings.temperature:.3f}, calibrated gains and "
+            f"{own}: temperature {exit_settings.temperature:.3f}, offset "
+            f"{exit_settings.confidence_offset:.3f}, calibrated gains and "
             f"the exit {exit_settings.rule} with the cache policy {exit_settings.kv_policy} "
             "are the model's own now.",
             soft_wrap=True,
@@ -142,7 +143,7 @@ def _show(document: dict[str, Any]) -> None:
     if policies := document["kv_policies"]:
         cache = table(
             "The cache under real exits", "policy", "exit", "loss", "with full cache",
-            "loops", "bytes a token", "tokens/s",
+            "accuracy", "with full cache", "loops", "bytes a token", "tokens/s",
         )  # fmt: skip
         for row in policies:
             cache.add_row(
@@ -150,6 +151,8 @@ def _show(document: dict[str, Any]) -> None:
                 row["exit"],
                 f"{row['loss']:.4f}",
                 f"{row['loss_with_full_cache']:.4f}",
+                f"{row['accuracy']:.1%}",
+                f"{row['accuracy_with_full_cache']:.1%}",
                 f"{row['mean_loops']:.2f}",
                 f"{row['bytes_per_token']:,}",
                 f"{row['tokens_per_second']:.0f}",

@@ -115,12 +115,13 @@ def test_the_cross_entropy(classes: int) -> None:
         lambda x: F.cross_entropy(x, targets, reduction="none"),
         logits,
     )
-    _, hits = fused.cross_entropy(logits, targets)
+    _, hits, tops = fused.cross_entropy(logits, targets)
     assert hits.tolist() == (logits.argmax(-1) == targets).float().tolist()
     assert 0 < hits.mean() < 1
+    assert torch.allclose(tops, logits.softmax(-1).amax(-1), atol=1e-5)
     logits[5, 2], targets[7], targets[8] = float("nan"), -100, classes
     logits.requires_grad_()
-    losses, _ = fused.cross_entropy(logits, targets)
+    losses, *_ = fused.cross_entropy(logits, targets)
     assert losses.isnan().nonzero().flatten().tolist() == [5, 7, 8]
     losses.nan_to_num().sum().backward()
 

@@ -36,6 +36,7 @@ SETTINGS = ExitSettings(
     entropy=2.0,
     maxprob=0.5,
     temperature=2.0,
+    confidence_offset=0.1,
     stated=(0.2, 0.3, 0.8),
     gain_slope=(1.0, 0.8, 1.3),
     gain_power=(1.0, 0.5, 1.5),
@@ -130,7 +131,7 @@ class Reference:
             change = (state - before).norm() / state.norm()
             gain = torch.exp(settings.gain_slope[place] * gain + settings.gain_offset[place])
             gain = gain * change ** settings.gain_power[place]
-            sure = torch.sigmoid(logit / settings.temperature).item()
+            sure = torch.sigmoid(logit / settings.temperature + settings.confidence_offset).item()
             if depth is not None:
                 if loop == depth:
                     break

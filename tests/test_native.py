@@ -202,7 +202,7 @@ def test_rows_are_let_go_by_the_kernel_where_their_exits_say_so(gain_width: int)
         change = (state - before).norm(dim=-1) / state.norm(dim=-1)
         said.append([(*w, float(c)) for w, c in zip(reference.judge(state, [loop]), change)])
     words = torch.tensor(said)  # (loops, rows, 3)
-    plain = ExitSettings(temperature=2.0)
+    plain = ExitSettings(temperature=2.0, confidence_offset=0.3)
     half = float(torch.sigmoid(words[..., 0].median() / 2))
     settings = [
         replace(plain, confidence=half, gain=-1e9),

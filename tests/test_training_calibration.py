@@ -11,17 +11,26 @@ from looptx_core.config.generation import ExitSettings
 from looptx_core.generation.exits import calibrated, stated
 from looptx_core.machine.device import on_best_device
 from looptx_core.model.confidence import sharpness
-from looptx_core.training.calibration import calibrate, fit_gain, fit_stated, fit_temperature
+from looptx_core.training.calibration import calibrate, fit_confidence, fit_gain, fit_odds
 from looptx_core.training.evaluate import LoopEvaluation
 from looptx_core.training.metrics import auroc, calibration_error
 
 
-def test_temperature() -> None:
-    """Logits that are three times too sure of a Bernoulli are divided by about three."""
+def test_the_heads_confidence_becomes_true() -> None:
+    """Logits that are three times too sure of a Bernoulli, and of all by one more."""
     generator = torch.Generator().manual_seed(0)
     true = torch.randn(20_000, generator=generator)
     hit = (torch.rand(20_000, generator=generator) < true.sigmoid()).float()
-    assert fit_temperature(3 * true, hit) == pytest.approx(3, rel=0.05)
+    said = 3 * (true + 1)
+    temperature, offset = fit_confidence(said, hit)
+    assert (temperature, offset) == pytest.approx((3, -1), rel=0.05)
+    settings = ExitSettings(temperature=temperature, confidence_offset=offset)
+    sure, _ = calibrated(said, said, said, 1, settings)
+    assert calibration_error(sure, hit) < 0.01 < 0.2 < calibration_error(said.sigmoid(), hit)
+    # Of a head that tells nothing, or the opposite, the share of hits is left.
+    for nothing in (torch.zeros(20_000), -said):
+        temperature, offset = fit_confidence(nothing, hit)
+        assert 0 < temperature < 8 and math.isfinite(offset)
 
 
 def test_what_may_not_stop_is_not_calibrated_on() -> None:
@@ -39,6 +48,7 @@ def test_what_may_not_stop_is_not_calibrated_on() -> None:
     late = calibrate(ExitSettings(min_loops=2), some(slice(3)))
     read = calibrate(ExitSettings(), some(slice(1, 3)))
     assert (late.temperature, late.stated) == (read.temperature, read.stated)
+    assert late.confidence_offset == read.confidence_offset != 0
     # Where fewer loops are looked at, by the last of them.
     alone = calibrate(ExitSettings(min_loops=3), some(slice(1, 2)))
     assert all(map(math.isfinite, (alone.temperature, *alone.stated)))
@@ -50,13 +60,13 @@ def test_the_stated_confidence_weighs_head_and_readout() -> None:
     logit, sharp = torch.randn(2, 40_000, generator=generator)
     true = torch.sigmoid(0.3 + 0.5 * logit + sharp)
     hit = (torch.rand(40_000, generator=generator) < true).float()
-    assert fit_stated(logit, sharp, hit) == pytest.approx((0.3, 0.5, 1.0), abs=0.04)
+    assert fit_odds(hit, logit, sharp) == pytest.approx((0.3, 0.5, 1.0), abs=0.04)
     told = stated(logit, sharp, ExitSettings(stated=(0.3, 0.5, 1.0)))
     assert torch.allclose(told, true)
     best, worst = auroc(told, hit), max(auroc(logit, hit), auroc(sharp, hit))
     assert best > worst + 0.01
     # Where no answer is wrong, nothing runs away.
-    assert max(map(abs, fit_stated(logit, sharp, torch.ones(40_000)))) < 20
+    assert max(map(abs, fit_odds(torch.ones(40_000), logit, sharp))) < 20
 
 
 def test_the_log_odds_of_the_best_by_hand() -> None:

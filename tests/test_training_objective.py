@@ -161,6 +161,22 @@ def test_recomputing_gives_the_same_gradients() -> None:
         assert torch.allclose(one, two, atol=1e-7)
 
 
+def test_the_confidence_head_learns_how_likely_the_top_token_is() -> None:
+    """Its own probability, which the target has no part in; read once, so that no gain is seen."""
+    net, (tokens, ids) = model(), batch()
+    with torch.no_grad():  # so that probabilities are spread
+        net.norm.weight.mul_(8)
+    drawn = schedule(loop_schedule="fixed", loops=2)
+    found = loop_loss(net, tokens, drawn, 0, ids, loss_at="last")
+    with torch.no_grad():
+        output = net(tokens[:, :-1], 2)
+    top = output.logits.softmax(-1).amax(-1)
+    assert float(top.std()) > 0.05
+    sure = output.confidence.logit.sigmoid()
+    expected = -(top * sure.log() + (1 - top) * (1 - sure).log()).mean()
+    assert float(found.confidence_loss.detach()) == pytest.approx(float(expected), abs=1e-5)
+
+
 def test_the_confidence_head_does_not_move_the_trunk() -> None:
     tokens, ids = batch()
     trunks = []

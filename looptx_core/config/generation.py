@@ -29,6 +29,8 @@ class ExitSettings:
     """No token stops before this loop: training read out none that was earlier."""
     temperature: float = 1.0
     """Calibration of the head's confidence: its log-odds are divided by this (arXiv 1706.04599)."""
+    confidence_offset: float = 0.0
+    """Calibration of the head's confidence: what its log-odds, divided, are moved by."""
     stated: tuple[float, ...] = ()
     """Calibration of the confidence that is stated with a token, which the exit has no need of: its
     log-odds are stated[0] + stated[1] * the head's + stated[2] * those of the most likely token's

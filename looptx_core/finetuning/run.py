@@ -38,7 +38,7 @@ from looptx_core.finetuning.quantise import quantise, stored_bytes
 from looptx_core.generation.exits import stated
 from looptx_core.machine.device import on_best_device
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.calibration import calibrate, fit_stated
+from looptx_core.training.calibration import calibrate, fit_odds
 from looptx_core.training.callbacks import read_metrics
 from looptx_core.training.curves import plot_run
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all
@@ -236,10 +236,10 @@ def held_out_ece(found: LoopEvaluation, settings: ExitSettings) -> float:
     settings: without `stated` it is calibrated on the other half.
     """
     half, first = found.logit.shape[1] // 2, min(settings.min_loops, len(found.logit)) - 1
-    parts = [part[first:] for part in (found.logit, found.sharp, found.hit)]
+    parts = [part[first:] for part in (found.hit, found.logit, found.sharp)]
     if not settings.stated:
-        settings = replace(settings, stated=fit_stated(*(part[:, :half] for part in parts)))
-    logit, sharp, hit = (part[:, half:] for part in parts)
+        settings = replace(settings, stated=fit_odds(*(part[:, :half] for part in parts)))
+    hit, logit, sharp = (part[:, half:] for part in parts)
     return calibration_error(stated(logit, sharp, settings), hit)
 
 

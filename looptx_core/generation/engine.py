@@ -54,6 +54,8 @@ class Followed(NamedTuple):
 
     loss: Tensor
     """Nats, (batch, tokens after the prompt)."""
+    hit: Tensor
+    """1 where the most likely token is the text's, of the same shape."""
     loops: Tensor
     """The depth that predicted each of them, of the same shape."""
     seconds: float
@@ -145,8 +147,10 @@ class Engine:
         with self._flight(requests, len(requests)) as flight:
             steps = sorted(serve(flight, requests), key=lambda step: step.request)
         seconds = [step.seconds for step in steps]
+        likeliest = torch.tensor([request.likeliest for request in requests])
         return Followed(
             -torch.tensor([step.logprob for step in steps]).view(len(tokens), new),
+            (likeliest == tokens[:, prompt:].to(likeliest.device)).float(),
             torch.tensor([step.loops for step in steps]).view(len(tokens), new),
             max(seconds) - min(seconds),
             flight.cache.bytes_per_token,

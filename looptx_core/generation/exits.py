@@ -50,7 +50,12 @@ def calibrated(
             part[place] for part in (settings.gain_slope, settings.gain_power, settings.gain_offset)
         )
         gain = _exp(offset + slope * gain + power * _log(change))
-    return _probability(logit / settings.temperature), gain
+    return _probability(_odds(logit, settings)), gain
+
+
+def _odds(logit: Numbers, settings: ExitSettings) -> Numbers:
+    """The head's, calibrated."""
+    return logit / settings.temperature + settings.confidence_offset
 
 
 def _exp(x: Numbers) -> Numbers:
@@ -69,7 +74,7 @@ def stated(logit: Numbers, sharp: Numbers, settings: ExitSettings) -> Numbers:
     are; together they tell hits from misses better than either.
     """
     if not settings.stated:
-        return _probability(logit / settings.temperature)
+        return _probability(_odds(logit, settings))
     offset, head, readout = settings.stated
     return _probability(offset + head * logit + readout * sharp)
 
@@ -175,7 +180,8 @@ class Exit:
         odds, nats = _FAR, -_FAR
         if "confidence" in self.signals:
             sure = min(max(self.settings.confidence, _LEAST), 1 - _LEAST)
-            odds = math.log(sure / (1 - sure)) * self.settings.temperature - 1e-4
+            odds = math.log(sure / (1 - sure)) - self.settings.confidence_offset
+            odds = odds * self.settings.temperature - 1e-4
         if "gain" in self.signals:
             nats = self.settings.gain + 1e-5
         return odds, nats

@@ -117,6 +117,8 @@ class Request:
     pictures: tuple[Picture, ...] = ()
     script: Sequence[int] = ()
     """Tokens to take, in place of those that would be drawn."""
+    likeliest: list[int] = field(default_factory=list)
+    """Beside a script: the most likely token in each of its places."""
     generator: torch.Generator = field(default_factory=torch.Generator)
     began: float = field(default_factory=time.perf_counter)
     done: bool = False
@@ -124,6 +126,7 @@ class Request:
     def draw(self, logits: Tensor, best: int) -> int:
         """The next token, by logits (vocab_size,); best: the most likely one."""
         if self.script:
+            self.likeliest.append(best)
             return self.script[len(self.seen) - self.limit]
         if self.options.temperature == 0 and self.options.repetition_penalty == 1.0:
             return best

@@ -162,11 +162,13 @@ def sentences(document: Document) -> list[str]:
 def _policies(rows: Sequence[Document]) -> str:
     if not rows:
         return ""
-    head = ("policy", "exit", "loss", "with full cache", "loops", "bytes a token", "tokens/s")
+    head = ("policy", "exit", "loss", "with full cache", "accuracy", "with full cache", "loops",
+            "bytes a token", "tokens/s")  # fmt: skip
     body = [
         (
             r["policy"], r["exit"], f"{r['loss']:.4f}",
-            f"{r['loss_with_full_cache']:.4f}", f"{r['mean_loops']:.2f}",
+            f"{r['loss_with_full_cache']:.4f}", f"{r['accuracy']:.2%}",
+            f"{r['accuracy_with_full_cache']:.2%}", f"{r['mean_loops']:.2f}",
             f"{r['bytes_per_token']:,}", f"{r['tokens_per_second']:.0f}",
         )
         for r in rows

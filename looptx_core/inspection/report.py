@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -156,8 +156,8 @@ def _by_loop(survey: Survey, tokens_per_byte: float) -> Document:
 def _confidence(survey: Survey, stored: ExitSettings, settings: ExitSettings) -> Document:
     """Calibration and discrimination where tokens stop, and by loop.
 
-    `before`: as the head says it. `head`: divided by the temperature of the other half, which the
-    exit rests on. Without a suffix: as it is stated with a token, which reads the logits too.
+    `before`: as the head says it. `head`: calibrated on the other half, which the exit rests on.
+    Without a suffix: as it is stated with a token, which reads the logits too.
     """
     raw, told = survey.evaluation.logit.sigmoid(), survey.stated(settings)
     signals = survey.signals(settings)
@@ -191,6 +191,7 @@ def _confidence(survey: Survey, stored: ExitSettings, settings: ExitSettings) ->
         "spearman_loss": metrics.spearman(at_exit(told), loss),
         "temperature_before": stored.temperature,
         "temperature": settings.temperature,
+        "confidence_offset": settings.confidence_offset,
         "stated": list(settings.stated),
         "reliability_before": [b._asdict() for b in metrics.reliability(at_exit(raw), hit)],
         "reliability": [b._asdict() for b in metrics.reliability(at_exit(told), hit)],
@@ -266,7 +267,8 @@ def _policies(
 ) -> list[Document]:
     """Cache policies in real decoding of held-out texts, batch 1, with exits and at fixed depths.
 
-    `loss_with_full_cache`: of the same texts at the same depths, had every token run all loops.
+    `loss_with_full_cache`, `accuracy_with_full_cache`: of the same texts at the same depths, had
+    every token run all loops.
     `fixed`: the depth; None with exits. Among the depths is the next one below what the exit takes.
     """
     model, deepest = loaded.model, loaded.model.config.max_loops
@@ -274,21 +276,28 @@ def _policies(
     texts = _documents(shards, max(1, tokens // (_DECODED_TEXT - _PROMPT)))
     if not texts:
         return []
-    by_loop = [evaluate_loops(model, text[None], deepest).each[:, _PROMPT - 1 :] for text in texts]
+    seen = [evaluate_loops(model, text[None], deepest) for text in texts]
 
     def decode(policy: str, depth: int | None) -> Document:
         options = GenerationOptions(loops=depth or "auto", prompt_loops=deepest, kv_policy=policy)
         engine.follow(texts[0][None], _PROMPT, options)  # graphs are recorded at first use
         walked = [engine.follow(text[None], _PROMPT, options) for text in texts]
-        losses = torch.cat([w.loss[0] for w in walked])
-        exact = [each.gather(0, w.loops - 1)[0] for each, w in zip(by_loop, walked)]
+        losses, hits = (torch.cat([part[0] for part in w]) for w in zip(*(w[:2] for w in walked)))
+
+        def exact(by_loop: Sequence[Tensor]) -> float:
+            parts = (values[:, _PROMPT - 1 :].gather(0, w.loops - 1)
+                     for values, w in zip(by_loop, walked))  # fmt: skip
+            return _mean(torch.cat([part[0] for part in parts]))
+
         return {
             "policy": policy,
             "exit": settings.rule if depth is None else f"fixed at {depth}",
             "fixed": depth,
             "prompt_loops": deepest,
             "loss": _mean(losses),
-            "loss_with_full_cache": _mean(torch.cat(exact)),
+            "loss_with_full_cache": exact([part.each for part in seen]),
+            "accuracy": _mean(hits),
+            "accuracy_with_full_cache": exact([part.hit for part in seen]),
             "mean_loops": _mean(torch.cat([w.loops[0, 1:] for w in walked])),
             "bytes_per_token": walked[0].bytes_per_token,
             "tokens_per_second": len(losses) / sum(w.seconds for w in walked),

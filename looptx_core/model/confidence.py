@@ -3,8 +3,10 @@
 Targets, taken from the main loss of the same forward pass (see `training/objective.py`):
 
 - `logit`: the log-odds that the model's most likely token is the right one, trained by binary
-  cross-entropy against [argmax == label]. The target is that of CALM's and TRM's halting heads
-  (arXiv 2207.07061, 2510.04871).
+  cross-entropy against that token's own probability, which is the mean of [argmax == label] as far
+  as the model is right about itself. CALM's and TRM's halting heads (arXiv 2207.07061, 2510.04871)
+  learn [argmax == label] itself, whose noise, and what is known of the training text by heart, they
+  learn with it. Where the model is too sure, calibration on held-out text says so.
 - `gain`: the expected drop of the token's loss from this loop to the next, in nats, by squared
   error against L[t] - L[t+1]. Ouro (arXiv 2510.25741) squashes the same difference into a
   probability; the plain mean keeps its unit, so that a threshold on it means nats per loop.

@@ -324,9 +324,11 @@ void looptx_gelu_gate_backward(int threads, int64_t count, const float* dy, cons
 }
 
 // Of each row of logits, (rows, classes): the loss of its target, not a number where there is no such
-// class; whether the target is the largest, or one of them; the log of the sum of all exponentials.
+// class; whether the target is the largest, or one of them; the largest's share; the log of the sum of
+// all exponentials.
 void looptx_cross_entropy(int threads, int64_t rows, int64_t classes, const float* logits,
-                          const int64_t* targets, float* losses, float* hits, float* log_sums) {
+                          const int64_t* targets, float* losses, float* hits, float* tops,
+                          float* log_sums) {
     share(threads, rows, [&](int, int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             const float* x = logits + row * classes;
@@ -336,6 +338,7 @@ void looptx_cross_entropy(int threads, int64_t rows, int64_t classes, const floa
 #pragma omp simd reduction(+ : sum)
             for (int64_t i = 0; i < classes; ++i) sum += exp_below(x[i] - most);
             log_sums[row] = most + std::log(sum);
+            tops[row] = 1.f / sum;
             const bool known = targets[row] >= 0 && targets[row] < classes;
             losses[row] = known ? log_sums[row] - x[targets[row]] : NAN;
             hits[row] = known && x[targets[row]] == most;

@@ -151,17 +151,17 @@ class _Products(Function):
 
 class _CrossEntropy(Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits, targets = logits.contiguous(), targets.contiguous()
-        losses, hits, sums = (logits.new_empty(len(logits)) for _ in range(3))
-        _call("looptx_cross_entropy", *logits.shape, logits, targets, losses, hits, sums)
+        losses, hits, tops, sums = (logits.new_empty(len(logits)) for _ in range(4))
+        _call("looptx_cross_entropy", *logits.shape, logits, targets, losses, hits, tops, sums)
         ctx.save_for_backward(logits, targets, sums)
-        ctx.mark_non_differentiable(hits)
-        return losses, hits
+        ctx.mark_non_differentiable(hits, tops)
+        return losses, hits, tops
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dlosses: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dlosses: Tensor, *_: Tensor) -> tuple[Tensor, None]:
         logits, targets, sums = ctx.saved_tensors
         dlogits, dlosses = torch.empty_like(logits), dlosses.contiguous()
         sizes = logits.shape
@@ -240,10 +240,11 @@ def products(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     return _Products.apply(x, *weights)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each target in nats, and whether it has the largest logit, 1 or 0.
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of each target in nats, whether it has the largest logit, 1 or 0, and the
+    probability of the class that has.
 
-    logits (tokens, classes), targets (tokens,) of int64; both results (tokens,). The loss of a
+    logits (tokens, classes), targets (tokens,) of int64; all results (tokens,). The loss of a
     target that is no class is not a number.
     """
     return _CrossEntropy.apply(logits, targets)

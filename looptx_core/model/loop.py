@@ -48,6 +48,17 @@ from looptx_core.model.vision import (
 )
 
 
+class Score(NamedTuple):
+    """What a read-out made of its target. Each (tokens,)."""
+
+    loss: Tensor
+    """Nats."""
+    hit: Tensor
+    """1 where the top token is the target, else 0."""
+    top: Tensor
+    """The probability of the top token, without a gradient."""
+
+
 class LoopOutput(NamedTuple):
     """logits: (batch, length, vocab_size); state: (batch, length, d_model)."""
 
@@ -207,14 +218,15 @@ class LoopedTransformer(nn.Module):
             state = block(state, around, window and window.coda(layer))
         return self.norm(state)
 
-    def score(self, decoded: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """What the head makes of (tokens, d_model): the loss of each target (tokens,) in nats, and
-        whether the top token is the target, 1 or 0."""
+    def score(self, decoded: Tensor, targets: Tensor) -> Score:
+        """What the head makes of (tokens, d_model), of targets (tokens,)."""
         logits = self.head(decoded).float()
         if ready(logits):
-            return cross_entropy(logits, targets)
+            return Score(*cross_entropy(logits, targets))
         losses = F.cross_entropy(logits, targets, reduction="none")
-        return losses, (logits.detach().argmax(-1) == targets).float()
+        most, top = logits.detach().max(-1)
+        likely = logits.detach().gather(-1, targets[:, None])[:, 0] + losses.detach()
+        return Score(losses, (top == targets).float(), (most - likely).exp())
 
     def states(
         self,

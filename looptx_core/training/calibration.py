@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from looptx_core.config.generation import ExitSettings
 from looptx_core.training.evaluate import LoopEvaluation
 
+_STEEPEST = math.e**2  # a slope of log-odds, and its inverse the flattest
 _LEAST_GAIN = 1e-6  # nats; of a loop after which nothing comes any more
 
 
@@ -20,48 +20,42 @@ def calibrate(settings: ExitSettings, held_out: LoopEvaluation) -> ExitSettings:
     """The exit settings with confidences and gains fitted on these tokens, where they may stop."""
     first = min(settings.min_loops, len(held_out.each)) - 1
     logit, sharp, hit = (part[first:] for part in (held_out.logit, held_out.sharp, held_out.hit))
+    temperature, confidence_offset = fit_confidence(logit, hit)
     slope, power, offset = fit_gain(held_out.gain, held_out.change, held_out.each)
     return replace(
         settings,
-        temperature=fit_temperature(logit, hit),
-        stated=fit_stated(logit, sharp, hit),
+        temperature=temperature,
+        confidence_offset=confidence_offset,
+        stated=fit_odds(hit, logit, sharp),
         gain_slope=slope,
         gain_power=power,
         gain_offset=offset,
     )
 
 
-def fit_temperature(logit: Tensor, hit: Tensor) -> float:
-    """The temperature that minimises the cross-entropy of sigmoid(logit / T) against hits.
+def fit_confidence(logit: Tensor, hit: Tensor) -> tuple[float, float]:
+    """`ExitSettings.temperature` and `confidence_offset`, by `fit_odds`.
 
-    Temperature scaling (Guo et al., arXiv 1706.04599), by golden-section search on log T, along
-    which the cross-entropy has one minimum. logit, hit: any equal shapes.
+    The offset is for what a model believes of itself: after training on few tokens many times it is
+    too sure of all. logit, hit: any equal shapes.
     """
-
-    def cost(log_t: float) -> float:
-        scaled = logit.double() / torch.tensor(log_t).exp()
-        return float(F.binary_cross_entropy_with_logits(scaled, hit.double()))
-
-    low, high, golden = -2.0, 2.0, (5**0.5 - 1) / 2
-    for _ in range(30):
-        left, right = high - golden * (high - low), low + golden * (high - low)
-        if cost(left) < cost(right):
-            high = right
-        else:
-            low = left
-    return float(torch.tensor((low + high) / 2).exp())
+    _, slope = fit_odds(hit, logit)
+    slope = min(max(slope, 1 / _STEEPEST), _STEEPEST)  # a head that tells nothing has no slope
+    (offset,) = fit_odds(hit, given=slope * logit)
+    return 1 / slope, offset
 
 
-def fit_stated(logit: Tensor, sharp: Tensor, hit: Tensor) -> tuple[float, ...]:
-    """`ExitSettings.stated`: logistic regression of hits on both log-odds (Platt, 1999).
+def fit_odds(hit: Tensor, *odds: Tensor, given: Tensor | None = None) -> tuple[float, ...]:
+    """Logistic regression of hits on log-odds (Platt, 1999): an offset, and a weight for each.
 
-    logit, sharp, hit: any equal shapes.
+    hit, odds, given: any equal shapes; `given` is added as it is.
     """
-    inputs = torch.stack([torch.ones_like(logit), logit, sharp], -1).flatten(0, -2).double()
+    inputs = torch.stack([torch.ones_like(hit), *odds], -1).flatten(0, -2).double()
     scale = inputs.square().mean(0).sqrt().clamp(min=1e-6)
+    start = 0.0 if given is None else given.flatten().double()
 
     def chance(odds: Tensor) -> tuple[Tensor, Tensor]:
-        sure = torch.sigmoid(odds)
+        sure = torch.sigmoid(odds + start)
         return sure, sure * (1 - sure)
 
     # A trace of decay keeps the weights finite where hits can be told without an error.

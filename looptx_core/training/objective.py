@@ -6,8 +6,10 @@ the same. `pair` reads a sequence's last two loops: with depths drawn broadly ev
 supervised under the fixed prior that the draw implies, and the gain of one more loop is seen at
 each pair.
 
-The confidence head learns from the very same read-outs: whether the top token was right, and by
-how much the next loop lowered the loss.
+The confidence head learns from the very same read-outs: how likely the top token was, and by how
+much the next loop lowered the loss. That probability is what being right amounts to in the mean,
+without the luck of the single token, and without what the trunk knows of its training text by
+heart: on other text a head that learns hits tells them less well (benchmarks/new_heads.py).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from looptx_core.model.block import Surroundings
 from looptx_core.model.flops import patch_flops, token_flops
-from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.loop import LoopedTransformer, Score
 from looptx_core.model.vision import Pictures
 from looptx_core.training.evaluate import inputs_and_targets
 from looptx_core.training.loop_schedule import LoopSchedule
@@ -161,8 +163,8 @@ def _measured(
     """What the choice of going deeper rests on, nats a token, (batch,)."""
     if by == "gain":
         return _average(model.confidence(state, loop).gain.float(), weights, 1)
-    losses, _ = model.score(model.decode(state, around).flatten(0, 1), targets.flatten())
-    return _average(losses.view(targets.shape), weights, 1)
+    scored = model.score(model.decode(state, around).flatten(0, 1), targets.flatten())
+    return _average(scored.loss.view(targets.shape), weights, 1)
 
 
 @dataclass
@@ -171,8 +173,7 @@ class _Scored:
 
     rows: list[int]
     loops: list[int]
-    losses: Tensor
-    correct: Tensor
+    score: Score
     logit: Tensor
     gain: Tensor
     weights: Tensor | None
@@ -199,17 +200,15 @@ def _score(
         # A product with the vocabulary only where a target counts, which it does on no picture.
         counted = weights.flatten() > 0
         read_out, wanted = read_out[counted], wanted[counted]
-    losses, hits = model.score(read_out, wanted)
+    scored = model.score(read_out, wanted)
     if counted is not None:
-        nothing = losses.new_zeros(targets.numel())
-        losses = nothing.masked_scatter(counted, losses)
-        hits = nothing.masked_scatter(counted, hits)
+        nothing = scored.loss.new_zeros(targets.numel())
+        scored = Score(*(nothing.masked_scatter(counted, part) for part in scored))
     confidence = model.confidence(states, torch.tensor(read.loops, device=states.device))
     return _Scored(
         read.rows,
         read.loops,
-        losses.view(targets.shape),
-        hits.view(targets.shape),
+        Score(*(part.view(targets.shape) for part in scored)),
         confidence.logit.float(),
         confidence.gain.float(),
         weights,
@@ -226,20 +225,22 @@ def _combine(
     keep_in_step: Tensor,
     core_rows: int,
 ) -> LoopLoss:
-    batch, length = len(depths), read.losses.shape[1]
+    batch, length = len(depths), read.score.loss.shape[1]
     rows, loops = torch.tensor(read.rows), torch.tensor(read.loops)
     share = loops.double() ** prior
     weight = share / torch.zeros(batch).double().index_add(0, rows, share)[rows] / batch
-    by_readout = _weigh(read.losses, read.weights).mean(1)
+    by_readout = _weigh(read.score.loss, read.weights).mean(1)
     loss = (by_readout * weight.to(by_readout)).sum() + 0.0 * keep_in_step.float().sum()
 
-    judged = F.binary_cross_entropy_with_logits(read.logit, read.correct, weight=read.weights)
+    judged = F.binary_cross_entropy_with_logits(read.logit, read.score.top, weight=read.weights)
     place = {key: index for index, key in enumerate(zip(read.rows, read.loops))}
     pairs = [(i, place[row, loop + 1]) for (row, loop), i in place.items()
              if (row, loop + 1) in place]  # fmt: skip
     if pairs:
         now, then = torch.tensor(pairs, device=by_readout.device).T
-        seen = (read.losses[now] - read.losses[then]).detach().clamp(-_GAIN_LIMIT, _GAIN_LIMIT)
+        seen = (
+            (read.score.loss[now] - read.score.loss[then]).detach().clamp(-_GAIN_LIMIT, _GAIN_LIMIT)
+        )
         errors = F.mse_loss(read.gain[now], seen, reduction="none")
         judged = judged + _weigh(errors, read.weights, now).mean()
     else:
@@ -254,10 +255,10 @@ def _combine(
         loss=loss,
         confidence_loss=judged,
         deepest=_average(
-            read.losses.detach()[final], None if read.weights is None else read.weights[final]
+            read.score.loss.detach()[final], None if read.weights is None else read.weights[final]
         ),
         confidence_error=_average(
-            (read.logit.detach().sigmoid() - read.correct).abs(), read.weights
+            (read.logit.detach().sigmoid() - read.score.hit).abs(), read.weights
         ),
         mean_loops=core_rows / batch,
         flops=3 * forward,
