@@ -141,9 +141,10 @@ def _show(document: dict[str, Any]) -> None:
         lines.add_row("mean loops", *(f"{task['mean_loops']:.2f}" for task in tasks))
         out.print(lines)
     if policies := document["kv_policies"]:
+        title = f"The cache under real exits, {policies[0]['tokens']:,} tokens"
         cache = table(
-            "The cache under real exits", "policy", "exit", "loss", "with full cache",
-            "accuracy", "with full cache", "loops", "bytes a token", "tokens/s",
+            title, "policy", "exit", "loss", "with full cache", "accuracy", "with full cache",
+            "loops", "bytes a token", "tokens/s",
         )  # fmt: skip
         for row in policies:
             cache.add_row(

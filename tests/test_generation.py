@@ -83,8 +83,8 @@ class Reference:
         self.model, self.settings, self.policy = model, settings, policy
         self.memory = {}
 
-    def block(self, block: Block, key, x, position, loop, seen_at):
-        """`seen_at(entries)`: which of an earlier position's entries this loop looks at."""
+    def heads(self, block: Block, x, position):
+        """Queries, keys and values."""
         attention = block.attention
         rotary = rotary_tables(
             torch.tensor([[[position]]]), CONFIG.head_dim, CONFIG.rope_theta, x.dtype
@@ -97,15 +97,20 @@ class Reference:
             rotate(F.rms_norm(x, x.shape[-1:], n.weight, n.eps), rotary).transpose(1, 2)
             for x, n in zip((q, k), norms)
         )
+        return q, k, v.transpose(1, 2)
+
+    def block(self, block: Block, key, x, position, loop, seen_at):
+        """`seen_at(entries)`: which of an earlier position's entries this loop looks at."""
+        q, k, v = self.heads(block, x, position)
         entries = self.memory.setdefault(key, [])
         past = [seen_at(one) for one in entries[:position]]
         if loop == 1:
             entries[position:] = [[]]
-        entries[position].append((k, v.transpose(1, 2)))
+        entries[position].append((k, v))
         past.append(entries[position][-1])
         keys, values = (torch.cat(parts, dim=2) for parts in zip(*past))
         out = explicit(q, keys, values, None).transpose(1, 2).reshape(1, 1, -1)
-        x = x + attention.o_proj(out)
+        x = x + block.attention.o_proj(out)
         return x + block.mlp(block.mlp_norm(x))
 
     def token(self, token, position, depth=None, *, minimum=1):
@@ -139,6 +144,9 @@ class Reference:
                 loop >= minimum and (sure >= settings.confidence or gain.item() < settings.gain)
             ):
                 break
+        if self.policy == "fill" and loop < CONFIG.max_loops:
+            ahead = self.heads(model.core[0], model.injection(state, e), position)
+            self.memory["core", 0][position].append(ahead[1:])
         y = state
         for i, block in enumerate(model.coda):
             y = self.block(block, ("coda", i), y, position, 1, lambda one: one[0])

@@ -170,6 +170,31 @@ def test_rows_at_their_own_columns_and_loops(dtype: torch.dtype, limit: float) -
             assert (judged.gain[row] - one.gain[0]).abs().max() < limit
 
 
+@pytest.mark.parametrize("loops", [1, 4])
+def test_who_leaves_provides_for_the_next_loop(loops: int) -> None:
+    """The first layer's entries are those that the next loop would have made; the others', and
+    those of loops further on, are copies."""
+    torch.manual_seed(0)
+    config = replace(CONFIG, core_layers=2)
+    model = LoopedTransformer(config).double().eval()
+    tokens = torch.randint(0, config.vocab_size, (2, 5))
+    left, gone_on = (LoopCache(config, 2, 5, loops=8, dtype=torch.double) for _ in range(2))
+    with torch.no_grad():
+        for cache, more in ((left, 0), (gone_on, 1)):
+            around = model.surroundings(5, cache.window(5))
+            state = start = model.encode(tokens, around)
+            for loop in range(1, loops + 1 + more):
+                state = model.step(state, start, loop, around)
+            if not more:
+                model.leave(state, start, loops, around)
+    for ours, true in ((left.keys, gone_on.keys), (left.values, gone_on.values)):
+        next_one, deepest = (left.slot(0, loop) for loop in (loops + 1, 8))
+        assert torch.allclose(ours[next_one], true[next_one], atol=1e-12)
+        assert torch.equal(ours[deepest], ours[next_one])
+        assert not torch.allclose(ours[next_one], ours[left.slot(0, loops)], atol=1e-6)
+        assert torch.equal(ours[left.slot(1, 8)], ours[left.slot(1, loops)])
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_rounded_keys_and_values(kind: str) -> None:
     """What is read back is within half a step, and what takes 4 bits takes 4 bits."""

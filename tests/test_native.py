@@ -61,7 +61,7 @@ def differences(model: LoopedTransformer, precision: str = "float32") -> dict[st
             state = mover.step(start, start.flip(0), loops, place, further=1)
             logits = mover.decode(state, place)
             judged = torch.tensor(mover.judge(state[:, :1], [4, 5, 1]))
-            mover.leave(cache, [2, 0, 1], [1, 5, 3])
+            mover.leave(state, start, [1, 5, 3], place)
             results.append((start, state, logits, judged, cache.keys, cache.values))
     for name, ours, theirs in zip(("start", "state", "logits", "judged", "k", "v"), *results):
         found[name] = float((ours - theirs).abs().max() / theirs.abs().max())

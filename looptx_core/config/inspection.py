@@ -35,7 +35,7 @@ class InspectConfig:
     """Map how far the loops move the patches of this picture."""
     max_new_tokens: int = 40
     """prompt: tokens to generate."""
-    decode_tokens: int = 480
+    decode_tokens: int = 1920
     """Tokens decoded one by one for each cache policy; 0 leaves it out."""
     seed: int = 0
     """Seed of the deletion test's random tokens."""

@@ -190,7 +190,6 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
             window = cache.window(new)
             around = self.model.surroundings(new, window)
             logits, depths = self._fixed(tokens, self._depth(loops), around, keep)
-            window.leave(self._depth(loops))
             window.advance()
             return logits, depths
         settings = self.config.exit_settings()
@@ -205,7 +204,11 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
         return logits[order][:, None], loops_by_row[order.cpu()]
 
     def _fixed(self, tokens: Tensor, loops: int, around: Any, keep: int) -> tuple[Tensor, Tensor]:
-        *_, state = self.model.states(tokens, loops, around)
+        state = embedding = self.model.encode(tokens, around)
+        for loop in range(1, loops + 1):
+            state = self.model.step(state, embedding, loop, around)
+        if around.window is not None and around.window.cache.fills(loops):
+            self.model.leave(state, embedding, loops, around)
         logits = self.model.head(self.model.decode(state, around)[:, -keep:])
         return logits, torch.full((len(tokens),), loops)
 

@@ -75,11 +75,11 @@ class Flight:
         state = embedding = moves.encode(tokens, place, pictures)
         state = moves.step(state, embedding, [1], place, further=loops - 1)
         logits = moves.decode(state, place, last=True)[:, -1]
-        window = self.cache.window(tokens.shape[1], rows)
-        window.leave(loops)
-        window.advance()
-        self.work.prompt += tokens.numel()
         depths = [loops] * len(rows)
+        if self.cache.fills(loops):
+            moves.leave(state, embedding, depths, place)
+        self.cache.window(tokens.shape[1], rows).advance()
+        self.work.prompt += tokens.numel()
         odds = [logit for logit, _ in moves.judge(state[:, -1:], depths)]
         return Landing(list(rows), logits, depths, odds)
 
@@ -125,15 +125,17 @@ class Flight:
                 landings.append(landing)
         return landings
 
-    def _some(self, which: list[int]) -> tuple[Tensor, Place]:
-        """States and place of some of the riders."""
-        assert self._state is not None and self._place is not None
+    def _some(self, which: list[int]) -> tuple[Tensor, Tensor, Place]:
+        """States, embeddings and place of some of the riders."""
+        assert self._state is not None and self._embedding is not None
         if len(which) == len(self._riders):
-            return self._state, self._place
-        return self._state[which], self.moves.at(self.cache, [self._riders[i].row for i in which])
+            return self._state, self._embedding, self._place
+        place = self.moves.at(self.cache, [self._riders[i].row for i in which])
+        return self._state[which], self._embedding[which], place
 
     def _read(self, which: list[int]) -> None:
-        logits = self.moves.decode(*self._some(which))[:, -1]
+        state, _, place = self._some(which)
+        logits = self.moves.decode(state, place)[:, -1]
         self.work.readouts += len(which)
         for i, row in zip(which, logits):
             self._riders[i].previous, self._riders[i].logits = self._riders[i].logits, row
@@ -152,8 +154,10 @@ class Flight:
         if unread := [i for i in go if self._riders[i].logits is None]:
             self._read(unread)
         gone = [self._riders[i] for i in go]
-        rows = [rider.row for rider in gone]
-        self.moves.leave(self.cache, rows, [rider.loop for rider in gone])
+        rows, loops = [rider.row for rider in gone], [rider.loop for rider in gone]
+        if any(map(self.cache.fills, loops)):
+            state, embedding, place = self._some(go)
+            self.moves.leave(state, embedding, loops, place)
         self.cache.grow(rows)
         stay = sorted(set(range(len(self._riders))) - set(go))
         self._riders = [self._riders[i] for i in stay]
@@ -164,6 +168,6 @@ class Flight:
         return Landing(
             rows,
             torch.stack([rider.logits for rider in gone if rider.logits is not None]),
-            [rider.loop for rider in gone],
+            loops,
             [rider.odds for rider in gone],
         )

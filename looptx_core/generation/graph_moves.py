@@ -10,6 +10,7 @@ take longer than calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -119,12 +120,12 @@ class GraphMoves(Moves):
         place.take(state)
         return place.decode().clone()
 
-    def leave(self, cache: LoopCache, rows: Sequence[int], loops: Sequence[int]) -> None:
-        track = next((t for t in self._tracks.values() if t.column == cache.length), None)
-        if cache is not self._cache or track is None:
-            super().leave(cache, rows, loops)
-        elif cache.fills(loops[0]):
-            track.leave(loops[0])
+    def leave(self, state: Tensor, embedding: Tensor, loops: Sequence[int], place: Place) -> None:
+        if not isinstance(place, _Track):
+            super().leave(state, embedding, loops, place)
+        else:
+            place.take(state, embedding)
+            place.leave(loops[0])
 
 
 class _Track:
@@ -174,7 +175,8 @@ class _Track:
         return self.logits
 
     def leave(self, loop: int) -> None:
-        self._run("leave", loop, lambda: self.window.leave(loop))
+        leave = partial(self.model.leave, self.state, self.embedding, loop, self.around)
+        self._run("leave", loop, leave)
 
     def _place(self) -> None:
         now = self.model.surroundings(1, self.window)

@@ -158,7 +158,12 @@ class Moves:
         judged = self.model.confidence(state, index)
         return torch.cat([judged.logit, judged.gain], -1).tolist()
 
-    def leave(self, cache: LoopCache, rows: Sequence[int], loops: Sequence[int]) -> None:
-        """These rows end their next column, each after its loop: provide for its deeper slots."""
-        for loop in set(loops):
-            cache.window(1, [row for row, own in zip(rows, loops) if own == loop]).leave(loop)
+    def leave(self, state: Tensor, embedding: Tensor, loops: Sequence[int], place: Place) -> None:
+        """The tokens end, each row's after its loop: provide for the cache's deeper slots."""
+        window = place.window
+        for loop in filter(window.cache.fills, set(loops)):
+            some = [i for i, own in enumerate(loops) if own == loop]
+            around = place
+            if len(some) < len(loops):
+                around = Moves.at(self, window.cache, [window.rows[i] for i in some], window.new)
+            self.model.leave(state[some], embedding[some], loop, around)

@@ -109,16 +109,12 @@ class NativeMoves(Moves):
         """With 8-bit weights: a draft's read-out takes most of its time, from memory."""
         return self.native if self.precision == "int8" else NativeModel(self.model, "int8")
 
-    def leave(self, cache: LoopCache, rows: Sequence[int], loops: Sequence[int]) -> None:
-        filling = [pair for pair in zip(rows, loops) if cache.fills(pair[1])]
-        if not filling:
-            return
-        rows, loops = zip(*filling)
-        place = self.at(cache, rows)
-        if isinstance(place, NativePlace):
-            self.native.leave(loops, place)
+    def leave(self, state: Tensor, embedding: Tensor, loops: Sequence[int], place: Place) -> None:
+        if not isinstance(place, NativePlace):
+            super().leave(state, embedding, loops, place)
         else:
-            super().leave(cache, rows, loops)
+            flat = state.flatten(0, 1), embedding.flatten(0, 1)
+            self.native.leave(*flat, _each(loops, state), place)
 
     def judge(self, state: Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
         return self.native.judge(state.flatten(0, 1).contiguous(), _each(loops, state))

@@ -173,7 +173,8 @@ def _policies(rows: Sequence[Document]) -> str:
         )
         for r in rows
     ]  # fmt: skip
-    return "<h2>The cache under real exits</h2>" + _table(head, body)
+    title = f"<h2>The cache under real exits, {rows[0]['tokens']:,} tokens</h2>"
+    return title + _table(head, body)
 
 
 def _trace(trace: Document) -> str:

@@ -39,7 +39,7 @@ from looptx_core.training.evaluate import evaluate_loops
 SCHEMA_VERSION = 1
 SHOWN_INCREASE = 0.005
 """The rise of the loss at which rules are compared where none is asked for."""
-_DECODED_TEXT = 64  # tokens of one text, prompt included
+_DECODED_TEXT = 128  # tokens of one text, prompt included
 _PROMPT = 16
 _LEVEL = 1e-3  # a share of the loss, below which what is smaller or simpler is worth more
 _POINTS = 5e-3  # of the accuracy, the same
@@ -273,7 +273,7 @@ def _policies(
     """
     model, deepest = loaded.model, loaded.model.config.max_loops
     engine = Engine(model, loaded.tokenizer, settings)
-    texts = _documents(shards, max(1, tokens // (_DECODED_TEXT - _PROMPT)))
+    texts = _pieces(shards, tokens, min(_DECODED_TEXT, model.config.max_seq_len))
     if not texts:
         return []
     seen = [evaluate_loops(model, text[None], deepest) for text in texts]
@@ -294,6 +294,7 @@ def _policies(
             "exit": settings.rule if depth is None else f"fixed at {depth}",
             "fixed": depth,
             "prompt_loops": deepest,
+            "tokens": len(losses),
             "loss": _mean(losses),
             "loss_with_full_cache": exact([part.each for part in seen]),
             "accuracy": _mean(hits),
@@ -336,21 +337,25 @@ def _as_good(found: list[Document], policy: str, tasks: list[Document]) -> Docum
     return simple if answers and simple["loss"] <= own["loss"] * (1 + _LEVEL) else None
 
 
-def _documents(shards: Shards, count: int) -> list[Tensor]:
-    """Beginnings of held-out documents, spread over the split, each (_DECODED_TEXT,) or shorter."""
+def _pieces(shards: Shards, wanted: int, length: int) -> list[Tensor]:
+    """Pieces of held-out documents, spread over the split, with about so many tokens after their
+    prompts; each (length,) or, where a document ends, shorter."""
     end = end_id(shards.tokenizer)
     tokens = shards.tokens("val")
     stream = torch.from_numpy(tokens.read(0, len(tokens)))
     starts = torch.cat([torch.zeros(1, dtype=torch.long), (stream == end).nonzero()[:, 0] + 1])
     found: dict[int, Tensor] = {}
-    for place in torch.linspace(0, len(stream) - 1, 4 * count).long():
+    places = torch.linspace(0, len(stream) - 1, max(4, 4 * wanted // (length - _PROMPT)))
+    for place in places.long().tolist():
         document = int(torch.searchsorted(starts, place, right=True)) - 1
-        stop = starts[document + 1] if document + 1 < len(starts) else len(stream)
-        text = stream[starts[document] : stop][:_DECODED_TEXT]
+        begin = int(starts[document])
+        begin += (place - begin) // length * length
+        stop = int(starts[document + 1]) if document + 1 < len(starts) else len(stream)
+        text = stream[begin : min(begin + length, stop)]
         if len(text) > _PROMPT + 1:  # the first of them is the prompt's
-            found.setdefault(document, text)
-    texts = list(found.values())
-    return texts[:: max(1, len(texts) // count)][:count]
+            found.setdefault(begin, text)
+    there = sum(len(text) - _PROMPT for text in found.values())
+    return list(found.values())[:: max(1, round(there / wanted))]
 
 
 def _text(loaded: LoadedModel, settings: ExitSettings, config: InspectConfig) -> list[int]:

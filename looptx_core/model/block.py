@@ -149,6 +149,14 @@ class Attention(SideBySide):
         out = around.attend(queries, keys, values, around.mask)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
 
+    def entries(self, x: Tensor, around: Surroundings) -> tuple[Tensor, Tensor]:
+        """The keys and values that `forward` puts into its slot, (batch, kv_heads, length,
+        head_dim)."""
+        keys, values = (
+            layer(x).view(*x.shape[:2], -1, self.head_dim) for layer in (self.k_proj, self.v_proj)
+        )
+        return self.k_norm(keys, around.rotary).transpose(1, 2), values.transpose(1, 2)
+
 
 class GeGLU(SideBySide):
     """down(gelu(gate(x)) * up(x)), arXiv 2002.05202; SwiGLU where the activation is silu."""

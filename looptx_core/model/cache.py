@@ -4,8 +4,10 @@ A token that leaves after loop t has no keys and values for the loops after t, w
 tokens that go deeper will look for. A policy says which slot a loop reads and writes, and what
 an exit leaves behind:
 
-- `fill`: every loop has its own slot; an exit copies its last loop's entry into the deeper
-  slots (Huginn, arXiv 2502.05171; AdaPonderLM, arXiv 2603.01914).
+- `fill`: every loop has its own slot; an exit copies its last loop's entries into the deeper
+  slots (Huginn, arXiv 2502.05171; AdaPonderLM, arXiv 2603.01914), but for the core's first layer,
+  whose entries of the next loop follow from the state alone, as in CALM (arXiv 2207.07061): there
+  they are what another loop would have left.
 - `last`: all loops share one slot, so that it holds each token's last computed loop; a prompt,
   which is processed loop by loop, still sees its own loop (Ouro's decoding, arXiv 2510.25741).
 
@@ -250,17 +252,22 @@ class Window:
         rows = self._index if isinstance(place, Tensor) else self._pick
         return store[..., : self.stop, :][place, rows]
 
-    def leave(self, loop: int) -> None:
-        """The rows end their current tokens after `loop`: provide for the deeper slots."""
+    def leave(self, loop: int, keys: Tensor, values: Tensor) -> None:
+        """The rows end their current tokens after `loop`: provide for the deeper slots.
+
+        keys, values: of the core's first layer in the next loop, (rows, kv_heads, new, head_dim).
+        """
         cache = self.cache
-        if not cache.fills(loop):
-            return
         first = cache.prelude + (loop - 1) * cache.core
-        for store in cache._parts():
-            for layer in range(first, first + cache.core):
-                end = cache.prelude + cache.core * cache.depths
-                deeper = slice(layer + cache.core, end, cache.core)
-                self._write(store, deeper, self._new(store, layer))
+        end = cache.prelude + cache.core * cache.depths
+        both = (cache.keys, cache.key_scales, keys), (cache.values, cache.value_scales, values)
+        for store, scales, x in both:
+            for part, made in zip((store, scales), cache.kind.round(x)):
+                if part is None:
+                    continue
+                for layer in range(first, first + cache.core):
+                    entry = made if layer == first else self._new(part, layer)
+                    self._write(part, slice(layer + cache.core, end, cache.core), entry)
 
     def _new(self, store: Tensor, place: int) -> Tensor:
         """These columns' entries, (rows, kv_heads, new, width)."""

@@ -211,6 +211,16 @@ class LoopedTransformer(nn.Module):
             x = block(x, around, window and window.core(layer, loop))
         return x
 
+    def leave(self, state: Tensor, embedding: Tensor, loop: int, around: Surroundings) -> None:
+        """The tokens end after `loop`, before the cache's last: provide for its deeper slots, where
+        later tokens that go deeper will look."""
+        assert around.window is not None
+        if self.enter_loop:
+            self.enter_loop(loop + 1)
+        first, x = self.core[0], self.injection(state, embedding)
+        assert isinstance(first, Block)
+        around.window.leave(loop, *first.attention.entries(first.attention_norm(x), around))
+
     def decode(self, state: Tensor, around: Surroundings) -> Tensor:
         """A loop's state -> what the head reads, (batch, length, d_model)."""
         window = around.window

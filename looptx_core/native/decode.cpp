@@ -597,6 +597,21 @@ struct Runner {
         for (int i = 0; i < width; ++i) out[i] /= total;
     }
 
+    // out: what some matrices make of the input, one behind the other, rows `stride` apart. They
+    // are one range, so that helpers are called once.
+    template <int N> void project(const Matrix* const (&parts)[N], float* out, int stride) {
+        int all = 0;
+        for (const Matrix* part : parts) all += part->rows;
+        pool.each(all, 4, [&](int begin, int end) {
+            int first = 0;
+            for (const Matrix* part : parts) {
+                const int from = std::max(begin - first, 0), to = std::min(end - first, part->rows);
+                if (from < to) product(*part, from, to, input, out + first, stride);
+                first += part->rows;
+            }
+        });
+    }
+
     // One block on the rows of `at`, (count, d_model); slot: the cache's, for each row.
     template <class Slot>
     void block(const Block& b, float* at, const Rows& rows, const Cache& cache, Slot slot) {
@@ -604,15 +619,7 @@ struct Runner {
         const int n = rows.count, width = m.head_dim, group = m.heads / m.kv_heads;
         const int q = m.heads * width, kv = m.kv_heads * width, all = q + 2 * kv;
         enter(at, b.attention_norm, n, m.d_model, b.q.kind);
-        // Queries, keys and values are one range, so that helpers are called once.
-        const Matrix* parts[] = {&b.q, &b.k, &b.v};
-        pool.each(all, 4, [&](int begin, int end) {
-            for (int i = 0, first = 0; i < 3; first += parts[i++]->rows) {
-                const int from = std::max(begin - first, 0);
-                const int to = std::min(end - first, parts[i]->rows);
-                if (from < to) product(*parts[i], from, to, input, qkv.data() + first, all);
-            }
-        });
+        project<3>({&b.q, &b.k, &b.v}, qkv.data(), all);
         auto place = [&](int r, int head, int column) {
             return slot(r) * cache.slot + rows.row[r] * cache.row + head * cache.head +
                    (int64_t)column * width;
@@ -729,18 +736,23 @@ struct Runner {
         return std::max(std::sqrt(moved) / std::max(std::sqrt(size), 1e-12f), 1e-6f);
     }
 
+    // at: the states, and then what enters the core's first layer.
+    void inject(float* at, const float* words, int count) {
+        const Model& m = model;
+        for (int r = 0; m.injection && r < count; ++r) {
+            float* own = at + (int64_t)r * m.d_model;
+            float* mixed = normed.data();
+            rms_norm(own, m.state_norm, m.d_model, m.eps, mixed);
+            for (int i = 0; i < m.d_model; ++i) own[i] = mixed[i] * m.state_share[i];
+            rms_norm(words + (int64_t)r * m.d_model, m.embedding_norm, m.d_model, m.eps, mixed);
+            for (int i = 0; i < m.d_model; ++i) own[i] += mixed[i] * m.embedding_share[i];
+        }
+    }
+
     void once(float* at, const float* words, const int32_t* loop, int more, const Rows& rows,
               const Cache& cache) {
         const Model& m = model;
-        if (m.injection)
-            for (int r = 0; r < rows.count; ++r) {
-                float* own = at + (int64_t)r * m.d_model;
-                float* mixed = normed.data();
-                rms_norm(own, m.state_norm, m.d_model, m.eps, mixed);
-                for (int i = 0; i < m.d_model; ++i) own[i] = mixed[i] * m.state_share[i];
-                rms_norm(words + (int64_t)r * m.d_model, m.embedding_norm, m.d_model, m.eps, mixed);
-                for (int i = 0; i < m.d_model; ++i) own[i] += mixed[i] * m.embedding_share[i];
-            }
+        inject(at, words, rows.count);
         for (int layer = 0; layer < m.core; ++layer)
             block(m.blocks[m.prelude + layer], at, rows, cache,
                   [&](int r) { return core_slot(layer, loop[r] + more, cache); });
@@ -760,20 +772,32 @@ struct Runner {
         });
     }
 
-    // Rows end their columns, each after its loop: the deeper slots get what that one holds.
-    void leave(const int32_t* loop, const Rows& rows, const Cache& cache) const {
+    // Rows end their columns, each after its loop and with its state `at`: the first layer's deeper
+    // slots get what the next loop would leave there, the others' what that loop left.
+    void leave(const float* at, const float* words, const int32_t* loop, const Rows& rows,
+               const Cache& cache) {
         const Model& m = model;
-        for (int r = 0; r < rows.count; ++r)
-            for (int layer = 0; layer < m.core; ++layer) {
-                const int64_t own = core_slot(layer, loop[r], cache);
-                for (int h = 0; h < m.kv_heads; ++h) {
-                    const int64_t at = rows.row[r] * cache.row + h * cache.head +
-                                       (int64_t)rows.column[r] * m.head_dim;
+        const Block& b = m.blocks[m.prelude];
+        const int n = rows.count, width = m.head_dim, kv = m.kv_heads * width;
+        memcpy(before.data(), at, sizeof(float) * n * m.d_model);
+        inject(before.data(), words, n);
+        enter(before.data(), b.attention_norm, n, m.d_model, b.k.kind);
+        project<2>({&b.k, &b.v}, qkv.data(), 2 * kv);
+        find_turns(rows);
+        for (int r = 0; r < n; ++r)
+            for (int h = 0; h < m.kv_heads; ++h) {
+                float* key = qkv.data() + (int64_t)r * 2 * kv + h * width;
+                turn(key, b.k_norm, turns.data() + (int64_t)r * width);
+                const int64_t to = rows.row[r] * cache.row + h * cache.head +
+                                   (int64_t)rows.column[r] * width;
+                for (int layer = 0; layer < m.core; ++layer) {
+                    const int64_t own = core_slot(layer, loop[r], cache) * cache.slot + to;
+                    const float* keys = layer ? cache.keys + own : key;
+                    const float* values = layer ? cache.values + own : key + kv;
                     for (int deeper = loop[r] + 1; deeper <= cache.depths; ++deeper) {
-                        const int64_t slot = core_slot(layer, deeper, cache);
-                        for (float* kept : {cache.keys, cache.values})
-                            memcpy(kept + slot * cache.slot + at, kept + own * cache.slot + at,
-                                   m.head_dim * sizeof(float));
+                        const int64_t slot = core_slot(layer, deeper, cache) * cache.slot + to;
+                        memcpy(cache.keys + slot, keys, width * sizeof(float));
+                        memcpy(cache.values + slot, values, width * sizeof(float));
                     }
                 }
             }
@@ -838,8 +862,10 @@ void looptx_decode(Runner* r, float* at, float* logits, const Rows* rows, const 
     r->decode(at, logits, *rows, *cache);
 }
 
-void looptx_leave(Runner* r, const int32_t* loops, const Rows* rows, const Cache* cache) {
-    r->leave(loops, *rows, *cache);
+void looptx_leave(Runner* r, const float* at, const float* words, const int32_t* loops,
+                  const Rows* rows, const Cache* cache) {
+    r->make_room(rows->count);
+    r->leave(at, words, loops, *rows, *cache);
 }
 
 void looptx_judge(Runner* r, const float* at, const int32_t* loops, int32_t count, float* out) {

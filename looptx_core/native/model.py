@@ -199,9 +199,12 @@ class NativeModel:
         self._library.looptx_decode(self._handle, _at(state), _at(logits), *place.arguments)
         return logits
 
-    def leave(self, loops: Sequence[int], place: Place) -> None:
-        """Copy what each row's loop left in the cache into the slots of the deeper ones."""
-        self._library.looptx_leave(self._handle, _ints(loops), *place.arguments)
+    def leave(self, state: Tensor, embedding: Tensor, loops: Sequence[int], place: Place) -> None:
+        """Rows end after their loops, with these states (rows, d_model): fill the cache's slots of
+        the deeper ones."""
+        self._library.looptx_leave(
+            self._handle, _at(state), _at(embedding), _ints(loops), *place.arguments
+        )
 
     def judge(self, state: Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
         """The confidence head's words after each row's loop: logit and gain."""
