@@ -144,7 +144,7 @@ class Reference:
                 loop >= minimum and (sure >= settings.confidence or gain.item() < settings.gain)
             ):
                 break
-        if self.policy == "fill" and loop < CONFIG.max_loops:
+        if loop < CONFIG.max_loops:
             ahead = self.heads(model.core[0], model.injection(state, e), position)
             self.memory["core", 0][position].append(ahead[1:])
         y = state

@@ -155,9 +155,9 @@ class Flight:
             self._read(unread)
         gone = [self._riders[i] for i in go]
         rows, loops = [rider.row for rider in gone], [rider.loop for rider in gone]
-        if any(map(self.cache.fills, loops)):
-            state, embedding, place = self._some(go)
-            self.moves.leave(state, embedding, loops, place)
+        if early := [i for i in go if self.cache.fills(self._riders[i].loop)]:
+            state, embedding, place = self._some(early)
+            self.moves.leave(state, embedding, [self._riders[i].loop for i in early], place)
         self.cache.grow(rows)
         stay = sorted(set(range(len(self._riders))) - set(go))
         self._riders = [self._riders[i] for i in stay]

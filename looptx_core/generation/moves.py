@@ -159,9 +159,10 @@ class Moves:
         return torch.cat([judged.logit, judged.gain], -1).tolist()
 
     def leave(self, state: Tensor, embedding: Tensor, loops: Sequence[int], place: Place) -> None:
-        """The tokens end, each row's after its loop: provide for the cache's deeper slots."""
+        """The tokens end, each row's after its loop, all before the cache's last: leave what later
+        ones that go deeper will look for."""
         window = place.window
-        for loop in filter(window.cache.fills, set(loops)):
+        for loop in set(loops):
             some = [i for i, own in enumerate(loops) if own == loop]
             around = place
             if len(some) < len(loops):

@@ -5,11 +5,12 @@ tokens that go deeper will look for. A policy says which slot a loop reads and w
 an exit leaves behind:
 
 - `fill`: every loop has its own slot; an exit copies its last loop's entries into the deeper
-  slots (Huginn, arXiv 2502.05171; AdaPonderLM, arXiv 2603.01914), but for the core's first layer,
-  whose entries of the next loop follow from the state alone, as in CALM (arXiv 2207.07061): there
-  they are what another loop would have left.
+  slots (Huginn, arXiv 2502.05171; AdaPonderLM, arXiv 2603.01914).
 - `last`: all loops share one slot, so that it holds each token's last computed loop; a prompt,
   which is processed loop by loop, still sees its own loop (Ouro's decoding, arXiv 2510.25741).
+
+In the core's first layer both leave not copies but what one more loop would have left: those
+entries follow from the state alone, as in CALM's propagation (arXiv 2207.07061).
 
 Each row fills its columns at its own pace, and may be cleared for another text at any time.
 A pass works on a `Window`: the next columns of some rows.
@@ -120,8 +121,8 @@ class LoopCache:
         return self.prelude + depth * self.core + layer
 
     def fills(self, loop: int) -> bool:
-        """Whether an exit after this loop leaves anything behind in deeper slots."""
-        return self.policy == "fill" and loop < self.loops
+        """Whether an exit after this loop leaves anything behind for deeper ones."""
+        return loop < self.loops
 
     def wipe(self) -> None:
         """Make all of it as it was when it was new."""
@@ -253,21 +254,22 @@ class Window:
         return store[..., : self.stop, :][place, rows]
 
     def leave(self, loop: int, keys: Tensor, values: Tensor) -> None:
-        """The rows end their current tokens after `loop`: provide for the deeper slots.
+        """The rows end their current tokens after `loop`: provide for deeper ones of later tokens.
 
         keys, values: of the core's first layer in the next loop, (rows, kv_heads, new, head_dim).
         """
         cache = self.cache
-        first = cache.prelude + (loop - 1) * cache.core
         end = cache.prelude + cache.core * cache.depths
         both = (cache.keys, cache.key_scales, keys), (cache.values, cache.value_scales, values)
         for store, scales, x in both:
             for part, made in zip((store, scales), cache.kind.round(x)):
                 if part is None:
                     continue
-                for layer in range(first, first + cache.core):
-                    entry = made if layer == first else self._new(part, layer)
-                    self._write(part, slice(layer + cache.core, end, cache.core), entry)
+                for layer in range(cache.core if cache.depths > 1 else 1):
+                    now, then = (cache.slot(layer, each) for each in (loop, loop + 1))
+                    assert isinstance(now, int)
+                    entry = self._new(part, now) if layer else made
+                    self._write(part, slice(then, end, cache.core), entry)
 
     def _new(self, store: Tensor, place: int) -> Tensor:
         """These columns' entries, (rows, kv_heads, new, width)."""

@@ -212,8 +212,8 @@ class LoopedTransformer(nn.Module):
         return x
 
     def leave(self, state: Tensor, embedding: Tensor, loop: int, around: Surroundings) -> None:
-        """The tokens end after `loop`, before the cache's last: provide for its deeper slots, where
-        later tokens that go deeper will look."""
+        """The tokens end after `loop`, before the cache's last: leave what later tokens that go
+        deeper will look for."""
         assert around.window is not None
         if self.enter_loop:
             self.enter_loop(loop + 1)

@@ -772,8 +772,9 @@ struct Runner {
         });
     }
 
-    // Rows end their columns, each after its loop and with its state `at`: the first layer's deeper
-    // slots get what the next loop would leave there, the others' what that loop left.
+    // Rows end their columns, each after its loop and with its state `at`: the first layer's slots
+    // of deeper loops get what the next one would leave there, the others' what that loop left. Where
+    // loops share a slot, it is that one.
     void leave(const float* at, const float* words, const int32_t* loop, const Rows& rows,
                const Cache& cache) {
         const Model& m = model;
@@ -790,11 +791,12 @@ struct Runner {
                 turn(key, b.k_norm, turns.data() + (int64_t)r * width);
                 const int64_t to = rows.row[r] * cache.row + h * cache.head +
                                    (int64_t)rows.column[r] * width;
-                for (int layer = 0; layer < m.core; ++layer) {
+                const bool shared = cache.depths == 1;
+                for (int layer = 0; layer < (shared ? 1 : m.core); ++layer) {
                     const int64_t own = core_slot(layer, loop[r], cache) * cache.slot + to;
                     const float* keys = layer ? cache.keys + own : key;
                     const float* values = layer ? cache.values + own : key + kv;
-                    for (int deeper = loop[r] + 1; deeper <= cache.depths; ++deeper) {
+                    for (int deeper = shared ? 1 : loop[r] + 1; deeper <= cache.depths; ++deeper) {
                         const int64_t slot = core_slot(layer, deeper, cache) * cache.slot + to;
                         memcpy(cache.keys + slot, keys, width * sizeof(float));
                         memcpy(cache.values + slot, values, width * sizeof(float));

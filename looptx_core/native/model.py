@@ -200,8 +200,8 @@ class NativeModel:
         return logits
 
     def leave(self, state: Tensor, embedding: Tensor, loops: Sequence[int], place: Place) -> None:
-        """Rows end after their loops, with these states (rows, d_model): fill the cache's slots of
-        the deeper ones."""
+        """Rows end after their loops, with these states (rows, d_model): leave what deeper ones
+        of later rows will look for."""
         self._library.looptx_leave(
             self._handle, _at(state), _at(embedding), _ints(loops), *place.arguments
         )
