@@ -9,10 +9,10 @@ machines go at half their speed for a part of the time. Then the price of a deci
 read-out of the vocabulary, in loops.
 
     python benchmarks/exit_clock.py [--texts 4] [--rounds 20] [--threads 1] [--model FOLDER]
-        [--kernel auto] [--apart] [--name exit_clock] [--data SHARDS]
+        [--kernel auto] [--kv-policy fill] [--apart] [--name exit_clock] [--data SHARDS]
 
-With --data the texts are held-out prose of these shards. With --apart the engine asks for each
-decision by a call of its own, for comparison.
+With --data the texts are held-out prose of these shards. --rounds 0: the prices alone. With --apart
+the engine asks for each decision by a call of its own, for comparison.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,18 @@ from looptx_core.generation.choose import choose_moves
 from looptx_core.generation.engine import Engine, Followed
 from looptx_core.generation.exits import Exit, Readout, calibrated, fixed_exit
 from looptx_core.generation.moves import Moves
-from looptx_core.model.cache import LoopCache
+from looptx_core.model.cache import POLICIES, LoopCache
 from looptx_core.model.loop import LoopedTransformer
 
 LENGTH, PROMPT, WITHIN = 128, 24, 0.005
 
 
 def decoding(
-    engine: Engine, texts: list[tuple[list[int], int]], rule: GenerationOptions, rounds: int
+    engine: Engine,
+    texts: list[tuple[list[int], int]],
+    rule: GenerationOptions,
+    rounds: int,
+    policy: str | None,
 ) -> dict[str, Any]:
     deepest = engine.model.config.max_loops
     losses: dict[Any, float] = {}
@@ -50,6 +55,7 @@ def decoding(
 
     def walk(text: tuple[list[int], int], options: GenerationOptions) -> Followed:
         ids, prompt = text
+        options = replace(options, kv_policy=policy)
         return engine.follow(torch.tensor([ids]), prompt, options)
 
     def judge(options: GenerationOptions) -> None:
@@ -167,6 +173,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--kernel", default="auto", help="auto, native or torch.")
     parser.add_argument("--data", type=Path, help="Shards; by default the bundled text's.")
+    parser.add_argument("--kv-policy", choices=POLICIES, help="By default the model's own.")
     parser.add_argument("--apart", action="store_true")
     parser.add_argument("--name", default="exit_clock", help="Of the results file.")
     flags = parser.parse_args()
@@ -187,9 +194,12 @@ def main() -> None:
         "texts": flags.texts,
         "rounds": flags.rounds,
         "kernel": engine.kernel,
+        "kv_policy": flags.kv_policy or loaded.exit.kv_policy,
     }
     kinds = {"prose": prose, "hop lines": hops, "both": prose + hops}
-    for name, texts in kinds.items() if flags.data is None else [("prose", prose)]:
+    if flags.data is not None:
+        kinds = {"prose": prose}
+    for name, texts in kinds.items() if flags.rounds else ():
         # `gain` alone: a token that is sure already may still be mended, at little cost.
         rules = {loaded.exit.rule: GenerationOptions()}
         if flags.data is None:  # else the exit that was stored is the one that was picked
@@ -197,7 +207,8 @@ def main() -> None:
             # About what `--target-loss-increase 0.5%` picks for these models.
             rules["gain at 0.03"] = GenerationOptions(exit="gain", threshold=0.03)
         results[name] = {
-            rule: decoding(engine, texts, options, flags.rounds) for rule, options in rules.items()
+            rule: decoding(engine, texts, options, flags.rounds, flags.kv_policy)
+            for rule, options in rules.items()
         }
     shapes = {"bundled": loaded.model}
     for preset in ("small", "medium") if flags.model == BUNDLED else ():

@@ -225,8 +225,9 @@ def test_batch_of_different_settings_equals_single_runs(engine):
         replace(GREEDY, loops=9, temperature=1.0, top_k=40, seed=3),
         replace(GREEDY, exit="gain", kv_policy="last", max_loops=6),
         replace(GREEDY, temperature=1.0, prompt_loops=2, max_new_tokens=9),
+        replace(GREEDY, loops=2, prompt_loops=3, kv_policy="last"),
     ]
-    prompts = [*PROMPTS, "mind", "how long precisely"]
+    prompts = [*PROMPTS, "mind", "how long precisely", "Ishmael"]
     together = engine.complete(prompts, options)
     for prompt, option, one in zip(prompts, options, together):
         (exact, close), (same, numbers) = facts(one), facts(*engine.complete([prompt], option))

@@ -177,6 +177,8 @@ def test_who_leaves_provides_for_the_next_loop(loops: int) -> None:
     torch.manual_seed(0)
     config = replace(CONFIG, core_layers=2)
     model = LoopedTransformer(config).double().eval()
+    share = model.injection.gain.detach().clone()
+    model.enter_loop = lambda loop: model.injection.gain.data.copy_(share * (1 + loop))
     tokens = torch.randint(0, config.vocab_size, (2, 5))
     left, gone_on = (LoopCache(config, 2, 5, loops=8, dtype=torch.double) for _ in range(2))
     with torch.no_grad():

@@ -9,6 +9,7 @@ import torch
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
+from looptx_core.model import fused
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.evaluate import evaluate_loops
 from looptx_core.training.loop_schedule import LoopSchedule
@@ -126,6 +127,24 @@ def test_a_masked_document_learns_what_it_would_alone(rule: str) -> None:
     assert net.surroundings(16, documents=documents * 0 + 3).mask is None
     unmasked = loop_loss(net, tokens, drawn, 0, ids)
     assert abs(float(unmasked.loss.detach()) - float(alone.detach())) > 1e-5
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_the_score_of_a_read_out(kernel: bool) -> None:
+    """With a target that is none among them, which others leave out."""
+    fused.prepare(kernel)
+    net, decoded, targets = model(), torch.randn(9, 32), torch.arange(9)
+    with torch.no_grad():
+        chances = net.head(decoded).softmax(-1)
+        targets[:4] = chances[:4].argmax(-1)
+        targets[4] = -100
+    scored = net.score(decoded.requires_grad_(kernel), targets)
+    known = targets >= 0
+    losses = -chances[known, targets[known]].log()
+    assert torch.allclose(scored.loss[known], losses, atol=1e-5)
+    assert scored.hit[known].tolist() == (chances.argmax(-1) == targets)[known].float().tolist()
+    assert torch.allclose(scored.top, chances.amax(-1), atol=1e-5)
+    fused.prepare(False)
 
 
 def test_targets_of_weight_zero_cost_no_product_and_change_nothing() -> None:

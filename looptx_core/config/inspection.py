@@ -36,7 +36,7 @@ class InspectConfig:
     max_new_tokens: int = 40
     """prompt: tokens to generate."""
     decode_tokens: int = 1920
-    """Tokens decoded one by one for each cache policy; 0 leaves it out."""
+    """Tokens decoded one by one for each cache policy, with exits and at fixed depths; 0: none."""
     seed: int = 0
     """Seed of the deletion test's random tokens."""
 

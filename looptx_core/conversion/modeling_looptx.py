@@ -207,7 +207,7 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
         state = embedding = self.model.encode(tokens, around)
         for loop in range(1, loops + 1):
             state = self.model.step(state, embedding, loop, around)
-        if around.window is not None and around.window.cache.fills(loops):
+        if around.window is not None and around.window.cache.leaves(loops):
             self.model.leave(state, embedding, loops, around)
         logits = self.model.head(self.model.decode(state, around)[:, -keep:])
         return logits, torch.full((len(tokens),), loops)

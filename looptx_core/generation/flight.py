@@ -76,7 +76,7 @@ class Flight:
         state = moves.step(state, embedding, [1], place, further=loops - 1)
         logits = moves.decode(state, place, last=True)[:, -1]
         depths = [loops] * len(rows)
-        if self.cache.fills(loops):
+        if self.cache.leaves(loops):
             moves.leave(state, embedding, depths, place)
         self.cache.window(tokens.shape[1], rows).advance()
         self.work.prompt += tokens.numel()
@@ -155,7 +155,7 @@ class Flight:
             self._read(unread)
         gone = [self._riders[i] for i in go]
         rows, loops = [rider.row for rider in gone], [rider.loop for rider in gone]
-        if early := [i for i in go if self.cache.fills(self._riders[i].loop)]:
+        if early := [i for i in go if self.cache.leaves(self._riders[i].loop)]:
             state, embedding, place = self._some(early)
             self.moves.leave(state, embedding, [self._riders[i].loop for i in early], place)
         self.cache.grow(rows)

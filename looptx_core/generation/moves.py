@@ -159,8 +159,8 @@ class Moves:
         return torch.cat([judged.logit, judged.gain], -1).tolist()
 
     def leave(self, state: Tensor, embedding: Tensor, loops: Sequence[int], place: Place) -> None:
-        """The tokens end, each row's after its loop, all before the cache's last: leave what later
-        ones that go deeper will look for."""
+        """The tokens end, each row's after its loop: leave what later ones that go deeper will look
+        for. Only where `LoopCache.leaves` says so."""
         window = place.window
         for loop in set(loops):
             some = [i for i, own in enumerate(loops) if own == loop]

@@ -340,6 +340,8 @@ def _as_good(found: list[Document], policy: str, tasks: list[Document]) -> Docum
 def _pieces(shards: Shards, wanted: int, length: int) -> list[Tensor]:
     """Pieces of held-out documents, spread over the split, with about so many tokens after their
     prompts; each (length,) or, where a document ends, shorter."""
+    if length <= _PROMPT + 1:
+        return []
     end = end_id(shards.tokenizer)
     tokens = shards.tokens("val")
     stream = torch.from_numpy(tokens.read(0, len(tokens)))
@@ -355,7 +357,7 @@ def _pieces(shards: Shards, wanted: int, length: int) -> list[Tensor]:
         if len(text) > _PROMPT + 1:  # the first of them is the prompt's
             found.setdefault(begin, text)
     there = sum(len(text) - _PROMPT for text in found.values())
-    return list(found.values())[:: max(1, round(there / wanted))]
+    return list(found.values())[:: max(1, math.ceil(there / wanted))]
 
 
 def _text(loaded: LoadedModel, settings: ExitSettings, config: InspectConfig) -> list[int]:

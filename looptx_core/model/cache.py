@@ -70,6 +70,7 @@ class LoopCache:
             raise UsageError(f"--kv-type {kind}: not one of {', '.join(KINDS)}")
         self.policy, self.kind, self.loops, self.dtype = policy, KINDS[kind], loops, dtype
         self.prelude, self.core = config.prelude_layers, config.core_layers
+        self.trained = config.max_loops
         self.depths = loops if policy == "fill" else 1
         slots = self.prelude + config.coda_layers + self.core * self.depths
         shape = (slots, batch, config.n_kv_heads, capacity, config.head_dim)
@@ -120,9 +121,10 @@ class LoopCache:
         depth = loop.clamp(max=last) - 1 if isinstance(loop, Tensor) else min(loop, last) - 1
         return self.prelude + depth * self.core + layer
 
-    def fills(self, loop: int) -> bool:
-        """Whether an exit after this loop leaves anything behind for deeper ones."""
-        return loop < self.loops
+    def leaves(self, loop: int) -> bool:
+        """Whether a token that ends after this loop leaves more than its entries: for deeper slots,
+        or, where one slot serves all, as far as the model is trained to go."""
+        return loop < (self.loops if self.policy == "fill" else self.trained)
 
     def wipe(self) -> None:
         """Make all of it as it was when it was new."""

@@ -212,8 +212,8 @@ class LoopedTransformer(nn.Module):
         return x
 
     def leave(self, state: Tensor, embedding: Tensor, loop: int, around: Surroundings) -> None:
-        """The tokens end after `loop`, before the cache's last: leave what later tokens that go
-        deeper will look for."""
+        """The tokens end after `loop`: leave what later ones that go deeper will look for. Only
+        where `LoopCache.leaves` says so."""
         assert around.window is not None
         if self.enter_loop:
             self.enter_loop(loop + 1)
@@ -235,8 +235,8 @@ class LoopedTransformer(nn.Module):
             return Score(*cross_entropy(logits, targets))
         losses = F.cross_entropy(logits, targets, reduction="none")
         most, top = logits.detach().max(-1)
-        likely = logits.detach().gather(-1, targets[:, None])[:, 0] + losses.detach()
-        return Score(losses, (top == targets).float(), (most - likely).exp())
+        chance = (most - logits.detach().logsumexp(-1)).exp()
+        return Score(losses, (top == targets).float(), chance)
 
     def states(
         self,

@@ -9,7 +9,8 @@ each pair.
 The confidence head learns from the very same read-outs: how likely the top token was, and by how
 much the next loop lowered the loss. That probability is what being right amounts to in the mean,
 without the luck of the single token, and without what the trunk knows of its training text by
-heart: on other text a head that learns hits tells them less well (benchmarks/new_heads.py).
+heart: on other text a head that learns hits tells them less well
+(benchmarks/confidence_targets.py).
 """
 
 from __future__ import annotations
