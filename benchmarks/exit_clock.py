@@ -9,7 +9,8 @@ machines go at half their speed for a part of the time. Then the price of a deci
 read-out of the vocabulary, in loops.
 
     python benchmarks/exit_clock.py [--texts 4] [--rounds 20] [--threads 1] [--model FOLDER]
-        [--kernel auto] [--kv-policy fill] [--apart] [--name exit_clock] [--data SHARDS]
+        [--kernel auto] [--kv-policy fill] [--equal-depth 3] [--apart] [--name exit_clock]
+        [--data SHARDS]
 
 With --data the texts are held-out prose of these shards. --rounds 0: the prices alone. With --apart
 the engine asks for each decision by a call of its own, for comparison.
@@ -48,6 +49,7 @@ def decoding(
     rule: GenerationOptions,
     rounds: int,
     policy: str | None,
+    equal: int | None,
 ) -> dict[str, Any]:
     deepest = engine.model.config.max_loops
     losses: dict[Any, float] = {}
@@ -67,7 +69,9 @@ def decoding(
     for depth in range(1, deepest + 1):
         judge(GenerationOptions(loops=depth, prompt_loops=deepest))
     judge(rule)
-    equal = min(d for d in range(1, deepest + 1) if losses[d] <= losses[deepest] * (1 + WITHIN))
+    equal = equal or min(
+        d for d in range(1, deepest + 1) if losses[d] <= losses[deepest] * (1 + WITHIN)
+    )
     sides: dict[str, GenerationOptions] = {
         "full depth": GenerationOptions(loops=deepest),
         "one loop": GenerationOptions(loops=1, prompt_loops=deepest),
@@ -174,6 +178,7 @@ def main() -> None:
     parser.add_argument("--kernel", default="auto", help="auto, native or torch.")
     parser.add_argument("--data", type=Path, help="Shards; by default the bundled text's.")
     parser.add_argument("--kv-policy", choices=POLICIES, help="By default the model's own.")
+    parser.add_argument("--equal-depth", type=int, help="Where it is known from more text.")
     parser.add_argument("--apart", action="store_true")
     parser.add_argument("--name", default="exit_clock", help="Of the results file.")
     flags = parser.parse_args()
@@ -207,7 +212,7 @@ def main() -> None:
             # About what `--target-loss-increase 0.5%` picks for these models.
             rules["gain at 0.03"] = GenerationOptions(exit="gain", threshold=0.03)
         results[name] = {
-            rule: decoding(engine, texts, options, flags.rounds, flags.kv_policy)
+            rule: decoding(engine, texts, options, flags.rounds, flags.kv_policy, flags.equal_depth)
             for rule, options in rules.items()
         }
     shapes = {"bundled": loaded.model}
