@@ -44,6 +44,8 @@ class InspectConfig:
         for name in ("seq_len", "batch_size", "val_batches", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.decode_tokens < 0:
+            raise UsageError(f"--decode-tokens {self.decode_tokens}: 0 or more")
         if self.max_loops is not None and self.max_loops < 1:
             raise UsageError(f"--max-loops {self.max_loops}: a depth is at least 1")
         if self.text is not None and self.prompt is not None:
