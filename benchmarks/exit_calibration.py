@@ -44,8 +44,8 @@ def confidences(*halves: Tensor) -> dict[str, dict[str, float | None]]:
     calibrated on logit, sharp and hit of the first half, and measured on the second."""
     (fit_logit, fit_sharp, fit_hit), (logit, sharp, hit) = halves[:3], halves[3:]
 
-    def alone(fit_odds_of: Tensor, odds: Tensor) -> Tensor:
-        offset, slope = fit_odds(fit_hit, fit_odds_of)
+    def alone(fit_on: Tensor, odds: Tensor) -> Tensor:
+        offset, slope = fit_odds(fit_hit, fit_on)
         return torch.sigmoid(offset + slope * odds)
 
     told = ExitSettings(stated=fit_odds(fit_hit, fit_logit, fit_sharp))

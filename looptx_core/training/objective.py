@@ -230,6 +230,7 @@ def _combine(
     rows, loops = torch.tensor(read.rows), torch.tensor(read.loops)
     share = loops.double() ** prior
     weight = share / torch.zeros(batch).double().index_add(0, rows, share)[rows] / batch
+    losses = read.score.loss.detach()
     by_readout = _weigh(read.score.loss, read.weights).mean(1)
     loss = (by_readout * weight.to(by_readout)).sum() + 0.0 * keep_in_step.float().sum()
 
@@ -239,9 +240,7 @@ def _combine(
              if (row, loop + 1) in place]  # fmt: skip
     if pairs:
         now, then = torch.tensor(pairs, device=by_readout.device).T
-        seen = (
-            (read.score.loss[now] - read.score.loss[then]).detach().clamp(-_GAIN_LIMIT, _GAIN_LIMIT)
-        )
+        seen = (losses[now] - losses[then]).clamp(-_GAIN_LIMIT, _GAIN_LIMIT)
         errors = F.mse_loss(read.gain[now], seen, reduction="none")
         judged = judged + _weigh(errors, read.weights, now).mean()
     else:
@@ -255,9 +254,7 @@ def _combine(
     return LoopLoss(
         loss=loss,
         confidence_loss=judged,
-        deepest=_average(
-            read.score.loss.detach()[final], None if read.weights is None else read.weights[final]
-        ),
+        deepest=_average(losses[final], None if read.weights is None else read.weights[final]),
         confidence_error=_average(
             (read.logit.detach().sigmoid() - read.score.hit).abs(), read.weights
         ),
