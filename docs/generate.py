@@ -50,12 +50,14 @@ SCHEMAS: dict[str, type] = {
 def flags(command: str) -> str:
     """All flags of a command, one table for each panel of its --help."""
     parameters = [p for p in load_command(command).params if p.name != "help"]
-    panels = list(dict.fromkeys(getattr(p, "rich_help_panel", None) for p in parameters))
-    parts = []
-    for panel in panels:
-        rows = [_flag(p, command) for p in parameters if getattr(p, "rich_help_panel", None) == panel]
-        parts.append((f"### {panel}\n\n" if panel else "") + _table(_FLAG_HEAD, rows))
-    return "\n".join(parts)
+    rows = {
+        panel: [_flag(p, command) for p in parameters if _panel(p) == panel]
+        for panel in dict.fromkeys(_panel(p) for p in parameters)
+    }
+    return "\n".join(
+        (f"### {panel}\n\n" if panel else "") + _table(_FLAG_HEAD, part)
+        for panel, part in rows.items()
+    )
 
 
 def examples(command: str) -> str:
@@ -69,7 +71,12 @@ def keys(name: str) -> str:
     schema = SCHEMAS[name]
     hints, helps = get_type_hints(schema), _helps(schema)
     rows = [
-        (f"`{field.name}`", _values(hints[field.name]), _shown(_default(field)), helps[field.name])
+        (
+            f"`{field.name}`",
+            _values(hints[field.name]),
+            _shown(_default(field)),
+            _as_text(helps[field.name]),
+        )
         for field in fields(schema)
     ]
     return _table(("Key", "Values", "Default", "Meaning"), rows)
@@ -101,14 +108,15 @@ def exit_codes() -> str:
     return _table(("Code", "Error in Python", "Meaning"), rows)
 
 
-_FLAG_HEAD = ("Flag", "Values", "Default", "Meaning")
+_FLAG_HEAD = ("Flag", "Key", "Values", "Default", "Meaning")
 
 
 def _flag(parameter: Any, command: str) -> tuple[str, ...]:
     schema = SCHEMAS.get(command)
     known = {field.name: field for field in fields(schema)} if schema else {}
+    key = ""
     if parameter.name in known:
-        field = known[parameter.name]
+        key, field = f"`{parameter.name}`", known[parameter.name]
         values = _values(get_type_hints(schema)[field.name])
         default, text = _default(field), _helps(schema)[field.name]
     else:
@@ -117,8 +125,14 @@ def _flag(parameter: Any, command: str) -> tuple[str, ...]:
     if parameter.param_type_name == "argument":
         name = f"`{(parameter.metavar or parameter.name).upper()}`"
     else:
-        name = ", ".join(f"`{spelling}`" for spelling in (*parameter.opts, *parameter.secondary_opts))
-    return name, values, _shown(default), text
+        name = ", ".join(
+            f"`{spelling}`" for spelling in (*parameter.opts, *parameter.secondary_opts)
+        )
+    return name, key, values, _shown(default), _as_text(text)
+
+
+def _panel(parameter: Any) -> str | None:
+    return getattr(parameter, "rich_help_panel", None)
 
 
 def _annotations(command: str) -> dict[str, Any]:
@@ -129,7 +143,9 @@ def _annotations(command: str) -> dict[str, Any]:
 
 def _helps(schema: type) -> dict[str, str]:
     """The help of each field, without the default that `field_help` adds."""
-    return {name: re.sub(r" \(default [^()]*\)$", "", text) for name, text in field_help(schema).items()}
+    return {
+        name: re.sub(r" \(default [^()]*\)$", "", text) for name, text in field_help(schema).items()
+    }
 
 
 def _default(field: Any) -> Any:
@@ -160,11 +176,17 @@ def _shown(value: Any) -> str:
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     def line(cells: Iterable[str]) -> str:
-        escaped = (_one_line(cell).replace("|", "\\|").replace("<", "&lt;") for cell in cells)
-        return "| " + " | ".join(escaped) + " |\n"
+        return "| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in cells) + " |\n"
 
     head = tuple(head)
     return line(head) + line("---" for _ in head) + "".join(line(row) for row in rows)
+
+
+def _as_text(text: str) -> str:
+    """Text as Markdown that shows it: brackets outside of code are no links and no tags."""
+    parts = re.split(r"(`[^`]*`)", text)
+    parts[::2] = [part.replace("[", r"\[").replace("<", "&lt;") for part in parts[::2]]
+    return "".join(parts)
 
 
 def _one_line(text: str) -> str:

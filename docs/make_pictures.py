@@ -30,8 +30,7 @@ from matplotlib import pyplot as plt
 
 PICTURES = Path(__file__).parent / "pictures"
 COMMAND = (
-    'looptx generate "map bf da ee fe cd hh gh aa:" '
-    "--exit gain --temperature 0 --show-iterations"
+    'looptx generate "map bf da ee fe cd hh gh aa:" --exit gain --temperature 0 --show-iterations'
 )
 COLUMNS = 96
 
@@ -99,9 +98,7 @@ def loops(target: Path) -> None:
         hops = task["name"].removesuffix(" hops")
         label = f"{hops} arrow{'s' if hops != '1' else ''} to follow"
         axes.plot(range(1, len(accuracy) + 1), accuracy, color=colour, lw=2, label=label)
-        axes.plot(
-            task["mean_loops"], 100 * task["accuracy"], "*", color=colour, ms=15, mec="white"
-        )
+        axes.plot(task["mean_loops"], 100 * task["accuracy"], "*", color=colour, ms=15, mec="white")
     axes.plot([], [], "*", color="grey", ms=12, ls="none", label="the exit: mean loops")
     axes.set(xlabel="loops", ylabel="answers that are right, %", ylim=(40, 104), xlim=(0.8, 10.2))
     axes.set_xticks(range(1, 11))
