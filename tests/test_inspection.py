@@ -188,13 +188,13 @@ def test_following_a_text_is_what_generating_it_does(bundled, policy, loops):
     prompt = bundled.tokenizer.encode("map bf da ee fe cd hh gh aa:").ids
     (made,) = engine.complete([prompt], options)
     tokens = torch.tensor([prompt + [step.id for step in made.tokens]])
-    walked = engine.follow(tokens, len(prompt), options)
+    walked = engine.score_forced(tokens, len(prompt), options)
     assert walked.loops[0].tolist() == [step.loops for step in made.tokens]
     logprobs = torch.tensor([step.logprob for step in made.tokens])
     assert torch.allclose(-walked.loss[0], logprobs, atol=1e-4)
     assert walked.hit.tolist() == [[1.0] * len(made.tokens)]  # each was taken as the likeliest
     tokens[0, -1] += 1
-    assert engine.follow(tokens, len(prompt), options).hit.sum() == len(made.tokens) - 1
+    assert engine.score_forced(tokens, len(prompt), options).hit.sum() == len(made.tokens) - 1
 
 
 def test_surveys_do_not_share_sequences():

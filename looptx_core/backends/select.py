@@ -1,22 +1,23 @@
-"""Which moves to generate with: compiled on a CPU, recorded on a GPU, or torch's as they are."""
+"""Which back end to generate with: compiled on a CPU, recorded on a GPU, or torch as it is."""
 
 from __future__ import annotations
 
+from looptx_core.backends import cuda_graphs
+from looptx_core.backends.base import Backend
+from looptx_core.backends.cpu.backend import CpuBackend
+from looptx_core.backends.cpu.bindings import PRECISIONS, round_weights, unsupported_reason
+from looptx_core.backends.cuda_graphs import CudaGraphBackend
+from looptx_core.backends.torch_backend import TorchBackend
 from looptx_core.errors import MissingError, UsageError
-from looptx_core.generation import graph_moves
-from looptx_core.generation.graph_moves import GraphMoves
-from looptx_core.generation.moves import Moves
-from looptx_core.generation.native_moves import NativeMoves
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.native.model import PRECISIONS, obstacle, round_weights
 
 KERNELS = ("auto", "native", "graph", "torch")
 
 
-def choose_moves(
+def select_backend(
     model: LoopedTransformer, kernel: str = "auto", precision: str = "float32"
-) -> tuple[Moves, str]:
-    """The moves to generate with, and in a line why.
+) -> tuple[Backend, str]:
+    """The back end to generate with, and in a line why.
 
     kernel: auto, native (compiled, on a CPU), graph (recorded, on a CUDA GPU) or torch. precision:
     how the compiled kernel holds the model's weights, float32, bf16 or int8; the model's own are
@@ -31,23 +32,23 @@ def choose_moves(
     if kernel in ("graph", "torch") and rounded:
         raise UsageError(f"--precision {precision} needs the compiled kernel; leave out --kernel")
     if kernel == "torch":
-        return Moves(model), "torch, asked for"
+        return TorchBackend(model), "torch, asked for"
     on_gpu = model.norm.weight.device.type == "cuda"
     if kernel == "graph" or (kernel == "auto" and on_gpu and not rounded):
-        why = graph_moves.obstacle(model)
+        why = cuda_graphs.unsupported_reason(model)
         if why is None:
-            return GraphMoves(model), "CUDA graphs, where one prompt is continued at a time"
+            return CudaGraphBackend(model), "CUDA graphs, where one prompt is continued at a time"
         if kernel == "graph":
             raise MissingError(f"CUDA graphs can't be recorded: {why}; leave out --kernel")
-        return Moves(model), f"torch, {why}"
-    why = obstacle(model)
+        return TorchBackend(model), f"torch, {why}"
+    why = unsupported_reason(model)
     if why is None:
         try:
             round_weights(model, precision)
-            return NativeMoves(model, precision), f"native, weights in {precision}"
+            return CpuBackend(model, precision), f"native, weights in {precision}"
         except MissingError as error:
             why = str(error)
     if kernel == "native" or rounded:
         way = "leave out --precision" if precision == "int8" else "use --kernel torch"
         raise MissingError(f"the compiled kernel can't run here: {why}; {way}")
-    return Moves(model), f"torch, {why}"
+    return TorchBackend(model), f"torch, {why}"

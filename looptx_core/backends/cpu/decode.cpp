@@ -332,6 +332,8 @@ void ternary_dots(const uint8_t* w, const int8_t* x, int width, int32_t* out) {
 
 extern "C" {
 
+constexpr int32_t LOOPTX_ABI_VERSION = 2;  // bindings.py has it too
+
 enum Kind : int32_t { FLOAT, BFLOAT, BYTES, TERNARY };
 
 struct Matrix {
@@ -353,19 +355,19 @@ struct Model {
     int32_t silu, injection;  // injection: 0 none, 1 with the vectors below
     float eps;
     const Block* blocks;  // prelude, core, coda
-    const float *state_norm, *state_share, *embedding_norm, *embedding_share;  // of the injection
+    const float *state_norm, *state_scale, *embedding_norm, *embedding_scale;  // of the injection
     const float *embedding, *norm, *frequencies;
-    Matrix head, judge_hidden, judge_gate;  // judge_gate: of 0 rows where there is none
-    const float *judge_norm, *judge_bias, *judge_gate_bias, *judge_loop, *judge_out, *judge_out_bias;
-    // The first units tell the gain, the others the log-odds; 0: all tell both. judge_out: (2, units),
+    Matrix head, confidence_hidden, confidence_gate;  // confidence_gate: of 0 rows where there is none
+    const float *confidence_norm, *confidence_bias, *confidence_gate_bias, *confidence_loop, *confidence_out, *confidence_out_bias;
+    // The first units tell the gain, the others the log-odds; 0: all tell both. confidence_out: (2, units),
     // log-odds first, 0 where a unit has no say.
-    int32_t judge_gain;
+    int32_t gain_units;
 };
 
 struct Cache {
-    float *keys, *values;  // (slots, batch, kv_heads, capacity, head_dim)
-    int64_t slot, row, head;  // strides, in floats
-    int32_t depths;           // slots of a core layer
+    float *const *keys, *const *values;  // of each layer: (depths, batch, kv_heads, capacity, head_dim)
+    int64_t depth, row, head;            // strides, in floats
+    int32_t depths;                      // slots of a core layer; other layers have one
 };
 
 struct Rows {
@@ -373,19 +375,22 @@ struct Rows {
     const int32_t *row, *column, *start, *position;  // (count,) each
 };
 
-// When rows may leave the loop: after `first` passes and more, by the judge's log-odds or nats.
-struct Watch {
-    const int32_t *first, *last;   // (count,) each: looked at from here on; ended here
-    const float *sure, *least;     // (count,) each: leaves from these log-odds on, below these nats
-    int32_t odds, gain;            // whether any row's leaving hangs on the one and on the other
+// When the loop returns to the caller: after `first` passes and more, by the confidence head's
+// log-odds or by nats.
+struct StopCondition {
+    const int32_t *first, *last;          // (count,) each: checked from here on; ended here
+    const float *min_odds, *max_nats;     // (count,) each: stops from these log-odds on, below these nats
+    int32_t odds, gain;                   // whether any row's exit looks at the one and at the other
     // (depths,) each: nats are e^(offset + slope * gain) * change^power; the gain where depths is 0.
     const float *slope, *power, *offset;
     int32_t depths;
 
-    float nats(const float* said, int loop) const {
-        if (!depths) return said[1];
-        const int place = std::min(loop, depths) - 1;
-        const float log = offset[place] + slope[place] * said[1] + power[place] * std::log(said[2]);
+    // output: log-odds, gain, change. The bound is `MAX_LOG_GAIN` of stopping/calibration.py.
+    float nats(const float* output, int loop) const {
+        if (!depths) return output[1];
+        const int index = std::min(loop, depths) - 1;
+        const float log =
+            offset[index] + slope[index] * output[1] + power[index] * std::log(output[2]);
         return std::exp(std::min(log, 10.0f));
     }
 };
@@ -524,7 +529,7 @@ struct Runner {
         const int64_t n = count, kv = m.kv_heads * m.head_dim, q = m.heads * m.head_dim;
         normed.resize(n * std::max({m.d_model, (int32_t)q, m.d_ff}));
         qkv.resize(n * (q + 2 * kv)), attended.resize(n * q), hidden.resize(n * 2 * m.d_ff);
-        turns.resize(n * m.head_dim), judged.resize(2 * n * m.judge_hidden.rows);
+        turns.resize(n * m.head_dim), judged.resize(2 * n * m.confidence_hidden.rows);
         before.resize(n * m.d_model);
     }
 
@@ -612,16 +617,18 @@ struct Runner {
         });
     }
 
-    // One block on the rows of `at`, (count, d_model); slot: the cache's, for each row.
+    // One block on the rows of `at`, (count, d_model); slot: of the layer's cache, for each row.
     template <class Slot>
-    void block(const Block& b, float* at, const Rows& rows, const Cache& cache, Slot slot) {
+    void block(int layer, float* at, const Rows& rows, const Cache& cache, Slot slot) {
         const Model& m = model;
+        const Block& b = m.blocks[layer];
+        float *keys = cache.keys[layer], *values = cache.values[layer];
         const int n = rows.count, width = m.head_dim, group = m.heads / m.kv_heads;
         const int q = m.heads * width, kv = m.kv_heads * width, all = q + 2 * kv;
         enter(at, b.attention_norm, n, m.d_model, b.q.kind);
         project<3>({&b.q, &b.k, &b.v}, qkv.data(), all);
         auto place = [&](int r, int head, int column) {
-            return slot(r) * cache.slot + rows.row[r] * cache.row + head * cache.head +
+            return slot(r) * cache.depth + rows.row[r] * cache.row + head * cache.head +
                    (int64_t)column * width;
         };
         for (int r = 0; r < n; ++r)
@@ -629,8 +636,8 @@ struct Runner {
                 float* key = qkv.data() + (int64_t)r * all + q + h * width;
                 turn(key, b.k_norm, turns.data() + (int64_t)r * width);
                 const int64_t to = place(r, h, rows.column[r]);
-                memcpy(cache.keys + to, key, width * sizeof(float));
-                memcpy(cache.values + to, key + kv, width * sizeof(float));
+                memcpy(keys + to, key, width * sizeof(float));
+                memcpy(values + to, key + kv, width * sizeof(float));
             }
         pool.each(n * m.heads, 1, [&](int begin, int end) {
             for (int item = begin; item < end; ++item) {
@@ -638,7 +645,7 @@ struct Runner {
                 float* query = qkv.data() + (int64_t)r * all + h * width;
                 turn(query, b.q_norm, turns.data() + (int64_t)r * width);
                 const int64_t from = place(r, h / group, rows.start[r]);
-                attend(query, cache.keys + from, cache.values + from,
+                attend(query, keys + from, values + from,
                        rows.column[r] + 1 - rows.start[r],
                        attended.data() + (int64_t)r * q + h * width);
             }
@@ -674,53 +681,52 @@ struct Runner {
             }
     }
 
-    void encode(const int64_t* tokens, float* at, const Rows& rows, const Cache& cache) {
+    void embed(const int64_t* tokens, float* at, const Rows& rows, const Cache& cache) {
         const Model& m = model;
         for (int r = 0; r < rows.count; ++r)
             memcpy(at + (int64_t)r * m.d_model, m.embedding + tokens[r] * m.d_model,
                    m.d_model * sizeof(float));
         find_turns(rows);
         for (int layer = 0; layer < m.prelude; ++layer)
-            block(m.blocks[layer], at, rows, cache, [&](int) { return (int64_t)layer; });
+            block(layer, at, rows, cache, [](int) { return (int64_t)0; });
     }
 
-    int64_t core_slot(int layer, int loop, const Cache& cache) const {
-        return model.prelude + (int64_t)(std::min(loop, cache.depths) - 1) * model.core + layer;
-    }
+    int64_t core_slot(int loop, const Cache& cache) const { return std::min(loop, cache.depths) - 1; }
 
-    // at: the state, in place; loop: each row's, counted from 1, and `further` times beyond it.
-    void step(float* at, const float* words, const int32_t* loop, int further, const Rows& rows,
-              const Cache& cache) {
+    // at: the state, in place; loop: each row's first, counted from 1, of `passes`.
+    void iterate(float* at, const float* words, const int32_t* loop, int passes, const Rows& rows,
+                 const Cache& cache) {
         find_turns(rows);
-        for (int more = 0; more <= further; ++more) once(at, words, loop, more, rows, cache);
+        for (int more = 0; more < passes; ++more) step(at, words, loop, more, rows, cache);
     }
 
-    // `step` until a row may leave; the number of passes. out: (count, 3), what `judge` says after
-    // the last, the gain where a row's leaving hangs on it, and by how much that changed the state.
-    int ride(float* at, const float* words, const int32_t* loop, const Watch& watch,
-             const Rows& rows, const Cache& cache, float* out) {
+    // `iterate` until a row may stop; the number of passes. out: (count, 3), what `confidence` gives
+    // after the last, the gain where a row's exit looks at it, and by how much that pass changed the
+    // state.
+    int until_exit(float* at, const float* words, const int32_t* loop, const StopCondition& stop,
+                   const Rows& rows, const Cache& cache, float* out) {
         find_turns(rows);
         const int width = model.d_model;
-        const bool odds = watch.odds || (watch.gain && !model.judge_gain);  // where one look tells both
+        const bool odds = stop.odds || (stop.gain && !model.gain_units);  // where one pass gives both
         for (int more = 0;; ++more) {
-            bool look = false, end = false;
+            bool check = false, end = false;
             for (int r = 0; r < rows.count; ++r) {
-                look |= loop[r] + more >= watch.first[r];
-                end |= loop[r] + more >= watch.last[r];
+                check |= loop[r] + more >= stop.first[r];
+                end |= loop[r] + more >= stop.last[r];
             }
-            if (look || end) memcpy(before.data(), at, sizeof(float) * rows.count * width);
-            once(at, words, loop, more, rows, cache);
-            if (!look && !end) continue;
-            judge(at, loop, more, rows.count, odds, watch.gain, out, 3);
+            if (check || end) memcpy(before.data(), at, sizeof(float) * rows.count * width);
+            step(at, words, loop, more, rows, cache);
+            if (!check && !end) continue;
+            confidence(at, loop, more, rows.count, odds, stop.gain, out, 3);
             for (int r = 0; r < rows.count; ++r) {
-                float* said = out + 3 * r;
-                said[2] = change(before.data() + (int64_t)r * width, at + (int64_t)r * width);
-                end |= loop[r] + more >= watch.first[r] &&
-                       ((watch.odds && said[0] >= watch.sure[r]) ||
-                        (watch.gain && watch.nats(said, loop[r] + more) < watch.least[r]));
+                float* output = out + 3 * r;
+                output[2] = change(before.data() + (int64_t)r * width, at + (int64_t)r * width);
+                end |= loop[r] + more >= stop.first[r] &&
+                       ((stop.odds && output[0] >= stop.min_odds[r]) ||
+                        (stop.gain && stop.nats(output, loop[r] + more) < stop.max_nats[r]));
             }
             if (!end) continue;
-            if (!odds) judge(at, loop, more, rows.count, true, false, out, 3);
+            if (!odds) confidence(at, loop, more, rows.count, true, false, out, 3);
             return more + 1;
         }
     }
@@ -743,40 +749,38 @@ struct Runner {
             float* own = at + (int64_t)r * m.d_model;
             float* mixed = normed.data();
             rms_norm(own, m.state_norm, m.d_model, m.eps, mixed);
-            for (int i = 0; i < m.d_model; ++i) own[i] = mixed[i] * m.state_share[i];
+            for (int i = 0; i < m.d_model; ++i) own[i] = mixed[i] * m.state_scale[i];
             rms_norm(words + (int64_t)r * m.d_model, m.embedding_norm, m.d_model, m.eps, mixed);
-            for (int i = 0; i < m.d_model; ++i) own[i] += mixed[i] * m.embedding_share[i];
+            for (int i = 0; i < m.d_model; ++i) own[i] += mixed[i] * m.embedding_scale[i];
         }
     }
 
-    void once(float* at, const float* words, const int32_t* loop, int more, const Rows& rows,
+    void step(float* at, const float* words, const int32_t* loop, int more, const Rows& rows,
               const Cache& cache) {
         const Model& m = model;
         inject(at, words, rows.count);
         for (int layer = 0; layer < m.core; ++layer)
-            block(m.blocks[m.prelude + layer], at, rows, cache,
-                  [&](int r) { return core_slot(layer, loop[r] + more, cache); });
+            block(m.prelude + layer, at, rows, cache,
+                  [&](int r) { return core_slot(loop[r] + more, cache); });
     }
 
-    // at is overwritten; logits: (count, vocab).
-    void decode(float* at, float* logits, const Rows& rows, const Cache& cache) {
+    // at is overwritten; out: (count, vocab).
+    void logits(float* at, float* out, const Rows& rows, const Cache& cache) {
         const Model& m = model;
         find_turns(rows);
-        for (int layer = 0; layer < m.coda; ++layer) {
-            const int64_t slot = m.prelude + (int64_t)m.core * cache.depths + layer;
-            block(m.blocks[m.prelude + m.core + layer], at, rows, cache, [&](int) { return slot; });
-        }
+        for (int layer = 0; layer < m.coda; ++layer)
+            block(m.prelude + m.core + layer, at, rows, cache, [](int) { return (int64_t)0; });
         enter(at, m.norm, rows.count, m.d_model, m.head.kind);
         pool.each(m.vocab, 4, [&](int begin, int end) {
-            product(m.head, begin, end, input, logits, m.vocab);
+            product(m.head, begin, end, input, out, m.vocab);
         });
     }
 
-    // Rows end their columns, each after its loop and with its state `at`: the first layer's slots
-    // of deeper loops get what the next one would leave there, the others' what that loop left. Where
-    // loops share a slot, it is that one.
-    void leave(const float* at, const float* words, const int32_t* loop, const Rows& rows,
-               const Cache& cache) {
+    // Rows exit, each after its loop and with its state `at`. In the first core layer the slots of
+    // deeper loops get what the next loop would have written, in the others what the last loop
+    // wrote. Where loops share a slot, only the first layer's is written.
+    void backfill(const float* at, const float* words, const int32_t* loop, const Rows& rows,
+                  const Cache& cache) {
         const Model& m = model;
         const Block& b = m.blocks[m.prelude];
         const int n = rows.count, width = m.head_dim, kv = m.kv_heads * width;
@@ -785,21 +789,23 @@ struct Runner {
         enter(before.data(), b.attention_norm, n, m.d_model, b.k.kind);
         project<2>({&b.k, &b.v}, qkv.data(), 2 * kv);
         find_turns(rows);
+        const bool shared = cache.depths == 1;
         for (int r = 0; r < n; ++r)
             for (int h = 0; h < m.kv_heads; ++h) {
                 float* key = qkv.data() + (int64_t)r * 2 * kv + h * width;
                 turn(key, b.k_norm, turns.data() + (int64_t)r * width);
                 const int64_t to = rows.row[r] * cache.row + h * cache.head +
                                    (int64_t)rows.column[r] * width;
-                const bool shared = cache.depths == 1;
                 for (int layer = 0; layer < (shared ? 1 : m.core); ++layer) {
-                    const int64_t own = core_slot(layer, loop[r], cache) * cache.slot + to;
-                    const float* keys = layer ? cache.keys + own : key;
-                    const float* values = layer ? cache.values + own : key + kv;
+                    float* keys = cache.keys[m.prelude + layer] + to;
+                    float* values = cache.values[m.prelude + layer] + to;
+                    const int64_t own = core_slot(loop[r], cache) * cache.depth;
+                    const float* from_keys = layer ? keys + own : key;
+                    const float* from_values = layer ? values + own : key + kv;
                     for (int deeper = shared ? 1 : loop[r] + 1; deeper <= cache.depths; ++deeper) {
-                        const int64_t slot = core_slot(layer, deeper, cache) * cache.slot + to;
-                        memcpy(cache.keys + slot, keys, width * sizeof(float));
-                        memcpy(cache.values + slot, values, width * sizeof(float));
+                        const int64_t slot = core_slot(deeper, cache) * cache.depth;
+                        memcpy(keys + slot, from_keys, width * sizeof(float));
+                        memcpy(values + slot, from_values, width * sizeof(float));
                     }
                 }
             }
@@ -807,29 +813,29 @@ struct Runner {
 
     // out: for each row, `stride` apart, the log-odds of being right and the nats of one more loop,
     // each where it is asked for.
-    void judge(const float* at, const int32_t* loop, int more, int count, bool odds, bool gain,
-               float* out, int stride) {
+    void confidence(const float* at, const int32_t* loop, int more, int count, bool odds, bool gain,
+                    float* out, int stride) {
         const Model& m = model;
-        const int width = m.judge_hidden.rows;
-        const int first = gain ? 0 : m.judge_gain, last = odds || !m.judge_gain ? width : m.judge_gain;
+        const int width = m.confidence_hidden.rows;
+        const int first = gain ? 0 : m.gain_units, last = odds || !m.gain_units ? width : m.gain_units;
         if (!odds && !gain) return;
-        enter(at, m.judge_norm, count, m.d_model, FLOAT);
+        enter(at, m.confidence_norm, count, m.d_model, FLOAT);
         float* gates = judged.data() + (int64_t)count * width;
         pool.each(last - first, 4, [&](int begin, int end) {
             begin += first, end += first;
-            product(m.judge_hidden, begin, end, input, judged.data(), width);
-            if (m.judge_gate.rows) product(m.judge_gate, begin, end, input, gates, width);
+            product(m.confidence_hidden, begin, end, input, judged.data(), width);
+            if (m.confidence_gate.rows) product(m.confidence_gate, begin, end, input, gates, width);
         });
         for (int r = 0; r < count; ++r) {
             float* own = judged.data() + (int64_t)r * width;
-            const float* depth = m.judge_loop + (int64_t)(std::min(loop[r] + more, m.max_loops) - 1) * width;
-            for (int i = first; i < last; ++i) own[i] = gelu(own[i] + m.judge_bias[i] + depth[i]);
+            const float* depth = m.confidence_loop + (int64_t)(std::min(loop[r] + more, m.max_loops) - 1) * width;
+            for (int i = first; i < last; ++i) own[i] = gelu(own[i] + m.confidence_bias[i] + depth[i]);
             const float* gate = gates + (int64_t)r * width;
-            for (int i = first; m.judge_gate.rows && i < last; ++i)
-                own[i] *= gate[i] + m.judge_gate_bias[i];
+            for (int i = first; m.confidence_gate.rows && i < last; ++i)
+                own[i] *= gate[i] + m.confidence_gate_bias[i];
             for (int i = 0; i < 2; ++i)
                 if (i ? gain : odds)
-                    out[stride * r + i] = m.judge_out_bias[i] + line(own + first, m.judge_out + i * width + first,
+                    out[stride * r + i] = m.confidence_out_bias[i] + line(own + first, m.confidence_out + i * width + first,
                                                                      last - first);
         }
     }
@@ -841,38 +847,46 @@ Runner* looptx_new(const Model* model, int32_t threads) { return new Runner(*mod
 
 void looptx_free(Runner* runner) { delete runner; }
 
-void looptx_encode(Runner* r, const int64_t* tokens, float* at, const Rows* rows,
-                   const Cache* cache) {
-    r->make_room(rows->count);
-    r->encode(tokens, at, *rows, *cache);
+// The version of these structs and functions, and the structs' sizes in bytes.
+void looptx_layout(int32_t* out) {
+    const int32_t found[] = {LOOPTX_ABI_VERSION, sizeof(Matrix), sizeof(Block), sizeof(Model),
+                             sizeof(Cache), sizeof(Rows), sizeof(StopCondition)};
+    memcpy(out, found, sizeof(found));
 }
 
-void looptx_step(Runner* r, float* at, const float* words, const int32_t* loop, int32_t further,
-                 const Rows* rows, const Cache* cache) {
+void looptx_embed(Runner* r, const int64_t* tokens, float* at, const Rows* rows,
+                  const Cache* cache) {
     r->make_room(rows->count);
-    r->step(at, words, loop, further, *rows, *cache);
+    r->embed(tokens, at, *rows, *cache);
 }
 
-int32_t looptx_ride(Runner* r, float* at, const float* words, const int32_t* loop,
-                    const Watch* watch, const Rows* rows, const Cache* cache, float* out) {
+void looptx_iterate(Runner* r, float* at, const float* words, const int32_t* loop, int32_t passes,
+                    const Rows* rows, const Cache* cache) {
     r->make_room(rows->count);
-    return r->ride(at, words, loop, *watch, *rows, *cache, out);
+    r->iterate(at, words, loop, passes, *rows, *cache);
 }
 
-void looptx_decode(Runner* r, float* at, float* logits, const Rows* rows, const Cache* cache) {
+int32_t looptx_until_exit(Runner* r, float* at, const float* words, const int32_t* loop,
+                          const StopCondition* stop, const Rows* rows, const Cache* cache,
+                          float* out) {
     r->make_room(rows->count);
-    r->decode(at, logits, *rows, *cache);
+    return r->until_exit(at, words, loop, *stop, *rows, *cache, out);
 }
 
-void looptx_leave(Runner* r, const float* at, const float* words, const int32_t* loops,
-                  const Rows* rows, const Cache* cache) {
+void looptx_logits(Runner* r, float* at, float* out, const Rows* rows, const Cache* cache) {
     r->make_room(rows->count);
-    r->leave(at, words, loops, *rows, *cache);
+    r->logits(at, out, *rows, *cache);
 }
 
-void looptx_judge(Runner* r, const float* at, const int32_t* loops, int32_t count, float* out) {
+void looptx_backfill(Runner* r, const float* at, const float* words, const int32_t* loops,
+                     const Rows* rows, const Cache* cache) {
+    r->make_room(rows->count);
+    r->backfill(at, words, loops, *rows, *cache);
+}
+
+void looptx_confidence(Runner* r, const float* at, const int32_t* loops, int32_t count, float* out) {
     r->make_room(count);
-    r->judge(at, loops, 0, count, true, true, out, 2);
+    r->confidence(at, loops, 0, count, true, true, out, 2);
 }
 
 }  // extern "C"

@@ -7,21 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 
+from looptx_core.backends.cpu.backend import CpuBackend
+from looptx_core.backends.cpu.bindings import KernelModel, round_weights
+from looptx_core.backends.select import select_backend
+from looptx_core.backends.torch_backend import TorchBackend
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.conversion.ternary import pack_model
 from looptx_core.data.tokenizer import train_tokenizer
 from looptx_core.errors import MissingError, UsageError
-from looptx_core.generation.choose import choose_moves
 from looptx_core.generation.engine import Engine
-from looptx_core.generation.exits import Exit, Readout, calibrated, fixed_exit
-from looptx_core.generation.moves import Moves
-from looptx_core.generation.native_moves import NativeMoves
 from looptx_core.machine import kernels
 from looptx_core.model.attention import explicit
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.native.model import NativeModel, round_weights
+from looptx_core.stopping.calibration import calibrated
+from looptx_core.stopping.rule import Exit, ExitSignals, fixed_exit
 
 SMALL = ModelConfig(vocab_size=101, d_model=48, n_heads=4, n_kv_heads=2, head_dim=12, d_ff=100,
                     prelude_layers=1, core_layers=2, coda_layers=1, max_loops=5)  # fmt: skip
@@ -40,32 +41,34 @@ def make(config: ModelConfig, seed: int = 0) -> LoopedTransformer:
 def differences(
     model: LoopedTransformer, precision: str = "float32", policy: str = "fill"
 ) -> dict[str, float]:
-    """The largest difference of each move, by rows at columns and loops of their own."""
+    """The largest difference of each part, by rows at columns and loops of their own."""
     torch.manual_seed(1)
-    moves, reference = NativeMoves(model, precision), Moves(model)
+    kernel, reference = CpuBackend(model, precision), TorchBackend(model)
     prompts = torch.randint(0, model.config.vocab_size, (3, 7))
     found = {}
     with torch.inference_mode():
         both = [LoopCache(model.config, 3, 12, 5, policy=policy) for _ in range(2)]
         for cache in both:
             for row, length in enumerate((3, 7, 5)):  # the same prompts, by torch, in each
-                place = reference.at(cache, [row], length)
-                state = embedding = reference.encode(prompts[row : row + 1, :length], place)
-                for loop in range(1, 6):
-                    state = reference.step(state, embedding, [loop], place)
-                reference.decode(state, place)
-                cache.window(length, [row]).advance()
+                run = reference.begin(cache, [row], length)
+                embedding = run.embed(prompts[row : row + 1, :length])
+                run.logits(run.iterate(embedding, embedding, [1], 5))
+                cache.view(length, [row]).advance()
         tokens, loops = torch.randint(0, model.config.vocab_size, (3, 2)), [1, 3, 2]
         results = []
-        for mover, cache in zip((moves, reference), both):
-            place = mover.at(cache, [2, 0, 1], 2)
-            start = mover.encode(tokens, place)
-            state = mover.step(start, start.flip(0), loops, place, further=1)
-            logits = mover.decode(state, place)
-            judged = torch.tensor(mover.judge(state[:, :1], [4, 5, 1]))
-            mover.leave(state, start, [1, 4, 3], place)
-            results.append((start, state, logits, judged, cache.keys, cache.values))
-    for name, ours, theirs in zip(("start", "state", "logits", "judged", "k", "v"), *results):
+        for backend, cache in zip((kernel, reference), both):
+            run = backend.begin(cache, [2, 0, 1], 2)
+            start = run.embed(tokens)
+            state = run.iterate(start, start.flip(0), loops, 2)
+            logits = run.logits(state)
+            confidence = torch.tensor(run.confidence(state[:, :1], [4, 5, 1]))
+            run.backfill(state, start, [1, 4, 3])
+            keys, values = (
+                torch.cat([getattr(layer, name) for layer in cache.layers])
+                for name in ("keys", "values")
+            )
+            results.append((start, state, logits, confidence, keys, values))
+    for name, ours, theirs in zip(("start", "state", "logits", "confidence", "k", "v"), *results):
         found[name] = float((ours - theirs).abs().max() / theirs.abs().max())
     return found
 
@@ -114,16 +117,16 @@ def test_helpers_beyond_the_cores_change_nothing() -> None:
     found = []
     with torch.inference_mode():
         for own, threads in zip(cache, (1, 7)):
-            moves = NativeMoves(model)
-            moves.native = NativeModel(model, threads=threads)
+            backend = CpuBackend(model)
+            backend.kernel = KernelModel(model, threads=threads)
             tokens, logits = torch.tensor([[3]]), []
             for _ in range(40):
-                place = moves.at(own)
-                start = moves.encode(tokens, place)
-                state = moves.step(start, start, [1], place, further=4)
-                logits.append(moves.decode(state, place)[0, 0])
+                run = backend.begin(own)
+                start = run.embed(tokens)
+                state = run.iterate(start, start, [1], 5)
+                logits.append(run.logits(state)[0, 0])
                 tokens = logits[-1].argmax().view(1, 1)
-                own.window(1).advance()
+                own.view(1).advance()
             found.append(torch.stack(logits))
     assert torch.equal(found[0], found[1])
 
@@ -151,7 +154,7 @@ def test_the_engine_says_the_same_by_both(tokenizer, loops) -> None:
 
 def test_it_steps_aside_and_says_why() -> None:
     model = make(SMALL)
-    assert isinstance(choose_moves(model)[0], NativeMoves)
+    assert isinstance(select_backend(model)[0], CpuBackend)
     for change, why in (
         (lambda m: m.double(), "float64"),
         (lambda m: setattr(m, "attend", explicit), "attention"),
@@ -159,15 +162,15 @@ def test_it_steps_aside_and_says_why() -> None:
     ):
         other = make(SMALL)
         change(other)
-        moves, reason = choose_moves(other)
-        assert not isinstance(moves, NativeMoves)
+        backend, reason = select_backend(other)
+        assert not isinstance(backend, CpuBackend)
         assert why in reason
         with pytest.raises(MissingError, match=why):
-            choose_moves(other, "native")
+            select_backend(other, "native")
     with pytest.raises(UsageError, match="--kernel fast"):
-        choose_moves(model, "fast")
+        select_backend(model, "fast")
     with pytest.raises(UsageError, match="--precision fp4"):
-        choose_moves(model, "auto", "fp4")
+        select_backend(model, "auto", "fp4")
 
 
 def test_without_a_compiler(monkeypatch, tmp_path) -> None:
@@ -175,15 +178,15 @@ def test_without_a_compiler(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     kernels.load.cache_clear()
     try:
-        moves, reason = choose_moves(make(SMALL))
-        assert not isinstance(moves, NativeMoves)
+        backend, reason = select_backend(make(SMALL))
+        assert not isinstance(backend, CpuBackend)
         assert "no-such-compiler" in reason
         with pytest.raises(MissingError, match="no-such-compiler"):
-            choose_moves(make(SMALL), precision="int8")
+            select_backend(make(SMALL), precision="int8")
         (tmp_path / "broken.sh").write_text("#!/bin/sh\necho 'x: error: it broke' >&2\nexit 1\n")
         (tmp_path / "broken.sh").chmod(0o755)
         monkeypatch.setenv("CXX", str(tmp_path / "broken.sh"))
-        assert "it broke" in choose_moves(make(SMALL))[1]
+        assert "it broke" in select_backend(make(SMALL))[1]
         assert not list(tmp_path.rglob("*.so")), "nothing half made is left"
     finally:
         kernels.load.cache_clear()
@@ -192,19 +195,19 @@ def test_without_a_compiler(monkeypatch, tmp_path) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("gain_width", [0, -1])
 def test_rows_are_let_go_by_the_kernel_where_their_exits_say_so(gain_width: int) -> None:
-    """Rows of many exits, alone and together: each ride ends where a slow reference does."""
+    """Rows of many exits, alone and together: each run ends where a slow reference does."""
     model, deepest = make(replace(SMALL, gain_width=gain_width)), 5
-    moves, reference = NativeMoves(model), Moves(model)
+    backend, reference = CpuBackend(model), TorchBackend(model)
     tokens = torch.arange(12)[:, None]
     # The head's own words on these states, so that thresholds fall among them.
     cache = LoopCache(model.config, 12, 4, deepest)
-    place = reference.at(cache)
-    state = embedding = reference.encode(tokens, place)
+    run = reference.begin(cache)
+    state = embedding = run.embed(tokens)
     said = []
     for loop in range(1, deepest + 1):
-        before, state = state, reference.step(state, embedding, [loop], place)
+        before, state = state, run.iterate(state, embedding, [loop] * 12)
         change = (state - before).norm(dim=-1) / state.norm(dim=-1)
-        said.append([(*w, float(c)) for w, c in zip(reference.judge(state, [loop]), change)])
+        said.append([(*w, float(c)) for w, c in zip(run.confidence(state, [loop]), change)])
     words = torch.tensor(said)  # (loops, rows, 3)
     plain = ExitSettings(temperature=2.0, confidence_offset=0.3)
     half = float(torch.sigmoid(words[..., 0].median() / 2))
@@ -227,7 +230,7 @@ def test_rows_are_let_go_by_the_kernel_where_their_exits_say_so(gain_width: int)
         """Where this row's exit lets it go."""
         for loop in range(1, deepest + 1):
             read = calibrated(*map(float, words[loop - 1, row]), loop, leave.settings)
-            if leave.stops(loop, Readout(*read)):
+            if leave.stops(loop, ExitSignals(*read)):
                 return loop
         raise AssertionError("no exit")
 
@@ -243,11 +246,11 @@ def test_rows_are_let_go_by_the_kernel_where_their_exits_say_so(gain_width: int)
             first = min(depth(row, one) for row, one in enumerate(mixed))
             for rows, each in ((range(12), mixed), ([n], [leave])):
                 cache = LoopCache(model.config, 12, 4, deepest)
-                place = moves.at(cache, rows)
-                start = moves.encode(tokens[list(rows)], place)
-                ride = moves.ride(start, start, [1] * len(each), place, each)
-                assert ride.passes == (first if len(each) > 1 else depth(n, leave))
-                close = torch.tensor(ride.judged) - words[ride.passes - 1, list(rows)]
+                run = backend.begin(cache, rows)
+                start = run.embed(tokens[list(rows)])
+                result = run.until_exit(start, start, [1] * len(each), each)
+                assert result.loops_run == (first if len(each) > 1 else depth(n, leave))
+                close = torch.tensor(result.outputs) - words[result.loops_run - 1, list(rows)]
                 if not any("gain" in one.signals for one in each):
                     close[:, 1] = 0  # which nobody asked for
                 assert close.abs().max() < 1e-4

@@ -1,4 +1,4 @@
-"""Moves that are recorded and replayed: the same tokens, loops and figures as torch's as they are.
+"""Graphs that are recorded and replayed: the same tokens, loops and figures as torch without them.
 
 Without a GPU nothing is recorded, and the same bodies run on the same buffers.
 """
@@ -12,17 +12,17 @@ import pytest
 import torch
 
 import looptx_core
+from looptx_core.backends import cuda_graphs
+from looptx_core.backends.cuda_graphs import CudaGraphBackend
+from looptx_core.backends.select import select_backend
+from looptx_core.backends.torch_backend import TorchBackend
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.data.pictures import read_picture
 from looptx_core.data.tokenizer import train_tokenizer
 from looptx_core.errors import MissingError
-from looptx_core.generation import graph_moves
-from looptx_core.generation.choose import choose_moves
 from looptx_core.generation.engine import Engine
-from looptx_core.generation.graph_moves import GraphMoves
-from looptx_core.generation.moves import Moves
 from looptx_core.generation.request import PicturePrompt, Prompt, Step
 from looptx_core.model.loop import LoopedTransformer
 
@@ -41,7 +41,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 def engines(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, Engine]:
     """By recorded moves, whose graphs begin with eight columns, and by torch's as they are."""
-    monkeypatch.setattr(graph_moves, "_STRETCH", 8)
+    monkeypatch.setattr(cuda_graphs, "_FIRST_BUCKET", 8)
     torch.manual_seed(0)
     model = LoopedTransformer(SHAPE).eval()
     with torch.no_grad():
@@ -51,7 +51,7 @@ def engines(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> tuple[Engi
     settings = ExitSettings(confidence=0.05, gain=0.5, gain_slope=(1.0, 0.9),
                             gain_power=(0.5, 1.0), gain_offset=(0, 0.1))  # fmt: skip
     both = [Engine(model.to(device), tokenizer, settings, kernel="torch") for _ in range(2)]
-    both[0].moves = GraphMoves(model)
+    both[0].backend = CudaGraphBackend(model)
     return both[0], both[1]
 
 
@@ -88,21 +88,21 @@ def test_the_same_tokens(
         for mine, other in zip(ours, theirs):
             assert mine.logprob == pytest.approx(other.logprob, abs=1e-3)
             assert mine.confidence == pytest.approx(other.confidence, abs=1e-3)
-    assert recorded.work == plain.work
+    assert recorded.counters == plain.counters
     if options.get("exit") == "auto":
         assert len({step.loops for step in ours}) > 1
-    assert isinstance(recorded.moves, GraphMoves)
-    assert len(recorded.moves._tracks) > 1, "the text outgrew the first graphs"
+    assert isinstance(recorded.backend, CudaGraphBackend)
+    assert len(recorded.backend._passes) > 1, "the text outgrew the first graphs"
 
 
 def test_the_next_prompt_finds_the_graphs(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded, _ = engines(device, monkeypatch)
-    assert isinstance(recorded.moves, GraphMoves)
+    assert isinstance(recorded.backend, CudaGraphBackend)
     found, options = [], GenerationOptions(max_new_tokens=4, ignore_eos=True, temperature=0.0)
     for prompt in ("some", "some words to write with and more", "some"):
-        found.append((written(recorded, [prompt], options), recorded.moves._cache))
+        found.append((written(recorded, [prompt], options), recorded.backend._cache))
     assert found[0][1] is found[1][1] is found[2][1]
     ids = [[step.id for step in tokens[0]] for tokens, _ in found]
     assert ids[0] == ids[2]
@@ -115,14 +115,14 @@ def test_the_next_prompt_finds_the_graphs(
 
 def test_pictures_between_texts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture moves positions: a prompt that ends where the last one did starts anew."""
-    monkeypatch.setattr(graph_moves, "_STRETCH", 8)
+    monkeypatch.setattr(cuda_graphs, "_FIRST_BUCKET", 8)
     loaded = load_model(BUNDLED_VISION, dtype=torch.float32)
     picture = read_picture(CAT, loaded.config)
     options = GenerationOptions(loops=3, temperature=0.0, max_new_tokens=6, ignore_eos=True)
     both = []
-    for moves in (GraphMoves, Moves):
+    for kind in (CudaGraphBackend, TorchBackend):
         engine = Engine(loaded.model.to(device), loaded.tokenizer, loaded.exit, kernel="torch")
-        engine.moves = moves(loaded.model)
+        engine.backend = kind(loaded.model)
         asked = PicturePrompt("", (picture,))
         length = engine.length(asked)
         before = [5] * (
@@ -157,14 +157,14 @@ def test_batches_go_as_they_are(device: torch.device, monkeypatch: pytest.Monkey
     prompts = ["some", "words to write", "them"]
     ours, theirs = (written(engine, prompts, options) for engine in (recorded, plain))
     assert [[s.id for s in one] for one in ours] == [[s.id for s in one] for one in theirs]
-    assert isinstance(recorded.moves, GraphMoves) and not recorded.moves._tracks
+    assert isinstance(recorded.backend, CudaGraphBackend) and not recorded.backend._passes
 
 
 def test_the_choice_is_explained() -> None:
     model = LoopedTransformer(SHAPE)
     with pytest.raises(MissingError, match="the model is on cpu"):
-        choose_moves(model, "graph")
+        select_backend(model, "graph")
     if torch.cuda.is_available():
-        moves, reason = choose_moves(model.to("cuda"))
-        assert isinstance(moves, GraphMoves) and "CUDA graphs" in reason
-        assert choose_moves(model, "torch")[1] == "torch, asked for"
+        backend, reason = select_backend(model.to("cuda"))
+        assert isinstance(backend, CudaGraphBackend) and "CUDA graphs" in reason
+        assert select_backend(model, "torch")[1] == "torch, asked for"

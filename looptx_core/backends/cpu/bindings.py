@@ -1,4 +1,4 @@
-"""A model as the kernel sees it: pointers to its weights, and its moves for some rows."""
+"""A model, a cache and a pass as the kernel sees them: pointers, shapes and numbers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from looptx_core.backends.cpu.source import KERNEL
+from looptx_core.errors import MissingError
 from looptx_core.machine.kernels import load
 from looptx_core.model.attention import sdpa
 from looptx_core.model.bitnet import PackedBitLinear
 from looptx_core.model.block import Block
 from looptx_core.model.cache import LoopCache
+from looptx_core.model.layer_state import KVState
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_frequencies
-from looptx_core.native.source import KERNEL
 
 _FLOAT, _BFLOAT, _BYTES, _TERNARY = range(4)
 PRECISIONS = {"float32": _FLOAT, "bf16": _BFLOAT, "int8": _BYTES}
@@ -32,7 +34,7 @@ def _fields(**kinds: Any) -> list[tuple[str, Any]]:
     return [(name, kind) for names, kind in kinds.items() for name in names.split("__")]
 
 
-# These mirror the structs of decode.cpp.
+# These mirror the structs of decode.cpp; `_library` compares their sizes.
 
 
 class _Matrix(ctypes.Structure):
@@ -51,64 +53,112 @@ class _Model(ctypes.Structure):
         d_model__heads__kv_heads__head_dim__d_ff__vocab=_int,
         prelude__core__coda__max_loops__silu__injection=_int,
         eps=_float,
-        blocks__state_norm__state_share__embedding_norm__embedding_share=_pointer,
+        blocks__state_norm__state_scale__embedding_norm__embedding_scale=_pointer,
         embedding__norm__frequencies=_pointer,
-        head__judge_hidden__judge_gate=_Matrix,
-        judge_norm__judge_bias__judge_gate_bias__judge_loop__judge_out__judge_out_bias=_pointer,
-        judge_gain=_int,
+        head__confidence_hidden__confidence_gate=_Matrix,
+        confidence_norm__confidence_bias__confidence_gate_bias__confidence_loop=_pointer,
+        confidence_out__confidence_out_bias=_pointer,
+        gain_units=_int,
     )
 
 
 class _Cache(ctypes.Structure):
-    _fields_ = _fields(keys__values=_pointer, slot__row__head=_long, depths=_int)
+    _fields_ = _fields(keys__values=_pointer, depth__row__head=_long, depths=_int)
 
 
 class _Rows(ctypes.Structure):
     _fields_ = _fields(count=_int, row__column__start__position=_pointer)
 
 
-class _Watch(ctypes.Structure):
+class _StopCondition(ctypes.Structure):
     _fields_ = _fields(
-        first__last__sure__least=_pointer, odds__gain=_int, slope__power__offset=_pointer,
+        first__last__min_odds__max_nats=_pointer, odds__gain=_int, slope__power__offset=_pointer,
         depths=_int,
     )  # fmt: skip
 
 
-class Watch:
-    """When rows may leave the loop.
+_ABI_VERSION = 2
+"""Of the structs and functions; `LOOPTX_ABI_VERSION` of decode.cpp."""
+_STRUCTS = (_Matrix, _Block, _Model, _Cache, _Rows, _StopCondition)
 
-    first, last: for each row the loop from which on it is looked at, and the one that ends it.
-    bounds: for each row the confidence head's log-odds from which on it leaves, and the nats of
-    gain below which it does. asks: whether any row's leaving hangs on the one, and on the other.
-    gains: `ExitSettings.gain_slope`, `gain_power` and `gain_offset`.
+
+def _library() -> ctypes.CDLL:
+    """The compiled kernel. Raises `MissingError` where it can't be built, or where its structs are
+    not laid out as these here."""
+    library = load(*KERNEL)
+    found = (_int * (1 + len(_STRUCTS)))()
+    library.looptx_layout(found)
+    expected = [_ABI_VERSION, *map(ctypes.sizeof, _STRUCTS)]
+    if list(found) != expected:
+        raise MissingError(
+            f"the compiled kernel's structs are laid out as {list(found)}, not as {expected}: "
+            "it was built from another source; remove it, and it is built anew"
+        )
+    library.looptx_new.restype = ctypes.c_void_p
+    return library
+
+
+class StopCondition:
+    """When the kernel's loop returns.
+
+    first, last: for each row the loop from which on its exit is checked, and the one that ends it.
+    thresholds: `Exit.kernel_thresholds` of each row. asks: whether any row's exit looks at the
+    log-odds, and at the gain. gains: `ExitSettings.gain_slope`, `gain_power` and `gain_offset`.
     """
 
     def __init__(
         self,
         first: Sequence[int],
         last: Sequence[int],
-        bounds: Sequence[tuple[float, float]],
+        thresholds: Sequence[tuple[float, float]],
         asks: tuple[bool, bool],
         gains: tuple[Sequence[float], Sequence[float], Sequence[float]],
     ) -> None:
         assert len({len(part) for part in gains}) == 1, "three numbers for each loop"
-        self._parts = [*map(_ints, (first, last)), *map(_floats, (*zip(*bounds), *gains))]
+        self._parts = [*map(_ints, (first, last)), *map(_floats, (*zip(*thresholds), *gains))]
         addresses = [ctypes.addressof(part) for part in self._parts]
-        self._watch = _Watch(*addresses[:4], *asks, *addresses[4:], len(gains[0]))
-        self.argument = ctypes.byref(self._watch)
+        struct = _StopCondition(*addresses[:4], *asks, *addresses[4:], len(gains[0]))
+        self.argument = ctypes.byref(struct)
 
 
-class Place:
+class KernelCache:
+    """A cache's memory: keys and values of each layer, float32."""
+
+    def __init__(self, cache: LoopCache, states: Sequence[KVState]) -> None:
+        self._of, self._first = weakref.ref(cache), states[0].keys
+        self._keys, self._values = (
+            (_pointer * len(states))(*(store.data_ptr() for store in stores))
+            for stores in zip(*((state.keys, state.values) for state in states))
+        )
+        strides, depths = states[0].keys.stride(), max(state.depths for state in states)
+        tables = ctypes.addressof(self._keys), ctypes.addressof(self._values)
+        self.struct = _Cache(*tables, *strides[:3], depths)
+
+    @classmethod
+    def of(cls, cache: LoopCache) -> KernelCache | None:
+        """None where the kernel can't read it: a layer that holds something else than keys and
+        values, or holds them rounded or in another type."""
+        states = [state for state in cache.layers if type(state) is KVState]
+        plain = all(state.is_plain and state.dtype == torch.float32 for state in states)
+        return cls(cache, states) if plain and len(states) == len(cache.layers) else None
+
+    def is_of(self, cache: LoopCache) -> bool:
+        """Whether it describes this cache as it is now."""
+        first = cache.layers[0]
+        return self._of() is cache and isinstance(first, KVState) and first.keys is self._first
+
+
+class KernelRows:
     """Tokens of one pass, one a row, and where they stand in a cache.
 
     row: of the cache's batch. column: of the cache, where the token's keys go. start: the first
     column that belongs to the row. position: RoPE's. Rows of one text see each other's columns,
-    as far as they are no later. The cache holds float32.
+    as far as they are no later.
     """
 
     def __init__(
         self,
-        cache: LoopCache,
+        cache: KernelCache,
         row: Sequence[int],
         column: Sequence[int],
         start: Sequence[int],
@@ -116,12 +166,11 @@ class Place:
     ) -> None:
         self._parts = [_ints(part) for part in (row, column, start, position)]
         self._rows = _Rows(len(row), *(ctypes.addressof(part) for part in self._parts))
-        strides, keys, values = cache.keys.stride(), cache.keys.data_ptr(), cache.values.data_ptr()
-        self._cache = _Cache(keys, values, *strides[:3], cache.depths)
-        self.arguments = ctypes.byref(self._rows), ctypes.byref(self._cache)
+        self._cache = cache
+        self.arguments = ctypes.byref(self._rows), ctypes.byref(cache.struct)
 
 
-def obstacle(model: LoopedTransformer) -> str | None:
+def unsupported_reason(model: LoopedTransformer) -> str | None:
     """Why the kernel can't run this model, in a few words; None where it can."""
     weight = model.norm.weight
     if weight.device.type != "cpu":
@@ -140,8 +189,8 @@ def obstacle(model: LoopedTransformer) -> str | None:
     return None
 
 
-class NativeModel:
-    """The moves of one model by the kernel.
+class KernelModel:
+    """One model's weights, and its parts by the kernel.
 
     precision: how float matrices are held, see `PRECISIONS`; a ternary model keeps its own. The
     kernel reads the model's memory where the type is the same, else a copy: a later change of the
@@ -151,8 +200,7 @@ class NativeModel:
     def __init__(
         self, model: LoopedTransformer, precision: str = "float32", threads: int | None = None
     ) -> None:
-        self._library = load(*KERNEL)
-        self._library.looptx_new.restype = ctypes.c_void_p
+        self._library = _library()
         self._kept: list[Any] = []  # what the kernel points to
         self._kind = PRECISIONS[precision]
         self.config = model.config
@@ -161,80 +209,92 @@ class NativeModel:
         self._handle = ctypes.c_void_p(handle)
         weakref.finalize(self, self._library.looptx_free, self._handle)
 
-    def encode(self, tokens: Tensor, place: Place) -> Tensor:
+    def embed(self, tokens: Tensor, rows: KernelRows) -> Tensor:
         """tokens (rows,) int64 -> the prelude's output (rows, d_model)."""
         out = torch.empty(len(tokens), self.config.d_model)
-        self._library.looptx_encode(self._handle, _at(tokens), _at(out), *place.arguments)
+        self._library.looptx_embed(self._handle, _at(tokens), _at(out), *rows.arguments)
         return out
 
-    def step(
-        self, state: Tensor, embedding: Tensor, loops: Sequence[int], place: Place, further: int = 0
+    def iterate(
+        self,
+        state: Tensor,
+        embedding: Tensor,
+        loops: Sequence[int],
+        rows: KernelRows,
+        count: int = 1,
     ) -> Tensor:
-        """States (rows, d_model) after each row's loop, counted from 1, and `further` ones."""
+        """States (rows, d_model) after `count` loops, of which each row's first is given."""
         state = state.clone()
-        self._library.looptx_step(
-            self._handle, _at(state), _at(embedding), _ints(loops), further, *place.arguments
+        self._library.looptx_iterate(
+            self._handle, _at(state), _at(embedding), _ints(loops), count, *rows.arguments
         )
         return state
 
-    def ride(
-        self, state: Tensor, embedding: Tensor, loops: Sequence[int], place: Place, watch: Watch
+    def until_exit(
+        self,
+        state: Tensor,
+        embedding: Tensor,
+        loops: Sequence[int],
+        rows: KernelRows,
+        stop: StopCondition,
     ) -> tuple[Tensor, int, list[tuple[float, float, float]]]:
-        """Loop all rows until one may leave: the states, the passes, and of each row what `judge`
-        says then and the state's relative change in the last pass. Its gain is 0 unless a row's
-        leaving hangs on it.
+        """Loop all rows until one may stop: the states, the passes of the core, and for each row
+        the confidence head's log-odds and gain and the state's relative change in the last pass.
+        The gain is 0 unless a row's exit looks at it.
 
         loops: each row's first, counted from 1.
         """
         state, out = state.clone(), (ctypes.c_float * (3 * len(state)))()
-        passes = self._library.looptx_ride(
-            self._handle, _at(state), _at(embedding), _ints(loops), watch.argument,
-            *place.arguments, out,
+        passes = self._library.looptx_until_exit(
+            self._handle, _at(state), _at(embedding), _ints(loops), stop.argument,
+            *rows.arguments, out,
         )  # fmt: skip
         return state, passes, list(zip(out[::3], out[1::3], out[2::3]))
 
-    def decode(self, state: Tensor, place: Place) -> Tensor:
+    def logits(self, state: Tensor, rows: KernelRows) -> Tensor:
         """states (rows, d_model) -> logits (rows, vocab_size), by coda and head."""
         logits, state = torch.empty(len(state), self.config.vocab_size), state.clone()
-        self._library.looptx_decode(self._handle, _at(state), _at(logits), *place.arguments)
+        self._library.looptx_logits(self._handle, _at(state), _at(logits), *rows.arguments)
         return logits
 
-    def leave(self, state: Tensor, embedding: Tensor, loops: Sequence[int], place: Place) -> None:
-        """Rows end after their loops, with these states (rows, d_model): leave what deeper ones
-        of later rows will look for."""
-        self._library.looptx_leave(
-            self._handle, _at(state), _at(embedding), _ints(loops), *place.arguments
+    def backfill(
+        self, state: Tensor, embedding: Tensor, loops: Sequence[int], rows: KernelRows
+    ) -> None:
+        """Rows exit after their loops, with these states (rows, d_model): write what deeper, later
+        rows will attend to."""
+        self._library.looptx_backfill(
+            self._handle, _at(state), _at(embedding), _ints(loops), *rows.arguments
         )
 
-    def judge(self, state: Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
-        """The confidence head's words after each row's loop: logit and gain."""
+    def confidence(self, state: Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
+        """The confidence head's log-odds and gain after each row's loop."""
         out = (ctypes.c_float * (2 * len(state)))()
-        self._library.looptx_judge(self._handle, _at(state), _ints(loops), len(state), out)
+        self._library.looptx_confidence(self._handle, _at(state), _ints(loops), len(state), out)
         return list(zip(out[::2], out[1::2]))
 
     # What follows describes the model to the kernel.
 
     def _describe(self, model: LoopedTransformer) -> _Model:
-        config, injection, judge = model.config, model.injection, model.confidence
+        config, injection, head = model.config, model.injection, model.confidence
         blocks = (_Block * len(_blocks(model)))(*(self._block(b) for b in _blocks(model)))
         self._kept.append(blocks)
         parts: dict[str, Any] = {}
-        if judge.gate is not None:
-            parts["judge_gate"] = self._matrix(judge.gate.weight, _FLOAT)
-            parts["judge_gate_bias"] = self._vector(judge.gate.bias)
-        out: Tensor = judge.out.weight
-        out_bias: Tensor = judge.out.bias
-        if judge.gain is not None:
-            out = torch.block_diag(judge.gain.weight, out).flip(0)  # log-odds first
-            out_bias = torch.cat([out_bias, judge.gain.bias])
+        if head.gate is not None:
+            parts["confidence_gate"] = self._matrix(head.gate.weight, _FLOAT)
+            parts["confidence_gate_bias"] = self._vector(head.gate.bias)
+        out: Tensor = head.out.weight
+        out_bias: Tensor = head.out.bias
+        if head.gain is not None:
+            out = torch.block_diag(head.gain.weight, out).flip(0)  # log-odds first
+            out_bias = torch.cat([out_bias, head.gain.bias])
         if injection.kind != "none":
             ones = torch.ones(config.d_model)
             decays = injection.kind == "decay"
             parts |= {
                 "state_norm": self._vector(injection.state_norm.weight),
                 "embedding_norm": self._vector(injection.embedding_norm.weight),
-                "state_share": self._vector(torch.sigmoid(-injection.decay) if decays else ones),
-                "embedding_share": self._vector(injection.gain if decays else ones),
+                "state_scale": self._vector(torch.sigmoid(-injection.decay) if decays else ones),
+                "embedding_scale": self._vector(injection.gain if decays else ones),
             }
         return _Model(
             d_model=config.d_model, heads=config.n_heads, kv_heads=config.n_kv_heads,
@@ -246,12 +306,12 @@ class NativeModel:
             embedding=self._vector(model.embedding.weight), norm=self._vector(model.norm.weight),
             frequencies=self._vector(rotary_frequencies(config.head_dim, config.rope_theta)),
             head=self._matrix(model.head.weight, self._kind),
-            judge_hidden=self._matrix(judge.hidden.weight, _FLOAT),
-            judge_norm=self._vector(judge.norm.weight),
-            judge_bias=self._vector(judge.hidden.bias),
-            judge_loop=self._vector(judge.loop.weight),
-            judge_out=self._vector(out), judge_out_bias=self._vector(out_bias),
-            judge_gain=judge.widths[0],
+            confidence_hidden=self._matrix(head.hidden.weight, _FLOAT),
+            confidence_norm=self._vector(head.norm.weight),
+            confidence_bias=self._vector(head.hidden.bias),
+            confidence_loop=self._vector(head.loop.weight),
+            confidence_out=self._vector(out), confidence_out_bias=self._vector(out_bias),
+            gain_units=head.widths[0],
         )  # fmt: skip
 
     def _block(self, block: Block) -> _Block:
