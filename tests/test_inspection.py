@@ -23,12 +23,13 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.data.hops import hop_lines
 from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine
-from looptx_core.inspection.frontier import choose, depths, frontier, rule_depths
+from looptx_core.inspection.frontier import choose, frontier, rule_depths
 from looptx_core.inspection.influence import deletion_test, influence, relevance, without
 from looptx_core.inspection.page import page
 from looptx_core.inspection.report import _as_good, _policy
 from looptx_core.inspection.survey import Survey, survey_lines, two_surveys
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.stopping.rule import exit_depths
 from looptx_core.training.evaluate import LoopEvaluation
 from looptx_core.training.metrics import (
     auroc,
@@ -74,7 +75,7 @@ def test_spearman_by_hand():
 
 def test_depths_by_hand():
     stops = torch.tensor([[True, False, False], [False, True, False], [True, True, False]])
-    assert depths(stops).tolist() == [1, 2, 3]
+    assert exit_depths(stops).tolist() == [1, 2, 3]
 
 
 def small_survey() -> Survey:

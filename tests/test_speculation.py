@@ -51,7 +51,7 @@ def test_greedy_tokens_are_those_of_full_depth(model, tokenizer, drafts, shallow
     assert 0 < work.accepted < work.drafted, "the case is too easy"
     # Each verified position ran each loop once; every round gives one token beside its drafts.
     rounds = 2 * 29 - work.accepted
-    assert work.loops == 10 * work.encoded == 10 * (work.drafted + rounds)
+    assert work.loops == 10 * work.embedded == 10 * (work.drafted + rounds)
     assert work.readouts == 2 * work.drafted + rounds
 
 

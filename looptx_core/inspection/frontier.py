@@ -13,7 +13,7 @@ from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
 from looptx_core.inspection.survey import Survey
 from looptx_core.model.flops import token_flops
-from looptx_core.stopping.rule import RULES, Exit
+from looptx_core.stopping.rule import RULES, Exit, exit_depths
 
 _THRESHOLDS = 64
 _CONFIDENCES = (0.7, 0.8, 0.9, 0.95, 0.99)  # with `auto`, beside each threshold on the gain
@@ -90,7 +90,8 @@ def frontier(
                 own = exit_by(name, **{name: threshold})
                 points.append(point(name, threshold, own, own.depths(signals)))
             else:
-                depth = _depths_by_change(values, threshold, settings.min_loops)
+                # Stop where a loop changes the state by less; such a rule is not stored.
+                depth = exit_depths(values < threshold, settings.min_loops)
                 points.append(point(name, threshold, no_rule, depth))
     for threshold, sure in itertools.product(_spread(signals["gain"], 8), _CONFIDENCES):
         own = exit_by("auto", gain=threshold, confidence=sure)
@@ -100,14 +101,6 @@ def frontier(
         cheapest = (survey.loss + price * steps).argmin(0) + 1
         points.append(point("oracle", price, no_rule, cheapest))
     return points
-
-
-def _depths_by_change(values: Tensor, threshold: float, least: int) -> Tensor:
-    """Depths of a rule that is not stored: stop where a loop changes the state by less."""
-    stops = values < threshold
-    stops[: least - 1] = False
-    stops[-1] = True
-    return stops.int().argmax(0) + 1
 
 
 def choose(points: Sequence[Point], full_loss: float, increase: float) -> Point | None:

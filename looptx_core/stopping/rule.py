@@ -179,11 +179,12 @@ class Exit:
 
         values: each signal's, (loops, tokens).
         """
-        shape = next(iter(values.values()))
-        stops = torch.zeros_like(shape, dtype=torch.bool) | self.may_stop(values)
-        stops[: self.min_loops - 1] = False
-        stops[self.max_loops - 1 :] = True
-        return stops.int().argmax(0) + 1
+        some = next(iter(values.values()))[: self.max_loops]
+        stops = torch.zeros_like(some, dtype=torch.bool)
+        return exit_depths(
+            stops | self.may_stop({name: part[: self.max_loops] for name, part in values.items()}),
+            self.min_loops,
+        )
 
     def passes(self, loops: float) -> tuple[float, float, float]:
         """(readouts, confidence evaluations, gain evaluations) of a token of so many loops.
@@ -209,6 +210,17 @@ class Exit:
             "max_loops": self.max_loops,
             "kv_policy": self.settings.kv_policy,
         }
+
+
+def exit_depths(stops: Tensor, min_loops: int = 1) -> Tensor:
+    """The loop after which each token exits, (tokens,), from 1; the last where nothing stops it.
+
+    stops: (loops, tokens), True where a token may stop.
+    """
+    stops = stops.clone()
+    stops[: min_loops - 1] = False
+    stops[-1] = True
+    return stops.int().argmax(0) + 1
 
 
 def fixed_exit(loops: int, settings: ExitSettings) -> Exit:
