@@ -355,10 +355,10 @@ struct Model {
     const Block* blocks;  // prelude, core, coda
     const float *state_norm, *state_share, *embedding_norm, *embedding_share;  // of the injection
     const float *embedding, *norm, *frequencies;
-    Matrix head, judge_hidden, judge_gate;  // judge_gate: of 0 rows where there is none
+    Matrix head, judge_hidden, judge_gate;
     const float *judge_norm, *judge_bias, *judge_gate_bias, *judge_loop, *judge_out, *judge_out_bias;
-    // The first units tell the gain, the others the log-odds; 0: all tell both. judge_out: (2, units),
-    // log-odds first, 0 where a unit has no say.
+    // The first units tell the gain, the others the log-odds. judge_out: (units,).
+    // judge_out_bias: of the log-odds, then of the gain.
     int32_t judge_gain;
 };
 
@@ -701,7 +701,6 @@ struct Runner {
              const Rows& rows, const Cache& cache, float* out) {
         find_turns(rows);
         const int width = model.d_model;
-        const bool odds = watch.odds || (watch.gain && !model.judge_gain);  // where one look tells both
         for (int more = 0;; ++more) {
             bool look = false, end = false;
             for (int r = 0; r < rows.count; ++r) {
@@ -711,7 +710,7 @@ struct Runner {
             if (look || end) memcpy(before.data(), at, sizeof(float) * rows.count * width);
             once(at, words, loop, more, rows, cache);
             if (!look && !end) continue;
-            judge(at, loop, more, rows.count, odds, watch.gain, out, 3);
+            judge(at, loop, more, rows.count, watch.odds, watch.gain, out, 3);
             for (int r = 0; r < rows.count; ++r) {
                 float* said = out + 3 * r;
                 said[2] = change(before.data() + (int64_t)r * width, at + (int64_t)r * width);
@@ -720,7 +719,7 @@ struct Runner {
                         (watch.gain && watch.nats(said, loop[r] + more) < watch.least[r]));
             }
             if (!end) continue;
-            if (!odds) judge(at, loop, more, rows.count, true, false, out, 3);
+            if (!watch.odds) judge(at, loop, more, rows.count, true, false, out, 3);
             return more + 1;
         }
     }
@@ -811,26 +810,25 @@ struct Runner {
                float* out, int stride) {
         const Model& m = model;
         const int width = m.judge_hidden.rows;
-        const int first = gain ? 0 : m.judge_gain, last = odds || !m.judge_gain ? width : m.judge_gain;
+        const int first = gain ? 0 : m.judge_gain, last = odds ? width : m.judge_gain;
         if (!odds && !gain) return;
         enter(at, m.judge_norm, count, m.d_model, FLOAT);
         float* gates = judged.data() + (int64_t)count * width;
         pool.each(last - first, 4, [&](int begin, int end) {
             begin += first, end += first;
             product(m.judge_hidden, begin, end, input, judged.data(), width);
-            if (m.judge_gate.rows) product(m.judge_gate, begin, end, input, gates, width);
+            product(m.judge_gate, begin, end, input, gates, width);
         });
         for (int r = 0; r < count; ++r) {
             float* own = judged.data() + (int64_t)r * width;
             const float* depth = m.judge_loop + (int64_t)(std::min(loop[r] + more, m.max_loops) - 1) * width;
             for (int i = first; i < last; ++i) own[i] = gelu(own[i] + m.judge_bias[i] + depth[i]);
             const float* gate = gates + (int64_t)r * width;
-            for (int i = first; m.judge_gate.rows && i < last; ++i)
-                own[i] *= gate[i] + m.judge_gate_bias[i];
-            for (int i = 0; i < 2; ++i)
-                if (i ? gain : odds)
-                    out[stride * r + i] = m.judge_out_bias[i] + line(own + first, m.judge_out + i * width + first,
-                                                                     last - first);
+            for (int i = first; i < last; ++i) own[i] *= gate[i] + m.judge_gate_bias[i];
+            const int cut = m.judge_gain;
+            float* said = out + stride * r;
+            if (odds) said[0] = m.judge_out_bias[0] + line(own + cut, m.judge_out + cut, width - cut);
+            if (gain) said[1] = m.judge_out_bias[1] + line(own, m.judge_out, cut);
         }
     }
 };

@@ -219,14 +219,6 @@ class NativeModel:
         blocks = (_Block * len(_blocks(model)))(*(self._block(b) for b in _blocks(model)))
         self._kept.append(blocks)
         parts: dict[str, Any] = {}
-        if judge.gate is not None:
-            parts["judge_gate"] = self._matrix(judge.gate.weight, _FLOAT)
-            parts["judge_gate_bias"] = self._vector(judge.gate.bias)
-        out: Tensor = judge.out.weight
-        out_bias: Tensor = judge.out.bias
-        if judge.gain is not None:
-            out = torch.block_diag(judge.gain.weight, out).flip(0)  # log-odds first
-            out_bias = torch.cat([out_bias, judge.gain.bias])
         if injection.kind != "none":
             ones = torch.ones(config.d_model)
             decays = injection.kind == "decay"
@@ -247,10 +239,13 @@ class NativeModel:
             frequencies=self._vector(rotary_frequencies(config.head_dim, config.rope_theta)),
             head=self._matrix(model.head.weight, self._kind),
             judge_hidden=self._matrix(judge.hidden.weight, _FLOAT),
+            judge_gate=self._matrix(judge.gate.weight, _FLOAT),
             judge_norm=self._vector(judge.norm.weight),
             judge_bias=self._vector(judge.hidden.bias),
+            judge_gate_bias=self._vector(judge.gate.bias),
             judge_loop=self._vector(judge.loop.weight),
-            judge_out=self._vector(out), judge_out_bias=self._vector(out_bias),
+            judge_out=self._vector(torch.cat([judge.gain.weight, judge.out.weight], 1)),
+            judge_out_bias=self._vector(torch.cat([judge.out.bias, judge.gain.bias])),
             judge_gain=judge.widths[0],
         )  # fmt: skip
 

@@ -70,6 +70,11 @@ class LoopSchedule(torch.nn.Module):
         ruled = torch.where(self._above_threshold(measure(self.by)), deeper, self.base)
         return torch.where(explores, free, ruled)
 
+    @property
+    def deepest(self) -> int:
+        """The deepest depth that training runs."""
+        return self.base if self.kind == "fixed" else self.max_loops
+
     def first_read(self, loss_at: str) -> int:
         """The earliest loop that training reads out. loss_at: last, pair or all."""
         return {"last": self.base, "pair": max(1, self.base - 1), "all": 1}[loss_at]

@@ -177,7 +177,8 @@ def fit(
     """Train what of `model` is not frozen, with checkpoints and records in `folder`.
 
     Returns the module, and the steps done. Its model, which is `model` unless that was cut by
-    FSDP, ends in evaluation mode on the CPU, whole in the run's first process.
+    FSDP, ends in evaluation mode on the CPU, whole in the run's first process. `loops` of its
+    configuration becomes the deepest depth that was trained.
 
     command: what `--resume` goes on with, for messages. callbacks: Lightning's, for progress
     displays and the like. report: called with lines of one choice each ("attention: sdpa, ...").
@@ -280,6 +281,7 @@ def fit(
     else:
         model.to(torch.device("cpu"))
     module.swapped = end.swapped
+    model.config = replace(model.config, loops=module.schedule.deepest)
     model.eval()
     return module, trainer.global_step
 
