@@ -30,6 +30,15 @@ from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.model import fused
 from looptx_core.model.attention import choose_backend
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.parallel.deepspeed.checkpoint import Checkpoint, sweep
+from looptx_core.parallel.ranks import lost_peer
+from looptx_core.parallel.strategy import (
+    AtTheEnd,
+    Swapped,
+    choose_strategy,
+    own_environment,
+    shards_optimizer,
+)
 from looptx_core.training.calibration import calibrate
 from looptx_core.training.callbacks import (
     Begin,
@@ -45,17 +54,8 @@ from looptx_core.training.callbacks import (
 from looptx_core.training.compiled import compile_moves, plain_moves
 from looptx_core.training.curves import plot_run, verdict
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all, evaluate_loops
-from looptx_core.training.fragments import Checkpoint, sweep
 from looptx_core.training.hardware import choose_precision
-from looptx_core.training.module import LoopedLM, quiet_lightning
-from looptx_core.training.ranks import lost_peer
-from looptx_core.training.strategy import (
-    AtTheEnd,
-    Swapped,
-    choose_strategy,
-    own_environment,
-    shards_optimizer,
-)
+from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
 
 
 @dataclass
@@ -203,7 +203,7 @@ def fit(
     model.attend = backend.attend
     gathered = None
     if config.sharding == "fsdp":
-        from looptx_core.training.fsdp import Gathered, ShardedLM
+        from looptx_core.parallel.fsdp import Gathered
 
         module: LoopedLM = ShardedLM(model, config)
         gathered = Gathered()
@@ -273,7 +273,7 @@ def fit(
             f"(about {left / 60:.1f} minutes left)"
         )
     if end.saved is not None and trainer.is_global_zero:
-        from looptx_core.training.zero import make_plain
+        from looptx_core.parallel.deepspeed.zero import make_plain
 
         make_plain(module, Checkpoint(end.saved).weights())
     if gathered:
