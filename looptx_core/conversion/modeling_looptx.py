@@ -4,7 +4,7 @@ This file and those that it imports are the model's own sources; `--to-hf` copie
 weights, so that the folder needs no other package than torch and transformers.
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-    model(input_ids, loops=4).logits            absent: as deep as the model is trained for
+    model(input_ids, loops=4).logits            absent: the depth that config.json has as `loops`
     model.generate(input_ids, loops=4)          absent: each new token stops by the stored rule
 """
 
@@ -155,8 +155,8 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """input_ids, labels: (batch, new). attention_mask: (batch, seen), 0 for padding.
 
-        loops: absent: the model's maximum. 'auto' needs the cache that `generate` makes; without
-        one it is the maximum too.
+        loops: absent: the configuration's `loops`. 'auto' needs the cache that `generate` makes;
+        without one, and for a prompt, it is the maximum.
         """
         if past_key_values is None:
             logits, depths = self._uncached(input_ids, attention_mask, loops, logits_to_keep)
@@ -213,7 +213,9 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
         return logits, torch.full((len(tokens),), loops)
 
     def _depth(self, loops: int | str | None) -> int:
-        if loops in (None, "auto"):
+        if loops is None:
+            return self.model.config.loops
+        if loops == "auto":
             return self.model.config.max_loops
         if not isinstance(loops, int) or loops < 1:
             raise ValueError(f"loops={loops!r}: a depth of at least 1, or 'auto'")
@@ -244,7 +246,7 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
             self.model.new_cache(
                 batch=batch_size * copies,
                 capacity=max_cache_length + 1,
-                loops=self._depth(loops),
+                loops=self._depth(loops or "auto"),
                 policy="fill" if fixed else settings.kv_policy,
                 kind=settings.kv_type,
             )

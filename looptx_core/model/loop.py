@@ -139,12 +139,10 @@ class LoopedTransformer(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
         # A halting bias starts low: unsure until shown otherwise (ACT, arXiv 1603.08983).
         nn.init.zeros_(self.confidence.hidden.bias)
-        if self.confidence.gate is not None:
-            nn.init.ones_(self.confidence.gate.bias)
+        nn.init.ones_(self.confidence.gate.bias)
         with torch.no_grad():
             self.confidence.out.bias.zero_()[0] = -3.0
-            if self.confidence.gain is not None:
-                self.confidence.gain.bias.zero_()
+            self.confidence.gain.bias.zero_()
 
     # The moves of a forward pass. The engine and the trainer use them one by one.
 
@@ -304,7 +302,7 @@ class LoopedTransformer(nn.Module):
     ) -> LoopOutput:
         """Run a fixed number of loops and read out the last.
 
-        tokens: (batch, length) ids. loops: the configuration's, 1 by default. With a cache the
+        tokens: (batch, length) ids. loops: absent: the configuration's. With a cache the
         tokens continue it, and it is advanced. pictures: of the image tokens among these.
         """
         loops = loops or self.config.loops

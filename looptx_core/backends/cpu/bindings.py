@@ -279,14 +279,6 @@ class KernelModel:
         blocks = (_Block * len(_blocks(model)))(*(self._block(b) for b in _blocks(model)))
         self._kept.append(blocks)
         parts: dict[str, Any] = {}
-        if head.gate is not None:
-            parts["confidence_gate"] = self._matrix(head.gate.weight, _FLOAT)
-            parts["confidence_gate_bias"] = self._vector(head.gate.bias)
-        out: Tensor = head.out.weight
-        out_bias: Tensor = head.out.bias
-        if head.gain is not None:
-            out = torch.block_diag(head.gain.weight, out).flip(0)  # log-odds first
-            out_bias = torch.cat([out_bias, head.gain.bias])
         if injection.kind != "none":
             ones = torch.ones(config.d_model)
             decays = injection.kind == "decay"
@@ -307,10 +299,13 @@ class KernelModel:
             frequencies=self._vector(rotary_frequencies(config.head_dim, config.rope_theta)),
             head=self._matrix(model.head.weight, self._kind),
             confidence_hidden=self._matrix(head.hidden.weight, _FLOAT),
+            confidence_gate=self._matrix(head.gate.weight, _FLOAT),
             confidence_norm=self._vector(head.norm.weight),
             confidence_bias=self._vector(head.hidden.bias),
+            confidence_gate_bias=self._vector(head.gate.bias),
             confidence_loop=self._vector(head.loop.weight),
-            confidence_out=self._vector(out), confidence_out_bias=self._vector(out_bias),
+            confidence_out=self._vector(torch.cat([head.gain.weight, head.out.weight], 1)),
+            confidence_out_bias=self._vector(torch.cat([head.out.bias, head.gain.bias])),
             gain_units=head.widths[0],
         )  # fmt: skip
 

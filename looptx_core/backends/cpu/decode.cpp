@@ -357,10 +357,10 @@ struct Model {
     const Block* blocks;  // prelude, core, coda
     const float *state_norm, *state_scale, *embedding_norm, *embedding_scale;  // of the injection
     const float *embedding, *norm, *frequencies;
-    Matrix head, confidence_hidden, confidence_gate;  // confidence_gate: of 0 rows where there is none
+    Matrix head, confidence_hidden, confidence_gate;
     const float *confidence_norm, *confidence_bias, *confidence_gate_bias, *confidence_loop, *confidence_out, *confidence_out_bias;
-    // The first units tell the gain, the others the log-odds; 0: all tell both. confidence_out: (2, units),
-    // log-odds first, 0 where a unit has no say.
+    // The first units tell the gain, the others the log-odds. confidence_out: (units,).
+    // confidence_out_bias: of the log-odds, then of the gain.
     int32_t gain_units;
 };
 
@@ -707,7 +707,6 @@ struct Runner {
                    const Rows& rows, const Cache& cache, float* out) {
         find_turns(rows);
         const int width = model.d_model;
-        const bool odds = stop.odds || (stop.gain && !model.gain_units);  // where one pass gives both
         for (int more = 0;; ++more) {
             bool check = false, end = false;
             for (int r = 0; r < rows.count; ++r) {
@@ -717,7 +716,7 @@ struct Runner {
             if (check || end) memcpy(before.data(), at, sizeof(float) * rows.count * width);
             step(at, words, loop, more, rows, cache);
             if (!check && !end) continue;
-            confidence(at, loop, more, rows.count, odds, stop.gain, out, 3);
+            confidence(at, loop, more, rows.count, stop.odds, stop.gain, out, 3);
             for (int r = 0; r < rows.count; ++r) {
                 float* output = out + 3 * r;
                 output[2] = change(before.data() + (int64_t)r * width, at + (int64_t)r * width);
@@ -726,7 +725,7 @@ struct Runner {
                         (stop.gain && stop.nats(output, loop[r] + more) < stop.max_nats[r]));
             }
             if (!end) continue;
-            if (!odds) confidence(at, loop, more, rows.count, true, false, out, 3);
+            if (!stop.odds) confidence(at, loop, more, rows.count, true, false, out, 3);
             return more + 1;
         }
     }
@@ -817,26 +816,25 @@ struct Runner {
                     float* out, int stride) {
         const Model& m = model;
         const int width = m.confidence_hidden.rows;
-        const int first = gain ? 0 : m.gain_units, last = odds || !m.gain_units ? width : m.gain_units;
+        const int first = gain ? 0 : m.gain_units, last = odds ? width : m.gain_units;
         if (!odds && !gain) return;
         enter(at, m.confidence_norm, count, m.d_model, FLOAT);
         float* gates = judged.data() + (int64_t)count * width;
         pool.each(last - first, 4, [&](int begin, int end) {
             begin += first, end += first;
             product(m.confidence_hidden, begin, end, input, judged.data(), width);
-            if (m.confidence_gate.rows) product(m.confidence_gate, begin, end, input, gates, width);
+            product(m.confidence_gate, begin, end, input, gates, width);
         });
         for (int r = 0; r < count; ++r) {
             float* own = judged.data() + (int64_t)r * width;
             const float* depth = m.confidence_loop + (int64_t)(std::min(loop[r] + more, m.max_loops) - 1) * width;
             for (int i = first; i < last; ++i) own[i] = gelu(own[i] + m.confidence_bias[i] + depth[i]);
             const float* gate = gates + (int64_t)r * width;
-            for (int i = first; m.confidence_gate.rows && i < last; ++i)
-                own[i] *= gate[i] + m.confidence_gate_bias[i];
-            for (int i = 0; i < 2; ++i)
-                if (i ? gain : odds)
-                    out[stride * r + i] = m.confidence_out_bias[i] + line(own + first, m.confidence_out + i * width + first,
-                                                                     last - first);
+            for (int i = first; i < last; ++i) own[i] *= gate[i] + m.confidence_gate_bias[i];
+            const int cut = m.gain_units;
+            float* output = out + stride * r;
+            if (odds) output[0] = m.confidence_out_bias[0] + line(own + cut, m.confidence_out + cut, width - cut);
+            if (gain) output[1] = m.confidence_out_bias[1] + line(own, m.confidence_out, cut);
         }
     }
 };

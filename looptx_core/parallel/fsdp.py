@@ -13,11 +13,11 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.unset import unset_weights
-from looptx_core.training.module import LoopedLM
-from looptx_core.training.ranks import EndsTogether
+from looptx_core.parallel.ranks import EndsTogether
 
 
 class FsdpStrategy(EndsTogether, ModelParallelStrategy):
@@ -33,23 +33,20 @@ class FsdpStrategy(EndsTogether, ModelParallelStrategy):
         self.advice = advice
 
 
-class ShardedLM(LoopedLM):
-    """A `LoopedLM` whose weights are cut over the processes once these have found each other."""
+def shard(model: LoopedTransformer, mesh: DeviceMesh | None) -> None:
+    """Cut a model's weights over the processes of a mesh; a second call does nothing."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-    def configure_model(self) -> None:
-        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-
-        model = self.model
-        if isinstance(model, FSDPModule):
-            return
-        assert self.device_mesh is not None, "made by the strategy before this"
-        mesh = self.device_mesh["data_parallel"]
-        for block in (*model.prelude, *model.coda):
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh, reshard_after_forward=False)
-        # The first move of every pass; the others find the weights there, until the backward pass
-        # is over.
-        register_fsdp_forward_method(model, "encode")
+    if isinstance(model, FSDPModule):
+        return
+    assert mesh is not None, "made by the strategy before this"
+    mesh = mesh["data_parallel"]
+    for block in (*model.prelude, *model.coda):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    # The first move of every pass; the others find the weights there, until the backward pass is
+    # over.
+    register_fsdp_forward_method(model, "encode")
 
 
 class Gathered(L.Callback):

@@ -18,8 +18,8 @@ import numpy as np
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import RunConfig
 from looptx_core.machine.heap import KEPT_BLOCK
+from looptx_core.model.depths import draw_depths
 from looptx_core.model.flops import parameter_count
-from looptx_core.training.loop_schedule import draw_depths
 
 # DeepSpeed's own sizes, in elements.
 REDUCE_BUCKET = 500_000_000

@@ -13,7 +13,7 @@ from typing import Literal
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import RunConfig
 from looptx_core.machine.facts import Machine
-from looptx_core.training.memory import Need, Spread, rank_need
+from looptx_core.parallel.memory import Need, Spread, rank_need
 
 Place = Literal["none", "cpu", "nvme"]
 

@@ -18,7 +18,7 @@ from looptx_core.config.processes import RUN, is_first_here, starter
 from looptx_core.config.run import RunConfig
 from looptx_core.errors import MissingError, UsageError
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.ranks import EndsTogether
+from looptx_core.parallel.ranks import EndsTogether
 
 Report = Callable[[str], object]
 
@@ -72,7 +72,7 @@ def choose_strategy(
     if kind == "ddp":
         return _Ddp(advice, process_group_backend=None if on_gpu else "gloo")
     if kind == "fsdp":
-        from looptx_core.training.fsdp import FsdpStrategy
+        from looptx_core.parallel.fsdp import FsdpStrategy
 
         return FsdpStrategy(config.world_size, on_gpu=on_gpu, advice=advice)
     place = _place(model, config, folder, bf16, report)
@@ -103,9 +103,9 @@ def _zero(
     report: Report,
     advice: str,
 ) -> Strategy:
-    from looptx_core.training.swap import SwapFolder
-    from looptx_core.training.zero import ZeroStrategy
-    from looptx_core.training.zero_settings import override, settings
+    from looptx_core.parallel.deepspeed.nvme import SwapFolder
+    from looptx_core.parallel.deepspeed.settings import override, settings
+    from looptx_core.parallel.deepspeed.zero import ZeroStrategy
 
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     swap = None
@@ -143,7 +143,7 @@ def _place(
 ) -> Placement:
     """What was asked for, or by default the smallest set that makes the run fit."""
     from looptx_core.machine.facts import this_machine
-    from looptx_core.training.offload import plan_offload
+    from looptx_core.parallel.deepspeed.offload import plan_offload
 
     if config.offload in ("none", "cpu", "nvme"):
         both = config.sharding == "zero3"
@@ -162,7 +162,12 @@ def _require_async_io(report: Report) -> None:
 
     Raises `MissingError` naming the package that lacks.
     """
-    from looptx_core.machine.ops import build_op, inspect_op, op_obstacle, prefer_own_ninja
+    from looptx_core.parallel.deepspeed.ops import (
+        build_op,
+        inspect_op,
+        op_obstacle,
+        prefer_own_ninja,
+    )
 
     prefer_own_ninja()
     if obstacle := op_obstacle("async_io"):

@@ -11,9 +11,7 @@ import contextlib
 import functools
 import logging
 import math
-import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,11 @@ from torch import Tensor, nn
 
 from looptx_core.config.processes import is_first_here
 from looptx_core.errors import UsageError
-from looptx_core.training import fragments
-from looptx_core.training.fragments import MOMENTS, Checkpoint, Group, Piece
-from looptx_core.training.ranks import EndsTogether, any_rank
-from looptx_core.training.swap import SwapFolder, Traffic, count_traffic
+from looptx_core.parallel.deepspeed import checkpoint as fragments
+from looptx_core.parallel.deepspeed.checkpoint import MOMENTS, Checkpoint, Group, Piece
+from looptx_core.parallel.deepspeed.library import noise_to_stderr, prepare_deepspeed, restore_torch
+from looptx_core.parallel.deepspeed.nvme import SwapFolder, Traffic, count_traffic
+from looptx_core.parallel.ranks import EndsTogether, any_rank
 
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -375,15 +374,6 @@ class ZeroStrategy(EndsTogether, DeepSpeedStrategy):
             zero._release_swap_buffers(number)
 
 
-def restore_torch() -> None:
-    """Take back the linear function that ZeRO-3 put in torch's place, for all modules."""
-    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
-
-    linear = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
-    if linear is not None:
-        torch.nn.functional.linear = linear
-
-
 def make_plain(module: nn.Module, weights: Iterator[tuple[str, Tensor]]) -> None:
     """Undo what ZeRO did to a module, and give it these whole weights by name.
 
@@ -399,32 +389,3 @@ def make_plain(module: nn.Module, weights: Iterator[tuple[str, Tensor]]) -> None
         part._parameters = plain
         for hooks in _HOOKS:
             getattr(part, hooks).clear()
-
-
-def prepare_deepspeed(on_gpu: bool) -> None:
-    """Import it, with what it says going to standard error, and without needless compiling."""
-    if not on_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with noise_to_stderr():
-        import deepspeed
-
-        if not on_gpu:
-            # Its shared-memory collectives would be compiled before the first of gloo's.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-@contextlib.contextmanager
-def noise_to_stderr() -> Iterator[None]:
-    """DeepSpeed and its compilers print to standard output, which is for results."""
-    sys.stdout.flush()
-    with contextlib.redirect_stdout(sys.stderr):
-        kept = None
-        with contextlib.suppress(OSError, ValueError):
-            kept = os.dup(1)
-            os.dup2(2, 1)
-        try:
-            yield
-        finally:
-            if kept is not None:
-                os.dup2(kept, 1)
-                os.close(kept)

@@ -9,8 +9,8 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.machine.facts import Machine, this_machine
 from looptx_core.model.flops import token_flops
-from looptx_core.training.memory import Need, Spread, count, rank_need
-from looptx_core.training.offload import Offload, plan_offload
+from looptx_core.parallel.deepspeed.offload import Offload, plan_offload
+from looptx_core.parallel.memory import Need, Spread, count, rank_need
 
 
 @dataclass(frozen=True)

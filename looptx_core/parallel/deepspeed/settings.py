@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from looptx_core.errors import UsageError
-from looptx_core.training.fragments import MOMENTS
-from looptx_core.training.memory import SPARE_BUFFERS
+from looptx_core.parallel.deepspeed.checkpoint import MOMENTS
+from looptx_core.parallel.memory import SPARE_BUFFERS
 
 # What looptx sets by flags of its own.
 _OURS = {
