@@ -100,8 +100,8 @@ def of_training(side: Side, output: str, run: str, part: str = "") -> Record:
     """Losses of a run's log, the summary's figures and the weights."""
     lines = [json.loads(line) for line in output.splitlines()]
     summary = lines[-1]["summary"]
-    log = [json.loads(line) for line in (side.folder / run / "metrics.jsonl").read_text().split("\n")
-           if line]  # fmt: skip
+    log_file = side.folder / run / "metrics.jsonl"
+    log = [json.loads(line) for line in log_file.read_text("utf-8").splitlines()]
     keys = ("train_loss", "mean_loops", "gradient_norm", "confidence_error", "lr", "flops")
     record = {key: [line[key] for line in log if key in line] for key in keys}
     record["val_loss"] = [x for line in log for x in line.get("val_loss_by_loop", [])]

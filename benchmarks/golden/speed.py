@@ -9,10 +9,10 @@ from records import GREEDY, HOPS, PROSE, TRAIN, tokenized
 from side import Server, Side
 
 WORK: dict[str, tuple[str, ...]] = {
-    "decode, early exit": ("generate", HOPS, "--ignore-eos", *GREEDY, "192"),
-    "decode, full depth": ("generate", PROSE, "--loops", "10", "--ignore-eos", *GREEDY, "96"),
-    "decode, torch": ("generate", PROSE, "--kernel", "torch", "--ignore-eos", *GREEDY, "32"),
-    "batch": ("generate", "--prompts-file", "prompts.txt", "--ignore-eos", *GREEDY, "64"),
+    "decode, early exit": ("generate", HOPS, "--ignore-eos", *GREEDY, "1500"),
+    "decode, full depth": ("generate", PROSE, "--loops", "10", "--ignore-eos", *GREEDY, "1000"),
+    "decode, torch": ("generate", PROSE, "--kernel", "torch", "--ignore-eos", *GREEDY, "200"),
+    "batch": ("generate", "--prompts-file", "prompts.txt", "--ignore-eos", *GREEDY, "400"),
     "train": (*TRAIN, "--steps", "40", "--out", "timed", "--overwrite"),
 }
 
@@ -23,7 +23,8 @@ def compare_speed(old: Side, new: Side, rounds: int) -> list[dict[str, Any]]:
     The interval is between the second smallest and the second largest of the rounds; of ten, it
     holds the true median with a probability of 97.9 % (order statistics).
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
+    print("processor time, new / old: median (interval), medians of seconds")
     for side in (old, new):
         tokenized(side)
     with Server(old) as base, Server(new) as head:
@@ -47,6 +48,6 @@ def compare_speed(old: Side, new: Side, rounds: int) -> list[dict[str, Any]]:
             }  # fmt: skip
             rows.append(row)
             low, high = row["interval"]
-            print(f"{name:<24} new/old {row['ratio']:.3f} ({low:.3f} to {high:.3f}), "
-                  f"{row['base_seconds']:.2f} s -> {row['head_seconds']:.2f} s", flush=True)  # fmt: skip
+            seconds = f"{row['base_seconds']:.2f} s -> {row['head_seconds']:.2f} s"
+            print(f"{name:<20} {row['ratio']:.3f} ({low:.3f} to {high:.3f}), {seconds}", flush=True)
     return rows
