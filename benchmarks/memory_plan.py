@@ -132,7 +132,7 @@ def main() -> None:
     from looptx_core import __version__
     from looptx_core.config.model import ModelConfig
     from looptx_core.config.run import TrainConfig
-    from looptx_core.training.plan import plan
+    from looptx_core.parallel.plan import plan
 
     file = Path(__file__).parent / "results/memory_plan.json"
     result = json.loads(file.read_text()) if file.exists() else {"cases": {}}

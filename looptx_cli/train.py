@@ -27,7 +27,7 @@ from looptx_core.config.resolve import Resolved, resolve
 from looptx_core.config.run import TrainConfig
 
 if TYPE_CHECKING:
-    from looptx_core.training.plan import Plan
+    from looptx_core.parallel.plan import Plan
     from looptx_core.training.run import TrainResult
 
 SECTIONS = {"model": ModelConfig}
@@ -64,7 +64,7 @@ def train(
     model_config = resolved.build(ModelConfig, "model")
     if dry_run:
         with large_imports():
-            from looptx_core.training.plan import plan
+            from looptx_core.parallel.plan import plan
 
         _show_plan(plan(model_config, settings), as_json)
         return

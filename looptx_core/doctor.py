@@ -20,7 +20,7 @@ from looptx_core import __version__
 from looptx_core.machine.compiler import compiler, libaio_obstacle, ninja_obstacle
 from looptx_core.machine.disk import disk_speed
 from looptx_core.machine.facts import Machine, free_ram, is_memory, this_machine
-from looptx_core.machine.ops import OPS, Op, inspect_op, op_obstacle
+from looptx_core.parallel.deepspeed.ops import OPS, Op, inspect_op, op_obstacle
 
 SCHEMA_VERSION = 1
 _MARK = "looptx-found:"

@@ -21,8 +21,8 @@ from looptx_core.errors import DataError
 if sys.platform != "linux":
     pytest.skip("DeepSpeed runs on Linux", allow_module_level=True)
 
+from looptx_core.parallel.deepspeed.checkpoint import Checkpoint
 from looptx_core.training.callbacks import processes_of
-from looptx_core.training.fragments import Checkpoint
 
 ROOT = Path(__file__).parent.parent
 MODEL = {

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from looptx_core.checkpoint.card import model_card
 from looptx_core.checkpoint.documents import read_json, to_json, typed
 from looptx_core.checkpoint.weights import load_weights, tensors_of
 from looptx_core.config.generation import ExitSettings
-from looptx_core.config.model import FORMAT_VERSION, FORMER, ModelConfig
+from looptx_core.config.model import FIRST_FORMAT, FORMAT_VERSION, ModelConfig
 from looptx_core.data.pictures import preprocessor
 from looptx_core.data.tokenizer import fingerprint
 from looptx_core.errors import DataError, UsageError
@@ -227,8 +227,11 @@ def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     if (kind := settings.get("model_type")) != MODEL_TYPE:
         raise DataError(f"{file}: model_type is {kind!r}, not '{MODEL_TYPE}'; give a looptx model")
     version = settings.get("format_version")
-    if not isinstance(version, int) or version < 1:
-        raise DataError(f"{file}: format_version is {version!r}; copy the model again")
+    if not isinstance(version, int) or isinstance(version, bool) or version < FIRST_FORMAT:
+        raise DataError(
+            f"{file}: format_version is {version!r}, and the first released format is "
+            f"{FIRST_FORMAT}; copy or train the model again"
+        )
     if version > FORMAT_VERSION:
         raise DataError(
             f"{file}: format_version {version} is newer than {FORMAT_VERSION}, the last that "
@@ -240,7 +243,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
             f"looptx convert --from-hf {folder}"
         )
     shape = {key: value for key, value in settings.items() if key not in _NOT_SHAPE}
-    return typed(ModelConfig, FORMER.get(version, {}) | shape, str(file)), settings
+    return typed(ModelConfig, shape, str(file)), settings
 
 
 def read_tokenizer(folder: Path, config: ModelConfig, expected: str | None = None) -> Tokenizer:
@@ -280,8 +283,6 @@ def read_exit(folder: Path) -> ExitSettings:
     if not isinstance(settings, dict):
         raise DataError(f"{file}: exit must hold keys of its own; copy the model again")
     found = typed(ExitSettings, settings, f"{file}, exit")
-    if found.gain_slope and "gain_power" not in settings:  # a line, of before forecasts had a power
-        found = replace(found, gain_slope=(), gain_offset=())
     gains = {len(part) for part in (found.gain_slope, found.gain_power, found.gain_offset)}
     if len(found.stated) not in (0, 3) or len(gains) > 1:
         raise DataError(

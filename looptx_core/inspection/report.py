@@ -280,8 +280,8 @@ def _policies(
 
     def decode(policy: str, depth: int | None) -> Document:
         options = GenerationOptions(loops=depth or "auto", prompt_loops=deepest, kv_policy=policy)
-        engine.follow(texts[0][None], _PROMPT, options)  # graphs are recorded at first use
-        walked = [engine.follow(text[None], _PROMPT, options) for text in texts]
+        engine.score_forced(texts[0][None], _PROMPT, options)  # graphs are recorded at first use
+        walked = [engine.score_forced(text[None], _PROMPT, options) for text in texts]
         losses, hits = (torch.cat([part[0] for part in w]) for w in zip(*(w[:2] for w in walked)))
 
         def exact(by_loop: Sequence[Tensor]) -> float:

@@ -30,6 +30,15 @@ from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.model import fused
 from looptx_core.model.attention import choose_backend
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.parallel.deepspeed.checkpoint import Checkpoint, sweep
+from looptx_core.parallel.ranks import lost_peer
+from looptx_core.parallel.strategy import (
+    AtTheEnd,
+    Swapped,
+    choose_strategy,
+    own_environment,
+    shards_optimizer,
+)
 from looptx_core.training.calibration import calibrate
 from looptx_core.training.callbacks import (
     Begin,
@@ -45,17 +54,8 @@ from looptx_core.training.callbacks import (
 from looptx_core.training.compiled import compile_moves, plain_moves
 from looptx_core.training.curves import plot_run, verdict
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all, evaluate_loops
-from looptx_core.training.fragments import Checkpoint, sweep
 from looptx_core.training.hardware import choose_precision
-from looptx_core.training.module import LoopedLM, quiet_lightning
-from looptx_core.training.ranks import lost_peer
-from looptx_core.training.strategy import (
-    AtTheEnd,
-    Swapped,
-    choose_strategy,
-    own_environment,
-    shards_optimizer,
-)
+from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
 
 
 @dataclass
@@ -177,7 +177,8 @@ def fit(
     """Train what of `model` is not frozen, with checkpoints and records in `folder`.
 
     Returns the module, and the steps done. Its model, which is `model` unless that was cut by
-    FSDP, ends in evaluation mode on the CPU, whole in the run's first process.
+    FSDP, ends in evaluation mode on the CPU, whole in the run's first process. `loops` of its
+    configuration becomes the deepest depth that was trained.
 
     command: what `--resume` goes on with, for messages. callbacks: Lightning's, for progress
     displays and the like. report: called with lines of one choice each ("attention: sdpa, ...").
@@ -202,7 +203,7 @@ def fit(
     model.attend = backend.attend
     gathered = None
     if config.sharding == "fsdp":
-        from looptx_core.training.fsdp import Gathered, ShardedLM
+        from looptx_core.parallel.fsdp import Gathered
 
         module: LoopedLM = ShardedLM(model, config)
         gathered = Gathered()
@@ -272,7 +273,7 @@ def fit(
             f"(about {left / 60:.1f} minutes left)"
         )
     if end.saved is not None and trainer.is_global_zero:
-        from looptx_core.training.zero import make_plain
+        from looptx_core.parallel.deepspeed.zero import make_plain
 
         make_plain(module, Checkpoint(end.saved).weights())
     if gathered:
@@ -280,6 +281,7 @@ def fit(
     else:
         model.to(torch.device("cpu"))
     module.swapped = end.swapped
+    model.config = replace(model.config, loops=module.schedule.deepest)
     model.eval()
     return module, trainer.global_step
 
