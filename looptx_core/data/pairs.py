@@ -85,7 +85,7 @@ def read_pairs(inputs: Sequence[str | Path], skip_bad: bool = False) -> Pairs:
                 found.skipped += 1
     if not found.records:
         raise DataError(
-            f"{', '.join(map(str, inputs))}: no pictures with texts; see docs/how-to/images.md"
+            f"{', '.join(map(str, inputs))}: no pictures with texts; see docs/images.md"
         )
     return found
 
