@@ -8,7 +8,7 @@ run as ever. Lengths differ from 1 to twice the mean there, and 32 requests shar
 
 The static side gives every token all loops, and keeps a batch until its last request is done.
 
-    python benchmarks/batches.py [--new 48] [--rounds 3] [--threads 1] [--skip-small]
+    python -m benchmarks.batches.run [--new 48] [--rounds 3] [--threads 1] [--skip-small]
         [--kernel auto]
 """
 
@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from clock import BUNDLED, alternate, held_out, hop_texts, write
+from benchmarks.common.clock import BUNDLED, alternate, held_out, hop_texts, write
 from tokenizers import Tokenizer, models
 
 from looptx_core.checkpoint.folder import load_model

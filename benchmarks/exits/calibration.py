@@ -3,7 +3,7 @@
 The bundled model on held-out tokens of its own data: half of them for the calibration, half for the
 figures. States come from full depth, as in training.
 
-    python benchmarks/exit_calibration.py [--model FOLDER]
+    python -m benchmarks.exits.calibration [--model FOLDER]
 """
 
 from __future__ import annotations

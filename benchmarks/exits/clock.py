@@ -8,7 +8,7 @@ depth and one loop. Sides alternate text by text, and each text counts by its be
 machines go at half their speed for a part of the time. Then the price of a decision, and of a
 read-out of the vocabulary, in loops.
 
-    python benchmarks/exit_clock.py [--texts 4] [--rounds 20] [--threads 1] [--model FOLDER]
+    python -m benchmarks.exits.clock [--texts 4] [--rounds 20] [--threads 1] [--model FOLDER]
         [--kernel auto] [--kv-policy fill] [--equal-depth 3] [--apart] [--name exit_clock]
         [--data SHARDS]
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clock import BUNDLED, held_out, hop_texts, write
+from benchmarks.common.clock import BUNDLED, held_out, hop_texts, write
 
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings, GenerationOptions

@@ -13,7 +13,7 @@ Measured: AUROC and ECE of the head's confidence at full depth; of the rule `gai
 thresholds, at a mean of some loops, how much of full depth's loss (text, per cent) or accuracy
 (p-hop, points) is lost.
 
-    python benchmarks/confidence_targets.py [--on text p-hop] [--seeds 0 1] [--threads 2]
+    python -m benchmarks.exits.confidence_targets [--on text p-hop] [--seeds 0 1] [--threads 2]
 
 Text: the bundled model on *Moby Dick* and lines. p-hop: one layer of six loops, trained here.
 """
@@ -27,10 +27,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import p_hop
+from benchmarks.p_hop import run as p_hop
 import torch
 import torch.nn.functional as F
-from clock import BUNDLED, results_file, write
+from benchmarks.common.clock import BUNDLED, results_file, write
 from torch import Tensor
 
 from looptx_core.checkpoint.folder import load_model

@@ -10,7 +10,7 @@ measured on the other:
     binned and change    least squares on the means in 24 bins of the prediction and of the change
     change               no head: the state's relative change alone
 
-    python benchmarks/gain_calibration.py --models FOLDER [FOLDER ...] [--data SHARDS]
+    python -m benchmarks.exits.gain --models FOLDER [FOLDER ...] [--data SHARDS]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clock import BUNDLED, write
+from benchmarks.common.clock import BUNDLED, write
 from torch import Tensor
 
 from looptx_core.checkpoint.folder import load_model

@@ -5,7 +5,7 @@ stay as they are; beside them a few new ones learn the latter, on the states of 
 after every loop. So `exit_on_text.py` and `exit_clock.py` can look at what that is worth
 without a training of the trunk.
 
-    python benchmarks/new_heads.py --models FOLDER [FOLDER ...] --out FOLDER [--data SHARDS]
+    python -m benchmarks.exits.new_heads --models FOLDER [FOLDER ...] --out FOLDER [--data SHARDS]
         [--gain-width 16] [--batches 40]
 """
 
@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from confidence_targets import TARGETS, Seen, taught
+from benchmarks.exits.confidence_targets import TARGETS, Seen, taught
 
 from looptx_core.checkpoint.folder import load_model, save_model
 from looptx_core.data.bundled import bundled_shards

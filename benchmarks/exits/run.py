@@ -9,7 +9,7 @@ auto.
 
 Three seeds: the bundled model, and two of `looptx train --seed 1` and `--seed 2`.
 
-    python benchmarks/exit_on_text.py --models FOLDER [FOLDER ...] [--val-batches 40]
+    python -m benchmarks.exits.run --models FOLDER [FOLDER ...] [--val-batches 40]
         [--data SHARDS] [--name exit_on_text]
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clock import BUNDLED, write
+from benchmarks.common.clock import BUNDLED, write
 
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.inspection import InspectConfig

@@ -1,8 +1,8 @@
 """Full finetuning, LoRA and QLoRA on a reasoning-gym task: what is learned, stored and forgotten.
 
     pip install reasoning-gym
-    OMP_NUM_THREADS=1 python benchmarks/finetune_task.py --tune
-    OMP_NUM_THREADS=1 python benchmarks/finetune_task.py [--seeds 0] [--methods full-180]
+    OMP_NUM_THREADS=1 python -m benchmarks.finetuning.run --tune
+    OMP_NUM_THREADS=1 python -m benchmarks.finetuning.run [--seeds 0] [--methods full-180]
 
 1. The base, 0.6M parameters: one block, two in the loop, up to two loops. It is pretrained on the
    bundled novel, and on lines that hold words of the novel and their mirror images.

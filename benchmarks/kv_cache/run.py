@@ -5,7 +5,7 @@ bundled model, against the full cache in float32 (`fill`, `float`). Context: the
 32,768 tokens in the cache; its prompt is really run with --prompt, which takes minutes, else the
 cache is filled with noise and only the tokens after it are run.
 
-    python benchmarks/cache.py [--texts 4] [--context 32768] [--prompt]
+    python -m benchmarks.kv_cache.run [--texts 4] [--context 32768] [--prompt]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 import torch
-from clock import BUNDLED, held_out, hop_texts, write
+from benchmarks.common.clock import BUNDLED, held_out, hop_texts, write
 
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings, GenerationOptions

@@ -5,8 +5,8 @@ learning rate. p is drawn for each sequence and stands before it; every position
 looped model draws its depths and trains its confidence head, so that its exits are measured too:
 do the loops used rise with p, and what do they keep of full depth's accuracy?
 
-    python benchmarks/p_hop.py [--hops 4] [--loops 6] [--steps 2000] [--seeds 0 1]
-    python benchmarks/p_hop.py --device cuda --width 128 --heads 8 --length 256 --hops 16 \
+    python -m benchmarks.p_hop.run [--hops 4] [--loops 6] [--steps 2000] [--seeds 0 1]
+    python -m benchmarks.p_hop.run --device cuda --width 128 --heads 8 --length 256 --hops 16 \
         --batch 256 --schedule fixed --lr 5e-3 --layers 1 2 3 --bf16   # the paper's shape, on a GPU
 
 Resumable: a run that stands in the results file is not repeated.

@@ -1,7 +1,7 @@
 """Emoji with their names in many styles, and words by kind: the data for the benchmark of pictures.
 
     pip install resvg-py
-    python benchmarks/emoji.py
+    python -m benchmarks.pictures.emoji
 
 writes into `benchmarks/.data/emoji`:
 - `train.jsonl`: of names that are not held out, in the styles to train on, each with up to three
@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
-from corpora import DATA
+from benchmarks.common.corpora import DATA
 
 FOLDER = DATA / "emoji"
 SIDE = 64

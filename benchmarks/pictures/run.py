@@ -1,8 +1,8 @@
 """What a model says of pictures: the right one against another, one name of ten, and cats.
 
-    python benchmarks/pictures.py [--model FOLDER] [--check]
+    python -m benchmarks.pictures.run [--model FOLDER] [--check]
 
-The model must come from `benchmarks/picture_model.yaml` or its like: names that are `unseen` in
+The model must come from `benchmarks/pictures/model.yaml` or its like: names that are `unseen` in
 `benchmarks/emoji.py` and the styles of Facebook and Apple were not trained on. The photographs of
 `tuxpaint-stamps-default`, fetched by apt-get, are nothing like what it saw and are reported apart.
 Written to `benchmarks/results/pictures.json`. `--check` takes few pictures.
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpora import fetch_stamps
-from emoji import TEST, TRAIN, fetch_emoji
+from benchmarks.common.corpora import fetch_stamps
+from benchmarks.pictures.emoji import TEST, TRAIN, fetch_emoji
 
 from looptx_core.checkpoint.folder import LoadedModel, load_model
 from looptx_core.checkpoint.registry import bundled_model
@@ -222,7 +222,7 @@ def main() -> int:
     forms = {"": ("text",), "_with_kinds": ("kind said",), "_with_annotations": ("said",),
              "_in_all_three_forms": ("text", "kind said", "said")}  # fmt: skip
     found = {
-        "command": "python benchmarks/pictures.py",
+        "command": "python -m benchmarks.pictures.run",
         "seed": SEED,
         "styles_never_trained_on": list(TEST),
         "seen_names": right_or_shuffled(captions, seen),

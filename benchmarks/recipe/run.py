@@ -4,8 +4,8 @@ On p-hop (a task that needs depth) and on the State of the Union speeches at the
 pays (`depth_on_text.py`). Every contestant gets the steps that cost as many FLOPs as the defaults',
 vocabulary products included. Resumable: a run that stands in the results file is not repeated.
 
-    python benchmarks/recipe.py --on p-hop [--seeds 0 1] [--threads 2] [--device cuda]
-    python benchmarks/recipe.py --on text [--seeds 0]            # on a GPU where there is one
+    python -m benchmarks.recipe.run --on p-hop [--seeds 0 1] [--threads 2] [--device cuda]
+    python -m benchmarks.recipe.run --on text [--seeds 0]            # on a GPU where there is one
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import p_hop
+from benchmarks.p_hop import run as p_hop
 import torch
-from depth_on_text import BUDGETS, flops_per_step
+from benchmarks.depth_pays.run import BUDGETS, flops_per_step
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig

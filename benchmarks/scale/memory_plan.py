@@ -4,8 +4,8 @@ Each case trains some steps by the very code of `looptx train` in a fresh proces
 validation and saving. The peak is the resident memory's high-water mark over those steps, less what
 the process held after its imports and a tiny run (which loads kernels and starts thread pools).
 
-    python benchmarks/memory_plan.py [--cases plain,checkpointing] [--threads 1]
-    python benchmarks/memory_plan.py --again      the estimate anew beside the peaks of before
+    python -m benchmarks.scale.memory_plan [--cases plain,checkpointing] [--threads 1]
+    python -m benchmarks.scale.memory_plan --again      the estimate anew beside the peaks of before
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 is DeepSpeed's own. Read-ahead and the keeping of small weights are off, which at this size would
 cover the whole model. Units: multiples of the weights' size, P.
 
-    python benchmarks/zero_communication.py
+    python -m benchmarks.scale.zero_communication
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ With --wide, for the clock alone: width 512, 1 + 1 x 10 + 1, random weights whos
 little that most drafts stand. Its 25 MB of weights do not fit a core's cache, where the bundled
 model's 2 MB do: only what has to be read again for each position is saved.
 
-    python benchmarks/speculation.py [--texts 3] [--new 96] [--rounds 3] [--threads 1]
+    python -m benchmarks.speculation.run [--texts 3] [--new 96] [--rounds 3] [--threads 1]
         [--kernel auto]
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clock import BUNDLED, alternate, held_out, write
+from benchmarks.common.clock import BUNDLED, alternate, held_out, write
 
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import GenerationOptions

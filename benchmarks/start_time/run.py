@@ -1,6 +1,6 @@
 """From the command to its first word, as a user waits for it: whole processes, one after another.
 
-    python benchmarks/start.py [--rounds 5]
+    python -m benchmarks.start_time.run [--rounds 5]
 
 `generate` is the bundled model's first token; `compiling` is the same where the decoding kernel was
 never built, once a machine. The files were read before, as after a first run.
@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from clock import write
+from benchmarks.common.clock import write
 
 GENERATE = ["generate", "Call me", "--max-new-tokens", "1", "--quiet"]
 

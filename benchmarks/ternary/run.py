@@ -4,7 +4,7 @@ The bundled model on the bundled text, rounded at once and trained through the r
 rounding does to the states of each loop; then two engines at preset `small`'s shape, rounds
 alternating in one process, with weights as drawn.
 
-    python benchmarks/ternary.py [--threads 1] [--rounds 9] [--steps 200] [--parts speed ...]
+    python -m benchmarks.ternary.run [--threads 1] [--rounds 9] [--steps 200] [--parts speed ...]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Peak memory and time of tokenisation on hard input, and bytes per token beside GPT-2's.
 
-    python benchmarks/tokenize_memory.py [--words-mb 1000] [--line-mb 200]
+    python -m benchmarks.tokenizing.run [--words-mb 1000] [--line-mb 200]
 
 Writes `benchmarks/results/tokenize.json`. Memory is that of the process that tokenises.
 """
@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from corpora import fetch_sotu, gpt2_tokenizer
+from benchmarks.common.corpora import fetch_sotu, gpt2_tokenizer
 
 from looptx_core.data.corpus import bundled_text, documents
 from looptx_core.data.tokenizer import train_tokenizer

@@ -5,8 +5,8 @@ AdamW, packed documents. The plain loop is the same model without documents, dep
 head: forward, cross-entropy, backward, step. MFU counts 3 forward passes of `token_flops` a token
 against the GPU's dense bf16 peak, which --peak gives where it isn't known.
 
-    python benchmarks/gpu_training.py                            # on a GPU, some minutes
-    python benchmarks/gpu_training.py --device cpu --shape tiny --steps 2    # that it runs
+    python -m benchmarks.train_speed.gpu                            # on a GPU, some minutes
+    python -m benchmarks.train_speed.gpu --device cpu --shape tiny --steps 2    # that it runs
 """
 
 from __future__ import annotations

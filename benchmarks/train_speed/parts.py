@@ -3,7 +3,7 @@
 Shares of a step of `train_speed.py`'s sides at `small`, by torch's profiler; then milliseconds of
 processor time of the parts, forward and backward.
 
-    python benchmarks/train_parts.py [--threads 1]
+    python -m benchmarks.train_speed.parts [--threads 1]
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from clock import write
+from benchmarks.common.clock import write
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from train_speed import HERE, LAST, OURS, THEIRS, VOCAB, WARM, Where, ours, theirs
+from benchmarks.train_speed.run import HERE, LAST, OURS, THEIRS, VOCAB, WARM, Where, ours, theirs
 
 from looptx_core.data.corpus import bundled_text
 from looptx_core.data.datamodule import TokenData

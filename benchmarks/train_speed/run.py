@@ -14,7 +14,7 @@ the default recipe out, for cards without room for all.
 Beside the clock's the ratios of processor time are told: they hold on a machine that is busy with
 other things, where the clock's do not. Where a step's time goes: `train_parts.py`.
 
-    python benchmarks/train_speed.py [--rounds 5] [--shape nano] [--rows 8 --length 256]
+    python -m benchmarks.train_speed.run [--rounds 5] [--shape nano] [--rows 8 --length 256]
         [--compile] [--threads 2] [--device cuda [--last]]
 """
 
@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
-from clock import write
+from benchmarks.common.clock import write
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import PRESETS
