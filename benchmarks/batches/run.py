@@ -22,9 +22,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from benchmarks.common.clock import BUNDLED, alternate, held_out, hop_texts, write
 from tokenizers import Tokenizer, models
 
+from benchmarks.common.clock import BUNDLED, alternate, held_out, hop_texts
+from benchmarks.common.record import rows_by, write
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
@@ -117,13 +118,10 @@ def main() -> None:
     parser.add_argument("--kernel", default="auto", help="auto, native or torch.")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
-    results = {
-        "what": __doc__.splitlines()[0],
-        "bundled": bundled(flags.new, flags.rounds, flags.kernel),
-    }
+    results = {"bundled": bundled(flags.new, flags.rounds, flags.kernel)}
     if not flags.skip_small:
         results["small"] = small(max(2, flags.new // 3), max(1, flags.rounds - 2), flags.kernel)
-    write("batches", results)
+    write("batches.run", __doc__.splitlines()[0], rows_by(results, "model"))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 
 import looptx_core

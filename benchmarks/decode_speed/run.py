@@ -10,7 +10,7 @@ moment meets them all; read the ratios.
     python -m benchmarks.decode_speed.run --parts loops         # equal depth by 1, 2, 5 and 10 loops
     python -m benchmarks.decode_speed.run --device cuda         # on a GPU, by CUDA graphs
 
-Results: benchmarks/results/decode_speed.json, a part for each shape, and decode_speed_cuda.json.
+A shape that is measured anew replaces its rows in the record of this machine; others stay.
 --compiled adds transformers with a static cache, which it compiles (bf16). Weights are random: what
 they say is not the matter here.
 """
@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.common.clock import results_file, write
 from tokenizers import Tokenizer, models
 
+from benchmarks.common.record import results_file, rows_by, rows_so_far, write
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.conversion.ternary import pack_model
@@ -274,28 +274,35 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
-    name_of_results = "decode_speed" if flags.device == "cpu" else f"decode_speed_{flags.device}"
-    file = results_file(name_of_results)
-    report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    report["what"] = f"tokens per second after the first, prompt {PROMPT}, {NEW} new, batch 1"
-    report["rounds"] = flags.rounds
+    on_gpu = flags.device == "cuda"
+    report: dict[str, Any] = {}
     for name, shape in SHAPES.items():
         if "peers" in flags.parts and name.startswith(flags.shape):
             print(name)
             config = config_of(shape)
             prompt = torch.randint(1, config.vocab_size, (PROMPT,)).tolist()
-            report[name] = against_peers(config, prompt, flags.rounds, flags.device, flags.compiled)
+            found = against_peers(config, prompt, flags.rounds, flags.device, flags.compiled)
+            report[name] = rows_by(found, "weights")
     if "loops" in flags.parts:
         prompt = torch.randint(1, SMALL["vocab_size"], (PROMPT,)).tolist()
-        report["effective depth 12, by loops"] = by_loops(prompt, flags.rounds, flags.device)
-    report["peers"] = {
-        name: __import__(name).__version__
-        for name in ("transformers", "llama_cpp")
-        if find_spec(name)
-    }
-    if flags.device == "cuda":
-        report["gpu"] = torch.cuda.get_device_name()
-    write(name_of_results, report)
+        found = by_loops(prompt, flags.rounds, flags.device)
+        report["effective depth 12, by loops"] = rows_by(found, "weights", "loops")
+    earlier = rows_so_far(results_file("decode_speed.run", on_gpu=on_gpu))
+    write(
+        "decode_speed.run",
+        f"tokens per second after the first, prompt {PROMPT}, {NEW} new, batch 1",
+        [
+            *(row for row in earlier if row["model"] not in report),
+            *({"model": name, **row} for name, rows in report.items() for row in rows),
+        ],
+        settings={"rounds": flags.rounds},
+        peers=[name for name in ("transformers", "llama_cpp_python") if _installed(name)],
+        on_gpu=on_gpu,
+    )
+
+
+def _installed(name: str) -> bool:
+    return find_spec(name.removesuffix("_python")) is not None
 
 
 if __name__ == "__main__":

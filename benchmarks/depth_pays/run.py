@@ -27,8 +27,6 @@ Three seeds. Resumable: a run that stands in the results file is not repeated.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import shutil
 import statistics
 import tempfile
@@ -36,8 +34,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from benchmarks.common.corpora import DATA, fetch_sotu
 
+from benchmarks.common.corpora import DATA, fetch_sotu
+from benchmarks.common.record import results_file, rows_so_far, write
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.shard_writer import tokenize_corpus
@@ -47,15 +46,12 @@ from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.run import train
 
-RESULTS = Path(__file__).parent / "results"
-
 
 @dataclass(frozen=True)
 class Budget:
     """How much text a comparison takes, and how deep its models go."""
 
     name: str
-    results: str
     vocab: int
     layers: int
     """Of the plain deeper model."""
@@ -94,31 +90,31 @@ COMMON = TrainConfig(val_every=10**9, save_every=10**9, precision="float32")
 BUDGETS = {
     b.name: b
     for b in (
-        Budget("minutes", "depth_on_text.json", 2048, 3, 10, "looped, loss",
+        Budget("minutes", 2048, 3, 10, "looped, loss",
                replace(COMMON, steps=200, val_batches=12)),
-        Budget("pays", "depth_pays.json", 512, 4, 4, "the same, retain 0.88",
+        Budget("pays", 512, 4, 4, "the same, retain 0.88",
                replace(COMMON, steps=500, seq_len=256, batch_size=16, val_batches=16)),
         *(
-            Budget(f"{tokens}M", f"depth_{tokens}m.json", 512, 4, 4, "the same, retain 0.88",
+            Budget(f"{tokens}M", 512, 4, 4, "the same, retain 0.88",
                    replace(COMMON, precision="auto", steps=round(tokens * 1e6 / 64 / 256),
                            seq_len=256, batch_size=64, val_batches=16), minimal=True)
             for tokens in (12, 36)
         ),
-        Budget("narrow", "depth_narrow.json", 512, 4, 4, "the same, retain 0.88",
+        Budget("narrow", 512, 4, 4, "the same, retain 0.88",
                replace(COMMON, steps=4400, seq_len=256, batch_size=16, val_batches=16),
                width=64, minimal=True),
-        Budget("exits", "depth_exits.json", 512, 4, 4, RISING,
+        Budget("exits", 512, 4, 4, RISING,
                replace(COMMON, steps=2200, seq_len=256, batch_size=16, val_batches=16), width=64),
-        Budget("exits-wide", "depth_exits_wide.json", 512, 4, 4, RISING,
+        Budget("exits-wide", 512, 4, 4, RISING,
                replace(COMMON, precision="auto", steps=1100, seq_len=256, batch_size=64,
                        val_batches=16), width=256, core=2, confidence=128),
         *(
-            Budget(name, f"depth_{name.replace('-', '_')}.json", 512, 4, 4, "looped, sampled",
+            Budget(name, 512, 4, 4, "looped, sampled",
                    replace(COMMON, precision="auto", steps=2200, seq_len=256, batch_size=64,
                            val_batches=16), width=width)
             for name, width in (("long", 128), ("long-narrow", 64))
         ),
-        Budget("long-ten", "depth_long_ten.json", 512, 4, 10, "looped, sampled",
+        Budget("long-ten", 512, 4, 10, "looped, sampled",
                replace(COMMON, precision="auto", steps=2200, seq_len=256, batch_size=64,
                        val_batches=16), width=64),
     )
@@ -222,15 +218,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     budget = BUDGETS[options.budget]
-    file, shards = options.results or RESULTS / budget.results, budget.shards()
-
-    def read() -> list[dict]:
-        return json.loads(file.read_text())["runs"] if file.exists() else []
+    on_gpu, shards = torch.cuda.is_available(), budget.shards()
+    file = options.results or results_file("depth_pays.run", budget.name, on_gpu)
 
     for seed in options.seeds:
         base = replace(budget.train, seed=seed)
         for name, (model, config, scaled) in contestants(budget, base).items():
-            done = {(run["name"], run["seed"]): run for run in read()}
+            done = {(run["name"], run["seed"]): run for run in rows_so_far(file)}
             if (name, seed) in done or (options.only and name not in options.only):
                 continue
             if scaled:
@@ -254,18 +248,14 @@ def main() -> None:
                 "seconds": round(run.seconds, 1),
                 "bits_per_byte_by_loop": [round(x, 4) for x in run.bits_per_byte_by_loop],
             }
-            results = {
-                "command": f"python -m benchmarks.depth_pays.run --budget {budget.name}",
-                "machine": torch.cuda.get_device_name()
-                if torch.cuda.is_available()
-                else f"{platform.processor() or platform.machine()}, {options.threads} threads",
-                "torch": torch.__version__,
-                "held_out_documents": open_shards(shards).manifest.splits["val"].documents,
-                "runs": [*read(), found],
-            }
-            file.write_text(json.dumps(results, indent=1) + "\n")
+            write(
+                "depth_pays.run", __doc__.splitlines()[0], [*rows_so_far(file), found],
+                variant=budget.name, on_gpu=on_gpu, file=file,
+                settings={"held_out_documents":
+                          open_shards(shards).manifest.splits["val"].documents},
+            )  # fmt: skip
             print(found, flush=True)
-    print(table(read(), budget))
+    print(table(rows_so_far(file), budget))
 
 
 def _flops_of_reference(budget: Budget, base: TrainConfig, run: dict | None) -> float | None:

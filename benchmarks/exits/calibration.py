@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import looptx_core
+from benchmarks.common.record import flat, write
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings
 from looptx_core.data.bundled import bundled_shards
@@ -25,7 +26,6 @@ from looptx_core.training import metrics
 from looptx_core.training.calibration import fit_gain, fit_odds
 from looptx_core.training.evaluate import evaluate_batch
 
-RESULTS = Path(__file__).parent / "results" / "exit_calibration.json"
 THRESHOLD = 0.01  # nats, the default
 
 
@@ -84,8 +84,6 @@ def main() -> None:
     told = torch.stack([calibrated(*w, loop, fitted)[1] for loop, w in enumerate(words, start=1)])
     by_loop = loss[:, show].double().mean(1).tolist()
     results = {
-        "tokens": len(show),
-        "threshold": THRESHOLD,
         "one loop": {"mean_loops": 1, "loss": round(by_loop[0], 4)},
         "all loops": {"mean_loops": len(by_loop), "loss": round(by_loop[-1], 4)},
         "as predicted": stopped(gain[:, show], loss[:, show]),
@@ -95,8 +93,10 @@ def main() -> None:
             for half in (fit, show) for name in ("logit", "sharp", "hit")
         )),
     }  # fmt: skip
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps(results, indent=2))
+    rows = [{"depth": name, **flat(found)} for name, found in results.items()]
+    print(json.dumps(rows, indent=2))
+    settings = {"tokens": len(show), "threshold": THRESHOLD}
+    write("exits.calibration", __doc__.splitlines()[0], rows, settings=settings)
 
 
 if __name__ == "__main__":

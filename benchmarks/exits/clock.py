@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.common.clock import BUNDLED, held_out, hop_texts, write
 
+from benchmarks.common.clock import BUNDLED, held_out, hop_texts
+from benchmarks.common.record import flat, rows_by, write
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
@@ -180,7 +181,7 @@ def main() -> None:
     parser.add_argument("--kv-policy", choices=POLICIES, help="By default the model's own.")
     parser.add_argument("--equal-depth", type=int, help="Where it is known from more text.")
     parser.add_argument("--apart", action="store_true")
-    parser.add_argument("--name", default="exit_clock", help="Of the results file.")
+    parser.add_argument("--variant", default="", help="What the record is called beside others.")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     loaded = load_model(flags.model)
@@ -194,8 +195,8 @@ def main() -> None:
         (encode(line).ids, len(encode(line.split(":")[0]).ids) + 1)
         for line in hop_texts(3 * flags.texts)
     ]
-    results: dict[str, Any] = {
-        "what": __doc__.splitlines()[0],
+    results: dict[str, Any] = {}
+    settings = {
         "texts": flags.texts,
         "rounds": flags.rounds,
         "kernel": engine.kernel,
@@ -220,8 +221,10 @@ def main() -> None:
         torch.manual_seed(0)
         shapes[preset] = LoopedTransformer(ModelConfig(**get_preset(preset)["model"])).eval()
         shapes[preset].join()
-    results["prices"] = {name: prices(model, flags.kernel) for name, model in shapes.items()}
-    write(flags.name, results)
+    rows = [{"part": "decoding", **row} for row in rows_by(results, "text", "rule")]
+    for name, model in shapes.items():
+        rows.append({"part": "prices", "model": name, **flat(prices(model, flags.kernel))})
+    write("exits.clock", __doc__.splitlines()[0], rows, variant=flags.variant, settings=settings)
 
 
 if __name__ == "__main__":

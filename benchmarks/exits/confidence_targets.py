@@ -27,12 +27,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.p_hop import run as p_hop
 import torch
 import torch.nn.functional as F
-from benchmarks.common.clock import BUNDLED, results_file, write
 from torch import Tensor
 
+from benchmarks.common.clock import BUNDLED
+from benchmarks.common.record import results_file, rows_by, rows_so_far, write
+from benchmarks.p_hop import run as p_hop
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings
 from looptx_core.data.bundled import bundled_shards
@@ -235,13 +236,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    file = results_file("confidence_targets")
-    report = json.loads(file.read_text()) if file.exists() else {}
-    report |= {"what": __doc__.splitlines()[0], "seeds": args.seeds,
-               "values": "mean over seeds, largest less smallest"}  # fmt: skip
-    for name in args.on:
-        report[name] = {"text": on_text, "p-hop": on_p_hop}[name](args.seeds)
-    write("confidence_targets", report)
+    name = "exits.confidence_targets"
+    found = {task: {"text": on_text, "p-hop": on_p_hop}[task](args.seeds) for task in args.on}
+    others = [row for row in rows_so_far(results_file(name)) if row["task"] not in found]
+    settings = {"seeds": args.seeds, "values": "mean over seeds, largest less smallest"}
+    rows = [*others, *rows_by(found, "task", "target")]
+    write(name, __doc__.splitlines()[0], rows, settings=settings)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.common.clock import BUNDLED, write
 from torch import Tensor
 
+from benchmarks.common.clock import BUNDLED
+from benchmarks.common.record import rows_by, write
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings
 from looptx_core.data.bundled import bundled_shards
@@ -104,7 +105,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, nargs="+", default=[BUNDLED])
     parser.add_argument("--data", type=Path, help="Shards; by default the bundled text's.")
     parser.add_argument("--val-batches", type=int, default=40)
-    parser.add_argument("--name", default="gain_calibration", help="Of the results file.")
+    parser.add_argument("--variant", default="", help="What the record is called beside others.")
     args = parser.parse_args()
     runs: list[dict[str, Any]] = []
     for folder in args.models:
@@ -115,7 +116,9 @@ def main() -> None:
         )  # fmt: skip
         surveys = two_surveys(loaded.model, data.val_dataloader(), loaded.config.max_loops)
         runs.append({way: lost(surveys[1], s) for way, s in forecasts(*surveys).items()})
-    write(args.name, {"what": __doc__.splitlines()[0], "per cent lost by mean loops": runs})
+    rows = rows_by(dict(enumerate(runs)), "model", "calibration")
+    settings = {"values": "per cent of the loss lost at a mean of so many loops"}
+    write("exits.gain", __doc__.splitlines()[0], rows, variant=args.variant, settings=settings)
 
 
 if __name__ == "__main__":

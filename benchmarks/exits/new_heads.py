@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from benchmarks.exits.confidence_targets import TARGETS, Seen, taught
 
+from benchmarks.exits.confidence_targets import TARGETS, Seen, taught
 from looptx_core.checkpoint.folder import load_model, save_model
 from looptx_core.data.bundled import bundled_shards
 from looptx_core.data.datamodule import TokenData

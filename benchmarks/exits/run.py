@@ -10,7 +10,7 @@ auto.
 Three seeds: the bundled model, and two of `looptx train --seed 1` and `--seed 2`.
 
     python -m benchmarks.exits.run --models FOLDER [FOLDER ...] [--val-batches 40]
-        [--data SHARDS] [--name exit_on_text]
+        [--data SHARDS] [--variant NAME]
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.common.clock import BUNDLED, write
 
+from benchmarks.common.clock import BUNDLED
+from benchmarks.common.record import flat, write
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.inspection import InspectConfig
 from looptx_core.data.bundled import bundled_shards
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, nargs="+", default=[BUNDLED])
     parser.add_argument("--val-batches", type=int, default=40)
     parser.add_argument("--data", type=Path, help="Shards; by default the bundled text's.")
-    parser.add_argument("--name", default="exit_on_text", help="Of the results file.")
+    parser.add_argument("--variant", default="", help="What the record is called beside others.")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -89,7 +90,9 @@ def main() -> None:
         if len(values) in STUDENT:
             half = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
             together[key]["95 % within"] = half
-    write(args.name, {"what": __doc__.splitlines()[0], "runs": each, "together": together})
+    rows = [{"model": number, **found} for number, found in enumerate(each)]
+    what = " ".join(__doc__.split("\n\n")[0].split())
+    write("exits.run", what, rows, variant=args.variant, settings=flat(together))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@
 4. Beside what is solved: the base's own validation loss before and after.
 
 Each run leaves a file under `benchmarks/.data/finetune_task/` and is not done again; the base's
-pretraining resumes. The figures are gathered in `benchmarks/results/finetune_task.json`.
+pretraining resumes. The record gathers all of them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from typing import Any
 import lightning as L
 import reasoning_gym
 
+from benchmarks.common.corpora import DATA
+from benchmarks.common.record import flat, rows_by, write
 from looptx_core.checkpoint.folder import LoadedModel, load_model
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import GenerationOptions
@@ -45,8 +47,7 @@ from looptx_core.generation.engine import Engine
 from looptx_core.training.evaluate import evaluate_all
 from looptx_core.training.run import train
 
-RESULTS = Path(__file__).parent / "results" / "finetune_task.json"
-WORK = Path(__file__).parent / ".data" / "finetune_task"
+WORK = DATA / "finetune_task"
 TASK = "spell_backward"
 SHAPE = ModelConfig(
     vocab_size=320, d_model=128, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=384,
@@ -229,7 +230,7 @@ def gathered() -> dict[str, Any]:
         "base": base_figures(SEEDS),
         "seeds": seeds,
         "tuning": {
-            kind: {str(rate): one(kind, TUNING_SEED, rate, TUNING_STEPS, make=False)
+            kind: {str(rate): one(kind, TUNING_SEED, rate, TUNING_STEPS, make=False) or {}
                    for rate in RATES[kind]}
             for kind in RATES
         },
@@ -255,7 +256,10 @@ def main() -> None:
         for method in args.methods:
             kind, steps = METHODS[method]
             one(kind, seed, rate_of(kind), steps)
-    RESULTS.write_text(json.dumps(gathered(), indent=2) + "\n")
+    found = gathered()
+    rows = [{"part": "runs", **row} for row in rows_by(found.pop("seeds"), "seed", "method")]
+    rows += [{"part": "tuning", **row} for row in rows_by(found.pop("tuning"), "kind", "lr")]
+    write("finetuning.run", __doc__.splitlines()[0], rows, settings=flat(found))
 
 
 if __name__ == "__main__":

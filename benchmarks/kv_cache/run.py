@@ -16,8 +16,9 @@ import time
 from typing import Any
 
 import torch
-from benchmarks.common.clock import BUNDLED, held_out, hop_texts, write
 
+from benchmarks.common.clock import BUNDLED, held_out, hop_texts
+from benchmarks.common.record import flat, write
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
@@ -127,11 +128,9 @@ def main() -> None:
     flags = parser.parse_args()
     # First, as the peak is the process's.
     long = [context(flags.context, flags.prompt, "last", "int8")]
-    write(
-        "cache",
-        {"what": __doc__.splitlines()[0], "small": sizes(), "context": long,
-         "quality": quality(flags.texts)},
-    )  # fmt: skip
+    parts = {"size": sizes(), "context": long, "quality": quality(flags.texts)}
+    rows = [{"part": part, **flat(row)} for part, found in parts.items() for row in found]
+    write("kv_cache.run", __doc__.splitlines()[0], rows)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,12 @@ do the loops used rise with p, and what do they keep of full depth's accuracy?
     python -m benchmarks.p_hop.run --device cuda --width 128 --heads 8 --length 256 --hops 16 \
         --batch 256 --schedule fixed --lr 5e-3 --layers 1 2 3 --bf16   # the paper's shape, on a GPU
 
-Resumable: a run that stands in the results file is not repeated.
+Resumable: a run that stands in the record is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.common.record import flat, results_file, rows_so_far, write
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
@@ -38,7 +37,6 @@ from looptx_core.training.metrics import auroc, calibration_error, spearman
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import build_optimizer, clip_by_part, learning_rate_factor
 
-RESULTS = Path(__file__).parent / "results" / "p_hop.json"
 SYMBOLS, TESTED = 4, 1024
 SETTING = dict(hops=4, loops=6, length=32, steps=2000, lr=1e-2, width=64, heads=4, batch=64,
                schedule="sampled")  # fmt: skip
@@ -189,13 +187,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", help="Some shapes, as '1 x 1'.")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--variant", default="", help="What the record is called beside others.")
+    parser.add_argument("--results", type=Path, help="The record's file; by default its own.")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    on_gpu = args.device == "cuda"
+    file = args.results or results_file("p_hop.run", args.variant, on_gpu)
     known_by = {name: getattr(args, name) for name in SETTING} | {"bf16": args.bf16}
     for seed in args.seeds:
         for name, config in shapes(args).items():
-            done = json.loads(args.results.read_text())["runs"] if args.results.exists() else []
+            done = rows_so_far(file)
             key = {"name": name, "seed": seed, **known_by}
             if (args.only and name not in args.only) or any(
                 key.items() <= (SETTING | {"bf16": False} | r).items() for r in done
@@ -213,11 +214,9 @@ def main() -> None:
                 "accuracy_by_hops_and_loop": [by_hops(hit, hops, args) for hit in survey.hit],
             }
             if config.max_loops > 1:
-                run["exit"] = exits(model, args)
-            done = json.loads(args.results.read_text())["runs"] if args.results.exists() else []
-            content = {"machine": platform.machine(), "torch": torch.__version__,
-                       "runs": [*done, run]}  # fmt: skip
-            args.results.write_text(json.dumps(content, indent=1) + "\n")
+                run |= flat({"exit": exits(model, args)})
+            write("p_hop.run", __doc__.splitlines()[0], [*rows_so_far(file), run],
+                  variant=args.variant, on_gpu=on_gpu, file=file)  # fmt: skip
             print({k: v for k, v in run.items() if k != "flops"}, flush=True)
 
 

@@ -24,7 +24,6 @@ import io
 import json
 import re
 import subprocess
-import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -33,7 +32,6 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent))
 from benchmarks.common.corpora import DATA
 
 FOLDER = DATA / "emoji"

@@ -3,9 +3,9 @@
     python -m benchmarks.pictures.run [--model FOLDER] [--check]
 
 The model must come from `benchmarks/pictures/model.yaml` or its like: names that are `unseen` in
-`benchmarks/emoji.py` and the styles of Facebook and Apple were not trained on. The photographs of
+`pictures/emoji.py` and the styles of Facebook and Apple were not trained on. The photographs of
 `tuxpaint-stamps-default`, fetched by apt-get, are nothing like what it saw and are reported apart.
-Written to `benchmarks/results/pictures.json`. `--check` takes few pictures.
+`--check` takes few pictures and leaves no record.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.common.corpora import fetch_stamps
-from benchmarks.pictures.emoji import TEST, TRAIN, fetch_emoji
 
+from benchmarks.common.corpora import fetch_stamps
+from benchmarks.common.record import flat, write
+from benchmarks.pictures.emoji import TEST, TRAIN, fetch_emoji
 from looptx_core.checkpoint.folder import LoadedModel, load_model
 from looptx_core.checkpoint.registry import bundled_model
 from looptx_core.config.generation import GenerationOptions
@@ -30,7 +31,6 @@ from looptx_core.generation.engine import Engine, PicturePrompt
 from looptx_core.model.vision import Picture, together
 from looptx_core.training.evaluate import evaluate_loops
 
-RESULTS = Path(__file__).parent / "results" / "pictures.json"
 SEED = 0
 RANKED = 3
 """Loops at which names are ranked; more change nothing, and cost."""
@@ -194,6 +194,17 @@ def stamps(captions: Captions, engine: Engine, count: int) -> dict[str, Any]:
     }
 
 
+def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """One for each part's figures, and one for each caption."""
+    each = []
+    for part, figures in found.items():
+        lists = {k: v for k, v in figures.items() if isinstance(v, list) and isinstance(v[0], dict)}
+        each.append({"part": part, **flat({k: v for k, v in figures.items() if k not in lists})})
+        for kind, captions in lists.items():
+            each += [{"part": f"{part}: {kind}", **caption} for caption in captions]
+    return each
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=bundled_model("picture-model"))
@@ -222,9 +233,6 @@ def main() -> int:
     forms = {"": ("text",), "_with_kinds": ("kind said",), "_with_annotations": ("said",),
              "_in_all_three_forms": ("text", "kind said", "said")}  # fmt: skip
     found = {
-        "command": "python -m benchmarks.pictures.run",
-        "seed": SEED,
-        "styles_never_trained_on": list(TEST),
         "seen_names": right_or_shuffled(captions, seen),
         "unseen_names": right_or_shuffled(captions, unseen),
         **{
@@ -246,7 +254,8 @@ def main() -> int:
     print(f"'cat' said of {says['cat_said_of_cats']:.0%} of the cats and "
           f"{says['cat_said_of_others']:.0%} of the others")  # fmt: skip
     if not few:
-        RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        settings = {"seed": SEED, "styles_never_trained_on": list(TEST)}
+        write("pictures.run", __doc__.splitlines()[0], rows(found), settings=settings)
     return 0
 
 

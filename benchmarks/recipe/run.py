@@ -1,8 +1,8 @@
 """The recipe, one change at a time: what each default is worth, at equal FLOPs.
 
 On p-hop (a task that needs depth) and on the State of the Union speeches at the budget where depth
-pays (`depth_on_text.py`). Every contestant gets the steps that cost as many FLOPs as the defaults',
-vocabulary products included. Resumable: a run that stands in the results file is not repeated.
+pays (`depth_pays`). Every contestant gets the steps that cost as many FLOPs as the defaults',
+vocabulary products included. Resumable: a run that stands in the record is not repeated.
 
     python -m benchmarks.recipe.run --on p-hop [--seeds 0 1] [--threads 2] [--device cuda]
     python -m benchmarks.recipe.run --on text [--seeds 0]            # on a GPU where there is one
@@ -11,8 +11,6 @@ vocabulary products included. Resumable: a run that stands in the results file i
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import tempfile
 from dataclasses import replace
@@ -20,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.p_hop import run as p_hop
 import torch
-from benchmarks.depth_pays.run import BUDGETS, flops_per_step
 
+from benchmarks.common.record import machine, results_file, rows_so_far, write
+from benchmarks.depth_pays.run import BUDGETS, flops_per_step
+from benchmarks.p_hop import run as p_hop
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.p_hop import IGNORED, p_hop_batch
@@ -32,7 +31,6 @@ from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.run import train
 
-RESULTS = Path(__file__).parent / "results" / "recipe.json"
 # On text the base is all sequences at full depth, read at the last loop.
 BASE = "the defaults with retain 0.5"
 BY_LOSS = "schedule: by the loss"
@@ -125,32 +123,28 @@ def main() -> None:
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="For p-hop.")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, help="The record's file; by default its own.")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     on_gpu = args.device == "cuda" or (args.on == "text" and torch.cuda.is_available())
-    machine = torch.cuda.get_device_name() if on_gpu else platform.machine()
+    file = args.results or results_file("recipe.run", args.on, on_gpu)
     run = {"p-hop": on_p_hop, "text": on_text}[args.on]
     P_HOP.device = args.device
     as_the_base = AS_THE_BASE if args.on == "text" else (BY_LOSS,)
     chosen = args.only or [name for name in VARIANTS if name not in as_the_base]
 
-    def read() -> list[dict[str, Any]]:
-        return json.loads(args.results.read_text())["runs"] if args.results.exists() else []
-
     for seed in args.seeds:
         for name in chosen:
-            done = {(r["on"], r["name"], r["seed"]): r for r in read()}
+            done = {(r["on"], r["name"], r["seed"]): r for r in rows_so_far(file)}
             if (args.on, name, seed) in done:
                 continue
             first = done.get((args.on, BASE, seed))
             if first is None and name != BASE:
                 parser.error(f"{name}: first run {BASE!r} of this seed, whose FLOPs it takes")
-            found = {"on": args.on, "name": name, "seed": seed, "machine": machine,
+            found = {"on": args.on, "name": name, "seed": seed, "machine": machine(on_gpu),
                      **run(name, seed, first and first["flops"])}  # fmt: skip
-            content = {"machine": platform.machine(), "torch": torch.__version__,
-                       "threads": args.threads, "runs": [*read(), found]}  # fmt: skip
-            args.results.write_text(json.dumps(content, indent=1) + "\n")
+            write("recipe.run", __doc__.splitlines()[0], [*rows_so_far(file), found],
+                  variant=args.on, on_gpu=on_gpu, file=file)  # fmt: skip
             print(found, flush=True)
 
 

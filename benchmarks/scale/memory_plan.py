@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common.record import flat, results_file, rows_so_far, write
 
 MEDIUM = {"vocab_size": 16384, "d_model": 1024, "n_heads": 16, "n_kv_heads": 8, "head_dim": 64,
           "d_ff": 3072, "prelude_layers": 2, "core_layers": 4, "coda_layers": 2}  # fmt: skip
@@ -107,7 +108,13 @@ def child(shape: dict[str, Any], settings: dict[str, Any], threads: int) -> None
 
 def measured(name: str, threads: int) -> dict[str, Any]:
     shape, settings = CASES[name]
-    command = [sys.executable, __file__, "--child", json.dumps([shape, settings, threads])]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.scale.memory_plan",
+        "--child",
+        json.dumps([shape, settings, threads]),
+    ]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
     )
@@ -127,39 +134,30 @@ def main() -> None:
         child(*json.loads(args.child))
         return
 
-    import torch
-
-    from looptx_core import __version__
     from looptx_core.config.model import ModelConfig
     from looptx_core.config.run import TrainConfig
     from looptx_core.training.plan import plan
 
-    file = Path(__file__).parent / "results/memory_plan.json"
-    result = json.loads(file.read_text()) if file.exists() else {"cases": {}}
-    for name in [*result["cases"]] if args.again else args.cases.split(","):
+    file = results_file("scale.memory_plan")
+    cases = {row["case"]: row for row in rows_so_far(file)}
+    for name in [*cases] if args.again else args.cases.split(","):
         shape, settings = CASES[name]
         planned = plan(ModelConfig(**shape), TrainConfig(**settings))
-        peak = (result["cases"][name]["measured"] if args.again
-                else measured(name, args.threads)["peak"])  # fmt: skip
+        peak = cases[name]["measured"] if args.again else measured(name, args.threads)["peak"]
         # In RAM, of what the plan places: all of it where nothing is offloaded.
         memory = next(hold for hold in planned.offload.arithmetic if hold.place == "ram")
         ratio = memory.total / peak
-        result["cases"][name] = {
+        cases[name] = {
+            "case": name,
             "parameters": planned.parameters,
             "planned": memory.total,
-            "parts": memory.bytes,
+            **flat({"parts": memory.bytes, "settings": settings}),
             "measured": peak,
             "ratio": round(ratio, 3),
-            "settings": settings,
         }
         print(f"{name:>14}: planned {memory.total / 1e9:.3f} GB, measured "
               f"{peak / 1e9:.3f} GB, ratio {ratio:.3f}", flush=True)  # fmt: skip
-        result |= {
-            "threads": args.threads,
-            "versions": {"looptx": __version__, "torch": torch.__version__,
-                         "python": platform.python_version()},
-        }  # fmt: skip
-        file.write_text(json.dumps(result, indent=2) + "\n")
+        write("scale.memory_plan", __doc__.splitlines()[0], cases.values(), threads=args.threads)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.record import write
+
 MODEL = {
     "vocab_size": 400, "d_model": 256, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "d_ff": 768,
     "prelude_layers": 1, "core_layers": 2, "coda_layers": 1,
@@ -122,7 +124,13 @@ def main() -> None:
             "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
             "GROUP_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        command = [sys.executable, __file__, f"{top}/shards", top]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.scale.zero_communication",
+            f"{top}/shards",
+            top,
+        ]
         ranks = [
             subprocess.Popen(command, env={**shared, "RANK": str(n), "GROUP_RANK": str(n)})
             for n in range(2)
@@ -131,8 +139,7 @@ def main() -> None:
         rows = json.loads(Path(top, "rows.json").read_text())
     for row in rows:
         print(row)
-    file = Path(__file__).parent / "results/zero_communication.json"
-    file.write_text(json.dumps(rows, indent=1) + "\n")
+    write("scale.zero_communication", __doc__.splitlines()[0], rows, threads=1)
 
 
 if __name__ == "__main__":

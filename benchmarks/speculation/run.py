@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.common.clock import BUNDLED, alternate, held_out, write
 
+from benchmarks.common.clock import BUNDLED, alternate, held_out
+from benchmarks.common.record import write
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
@@ -93,12 +94,11 @@ def main() -> None:
             if temperature == 0:
                 row["same_tokens"] = written[name] == written["full depth"]
             parts.append(row)
-    kind = ["wide"] if flags.wide else ["trained"] if flags.model != BUNDLED else []
-    write(
-        "_".join(["speculation", *kind, engine.kernel.split(",")[0]]),
-        {"what": __doc__.splitlines()[0], "texts": flags.texts, "new_tokens": flags.new,
-         "rounds": flags.rounds, "kernel": engine.kernel, "rows": parts},
-    )  # fmt: skip
+    kind = "wide" if flags.wide else "trained" if flags.model != BUNDLED else "bundled"
+    settings = {"texts": flags.texts, "new_tokens": flags.new, "rounds": flags.rounds,
+                "kernel": engine.kernel}  # fmt: skip
+    write("speculation.run", __doc__.splitlines()[0], parts,
+          variant=f"{kind} {engine.kernel.split(',')[0]}", settings=settings)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common.clock import write
+from benchmarks.common.record import write
 
 GENERATE = ["generate", "Call me", "--max-new-tokens", "1", "--quiet"]
 
@@ -42,8 +42,9 @@ def main() -> None:
         if number:  # the first round warms up
             for name, each in zip(times, found):
                 times[name].append(each)
-    medians = {name: statistics.median(each) for name, each in times.items()}
-    write("start", {"what": __doc__.splitlines()[0], "seconds": medians, "rounds": times})
+    rows = [{"looptx": name, "seconds": statistics.median(each), "rounds": each}
+            for name, each in times.items()]  # fmt: skip
+    write("start_time.run", __doc__.splitlines()[0], rows)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
-from looptx_core import __version__
+from benchmarks.common.record import flat, results_file, rows_by, rows_so_far, write
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.checkpoint.registry import bundled_model
 from looptx_core.config.conversion import ConvertConfig
@@ -197,29 +195,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parts = ("conversions", "compounding", "speed")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    here = Path(__file__).parent / "results" / "ternary.json"
-    parser.add_argument("--out", type=Path, default=here)
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
-    report: dict[str, Any] = json.loads(flags.out.read_text()) if flags.out.exists() else {}
+    report: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         if "conversions" in flags.parts:
-            report["conversions"] = conversions(flags.steps, Path(folder))
+            report["conversions"] = rows_by(conversions(flags.steps, Path(folder)), "name")
         if "compounding" in flags.parts:
-            report["compounding"] = compounding(flags.steps, Path(folder))
-            report["compounding_steps"] = flags.steps
+            rows = rows_by(compounding(flags.steps, Path(folder)), "name")
+            report["compounding"] = [{**row, "steps": flags.steps} for row in rows]
     if "speed" in flags.parts:
-        report["speed"] = {**speed(flags.rounds), "threads": flags.threads}
-    report["versions"] = {
-        "looptx": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
+        report["speed"] = [flat(speed(flags.rounds))]
+    earlier = rows_so_far(results_file("ternary.run"))
+    rows = [row for row in earlier if row["part"] not in report]
+    rows += [{"part": part, **row} for part, found in report.items() for row in found]
+    write("ternary.run", __doc__.splitlines()[0], rows)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
     python -m benchmarks.tokenizing.run [--words-mb 1000] [--line-mb 200]
 
-Writes `benchmarks/results/tokenize.json`. Memory is that of the process that tokenises.
+Memory is that of the process that tokenises.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import subprocess
@@ -18,11 +17,10 @@ import time
 from pathlib import Path
 
 from benchmarks.common.corpora import fetch_sotu, gpt2_tokenizer
-
+from benchmarks.common.record import write
 from looptx_core.data.corpus import bundled_text, documents
 from looptx_core.data.tokenizer import train_tokenizer
 
-RESULTS = Path(__file__).parent / "results" / "tokenize.json"
 VOCAB = 4096
 CHILD = """
 import sys
@@ -111,16 +109,10 @@ def main() -> None:
         write_words(file, args.words_mb * 10**6)
         measured.append(measure("mostly unique words", file))
     compared = [compare("Moby Dick", bundled_text()), compare("State of the Union", fetch_sotu())]
-    results = {
-        "schema_version": 1,
-        "cpus": os.cpu_count(),
-        "threads": os.environ.get("RAYON_NUM_THREADS", "all"),
-        "vocab_size": VOCAB,
-        "memory": measured,
-        "bytes_per_token": compared,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    parts = {"memory": measured, "bytes a token": compared}
+    rows = [{"part": part, **row} for part, found in parts.items() for row in found]
+    settings = {"threads": os.environ.get("RAYON_NUM_THREADS", "all"), "vocab_size": VOCAB}
+    write("tokenizing.run", __doc__.splitlines()[0], rows, settings=settings)
 
 
 if __name__ == "__main__":

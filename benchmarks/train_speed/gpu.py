@@ -17,13 +17,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from looptx_core import __version__
+from benchmarks.common.record import write
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import PRESETS
 from looptx_core.config.run import TrainConfig
@@ -154,16 +153,10 @@ def main() -> None:
                 del step
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
-    result = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "steps": args.steps,
-        "versions": {"looptx": __version__, "torch": torch.__version__},
-        "rows": rows_of_table,
-    }
-    print(json.dumps(result, indent=2))
-    if device.type == "cuda":
-        file = Path(__file__).parent / "results/gpu_training.json"
-        file.write_text(json.dumps(result, indent=2) + "\n")
+    if device.type == "cuda":  # on a CPU the script is only tried
+        settings = {"steps": args.steps}
+        write("train_speed.gpu", __doc__.splitlines()[0], rows_of_table, settings=settings,
+              on_gpu=True)  # fmt: skip
 
 
 if __name__ == "__main__":

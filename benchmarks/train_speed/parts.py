@@ -17,12 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
-from benchmarks.common.clock import write
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from benchmarks.train_speed.run import HERE, LAST, OURS, THEIRS, VOCAB, WARM, Where, ours, theirs
 
+from benchmarks.common.record import rows_by, write
+from benchmarks.train_speed.run import HERE, LAST, OURS, THEIRS, VOCAB, WARM, Where, ours, theirs
 from looptx_core.data.corpus import bundled_text
 from looptx_core.data.datamodule import TokenData
 from looptx_core.data.shard_writer import tokenize_corpus
@@ -167,16 +166,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    told = {"kernels": fused.prepare(), "peers": {"transformers": transformers.__version__}}
+    settings = {"kernels": fused.prepare()}
     odd = Where(length=LENGTH - 1)  # so that no number of tokens is the vocabulary's size
     shares = {THEIRS: profiled(theirs(where=odd))}
     with freed_memory_kept():
         shares[OURS] = profiled(ours(False, odd, **LAST))
         shares["looptx, default recipe"] = profiled(ours(False, odd))
         each = parts()
-    beside = {"shares": shares, "processor_seconds_a_batch": data_seconds()}
-    write("train_profile", told | beside)
-    write("train_parts", told | {"milliseconds": each})
+    rows = [{"part": "share of a step", **row} for row in rows_by(shares, "side")]
+    rows += [{"part": "milliseconds", **row} for row in rows_by(each, "operation")]
+    rows.append({"part": "processor seconds a batch", **data_seconds()})
+    write("train_speed.parts", __doc__.splitlines()[0], rows, settings=settings,
+          peers=["transformers"])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
-from benchmarks.common.clock import write
 
+from benchmarks.common.record import write
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import PRESETS
 from looptx_core.config.run import TrainConfig
@@ -200,26 +200,21 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.compile and args.device == "cuda":
         parser.error("--device cuda times both, compiled and not")
-    name = "train_speed_compiled" if args.compile else "train_speed"
     _, rows, length = SHAPES[args.shape]
     rows, length = args.rows or rows, args.length or length
-    if args.device == "cuda":
-        name += "_cuda"
-    if args.device == "cuda" or args.rows or args.length:
-        name += f"_{rows}x{length}"
-    if args.shape != "small":
-        name += f"_{args.shape}"
-    if args.last:
-        name += "_last"
+    on_gpu = args.device == "cuda"
+    variant = [args.shape, f"{rows}x{length}", *["compiled"] * args.compile, *["last"] * args.last]
     where = Where(torch.device(args.device), rows, length, args.shape)
-    kernels = {"kernels": fused.prepare()} if args.device == "cpu" else {}
+    kernels = {} if on_gpu else {"kernels": fused.prepare()}
     ours = [side for side in SETTINGS if SETTINGS[side] is LAST or not args.last]
     sides = [*ours, THEIRS, THEIRS_KEPT]
     if args.device == "cuda":
         alike = (side for side in (*ours, THEIRS) if side != PLAIN)
         sides = [side + how for side in alike for how in ("", COMPILED)]
-    found = timed(sides, args.rounds, args.compile, args.threads, where)
-    write(name, kernels | found | {"peers": {"transformers": transformers.__version__}})
+    settings, found = timed(sides, args.rounds, args.compile, args.threads, where)
+    table = [{"side": side, **row} for side, row in found.items()]
+    write("train_speed.run", __doc__.splitlines()[0], table, variant=" ".join(variant),
+          settings=kernels | settings, peers=["transformers"], on_gpu=on_gpu)  # fmt: skip
 
 
 def _sit(side: str, compiled: bool, threads: int, where: Where, orders: Connection) -> None:
@@ -244,7 +239,8 @@ def _sit(side: str, compiled: bool, threads: int, where: Where, orders: Connecti
 
 def timed(
     sides: list[str], rounds: int, compiled: bool, threads: int, where: Where
-) -> dict[str, object]:
+) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
+    """The settings that were used, and each side's figures."""
     device, rows, length, shape = where
     spawn = multiprocessing.get_context("spawn")
     lines, seats = {}, []
@@ -279,31 +275,28 @@ def timed(
             for name, each in times.items()
         }
 
-    common = {
+    columns: dict[str, dict[str, float]] = {
         "tokens_per_second": {
             name: round(rows * length / statistics.median(each), 1) for name, each in clock.items()
         },
         "ratio": ratios(clock, THEIRS),
-        "shape": shape,
-        "rows": rows,
-        "length": length,
-        "rounds": rounds,
     }
+    settings: dict[str, object] = {
+        "shape": shape, "rows": rows, "length": length, "rounds": rounds, "compile": compiled
+    }  # fmt: skip
     if device.type == "cuda":
-        beside = ratios(clock, THEIRS + COMPILED)
-        name = torch.cuda.get_device_name()
-        return common | {"ratio_to_transformers_compiled": beside, "device": name}
-    used_by = {name: statistics.median(each) for name, each in processor.items()}
-    rate = product_rate(torch.float32, 1536)
-    return common | {
-        "ratio_of_processor_time": ratios(processor, THEIRS),
-        "ratio_to_transformers_with_freed_memory_kept": ratios(clock, THEIRS_KEPT),
-        "processor_seconds": {n: round(s, 3) for n, s in used_by.items()},
-        "product_gflops_per_processor_second": {
-            "float32": round(rate / 1e9, 1),
-            "bfloat16": round(product_rate(torch.bfloat16, 384) / 1e9, 1),
-        },
-        "compile": compiled,
+        columns["ratio_to_transformers_compiled"] = ratios(clock, THEIRS + COMPILED)
+    else:
+        columns["ratio_of_processor_time"] = ratios(processor, THEIRS)
+        columns["ratio_to_transformers_with_freed_memory_kept"] = ratios(clock, THEIRS_KEPT)
+        columns["processor_seconds"] = {
+            name: round(statistics.median(each), 3) for name, each in processor.items()
+        }
+        for dtype, size in ((torch.float32, 1536), (torch.bfloat16, 384)):
+            rate = round(product_rate(dtype, size) / 1e9, 1)
+            settings[f"product_gflops_per_processor_second.{str(dtype)[6:]}"] = rate
+    return settings, {
+        side: {name: values[side] for name, values in columns.items()} for side in sides
     }
 
 
