@@ -7,7 +7,7 @@ moment meets them all; read the ratios.
     pip install transformers llama-cpp-python gguf
     python -m benchmarks.decode_speed.run                       # peers, both shapes of `small`
     python -m benchmarks.decode_speed.run --shape medium
-    python -m benchmarks.decode_speed.run --parts loops         # equal depth by 1, 2, 5 and 10 loops
+    python -m benchmarks.decode_speed.run --parts loops    # equal depth by 1, 2, 5 and 10 loops
     python -m benchmarks.decode_speed.run --device cuda         # on a GPU, by CUDA graphs
 
 A shape that is measured anew replaces its rows in the record of this machine; others stay.

@@ -108,13 +108,8 @@ def child(shape: dict[str, Any], settings: dict[str, Any], threads: int) -> None
 
 def measured(name: str, threads: int) -> dict[str, Any]:
     shape, settings = CASES[name]
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.scale.memory_plan",
-        "--child",
-        json.dumps([shape, settings, threads]),
-    ]
+    module = ["-m", "benchmarks.scale.memory_plan"]
+    command = [sys.executable, *module, "--child", json.dumps([shape, settings, threads])]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
     )
