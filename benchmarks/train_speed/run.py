@@ -203,7 +203,8 @@ def main() -> None:
     _, rows, length = SHAPES[args.shape]
     rows, length = args.rows or rows, args.length or length
     on_gpu = args.device == "cuda"
-    variant = [args.shape, f"{rows}x{length}", *["compiled"] * args.compile, *["last"] * args.last]
+    words = {"compiled": args.compile, "last": args.last, "one thread": args.threads == 1}
+    variant = [args.shape, f"{rows}x{length}", *(word for word, true in words.items() if true)]
     where = Where(torch.device(args.device), rows, length, args.shape)
     kernels = {} if on_gpu else {"kernels": fused.prepare()}
     ours = [side for side in SETTINGS if SETTINGS[side] is LAST or not args.last]
