@@ -10,8 +10,9 @@ from benchmarks.common.record import ROOT, Record, Row, read
 
 
 def all_records(folder: Path = ROOT / "benchmarks") -> list[Record]:
-    """Every record of the repository; raises ValueError where one breaks the schema."""
-    return [read(file) for file in sorted(folder.glob("*/results/*.json"))]
+    """Every record of a question; raises ValueError where one breaks the schema."""
+    questions = sorted(file.parent for file in folder.glob("*/section.py"))
+    return [read(file) for folder in questions for file in sorted(folder.glob("results/*.json"))]
 
 
 def records(benchmark: str, variant: str = "") -> list[Record]:
@@ -48,6 +49,8 @@ def mean(rows: Sequence[Row], column: str) -> float:
 
 def table(heads: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     cells = [heads, ["---"] * len(heads), *lines]
+    if any(len(line) != len(heads) for line in cells):
+        raise ValueError(f"lines differ in length from the heads {list(heads)}")
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in cells)
 
 

@@ -94,10 +94,12 @@ fixed depth of equal loss, and to full depth.
 {
         table(
             [
-                "model or seed",
+                "model",
                 "rule",
                 "mean loops",
-                "loss",
+                "loss of the exit",
+                "of the fixed depth",
+                "of full depth",
                 "against the fixed depth",
                 "against full depth",
             ],
