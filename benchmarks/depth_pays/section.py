@@ -47,8 +47,8 @@ def section() -> str:
 Only where there is far more text than the parameters can take in. Bits per byte on held-out State
 of the Union speeches; lower is better; one value for each seed.
 
-**It pays on the clock** for a block of 49,000 parameters on 18M tokens: four loops beat one at equal
-FLOPs.
+**It pays on the clock** for a block of 49,000 parameters on 18M tokens: four loops beat one at
+equal FLOPs.
 
 {table(HEADS, lines(narrow["rows"], FOUR | MORE | ONCE))}
 
