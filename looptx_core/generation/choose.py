@@ -7,8 +7,10 @@ from looptx_core.generation import graph_moves
 from looptx_core.generation.graph_moves import GraphMoves
 from looptx_core.generation.moves import Moves
 from looptx_core.generation.native_moves import NativeMoves
+from looptx_core.machine.kernels import load
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.native.model import PRECISIONS, obstacle, round_weights
+from looptx_core.native.model import PRECISIONS, obstacle, rounded_copy
+from looptx_core.native.source import KERNEL
 
 KERNELS = ("auto", "native", "graph", "torch")
 
@@ -19,8 +21,8 @@ def choose_moves(
     """The moves to generate with, and in a line why.
 
     kernel: auto, native (compiled, on a CPU), graph (recorded, on a CUDA GPU) or torch. precision:
-    how the compiled kernel holds the model's weights, float32, bf16 or int8; the model's own are
-    rounded to the same values.
+    how the compiled kernel holds the model's weights, float32, bf16 or int8; torch's part of the
+    work is then done by a copy of the model that is rounded to the same values.
     Raises `UsageError` for unknown names, `MissingError` where what was asked for can't be had.
     """
     if kernel not in KERNELS:
@@ -43,8 +45,9 @@ def choose_moves(
     why = obstacle(model)
     if why is None:
         try:
-            round_weights(model, precision)
-            return NativeMoves(model, precision), f"native, weights in {precision}"
+            load(*KERNEL)  # before a copy is made in vain
+            moves = NativeMoves(rounded_copy(model, precision), precision)
+            return moves, f"native, weights in {precision}"
         except MissingError as error:
             why = str(error)
     if kernel == "native" or rounded:
