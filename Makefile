@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow bench docs lint setup clean
+.PHONY: demo test test-slow bench bench-page docs lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -26,16 +26,20 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow -o timeout=3000
 
-# A short form of docs/speed.md's measurements, into bench-results/.
+# docs/benchmarks.md from the newest records; a test fails where it is stale.
+bench-page: setup
+	$(BIN)/python -m benchmarks.page
+
+# A short form of what docs/benchmarks.md reports of CPUs, into bench-results/.
 bench: export BENCH_RESULTS = bench-results
 bench: setup
-	$(BIN)/python benchmarks/start.py --rounds 2
-	$(BIN)/python benchmarks/decode_speed.py --rounds 2 --shape "small 1" --parts peers loops
-	$(BIN)/python benchmarks/exit_clock.py --texts 2 --rounds 5
-	$(BIN)/python benchmarks/speculation.py --texts 2 --new 48 --rounds 1
-	$(BIN)/python benchmarks/batches.py --new 24 --rounds 1 --skip-small
-	$(BIN)/python benchmarks/cache.py --texts 2 --context 4096
-	$(BIN)/python benchmarks/train_speed.py --rounds 1
+	$(BIN)/python -m benchmarks.start_time.run --rounds 2
+	$(BIN)/python -m benchmarks.decode_speed.run --rounds 2 --shape "small 1" --parts peers loops
+	$(BIN)/python -m benchmarks.exits.clock --texts 2 --rounds 5
+	$(BIN)/python -m benchmarks.speculation.run --texts 2 --new 48 --rounds 1
+	$(BIN)/python -m benchmarks.batches.run --new 24 --rounds 1 --skip-small
+	$(BIN)/python -m benchmarks.kv_cache.run --texts 2 --context 4096
+	$(BIN)/python -m benchmarks.train_speed.run --rounds 1
 
 # The site, into site/. It asks nothing from the network.
 docs: $(VENV)/.docs

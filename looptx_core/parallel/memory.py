@@ -29,7 +29,7 @@ UPDATES = 8
 _RARE = 0.999  # the batch that is deeper than all but one of a thousand
 # C's allocator keeps freed blocks for itself (`freed_memory_kept`), so that on the CPU activations
 # and gradients don't take each other's place, and leaves gaps: this share of such gradients, as
-# benchmarks/memory_plan.py measures.
+# benchmarks/scale/memory_plan.py measures.
 _HEAP_GAPS = 0.65
 SPARE_BUFFERS = 8  # of weights read from a disk, beside those of the looped ones
 _MATRICES = 7  # of a block

@@ -10,7 +10,7 @@ The confidence head learns from the very same read-outs: how likely the top toke
 much the next loop lowered the loss. That probability is what being right amounts to in the mean,
 without the luck of the single token, and without what the trunk knows of its training text by
 heart: on other text a head that learns hits tells them less well
-(benchmarks/confidence_targets.py).
+(benchmarks/exits/confidence_targets.py).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import weakref
 from collections.abc import Sequence
@@ -374,6 +375,16 @@ def round_weights(model: LoopedTransformer, precision: str) -> None:
         elif precision == "int8":
             values, scale = rounded_rows(layer.weight)
             layer.weight.copy_(values * scale)
+
+
+def rounded_copy(model: LoopedTransformer, precision: str) -> LoopedTransformer:
+    """A copy with the values that the kernel will hold; in float32 the model itself."""
+    if precision == "float32":
+        return model
+    copied = copy.deepcopy(model)
+    copied.join()  # the copied projections were still those of the model
+    round_weights(copied, precision)
+    return copied
 
 
 def _blocks(model: LoopedTransformer) -> list[Block]:
