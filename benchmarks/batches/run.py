@@ -22,6 +22,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from looptx_core.backends.torch_backend import TorchBackend
+from looptx_core.generation.running_batch import WorkCounters
 from tokenizers import Tokenizer, models
 
 from benchmarks.common.clock import BUNDLED, alternate, held_out, hop_texts
@@ -31,7 +33,6 @@ from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import get_preset
 from looptx_core.generation.engine import Engine
-from looptx_core.generation.moves import Moves, Work
 from looptx_core.model.loop import LoopedTransformer
 
 ROWS, DEEPEST = 16, 10
@@ -39,15 +40,15 @@ ROWS, DEEPEST = 16, 10
 
 def leave_by_chance(engine: Engine) -> None:
     """Every token leaves with the same chance after each loop, at the usual cost of judging."""
-    judge = engine.moves.judge
+    judge = engine.backend.judge
 
     def drawn(state: torch.Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
         judge(state, loops)
         draws = [float(leaves) for leaves in torch.rand(len(loops)) < 1 / 3]
         return [(1000.0 if leaves else -1000.0, 1.0) for leaves in draws]
 
-    engine.moves.judge = drawn  # type: ignore[method-assign]
-    engine.moves.ride = partial(Moves.ride, engine.moves)  # type: ignore[method-assign]
+    engine.backend.judge = drawn  # type: ignore[method-assign]
+    engine.backend.ride = partial(TorchBackend.ride, engine.backend)  # type: ignore[method-assign]
 
 
 def compare(

@@ -27,6 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from looptx_core.backends.select import select_backend
+from looptx_core.stopping.calibration import calibrated
+from looptx_core.stopping.rule import Exit, ExitSignals, fixed_exit
+from looptx_core.backends.torch_backend import TorchBackend
 
 from benchmarks.common.clock import BUNDLED, held_out, hop_texts
 from benchmarks.common.record import flat, rows_by, write
@@ -34,10 +38,7 @@ from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import get_preset
-from looptx_core.generation.choose import choose_moves
 from looptx_core.generation.engine import Engine, Followed
-from looptx_core.generation.exits import Exit, Readout, calibrated, fixed_exit
-from looptx_core.generation.moves import Moves
 from looptx_core.model.cache import POLICIES, LoopCache
 from looptx_core.model.loop import LoopedTransformer
 
@@ -59,7 +60,7 @@ def decoding(
     def walk(text: tuple[list[int], int], options: GenerationOptions) -> Followed:
         ids, prompt = text
         options = replace(options, kv_policy=policy)
-        return engine.follow(torch.tensor([ids]), prompt, options)
+        return engine.score_forced(torch.tensor([ids]), prompt, options)
 
     def judge(options: GenerationOptions) -> None:
         walked = [walk(text, options) for text in texts]
@@ -121,13 +122,13 @@ def prices(model: LoopedTransformer, kernel: str) -> dict[str, Any]:
     """
     deepest = model.config.max_loops
     settings = ExitSettings(confidence=1.0, gain=-1e9)  # to be asked after each loop, and go on
-    moves, cache = choose_moves(model, kernel)[0], LoopCache(model.config, 1, 128, deepest)
+    moves, cache = select_backend(model, kernel)[0], LoopCache(model.config, 1, 128, deepest)
     tokens = torch.randint(3, 100, (1, 64))
     place = moves.at(cache, [0], 64)
     state = embedding = moves.encode(tokens, place)
     moves.step(state, embedding, [1], place)
     moves.decode(state, place)
-    cache.window(64, [0]).advance()
+    cache.view(64, [0]).advance()
     place = moves.at(cache, [0])
     state = embedding = moves.encode(tokens[:, :1], place)
 
@@ -137,11 +138,11 @@ def prices(model: LoopedTransformer, kernel: str) -> dict[str, Any]:
             while loop < deepest:
                 at, passes, (words,) = moves.ride(at, embedding, [loop + 1], place, [own])
                 loop += passes
-                own.stops(loop, Readout(*calibrated(*words, loop, settings)))
+                own.stops(loop, ExitSignals(*calibrated(*words, loop, settings)))
 
     def decide() -> None:
         ((logit, gain),) = moves.judge(state, [1])
-        exits["auto"].stops(1, Readout(*calibrated(logit, gain, 1.0, 1, settings)))
+        exits["auto"].stops(1, ExitSignals(*calibrated(logit, gain, 1.0, 1, settings)))
 
     rules = ("auto", "gain")
     exits = {rule: Exit(1, deepest, settings, rule) for rule in rules}
@@ -187,7 +188,7 @@ def main() -> None:
     loaded = load_model(flags.model)
     engine = Engine(loaded.model, loaded.tokenizer, loaded.exit, kernel=flags.kernel)
     if flags.apart:  # as torch's moves do it
-        engine.moves.ride = partial(Moves.ride, engine.moves)  # type: ignore[method-assign]
+        engine.backend.ride = partial(TorchBackend.ride, engine.backend)  # type: ignore[method-assign]
     vocabulary = loaded.config.vocab_size
     prose = [(ids, PROMPT) for ids in held_out(vocabulary, flags.texts, LENGTH, data=flags.data)]
     encode = loaded.tokenizer.encode

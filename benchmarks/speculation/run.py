@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from looptx_core.generation.moves import Work
 
 from benchmarks.common.clock import BUNDLED, alternate, held_out
 from benchmarks.common.record import write
@@ -26,7 +27,6 @@ from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.generation.engine import Engine
-from looptx_core.generation.moves import Work
 from looptx_core.model.loop import LoopedTransformer
 
 SETTINGS = {"full depth": (0, 1), "3 drafts of 1 loop": (3, 1), "3 drafts of 2 loops": (3, 2),
