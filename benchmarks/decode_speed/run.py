@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from looptx_core.backends.cpu.bindings import held_bytes
 from tokenizers import Tokenizer, models
 
 from benchmarks.common.record import results_file, rows_by, rows_so_far, write
+from looptx_core.backends.cpu.bindings import held_bytes
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.conversion.ternary import pack_model
