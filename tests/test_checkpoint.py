@@ -369,4 +369,7 @@ def test_where_a_run_goes(tmp_path: Path) -> None:
     assert next_run_dir(tmp_path / "train-2", "train", False) == tmp_path / "train-2"
     with pytest.raises(UsageError, match="exists; pass --overwrite"):
         next_run_dir(tmp_path, "train", False)
-    assert next_run_dir(tmp_path, "train", True) == tmp_path
+    with pytest.raises(UsageError, match="no run of looptx train"):
+        next_run_dir(tmp_path, "train", True)
+    (tmp_path / "train-2" / "run.json").write_text('{"command": "train"}')
+    assert next_run_dir(tmp_path / "train-2", "train", True) == tmp_path / "train-2"

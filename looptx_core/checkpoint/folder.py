@@ -12,7 +12,6 @@ A folder appears whole or not at all (`atomic.py`); its weights are read by `wei
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,17 +31,18 @@ from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import FIRST_FORMAT, FORMAT_VERSION, ModelConfig
 from looptx_core.data.pictures import preprocessor
 from looptx_core.data.tokenizer import fingerprint
-from looptx_core.errors import DataError, UsageError
+from looptx_core.errors import DataError
 from looptx_core.model.flops import parameter_count
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.unset import unset_weights
+from looptx_core.outputs import check_model_target
 
 MODEL_TYPE = "looptx"
 PREPROCESSOR = "preprocessor_config.json"
 _END_TOKENS = ("<|end|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _NOT_SHAPE = {
     *("model_type", "architectures", "format_version", "torch_dtype", "looptx_version"),
-    *("tokenizer_fingerprint", "facts"),
+    *("tokenizer_fingerprint", "facts", "command"),
 }
 
 
@@ -92,7 +92,7 @@ def save_model(
         LooptxError: it can't be written; what was there is intact.
     """
     folder = Path(folder)
-    check_target(folder, overwrite)
+    check_model_target(folder, overwrite)
     weights, files = model_files(folder, model, tokenizer, exit_settings, facts, dtype,
                                  chat_template)  # fmt: skip
     write_model(folder, weights, files, max_shard_size)
@@ -292,22 +292,6 @@ def read_exit(folder: Path) -> ExitSettings:
     if found.min_loops < 1:
         raise DataError(f"{file}, exit: min_loops {found.min_loops}: a depth is at least 1")
     return found
-
-
-def check_target(folder: Path, overwrite: bool) -> None:
-    """A new place, or a model folder that may be replaced; nothing else is ever removed."""
-    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not overwrite:
-        raise UsageError(f"{folder} exists; pass --overwrite or choose another --out")
-    try:
-        replaceable = read_json(folder / "config.json").get("model_type") == MODEL_TYPE
-    except DataError:
-        replaceable = False
-    if not replaceable:
-        raise UsageError(
-            f"{folder} is no looptx model, so it is not replaced; choose another --out"
-        )
 
 
 def _token_id(tokenizer: Tokenizer, *names: str) -> int | None:

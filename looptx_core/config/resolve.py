@@ -85,7 +85,7 @@ def resolve(
     given = {key: value for key, value in (flags or {}).items() if value not in (None, (), [])}
     assert not (unknown := given.keys() - hints), f"flags outside the schema: {unknown}"
     layers: list[Layer] = [(given, flag_name), (_environment(hints, env), _variable)]
-    if file := config or env.get(PREFIX + "CONFIG"):
+    if file := config_file(config, env):
         layers.append((_read_yaml(Path(file), hints, sections or {}), lambda key: str(file)))
     if "preset" in hints:
         name, _ = _first("preset", hints, [*layers, (defaults, _default)])
@@ -98,6 +98,13 @@ def resolve(
     for key in hints:
         values[key], origins[key] = _first(key, hints, layers)
     return Resolved(values, origins)
+
+
+def config_file(
+    config: str | Path | None, env: Mapping[str, str] | None = None
+) -> str | Path | None:
+    """The YAML file that is read: the one given, else `LOOPTX_CONFIG`."""
+    return config or (os.environ if env is None else env).get(PREFIX + "CONFIG")
 
 
 def write_resolved(path: str | Path, resolved: Resolved, omit: Collection[str] = ()) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from looptx_core.checkpoint.atomic import write_folder
 from looptx_core.checkpoint.folder import LoadedModel
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.inspection import InspectConfig
@@ -124,14 +125,17 @@ def inspect_loops(
 
 
 def write_report(document: Document, folder: Path) -> None:
-    """report.json, the pictures, and report.html with all of it inside."""
+    """report.json, the pictures, and report.html with all of it inside, whole or not at all."""
     from looptx_core.inspection.page import page
     from looptx_core.inspection.pictures import draw
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    pictures = draw(document, folder)
-    (folder / "report.html").write_text(page(document, pictures), "utf-8")
+    def write(place: Path) -> None:
+        marked = {**document, "command": "inspect-loops"}
+        (place / "report.json").write_text(json.dumps(marked, indent=1) + "\n", "utf-8")
+        pictures = draw(document, place)
+        (place / "report.html").write_text(page(document, pictures), "utf-8")
+
+    write_folder(folder, write)
 
 
 def _by_loop(survey: Survey, tokens_per_byte: float) -> Document:
