@@ -52,7 +52,7 @@ def confidences(*halves: Tensor) -> dict[str, dict[str, float | None]]:
     each = {
         "head": alone(fit_logit, logit),
         "largest probability": alone(fit_sharp, sharp),
-        "stated": stated(logit, sharp, told),
+        "stated": reported_confidence(logit, sharp, told),
     }
     return {
         name: {
