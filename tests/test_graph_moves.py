@@ -15,7 +15,6 @@ import looptx_core
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
-from looptx_core.data.pictures import read_picture
 from looptx_core.data.tokenizer import train_tokenizer
 from looptx_core.errors import MissingError
 from looptx_core.generation import graph_moves
@@ -23,7 +22,8 @@ from looptx_core.generation.choose import choose_moves
 from looptx_core.generation.engine import Engine
 from looptx_core.generation.graph_moves import GraphMoves
 from looptx_core.generation.moves import Moves
-from looptx_core.generation.request import PicturePrompt, Prompt, Step
+from looptx_core.generation.request import MediaPrompt, Prompt, Step
+from looptx_core.media.image.read import read_picture
 from looptx_core.model.loop import LoopedTransformer
 
 BUNDLED_VISION = Path(looptx_core.__file__).parent / "assets" / "picture-model"
@@ -123,7 +123,7 @@ def test_pictures_between_texts(device: torch.device, monkeypatch: pytest.Monkey
     for moves in (GraphMoves, Moves):
         engine = Engine(loaded.model.to(device), loaded.tokenizer, loaded.exit, kernel="torch")
         engine.moves = moves(loaded.model)
-        asked = PicturePrompt("", (picture,))
+        asked = MediaPrompt("", (picture,))
         length = engine.length(asked)
         before = [5] * (
             length - 4
