@@ -18,8 +18,8 @@ from torch import Tensor
 from looptx_core.config.generation import ExitSettings
 from looptx_core.generation.exits import Exit, Readout, calibrated
 from looptx_core.generation.moves import Moves, Place, Work
+from looptx_core.media.batch import Media
 from looptx_core.model.cache import LoopCache
-from looptx_core.model.vision import Pictures
 
 
 class Landing(NamedTuple):
@@ -67,12 +67,12 @@ class Flight:
         return len(self._riders)
 
     def prompt(
-        self, rows: Sequence[int], tokens: Tensor, loops: int, pictures: Pictures | None = None
+        self, rows: Sequence[int], tokens: Tensor, loops: int, media: Media | None = None
     ) -> Landing:
         """Run prompts of one length, (rows, length), to one depth and read out their ends."""
         moves = self.moves
-        place = moves.at(self.cache, rows, tokens.shape[1], tokens, pictures)
-        state = embedding = moves.encode(tokens, place, pictures)
+        place = moves.at(self.cache, rows, tokens.shape[1], tokens, media)
+        state = embedding = moves.encode(tokens, place, media)
         state = moves.step(state, embedding, [1], place, further=loops - 1)
         logits = moves.decode(state, place, last=True)[:, -1]
         depths = [loops] * len(rows)

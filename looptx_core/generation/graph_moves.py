@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from looptx_core.generation.exits import Exit, calibrated
 from looptx_core.generation.moves import Moves, Place, Ride
+from looptx_core.media.batch import Media
 from looptx_core.model.bitnet import BitLinear
 from looptx_core.model.block import Block
 from looptx_core.model.cache import FixedWindow, LoopCache
 from looptx_core.model.confidence import relative_change
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.model.vision import Pictures
 
 _STRETCH = 256
 """Columns that the first graphs look at; each further set looks at four times as many."""
@@ -56,12 +56,12 @@ class GraphMoves(Moves):
         rows: Sequence[int] | None = None,
         new: int = 1,
         tokens: Tensor | None = None,
-        pictures: Pictures | None = None,
+        media: Media | None = None,
     ) -> Place:
-        if new > 1 or len(cache.lengths) > 1 or cache.padded or pictures is not None:
+        if new > 1 or len(cache.lengths) > 1 or cache.padded or media:
             if cache is self._cache:
                 self._something_else()
-            return super().at(cache, rows, new, tokens, pictures)
+            return super().at(cache, rows, new, tokens, media)
         if cache is not self._cache:
             self._cache, self._tracks, self._weights = cache, {}, self._addresses()
         stop = _STRETCH
@@ -72,9 +72,9 @@ class GraphMoves(Moves):
             self._tracks[stop] = _Track(self.model, cache, stop)
         return self._tracks[stop].to(cache.length)
 
-    def encode(self, tokens: Tensor, place: Place, pictures: Pictures | None = None) -> Tensor:
+    def encode(self, tokens: Tensor, place: Place, media: Media | None = None) -> Tensor:
         if not isinstance(place, _Track):
-            return super().encode(tokens, place, pictures)
+            return super().encode(tokens, place, media)
         return place.encode(tokens).clone()
 
     def step(

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from looptx_core.generation.exits import Exit
+from looptx_core.media.batch import Media
 from looptx_core.model.cache import LoopCache, Window
 from looptx_core.model.confidence import relative_change
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.model.vision import Pictures
 
 
 @dataclass
@@ -75,20 +75,20 @@ class Moves:
         rows: Sequence[int] | None = None,
         new: int = 1,
         tokens: Tensor | None = None,
-        pictures: Pictures | None = None,
+        media: Media | None = None,
     ) -> Place:
         """The place of the next `new` tokens of these rows, or of all.
 
-        tokens: (rows, new), asked for where pictures are among them.
+        tokens: (rows, new), asked for where media are among them.
         """
         layout = None
-        if pictures is not None and tokens is not None:
-            layout = self.model.layout(tokens, pictures, cache.start if cache.padded else None)
+        if media and tokens is not None:
+            layout = self.model.layout(tokens, media, cache.start if cache.padded else None)
         return self.model.surroundings(new, cache.window(new, rows), layout=layout)
 
-    def encode(self, tokens: Tensor, place: Place, pictures: Pictures | None = None) -> Tensor:
+    def encode(self, tokens: Tensor, place: Place, media: Media | None = None) -> Tensor:
         """tokens (rows, new) -> what the loops start from, (rows, new, d_model)."""
-        return self.model.encode(tokens, place, pictures)
+        return self.model.encode(tokens, place, media)
 
     def step(
         self,

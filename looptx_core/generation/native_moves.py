@@ -11,10 +11,10 @@ from torch import Tensor
 
 from looptx_core.generation.exits import Exit
 from looptx_core.generation.moves import Moves, Place, Ride
+from looptx_core.media.batch import Media
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rounding import KINDS
-from looptx_core.model.vision import Pictures
 from looptx_core.native.model import NativeModel, Watch
 from looptx_core.native.model import Place as NativePlace
 
@@ -22,7 +22,7 @@ _MOST_TOKENS = 32  # of one pass: with more, torch's products for matrices are f
 
 
 class NativeMoves(Moves):
-    """What has pictures, many tokens or a rounded cache goes to torch, with the same results."""
+    """What has media, many tokens or a rounded cache goes to torch, with the same results."""
 
     def __init__(self, model: LoopedTransformer, precision: str = "float32") -> None:
         super().__init__(model)
@@ -37,12 +37,12 @@ class NativeMoves(Moves):
         rows: Sequence[int] | None = None,
         new: int = 1,
         tokens: Tensor | None = None,
-        pictures: Pictures | None = None,
+        media: Media | None = None,
     ) -> Place:
         count = len(cache.lengths) if rows is None else len(rows)
         plain = cache.kind is KINDS["float"] and cache.dtype == torch.float32
-        if pictures is not None or not plain or count * new > _MOST_TOKENS:
-            return super().at(cache, rows, new, tokens, pictures)
+        if media or not plain or count * new > _MOST_TOKENS:
+            return super().at(cache, rows, new, tokens, media)
         row: list[int] = []
         column: list[int] = []
         for own in range(count) if rows is None else rows:
@@ -58,9 +58,9 @@ class NativeMoves(Moves):
             position = [max(c - shifts[r], 0) for r, c in zip(row, column)]
         return NativePlace(cache, row, column, start, position)
 
-    def encode(self, tokens: Tensor, place: Place, pictures: Pictures | None = None) -> Tensor:
+    def encode(self, tokens: Tensor, place: Place, media: Media | None = None) -> Tensor:
         if not isinstance(place, NativePlace):
-            return super().encode(tokens, place, pictures)
+            return super().encode(tokens, place, media)
         return self.native.encode(tokens.flatten(), place).view(*tokens.shape, -1)
 
     def step(

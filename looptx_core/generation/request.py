@@ -15,30 +15,30 @@ from looptx_core.generation.exits import Exit, stated
 from looptx_core.generation.flight import Landing
 from looptx_core.generation.sampling import chances, draw
 from looptx_core.generation.text import TextStream
+from looptx_core.media.batch import MediaItem
 from looptx_core.model.confidence import sharpness
-from looptx_core.model.vision import Picture
 
 
 @dataclass(frozen=True)
-class PicturePrompt:
-    """A text with pictures: one for each `<|image|>` in it, or all before it where it has none."""
+class MediaPrompt:
+    """A text with items of media, placed by their markers, or before it; see `data.content`."""
 
     text: str
-    pictures: tuple[Picture, ...]
+    media: tuple[MediaItem, ...]
 
 
 @dataclass(frozen=True)
 class ChatPrompt:
     """A conversation to answer, by a model that was finetuned on chats.
 
-    messages: of `role` and `content`, as in `data.chat`. pictures: of the first message.
+    messages: of `role` and `content`, as in `data.chat`. media: of the first message.
     """
 
     messages: tuple[Mapping[str, str], ...]
-    pictures: tuple[Picture, ...] = ()
+    media: tuple[MediaItem, ...] = ()
 
 
-Prompt = str | Sequence[int] | PicturePrompt | ChatPrompt
+Prompt = str | Sequence[int] | MediaPrompt | ChatPrompt
 
 
 class Step(NamedTuple):
@@ -114,7 +114,7 @@ class Request:
     """The token that ends documents."""
     known: int
     """Tokens that can be drawn: a model may have rows for more, to fill up to a round number."""
-    pictures: tuple[Picture, ...] = ()
+    media: tuple[MediaItem, ...] = ()
     script: Sequence[int] = ()
     """Tokens to take, in place of those that would be drawn."""
     likeliest: list[int] = field(default_factory=list)

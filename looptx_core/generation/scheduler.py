@@ -16,7 +16,7 @@ import torch
 
 from looptx_core.generation.flight import Flight, Landing
 from looptx_core.generation.request import Request, Step, advance
-from looptx_core.model.vision import together
+from looptx_core.media.batch import batch_items, to_device
 
 
 def serve(flight: Flight, requests: Iterable[Request]) -> Iterator[Step]:
@@ -64,6 +64,6 @@ def prompt_of(flight: Flight, rows: list[int], requests: list[Request]) -> Landi
     for request in requests:
         request.began = time.perf_counter()
     tokens = torch.tensor([request.seen for request in requests], device=flight.moves.device)
-    pictures = together([picture for request in requests for picture in request.pictures])
+    media = batch_items(item for request in requests for item in request.media)
     loops = requests[0].prompt_exit.max_loops
-    return flight.prompt(rows, tokens, loops, pictures and pictures.to(flight.moves.device))
+    return flight.prompt(rows, tokens, loops, to_device(media, flight.moves.device))
