@@ -41,7 +41,7 @@ from looptx_core.generation.sampling import check
 from looptx_core.generation.scheduler import serve
 from looptx_core.generation.speculate import speculate
 from looptx_core.generation.text import TextStream
-from looptx_core.media import MEDIA
+from looptx_core.media import MEDIA, Writer, writers
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer
@@ -90,6 +90,7 @@ class Engine:
         self.exit_settings = exit_settings or ExitSettings()
         self.batch_size = batch_size
         self.end = end_id(tokenizer)
+        self.writers = writers(model.config)
         self.moves, self.kernel = choose_moves(model, kernel, precision)
         self.work = Work()
         self._spare: LoopCache | None = None
@@ -238,7 +239,15 @@ class Engine:
         if isinstance(prompt, ChatPrompt):
             return chat_prompt(prompt.messages, self.tokenizer, prompt.media, config)
         # As a record of training begins.
-        return [self.end, *content_ids(prompt.text, self.tokenizer, prompt.media, config)]
+        ids = [self.end, *content_ids(prompt.text, self.tokenizer, prompt.media, config)]
+        return ids if prompt.write is None else [*ids, self._writer(prompt.write).opens]
+
+    def _writer(self, name: str) -> Writer:
+        if name not in self.writers:
+            raise UsageError(
+                f"this model writes no {MEDIA[name].plural}; use one that was trained to"
+            )
+        return self.writers[name]
 
     def _request(self, index: int, prompt: Prompt, options: GenerationOptions) -> Request:
         check(options)
@@ -260,6 +269,7 @@ class Engine:
             end=self.end,
             known=self.tokenizer.get_vocab_size(),
             media=getattr(prompt, "media", ()),
+            writers=self.writers,
             generator=torch.Generator().manual_seed(options.seed),
         )
 

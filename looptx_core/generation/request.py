@@ -13,8 +13,10 @@ from torch import Tensor
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.generation.exits import Exit, stated
 from looptx_core.generation.flight import Landing
+from looptx_core.generation.outputs import Output, open_item
 from looptx_core.generation.sampling import chances, draw
 from looptx_core.generation.text import TextStream
+from looptx_core.media import Writer
 from looptx_core.media.batch import MediaItem
 from looptx_core.model.confidence import sharpness
 
@@ -24,7 +26,9 @@ class MediaPrompt:
     """A text with items of media, placed by their markers, or before it; see `data.content`."""
 
     text: str
-    media: tuple[MediaItem, ...]
+    media: tuple[MediaItem, ...] = ()
+    write: str | None = None
+    """The medium of an item that the model is to write next; None leaves it to the model."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Step(NamedTuple):
     """Since its prompt was begun."""
     finish_reason: str | None = None
     """With a request's last token: length, stop (a stop string) or end (the document's)."""
+    output: Output | None = None
+    """An item of a medium that this token finishes."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,11 @@ class Generation:
     @property
     def mean_loops(self) -> float:
         return sum(step.loops for step in self.tokens) / len(self.tokens)
+
+    @property
+    def outputs(self) -> list[Output]:
+        """The items of media that were written, in order."""
+        return [step.output for step in self.tokens if step.output is not None]
 
     @property
     def tokens_per_second(self) -> float:
@@ -115,6 +126,8 @@ class Request:
     known: int
     """Tokens that can be drawn: a model may have rows for more, to fill up to a round number."""
     media: tuple[MediaItem, ...] = ()
+    writers: Mapping[str, Writer] = field(default_factory=dict)
+    """Of the media that the model writes."""
     script: Sequence[int] = ()
     """Tokens to take, in place of those that would be drawn."""
     likeliest: list[int] = field(default_factory=list)
@@ -128,22 +141,33 @@ class Request:
         if self.script:
             self.likeliest.append(best)
             return self.script[len(self.seen) - self.limit]
-        if self.options.temperature == 0 and self.options.repetition_penalty == 1.0:
+        greedy = self.options.temperature == 0 and self.options.repetition_penalty == 1.0
+        if greedy and not open_item(self.writers, self.seen):
             return best
         seen = torch.tensor(self.seen, device=logits.device)
-        return draw(logits[: self.known], self.options, seen, self.generator)
+        return draw(self._possible(logits, self.seen), self.options, seen, self.generator)
 
     def chances(self, logits: Tensor, seen: Sequence[int]) -> Tensor:
-        """Each token's chance after these, (known,), by logits (vocab_size,)."""
+        """Each token's chance after these, by logits (vocab_size,): (known,), or within an item
+        of a medium (vocab_size,)."""
         so_far = torch.tensor(seen, device=logits.device)
-        return chances(logits[: self.known], self.options, so_far)
+        return chances(self._possible(logits, seen), self.options, so_far)
 
-    def take(self, token: int) -> tuple[str, str | None]:
-        """Go on with this token: its text, and why it is the last, if it is."""
+    def _possible(self, logits: Tensor, seen: Sequence[int]) -> Tensor:
+        """The logits of what may follow these tokens: the text's, or an open item's codes."""
+        item = open_item(self.writers, seen)
+        return item.restrict(logits) if item else logits[: self.known]
+
+    def take(self, token: int) -> tuple[str, Output | None, str | None]:
+        """Go on with this token: its text, the item it finishes, and why it is the last, if it is.
+
+        A token within an item has no text and ends no document.
+        """
+        item = open_item(self.writers, self.seen)
         self.seen.append(token)
-        text = self.text.push(token)
+        text = "" if item else self.text.push(token)
         reason = None
-        if token == self.end and not self.options.ignore_eos:
+        if token == self.end and not item and not self.options.ignore_eos:
             reason = "end"
         elif len(self.seen) == self.limit:
             reason = "length"
@@ -151,7 +175,7 @@ class Request:
             text += self.text.finish()
         reason = "stop" if self.text.stopped else reason
         self.done = reason is not None
-        return text, reason
+        return text, item and item.finish(token), reason
 
 
 def advance(requests: Sequence[Request], landing: Landing) -> list[Step]:
@@ -174,10 +198,10 @@ def record(requests: Sequence[Request], ids: Sequence[int], landing: Landing) ->
     columns = (requests, ids, landing.loops, landing.odds, sharp, logprobs)
     steps = []
     for request, token, loops, odds, sharp_here, logprob in zip(*columns):
-        text, reason = request.take(token)
+        text, output, reason = request.take(token)
         sure = stated(odds, sharp_here, request.exit.settings)
         figures = (loops, sure, logprob, now - request.began)
-        steps.append(Step(request.index, token, text, *figures, reason))
+        steps.append(Step(request.index, token, text, *figures, reason, output))
     return steps
 
 
