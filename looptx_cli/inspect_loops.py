@@ -13,7 +13,7 @@ from looptx_cli.console import is_plain, note, stdout
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_core.config.inspection import InspectConfig
-from looptx_core.config.resolve import recorded, resolve
+from looptx_core.config.resolve import resolve
 from looptx_core.media import MEDIA
 
 if TYPE_CHECKING:
@@ -91,15 +91,12 @@ def inspect_loops(
 def _data(settings: InspectConfig, tokenizer: Tokenizer, folder: Path, quiet: bool) -> Path:
     """Shards by the model's tokenizer: what was asked for, the run's own, or the bundled text."""
     from looptx_core.data.bundled import bundled_shards
+    from looptx_core.data.own import own_text
     from looptx_core.data.resolve import resolve_data
 
     data = settings.data
-    run = folder.parent / "config.yaml"
-    # A finetuning run holds examples, which are no text to cut into sequences.
-    if not data and folder.name == "final" and run.is_file() and recorded(run, "preset"):
-        data = tuple(recorded(run, "data") or ())
-        if data:
-            note(f"data: the run's own validation split, {', '.join(data)}", quiet)
+    if not data and (data := own_text(folder) or ()):
+        note(f"data: the run's own validation split, {', '.join(data)}", quiet)
     if data:
         return resolve_data(list(data), tokenizer=tokenizer)
     note("data: the bundled text's validation split", quiet)

@@ -207,6 +207,17 @@ class Medium:
         """Plots of a report's entry, by title. number: of the item, for the files' names."""
         return {}
 
+    # Writing
+
+    def codes(self, config: ModelConfig) -> int:
+        """The rows of the vocabulary that a model of this configuration needs to write."""
+        return 0
+
+    def with_codes(self, config: ModelConfig, first: int) -> ModelConfig:
+        """The configuration in which code 0 has this id; the rows before are the text's."""
+        section = {**self.section(config), "first_code": first}
+        return replace(config, media={**config.media, self.name: section})
+
     def writer(self, config: ModelConfig) -> Writer | None:
         """How this model writes the medium; None: it does not."""
         return None
@@ -216,7 +227,7 @@ class Writer:
     """How a model writes items of one medium: as codes, which are ids of its vocabulary.
 
     The codes' rows follow the text's. An item begins with the token `opens`; then `allowed` says
-    which ids may come, until `finished`.
+    which ids may come, until `finished`. They are codes, but for a last one that may end the item.
     """
 
     opens: int

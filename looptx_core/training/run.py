@@ -28,7 +28,7 @@ from looptx_core.data.records import read_records
 from looptx_core.errors import Interrupted, LooptxError, UsageError
 from looptx_core.machine.device import best_device, on_best_device
 from looptx_core.machine.heap import freed_memory_kept
-from looptx_core.media import MEDIA
+from looptx_core.media import MEDIA, media_for
 from looptx_core.model import fused
 from looptx_core.model.attention import choose_backend
 from looptx_core.model.loop import LoopedTransformer
@@ -85,16 +85,20 @@ class TrainResult:
 
 
 def fit_vocabulary(model: ModelConfig, vocab_size: int, asked: bool) -> ModelConfig:
-    """The model's shape with the data's vocabulary.
+    """The model's shape with the data's vocabulary, and after it the codes of media it writes.
 
     Raises `UsageError` where the user asked for another size.
     """
-    if asked and model.vocab_size != vocab_size:
+    size = vocab_size
+    for medium in media_for(model):
+        if codes := medium.codes(model):
+            model, size = medium.with_codes(model, size), size + codes
+    if asked and model.vocab_size != size:
         raise UsageError(
-            f"model.vocab_size {model.vocab_size} is not the tokenizer's {vocab_size}; "
+            f"model.vocab_size {model.vocab_size} is not the tokenizer's {size}; "
             "leave it out, or tokenise again with --vocab-size"
         )
-    return replace(model, vocab_size=vocab_size)
+    return replace(model, vocab_size=size)
 
 
 def train(
