@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from looptx_cli.main import main
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.checkpoint.registry import abilities, resolve_model
 from looptx_core.config.generation import GenerationOptions
@@ -246,6 +247,24 @@ def test_only_allowed_codes_are_drawn(run: Path, temperature: float) -> None:
     short = replace(options, max_new_tokens=2)
     (result,) = engine.complete([MediaPrompt("", write="tones")], short)
     assert not result.outputs and result.finish_reason == "length"
+
+
+def test_the_command_trains_on_it_and_resumes(
+    melodies: Path, colour_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No flag names the medium: the records do."""
+    keys = ("d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "core_layers", "max_loops")
+    shape = {key: getattr(SHAPE, key) for key in keys} | {"coda_layers": 0}
+    settings = {"seq_len": 32, "batch_size": 4, "val_batches": 1, "model": shape}
+    (tmp_path / "c.yaml").write_text(json.dumps(settings))
+    command = ["train", "--config", str(tmp_path / "c.yaml"), "--data", str(colour_shards)]
+    command += ["--data", str(melodies / "all.jsonl"), "--out", str(tmp_path / "run")]
+    assert main([*command, "--steps", "2"]) == 0
+    assert "melodies: an encoder" in capsys.readouterr().err
+    assert "hearing" in abilities(tmp_path / "run" / "final")
+    before = load_model(tmp_path / "run" / "final").config
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert load_model(tmp_path / "run" / "final").config == before
 
 
 def test_melodies_are_looked_into(run: Path, melodies: Path) -> None:

@@ -13,8 +13,9 @@ import torch
 from picture_cases import CONFIG, IMG, png
 from PIL import Image
 
+from looptx_core.config.run import TrainConfig
 from looptx_core.data.examples import Packed
-from looptx_core.data.mixture import MixedData, Mixture, mix_of, record_examples
+from looptx_core.data.mixture import MixedData, Mixture, record_examples
 from looptx_core.data.records import media_named, read_records
 from looptx_core.data.shards import open_shards
 from looptx_core.errors import DataError, UsageError
@@ -200,7 +201,7 @@ def test_a_bad_picture_is_named_or_skipped(colours: Path, colour_shards: Path) -
 @pytest.mark.parametrize("text", ["1", "1:0", "-1:1", "a:b", "1:1:1"])
 def test_a_bad_mix(text: str) -> None:
     with pytest.raises(UsageError, match="--mix"):
-        mix_of(text)
+        TrainConfig(mix=text).weights  # noqa: B018
 
 
 def test_a_mixture_follows_its_weights_and_leaves_nothing_out() -> None:

@@ -195,6 +195,21 @@ class TrainConfig(RunConfig):
     """Ternary weights in the blocks (BitNet b1.58); looptx convert --to-bitnet packs them."""
 
     @property
+    def weights(self) -> tuple[float, float]:
+        """`mix` as the weights of text and of records of media. Raises `UsageError`."""
+        from looptx_core.errors import UsageError
+
+        try:
+            text, records = (float(part) for part in self.mix.split(":"))
+        except ValueError:
+            text = records = -1.0
+        if not (0 <= text < 1e6 and 0 < records < 1e6):
+            raise UsageError(
+                f"--mix {self.mix}: give the weights of text and of pictures, as 1:1 or 0:1"
+            )
+        return text, records
+
+    @property
     def hidden_shares(self) -> Mapping[str, float]:
         return {"image": self.mask_patches} if self.mask_patches else {}
 

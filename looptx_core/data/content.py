@@ -32,8 +32,8 @@ T = TypeVar("T", bound=Item)
 def place(text: str, items: Sequence[T]) -> list[str | T]:
     """A text and its items in their order.
 
-    An item stands where its medium's marker, such as `<|image|>`, is written. Items of a medium
-    whose marker is not written come first. Markers of media without items are just characters.
+    An item stands where its medium's marker is written. Items of a medium whose marker is not
+    written come first. Markers of media without items are just characters.
 
     Raises `UsageError` where a text has another number of markers than items.
     """

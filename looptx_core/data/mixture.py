@@ -18,21 +18,10 @@ from looptx_core.data.examples import Example, Packed, encode_record, padding_id
 from looptx_core.data.records import Records
 from looptx_core.data.shards import open_shards
 from looptx_core.data.split import hold_out
-from looptx_core.errors import DataError, UsageError
+from looptx_core.errors import DataError
 
 TEXT, RECORDS = "text", "records"
 """The parts of a validation."""
-
-
-def mix_of(text: str) -> tuple[float, float]:
-    """'2:1' as the weights of text and of records. Raises `UsageError`."""
-    try:
-        words, records = (float(part) for part in text.split(":"))
-    except ValueError:
-        words = records = -1.0
-    if not (0 <= words < 1e6 and 0 < records < 1e6):
-        raise UsageError(f"--mix {text}: give the weights of text and of pictures, as 1:1 or 0:1")
-    return words, records
 
 
 def record_examples(

@@ -106,10 +106,10 @@ def read_records(inputs: Sequence[str | Path], skip_bad: bool = False) -> Record
 
 def raw_records(inputs: Sequence[str | Path]) -> Iterator[tuple[str, Path, Any]]:
     """Where each record stands, the folder where its paths start, and what was written."""
-    for is_folder, some in itertools.groupby(map(Path, inputs), lambda i: bool(_media_files(i))):
+    for is_folder, some in itertools.groupby(inputs, lambda item: bool(_media_files(Path(item)))):
         if is_folder:
             for folder in some:
-                yield from _folder(folder)
+                yield from _folder(Path(folder))
             continue
         with Corpus(list(some)) as corpus:
             for source in corpus.sources:

@@ -22,7 +22,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.processes import is_first
 from looptx_core.config.run import RunConfig, TrainConfig
 from looptx_core.data.datamodule import TokenData
-from looptx_core.data.mixture import RECORDS, TEXT, MixedData, mix_of
+from looptx_core.data.mixture import RECORDS, TEXT, MixedData
 from looptx_core.data.probes import probe_batches, read_probes
 from looptx_core.data.records import read_records
 from looptx_core.errors import Interrupted, LooptxError, UsageError
@@ -144,7 +144,7 @@ def train(
     if records:
         read = read_records(records, config.skip_bad)
         batches = MixedData(
-            data, read, model_config, mix=mix_of(config.mix), skip_bad=config.skip_bad,
+            data, read, model_config, mix=config.weights, skip_bad=config.skip_bad,
             augment=config.augment, **how,
         )  # fmt: skip
         left_out = f", {read.skipped} left out" if config.skip_bad else ""
