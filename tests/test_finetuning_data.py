@@ -141,6 +141,16 @@ def test_equal_examples_are_held_out_together() -> None:
     assert not {int(e.ids[0]) for e in train} & {int(e.ids[0]) for e in val}
 
 
+def test_one_question_again_and_again_is_on_both_sides_only_if_asked() -> None:
+    keys = [b"often"] * 12 + [b"once"] * 2
+    for seed in range(6):
+        train, held = hold_out(keys, 0.2, seed, whole=False)
+        assert (len(train), len(held)) == (11, 3)
+        train, held = hold_out(keys, 0.2, seed)
+        assert sorted([*train, *held]) == list(range(14))
+        assert not {keys[i] for i in train} & {keys[i] for i in held} or len(train) == 1
+
+
 @pytest.mark.parametrize(
     ("line", "word"),
     [

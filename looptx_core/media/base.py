@@ -79,9 +79,10 @@ class Medium:
     """What the extents of a grid are called in a report."""
     axes: int = 1
     """The number of coordinates that a position needs, 3 for time, row and column."""
-    encoder_name: str
+    encoder_name: str = ""
     """The name of the encoder among the model's modules, and thus in its weights' names."""
-    head_name: str
+    head_name: str = ""
+    """The same of the head for the medium's own objective."""
     size_key: str = ""
     """The key of a configuration that sets the encoder's size."""
 

@@ -290,7 +290,7 @@ class LoopedTransformer(nn.Module):
         return self._modules_of("head_name")
 
     def _modules_of(self, role: str) -> dict[str, nn.Module]:
-        found = {m.name: self._modules.get(getattr(m, role, "")) for m in self.media}
+        found = {m.name: self._modules.get(getattr(m, role)) for m in self.media}
         return {name: module for name, module in found.items() if module is not None}
 
     def join(self) -> None:
