@@ -21,7 +21,7 @@ from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings
 from looptx_core.data.bundled import bundled_shards
 from looptx_core.data.datamodule import TokenData
-from looptx_core.stopping.calibration import calibrated
+from looptx_core.stopping.calibration import calibrated, reported_confidence
 from looptx_core.training import metrics
 from looptx_core.training.calibration import fit_gain, fit_odds
 from looptx_core.training.evaluate import evaluate_batch
