@@ -14,7 +14,7 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -161,11 +161,13 @@ def _values(hint: Any) -> str:
         return ", ".join(f"`{choice}`" for choice in choices)
     if origin in (tuple, list):
         return f"{_values(choices[0])}, may be repeated"
+    if origin is Mapping:
+        return "a section of its own"
     return {int: "integer", float: "number", str: "text", bool: "on or off", Path: "path"}[hint]
 
 
 def _shown(value: Any) -> str:
-    if value is None or value == () or value == "":
+    if value is None or value in ((), "", {}):
         return ""
     if isinstance(value, bool):
         return "on" if value else "off"

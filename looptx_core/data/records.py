@@ -100,7 +100,8 @@ def read_records(inputs: Sequence[str | Path], skip_bad: bool = False) -> Record
             found.skipped += 1
     if not found.records:
         nouns = " or ".join(medium.plural for medium in MEDIA.values())
-        raise DataError(f"{', '.join(map(str, inputs))}: no {nouns} with texts; see docs/images.md")
+        where = ", ".join(map(str, inputs))
+        raise DataError(f"{where}: no {nouns} with texts; see docs/how-to/images.md")
     return found
 
 
