@@ -173,6 +173,26 @@ def test_it_steps_aside_and_says_why() -> None:
         select_backend(model, "auto", "fp4")
 
 
+def same_bits(one: LoopedTransformer, other: LoopedTransformer) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_an_engine_leaves_the_callers_weights_as_they_are(precision: str, tokenizer) -> None:
+    model, plain = make(SMALL), make(SMALL)
+    engine = Engine(model, tokenizer, kernel="native", precision=precision)
+    assert same_bits(model, plain)
+    rounded = make(SMALL)
+    round_weights(rounded, precision)
+    assert same_bits(engine.backend.model, rounded) and not same_bits(rounded, plain)
+    # What torch does, as for long prompts, and what the kernel does are of the rounded weights.
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        gap = engine.backend.model(tokens, 3).logits - rounded(tokens, 3).logits
+    assert gap.abs().max() < 1e-5
+    assert Engine(model, tokenizer).backend.model is model, "no copy where nothing is rounded"
+
+
 def test_without_a_compiler(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -181,8 +201,10 @@ def test_without_a_compiler(monkeypatch, tmp_path) -> None:
         backend, reason = select_backend(make(SMALL))
         assert not isinstance(backend, CpuBackend)
         assert "no-such-compiler" in reason
+        model, plain = make(SMALL), make(SMALL)
         with pytest.raises(MissingError, match="no-such-compiler"):
-            select_backend(make(SMALL), precision="int8")
+            select_backend(model, precision="int8")
+        assert same_bits(model, plain)
         (tmp_path / "broken.sh").write_text("#!/bin/sh\necho 'x: error: it broke' >&2\nexit 1\n")
         (tmp_path / "broken.sh").chmod(0o755)
         monkeypatch.setenv("CXX", str(tmp_path / "broken.sh"))

@@ -5,7 +5,12 @@ from __future__ import annotations
 from looptx_core.backends import cuda_graphs
 from looptx_core.backends.base import Backend
 from looptx_core.backends.cpu.backend import CpuBackend
-from looptx_core.backends.cpu.bindings import PRECISIONS, round_weights, unsupported_reason
+from looptx_core.backends.cpu.bindings import (
+    PRECISIONS,
+    load_kernel,
+    rounded_copy,
+    unsupported_reason,
+)
 from looptx_core.backends.cuda_graphs import CudaGraphBackend
 from looptx_core.backends.torch_backend import TorchBackend
 from looptx_core.errors import MissingError, UsageError
@@ -20,8 +25,8 @@ def select_backend(
     """The back end to generate with, and in a line why.
 
     kernel: auto, native (compiled, on a CPU), graph (recorded, on a CUDA GPU) or torch. precision:
-    how the compiled kernel holds the model's weights, float32, bf16 or int8; the model's own are
-    rounded to the same values.
+    how the compiled kernel holds the model's weights, float32, bf16 or int8; torch's part of the
+    work is then done by a copy of the model that is rounded to the same values.
     Raises `UsageError` for unknown names, `MissingError` where what was asked for can't be had.
     """
     if kernel not in KERNELS:
@@ -44,8 +49,9 @@ def select_backend(
     why = unsupported_reason(model)
     if why is None:
         try:
-            round_weights(model, precision)
-            return CpuBackend(model, precision), f"native, weights in {precision}"
+            load_kernel()  # before a copy is made in vain
+            backend = CpuBackend(rounded_copy(model, precision), precision)
+            return backend, f"native, weights in {precision}"
         except MissingError as error:
             why = str(error)
     if kernel == "native" or rounded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import weakref
 from collections.abc import Sequence
@@ -82,7 +83,7 @@ _ABI_VERSION = 2
 _STRUCTS = (_Matrix, _Block, _Model, _Cache, _Rows, _StopCondition)
 
 
-def _library() -> ctypes.CDLL:
+def load_kernel() -> ctypes.CDLL:
     """The compiled kernel. Raises `MissingError` where it can't be built, or where its structs are
     not laid out as these here."""
     library = load(*KERNEL)
@@ -200,7 +201,7 @@ class KernelModel:
     def __init__(
         self, model: LoopedTransformer, precision: str = "float32", threads: int | None = None
     ) -> None:
-        self._library = _library()
+        self._library = load_kernel()
         self._kept: list[Any] = []  # what the kernel points to
         self._kind = PRECISIONS[precision]
         self.config = model.config
@@ -374,6 +375,16 @@ def round_weights(model: LoopedTransformer, precision: str) -> None:
         elif precision == "int8":
             values, scale = rounded_rows(layer.weight)
             layer.weight.copy_(values * scale)
+
+
+def rounded_copy(model: LoopedTransformer, precision: str) -> LoopedTransformer:
+    """A copy with the values that the kernel will hold; in float32 the model itself."""
+    if precision == "float32":
+        return model
+    copied = copy.deepcopy(model)
+    copied.join()  # the copied projections were still those of the model
+    round_weights(copied, precision)
+    return copied
 
 
 def _blocks(model: LoopedTransformer) -> list[Block]:
