@@ -67,10 +67,12 @@ def finetune(
     with large_imports():
         from looptx_cli.progress import train_progress
         from looptx_core.finetuning.run import finetune, prepare
+        from looptx_core.training.run import check
 
     def report(line: str) -> None:
         note(line, quiet)
 
+    check(settings, folder)
     prepared = prepare(settings, base=base.folder, data=data, report=report)
     if resume is None and first:
         begin(

@@ -93,11 +93,12 @@ def train(
 
     with large_imports():
         from looptx_cli.progress import train_progress
-        from looptx_core.training.run import fit_vocabulary, train
+        from looptx_core.training.run import check, fit_vocabulary, train
 
     model_config = fit_vocabulary(
         model_config, Manifest.read(shards).vocab_size, resolved.given("model.vocab_size")
     )
+    check(settings, folder)
     if resume is None and first:
         shape = {f"model.{key}": value for key, value in model_config.to_dict().items()}
         begin(folder, settle(resolved, shape, "the data"), overwrite)

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from looptx_core.config.processes import RUN, is_first_here, starter
 from looptx_core.config.run import RunConfig
-from looptx_core.errors import MissingError, UsageError
+from looptx_core.errors import UsageError
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.parallel.ranks import EndsTogether
 
@@ -61,11 +61,10 @@ def choose_strategy(
 ) -> Strategy | str:
     """For Lightning's Trainer. advice: how to go on, where a process is lost.
 
-    Raises `MissingError` for NVMe without libaio, `UsageError` for settings
-    that can't be.
+    Raises what `check_strategy` raises.
     """
     kind, on_gpu = config.sharding, device.type == "cuda"
-    _check_world(config)
+    check_strategy(config, folder)
     if kind == "none":
         return "auto"
     report(f"strategy: {kind} over {_processes(config)}, one for each {device.type} device")
@@ -77,6 +76,26 @@ def choose_strategy(
         return FsdpStrategy(config.world_size, on_gpu=on_gpu, advice=advice)
     place = _place(model, config, folder, bf16, report)
     return _zero(model, config, place, folder, on_gpu, report, advice)
+
+
+def check_strategy(config: RunConfig, folder: Path) -> None:
+    """Look at all that a run's strategy needs, before the run has a folder.
+
+    Raises `MissingError` without a DeepSpeed that was tested, `UsageError` for settings that can't
+    be: another number of processes than was started, a place that is none to swap to, or a file of
+    DeepSpeed's settings that can't be read.
+    """
+    _check_world(config)
+    if config.sharding not in ("zero2", "zero3"):
+        return
+    from looptx_core.parallel.deepspeed.library import check_version
+    from looptx_core.parallel.deepspeed.nvme import check_place
+
+    check_version()
+    if config.offload == "nvme":
+        check_place(Path(config.nvme_path) if config.nvme_path else None, folder)
+    if config.deepspeed_config:
+        _own_settings({}, config.deepspeed_config)
 
 
 def _check_world(config: RunConfig) -> None:
@@ -104,7 +123,7 @@ def _zero(
     advice: str,
 ) -> Strategy:
     from looptx_core.parallel.deepspeed.nvme import SwapFolder
-    from looptx_core.parallel.deepspeed.settings import override, settings
+    from looptx_core.parallel.deepspeed.settings import settings
     from looptx_core.parallel.deepspeed.zero import ZeroStrategy
 
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
@@ -113,8 +132,7 @@ def _zero(
         # Weights, master weights, two moments and gradients of one machine's processes.
         needed = 20 * sum(trained) // config.nodes
         path = Path(config.nvme_path) if config.nvme_path else None
-        swap = SwapFolder(path, folder, needed)
-        _require_async_io(report)
+        swap = SwapFolder(path, folder, needed, by_libaio=_has_async_io(report))
         report(f"swap: {swap.folder}, up to {needed / 1e9:.2f} GB on this machine")
     report(f"offload: optimizer {place.optimizer}, weights {place.weights}")
     chosen = settings(
@@ -133,8 +151,7 @@ def _zero(
         swap=swap.folder if swap else None,
     )
     if config.deepspeed_config:
-        file = Path(config.deepspeed_config)
-        chosen = override(chosen, _read_json(file), str(file))
+        chosen = _own_settings(chosen, config.deepspeed_config)
     return ZeroStrategy(chosen, on_gpu=on_gpu, swap=swap, advice=advice)
 
 
@@ -157,11 +174,9 @@ def _place(
     return Placement(plan.optimizer, plan.parameters)
 
 
-def _require_async_io(report: Report) -> None:
-    """Compile what swaps, where it isn't yet; a machine's other processes find it done.
-
-    Raises `MissingError` naming the package that lacks.
-    """
+def _has_async_io(report: Report) -> bool:
+    """Compile DeepSpeed's op that swaps, where it isn't yet; a machine's other processes find it
+    done. Where it can't be had, say in a line what is missing, and that swapping is slower."""
     from looptx_core.parallel.deepspeed.ops import (
         build_op,
         inspect_op,
@@ -171,14 +186,20 @@ def _require_async_io(report: Report) -> None:
 
     prefer_own_ninja()
     if obstacle := op_obstacle("async_io"):
-        raise MissingError(f"--offload nvme: {obstacle}")
+        report(f"swap: by plain files and threads, slower than by libaio: {obstacle}")
+        return False
     if is_first_here():
         for op in ("pin_memory", "async_io"):
             if inspect_op(op).state != "built":
                 build_op(op, report)
+    return True
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _own_settings(chosen: dict[str, Any], name: str) -> dict[str, Any]:
+    """DeepSpeed's settings with those of a user's file over them."""
+    from looptx_core.parallel.deepspeed.settings import override
+
+    file = Path(name)
     try:
         found = json.loads(file.read_text("utf-8"))
     except OSError as error:
@@ -187,7 +208,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise UsageError(f"--deepspeed-config {file}: not valid JSON ({error})") from error
     if not isinstance(found, dict):
         raise UsageError(f"--deepspeed-config {file}: expected keys and values")
-    return found
+    return override(chosen, found, str(file))
 
 
 def _processes(config: RunConfig) -> str:

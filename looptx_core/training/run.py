@@ -35,6 +35,7 @@ from looptx_core.parallel.ranks import lost_peer
 from looptx_core.parallel.strategy import (
     AtTheEnd,
     Swapped,
+    check_strategy,
     choose_strategy,
     own_environment,
     shards_optimizer,
@@ -160,6 +161,17 @@ def train(
     if not is_first():
         return None
     return _finish(module.model, module, batches, config, data, pairs, folder, steps, started)
+
+
+def check(config: RunConfig, folder: Path) -> None:
+    """Raise what `fit` would raise for want of a package or of hardware, or for a strategy that
+    can't be, while the run has no folder yet."""
+    device = best_device()
+    precision, _ = choose_precision(config.precision, device)
+    choose_backend(
+        config.attention, device, torch.bfloat16 if precision == "bf16" else torch.float32
+    )
+    check_strategy(config, folder)
 
 
 def fit(

@@ -6,12 +6,40 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 
-import torch
+from looptx_core.errors import MissingError
+
+TESTED = ("0.19.8",)
+"""Versions that this folder was tested with. It rests on DeepSpeed's internals, which change from
+one version to the next, so that others are refused; pyproject.toml asks for the last of these."""
+
+
+def version_obstacle() -> str | None:
+    """Why DeepSpeed can't be used here, in one line; None: it can. Imports nothing."""
+    mend = f"pip install deepspeed=={TESTED[-1]} (Linux only)"
+    try:
+        found = version("deepspeed")
+    except PackageNotFoundError:
+        return f"DeepSpeed is not installed; {mend}"
+    if found.partition("+")[0] not in TESTED:
+        tested = ", ".join(TESTED)
+        return f"DeepSpeed {found} is installed, and looptx was tested with {tested} alone; {mend}"
+    return None
+
+
+def check_version() -> None:
+    """Raise `MissingError` where DeepSpeed is absent or of a version that was not tested."""
+    if obstacle := version_obstacle():
+        raise MissingError(obstacle)
 
 
 def prepare_deepspeed(on_gpu: bool) -> None:
-    """Import it, with what it says going to standard error, and without needless compiling."""
+    """Import DeepSpeed: what it prints goes to standard error, and nothing is compiled needlessly.
+
+    Raises `MissingError` for a version that was not tested.
+    """
+    check_version()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with noise_to_stderr():
@@ -41,6 +69,7 @@ def noise_to_stderr() -> Iterator[None]:
 
 def restore_torch() -> None:
     """Take back the linear function that ZeRO-3 put in torch's place, for all modules."""
+    import torch
     from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 
     linear = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", None)

@@ -38,20 +38,22 @@ class SwapFolder:
 
     run: the run's folder, by which all its processes find the same place. Raises `UsageError` for
     a path that does not exist (other than the run's own `swap`), is in memory, does not allow
-    direct access or is in use by this run already; `LooptxError` where it lacks `needed` bytes.
+    direct access, which libaio needs, or is in use by this run already; `LooptxError` where it
+    lacks `needed` bytes.
+
+    by_libaio: whether DeepSpeed's own op swaps here, else `plain_files`.
     """
 
-    def __init__(self, path: Path | None, run: Path, needed: int = 0) -> None:
+    def __init__(
+        self, path: Path | None, run: Path, needed: int = 0, by_libaio: bool = True
+    ) -> None:
         self.parent = path or run / "swap"
         digest = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12]
         name = f"looptx-{digest}-{machine()}"  # machines may see the same folder
         self.folder, self._lock = self.parent / name, self.parent / (name + ".lock")
         self._own_parent = path is None
-        if path is not None and not path.is_dir():
-            raise UsageError(f"--nvme-path {path}: no such folder; make it, or choose another")
-        if path is not None:  # said before ops are compiled for it, for minutes
-            refuse_memory(path)
-        self.needed = needed
+        check_place(path, run)
+        self.needed, self.by_libaio = needed, by_libaio
         self._held: int | None = None
 
     def open(self) -> None:
@@ -68,7 +70,8 @@ class SwapFolder:
         try:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
-            _check_direct(self.folder)
+            if self.by_libaio:
+                _check_direct(self.folder)
             free = shutil.disk_usage(self.parent).free
             if free < self.needed:
                 raise LooptxError(
@@ -110,6 +113,13 @@ def clear_stale(parent: Path) -> list[Path]:
             os.close(held)
             gone.append(folder)
     return gone
+
+
+def check_place(path: Path | None, run: Path) -> None:
+    """Raise `UsageError` where a run can't swap to `path`, or without one to its own folder."""
+    if path is not None and not path.is_dir():
+        raise UsageError(f"--nvme-path {path}: no such folder; make it, or choose another")
+    refuse_memory(path or run)
 
 
 def refuse_memory(path: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Literal
 from looptx_core.errors import LooptxError, MissingError
 from looptx_core.machine.compiler import compiler, libaio_obstacle, ninja_obstacle
 from looptx_core.machine.facts import filesystem, is_shared
+from looptx_core.parallel.deepspeed.library import version_obstacle
 
 OPS = {
     "pin_memory": "memory that disks read into, for --offload nvme",
@@ -43,6 +44,15 @@ if sys.argv[1] not in ALL_OPS:
     sys.exit(f"looptx: this DeepSpeed has no op {sys.argv[1]}")
 ALL_OPS[sys.argv[1]].load(verbose=True)
 """
+
+TRIAL = """
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder.all_ops import ALL_OPS
+found = {"version": deepspeed.__version__, "ops": sorted(ALL_OPS),
+         "detail": f"on the accelerator '{get_accelerator()._name}'"}
+"""
+"""A program that imports DeepSpeed, for `looptx doctor`."""
 
 State = Literal["built", "out of date", "not built", "being built", "stale lock"]
 
@@ -144,8 +154,8 @@ def remove_stale_lock(name: str) -> str | None:
 
 def op_obstacle(name: str) -> str | None:
     """Why an op can't be built here, in one line; None: it can."""
-    if importlib.util.find_spec("deepspeed") is None:
-        return "DeepSpeed is not installed; pip install deepspeed (Linux only)"
+    if wrong := version_obstacle():
+        return wrong
     if name == "async_io" and (wrong := libaio_obstacle()):
         return wrong
     return compiler().obstacle or ninja_obstacle()

@@ -26,6 +26,7 @@ from looptx_core.parallel.deepspeed import checkpoint as fragments
 from looptx_core.parallel.deepspeed.checkpoint import MOMENTS, Checkpoint, Group, Piece
 from looptx_core.parallel.deepspeed.library import noise_to_stderr, prepare_deepspeed, restore_torch
 from looptx_core.parallel.deepspeed.nvme import SwapFolder, Traffic, count_traffic
+from looptx_core.parallel.deepspeed.plain_files import plain_files
 from looptx_core.parallel.ranks import EndsTogether, any_rank
 
 _HOOKS = (
@@ -88,7 +89,8 @@ class ZeroStrategy(EndsTogether, DeepSpeedStrategy):
             if any_rank(failed is not None, self.root_device):
                 raise failed or UsageError("another process can't use its swap folder")
             self.traffic = count_traffic()
-        with noise_to_stderr():
+        by_plain_files = self.swap is not None and not self.swap.by_libaio
+        with noise_to_stderr(), plain_files() if by_plain_files else contextlib.nullcontext():
             self._init_config_if_needed()
             if self.zero_stage_3:
                 # Left to DeepSpeed, this would take bf16 for the swap files of float32 weights
@@ -127,8 +129,8 @@ class ZeroStrategy(EndsTogether, DeepSpeedStrategy):
                 size = param.ds_tensor.ds_numel if numel is None else numel
                 return super().swappable_tensor(numel=size) and size <= self.elements_per_buffer
 
-        bf16 = self.config.get("bf16", {}).get("enabled", False)
-        dtype = torch.bfloat16 if bf16 else torch.float32
+        # Weights keep their type where DeepSpeed's settings say bf16, and so do their swap files.
+        dtype = next(self._module.parameters()).dtype
         return BlocksAlone(DeepSpeedConfig(self.config), dtype)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
