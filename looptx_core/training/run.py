@@ -177,17 +177,6 @@ def check(config: RunConfig, folder: Path) -> None:
     check_strategy(config, folder)
 
 
-def check(config: RunConfig, folder: Path) -> None:
-    """Raise what `fit` would raise for want of a package or of hardware, or for a strategy that
-    can't be, while the run has no folder yet."""
-    device = best_device()
-    precision, _ = choose_precision(config.precision, device)
-    choose_backend(
-        config.attention, device, torch.bfloat16 if precision == "bf16" else torch.float32
-    )
-    check_strategy(config, folder)
-
-
 def fit(
     model: LoopedTransformer,
     batches: L.LightningDataModule,
