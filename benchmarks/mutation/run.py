@@ -38,16 +38,17 @@ TESTS: dict[str, tuple[str, ...]] = {
     "looptx_core/training/loop_schedule.py": ("test_training_objective.py", "test_plan.py"),
     "looptx_core/training/optimizer.py": ("test_training_optimizer.py",),
     "looptx_core/training/muon.py": ("test_training_optimizer.py",),
-    "looptx_core/training/memory.py": ("test_plan.py",),
+    "looptx_core/parallel/memory.py": ("test_plan.py",),
     "looptx_core/training/calibration.py": ("test_training_calibration.py",),
-    "looptx_core/generation/exits.py": ("test_exits.py", "test_training_calibration.py"),
+    "looptx_core/stopping/rule.py": ("test_exits.py",),
+    "looptx_core/stopping/calibration.py": ("test_exits.py", "test_training_calibration.py"),
     "looptx_core/generation/sampling.py": ("test_sampling.py",),
     "looptx_core/inspection/influence.py": ("test_influence.py",),
     "looptx_core/inspection/frontier.py": ("test_inspection.py -k by_hand",),
     "looptx_core/model/flops.py": ("test_model.py -k counts", "test_training_objective.py"),
     "looptx_core/model/loop.py": ("test_model.py",),
     "looptx_core/model/confidence.py": ("test_model.py", "test_training_objective.py"),
-    "looptx_core/native/decode.cpp": ("test_native.py",),
+    "looptx_core/backends/cpu/decode.cpp": ("test_cpu_kernel.py",),
 }
 LEAST_TIMEOUT = 60.0  # seconds, beside four times what the unchanged code takes
 
