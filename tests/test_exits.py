@@ -13,6 +13,8 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.errors import UsageError
 from looptx_core.generation.exits import Exit, Readout, calibrated, resolve_exit
 
+pytestmark = pytest.mark.fast
+
 SETTINGS = ExitSettings(confidence=0.93, gain=0.1, kl=1.5, temperature=2.0)
 
 

@@ -28,6 +28,8 @@ from looptx_core.training.offload import plan_offload
 from looptx_core.training.optimizer import build_optimizer
 from looptx_core.training.plan import plan
 
+pytestmark = pytest.mark.fast
+
 GB = 10**9
 # A workstation: a GPU of 24 GB, 64 GB of RAM, a terabyte of NVMe.
 WORKSTATION = Machine(
