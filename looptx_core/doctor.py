@@ -268,9 +268,7 @@ def _kernels() -> Use:
 
     said, feature = fused.prepare(), "train: fused kernels"
     if not fused.is_prepared():
-        return Use(
-            feature, False, "plain torch", said.removeprefix("plain torch: "), "apt install g++"
-        )
+        return Use(feature, True, "plain torch", said.removeprefix("plain torch: "))
     preset, shape = get_preset("nano"), TrainConfig()
     choice = choose(ModelConfig(**preset["model"]), shape.rows, shape.seq_len, again=True)
     fused.prepare(False)

@@ -10,7 +10,7 @@ import torch
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
-from looptx_core.errors import DataError
+from looptx_core.errors import DataError, LooptxError
 from looptx_core.model import fused
 from looptx_core.training import kernel_trial
 from looptx_core.training.kernel_trial import FILE, KernelChoice, choose, enable_kernels, measure
@@ -107,6 +107,12 @@ def test_a_broken_record_is_named(times, tmp_path, text):
         enable_kernels(MODEL, RUN, tmp_path, resume=True)
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(times, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LooptxError, match=f"cannot write .*{FILE}"):
+        enable_kernels(MODEL, RUN, tmp_path / "file")
+
+
 def test_without_kernels_nothing_is_tried(times, tmp_path, monkeypatch):
     monkeypatch.setattr(kernel_trial, "measure", lambda *_: pytest.fail("tried"))
     assert enable_kernels(MODEL, RUN, tmp_path, wanted=False).startswith("plain torch")
@@ -130,7 +136,8 @@ def test_losses_do_not_depend_on_the_choice_beyond_rounding():
     losses = []
     for taken in (True, [], ["attention", "loss"]):
         fused.prepare(taken)
-        losses.append(float(loop_loss(model, tokens, schedule, 0, torch.arange(4)).loss))
+        loss = loop_loss(model, tokens, schedule, 0, torch.arange(4)).loss
+        losses.append(float(loss.detach()))
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
 
 

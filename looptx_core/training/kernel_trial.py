@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import RunConfig
-from looptx_core.errors import DataError
+from looptx_core.errors import DataError, LooptxError
 from looptx_core.machine.kernels import library_path
 from looptx_core.model import fused
 from looptx_core.model.attention import Packed, sdpa
@@ -60,7 +60,7 @@ def enable_kernels(
 
     folder: of the run, which records the choice. wanted: else all are off. resume: take the
     recorded choice. Returns a line on what was chosen and why. Raises `DataError` for a record that
-    can't be used.
+    can't be used, `LooptxError` where it can't be written.
     """
     said = fused.prepare(wanted)
     if not fused.is_prepared():
@@ -72,7 +72,10 @@ def enable_kernels(
         choice = _read(file) if file.exists() else KernelChoice(fused.OPERATIONS, {})
     else:
         choice = choose(model, config.rows, config.seq_len)
-    _write(file, choice)
+    try:
+        _write(file, choice)
+    except OSError as error:
+        raise LooptxError(f"cannot write {file}: {error.strerror or error}") from error
     fused.prepare(choice.taken)
     return str(choice)
 
