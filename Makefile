@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow bench bench-page lint setup clean
+.PHONY: demo test test-slow bench bench-page docs lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -41,6 +41,15 @@ bench: setup
 	$(BIN)/python -m benchmarks.kv_cache.run --texts 2 --context 4096
 	$(BIN)/python -m benchmarks.train_speed.run --rounds 1
 
+# The site, into site/. It asks nothing from the network.
+docs: $(VENV)/.docs
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,4 +57,4 @@ lint: setup
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) dist build *.egg-info
+	rm -rf $(VENV) dist build site *.egg-info

@@ -147,9 +147,9 @@ def _load(
     need: frozenset[str] = frozenset(),
 ) -> tuple[Engine, bool]:
     """The engine, and whether its model was finetuned on chats of our template."""
+    from looptx_core.backends.cpu.source import KERNEL
     from looptx_core.checkpoint.registry import resolve_adapter, resolve_model
     from looptx_core.machine.kernels import build_ahead
-    from looptx_core.native.source import KERNEL
 
     found = resolve_adapter(adapter, model) if adapter else resolve_model(model, need=need)
     if model is None:
@@ -276,8 +276,8 @@ def _summarise(engine: Engine, result: Generation, iterations: bool, quiet: bool
     deepest = engine.model.config.max_loops
     share = round(engine.compute_saved(result), 2) + 0.0  # no -0 %
     saved = f"{share:.0%} of full depth's compute saved"
-    if engine.work.drafted:
-        saved = f"{engine.work.accepted} of {engine.work.drafted} drafts stood"
+    if engine.counters.drafted:
+        saved = f"{engine.counters.accepted} of {engine.counters.drafted} drafts stood"
     line = (
         f"{len(result.tokens)} tokens, {result.mean_loops:.2f} loops a token of {deepest}, "
         f"{result.tokens_per_second:.0f} tokens/s, {saved}"

@@ -13,7 +13,7 @@ from looptx_cli.console import is_plain, note, stdout
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_core.config.inspection import InspectConfig
-from looptx_core.config.resolve import recorded, resolve
+from looptx_core.config.resolve import config_file, recorded, resolve
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -41,12 +41,18 @@ def inspect_loops(
     """
     settings = resolve(InspectConfig, flags=flags, config=config).build(InspectConfig)
 
-    from looptx_core.checkpoint.registry import next_run_dir, resolve_model
+    from looptx_core.checkpoint.registry import next_run_dir, numbered, resolve_model
 
     found = resolve_model(model, need=frozenset({"vision"} if settings.image else ()))
     if model is None:
         note(f"model: {found.folder}, {found.reason}", quiet)
-    folder = next_run_dir(settings.out, "inspect-loops", overwrite)
+    next_run_dir(
+        settings.out, "inspect-loops", overwrite,
+        inputs=(
+            *settings.data, *settings.image, model, found.folder, found.adapter, config_file(config)
+        ),
+        report=lambda line: note(line, quiet),
+    )  # fmt: skip
 
     with large_imports():
         from looptx_core.checkpoint.folder import update_generation_config
@@ -61,7 +67,8 @@ def inspect_loops(
     document, exit_settings = inspect_loops(
         loaded, data, settings, report=lambda line: note(line, quiet)
     )
-    write_report(document, folder)
+    with numbered(settings.out, "inspect-loops") as folder:
+        write_report(document, folder)
     if settings.calibrate or settings.target_loss_increase:
         update_generation_config(own, exit_settings)
     if as_json:

@@ -15,7 +15,6 @@ from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_cli.runs import (
     SCHEMA_VERSION,
-    begin,
     place_of,
     resumed,
     settle,
@@ -23,11 +22,11 @@ from looptx_cli.runs import (
     write_line,
 )
 from looptx_core.config.model import ModelConfig
-from looptx_core.config.resolve import Resolved, resolve
+from looptx_core.config.resolve import Resolved, config_file, resolve
 from looptx_core.config.run import TrainConfig
 
 if TYPE_CHECKING:
-    from looptx_core.training.plan import Plan
+    from looptx_core.parallel.plan import Plan
     from looptx_core.training.run import TrainResult
 
 SECTIONS = {"model": ModelConfig}
@@ -54,17 +53,16 @@ def train(
     looptx train --preset 1b --dry-run
     """
     if resume is not None:
-        resolved, folder = resumed(resume, flags, "train", TrainConfig, SECTIONS), resume
+        resolved = resumed(resume, flags, "train", TrainConfig, SECTIONS)
     else:
         resolved = resolve(TrainConfig, SECTIONS, flags=flags, config=config)
-        folder = None
         if resolved.values["offload"] == "nvme" and not resolved.given("preset"):
             resolved = _to_try_swapping(flags, config)
     settings = resolved.build(TrainConfig)
     model_config = resolved.build(ModelConfig, "model")
     if dry_run:
         with large_imports():
-            from looptx_core.training.plan import plan
+            from looptx_core.parallel.plan import plan
 
         _show_plan(plan(model_config, settings), as_json)
         return
@@ -75,9 +73,11 @@ def train(
         from looptx_core.data.resolve import resolve_data
         from looptx_core.data.shards import Manifest
 
-    folder, first = place_of(folder, settings.out, "train", overwrite)
-    quiet, as_json = quiet or not first, as_json and first
-    note(f"run: {folder}", quiet)
+    inputs = (*settings.data, config_file(config), settings.deepspeed_config)
+    place = place_of(
+        resume, settings.out, "train", overwrite, inputs, lambda line: note(line, quiet)
+    )
+    quiet, as_json = quiet or not place.first, as_json and place.first
     if resolved.origins["steps"] == _TRIAL:
         note("a trial of swapping: preset small for 20 steps; --preset and --steps set them", quiet)
     pairs = [item for item in settings.data if is_pairs(item)]
@@ -93,14 +93,15 @@ def train(
 
     with large_imports():
         from looptx_cli.progress import train_progress
-        from looptx_core.training.run import fit_vocabulary, train
+        from looptx_core.training.run import check, fit_vocabulary, train
 
     model_config = fit_vocabulary(
         model_config, Manifest.read(shards).vocab_size, resolved.given("model.vocab_size")
     )
-    if resume is None and first:
-        shape = {f"model.{key}": value for key, value in model_config.to_dict().items()}
-        begin(folder, settle(resolved, shape, "the data"), overwrite)
+    check(settings, place.where)
+    shape = {f"model.{key}": value for key, value in model_config.to_dict().items()}
+    folder = place.begin(settle(resolved, shape, "the data"))
+    note(f"run: {folder}", quiet)
 
     result = train(
         settings,
@@ -115,6 +116,8 @@ def train(
     )
     if result is None:
         return
+    result = place.finish(result)
+    folder = result.folder
     if as_json:
         write_line(summary(result))
         return

@@ -11,7 +11,8 @@ import torch
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.errors import UsageError
-from looptx_core.generation.exits import Exit, Readout, resolve_exit
+from looptx_core.stopping.resolve import resolve_exit
+from looptx_core.stopping.rule import Exit, ExitSignals
 
 SETTINGS = ExitSettings(confidence=0.93, gain=0.1, kl=1.5, temperature=2.0)
 
@@ -22,7 +23,7 @@ def test_each_rule_by_hand():
     even, peaked = [0.0, 0.0], [math.log(9.0), 0.0]  # probabilities 1/2, 1/2 and 9/10, 1/10
     logits = torch.tensor([even, peaked, peaked])
     previous = torch.tensor([even, even, peaked])
-    read = Readout(sure, gain, logits, previous)
+    read = ExitSignals(sure, gain, logits, previous)
     at = ExitSettings(confidence=0.9, gain=0.01, kl=0.3, entropy=0.4, maxprob=0.85)
 
     def stops(name, **changes):

@@ -10,7 +10,7 @@ import torch
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
-from looptx_core.errors import DataError, LooptxError
+from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.model import fused
 from looptx_core.training import kernel_trial
 from looptx_core.training.kernel_trial import FILE, KernelChoice, choose, enable_kernels, measure
@@ -105,6 +105,15 @@ def test_a_broken_record_is_named(times, tmp_path, text):
     (tmp_path / FILE).write_text(text)
     with pytest.raises(DataError, match=FILE):
         enable_kernels(MODEL, RUN, tmp_path, resume=True)
+
+
+def test_all_kernels_can_be_asked_for(times, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOOPTX_KERNELS", "all")
+    enable_kernels(MODEL, RUN, tmp_path)
+    assert fused.ready(torch.ones(2, 3, requires_grad=True), operation="attention")
+    monkeypatch.setenv("LOOPTX_KERNELS", "some")
+    with pytest.raises(UsageError, match="'some'"):
+        enable_kernels(MODEL, RUN, tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(times, tmp_path):

@@ -15,18 +15,18 @@ from looptx_core.config.run import TrainConfig
 from looptx_core.machine.facts import Machine
 from looptx_core.model import fused
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.loop_schedule import LoopSchedule
-from looptx_core.training.memory import (
+from looptx_core.parallel.deepspeed.offload import plan_offload
+from looptx_core.parallel.memory import (
     Spread,
     count,
     count_activations,
     deepest_rows,
     rank_need,
 )
+from looptx_core.parallel.plan import plan
+from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import LoopLoss, loop_loss
-from looptx_core.training.offload import plan_offload
 from looptx_core.training.optimizer import build_optimizer
-from looptx_core.training.plan import plan
 
 GB = 10**9
 # A workstation: a GPU of 24 GB, 64 GB of RAM, a terabyte of NVMe.

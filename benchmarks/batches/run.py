@@ -18,7 +18,6 @@ import argparse
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,46 +25,51 @@ from tokenizers import Tokenizer, models
 
 from benchmarks.common.clock import BUNDLED, alternate, held_out, hop_texts
 from benchmarks.common.record import rows_by, write
+from looptx_core.backends.base import Pass
+from looptx_core.backends.torch_backend import TorchBackend
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import get_preset
 from looptx_core.generation.engine import Engine
-from looptx_core.generation.moves import Moves, Work
+from looptx_core.generation.running_batch import WorkCounters
 from looptx_core.model.loop import LoopedTransformer
 
 ROWS, DEEPEST = 16, 10
 
 
-def leave_by_chance(engine: Engine) -> None:
-    """Every token leaves with the same chance after each loop, at the usual cost of judging."""
-    judge = engine.moves.judge
+class ExitsByChance(TorchBackend):
+    """Every token exits with the same chance after each loop, at the usual cost of the check."""
 
-    def drawn(state: torch.Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
-        judge(state, loops)
-        draws = [float(leaves) for leaves in torch.rand(len(loops)) < 1 / 3]
-        return [(1000.0 if leaves else -1000.0, 1.0) for leaves in draws]
+    def begin(self, *arguments: Any, **named: Any) -> Pass:
+        run = super().begin(*arguments, **named)
+        confidence = run.confidence
 
-    engine.moves.judge = drawn  # type: ignore[method-assign]
-    engine.moves.ride = partial(Moves.ride, engine.moves)  # type: ignore[method-assign]
+        def drawn(state: torch.Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
+            confidence(state, loops)
+            exits = [float(stops) for stops in torch.rand(len(loops)) < 1 / 3]
+            return [(1000.0 if stops else -1000.0, 1.0) for stops in exits]
+
+        run.confidence = drawn  # type: ignore[method-assign]
+        return run
 
 
 def compare(
     engine: Engine, prompts: list[list[int]], lengths: list[int], exits: GenerationOptions,
     rounds: int,
 ) -> dict[str, Any]:  # fmt: skip
-    work: dict[str, Work] = {}
+    work: dict[str, WorkCounters] = {}
     deep = replace(exits, loops=DEEPEST, exit=None)
     # Sixteen at a time to the longest's end: what was not asked for is thrown away.
     batches = [slice(i, i + ROWS) for i in range(0, len(prompts), ROWS)]
 
     def continuous() -> int:
-        work["continuous"] = engine.work = Work()
+        work["continuous"] = engine.counters = WorkCounters()
         options = [replace(exits, max_new_tokens=n) for n in lengths]
         return sum(len(f.tokens) for f in engine.complete(prompts, options))
 
     def static() -> int:
-        work["static"] = engine.work = Work()
+        work["static"] = engine.counters = WorkCounters()
         for part in batches:
             engine.complete(prompts[part], replace(deep, max_new_tokens=max(lengths[part])))
         return sum(lengths)
@@ -101,7 +105,7 @@ def small(new: int, rounds: int, kernel: str) -> dict[str, Any]:
     vocabulary = {"<|end|>": 0, **{f"t{i}": i for i in range(1, config.vocab_size)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|end|>"))
     engine = Engine(LoopedTransformer(config), tokenizer, batch_size=ROWS, kernel=kernel)
-    leave_by_chance(engine)
+    engine.backend = ExitsByChance(engine.model)
     draw = random.Random(0)
     prompts = [[draw.randrange(1, config.vocab_size) for _ in range(4)] for _ in range(2 * ROWS)]
     lengths = [draw.randrange(1, 2 * new) for _ in prompts]

@@ -33,12 +33,12 @@ import torch
 from tokenizers import Tokenizer, models
 
 from benchmarks.common.record import results_file, rows_by, rows_so_far, write
+from looptx_core.backends.cpu.bindings import held_bytes
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.conversion.ternary import pack_model
 from looptx_core.generation.engine import Engine
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.native.model import held_bytes
 
 PROMPT, NEW = 32, 96
 SMALL = dict(vocab_size=4096, d_model=512, n_heads=8, n_kv_heads=4, head_dim=64, d_ff=1536)

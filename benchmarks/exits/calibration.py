@@ -21,7 +21,7 @@ from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings
 from looptx_core.data.bundled import bundled_shards
 from looptx_core.data.datamodule import TokenData
-from looptx_core.generation.exits import calibrated, stated
+from looptx_core.stopping.calibration import calibrated, reported_confidence
 from looptx_core.training import metrics
 from looptx_core.training.calibration import fit_gain, fit_odds
 from looptx_core.training.evaluate import evaluate_batch
@@ -52,7 +52,7 @@ def confidences(*halves: Tensor) -> dict[str, dict[str, float | None]]:
     each = {
         "head": alone(fit_logit, logit),
         "largest probability": alone(fit_sharp, sharp),
-        "stated": stated(logit, sharp, told),
+        "stated": reported_confidence(logit, sharp, told),
     }
     return {
         name: {

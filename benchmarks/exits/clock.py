@@ -30,16 +30,17 @@ import torch
 
 from benchmarks.common.clock import BUNDLED, held_out, hop_texts
 from benchmarks.common.record import flat, rows_by, write
+from looptx_core.backends.base import Pass
+from looptx_core.backends.cpu.backend import CpuPass
+from looptx_core.backends.select import select_backend
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import get_preset
-from looptx_core.generation.choose import choose_moves
 from looptx_core.generation.engine import Engine, Followed
-from looptx_core.generation.exits import Exit, Readout, calibrated, fixed_exit
-from looptx_core.generation.moves import Moves
 from looptx_core.model.cache import POLICIES, LoopCache
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.stopping.rule import Exit, HeadOutput, fixed_exit
 
 LENGTH, PROMPT, WITHIN = 128, 24, 0.005
 
@@ -59,7 +60,7 @@ def decoding(
     def walk(text: tuple[list[int], int], options: GenerationOptions) -> Followed:
         ids, prompt = text
         options = replace(options, kv_policy=policy)
-        return engine.follow(torch.tensor([ids]), prompt, options)
+        return engine.score_forced(torch.tensor([ids]), prompt, options)
 
     def judge(options: GenerationOptions) -> None:
         walked = [walk(text, options) for text in texts]
@@ -116,41 +117,40 @@ def decoding(
 def prices(model: LoopedTransformer, kernel: str) -> dict[str, Any]:
     """A decision and a read-out as shares of one loop, batch 1, by the best of each.
 
-    A decision apart has calls of its own; within a ride, by `auto` and by `gain` alone, it is the
-    difference of two long times, of some rides each, which says something where a loop is short.
+    A decision apart has calls of its own; within a run, by `auto` and by `gain` alone, it is the
+    difference of two long times, of some runs each, which says something where a loop is short.
     """
     deepest = model.config.max_loops
     settings = ExitSettings(confidence=1.0, gain=-1e9)  # to be asked after each loop, and go on
-    moves, cache = choose_moves(model, kernel)[0], LoopCache(model.config, 1, 128, deepest)
+    backend, cache = select_backend(model, kernel)[0], LoopCache(model.config, 1, 128, deepest)
     tokens = torch.randint(3, 100, (1, 64))
-    place = moves.at(cache, [0], 64)
-    state = embedding = moves.encode(tokens, place)
-    moves.step(state, embedding, [1], place)
-    moves.decode(state, place)
-    cache.window(64, [0]).advance()
-    place = moves.at(cache, [0])
-    state = embedding = moves.encode(tokens[:, :1], place)
+    prompt = backend.begin(cache, [0], 64)
+    start = prompt.embed(tokens)
+    prompt.logits(prompt.iterate(start, start, [1]))
+    cache.view(64, [0]).advance()
+    run = backend.begin(cache, [0])
+    state = embedding = run.embed(tokens[:, :1])
 
-    def rides(own: Exit) -> None:
+    def loops_by(own: Exit) -> None:
         for _ in range(many):
             at, loop = state, 0
             while loop < deepest:
-                at, passes, (words,) = moves.ride(at, embedding, [loop + 1], place, [own])
-                loop += passes
-                own.stops(loop, Readout(*calibrated(*words, loop, settings)))
+                at, count, (output,) = run.until_exit(at, embedding, [loop + 1], [own])
+                loop += count
+                own.stops(loop, own.signals_of(output, loop))
 
     def decide() -> None:
-        ((logit, gain),) = moves.judge(state, [1])
-        exits["auto"].stops(1, Readout(*calibrated(logit, gain, 1.0, 1, settings)))
+        ((logit, gain),) = run.confidence(state, [1])
+        exits["auto"].stops(1, exits["auto"].signals_of(HeadOutput(logit, gain, 1.0), 1))
 
     rules = ("auto", "gain")
     exits = {rule: Exit(1, deepest, settings, rule) for rule in rules}
     exits["fixed"] = fixed_exit(deepest, settings)
     many, repeats = (20, 300) if model.config.d_model < 512 else (1, 60)
     parts: dict[str, Callable[[], object]] = {
-        **{name: partial(rides, own) for name, own in exits.items()},
+        **{name: partial(loops_by, own) for name, own in exits.items()},
         "decision": decide,
-        "readout": lambda: moves.decode(state, place),
+        "readout": lambda: run.logits(state),
     }
     best = dict.fromkeys(parts, float("inf"))
     for _ in range(repeats):
@@ -186,8 +186,8 @@ def main() -> None:
     torch.set_num_threads(flags.threads)
     loaded = load_model(flags.model)
     engine = Engine(loaded.model, loaded.tokenizer, loaded.exit, kernel=flags.kernel)
-    if flags.apart:  # as torch's moves do it
-        engine.moves.ride = partial(Moves.ride, engine.moves)  # type: ignore[method-assign]
+    if flags.apart:  # as torch does it, a call for each exit check
+        CpuPass.until_exit = Pass.until_exit  # type: ignore[method-assign]
     vocabulary = loaded.config.vocab_size
     prose = [(ids, PROMPT) for ids in held_out(vocabulary, flags.texts, LENGTH, data=flags.data)]
     encode = loaded.tokenizer.encode

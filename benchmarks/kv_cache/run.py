@@ -24,11 +24,11 @@ from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import get_preset
 from looptx_core.generation.engine import Engine
-from looptx_core.generation.exits import fixed_exit
-from looptx_core.generation.flight import Flight
+from looptx_core.generation.running_batch import RunningBatch
 from looptx_core.model.cache import POLICIES, LoopCache
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rounding import KINDS
+from looptx_core.stopping.rule import fixed_exit
 
 LENGTH, PROMPT = 160, 24
 
@@ -50,7 +50,7 @@ def quality(count: int) -> list[dict[str, Any]]:
                 row: dict[str, Any] = {"depth": loops, "policy": policy, "type": kind}
                 for part in ("prose", "hops"):
                     walked = [
-                        engine.follow(torch.tensor([ids]), prompt, options)
+                        engine.score_forced(torch.tensor([ids]), prompt, options)
                         for name, ids, prompt in texts
                         if name == part
                     ]
@@ -89,25 +89,26 @@ def context(length: int, real: bool, policy: str, kind: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = LoopedTransformer(config).eval()
     model.join()
-    from looptx_core.generation.moves import Moves
+    from looptx_core.backends.torch_backend import TorchBackend
 
     cache = LoopCache(config, 1, length + new, 2, policy=policy, kind=kind)
-    flight = Flight(Moves(model), cache, ExitSettings())
+    batch = RunningBatch(TorchBackend(model), cache)
     began = time.perf_counter()
     if real:
         tokens = torch.randint(3, config.vocab_size, (1, length))
-        flight.prompt([0], tokens, 2)
+        batch.prompt([0], tokens, 2)
     else:
-        window = cache.window(length)
+        view = cache.view(length)
         noise = torch.randn(1, config.n_kv_heads, length, config.head_dim)
-        for place in range(len(cache.keys)):
-            window.extend(place, noise, noise)
-        window.advance()
+        for state in cache.layers:
+            for loop in range(1, 3):
+                state.update(view, loop, noise, noise, None)
+        view.advance()
     prompt = time.perf_counter() - began
     began = time.perf_counter()
     for _ in range(new):
-        flight.enter([0], [5], [fixed_exit(2, ExitSettings())])
-        flight.run()
+        batch.add([0], [5], [fixed_exit(2, ExitSettings())])
+        batch.run()
     return {
         "context": cache.length,
         "policy": policy,

@@ -131,7 +131,7 @@ def main() -> None:
 
     from looptx_core.config.model import ModelConfig
     from looptx_core.config.run import TrainConfig
-    from looptx_core.training.plan import plan
+    from looptx_core.parallel.plan import plan
 
     file = results_file("scale.memory_plan")
     cases = {row["case"]: row for row in rows_so_far(file)}

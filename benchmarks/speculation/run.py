@@ -26,7 +26,7 @@ from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.generation.engine import Engine
-from looptx_core.generation.moves import Work
+from looptx_core.generation.running_batch import WorkCounters
 from looptx_core.model.loop import LoopedTransformer
 
 SETTINGS = {"full depth": (0, 1), "3 drafts of 1 loop": (3, 1), "3 drafts of 2 loops": (3, 2),
@@ -63,7 +63,7 @@ def main() -> None:
     engine = Engine(model, loaded.tokenizer, loaded.exit, kernel=flags.kernel)
     parts = []
     for temperature in (0.0, 0.8):
-        work: dict[str, Work] = {}
+        work: dict[str, WorkCounters] = {}
         written: dict[str, list[int]] = {}
 
         def run(name: str, temperature=temperature, work=work, written=written) -> int:
@@ -72,7 +72,7 @@ def main() -> None:
                 loops=deepest, speculate=drafts, draft_loops=shallow, temperature=temperature,
                 max_new_tokens=flags.new, ignore_eos=True,
             )  # fmt: skip
-            work[name] = engine.work = Work()
+            work[name] = engine.counters = WorkCounters()
             found = [engine.complete([prompt], options)[0] for prompt in prompts]
             written[name] = [step.id for one in found for step in one.tokens]
             return len(written[name])

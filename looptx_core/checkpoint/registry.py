@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.resources
 import json
 import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from looptx_core.errors import DataError, UsageError
+from looptx_core.errors import DataError, LooptxError
+from looptx_core.outputs import check_output
 
 RUNS = Path("runs")
 
@@ -78,21 +81,67 @@ def bundled_model(name: str = "model") -> Path:
     return Path(str(importlib.resources.files("looptx_core"))) / "assets" / name
 
 
-def next_run_dir(out: str | Path | None, command: str, overwrite: bool, runs: Path = RUNS) -> Path:
-    """The folder for a new run: `out`, or the next free `runs/<command>-<n>`. Makes nothing.
+def next_run_dir(
+    out: str | Path | None,
+    command: str,
+    overwrite: bool,
+    runs: Path = RUNS,
+    inputs: Iterable[str | Path | None] = (),
+    report: Callable[[str], object] = lambda line: None,
+) -> Path:
+    """The folder for what a command writes: `out`, or the next free `runs/<command>-<n>`. Makes
+    nothing.
+
+    inputs: what the command reads, which is never replaced. report: told what will be replaced.
 
     Raises:
-        UsageError: `out` is a file, or it holds something and may not be overwritten.
+        UsageError: `out` is a file, or it holds something that may not be overwritten.
     """
     if out is None:
         taken = [re.fullmatch(rf"{re.escape(command)}-(\d+)", p.name) for p in _listing(runs)]
         return runs / f"{command}-{1 + max((int(m[1]) for m in taken if m), default=0)}"
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; choose another --out")
-    if _listing(out) and not overwrite:
-        raise UsageError(f"{out} exists; pass --overwrite or choose another --out")
-    return out
+    if there := check_output(Path(out), command, overwrite=overwrite, inputs=inputs):
+        report(f"replaces {out}: {there}, once the new one is whole")
+    return Path(out)
+
+
+def take_number(command: str, runs: Path = RUNS) -> Path:
+    """Make the next free `runs/<command>-<n>`, which no other process gets.
+
+    Raises `LooptxError` where it can't be made.
+    """
+    while True:
+        folder = next_run_dir(None, command, False, runs)
+        try:
+            runs.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+        except FileExistsError:
+            if folder.is_dir():
+                continue  # another process was faster
+            raise LooptxError(f"cannot make {folder}: a file is there; choose --out") from None
+        except OSError as error:
+            raise LooptxError(
+                f"cannot make {folder}: {error.strerror}; choose another place by --out"
+            ) from error
+        return folder
+
+
+@contextmanager
+def numbered(out: Path | str | None, command: str, runs: Path = RUNS) -> Iterator[Path]:
+    """`out`, or the next free number, which is given back where nothing came to be there."""
+    if out is not None:
+        yield Path(out)
+        return
+    new = not runs.exists()
+    folder = take_number(command, runs)
+    try:
+        yield folder
+    except BaseException:
+        with suppress(OSError):  # what holds something stays
+            folder.rmdir()
+            if new:
+                runs.rmdir()
+        raise
 
 
 def abilities(folder: Path) -> frozenset[str]:

@@ -99,6 +99,7 @@ class Manifest:
                 "tokenise the text again"
             )
         try:
+            facts.pop("command", None)  # marks the folder for `looptx_core.outputs`
             facts["splits"] = {name: Counts(**facts["splits"][name]) for name in SPLITS}
             facts["split"] = Split(**facts["split"])
             facts["shards"] = [Shard(**shard) for shard in facts["shards"]]

@@ -35,9 +35,9 @@ from looptx_core.data.pairs import PairExample, PicturePacked
 from looptx_core.errors import UsageError
 from looptx_core.finetuning.adapters import attach, load_adapter, save_adapter, targets
 from looptx_core.finetuning.quantise import quantise, stored_bytes
-from looptx_core.generation.exits import stated
 from looptx_core.machine.device import on_best_device
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.stopping.calibration import reported_confidence
 from looptx_core.training.calibration import calibrate, fit_odds
 from looptx_core.training.callbacks import read_metrics
 from looptx_core.training.curves import plot_run
@@ -240,7 +240,7 @@ def held_out_ece(found: LoopEvaluation, settings: ExitSettings) -> float:
     if not settings.stated:
         settings = replace(settings, stated=fit_odds(*(part[:, :half] for part in parts)))
     hit, logit, sharp = (part[:, half:] for part in parts)
-    return calibration_error(stated(logit, sharp, settings), hit)
+    return calibration_error(reported_confidence(logit, sharp, settings), hit)
 
 
 def _data(

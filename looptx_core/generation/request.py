@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.generation import GenerationOptions
-from looptx_core.generation.exits import Exit, stated
-from looptx_core.generation.flight import Landing
+from looptx_core.generation.running_batch import StepOutput
 from looptx_core.generation.sampling import chances, draw
 from looptx_core.generation.text import TextStream
 from looptx_core.model.confidence import sharpness
 from looptx_core.model.vision import Picture
+from looptx_core.stopping.calibration import reported_confidence
+from looptx_core.stopping.rule import Exit
 
 
 @dataclass(frozen=True)
@@ -115,19 +116,19 @@ class Request:
     known: int
     """Tokens that can be drawn: a model may have rows for more, to fill up to a round number."""
     pictures: tuple[Picture, ...] = ()
-    script: Sequence[int] = ()
+    forced_tokens: Sequence[int] = ()
     """Tokens to take, in place of those that would be drawn."""
     likeliest: list[int] = field(default_factory=list)
-    """Beside a script: the most likely token in each of its places."""
+    """With forced tokens: the most likely token in the place of each."""
     generator: torch.Generator = field(default_factory=torch.Generator)
     began: float = field(default_factory=time.perf_counter)
     done: bool = False
 
     def draw(self, logits: Tensor, best: int) -> int:
         """The next token, by logits (vocab_size,); best: the most likely one."""
-        if self.script:
+        if self.forced_tokens:
             self.likeliest.append(best)
-            return self.script[len(self.seen) - self.limit]
+            return self.forced_tokens[len(self.seen) - self.limit]
         if self.options.temperature == 0 and self.options.repetition_penalty == 1.0:
             return best
         seen = torch.tensor(self.seen, device=logits.device)
@@ -154,28 +155,28 @@ class Request:
         return text, reason
 
 
-def advance(requests: Sequence[Request], landing: Landing) -> list[Step]:
+def next_tokens(requests: Sequence[Request], output: StepOutput) -> list[Step]:
     """Draw each request's next token from what its row predicts."""
-    logits = at_least_float(landing.logits)
+    logits = at_least_float(output.logits)
     best = logits[:, : requests[0].known].argmax(-1).tolist()
     ids = [request.draw(*given) for request, *given in zip(requests, logits, best)]
-    return record(requests, ids, landing)
+    return record(requests, ids, output)
 
 
-def record(requests: Sequence[Request], ids: Sequence[int], landing: Landing) -> list[Step]:
-    """Give each request its next token; one of the landing's rows for each."""
-    logits = at_least_float(landing.logits)
+def record(requests: Sequence[Request], ids: Sequence[int], output: StepOutput) -> list[Step]:
+    """Give each request its next token; one of the output's rows for each."""
+    logits = at_least_float(output.logits)
     # logsumexp of one row wakes torch's threads, which then spin in the kernel's way.
     chosen = torch.tensor(ids, device=logits.device)[:, None]
     logs = logits.log_softmax(-1)
     logprobs = logs.gather(1, chosen)[:, 0].tolist()
-    sharp = sharpness(logs).tolist()
+    top_logits = sharpness(logs).tolist()
     now = time.perf_counter()
-    columns = (requests, ids, landing.loops, landing.odds, sharp, logprobs)
+    columns = (requests, ids, output.loops, output.log_odds, top_logits, logprobs)
     steps = []
-    for request, token, loops, odds, sharp_here, logprob in zip(*columns):
+    for request, token, loops, odds, top_logit, logprob in zip(*columns):
         text, reason = request.take(token)
-        sure = stated(odds, sharp_here, request.exit.settings)
+        sure = reported_confidence(odds, top_logit, request.exit.settings)
         figures = (loops, sure, logprob, now - request.began)
         steps.append(Step(request.index, token, text, *figures, reason))
     return steps

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from looptx_core.checkpoint.atomic import write_folder
 from looptx_core.checkpoint.folder import LoadedModel
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.inspection import InspectConfig
@@ -124,14 +125,17 @@ def inspect_loops(
 
 
 def write_report(document: Document, folder: Path) -> None:
-    """report.json, the pictures, and report.html with all of it inside."""
+    """report.json, the pictures, and report.html with all of it inside, whole or not at all."""
     from looptx_core.inspection.page import page
     from looptx_core.inspection.pictures import draw
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    pictures = draw(document, folder)
-    (folder / "report.html").write_text(page(document, pictures), "utf-8")
+    def write(place: Path) -> None:
+        marked = {**document, "command": "inspect-loops"}
+        (place / "report.json").write_text(json.dumps(marked, indent=1) + "\n", "utf-8")
+        pictures = draw(document, place)
+        (place / "report.html").write_text(page(document, pictures), "utf-8")
+
+    write_folder(folder, write)
 
 
 def _by_loop(survey: Survey, tokens_per_byte: float) -> Document:
@@ -280,8 +284,8 @@ def _policies(
 
     def decode(policy: str, depth: int | None) -> Document:
         options = GenerationOptions(loops=depth or "auto", prompt_loops=deepest, kv_policy=policy)
-        engine.follow(texts[0][None], _PROMPT, options)  # graphs are recorded at first use
-        walked = [engine.follow(text[None], _PROMPT, options) for text in texts]
+        engine.score_forced(texts[0][None], _PROMPT, options)  # graphs are recorded at first use
+        walked = [engine.score_forced(text[None], _PROMPT, options) for text in texts]
         losses, hits = (torch.cat([part[0] for part in w]) for w in zip(*(w[:2] for w in walked)))
 
         def exact(by_loop: Sequence[Tensor]) -> float:

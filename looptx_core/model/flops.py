@@ -41,8 +41,7 @@ def token_flops(config: ModelConfig, context: float) -> TokenFlops:
     )
     scores = 2 * context * heads * width
     block = int(2 * (attention + 3 * config.d_model * config.d_ff + scores))
-    tells = 1 if config.gain_units else 2
-    unit = 2 * ((1 + config.confidence_gate) * config.d_model + tells)
+    unit = 2 * (2 * config.d_model + 1)  # of the confidence head: hidden, gate, and its output
     return TokenFlops(
         prelude=config.prelude_layers * block,
         loop=config.core_layers * block,

@@ -34,9 +34,10 @@ from looptx_core.model.attention import (
     within_documents,
 )
 from looptx_core.model.block import Block, SideBySide, Surroundings
-from looptx_core.model.cache import LoopCache, Window
+from looptx_core.model.cache import CacheView, LoopCache
 from looptx_core.model.confidence import Confidence, ConfidenceHead
 from looptx_core.model.fused import cross_entropy, ready
+from looptx_core.model.layer_state import KVState, LayerState, StateSpec
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_tables
 from looptx_core.model.vision import (
@@ -65,6 +66,10 @@ class LoopOutput(NamedTuple):
     logits: Tensor
     state: Tensor
     confidence: Confidence
+
+
+Step = Callable[[Tensor, Tensor, int, Surroundings], Tensor]
+"""(state, embedding, loop, context) -> the state after that loop."""
 
 
 class Injection(nn.Module):
@@ -134,23 +139,21 @@ class LoopedTransformer(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
         # A halting bias starts low: unsure until shown otherwise (ACT, arXiv 1603.08983).
         nn.init.zeros_(self.confidence.hidden.bias)
-        if self.confidence.gate is not None:
-            nn.init.ones_(self.confidence.gate.bias)
+        nn.init.ones_(self.confidence.gate.bias)
         with torch.no_grad():
             self.confidence.out.bias.zero_()[0] = -3.0
-            if self.confidence.gain is not None:
-                self.confidence.gain.bias.zero_()
+            self.confidence.gain.bias.zero_()
 
     # The moves of a forward pass. The engine and the trainer use them one by one.
 
     def surroundings(
         self,
         length: int,
-        window: Window | None = None,
+        view: CacheView | None = None,
         documents: Tensor | None = None,
         layout: Layout | None = None,
     ) -> Surroundings:
-        """Positions and mask for `length` tokens of a batch, or for a cache's window.
+        """Positions and mask for `length` tokens of a batch, or for a view of a cache.
 
         documents: (batch, length), numbers; a token attends within its own document only. RoPE
         sees distances alone, so positions need not start anew. layout: where pictures are among
@@ -158,25 +161,25 @@ class LoopedTransformer(nn.Module):
         """
         weight = self.norm.weight  # of the activations' type, where a quantised matrix is not
         mask: Tensor | Packed | None = None
-        if window is None:
+        if view is None:
             positions = torch.arange(length, device=weight.device)[None, None]
             # A batch of one document a row needs no mask, and causal attention is half the work.
             if documents is not None and bool((documents != documents[:, :1]).any()):
                 packs = layout is None and takes_documents(self.attend, weight)
                 mask = Packed.of(documents) if packs else within_documents(documents)
         else:
-            positions, mask = window.positions()[None], window.mask()
+            positions, mask = view.positions()[None], view.mask()
         if layout is not None:
             positions = layout.positions
-            if window is not None:
-                window.place(layout.ends)
+            if view is not None:
+                view.set_positions(layout.ends)
             if self.config.image_attention == "both":
                 assert not isinstance(mask, Packed)
                 mask = _with_pictures(mask, layout.picture)
         rotary = rotary_tables(
             positions, self.config.head_dim, self.config.rope_theta, _compute_dtype(weight)
         )
-        return Surroundings(rotary, mask, self.attend, window)
+        return Surroundings(rotary, mask, self.attend, view)
 
     def encode(
         self, tokens: Tensor, around: Surroundings, pictures: Pictures | None = None
@@ -190,9 +193,9 @@ class LoopedTransformer(nn.Module):
             assert self.vision is not None, "a model without vision_layers reads no pictures"
             patches = tokens == self.config.image_token
             x = x.masked_scatter(patches[..., None], self.vision(pictures).to(x.dtype))
-        window = around.window
+        view = around.view
         for layer, block in enumerate(self.prelude):
-            x = block(x, around, window and window.prelude(layer))
+            x = block(x, around, view and view.prelude(layer))
         return x
 
     def step(
@@ -206,26 +209,65 @@ class LoopedTransformer(nn.Module):
         if self.enter_loop:
             assert isinstance(loop, int), "loops with weights of their own are run one by one"
             self.enter_loop(loop)
-        x, window = self.injection(state, embedding), around.window
+        x, view = self.injection(state, embedding), around.view
         for layer, block in enumerate(self.core):
-            x = block(x, around, window and window.core(layer, loop))
+            x = block(x, around, view and view.core(layer, loop))
         return x
 
-    def leave(self, state: Tensor, embedding: Tensor, loop: int, around: Surroundings) -> None:
-        """The tokens end after `loop`: leave what later ones that go deeper will look for. Only
-        where `LoopCache.leaves` says so."""
-        assert around.window is not None
+    def iterate(
+        self,
+        state: Tensor,
+        embedding: Tensor,
+        around: Surroundings,
+        loops: range,
+        step: Step | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """THE loop: (loop, the state after it) for each of `loops`, counted from 1.
+
+        state: after the loop before `loops.start`; the prelude's output where that is 1. step:
+        what runs in place of `self.step`, as a checkpointed one does.
+        """
+        step = step or self.step
+        for loop in loops:
+            state = step(state, embedding, loop, around)
+            yield loop, state
+
+    def backfill(self, state: Tensor, embedding: Tensor, loop: int, around: Surroundings) -> None:
+        """These tokens exit after `loop`: write the keys and values that deeper, later tokens
+        will attend to. Only where `LoopCache.needs_backfill` says so."""
+        assert around.view is not None
         if self.enter_loop:
             self.enter_loop(loop + 1)
         first, x = self.core[0], self.injection(state, embedding)
         assert isinstance(first, Block)
-        around.window.leave(loop, *first.attention.entries(first.attention_norm(x), around))
+        around.view.backfill(loop, first.attention.entries(first.attention_norm(x), around))
+
+    def new_layer_state(self, spec: StateSpec) -> LayerState:
+        """What a layer remembers while decoding: here keys and values."""
+        return KVState(spec)
+
+    def new_cache(
+        self, batch: int, capacity: int, loops: int, policy: str = "fill", kind: str = "float"
+    ) -> LoopCache:
+        """An empty cache of this model's type and device, see `LoopCache`."""
+        weight = self.embedding.weight
+        return LoopCache(
+            self.config,
+            batch,
+            capacity,
+            loops,
+            policy=policy,
+            kind=kind,
+            dtype=weight.dtype,
+            device=weight.device,
+            new_state=self.new_layer_state,
+        )
 
     def decode(self, state: Tensor, around: Surroundings) -> Tensor:
         """A loop's state -> what the head reads, (batch, length, d_model)."""
-        window = around.window
+        view = around.view
         for layer, block in enumerate(self.coda):
-            state = block(state, around, window and window.coda(layer))
+            state = block(state, around, view and view.coda(layer))
         return self.norm(state)
 
     def score(self, decoded: Tensor, targets: Tensor) -> Score:
@@ -247,9 +289,8 @@ class LoopedTransformer(nn.Module):
     ) -> Iterator[Tensor]:
         """The state after each of the loops 1..loops."""
         around = around or self.surroundings(tokens.shape[1])
-        state = embedding = self.encode(tokens, around, pictures)
-        for loop in range(1, loops + 1):
-            state = self.step(state, embedding, loop, around)
+        embedding = self.encode(tokens, around, pictures)
+        for _, state in self.iterate(embedding, embedding, around, range(1, loops + 1)):
             yield state
 
     def forward(
@@ -261,20 +302,20 @@ class LoopedTransformer(nn.Module):
     ) -> LoopOutput:
         """Run a fixed number of loops and read out the last.
 
-        tokens: (batch, length) ids. loops: the configuration's, 1 by default. With a cache the
+        tokens: (batch, length) ids. loops: absent: the configuration's. With a cache the
         tokens continue it, and it is advanced. pictures: of the image tokens among these.
         """
         loops = loops or self.config.loops
         assert loops >= 1, "at least one loop"
-        window = None if cache is None else cache.window(tokens.shape[1])
+        view = None if cache is None else cache.view(tokens.shape[1])
         layout = self.layout(tokens, pictures)
-        around = self.surroundings(tokens.shape[1], window, layout=layout)
+        around = self.surroundings(tokens.shape[1], view, layout=layout)
         state = embedding = self.encode(tokens, around, pictures)
-        for loop in range(1, loops + 1):
-            state = self.step(state, embedding, loop, around)
+        for _, after in self.iterate(state, embedding, around, range(1, loops + 1)):
+            state = after
         logits = self.head(self.decode(state, around))
-        if window is not None:
-            window.advance()
+        if view is not None:
+            view.advance()
         return LoopOutput(logits, state, self.confidence(state, loops))
 
     def layout(

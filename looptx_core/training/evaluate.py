@@ -106,9 +106,8 @@ def evaluate_loops(
     layout = model.layout(inputs, pictures)
     around = model.surroundings(targets.shape[1], documents=documents, layout=layout)
     losses, hits, norms, logits, gains, changes, sharp = [], [], [], [], [], [], []
-    state = embedding = model.encode(inputs, around, pictures=pictures)
-    for loop in range(1, loops + 1):
-        before, state = state, model.step(state, embedding, loop, around)
+    before = embedding = model.encode(inputs, around, pictures=pictures)
+    for loop, state in model.iterate(embedding, embedding, around, range(1, loops + 1)):
         predicted = model.head(model.decode(state, around)).float()
         loss = F.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="none")
         losses.append(loss.view(targets.shape)[counted])
@@ -119,6 +118,7 @@ def evaluate_loops(
         logits.append(judged.logit.float()[counted])
         gains.append(judged.gain.float()[counted])
         changes.append(relative_change(before, state)[counted])
+        before = state
         if observe is not None:
             observe(loop, state[counted], predicted[counted], Confidence(logits[-1], gains[-1]))
     hit, each = torch.stack(hits), torch.stack(losses)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import RunConfig
-from looptx_core.errors import DataError, LooptxError
+from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.machine.kernels import library_path
 from looptx_core.model import fused
 from looptx_core.model.attention import Packed, sdpa
@@ -34,6 +34,8 @@ from looptx_core.model.rope import rotary_tables
 
 SCHEMA_VERSION = 1
 FILE = "kernels.json"
+VARIABLE = "LOOPTX_KERNELS"
+"""`all` takes every kernel untried, so that machines and versions can be compared bit for bit."""
 _TOKENS = 4096  # at most, of a trial's step
 _ROUNDS = 5
 
@@ -60,16 +62,23 @@ def enable_kernels(
 
     folder: of the run, which records the choice. wanted: else all are off. resume: take the
     recorded choice. Returns a line on what was chosen and why. Raises `DataError` for a record that
-    can't be used, `LooptxError` where it can't be written.
+    cannot be used, `LooptxError` where it cannot be written, `UsageError` for a value of
+    $LOOPTX_KERNELS
+    that is unknown.
     """
     said = fused.prepare(wanted)
     if not fused.is_prepared():
         return said
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
     file = folder / (f"kernels-{rank}.json" if rank else FILE)
+    asked = os.environ.get(VARIABLE, "try")
+    if asked not in ("try", "all"):
+        raise UsageError(f"{VARIABLE} is {asked!r}, not 'try' or 'all'")
     if resume:
         # A run from before such records took all kernels.
         choice = _read(file) if file.exists() else KernelChoice(fused.OPERATIONS, {})
+    elif asked == "all":
+        choice = KernelChoice(fused.OPERATIONS, {})
     else:
         choice = choose(model, config.rows, config.seq_len)
     try:

@@ -16,6 +16,7 @@ from torch import Tensor
 from looptx_core.config.run import RunConfig, TrainConfig
 from looptx_core.errors import LooptxError
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.parallel.strategy import Swapped, shards_optimizer
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_batch, pictures_of
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
@@ -26,7 +27,6 @@ from looptx_core.training.optimizer import (
     learning_rate_factor,
 )
 from looptx_core.training.reconstruction import hide
-from looptx_core.training.strategy import Swapped, shards_optimizer
 
 
 class LoopedLM(L.LightningModule):
@@ -175,6 +175,15 @@ class LoopedLM(L.LightningModule):
         for counts in places:
             for key in counts:
                 counts[key] = round(counts[key] * factor)
+
+
+class ShardedLM(LoopedLM):
+    """A `LoopedLM` whose weights FSDP cuts over the processes once these have found each other."""
+
+    def configure_model(self) -> None:
+        from looptx_core.parallel.fsdp import shard
+
+        shard(self.model, self.device_mesh)
 
 
 class NotFinite(LooptxError):

@@ -30,6 +30,16 @@ from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.model import fused
 from looptx_core.model.attention import choose_backend
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.parallel.deepspeed.checkpoint import Checkpoint, sweep
+from looptx_core.parallel.ranks import lost_peer
+from looptx_core.parallel.strategy import (
+    AtTheEnd,
+    Swapped,
+    check_strategy,
+    choose_strategy,
+    own_environment,
+    shards_optimizer,
+)
 from looptx_core.training.calibration import calibrate
 from looptx_core.training.callbacks import (
     Begin,
@@ -45,18 +55,9 @@ from looptx_core.training.callbacks import (
 from looptx_core.training.compiled import compile_moves, plain_moves
 from looptx_core.training.curves import plot_run, verdict
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all, evaluate_loops
-from looptx_core.training.fragments import Checkpoint, sweep
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.kernel_trial import enable_kernels
-from looptx_core.training.module import LoopedLM, quiet_lightning
-from looptx_core.training.ranks import lost_peer
-from looptx_core.training.strategy import (
-    AtTheEnd,
-    Swapped,
-    choose_strategy,
-    own_environment,
-    shards_optimizer,
-)
+from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
 
 
 @dataclass
@@ -163,6 +164,17 @@ def train(
     return _finish(module.model, module, batches, config, data, pairs, folder, steps, started)
 
 
+def check(config: RunConfig, folder: Path) -> None:
+    """Raise what `fit` would raise for want of a package or of hardware, or for a strategy that
+    can't be, while the run has no folder yet."""
+    device = best_device()
+    precision, _ = choose_precision(config.precision, device)
+    choose_backend(
+        config.attention, device, torch.bfloat16 if precision == "bf16" else torch.float32
+    )
+    check_strategy(config, folder)
+
+
 def fit(
     model: LoopedTransformer,
     batches: L.LightningDataModule,
@@ -178,7 +190,8 @@ def fit(
     """Train what of `model` is not frozen, with checkpoints and records in `folder`.
 
     Returns the module, and the steps done. Its model, which is `model` unless that was cut by
-    FSDP, ends in evaluation mode on the CPU, whole in the run's first process.
+    FSDP, ends in evaluation mode on the CPU, whole in the run's first process. `loops` of its
+    configuration becomes the deepest depth that was trained.
 
     command: what `--resume` goes on with, for messages. callbacks: Lightning's, for progress
     displays and the like. report: called with lines of one choice each ("attention: sdpa, ...").
@@ -203,7 +216,7 @@ def fit(
     model.attend = backend.attend
     gathered = None
     if config.sharding == "fsdp":
-        from looptx_core.training.fsdp import Gathered, ShardedLM
+        from looptx_core.parallel.fsdp import Gathered
 
         module: LoopedLM = ShardedLM(model, config)
         gathered = Gathered()
@@ -274,7 +287,7 @@ def fit(
             f"(about {left / 60:.1f} minutes left)"
         )
     if end.saved is not None and trainer.is_global_zero:
-        from looptx_core.training.zero import make_plain
+        from looptx_core.parallel.deepspeed.zero import make_plain
 
         make_plain(module, Checkpoint(end.saved).weights())
     if gathered:
@@ -282,6 +295,7 @@ def fit(
     else:
         model.to(torch.device("cpu"))
     module.swapped = end.swapped
+    model.config = replace(model.config, loops=module.schedule.deepest)
     model.eval()
     return module, trainer.global_step
 
