@@ -63,8 +63,7 @@ def enable_kernels(
     folder: of the run, which records the choice. wanted: else all are off. resume: take the
     recorded choice. Returns a line on what was chosen and why. Raises `DataError` for a record that
     cannot be used, `LooptxError` where it cannot be written, `UsageError` for a value of
-    $LOOPTX_KERNELS
-    that is unknown.
+    $LOOPTX_KERNELS that is unknown.
     """
     said = fused.prepare(wanted)
     if not fused.is_prepared():
