@@ -48,12 +48,11 @@ def finetune(
     settings = resolved.build(FinetuneConfig)
     with large_imports():
         from looptx_core.data.bundled import bundled_questions
-        from looptx_core.data.examples import have_pictures
+        from looptx_core.data.records import media_named
+        from looptx_core.media import MEDIA
 
-    sees = have_pictures(settings.data) if settings.data else False
-    base = resolve_model(
-        settings.model, need=frozenset({"weights", "vision"} if sees else {"weights"})
-    )
+    abilities = {MEDIA[name].ability for name in media_named(settings.data)}
+    base = resolve_model(settings.model, need=frozenset({"weights", *abilities}))
     inputs = (*settings.data, settings.model, base.folder, config_file(config),
               settings.deepspeed_config)  # fmt: skip
     place = place_of(

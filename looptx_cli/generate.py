@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,10 +17,11 @@ from looptx_cli.options import with_fields
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.resolve import resolve
 from looptx_core.errors import DataError, UsageError
+from looptx_core.media import MEDIA
 
 if TYPE_CHECKING:
     from looptx_core.generation.engine import ChatPrompt, Engine, Generation, Prompt, Step
-    from looptx_core.model.vision import Picture
+    from looptx_core.media.batch import MediaItem
 
 SCHEMA_VERSION = 1
 
@@ -92,20 +93,21 @@ def generate(
     if not texts and not talk:
         texts = [sys.stdin.read().rstrip("\n")]
 
-    need = frozenset({"vision"} if image else ())
+    files = {"image": image} if image else {}
+    need = frozenset(MEDIA[name].ability for name in files)
     engine, templated = _load(model, adapter, attention, precision, kernel, quiet, need)
     if chat and not templated:
         raise UsageError(
             "--chat: this model was not finetuned on chats (looptx finetune, with messages as "
             "data); leave it out, or give --model or --adapter"
         )
-    pictures = _pictures(engine, image or ())
+    items = _read_items(engine, files)
     if chat:
-        texts = [_turn(str(text), pictures) for text in texts]
-    elif pictures and not talk:
-        texts = [_with_pictures(str(texts[0]), pictures)]
+        texts = [_turn(str(text), items) for text in texts]
+    elif items and not talk:
+        texts = [_with_items(str(texts[0]), items)]
     if talk:
-        _chat(engine, options, quiet, templated, pictures)
+        _chat(engine, options, quiet, templated, items)
     elif depths:
         _compare(engine, texts, options, depths, as_json)
     elif as_json:
@@ -119,22 +121,22 @@ def generate(
             _show(engine, text, result, show_iterations, quiet)
 
 
-def _pictures(engine: Engine, files: Sequence[Path]) -> tuple[Picture, ...]:
-    from looptx_core.data.pictures import read_picture
-
-    return tuple(read_picture(file, engine.model.config) for file in files)
-
-
-def _with_pictures(text: str, pictures: tuple[Picture, ...]) -> Prompt:
-    from looptx_core.generation.engine import PicturePrompt
-
-    return PicturePrompt(text, pictures)
+def _read_items(engine: Engine, files: Mapping[str, Sequence[Path]]) -> tuple[MediaItem, ...]:
+    """The files of each medium, decoded."""
+    config = engine.model.config
+    return tuple(MEDIA[name].read(file, config) for name, some in files.items() for file in some)
 
 
-def _turn(text: str, pictures: tuple[Picture, ...]) -> ChatPrompt:
+def _with_items(text: str, items: tuple[MediaItem, ...]) -> Prompt:
+    from looptx_core.generation.engine import MediaPrompt
+
+    return MediaPrompt(text, items)
+
+
+def _turn(text: str, items: tuple[MediaItem, ...]) -> ChatPrompt:
     from looptx_core.generation.engine import ChatPrompt
 
-    return ChatPrompt(({"role": "user", "content": text},), pictures)
+    return ChatPrompt(({"role": "user", "content": text},), items)
 
 
 def _load(
@@ -319,7 +321,7 @@ def _chat(
     options: GenerationOptions,
     quiet: bool,
     templated: bool,
-    pictures: tuple[Picture, ...],
+    items: tuple[MediaItem, ...],
 ) -> None:
     """Lines in, answers or continuations out; what was said so far is before the next.
 
@@ -341,7 +343,7 @@ def _chat(
             options = replace(options, loops=int(asked) if asked.isdigit() else "auto")
         elif line:
             said.append({"role": "user", "content": line})
-            prompt = _conversation(engine, said, options.max_new_tokens, templated, pictures)
+            prompt = _conversation(engine, said, options.max_new_tokens, templated, items)
             try:
                 (result,) = engine.complete([prompt], options, lambda step: _print(step.text))
             except UsageError as error:  # too long a line, or a depth that is not there
@@ -357,7 +359,7 @@ def _conversation(
     said: list[dict[str, str]],
     new: int,
     templated: bool,
-    pictures: tuple[Picture, ...],
+    items: tuple[MediaItem, ...],
 ) -> Prompt:
     """What was said, as a prompt that leaves room for `new` tokens; the oldest turns give way."""
     from looptx_core.generation.engine import ChatPrompt
@@ -365,11 +367,11 @@ def _conversation(
     room = max(1, engine.model.config.max_seq_len - new)
     if not templated:
         text = "".join(turn["content"] + "\n" * (turn["role"] == "assistant") for turn in said)
-        if pictures:
-            return _with_pictures(text, pictures)
+        if items:
+            return _with_items(text, items)
         return engine.tokenizer.encode(text, add_special_tokens=False).ids[-room:]
     while True:
-        prompt = ChatPrompt(tuple(said), pictures)
+        prompt = ChatPrompt(tuple(said), items)
         if len(said) < 3 or engine.length(prompt) <= room:
             return prompt
         del said[:2]

@@ -19,11 +19,11 @@ from looptx_core.backends.torch_backend import TorchBackend
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
-from looptx_core.data.pictures import read_picture
 from looptx_core.data.tokenizer import train_tokenizer
 from looptx_core.errors import MissingError
 from looptx_core.generation.engine import Engine
-from looptx_core.generation.request import PicturePrompt, Prompt, Step
+from looptx_core.generation.request import MediaPrompt, Prompt, Step
+from looptx_core.media.image.read import read_picture
 from looptx_core.model.loop import LoopedTransformer
 
 BUNDLED_VISION = Path(looptx_core.__file__).parent / "assets" / "picture-model"
@@ -123,7 +123,7 @@ def test_pictures_between_texts(device: torch.device, monkeypatch: pytest.Monkey
     for kind in (CudaGraphBackend, TorchBackend):
         engine = Engine(loaded.model.to(device), loaded.tokenizer, loaded.exit, kernel="torch")
         engine.backend = kind(loaded.model)
-        asked = PicturePrompt("", (picture,))
+        asked = MediaPrompt("", (picture,))
         length = engine.length(asked)
         before = [5] * (
             length - 4

@@ -26,8 +26,6 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 NOTEBOOK = DOCS / "tutorial/5-python.ipynb"
-LOGS = {"results.md", "speed.md", "gpu.md"}
-"""Laboratory notes, whose examples are fragments."""
 
 # The length of what the tutorials run; every setting has such a variable.
 SHORT = {
@@ -68,8 +66,6 @@ def blocks(*languages: str) -> list[Block]:
     """The blocks of all pages in these languages."""
     found = []
     for page in PAGES:
-        if page.name in LOGS:
-            continue
         text = page.read_text("utf-8")
         for match in re.finditer(r"^```(\w*)([^\n]*)\n(.*?)^```$", text, re.M | re.S):
             title = re.search(r'title="([^"]+)"', match[2])
@@ -105,8 +101,6 @@ def _slug(heading: str) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    if page.name in LOGS:
-        pytest.skip("laboratory notes")
     text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"[a-z]+:", target):

@@ -37,7 +37,7 @@ from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import get_preset
-from looptx_core.generation.engine import Engine, Followed
+from looptx_core.generation.engine import Engine, ForcedScores
 from looptx_core.model.cache import POLICIES, LoopCache
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.stopping.rule import Exit, HeadOutput, fixed_exit
@@ -57,7 +57,7 @@ def decoding(
     losses: dict[Any, float] = {}
     loops: dict[Any, float] = {}
 
-    def walk(text: tuple[list[int], int], options: GenerationOptions) -> Followed:
+    def walk(text: tuple[list[int], int], options: GenerationOptions) -> ForcedScores:
         ids, prompt = text
         options = replace(options, kv_policy=policy)
         return engine.score_forced(torch.tensor([ids]), prompt, options)

@@ -28,8 +28,8 @@ from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings
 from looptx_core.data.bundled import bundled_shards
 from looptx_core.data.datamodule import TokenData
-from looptx_core.inspection.frontier import depths
 from looptx_core.inspection.survey import Survey, two_surveys
+from looptx_core.stopping.rule import exit_depths
 from looptx_core.training.calibration import fit_gain
 
 BINS, THRESHOLDS = 24, 200
@@ -85,7 +85,7 @@ def lost(shown: Survey, signal: Tensor) -> dict[str, float | None]:
     points = []
     for place in torch.linspace(0, len(finite) - 1, THRESHOLDS).long().tolist():
         stops = torch.cat([signal < finite[place], torch.ones_like(signal[:1], dtype=torch.bool)])
-        depth = depths(stops)
+        depth = exit_depths(stops)
         loss = float(shown.loss.gather(0, depth[None] - 1).double().mean())
         points.append((float(depth.double().mean()), 100 * (loss / full - 1)))
     points.sort()

@@ -26,9 +26,9 @@ from benchmarks.pictures.emoji import TEST, TRAIN, fetch_emoji
 from looptx_core.checkpoint.folder import LoadedModel, load_model
 from looptx_core.checkpoint.registry import bundled_model
 from looptx_core.config.generation import GenerationOptions
-from looptx_core.data.pictures import read_picture
-from looptx_core.generation.engine import Engine, PicturePrompt
-from looptx_core.model.vision import Picture, together
+from looptx_core.generation.engine import Engine, MediaPrompt
+from looptx_core.media import MEDIA
+from looptx_core.media.batch import MediaItem, batch_items
 from looptx_core.training.evaluate import evaluate_loops
 
 SEED = 0
@@ -47,13 +47,13 @@ class Captions:
         self.ranked = min(RANKED, self.loops)
         self._known: dict[str | None, dict[str, torch.Tensor]] = {}
 
-    def picture(self, record: dict[str, Any]) -> Picture:
-        return read_picture(self.folder / record["image"], self.loaded.config)
+    def picture(self, record: dict[str, Any]) -> MediaItem:
+        return MEDIA["image"].read(self.folder / record["image"], self.loaded.config)
 
-    def losses(self, picture: Picture | None, names: list[str], loops: int) -> torch.Tensor:
+    def losses(self, picture: MediaItem | None, names: list[str], loops: int) -> torch.Tensor:
         """Nats of each name in all, its end included, after each loop: (loops, names)."""
         encode, end = self.loaded.tokenizer.encode, 0
-        image = [self.loaded.config.image_token] * (len(picture.patches) if picture else 0)
+        image = [self.loaded.config.image_token] * (picture.length if picture else 0)
         rows = [[end, *image, *encode(name).ids, end] for name in names]
         tokens = torch.full((len(rows), max(map(len, rows))), end)
         counted = torch.zeros(tokens.shape, dtype=torch.bool)
@@ -61,8 +61,8 @@ class Captions:
             tokens[row, : len(ids)] = torch.tensor(ids)
             counted[row, len(image) + 1 : len(ids)] = True
         counted = counted[:, 1:]
-        pictures = together([picture] * len(rows)) if picture else None
-        found = evaluate_loops(self.loaded.model, tokens, loops, counted, pictures=pictures)
+        media = batch_items([picture] * len(rows)) if picture else None
+        found = evaluate_loops(self.loaded.model, tokens, loops, counted, media=media)
         sums = torch.zeros(loops, len(rows), dtype=torch.float64)
         return sums.index_add_(1, counted.nonzero()[:, 0], found.each.double())
 
@@ -156,7 +156,7 @@ def cats(captions: Captions, engine: Engine, records: list[dict[str, Any]]) -> d
     shares, said = [], {}
     for kind, pool, count in (("cats", named, 20), ("others", others, 40)):
         chosen = draw.sample(pool, min(count, len(pool)))
-        prompts = [PicturePrompt("", (captions.picture(record),)) for record in chosen]
+        prompts = [MediaPrompt("", (captions.picture(record),)) for record in chosen]
         found = engine.complete(prompts, options)
         shares.append(sum("cat" in g.text.split() for g in found) / len(chosen))
         said[kind] = [
@@ -183,7 +183,7 @@ def stamps(captions: Captions, engine: Engine, count: int) -> dict[str, Any]:
             found.append({"image": str(file), "text": words})
     chosen = random.Random(SEED).sample(found, count)
     options = GenerationOptions(temperature=0, max_new_tokens=24)
-    prompts = [PicturePrompt("", (captions.picture(record),)) for record in chosen[:20]]
+    prompts = [MediaPrompt("", (captions.picture(record),)) for record in chosen[:20]]
     return {
         **right_or_shuffled(captions, chosen),
         "one_of_ten": one_of_ten(captions, chosen, chosen[: count // 3]),

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from looptx_core.media.batch import Media
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.confidence import relative_change
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.model.vision import Pictures
 from looptx_core.stopping.rule import Exit, HeadOutput
 
 
@@ -103,9 +103,9 @@ class Backend(ABC):
         rows: Sequence[int] | None = None,
         new: int = 1,
         tokens: Tensor | None = None,
-        pictures: Pictures | None = None,
+        media: Media | None = None,
     ) -> Pass:
         """A pass over the next `new` tokens of these rows, or of all.
 
-        tokens: (rows, new), needed where pictures are among them.
+        tokens: (rows, new), needed where media are among them.
         """

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from looptx_core.backends.base import Backend, LoopResult, Pass
 from looptx_core.backends.torch_backend import TorchPass
+from looptx_core.media.batch import Media
 from looptx_core.model.bitnet import BitLinear
 from looptx_core.model.block import Block
 from looptx_core.model.cache import FixedCacheView, LoopCache
 from looptx_core.model.confidence import relative_change
 from looptx_core.model.layer_state import KVState
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.model.vision import Pictures
 from looptx_core.stopping.rule import Exit, HeadOutput
 
 _FIRST_BUCKET = 256
@@ -59,13 +59,13 @@ class CudaGraphBackend(Backend):
         rows: Sequence[int] | None = None,
         new: int = 1,
         tokens: Tensor | None = None,
-        pictures: Pictures | None = None,
+        media: Media | None = None,
     ) -> Pass:
-        one = new == 1 and len(cache.lengths) == 1 and not cache.padded and pictures is None
+        one = new == 1 and len(cache.lengths) == 1 and not cache.padded and not media
         if not one or not all(type(state) is KVState for state in cache.layers):
             if cache is self._cache:
                 self._after_other_work()
-            return TorchPass.of(self.model, cache, rows, new, tokens, pictures)
+            return TorchPass.of(self.model, cache, rows, new, tokens, media)
         if cache is not self._cache:
             self._cache, self._passes, self._weights = cache, {}, self._addresses()
         assert cache.capacity is not None and cache.has_room(cache.length + 1), "the cache is full"

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from looptx_core.backends.base import Backend, Pass
+from looptx_core.media.batch import Media
 from looptx_core.model.block import Surroundings
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.model.vision import Pictures
 
 
 class TorchBackend(Backend):
@@ -25,18 +25,18 @@ class TorchBackend(Backend):
         rows: Sequence[int] | None = None,
         new: int = 1,
         tokens: Tensor | None = None,
-        pictures: Pictures | None = None,
+        media: Media | None = None,
     ) -> Pass:
-        return TorchPass.of(self.model, cache, rows, new, tokens, pictures)
+        return TorchPass.of(self.model, cache, rows, new, tokens, media)
 
 
 class TorchPass(Pass):
     """See `Pass`."""
 
     def __init__(
-        self, model: LoopedTransformer, around: Surroundings, pictures: Pictures | None = None
+        self, model: LoopedTransformer, around: Surroundings, media: Media | None = None
     ) -> None:
-        self.model, self.around, self.pictures = model, around, pictures
+        self.model, self.around, self.media = model, around, media
 
     @classmethod
     def of(
@@ -46,17 +46,17 @@ class TorchPass(Pass):
         rows: Sequence[int] | None,
         new: int,
         tokens: Tensor | None = None,
-        pictures: Pictures | None = None,
+        media: Media | None = None,
     ) -> TorchPass:
         """See `Backend.begin`."""
         layout = None
-        if pictures is not None and tokens is not None:
-            layout = model.layout(tokens, pictures, cache.start if cache.padded else None)
+        if media and tokens is not None:
+            layout = model.layout(tokens, media, cache.start if cache.padded else None)
         around = model.surroundings(new, cache.view(new, rows), layout=layout)
-        return cls(model, around, pictures)
+        return cls(model, around, media)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return self.model.encode(tokens, self.around, self.pictures)
+        return self.model.encode(tokens, self.around, self.media)
 
     def iterate(
         self, state: Tensor, embedding: Tensor, loops: Sequence[int], count: int = 1

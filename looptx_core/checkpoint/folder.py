@@ -4,7 +4,7 @@
     model.safetensors       or shards with model.safetensors.index.json; tied tensors once
     tokenizer.json          and tokenizer_config.json
     generation_config.json  end and padding ids; under `exit` the model's own exit rule
-    preprocessor_config.json  of a model that reads pictures: what is done to one
+    ...                     what the model's media store, such as preprocessor_config.json
     README.md               the model card
 
 A folder appears whole or not at all (`atomic.py`); its weights are read by `weights.py`.
@@ -29,7 +29,6 @@ from looptx_core.checkpoint.documents import read_json, to_json, typed
 from looptx_core.checkpoint.weights import load_weights, tensors_of
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import FIRST_FORMAT, FORMAT_VERSION, ModelConfig
-from looptx_core.data.pictures import preprocessor
 from looptx_core.data.tokenizer import fingerprint
 from looptx_core.errors import DataError
 from looptx_core.model.flops import parameter_count
@@ -38,7 +37,6 @@ from looptx_core.model.unset import unset_weights
 from looptx_core.outputs import check_model_target
 
 MODEL_TYPE = "looptx"
-PREPROCESSOR = "preprocessor_config.json"
 _END_TOKENS = ("<|end|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _NOT_SHAPE = {
     *("model_type", "architectures", "format_version", "torch_dtype", "looptx_version"),
@@ -138,7 +136,7 @@ def model_files(
             name, model.config, parameter_count(model.config), exit_settings, facts
         ),
         "config.json": config,
-        **({PREPROCESSOR: preprocessor(model.config)} if model.config.vision_layers else {}),
+        **{k: v for medium in model.media for k, v in medium.files(model.config).items()},
     }
 
 

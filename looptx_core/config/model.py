@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from looptx_core.errors import UsageError
@@ -86,6 +87,8 @@ class ModelConfig:
     """Patches of a picture see each other, or only those before."""
     reconstruct: bool = False
     """A head that draws hidden patches back; set by --mask-patches."""
+    media: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    """Settings of further media by name; each has a folder in `looptx_core.media`."""
 
     def __post_init__(self) -> None:
         def need(ok: bool, what: str) -> None:
@@ -129,6 +132,11 @@ class ModelConfig:
             self.image_attention in ("both", "causal"),
             f"image_attention must be both or causal, not {self.image_attention!r}",
         )
+        need(
+            isinstance(self.media, Mapping)
+            and all(isinstance(section, Mapping) for section in self.media.values()),
+            "media must hold a section of settings for each medium",
+        )
         need(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), not {self.dropout}")
 
     @property
@@ -146,7 +154,11 @@ class ModelConfig:
         return self.prelude_layers + loops * self.core_layers + self.coda_layers
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The keys of config.json."""
+        found = asdict(self)
+        if not self.media:
+            del found["media"]
+        return found
 
     @classmethod
     def keys(cls) -> list[str]:

@@ -21,7 +21,6 @@ from looptx_core.checkpoint.folder import (
 )
 from looptx_core.checkpoint.registry import resolve_adapter, resolve_model
 from looptx_core.config.conversion import ConvertConfig
-from looptx_core.config.resolve import recorded
 from looptx_core.config.run import TrainConfig
 from looptx_core.conversion.huggingface import from_huggingface, to_huggingface
 from looptx_core.conversion.ternary import (
@@ -33,6 +32,7 @@ from looptx_core.conversion.ternary import (
 )
 from looptx_core.data.bundled import bundled_shards
 from looptx_core.data.datamodule import TokenData
+from looptx_core.data.own import own_text
 from looptx_core.data.resolve import resolve_data
 from looptx_core.errors import Interrupted, UsageError
 from looptx_core.model.loop import LoopedTransformer
@@ -187,13 +187,9 @@ def _batches(
 ) -> TokenData:
     """Of the data that is given, else the model's own, else the bundled text."""
     data, tokenizer = config.data, source.tokenizer
-    run = source.folder.parent / "config.yaml"
-    # A finetuning's data are examples, and none of it would tell what was forgotten.
-    if not data and source.folder.name == "final" and run.is_file() and recorded(run, "preset"):
-        own = tuple(recorded(run, "data") or ())
+    if not data and (own := own_text(source.folder)):
         data = own if all(Path(name).exists() for name in own) else ()
-        if own:
-            report(f"data: the model's own, {', '.join(own)}{'' if data else ', which is gone'}")
+        report(f"data: the model's own, {', '.join(own)}{'' if data else ', which is gone'}")
     if not data:
         report("data: the bundled text")
     shards = (

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from looptx_core.backends.select import select_backend
 from looptx_core.config.generation import ExitSettings, GenerationOptions
-from looptx_core.data.chat import chat_prompt, text_ids
+from looptx_core.data.chat import chat_prompt
+from looptx_core.data.content import content_ids
 from looptx_core.data.tokenizer import end_id
 from looptx_core.errors import UsageError
 from looptx_core.generation.request import (
     ChatPrompt,
     Generation,
-    PicturePrompt,
+    MediaPrompt,
     Prompt,
     Request,
     Step,
@@ -38,6 +39,7 @@ from looptx_core.generation.sampling import check
 from looptx_core.generation.scheduler import serve
 from looptx_core.generation.speculative import speculate
 from looptx_core.generation.text import TextStream
+from looptx_core.media import MEDIA, Writer, writers
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer
@@ -46,7 +48,7 @@ from looptx_core.stopping.rule import fixed_exit
 
 _CAPACITY_STEP = 256
 
-__all__ = ["ChatPrompt", "Engine", "ForcedScores", "Generation", "PicturePrompt", "Prompt", "Step"]
+__all__ = ["ChatPrompt", "Engine", "ForcedScores", "Generation", "MediaPrompt", "Prompt", "Step"]
 
 
 class ForcedScores(NamedTuple):
@@ -88,6 +90,7 @@ class Engine:
         self.exit_settings = exit_settings or ExitSettings()
         self.batch_size = batch_size
         self.end = end_id(tokenizer)
+        self.writers = writers(model.config)
         self.backend, self.kernel = select_backend(model, kernel, precision)
         self.counters = WorkCounters()
         self._spare: LoopCache | None = None
@@ -205,26 +208,37 @@ class Engine:
         """What stands before a continuation."""
         if isinstance(prompt, ChatPrompt):
             return prompt.messages[-1]["content"]
-        if isinstance(prompt, PicturePrompt):
+        if isinstance(prompt, MediaPrompt):
             return prompt.text
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(list(prompt))
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, PicturePrompt | ChatPrompt):
-            return self._encode_pictures(prompt)
+        if isinstance(prompt, MediaPrompt | ChatPrompt):
+            return self._encode_media(prompt)
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt, add_special_tokens=False).ids
         # A document's start looks like the end of the one before.
         return list(prompt) or [self.end]
 
-    def _encode_pictures(self, prompt: PicturePrompt | ChatPrompt) -> list[int]:
-        if prompt.pictures and self.model.vision is None:
-            raise UsageError("this model reads no pictures; use one that was trained on some")
-        sizes, token = [len(p.patches) for p in prompt.pictures], self.model.config.image_token
+    def _encode_media(self, prompt: MediaPrompt | ChatPrompt) -> list[int]:
+        for medium in (MEDIA[item.medium] for item in prompt.media):
+            if medium.name not in self.model.encoders():
+                raise UsageError(
+                    f"this model reads no {medium.plural}; use one that was trained on some"
+                )
+        config = self.model.config
         if isinstance(prompt, ChatPrompt):
-            return chat_prompt(prompt.messages, self.tokenizer, [sizes], token)
+            return chat_prompt(prompt.messages, self.tokenizer, prompt.media, config)
         # As a record of training begins.
-        return [self.end, *text_ids(prompt.text, self.tokenizer, sizes, token)]
+        ids = [self.end, *content_ids(prompt.text, self.tokenizer, prompt.media, config)]
+        return ids if prompt.write is None else [*ids, self._writer(prompt.write).opens]
+
+    def _writer(self, name: str) -> Writer:
+        if name not in self.writers:
+            raise UsageError(
+                f"this model writes no {MEDIA[name].plural}; use one that was trained to"
+            )
+        return self.writers[name]
 
     def _request(self, index: int, prompt: Prompt, options: GenerationOptions) -> Request:
         check(options)
@@ -250,7 +264,8 @@ class Engine:
             limit=min(len(tokens) + options.max_new_tokens, config.max_seq_len),
             end=self.end,
             known=self.tokenizer.get_vocab_size(),
-            pictures=getattr(prompt, "pictures", ()),
+            media=getattr(prompt, "media", ()),
+            writers=self.writers,
             generator=torch.Generator().manual_seed(options.seed),
         )
 

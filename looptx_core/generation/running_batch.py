@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from looptx_core.backends.base import Backend, Pass
+from looptx_core.media.batch import Media
 from looptx_core.model.cache import LoopCache
-from looptx_core.model.vision import Pictures
 from looptx_core.stopping.rule import Exit, HeadOutput
 
 
@@ -87,10 +87,10 @@ class RunningBatch:
         return len(self._active)
 
     def prompt(
-        self, rows: Sequence[int], tokens: Tensor, loops: int, pictures: Pictures | None = None
+        self, rows: Sequence[int], tokens: Tensor, loops: int, media: Media | None = None
     ) -> StepOutput:
         """Run prompts of one length, (rows, length), to one depth and read out their ends."""
-        run = self.backend.begin(self.cache, rows, tokens.shape[1], tokens, pictures)
+        run = self.backend.begin(self.cache, rows, tokens.shape[1], tokens, media)
         embedding = run.embed(tokens)
         state = run.iterate(embedding, embedding, [1] * len(rows), loops)
         logits = run.logits(state, last=True)[:, -1]

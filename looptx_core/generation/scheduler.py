@@ -16,7 +16,7 @@ import torch
 
 from looptx_core.generation.request import Request, Step, next_tokens
 from looptx_core.generation.running_batch import RunningBatch, StepOutput
-from looptx_core.model.vision import together
+from looptx_core.media.batch import batch_items, to_device
 
 
 def serve(batch: RunningBatch, requests: Iterable[Request]) -> Iterator[Step]:
@@ -65,6 +65,6 @@ def run_prompts(batch: RunningBatch, rows: list[int], requests: list[Request]) -
         request.began = time.perf_counter()
     device = batch.backend.device
     tokens = torch.tensor([request.seen for request in requests], device=device)
-    pictures = together([picture for request in requests for picture in request.pictures])
+    media = batch_items(item for request in requests for item in request.media)
     loops = requests[0].prompt_exit.max_loops
-    return batch.prompt(rows, tokens, loops, pictures and pictures.to(device))
+    return batch.prompt(rows, tokens, loops, to_device(media, device))

@@ -51,14 +51,6 @@ def token_flops(config: ModelConfig, context: float) -> TokenFlops:
     )
 
 
-def patch_flops(config: ModelConfig) -> int:
-    """Forward FLOPs of one patch in the encoder of pictures, beside `max_patches` others."""
-    width = config.vision_width
-    block = 2 * (4 * width**2 + 9 * width**2 + 2 * config.max_patches * width)
-    ends = 2 * width * (3 * config.patch_size**2 + config.d_model)
-    return config.vision_layers * block + ends
-
-
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of a model of this shape, tied ones once, without building its tensors."""
     from looptx_core.model.loop import LoopedTransformer

@@ -11,16 +11,16 @@ from torch import Tensor
 from looptx_core.backends.base import Backend, LoopResult, Pass
 from looptx_core.backends.cpu.bindings import KernelCache, KernelModel, KernelRows, StopCondition
 from looptx_core.backends.torch_backend import TorchPass
+from looptx_core.media.batch import Media
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.model.vision import Pictures
 from looptx_core.stopping.rule import Exit, HeadOutput
 
 _MAX_TOKENS = 32  # of one pass: with more, torch's products for matrices are faster
 
 
 class CpuBackend(Backend):
-    """What has pictures, many tokens or a rounded cache goes to torch, with the same results."""
+    """What has media, many tokens or a rounded cache goes to torch, with the same results."""
 
     name = "native"
 
@@ -38,13 +38,13 @@ class CpuBackend(Backend):
         rows: Sequence[int] | None = None,
         new: int = 1,
         tokens: Tensor | None = None,
-        pictures: Pictures | None = None,
+        media: Media | None = None,
     ) -> Pass:
         count = len(cache.lengths) if rows is None else len(rows)
-        known = pictures is None and count * new <= _MAX_TOKENS
+        known = not media and count * new <= _MAX_TOKENS
         kernel_cache = self._describe(cache) if known else None
         if kernel_cache is None:
-            return TorchPass.of(self.model, cache, rows, new, tokens, pictures)
+            return TorchPass.of(self.model, cache, rows, new, tokens, media)
         row: list[int] = []
         column: list[int] = []
         for own in range(count) if rows is None else rows:

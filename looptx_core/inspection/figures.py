@@ -1,4 +1,4 @@
-"""A report's pictures, drawn from its document alone."""
+"""A report's figures, drawn from its document alone."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-Document = dict[str, Any]
+from looptx_core.media import MEDIA
+from looptx_core.media.base import Figure
 
-_MAPS = 4  # loops of a picture that are shown
+Document = dict[str, Any]
 
 _COLOURS = {
     "auto": "tab:blue",
@@ -37,18 +38,17 @@ def draw(document: Document, folder: Path) -> dict[str, Path]:
     }
     if document["tasks"]:
         makers["Lines that need depth"] = ("tasks.png", _tasks, 2)
-    for number, picture in enumerate(document["pictures"], start=1):
-        title = f"How far each loop moves the patches of {picture['picture']}"
-        shown = 1 + min(_MAPS, len(picture["change_by_loop"]))
-        makers[title] = (f"patches-{number}.png", partial(_patches, picture=picture), shown)
-        if "confidence_by_loop" in picture:
-            title = f"How sure the model is to draw a hidden patch of {picture['picture']}"
-            shown = 1 + min(_MAPS, len(picture["confidence_by_loop"]))
-            makers[title] = (f"hidden-{number}.png", partial(_hidden, picture=picture), shown)
+    plots = {
+        title: Figure(name, partial(make, document), count)
+        for title, (name, make, count) in makers.items()
+    }
+    for medium in MEDIA.values():
+        for number, found in enumerate(document[medium.plural], start=1):
+            plots |= medium.figures(found, number)
     made = {}
-    for title, (name, make, count) in makers.items():
+    for title, (name, make, count) in plots.items():
         figure, axes = plt.subplots(1, count, figsize=(5 * count, 4))
-        make(document, axes)
+        make(axes)
         for axis in figure.axes:
             axis.spines[["top", "right"]].set_visible(False)
         figure.tight_layout()
@@ -133,25 +133,3 @@ def _tasks(document: Document, axes: Any) -> None:
     names = [task["name"] for task in document["tasks"]]
     axes[1].bar(names, [task["mean_loops"] for task in document["tasks"]])
     axes[1].set(ylabel="mean loops", title="Depth that the exit chose")
-
-
-def _patches(document: Document, axes: Any, picture: Document) -> None:
-    changes = picture["change_by_loop"]
-    most = max((value for grid in changes for row in grid for value in row), default=1.0)
-    _maps(axes, picture, changes, 2, most, "|change| / |state|")
-
-
-def _hidden(document: Document, axes: Any, picture: Document) -> None:
-    _maps(axes, picture, picture["confidence_by_loop"], 1, 1.0, "P(drawn well)")
-
-
-def _maps(axes: Any, picture: Document, maps: Any, first: int, most: float, label: str) -> None:
-    """The picture, and a map for each loop from `first` on."""
-    axes = axes if hasattr(axes, "__len__") else [axes]
-    axes[0].imshow(picture["shown"])
-    axes[0].set(title=picture["caption"][:40], xticks=[], yticks=[])
-    for loop, (axis, grid) in enumerate(zip(axes[1:], maps), start=first):
-        drawn = axis.imshow(grid, vmin=0, vmax=most, cmap="viridis")
-        axis.set(title=f"loop {loop}", xticks=[], yticks=[])
-        if axis is axes[-1]:
-            axis.figure.colorbar(drawn, ax=axis, label=label)

@@ -20,7 +20,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.errors import DataError
-from looptx_core.model.vision import Picture
+from looptx_core.media.base import Source
+from looptx_core.media.batch import MediaItem
 
 MOST_PIXELS = 64_000_000
 """Of a picture that is decoded; a small file can claim far more (a decompression bomb)."""
@@ -30,8 +31,6 @@ WHITE = (255, 255, 255)
 _TOO_LARGE = f"the limit is {MOST_PIXELS // 10**6} million in all, so scale it down first"
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _ORIENTATION = 0x0112
-
-Source = str | os.PathLike[str] | bytes
 
 
 def grid_of(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
@@ -59,7 +58,7 @@ def read_picture(
     config: ModelConfig,
     where: str | None = None,
     augment: np.random.Generator | None = None,
-) -> Picture:
+) -> MediaItem:
     """Decode a picture, a file or its bytes, and cut it into patches.
 
     Args:
@@ -79,7 +78,8 @@ def read_picture(
         pixels = np.asarray(flat, np.float32) / 127.5 - 1
     side = config.patch_size
     patches = torch.from_numpy(pixels).view(rows, side, columns, side, 3)
-    return Picture(patches.permute(0, 2, 1, 3, 4).reshape(rows * columns, -1), rows, columns)
+    cut = patches.permute(0, 2, 1, 3, 4).reshape(rows * columns, -1)
+    return MediaItem("image", cut, (rows, columns))
 
 
 def preprocessor(config: ModelConfig) -> dict[str, object]:
