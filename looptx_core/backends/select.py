@@ -5,12 +5,15 @@ from __future__ import annotations
 from looptx_core.backends import cuda_graphs
 from looptx_core.backends.base import Backend
 from looptx_core.backends.cpu.backend import CpuBackend
-from looptx_core.backends.cpu.bindings import PRECISIONS, rounded_copy, unsupported_reason
-from looptx_core.backends.cpu.source import KERNEL
+from looptx_core.backends.cpu.bindings import (
+    PRECISIONS,
+    load_kernel,
+    rounded_copy,
+    unsupported_reason,
+)
 from looptx_core.backends.cuda_graphs import CudaGraphBackend
 from looptx_core.backends.torch_backend import TorchBackend
 from looptx_core.errors import MissingError, UsageError
-from looptx_core.machine.kernels import load
 from looptx_core.model.loop import LoopedTransformer
 
 KERNELS = ("auto", "native", "graph", "torch")
@@ -46,7 +49,7 @@ def select_backend(
     why = unsupported_reason(model)
     if why is None:
         try:
-            load(*KERNEL)  # before a copy is made in vain
+            load_kernel()  # before a copy is made in vain
             backend = CpuBackend(rounded_copy(model, precision), precision)
             return backend, f"native, weights in {precision}"
         except MissingError as error:

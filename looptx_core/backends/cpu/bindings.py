@@ -83,7 +83,7 @@ _ABI_VERSION = 2
 _STRUCTS = (_Matrix, _Block, _Model, _Cache, _Rows, _StopCondition)
 
 
-def _library() -> ctypes.CDLL:
+def load_kernel() -> ctypes.CDLL:
     """The compiled kernel. Raises `MissingError` where it can't be built, or where its structs are
     not laid out as these here."""
     library = load(*KERNEL)
@@ -201,7 +201,7 @@ class KernelModel:
     def __init__(
         self, model: LoopedTransformer, precision: str = "float32", threads: int | None = None
     ) -> None:
-        self._library = _library()
+        self._library = load_kernel()
         self._kept: list[Any] = []  # what the kernel points to
         self._kind = PRECISIONS[precision]
         self.config = model.config
