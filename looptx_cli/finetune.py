@@ -42,7 +42,7 @@ def finetune(
     from looptx_core.checkpoint.registry import resolve_model
 
     if resume is not None:
-        resolved, folder = resumed(resume, flags, "finetune", FinetuneConfig), resume
+        resolved, folder = resumed(resume, flags, "finetune", FinetuneConfig, config=config), resume
     else:
         resolved = resolve(FinetuneConfig, flags=flags, config=config)
         folder = None

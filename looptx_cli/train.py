@@ -54,7 +54,7 @@ def train(
     looptx train --preset 1b --dry-run
     """
     if resume is not None:
-        resolved, folder = resumed(resume, flags, "train", TrainConfig, SECTIONS), resume
+        resolved, folder = resumed(resume, flags, "train", TrainConfig, SECTIONS, config), resume
     else:
         resolved = resolve(TrainConfig, SECTIONS, flags=flags, config=config)
         folder = None

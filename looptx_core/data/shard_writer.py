@@ -18,7 +18,13 @@ from tokenizers import Tokenizer
 from looptx_core.data.corpus import Corpus
 from looptx_core.data.shards import SPLITS, Counts, Manifest, Shard
 from looptx_core.data.split import Census, Progress, Splitter
-from looptx_core.data.tokenizer import check_vocab_size, end_id, fingerprint, train_tokenizer
+from looptx_core.data.tokenizer import (
+    check_vocab_size,
+    end_id,
+    fingerprint,
+    train_tokenizer,
+    vocabulary_size,
+)
 from looptx_core.errors import DataError, LooptxError, UsageError
 
 VOCAB_SIZE = 4096
@@ -144,7 +150,7 @@ def _write(
     progress: Progress,
 ) -> Manifest:
     """Fill an empty folder; the manifest comes last."""
-    vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have holes
+    vocab_size = vocabulary_size(tokenizer)
     dtype = "<u2" if vocab_size <= 2**16 else "<u4"
     end = end_id(tokenizer)
     writers = {split: _Writer(folder, split, dtype, shard_tokens) for split in SPLITS}

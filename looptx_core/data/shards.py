@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,11 +18,15 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from looptx_core.data.tokenizer import fingerprint, load_tokenizer
+from looptx_core.data.tokenizer import MOST_TOKENS, fingerprint, load_tokenizer
+from looptx_core.documents import check_links, read_json, short
 from looptx_core.errors import DataError, UsageError
+from looptx_core.schema import typed
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val")
+_AGAIN = "tokenise the text again"
+_DAMAGED = f"it is damaged, so {_AGAIN}"
 
 
 @dataclass(frozen=True)
@@ -84,27 +87,35 @@ class Manifest:
             DataError: it is missing, damaged or of another version.
         """
         file = Path(folder) / "manifest.json"
-        try:
-            facts = json.loads(file.read_text("utf-8"))
-            version = facts["schema_version"]
-        except OSError as error:
+        if not file.exists():
+            raise DataError(f"{folder}: no tokenised data; make some by looptx tokenize")
+        facts = read_json(file, mend=_DAMAGED)
+        if (version := facts.get("schema_version")) != SCHEMA_VERSION:
             raise DataError(
-                f"{folder}: no tokenised data ({error.strerror}); make some by looptx tokenize"
-            ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{file}: damaged; tokenise the text again") from error
-        if version != SCHEMA_VERSION:
-            raise DataError(
-                f"{file}: schema version {version}, but this looptx reads {SCHEMA_VERSION}; "
-                "tokenise the text again"
+                f"{file}: schema version {short(version)}, but this looptx reads {SCHEMA_VERSION}; "
+                f"{_AGAIN}"
             )
-        try:
-            facts["splits"] = {name: Counts(**facts["splits"][name]) for name in SPLITS}
-            facts["split"] = Split(**facts["split"])
-            facts["shards"] = [Shard(**shard) for shard in facts["shards"]]
-            return cls(**facts)
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{file}: damaged ({error}); tokenise the text again") from error
+        found = typed(cls, facts, str(file), mend=_DAMAGED)
+        found._check(file)
+        return found
+
+    def _check(self, file: Path) -> None:
+        """Raise `DataError` for facts that no folder of shards can have."""
+
+        def need(ok: bool, what: str) -> None:
+            if not ok:
+                raise DataError(f"{file}: {what}; {_DAMAGED}")
+
+        need(set(self.splits) == set(SPLITS), f"the splits are not {' and '.join(SPLITS)}")
+        need(1 <= self.vocab_size <= MOST_TOKENS, f"vocab_size {self.vocab_size:,} is no size")
+        need(0 <= self.end_id < self.vocab_size, f"end_id {self.end_id:,} is no token")
+        need(self.dtype in ("<u2", "<u4"), f"unknown dtype {short(self.dtype)}")
+        need(0 < self.split.val_fraction < 1, f"val_fraction {self.split.val_fraction} is no share")
+        counts = [n for part in self.splits.values() for n in (part.bytes, part.tokens)]
+        need(min(counts) >= 1, "a split is empty")
+        for shard in self.shards:
+            need(Path(shard.file).name == shard.file, f"{short(shard.file)} is no file beside it")
+            need(shard.tokens >= 1, f"{shard.file} holds {shard.tokens} tokens")
 
 
 class Tokens:
@@ -163,14 +174,13 @@ def open_shards(folder: str | os.PathLike[str], verify: bool = False) -> Shards:
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
+    check_links(folder)
     tokenizer = load_tokenizer(folder)
     if fingerprint(tokenizer) != manifest.tokenizer:
         raise DataError(
             f"{folder}: tokenizer.json is not the one that made these shards; "
             "put it back or tokenise the text again"
         )
-    if manifest.dtype not in ("<u2", "<u4"):
-        raise DataError(f"{folder}: unknown dtype {manifest.dtype}; tokenise the text again")
     for shard in manifest.shards:
         file = folder / shard.file
         expected = shard.tokens * np.dtype(manifest.dtype).itemsize

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from looptx_core.config.processes import RUN, is_first_here, starter
 from looptx_core.config.run import RunConfig
+from looptx_core.documents import read_json
 from looptx_core.errors import MissingError, UsageError
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.ranks import EndsTogether
@@ -134,7 +134,9 @@ def _zero(
     )
     if config.deepspeed_config:
         file = Path(config.deepspeed_config)
-        chosen = override(chosen, _read_json(file), str(file))
+        chosen = override(
+            chosen, read_json(file, mend="mend --deepspeed-config", error=UsageError), str(file)
+        )
     return ZeroStrategy(chosen, on_gpu=on_gpu, swap=swap, advice=advice)
 
 
@@ -171,18 +173,6 @@ def _require_async_io(report: Report) -> None:
         for op in ("pin_memory", "async_io"):
             if inspect_op(op).state != "built":
                 build_op(op, report)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise UsageError(f"--deepspeed-config {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"--deepspeed-config {file}: not valid JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"--deepspeed-config {file}: expected keys and values")
-    return found
 
 
 def _processes(config: RunConfig) -> str:
