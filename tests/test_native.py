@@ -11,7 +11,7 @@ from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.conversion.ternary import pack_model
 from looptx_core.data.tokenizer import train_tokenizer
-from looptx_core.errors import MissingError, UsageError
+from looptx_core.errors import DataError, MissingError, UsageError
 from looptx_core.generation.choose import choose_moves
 from looptx_core.generation.engine import Engine
 from looptx_core.generation.exits import Exit, Readout, calibrated, fixed_exit
@@ -22,6 +22,7 @@ from looptx_core.model.attention import explicit
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.native.model import NativeModel, round_weights
+from looptx_core.native.model import Place as NativePlace
 
 SMALL = ModelConfig(vocab_size=101, d_model=48, n_heads=4, n_kv_heads=2, head_dim=12, d_ff=100,
                     prelude_layers=1, core_layers=2, coda_layers=1, max_loops=5)  # fmt: skip
@@ -35,6 +36,40 @@ def make(config: ModelConfig, seed: int = 0) -> LoopedTransformer:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def test_nothing_beyond_the_tables_is_read() -> None:
+    model = make(SMALL)
+    native = NativeModel(model)
+    cache = LoopCache(SMALL, 2, 8, 5)
+    place = NativePlace(cache, [0, 1], [0, 0], [0, 0], [0, 0])
+    for wrong in (SMALL.vocab_size, -1, 2**40, -(2**40)):
+        with pytest.raises(UsageError, match="token id"):
+            native.encode(torch.tensor([1, wrong]), place)
+    good = native.encode(torch.tensor([1, SMALL.vocab_size - 1]), place)
+    assert torch.isfinite(good).all()
+    for row, column, start in ([2, 0, 0], [-1, 0, 0], [0, 8, 0], [0, 0, 1], [0, 3, -1]):
+        beyond = NativePlace(cache, [0, row], [0, column], [0, start], [0, 0])
+        with pytest.raises(UsageError, match="beyond the cache"):
+            native.decode(good, beyond)
+        with pytest.raises(UsageError, match="beyond the cache"):
+            native.step(good, good, [1, 1], beyond)
+    with pytest.raises(UsageError, match="loop below 1"):
+        native.step(good, good, [1, 0], place)
+    with pytest.raises(UsageError, match="loop below 1"):
+        native.judge(good, [-5, 1])
+    assert torch.equal(native.encode(torch.tensor([1, SMALL.vocab_size - 1]), place), good)
+
+
+@pytest.mark.parametrize("kernel", ["native", "torch"])
+def test_the_engine_refuses_ids_that_the_model_lacks(kernel: str) -> None:
+    tokenizer = train_tokenizer(["abcd efgh " * 50], 280)
+    model = make(replace(SMALL, vocab_size=280))
+    engine = Engine(model, tokenizer, kernel=kernel)
+    for wrong in (280, -1, 2**31, 2**62):
+        with pytest.raises(DataError, match=f"token id {wrong} is not below 280"):
+            engine.complete([[3, wrong]])
+    assert engine.complete([[3, 279]], GenerationOptions(max_new_tokens=2, ignore_eos=True))
 
 
 def differences(

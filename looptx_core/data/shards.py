@@ -18,7 +18,13 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from looptx_core.data.tokenizer import MOST_TOKENS, fingerprint, load_tokenizer
+from looptx_core.data.tokenizer import (
+    MOST_TOKENS,
+    check_ids,
+    fingerprint,
+    load_tokenizer,
+    vocabulary_size,
+)
 from looptx_core.documents import check_links, read_json, short
 from looptx_core.errors import DataError, UsageError
 from looptx_core.schema import typed
@@ -121,32 +127,35 @@ class Manifest:
 class Tokens:
     """The tokens of one split, read by memory map across files. Pickles as its paths."""
 
-    def __init__(self, files: Sequence[Path], dtype: str) -> None:
-        self._files, self._dtype = files, dtype
+    def __init__(self, files: Sequence[Path], dtype: str, vocab_size: int) -> None:
+        self._files, self._dtype, self._vocab_size = files, dtype, vocab_size
         self._maps = [np.memmap(file, np.dtype(dtype), "r") for file in files]
         self._starts = list(accumulate((len(part) for part in self._maps), initial=0))
 
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def __reduce__(self) -> tuple[type[Tokens], tuple[Sequence[Path], str]]:
-        return Tokens, (self._files, self._dtype)
+    def __reduce__(self) -> tuple[type[Tokens], tuple[Sequence[Path], str, int]]:
+        return Tokens, (self._files, self._dtype, self._vocab_size)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int64 of shape (stop - start,).
 
         Raises:
             IndexError: not 0 <= start <= stop <= len(self).
+            DataError: a token id beyond the vocabulary.
         """
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start} to {stop} of {len(self)}")
         out = np.empty(stop - start, np.int64)
         first = bisect.bisect_right(self._starts, start) - 1
-        for part, origin in zip(self._maps[first:], self._starts[first:]):
+        held = zip(self._files[first:], self._maps[first:], self._starts[first:])
+        for file, part, origin in held:
             if origin >= stop:
                 break
             low, high = max(start, origin), min(stop, origin + len(part))
             out[low - start : high - start] = part[low - origin : high - origin]
+            check_ids(out[low - start : high - start], self._vocab_size, str(file))
         return out
 
 
@@ -163,7 +172,7 @@ class Shards:
         if split not in SPLITS:
             raise UsageError(f"no split '{split}'; choose from {', '.join(SPLITS)}")
         files = [self.folder / shard.file for shard in self.manifest.shards if shard.split == split]
-        return Tokens(files, self.manifest.dtype)
+        return Tokens(files, self.manifest.dtype, self.manifest.vocab_size)
 
 
 def open_shards(folder: str | os.PathLike[str], verify: bool = False) -> Shards:
@@ -181,6 +190,8 @@ def open_shards(folder: str | os.PathLike[str], verify: bool = False) -> Shards:
             f"{folder}: tokenizer.json is not the one that made these shards; "
             "put it back or tokenise the text again"
         )
+    if vocabulary_size(tokenizer) > manifest.vocab_size:
+        raise DataError(f"{folder}: manifest.json contradicts the tokenizer; {_AGAIN}")
     for shard in manifest.shards:
         file = folder / shard.file
         expected = shard.tokens * np.dtype(manifest.dtype).itemsize

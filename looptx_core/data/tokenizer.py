@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from looptx_core.documents import read_text
@@ -154,6 +155,20 @@ def load_tokenizer(path: str | os.PathLike[str], mend: str = "give a tokenizer.j
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """The largest token id and 1, which is more than the tokens where ids have holes."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int, where: str) -> None:
+    """Raise `DataError` for a token id outside of a vocabulary: nothing may look such a one up."""
+    if not len(ids):
+        return
+    array = np.asarray(ids, np.int64)
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise DataError(
+            f"{where}: the token id {wrong} is not below {vocab_size}, the size of the vocabulary; "
+            "use the tokenizer and the data that belong to the model"
+        )
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

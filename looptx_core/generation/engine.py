@@ -22,7 +22,7 @@ from torch import Tensor
 
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.data.chat import chat_prompt, text_ids
-from looptx_core.data.tokenizer import end_id
+from looptx_core.data.tokenizer import check_ids, end_id, vocabulary_size
 from looptx_core.errors import UsageError
 from looptx_core.generation.choose import choose_moves
 from looptx_core.generation.exits import fixed_exit, resolve_exit
@@ -238,6 +238,7 @@ class Engine:
     def _request(self, index: int, prompt: Prompt, options: GenerationOptions) -> Request:
         check(options)
         config, tokens = self.model.config, self._encode(prompt)
+        check_ids(tokens, config.vocab_size, f"prompt {index + 1}")
         if len(tokens) >= config.max_seq_len:
             raise UsageError(
                 f"prompt {index + 1} has {len(tokens)} tokens and the model's context holds "
@@ -253,7 +254,7 @@ class Engine:
             seen=tokens,
             limit=min(len(tokens) + options.max_new_tokens, config.max_seq_len),
             end=self.end,
-            known=self.tokenizer.get_vocab_size(),
+            known=vocabulary_size(self.tokenizer),
             pictures=getattr(prompt, "pictures", ()),
             generator=torch.Generator().manual_seed(options.seed),
         )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from looptx_core.errors import LooptxError, MissingError, UsageError
 from looptx_core.machine.kernels import load
 from looptx_core.model.attention import sdpa
 from looptx_core.model.bitnet import PackedBitLinear
@@ -121,6 +122,23 @@ class Place:
         self.arguments = ctypes.byref(self._rows), ctypes.byref(self._cache)
 
 
+_ERRORS = {
+    -1: (UsageError, "a token id beyond the model's vocabulary"),
+    -2: (UsageError, "a row or column beyond the cache"),
+    -3: (UsageError, "a loop below 1"),
+    -4: (LooptxError, "no memory left for a pass; give a shorter prompt or fewer prompts at once"),
+    -5: (LooptxError, "the compiled kernel failed; --kernel torch does without it"),
+}
+
+
+def _done(status: int) -> int:
+    """What a call of the kernel returned. Raises the error that a negative status stands for."""
+    if status < 0:
+        kind, message = _ERRORS[status]
+        raise kind(message)
+    return status
+
+
 def obstacle(model: LoopedTransformer) -> str | None:
     """Why the kernel can't run this model, in a few words; None where it can."""
     weight = model.norm.weight
@@ -158,13 +176,15 @@ class NativeModel:
         self.config = model.config
         description = self._describe(model)
         handle = self._library.looptx_new(ctypes.byref(description), threads or _threads())
+        if not handle:
+            raise MissingError("the kernel could not start its threads, or there is no memory left")
         self._handle = ctypes.c_void_p(handle)
         weakref.finalize(self, self._library.looptx_free, self._handle)
 
     def encode(self, tokens: Tensor, place: Place) -> Tensor:
         """tokens (rows,) int64 -> the prelude's output (rows, d_model)."""
         out = torch.empty(len(tokens), self.config.d_model)
-        self._library.looptx_encode(self._handle, _at(tokens), _at(out), *place.arguments)
+        _done(self._library.looptx_encode(self._handle, _at(tokens), _at(out), *place.arguments))
         return out
 
     def step(
@@ -172,8 +192,10 @@ class NativeModel:
     ) -> Tensor:
         """States (rows, d_model) after each row's loop, counted from 1, and `further` ones."""
         state = state.clone()
-        self._library.looptx_step(
-            self._handle, _at(state), _at(embedding), _ints(loops), further, *place.arguments
+        _done(
+            self._library.looptx_step(
+                self._handle, _at(state), _at(embedding), _ints(loops), further, *place.arguments
+            )
         )
         return state
 
@@ -187,29 +209,31 @@ class NativeModel:
         loops: each row's first, counted from 1.
         """
         state, out = state.clone(), (ctypes.c_float * (3 * len(state)))()
-        passes = self._library.looptx_ride(
+        passes = _done(self._library.looptx_ride(
             self._handle, _at(state), _at(embedding), _ints(loops), watch.argument,
             *place.arguments, out,
-        )  # fmt: skip
+        ))  # fmt: skip
         return state, passes, list(zip(out[::3], out[1::3], out[2::3]))
 
     def decode(self, state: Tensor, place: Place) -> Tensor:
         """states (rows, d_model) -> logits (rows, vocab_size), by coda and head."""
         logits, state = torch.empty(len(state), self.config.vocab_size), state.clone()
-        self._library.looptx_decode(self._handle, _at(state), _at(logits), *place.arguments)
+        _done(self._library.looptx_decode(self._handle, _at(state), _at(logits), *place.arguments))
         return logits
 
     def leave(self, state: Tensor, embedding: Tensor, loops: Sequence[int], place: Place) -> None:
         """Rows end after their loops, with these states (rows, d_model): leave what deeper ones
         of later rows will look for."""
-        self._library.looptx_leave(
-            self._handle, _at(state), _at(embedding), _ints(loops), *place.arguments
+        _done(
+            self._library.looptx_leave(
+                self._handle, _at(state), _at(embedding), _ints(loops), *place.arguments
+            )
         )
 
     def judge(self, state: Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
         """The confidence head's words after each row's loop: logit and gain."""
         out = (ctypes.c_float * (2 * len(state)))()
-        self._library.looptx_judge(self._handle, _at(state), _ints(loops), len(state), out)
+        _done(self._library.looptx_judge(self._handle, _at(state), _ints(loops), len(state), out))
         return list(zip(out[::2], out[1::2]))
 
     # What follows describes the model to the kernel.
