@@ -35,7 +35,7 @@ _BOUNDARY = re.compile(r"[\s\S]+(?<=\S)(?=[ \t\n\r])")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _HUB = "hf:"  # what a name for the package datasets begins with
 T = TypeVar("T")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
 
