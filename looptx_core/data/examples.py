@@ -27,10 +27,12 @@ from torch.utils.data import Dataset
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.data.chat import encode_chat, text_ids
-from looptx_core.data.corpus import Corpus, Source
+from looptx_core.data.corpus import Corpus
 from looptx_core.data.datamodule import Batches
 from looptx_core.data.pictures import measure
+from looptx_core.data.tables import Source
 from looptx_core.data.tokenizer import IMAGE, PAD, end_id
+from looptx_core.documents import check_characters
 from looptx_core.errors import DataError, UsageError
 
 _FORMS = '{"prompt", "response"}, {"messages"} or {"text"}'
@@ -91,6 +93,7 @@ def read_examples(
     longest, long, first = 0, 0, ""
     for source, where, record in _records(inputs):
         try:
+            check_characters(record, where, mend="mend it, or pass --skip-bad")
             reader = _Reader(tokenizer, config, where, source.folder, train_on_prompt)
             example = reader.example(record)
         except DataError:

@@ -9,7 +9,6 @@ texts that say the same: each epoch draws one of them.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,12 +22,14 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.data.batches import Sequences, text_windows
-from looptx_core.data.corpus import PICTURES, Corpus
+from looptx_core.data.corpus import PICTURES, Corpus, visible_files
 from looptx_core.data.datamodule import Batches
 from looptx_core.data.examples import Example, Packed, padding_id
 from looptx_core.data.pictures import measure, read_picture
 from looptx_core.data.shards import open_shards
+from looptx_core.data.tables import KINDS
 from looptx_core.data.tokenizer import end_id
+from looptx_core.documents import check_characters, read_text
 from looptx_core.errors import DataError, UsageError
 from looptx_core.model.vision import together
 
@@ -56,12 +57,11 @@ def is_pairs(item: str | Path) -> bool:
     """Whether an input holds pictures: a folder with some, or JSON lines that name some."""
     path = Path(item)
     if path.is_dir():
-        return any(file.suffix.lower() in PICTURES for file in path.rglob("*"))
-    if path.suffix.lower() in (".jsonl", ".ndjson") and path.is_file():
+        return any(file.suffix.lower() in PICTURES for file in visible_files(path))
+    if KINDS.get(path.suffix.lower()) in ("jsonl", "json", "csv") and path.is_file():
         try:
-            with path.open(encoding="utf-8") as file:
-                first = json.loads(next((line for line in file if line.strip()), "{}"))
-        except (OSError, ValueError):
+            _, first = next(_lines(path), ("", None))
+        except DataError:  # whoever reads it all will tell
             return False
         return isinstance(first, dict) and not first.keys().isdisjoint(("image", "parts"))
     return False
@@ -78,6 +78,7 @@ def read_pairs(inputs: Sequence[str | Path], skip_bad: bool = False) -> Pairs:
         path = Path(item)
         for where, record in _folder(path) if path.is_dir() else _lines(path):
             try:
+                check_characters(record, where, mend="mend it, or pass --skip-bad")
                 found.records.append((where, _parts(record, path, where)))
             except DataError:
                 if not skip_bad:
@@ -102,15 +103,10 @@ def mix_of(text: str) -> tuple[float, float]:
 
 
 def _folder(folder: Path) -> Iterator[tuple[str, Any]]:
-    for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() in PICTURES and not file.name.startswith("."):
+    for file in visible_files(folder):
+        if file.suffix.lower() in PICTURES:
             text = file.with_suffix(".txt")
-            try:
-                lines = text.read_text("utf-8").strip()
-            except FileNotFoundError:
-                lines = None
-            except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"{text}: not readable as UTF-8; convert the file") from error
+            lines = read_text(text, mend="convert it").strip() if text.exists() else None
             yield str(file), {"image": str(file.resolve()), "text": lines}
 
 
