@@ -189,6 +189,23 @@ def has_half(text: str) -> bool:
     return not text.isascii() and _HALF.search(text) is not None
 
 
+def printable(text: str, keep: str = "") -> str:
+    """A text of unknown origin with what would steer a terminal written out, as `\\x1b`.
+
+    Escaped are control characters other than those in `keep`, marks that turn the direction of
+    writing, separators of lines, and halves of surrogate pairs.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        char = match[0]
+        return char if char in keep else char.encode("unicode_escape", "surrogatepass").decode()
+
+    return _STEERS.sub(escape, text)
+
+
+_STEERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 def to_json(content: Mapping[str, Any]) -> str:
     """A JSON file's text. Raises `ValueError` for NaN or infinity, which are not JSON."""
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

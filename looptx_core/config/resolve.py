@@ -27,7 +27,7 @@ from looptx_core.config.presets import get_preset, suggestion
 from looptx_core.config.run import TrainConfig
 from looptx_core.config.yaml_file import Lines, read_yaml
 from looptx_core.documents import short
-from looptx_core.errors import DataError, LooptxError, UsageError
+from looptx_core.errors import DataError, LooptxError, UsageError, remedy
 from looptx_core.schema import coerce
 
 PREFIX = "LOOPTX_"
@@ -130,9 +130,7 @@ def write_resolved(path: str | Path, resolved: Resolved, omit: Collection[str] =
         temporary.write_text(text, "utf-8")
         temporary.replace(path)
     except OSError as error:
-        raise LooptxError(
-            f"cannot write {path}: {error.strerror}; free some space or choose another --out"
-        ) from error
+        raise LooptxError(f"cannot write {path}: {error.strerror}; {remedy(error)}") from error
 
 
 def read_resolved(

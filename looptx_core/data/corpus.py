@@ -8,6 +8,7 @@ tokens of the whole.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import hashlib
@@ -25,7 +26,8 @@ from typing import Any, NamedTuple
 
 from looptx_core.data.tables import CHUNK, KINDS, Source, decoded, rows, texts
 from looptx_core.documents import check_inside
-from looptx_core.errors import DataError, LooptxError, MissingError
+from looptx_core.errors import DataError, LooptxError, MissingError, remedy
+from looptx_core.machine.scratch import scratch_folder
 
 PIECE = CHUNK  # the most characters in a piece
 # Only ASCII whitespace starts a piece: Python and the tokenizer's regex agree on it.
@@ -83,7 +85,8 @@ class Corpus:
 
     def __init__(self, inputs: Sequence[str | os.PathLike[str]], text_key: str = "text") -> None:
         self.text_key = text_key
-        self._spool: tempfile.TemporaryDirectory[str] | None = None
+        self._spool: Path | None = None
+        self._held = contextlib.ExitStack()
         try:
             found = chain.from_iterable(self._resolve(os.fspath(item)) for item in inputs)
             # A file that is named twice counts once, lest it end up on both sides of a split.
@@ -104,8 +107,7 @@ class Corpus:
 
     def close(self) -> None:
         """Remove what was spooled."""
-        if self._spool:
-            self._spool.cleanup()
+        self._held.close()
 
     def documents(self) -> Iterator[Document]:
         """Every document that holds any text, in order.
@@ -175,8 +177,8 @@ class Corpus:
 
     def _spooled(self, path: Path | None, name: str) -> Source:
         try:
-            self._spool = self._spool or tempfile.TemporaryDirectory(prefix="looptx-")
-            copy = Path(self._spool.name) / hashlib.sha256(name.encode()).hexdigest()
+            self._spool = self._spool or self._held.enter_context(scratch_folder())
+            copy = self._spool / hashlib.sha256(name.encode()).hexdigest()
             if not copy.exists():
                 with copy.open("wb") as target:
                     if path is None:
@@ -199,8 +201,8 @@ class Corpus:
             ) from error
         name, _, split = item.removeprefix(_HUB).partition(":")
         name, _, config = name.partition("@")
-        self._spool = self._spool or tempfile.TemporaryDirectory(prefix="looptx-")
-        copy = Path(self._spool.name) / f"{hashlib.sha256(item.encode()).hexdigest()}.jsonl"
+        self._spool = self._spool or self._held.enter_context(scratch_folder())
+        copy = self._spool / f"{hashlib.sha256(item.encode()).hexdigest()}.jsonl"
         try:
             rows = datasets.load_dataset(
                 name, config or None, split=split or "train", streaming=True
@@ -230,7 +232,9 @@ def documents(
 
 
 def _unreadable(name: str, error: OSError) -> LooptxError:
-    if error.errno == errno.ENOSPC:  # while spooling
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.EFBIG):
+        return LooptxError(f"{name}: {error.strerror}; {remedy(error)}")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):  # while spooling
         folder = tempfile.gettempdir()
         return LooptxError(f"{name}: no space left in {folder} for a copy; set TMPDIR elsewhere")
     return DataError(f"{name}: cannot be read ({error.strerror or error}); check the file")

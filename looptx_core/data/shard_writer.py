@@ -25,7 +25,7 @@ from looptx_core.data.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
-from looptx_core.errors import DataError, LooptxError, UsageError
+from looptx_core.errors import DataError, LooptxError, UsageError, remedy
 
 VOCAB_SIZE = 4096
 _BATCH_CHARS = 1 << 20  # text encoded at a time
@@ -86,9 +86,7 @@ def tokenize_corpus(
                 shutil.rmtree(temporary, ignore_errors=True)
         except OSError as error:
             reason = error.strerror or error
-            raise LooptxError(
-                f"cannot write {target}: {reason}; free some space or choose another --out"
-            ) from error
+            raise LooptxError(f"cannot write {target}: {reason}; {remedy(error)}") from error
     return manifest
 
 

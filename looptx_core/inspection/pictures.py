@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from looptx_core.documents import printable
+
 Document = dict[str, Any]
 
 _MAPS = 4  # loops of a picture that are shown
@@ -28,6 +30,7 @@ def draw(document: Document, folder: Path) -> dict[str, Path]:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
     from matplotlib import pyplot as plt
 
     makers = {
@@ -127,10 +130,12 @@ def _frontier(document: Document, axes: Any) -> None:
 def _tasks(document: Document, axes: Any) -> None:
     for task in document["tasks"]:
         accuracy = task["accuracy_by_loop"]
-        axes[0].plot(range(1, len(accuracy) + 1), accuracy, marker="o", label=task["name"])
+        axes[0].plot(
+            range(1, len(accuracy) + 1), accuracy, marker="o", label=printable(task["name"])
+        )
     axes[0].set(xlabel="loop", ylabel="accuracy", ylim=(0, 1.02), title="By loop")
     axes[0].legend(frameon=False)
-    names = [task["name"] for task in document["tasks"]]
+    names = [printable(task["name"]) for task in document["tasks"]]
     axes[1].bar(names, [task["mean_loops"] for task in document["tasks"]])
     axes[1].set(ylabel="mean loops", title="Depth that the exit chose")
 
@@ -149,7 +154,7 @@ def _maps(axes: Any, picture: Document, maps: Any, first: int, most: float, labe
     """The picture, and a map for each loop from `first` on."""
     axes = axes if hasattr(axes, "__len__") else [axes]
     axes[0].imshow(picture["shown"])
-    axes[0].set(title=picture["caption"][:40], xticks=[], yticks=[])
+    axes[0].set(title=printable(picture["caption"][:40]), xticks=[], yticks=[])
     for loop, (axis, grid) in enumerate(zip(axes[1:], maps), start=first):
         drawn = axis.imshow(grid, vmin=0, vmax=most, cmap="viridis")
         axis.set(title=f"loop {loop}", xticks=[], yticks=[])
