@@ -12,7 +12,7 @@ from looptx_cli.console import note, stdout
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_core.config.conversion import ConvertConfig
-from looptx_core.config.resolve import resolve
+from looptx_core.config.resolve import config_file, resolve
 
 if TYPE_CHECKING:
     from looptx_core.conversion.run import ConvertResult
@@ -48,6 +48,7 @@ def convert(
     result = convert(
         settings,
         overwrite=overwrite,
+        inputs=[config_file(config)],
         callbacks=[train_progress(settings.finetune_steps, quiet)],
         report=lambda line: note(line, quiet),
     )

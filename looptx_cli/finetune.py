@@ -10,9 +10,9 @@ import typer
 from looptx_cli.console import note, stdout
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
-from looptx_cli.runs import begin, place_of, resumed, settle, summary, write_line
+from looptx_cli.runs import place_of, resumed, settle, summary, write_line
 from looptx_core.config.finetune import FinetuneConfig
-from looptx_core.config.resolve import resolve
+from looptx_core.config.resolve import config_file, resolve
 
 if TYPE_CHECKING:
     from looptx_core.finetuning.run import FinetuneResult
@@ -42,24 +42,25 @@ def finetune(
     from looptx_core.checkpoint.registry import resolve_model
 
     if resume is not None:
-        resolved, folder = resumed(resume, flags, "finetune", FinetuneConfig, config=config), resume
+        resolved = resumed(resume, flags, "finetune", FinetuneConfig, config=config)
     else:
         resolved = resolve(FinetuneConfig, flags=flags, config=config)
-        folder = None
     settings = resolved.build(FinetuneConfig)
-    folder, first = place_of(folder, settings.out, "finetune", overwrite)
-    quiet, as_json = quiet or not first, as_json and first
     with large_imports():
         from looptx_core.data.bundled import bundled_questions
-        from looptx_core.data.examples import have_pictures
+        from looptx_core.data.records import media_named
+        from looptx_core.media import MEDIA
 
-    sees = have_pictures(settings.data) if settings.data else False
-    base = resolve_model(
-        settings.model, need=frozenset({"weights", "vision"} if sees else {"weights"})
+    abilities = {MEDIA[name].ability for name in media_named(settings.data)}
+    base = resolve_model(settings.model, need=frozenset({"weights", *abilities}))
+    inputs = (*settings.data, settings.model, base.folder, config_file(config),
+              settings.deepspeed_config)  # fmt: skip
+    place = place_of(
+        resume, settings.out, "finetune", overwrite, inputs, lambda line: note(line, quiet)
     )
+    quiet, as_json = quiet or not place.first, as_json and place.first
     if settings.model is None:
         note(f"model: {base.folder}, {base.reason}", quiet)
-    note(f"run: {folder}, {settings.method}", quiet)
     if not settings.data:
         note("data: the bundled questions on tables of arrows", quiet)
     data = list(settings.data) or [str(bundled_questions())]
@@ -67,15 +68,16 @@ def finetune(
     with large_imports():
         from looptx_cli.progress import train_progress
         from looptx_core.finetuning.run import finetune, prepare
+        from looptx_core.training.run import check
 
     def report(line: str) -> None:
         note(line, quiet)
 
+    check(settings, place.where)
     prepared = prepare(settings, base=base.folder, data=data, report=report)
-    if resume is None and first:
-        begin(
-            folder, settle(resolved, {"model": str(base.folder.resolve())}, base.reason), overwrite
-        )
+    found = {"model": str(base.folder.resolve())}
+    folder = place.begin(settle(resolved, found, base.reason))
+    note(f"run: {folder}, {settings.method}", quiet)
     result = finetune(
         prepared,
         folder=folder,
@@ -86,6 +88,8 @@ def finetune(
     )
     if result is None:
         return
+    result = place.finish(result)
+    folder = result.folder
     if as_json:
         write_line(summary(result))
         return

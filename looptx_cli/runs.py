@@ -6,15 +6,17 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from looptx_core.checkpoint.registry import next_run_dir
+from looptx_core.checkpoint.registry import RUNS, next_run_dir, take_number
+from looptx_core.checkpoint.run_facts import begin_run, replaces
 from looptx_core.config.processes import RUN, is_first, starter
 from looptx_core.config.resolve import Resolved, flag_name, read_resolved, write_resolved
 from looptx_core.errors import DataError, LooptxError, UsageError
+from looptx_core.outputs import check_output, put_in_place
 from looptx_core.schema import coerce
 
 SCHEMA_VERSION = 1
@@ -57,23 +59,106 @@ def resumed(
     return resolved
 
 
-def place_of(
-    resume: Path | None, out: str | None, command: str, overwrite: bool
-) -> tuple[Path, bool]:
-    """The run's folder, and whether this process is the one that makes it.
+@dataclass
+class Place:
+    """Where a run is written, and where it stands once it is whole.
 
-    Raises `UsageError` where several processes start at once and can't know the folder.
+    They differ for a run that takes the place of another, which stays until the new one is whole.
+    """
+
+    command: str
+    folder: Path | None
+    """Where it is written; None: the next free number, taken when the run begins."""
+    target: Path | None = None
+    """Where it stands in the end; None: where it is written."""
+    first: bool = True
+    """Whether this process makes the folder."""
+    begun: bool = False
+    """Whether there is nothing to make: a resumed run, or another process's."""
+    inputs: tuple[str | Path | None, ...] = ()
+
+    @property
+    def where(self) -> Path:
+        """Where it is written, or the folder that will hold it: for checks of the file system."""
+        return self.folder or RUNS
+
+    def begin(self, resolved: Resolved) -> Path:
+        """Make the run's folder, empty but for its settings, and return it."""
+        if self.folder is None:
+            self.folder = take_number(self.command)
+        if self.begun or not self.first:
+            return self.folder
+        try:
+            if self.target is not None and self.folder.exists():
+                shutil.rmtree(self.folder)  # what began to take this place, and did not end
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LooptxError(
+                f"cannot make {self.folder}: {error.strerror}; choose another --out"
+            ) from error
+        begin_run(self.folder, self.command, self.target)
+        write_resolved(self.folder / "config.yaml", resolved, omit={"out", "max_minutes"})
+        return self.folder
+
+    def finish(self, result: Any) -> Any:
+        """Let a whole run take its place; returns the result with the folders of then."""
+        if self.target is None or not self.first:
+            return result
+        assert self.folder is not None
+        check_output(self.target, self.command, overwrite=True, inputs=self.inputs)
+        try:
+            put_in_place(self.folder.resolve(), self.target.resolve())
+        except OSError as error:
+            raise LooptxError(
+                f"cannot replace {self.target}: {error.strerror}; the new run is whole, and stands "
+                f"in {self.folder}"
+            ) from error
+        model = self.target / result.model_folder.relative_to(self.folder)
+        return replace(result, folder=self.target, model_folder=model)
+
+
+def place_of(
+    resume: Path | None,
+    out: str | None,
+    command: str,
+    overwrite: bool,
+    inputs: Iterable[str | Path | None] = (),
+    report: Callable[[str], object] = lambda line: None,
+) -> Place:
+    """The run's place; what is there is checked, and nothing is made yet.
+
+    inputs: what the run reads, which it never replaces. report: told what will be replaced.
+
+    Raises `UsageError` for a place that is taken, and where several processes start at once and
+    can't know the folder.
     """
     if RUN in os.environ:
-        return Path(os.environ[RUN]), is_first()
+        return Place(command, Path(os.environ[RUN]), first=is_first(), begun=True)
+    inputs = tuple(inputs)
     if resume is not None:
-        return resume, is_first()
-    if starter():
-        if out is None:
-            raise UsageError("several processes start together; name the run's folder by --out")
-        if not is_first():
-            return Path(out), False
-    return next_run_dir(out, command, overwrite), True
+        return Place(command, resume, replaces(resume), is_first(), True, inputs)
+    several = bool(starter())
+    if several and out is None:
+        raise UsageError("several processes start together; name the run's folder by --out")
+    if out is None:
+        return Place(command, None)
+    target = Path(out)
+    plain = target.name not in ("", "..") and not target.is_symlink()
+    beside = target if plain else target.resolve()
+    beside = beside.with_name(f"{beside.name}.new")
+    # Processes that start together must agree, whichever of them looks first.
+    if is_first():
+        next_run_dir(out, command, overwrite, inputs=inputs, report=report)
+        if not os.path.lexists(target) or not any(target.iterdir()):
+            beside = beside if several and overwrite else target
+        elif os.path.lexists(beside):
+            check_output(beside, command, overwrite=True, inputs=inputs)
+    elif not overwrite:
+        beside = target
+    if beside == target:
+        return Place(command, target, first=is_first())
+    report(f"until then the new run is written to {beside}")
+    return Place(command, beside, target, is_first(), inputs=inputs)
 
 
 def settle(resolved: Resolved, values: Mapping[str, Any], origin: str) -> Resolved:
@@ -82,19 +167,6 @@ def settle(resolved: Resolved, values: Mapping[str, Any], origin: str) -> Resolv
         if resolved.values[key] != value:
             resolved.values[key], resolved.origins[key] = value, origin
     return resolved
-
-
-def begin(folder: Path, resolved: Resolved, overwrite: bool) -> None:
-    """Make the run's folder, empty but for its settings."""
-    try:
-        if overwrite and folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LooptxError(
-            f"cannot make {folder}: {error.strerror}; choose another --out"
-        ) from error
-    write_resolved(folder / "config.yaml", resolved, omit={"out", "max_minutes"})
 
 
 def write_line(line: str) -> None:

@@ -13,7 +13,7 @@ import typer
 
 from looptx_cli.console import note, stderr, stdout
 from looptx_core.config.corpus import TokenizeConfig
-from looptx_core.config.resolve import field_help, resolve
+from looptx_core.config.resolve import config_file, field_help, resolve
 from looptx_core.errors import UsageError
 
 SCHEMA_VERSION = 1
@@ -48,7 +48,7 @@ def tokenize(
 
     Takes text, JSON lines, Parquet, folders, globs and standard input.
     """
-    from looptx_core.checkpoint.registry import next_run_dir
+    from looptx_core.checkpoint.registry import next_run_dir, numbered
     from looptx_core.data.bundled import add_bundled_probes, bundled_corpus
     from looptx_core.data.shard_writer import tokenize_corpus
     from looptx_core.data.tokenizer import load_tokenizer
@@ -66,12 +66,16 @@ def tokenize(
     settings = resolved.build(TokenizeConfig)
     if settings.tokenizer and vocab_size:
         raise UsageError("--tokenizer brings its own vocabulary; leave --vocab-size out")
-    folder = next_run_dir(settings.out, "tokenize", overwrite)
+    next_run_dir(
+        settings.out, "tokenize", overwrite,
+        inputs=(*settings.data, settings.tokenizer, config_file(config)),
+        report=lambda line: note(line, quiet),
+    )  # fmt: skip
     if not settings.data:
         note("data: the bundled text, Moby Dick, and generated lines that need depth", quiet)
 
     started = time.perf_counter()
-    with _progress(quiet) as on_progress:
+    with numbered(settings.out, "tokenize") as folder, _progress(quiet) as on_progress:
         manifest = tokenize_corpus(
             settings.data or [str(bundled_corpus())],
             folder,

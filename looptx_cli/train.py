@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +14,6 @@ from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_cli.runs import (
     SCHEMA_VERSION,
-    begin,
     place_of,
     resumed,
     settle,
@@ -23,11 +21,11 @@ from looptx_cli.runs import (
     write_line,
 )
 from looptx_core.config.model import ModelConfig
-from looptx_core.config.resolve import Resolved, resolve
+from looptx_core.config.resolve import Resolved, config_file, resolve
 from looptx_core.config.run import TrainConfig
 
 if TYPE_CHECKING:
-    from looptx_core.training.plan import Plan
+    from looptx_core.parallel.plan import Plan
     from looptx_core.training.run import TrainResult
 
 SECTIONS = {"model": ModelConfig}
@@ -54,37 +52,42 @@ def train(
     looptx train --preset 1b --dry-run
     """
     if resume is not None:
-        resolved, folder = resumed(resume, flags, "train", TrainConfig, SECTIONS, config), resume
+        resolved = resumed(resume, flags, "train", TrainConfig, SECTIONS, config)
     else:
         resolved = resolve(TrainConfig, SECTIONS, flags=flags, config=config)
-        folder = None
         if resolved.values["offload"] == "nvme" and not resolved.given("preset"):
             resolved = _to_try_swapping(flags, config)
     settings = resolved.build(TrainConfig)
     model_config = resolved.build(ModelConfig, "model")
     if dry_run:
         with large_imports():
-            from looptx_core.training.plan import plan
+            from looptx_core.parallel.plan import plan
 
         _show_plan(plan(model_config, settings), as_json)
         return
 
     with large_imports():
         from looptx_core.data.bundled import bundled_shards
-        from looptx_core.data.pairs import VISION_LAYERS, is_pairs
+        from looptx_core.data.records import media_named
         from looptx_core.data.resolve import resolve_data
         from looptx_core.data.shards import Manifest
+        from looptx_core.media import MEDIA, media_for
 
-    folder, first = place_of(folder, settings.out, "train", overwrite)
-    quiet, as_json = quiet or not first, as_json and first
-    note(f"run: {folder}", quiet)
+    inputs = (*settings.data, config_file(config), settings.deepspeed_config)
+    place = place_of(
+        resume, settings.out, "train", overwrite, inputs, lambda line: note(line, quiet)
+    )
+    quiet, as_json = quiet or not place.first, as_json and place.first
     if resolved.origins["steps"] == _TRIAL:
         note("a trial of swapping: preset small for 20 steps; --preset and --steps set them", quiet)
-    pairs = [item for item in settings.data if is_pairs(item)]
-    texts = [item for item in settings.data if item not in pairs]
-    if pairs and not model_config.vision_layers:
-        model_config = replace(model_config, vision_layers=VISION_LAYERS)
-        note(f"pictures: an encoder of {VISION_LAYERS} blocks; model.vision_layers sets it", quiet)
+    named = {item: media_named([item]) for item in settings.data}
+    records = [item for item in settings.data if named[item]]
+    texts = [item for item in settings.data if not named[item]]
+    for medium in (m for name, m in MEDIA.items() if any(name in some for some in named.values())):
+        if medium not in media_for(model_config):
+            model_config = medium.enable(model_config)
+            what = f"{medium.plural}: {medium.describe(model_config)}"
+            note(f"{what}; {medium.size_key} sets it", quiet)
     if texts:
         shards = resolve_data(texts, model_config.vocab_size)
     else:
@@ -93,20 +96,21 @@ def train(
 
     with large_imports():
         from looptx_cli.progress import train_progress
-        from looptx_core.training.run import fit_vocabulary, train
+        from looptx_core.training.run import check, fit_vocabulary, train
 
     model_config = fit_vocabulary(
         model_config, Manifest.read(shards).vocab_size, resolved.given("model.vocab_size")
     )
-    if resume is None and first:
-        shape = {f"model.{key}": value for key, value in model_config.to_dict().items()}
-        begin(folder, settle(resolved, shape, "the data"), overwrite)
+    check(settings, place.where)
+    shape = {f"model.{key}": value for key, value in model_config.to_dict().items()}
+    folder = place.begin(settle(resolved, shape, "the data"))
+    note(f"run: {folder}", quiet)
 
     result = train(
         settings,
         model_config,
         data=shards,
-        pairs=pairs,
+        records=records,
         folder=folder,
         resume=resume is not None,
         callbacks=[train_progress(settings.steps, quiet or as_json)],
@@ -115,13 +119,15 @@ def train(
     )
     if result is None:
         return
+    result = place.finish(result)
+    folder = result.folder
     if as_json:
         write_line(summary(result))
         return
     _show_result(result)
     if settings.bitnet:
         note(f"pack it: looptx convert --to-bitnet --model {folder}", quiet)
-    if pairs:
+    if any("image" in some for some in named.values()):
         note(f"try next: looptx generate --image FILE --model {folder} --show-iterations", quiet)
     note(f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet)
 

@@ -20,9 +20,11 @@ from tokenizers import Tokenizer
 from looptx_core.data import tables
 from looptx_core.data.corpus import PIECE, Corpus, boundary, cut_pieces, documents
 from looptx_core.data.examples import read_examples
-from looptx_core.data.pairs import is_pairs, read_pairs
+from looptx_core.data.records import media_named, read_records
 from looptx_core.data.shard_writer import tokenize_corpus
 from looptx_core.errors import DataError
+
+pytestmark = pytest.mark.fast
 
 
 def read(*inputs: str | Path, **options: str) -> list[str]:
@@ -282,13 +284,13 @@ def test_hidden_files_are_left_out_everywhere(tmp_path: Path, cat: Path) -> None
     (notes / ".app").mkdir(parents=True)
     (notes / "a.txt").write_text("x")
     (notes / ".app" / "icon.png").write_bytes(cat.read_bytes())
-    assert not is_pairs(notes) and read(notes) == ["x"]
+    assert not media_named([str(notes)]) and read(notes) == ["x"]
     pairs = tmp_path / "pairs"
     (pairs / ".ipynb_checkpoints").mkdir(parents=True)
     for folder in (pairs, pairs / ".ipynb_checkpoints"):
         (folder / "1.png").write_bytes(cat.read_bytes())
     (pairs / "1.txt").write_text("a cat")
-    assert is_pairs(pairs) and len(read_pairs([pairs]).records) == 1
+    assert media_named([str(pairs)]) and len(read_records([pairs]).records) == 1
 
 
 def test_links_out_of_a_folder_of_texts(tmp_path: Path) -> None:

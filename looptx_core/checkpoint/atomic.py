@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from looptx_core.errors import LooptxError, remedy
+from looptx_core.outputs import put_in_place, temporary_beside
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -19,12 +20,8 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary sibling, then move it into place of what is there."""
     folder = folder.resolve()
-    temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
+    temporary = temporary_beside(folder)
     try:
-        if old.exists() and not folder.exists():  # a crash between the two renames below
-            old.rename(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
             write(temporary)
@@ -33,25 +30,17 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
                 if file.is_file():  # as the umask has it: safetensors lets nobody else read
                     file.chmod(mode)
                 _sync(file)
-            if folder.exists():
-                folder.rename(old)
-            try:
-                temporary.rename(folder)
-            except BaseException:
-                if old.exists():
-                    old.rename(folder)
-                raise
+            put_in_place(temporary, folder)
             _sync(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise _unwritable(folder, error) from error
 
 
 def write_file(file: Path, text: str) -> None:
     """Put a text in place of what is there."""
-    temporary = file.with_name(f".{file.name}.tmp")
+    temporary = temporary_beside(file)
     try:
         temporary.write_text(text, "utf-8")
         _sync(temporary)

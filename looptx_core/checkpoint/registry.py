@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.resources
 import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from looptx_core.checkpoint.header import read_header
 from looptx_core.documents import check_links, read_json
-from looptx_core.errors import DataError, UsageError
+from looptx_core.errors import DataError, LooptxError
+from looptx_core.media import MEDIA
+from looptx_core.outputs import check_output
 
 RUNS = Path("runs")
 
@@ -32,8 +36,8 @@ def resolve_model(
     Args:
         path: a run or a model folder; None: the newest finished run that can do what is asked,
             else the bundled model.
-        need: what the model must be able to do: 'vision', or have 'weights' of its own, which
-            an adapter has not.
+        need: what the model must be able to do: a medium's `ability`, or have 'weights' of its
+            own, which an adapter has not.
     Raises:
         DataError: no such folder, or one that is neither, is not finished or can't do it.
     """
@@ -54,7 +58,7 @@ def resolve_model(
                 return _resolved(run / "final", f"newest finished run under {runs}{_but(skipped)}")
         except DataError as error:  # one damaged run must not hide the others
             skipped.append(str(error))
-    for bundled in (bundled_model(), bundled_model("picture-model")):
+    for bundled in bundled_models():
         if _is_model(bundled) and need <= abilities(bundled):
             why = f"bundled model, no finished run under {runs}{_but(skipped)}"
             return ResolvedModel(bundled, why)
@@ -79,25 +83,76 @@ def resolve_adapter(path: str | Path, model: str | Path | None = None) -> Resolv
 
 
 def bundled_model(name: str = "model") -> Path:
-    """A model that ships with the package: `model`, of text, or `picture-model`, of both."""
+    """A model that ships with the package; `model` is the one of text."""
     return Path(str(importlib.resources.files("looptx_core"))) / "assets" / name
 
 
-def next_run_dir(out: str | Path | None, command: str, overwrite: bool, runs: Path = RUNS) -> Path:
-    """The folder for a new run: `out`, or the next free `runs/<command>-<n>`. Makes nothing.
+def bundled_models() -> list[Path]:
+    """The models that ship with the package, the one of text first."""
+    return [bundled_model(), *sorted(bundled_model().parent.glob("*-model"))]
+
+
+def next_run_dir(
+    out: str | Path | None,
+    command: str,
+    overwrite: bool,
+    runs: Path = RUNS,
+    inputs: Iterable[str | Path | None] = (),
+    report: Callable[[str], object] = lambda line: None,
+) -> Path:
+    """The folder for what a command writes: `out`, or the next free `runs/<command>-<n>`. Makes
+    nothing.
+
+    inputs: what the command reads, which is never replaced. report: told what will be replaced.
 
     Raises:
-        UsageError: `out` is a file, or it holds something and may not be overwritten.
+        UsageError: `out` is a file, or it holds something that may not be overwritten.
     """
     if out is None:
         taken = [re.fullmatch(rf"{re.escape(command)}-(\d+)", p.name) for p in _listing(runs)]
         return runs / f"{command}-{1 + max((int(m[1]) for m in taken if m), default=0)}"
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; choose another --out")
-    if _listing(out) and not overwrite:
-        raise UsageError(f"{out} exists; pass --overwrite or choose another --out")
-    return out
+    if there := check_output(Path(out), command, overwrite=overwrite, inputs=inputs):
+        report(f"replaces {out}: {there}, once the new one is whole")
+    return Path(out)
+
+
+def take_number(command: str, runs: Path = RUNS) -> Path:
+    """Make the next free `runs/<command>-<n>`, which no other process gets.
+
+    Raises `LooptxError` where it can't be made.
+    """
+    while True:
+        folder = next_run_dir(None, command, False, runs)
+        try:
+            runs.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+        except FileExistsError:
+            if folder.is_dir():
+                continue  # another process was faster
+            raise LooptxError(f"cannot make {folder}: a file is there; choose --out") from None
+        except OSError as error:
+            raise LooptxError(
+                f"cannot make {folder}: {error.strerror}; choose another place by --out"
+            ) from error
+        return folder
+
+
+@contextmanager
+def numbered(out: Path | str | None, command: str, runs: Path = RUNS) -> Iterator[Path]:
+    """`out`, or the next free number, which is given back where nothing came to be there."""
+    if out is not None:
+        yield Path(out)
+        return
+    new = not runs.exists()
+    folder = take_number(command, runs)
+    try:
+        yield folder
+    except BaseException:
+        with suppress(OSError):  # what holds something stays
+            folder.rmdir()
+            if new:
+                runs.rmdir()
+        raise
 
 
 def abilities(folder: Path) -> frozenset[str]:
@@ -118,8 +173,11 @@ def _abilities(folder: Path) -> frozenset[str]:
     config = read_json(folder / "config.json")
     if (folder / "model.safetensors").is_file():
         read_header(folder / "model.safetensors")
-    vision = config.get("vision_layers", 0)
-    return frozenset({"weights", "vision"} if isinstance(vision, int) and vision else {"weights"})
+    try:
+        media = [medium for medium in MEDIA.values() if medium.enabled(config)]
+    except (TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"{folder / 'config.json'}: {error}; copy the model again") from error
+    return frozenset({"weights", *(medium.ability for medium in media)})
 
 
 def _but(skipped: list[str]) -> str:
@@ -167,7 +225,7 @@ def _base_of(adapter: Path) -> Path:
         raise DataError(f"{adapter}: its base {base} is an adapter too; merge that one first")
     if _is_model(base):
         return base
-    for bundled in (bundled_model(), bundled_model("picture-model")):
+    for bundled in bundled_models():
         if base.parts[-3:] == bundled.parts[-3:]:
             return bundled
     raise DataError(f"{adapter}: its base {base} is gone; give it by --model")

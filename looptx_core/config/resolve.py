@@ -22,7 +22,7 @@ from looptx_core.config.corpus import TokenizeConfig
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.inspection import InspectConfig
-from looptx_core.config.model import FORMER, ModelConfig
+from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import get_preset, suggestion
 from looptx_core.config.run import TrainConfig
 from looptx_core.config.yaml_file import Lines, read_yaml
@@ -35,7 +35,8 @@ ORIGINS = "origins"
 """The key of a resolved file that says where its values came from; ignored in `--config`."""
 
 # Read elsewhere, so no typing mistakes: places and switches that are no key of a schema.
-_OTHER_VARIABLES = {"LOOPTX_CACHE", "LOOPTX_CONFIG", "LOOPTX_MODEL", "LOOPTX_DEBUG", "LOOPTX_RUN"}
+_OTHER_VARIABLES = {"LOOPTX_CACHE", "LOOPTX_CONFIG", "LOOPTX_MODEL", "LOOPTX_DEBUG", "LOOPTX_RUN",
+                    "LOOPTX_KERNELS"}  # fmt: skip
 
 # A `~` at the start of these is the home folder, in quotes and in files too.
 _PATHS = {"data", "out", "tokenizer", "model", "adapter", "from_hf", "image", "nvme_path",
@@ -90,8 +91,8 @@ def resolve(
     given = {key: value for key, value in (flags or {}).items() if value not in (None, (), [])}
     assert not (unknown := given.keys() - hints), f"flags outside the schema: {unknown}"
     layers: list[Layer] = [(given, flag_name), (_environment(hints, env), _variable)]
-    if file := config or env.get(PREFIX + "CONFIG"):
-        settings = _settings_of(Path(at_home(str(file))), hints, sections or {})
+    if file := config_file(config, env):
+        settings = _settings_of(Path(file), hints, sections or {})
         layers.append((settings, lambda key: str(file)))
     if "preset" in hints:
         name, _ = _first("preset", hints, [*layers, (defaults, _default)])
@@ -105,6 +106,13 @@ def resolve(
         found, origins[key] = _first(key, hints, layers)
         values[key] = at_home(found) if key in _PATHS else found
     return Resolved(values, origins)
+
+
+def config_file(
+    config: str | Path | None, env: Mapping[str, str] | None = None
+) -> str | Path | None:
+    """The YAML file that is read: the one given, else `LOOPTX_CONFIG`."""
+    return config or (os.environ if env is None else env).get(PREFIX + "CONFIG")
 
 
 def write_resolved(path: str | Path, resolved: Resolved, omit: Collection[str] = ()) -> None:
@@ -136,10 +144,9 @@ def write_resolved(path: str | Path, resolved: Resolved, omit: Collection[str] =
 def read_resolved(
     path: str | Path, schema: type, sections: Mapping[str, type] | None = None
 ) -> Resolved:
-    """Read what `write_resolved` wrote, with the origins of then.
+    """Read what `write_resolved` wrote, with the origins that it recorded.
 
-    Keys that it lacks are defaults, and a model's as they were before there were such keys; the
-    environment is not read.
+    Keys that the file lacks take their defaults; the environment is not read.
 
     Raises:
         DataError: no such file, or not of these schemas.
@@ -150,10 +157,6 @@ def read_resolved(
         resolved = resolve(schema, sections, config=path, env={})
     except UsageError as error:  # of a file that a command wrote, not the user
         raise DataError(str(error)) from error
-    if isinstance(written.get("model"), dict):
-        for key, value in FORMER[1].items():
-            if key not in written["model"]:
-                resolved.values[f"model.{key}"] = value
     recorded = written.get(ORIGINS)
     recorded = recorded if isinstance(recorded, dict) else {}
     origins = {key: str(recorded.get(key, origin)) for key, origin in resolved.origins.items()}

@@ -58,7 +58,6 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
         mark: Any = event.start_mark
-        mark: Any = event.start_mark
         self.depth += 1
         if self.depth > MOST_DEPTH:
             problem = f"nested more than {MOST_DEPTH} levels deep"

@@ -14,7 +14,6 @@ import torch
 
 from looptx_core.checkpoint.folder import (
     LoadedModel,
-    check_target,
     load_model,
     model_files,
     read_chat_template,
@@ -22,7 +21,6 @@ from looptx_core.checkpoint.folder import (
 )
 from looptx_core.checkpoint.registry import resolve_adapter, resolve_model
 from looptx_core.config.conversion import ConvertConfig
-from looptx_core.config.resolve import recorded
 from looptx_core.config.run import TrainConfig
 from looptx_core.conversion.huggingface import from_huggingface, to_huggingface
 from looptx_core.conversion.ternary import (
@@ -34,9 +32,11 @@ from looptx_core.conversion.ternary import (
 )
 from looptx_core.data.bundled import bundled_shards
 from looptx_core.data.datamodule import TokenData
+from looptx_core.data.own import own_text
 from looptx_core.data.resolve import resolve_data
 from looptx_core.errors import Interrupted, UsageError
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.outputs import check_output
 from looptx_core.training.calibration import calibrate
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all
 from looptx_core.training.run import fit
@@ -87,11 +87,13 @@ def convert(
     config: ConvertConfig,
     *,
     overwrite: bool = False,
+    inputs: Sequence[str | Path | None] = (),
     callbacks: Sequence[L.Callback] = (),
     report: Callable[[str], object] = lambda line: None,
 ) -> ConvertResult:
     """Convert a model folder into another.
 
+    inputs: what else is read, such as a file of settings; no input is ever replaced.
     callbacks: Lightning's, for displays of the training through the rounding. report: called
     with lines of one choice each.
 
@@ -102,9 +104,11 @@ def convert(
         Interrupted: a Ctrl-C; nothing was written.
     """
     started = time.monotonic()
-    source = _read(config, report)
+    source, sources = _read(config, report)
     out = Path(config.out or f"{source.name}-{config.suffix}")
-    check_target(out, overwrite)
+    inputs = (*inputs, *config.data, config.model, config.from_hf, config.adapter, *sources)
+    if there := check_output(out, "convert", overwrite=overwrite, inputs=inputs):
+        report(f"replaces {out}: {there}, once the new one is whole")
     if config.to_bitnet and source.config.linear == "packed":
         raise UsageError(f"{source.folder}: its weights are ternary already; leave --to-bitnet out")
     stored = source.model.embedding.weight.dtype
@@ -142,6 +146,8 @@ def convert(
     )  # fmt: skip
     if config.to_hf:
         weights, files = to_huggingface(weights, files, asdict(exit_settings))
+    files["config.json"]["command"] = "convert"
+    check_output(out, "convert", overwrite=overwrite, inputs=inputs)
     write_model(out, weights, files, config.shard_size)
     return ConvertResult(
         out=out,
@@ -157,20 +163,23 @@ def convert(
     )
 
 
-def _read(config: ConvertConfig, report: Callable[[str], object]) -> LoadedModel:
+def _read(
+    config: ConvertConfig, report: Callable[[str], object]
+) -> tuple[LoadedModel, list[Path | None]]:
+    """The model, and the folders that it was read from."""
     if config.from_hf:
-        return from_huggingface(Path(config.from_hf))
+        return from_huggingface(Path(config.from_hf)), []
     if config.adapter:
         from looptx_core.finetuning.merge import merge  # brings PEFT
 
         found = resolve_adapter(config.adapter, config.model)
         assert found.adapter is not None
         report(f"model: {found.folder}, with the adapter {found.adapter}")
-        return merge(found.folder, found.adapter)
+        return merge(found.folder, found.adapter), [found.folder, found.adapter]
     found = resolve_model(config.model, need=frozenset({"weights"}))
     if config.model is None:
         report(f"model: {found.folder}, {found.reason}")
-    return load_model(found.folder)
+    return load_model(found.folder), [found.folder]
 
 
 def _batches(
@@ -178,13 +187,9 @@ def _batches(
 ) -> TokenData:
     """Of the data that is given, else the model's own, else the bundled text."""
     data, tokenizer = config.data, source.tokenizer
-    run = source.folder.parent / "config.yaml"
-    # A finetuning's data are examples, and none of it would tell what was forgotten.
-    if not data and source.folder.name == "final" and run.is_file() and recorded(run, "preset"):
-        own = tuple(recorded(run, "data") or ())
+    if not data and (own := own_text(source.folder)):
         data = own if all(Path(name).exists() for name in own) else ()
-        if own:
-            report(f"data: the model's own, {', '.join(own)}{'' if data else ', which is gone'}")
+        report(f"data: the model's own, {', '.join(own)}{'' if data else ', which is gone'}")
     if not data:
         report("data: the bundled text")
     shards = (

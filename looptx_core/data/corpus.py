@@ -28,12 +28,12 @@ from looptx_core.data.tables import CHUNK, KINDS, Source, decoded, rows, texts
 from looptx_core.documents import check_inside
 from looptx_core.errors import DataError, LooptxError, MissingError, remedy
 from looptx_core.machine.scratch import scratch_folder
+from looptx_core.media import media_of_file
 
 PIECE = CHUNK  # the most characters in a piece
 # Only ASCII whitespace starts a piece: Python and the tokenizer's regex agree on it.
 _BOUNDARY = re.compile(r"[\s\S]+(?<=\S)(?=[ \t\n\r])")
 _HUB = "hf:"  # what a name for the package datasets begins with
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class Document(NamedTuple):
@@ -259,10 +259,10 @@ def _sources(files: Sequence[Path], if_none: str) -> Iterator[Source]:
     if not files:
         raise DataError(if_none)
     for file in files:
-        if file.suffix.lower() in PICTURES:
+        if medium := media_of_file(file.suffix):
             raise DataError(
-                f"{file}: a picture; pictures with their texts are not tokenised ahead, give them "
-                "to looptx train --data as they are"
+                f"{file}: a {medium.noun}; {medium.plural} with their texts are not tokenised "
+                "ahead, give them to looptx train --data as they are"
             )
         kind = KINDS.get(file.suffix.lower(), "text")
         yield Source(file, str(file), kind, file.stat().st_size)

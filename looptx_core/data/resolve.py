@@ -48,7 +48,7 @@ def cached_shards(
                 tokenizer,
                 val_fraction,
                 seed,
-                overwrite=True,
+                check=False,
                 on_progress=on_progress,
             )
         except LooptxError:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +25,7 @@ from looptx_core.data.tokenizer import (
     vocabulary_size,
 )
 from looptx_core.errors import DataError, LooptxError, UsageError, remedy
+from looptx_core.outputs import check_output, put_in_place, temporary_beside
 
 VOCAB_SIZE = 4096
 _BATCH_CHARS = 1 << 20  # text encoded at a time
@@ -40,6 +40,7 @@ def tokenize_corpus(
     seed: int = 0,
     text_key: str = "text",
     overwrite: bool = False,
+    check: bool = True,
     shard_tokens: int = 2**26,
     on_progress: Progress | None = None,
 ) -> Manifest:
@@ -51,6 +52,8 @@ def tokenize_corpus(
         inputs: as for `Corpus`, or one, which brings its own text key.
         vocab_size: of a tokenizer to learn; a given one has its own.
         val_fraction: the share of documents held out (of bytes where documents are few).
+        overwrite: replace shards that are there; nothing else is ever replaced.
+        check: whether to look at what is there; the cache owns its folders and does not.
         shard_tokens: the most tokens in a file.
     Raises:
         UsageError: bad settings, or `out` exists and may not be replaced.
@@ -64,7 +67,8 @@ def tokenize_corpus(
     if shard_tokens < 1:
         raise UsageError(f"{shard_tokens} tokens a shard is too few; give at least 1")
     target = Path(out).resolve()
-    _check_target(target, overwrite)
+    if check:
+        check_output(target, "tokenize", overwrite=overwrite)
     progress = on_progress or _silent
     with inputs if isinstance(inputs, Corpus) else Corpus(inputs, text_key) as corpus:
         census = Census(seed)
@@ -75,13 +79,13 @@ def tokenize_corpus(
                 pass
         splitter = Splitter(census, val_fraction)
         try:
-            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+            temporary = temporary_beside(target)
             temporary.mkdir(parents=True)
             try:
                 manifest = _write(
                     temporary, corpus, tokenizer, splitter, census.bytes, shard_tokens, progress
                 )
-                _replace(temporary, target)
+                put_in_place(temporary, target)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         except OSError as error:
@@ -187,7 +191,8 @@ def _write(
     )
     # By our own hand, for the library's `save` raises no OSError when the disk is full.
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
-    text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False)
+    document = asdict(manifest) | {"command": "tokenize"}
+    text = json.dumps(document, indent=2, ensure_ascii=False)
     (folder / "manifest.json").write_text(text + "\n", "utf-8")
     return manifest
 
@@ -205,42 +210,3 @@ def _batches(
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    """Raise UsageError unless `target` is free, or holds shards and may be replaced."""
-    try:
-        held = sorted(file.name for file in target.iterdir())
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UsageError(
-            f"{target}: not a folder to write to ({error.strerror}); choose another --out"
-        ) from error
-    if held and not overwrite:
-        raise UsageError(f"{target} exists; choose another --out or pass --overwrite")
-    ours = {"tokenizer.json", "manifest.json", "probes.jsonl"}
-    if foreign := [name for name in held if name not in ours and not _is_shard(name)]:
-        raise UsageError(
-            f"{target} holds {foreign[0]}, which is no tokenised data; choose another --out"
-        )
-
-
-def _is_shard(name: str) -> bool:
-    return name.endswith(".bin") and name.startswith(tuple(f"{split}-" for split in SPLITS))
-
-
-def _replace(new: Path, target: Path) -> None:
-    """Put the finished folder in its place; an old one is removed only once it is there."""
-    old = new.with_suffix(".old")
-    try:
-        target.replace(old)
-    except FileNotFoundError:
-        new.replace(target)
-        return
-    try:
-        new.replace(target)
-    except OSError:
-        old.replace(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -101,6 +101,7 @@ class Manifest:
                 f"{file}: schema version {short(version)}, but this looptx reads {SCHEMA_VERSION}; "
                 f"{_AGAIN}"
             )
+        facts.pop("command", None)  # marks the folder for `looptx_core.outputs`
         found = typed(cls, facts, str(file), mend=_DAMAGED)
         found._check(file)
         return found

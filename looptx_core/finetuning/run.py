@@ -27,17 +27,17 @@ from looptx_core.data.examples import (
     Example,
     ExampleData,
     Packed,
-    hold_out,
     padding_id,
     read_examples,
 )
-from looptx_core.data.pairs import PairExample, PicturePacked
+from looptx_core.data.split import hold_out
 from looptx_core.errors import UsageError
 from looptx_core.finetuning.adapters import attach, load_adapter, save_adapter, targets
 from looptx_core.finetuning.quantise import quantise, stored_bytes
-from looptx_core.generation.exits import stated
 from looptx_core.machine.device import on_best_device
+from looptx_core.media import MEDIA
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.stopping.calibration import reported_confidence
 from looptx_core.training.calibration import calibrate, fit_odds
 from looptx_core.training.callbacks import read_metrics
 from looptx_core.training.curves import plot_run
@@ -240,7 +240,7 @@ def held_out_ece(found: LoopEvaluation, settings: ExitSettings) -> float:
     if not settings.stated:
         settings = replace(settings, stated=fit_odds(*(part[:, :half] for part in parts)))
     hit, logit, sharp = (part[:, half:] for part in parts)
-    return calibration_error(stated(logit, sharp, settings), hit)
+    return calibration_error(reported_confidence(logit, sharp, settings), hit)
 
 
 def _data(
@@ -259,7 +259,13 @@ def _data(
         skip_bad=config.skip_bad,
         config=loaded.config,
     )
-    train, val = hold_out(examples.kept, config.val_fraction, config.seed)
+    keys = [_key(example) for example in examples.kept]
+    # A few examples many times over are a finetuning too, which needs some of each.
+    grouped = any(example.group is not None for example in examples.kept)
+    train, val = (
+        [examples.kept[i] for i in part]
+        for part in hold_out(keys, config.val_fraction, config.seed, whole=grouped)
+    )
     how: dict[str, Any] = {
         "micro_batch": config.rows,
         "batches": config.steps * config.accumulation,
@@ -274,7 +280,7 @@ def _data(
     report(
         f"examples: {len(train):,} to train on, {len(val):,} held out, packed into "
         f"{len(batches.train):,} sequences, {batches.train.fill:.0%} full"
-        + (f"; {examples.pictures:,} pictures" if examples.pictures else "")
+        + "".join(f"; {count:,} {MEDIA[name].plural}" for name, count in examples.media.items())
         + (lost if examples.dropped or examples.truncated else "")
         + (f"; left out {examples.skipped} that can't be used" if examples.skipped else "")
     )
@@ -289,8 +295,12 @@ def _packed(
 ) -> Packed:
     """seed: for what is drawn anew in each epoch; None for what is held out."""
     padding = padding_id(loaded.tokenizer)
-    if not any(example.pictures for example in examples):
-        return Packed(examples, config.seq_len, padding)
-    pairs = [PairExample([example], list(example.pictures)) for example in examples]
     augment = config.augment and seed is not None
-    return PicturePacked(pairs, config.seq_len, padding, loaded.config, seed, augment)
+    return Packed(examples, config.seq_len, padding, loaded.config, seed, augment)
+
+
+def _key(example: Example) -> bytes:
+    """What an example is held out by: its group, else all that it holds."""
+    if example.group is not None:
+        return example.group.encode()
+    return example.ids.tobytes() + "".join(str(file.path) for file in example.files).encode()
