@@ -104,7 +104,7 @@ def test_deeper_greys_are_the_same_picture(kind: str, form: str, augment: bool) 
         out = io.BytesIO()
         image.save(out, how)
         draw = np.random.default_rng(0) if augment else None
-        found.append(read_picture(out.getvalue(), CONFIG, augment=draw).patches)
+        found.append(read_picture(out.getvalue(), CONFIG, augment=draw).features)
     assert (found[0] - found[1]).abs().max() < 0.02
 
 
@@ -142,7 +142,7 @@ def test_texts_in_a_picture_are_not_unpacked(kind: bytes) -> None:
     chunk += struct.pack(">I", zlib.crc32(kind + body))
     plain = png((16, 16), color=(10, 200, 30))
     found = read_picture(plain[:33] + 5 * chunk + plain[33:], CONFIG)
-    assert torch.equal(found.patches, read_picture(plain, CONFIG).patches)
+    assert torch.equal(found.features, read_picture(plain, CONFIG).features)
 
 
 def test_a_large_picture_takes_little_memory(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_large_picture_takes_little_memory(tmp_path: Path) -> None:
         "import resource, sys; from picture_cases import CONFIG\n"
         "from looptx_core.data.pictures import read_picture\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "patches = read_picture(sys.argv[1], CONFIG).patches\n"
+        "patches = read_picture(sys.argv[1], CONFIG).features\n"
         "assert patches.min() == 1, patches.min()\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )

@@ -275,9 +275,10 @@ def fit(
             ) from error
         except RuntimeError as error:
             if stop.reason == "worker":
+                saved = max((step_of(file) for file in checkpoints.glob("step-*.ckpt")), default=0)
                 raise Interrupted(
                     f"a process that reads data was killed (no memory left?); saved at step "
-                    f"{trainer.global_step} of {config.steps}; {advice}"
+                    f"{saved} of {config.steps}; {advice}"
                 ) from error
             if lost_peer(error):
                 raise LooptxError(f"another process of this run is gone; {advice}") from error
