@@ -24,6 +24,8 @@ from looptx_core.data.records import media_named, read_records
 from looptx_core.data.shard_writer import tokenize_corpus
 from looptx_core.errors import DataError
 
+pytestmark = pytest.mark.fast
+
 
 def read(*inputs: str | Path, **options: str) -> list[str]:
     return ["".join(document.pieces) for document in documents(list(inputs), **options)]

@@ -218,14 +218,22 @@ def _lines(text: str) -> list[str]:
     return [re.sub(r"[\d.]+", "0", line) for line in text.splitlines()]
 
 
-def documented(heading: str) -> set[str]:
-    """The keys in the first table below a heading of the page on JSON."""
-    page = (DOCS / "reference/json.md").read_text("utf-8")
-    section = page.split(f"## {heading}\n", 1)[1]
+def documented(heading: str, page: str = "json") -> set[str]:
+    """What the first column names in the first table below a heading of the reference."""
+    section = (DOCS / f"reference/{page}.md").read_text("utf-8").split(f"## {heading}\n", 1)[1]
     table = re.search(r"(?:^\|.*\n)+", section, re.M)
     assert table
     cells = [row.split("|")[1] for row in table[0].splitlines()[2:]]
-    return {key for cell in cells for key in re.findall(r"`(\w+)`", cell)}
+    return {name for cell in cells for name in re.findall(r"`([\w.]+)/?`", cell)}
+
+
+def test_a_run_has_the_documented_files(short: Path) -> None:
+    assert main(shlex.split("train --data corpus --save-every 1 --out runs/a")) == 0
+    run = {file.name for file in Path("runs/a").iterdir()}
+    assert run == documented("A run", "files")
+    optional = {"model.safetensors.index.json", "preprocessor_config.json"}
+    model = {file.name for file in Path("runs/a/final").iterdir()}
+    assert model == documented("A model folder", "files") - optional
 
 
 def test_json_has_the_documented_keys(short: Path, capfd: pytest.CaptureFixture[str]) -> None:

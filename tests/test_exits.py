@@ -15,6 +15,8 @@ from looptx_core.stopping.calibration import calibrated
 from looptx_core.stopping.resolve import resolve_exit
 from looptx_core.stopping.rule import Exit, ExitSignals
 
+pytestmark = pytest.mark.fast
+
 SETTINGS = ExitSettings(confidence=0.93, gain=0.1, kl=1.5, temperature=2.0)
 
 

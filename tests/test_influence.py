@@ -12,6 +12,8 @@ from looptx_core.inspection.influence import influence
 from looptx_core.model.attention import Recording
 from looptx_core.model.loop import LoopedTransformer
 
+pytestmark = pytest.mark.fast
+
 CONFIG = ModelConfig(
     vocab_size=97, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, max_seq_len=64,
     prelude_layers=2, core_layers=2, coda_layers=1, max_loops=4,

@@ -17,6 +17,8 @@ from looptx_core.model.loop import Injection, LoopedTransformer
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rounding import KINDS
 
+pytestmark = pytest.mark.fast
+
 CONFIG = ModelConfig(
     vocab_size=97, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, max_seq_len=64
 )

@@ -28,6 +28,8 @@ from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import LoopLoss, loop_loss
 from looptx_core.training.optimizer import build_optimizer
 
+pytestmark = pytest.mark.fast
+
 GB = 10**9
 # A workstation: a GPU of 24 GB, 64 GB of RAM, a terabyte of NVMe.
 WORKSTATION = Machine(

@@ -16,6 +16,8 @@ from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import clip_by_part
 
+pytestmark = pytest.mark.fast
+
 MODEL = ModelConfig(
     vocab_size=400, d_model=32, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=64, core_layers=1
 )

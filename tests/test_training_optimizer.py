@@ -11,6 +11,8 @@ from looptx_core.training.muon import Muon, orthogonal
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import build_adamw, build_optimizer, learning_rate_factor
 
+pytestmark = pytest.mark.fast
+
 
 def test_muon_for_the_blocks_and_adamw_for_the_rest() -> None:
     """Every weight is stepped by one of the two, and their state comes back."""

@@ -175,10 +175,8 @@ def _abilities(folder: Path) -> frozenset[str]:
         read_header(folder / "model.safetensors")
     try:
         media = [medium for medium in MEDIA.values() if medium.enabled(config)]
-    except (TypeError, AttributeError) as error:
-        raise DataError(
-            f"{folder / 'config.json'}: a value of another type; copy it again"
-        ) from error
+    except (TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"{folder / 'config.json'}: {error}; copy the model again") from error
     return frozenset({"weights", *(medium.ability for medium in media)})
 
 

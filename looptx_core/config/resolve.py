@@ -35,7 +35,8 @@ ORIGINS = "origins"
 """The key of a resolved file that says where its values came from; ignored in `--config`."""
 
 # Read elsewhere, so no typing mistakes: places and switches that are no key of a schema.
-_OTHER_VARIABLES = {"LOOPTX_CACHE", "LOOPTX_CONFIG", "LOOPTX_MODEL", "LOOPTX_DEBUG", "LOOPTX_RUN"}
+_OTHER_VARIABLES = {"LOOPTX_CACHE", "LOOPTX_CONFIG", "LOOPTX_MODEL", "LOOPTX_DEBUG", "LOOPTX_RUN",
+                    "LOOPTX_KERNELS"}  # fmt: skip
 
 # A `~` at the start of these is the home folder, in quotes and in files too.
 _PATHS = {"data", "out", "tokenizer", "model", "adapter", "from_hf", "nvme_path",

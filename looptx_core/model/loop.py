@@ -276,7 +276,7 @@ class LoopedTransformer(nn.Module):
     def score(self, decoded: Tensor, targets: Tensor) -> Score:
         """What the head makes of (tokens, d_model), of targets (tokens,)."""
         logits = self.head(decoded).float()
-        if ready(logits):
+        if ready(logits, operation="loss"):
             return Score(*cross_entropy(logits, targets))
         losses = F.cross_entropy(logits, targets, reduction="none")
         most, top = logits.detach().max(-1)

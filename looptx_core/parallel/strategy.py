@@ -199,9 +199,8 @@ def _own_settings(chosen: dict[str, Any], name: str) -> dict[str, Any]:
     """DeepSpeed's settings with those of a user's file over them."""
     from looptx_core.parallel.deepspeed.settings import override
 
-    file = Path(name)
-    found = read_json(file, mend="mend --deepspeed-config", error=UsageError)
-    return override(chosen, found, str(file))
+    found = read_json(Path(name), mend="mend --deepspeed-config", error=UsageError)
+    return override(chosen, found, name)
 
 
 def _processes(config: RunConfig) -> str:

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,11 +163,15 @@ class StopCleanly(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Save when a worker was killed: between two batches the state is whole."""
-        if not lost_worker(exception) or trainer.fit_loop._should_accumulate():
+        """When a worker was killed, save if that was noticed between two steps, where the state
+        is whole; torch may tell in the midst of one, and then the last checkpoint counts."""
+        if not lost_worker(exception):
             return
-        self._save(trainer)
         self.reason = "worker"
+        frames = traceback.extract_tb(exception.__traceback__)
+        waiting = any("dataloader" in frame.filename for frame in frames)
+        if waiting and trainer.global_step and not trainer.fit_loop._should_accumulate():
+            self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
         path = self.folder / f"step-{trainer.global_step:07d}.ckpt"

@@ -58,6 +58,7 @@ from looptx_core.training.compiled import compile_moves, plain_moves
 from looptx_core.training.curves import plot_run, verdict
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all, evaluate_loops
 from looptx_core.training.hardware import choose_precision
+from looptx_core.training.kernel_trial import enable_kernels
 from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
 
 
@@ -260,7 +261,8 @@ def fit(
     with quiet_lightning(), own_environment(folder):
         trainer = _trainer(config, folder, precision, device, strategy, every, metrics)
         if device.type == "cpu":
-            report(f"kernels: {fused.prepare(precision == 'float32' and not config.compile)}")
+            wanted = precision == "float32" and not config.compile
+            report(f"kernels: {enable_kernels(model.config, config, folder, wanted, resume)}")
         if config.compile:
             compile_moves(model)
         try:
@@ -273,9 +275,10 @@ def fit(
             ) from error
         except RuntimeError as error:
             if stop.reason == "worker":
+                saved = max((step_of(file) for file in checkpoints.glob("step-*.ckpt")), default=0)
                 raise Interrupted(
                     f"a process that reads data was killed (no memory left?); saved at step "
-                    f"{trainer.global_step} of {config.steps}; {advice}"
+                    f"{saved} of {config.steps}; {advice}"
                 ) from error
             if lost_peer(error):
                 raise LooptxError(f"another process of this run is gone; {advice}") from error
