@@ -66,14 +66,14 @@ def _show(found: Diagnosis) -> None:
     here = Table(title="\nHere", title_justify="left", box=None, pad_edge=False, show_header=False)
     for check in found.checks:
         here.add_row(marks[check.state], check.name, _with(check.detail, check.mend))
-    out.print(here, highlight=False, markup=False)
+    out.print(here)
     ops = Table(
         title="\nDeepSpeed's compiled ops", title_justify="left", box=None, pad_edge=False,
         show_header=False,
     )  # fmt: skip
     for op in found.ops:
         ops.add_row("+" if op.state == "built" else "·", op.name, f"{op.state}; {op.purpose}")
-    out.print(ops, highlight=False, markup=False)
+    out.print(ops)
     uses = Table(
         title="\nWhat would be used", title_justify="left", box=None, pad_edge=False,
         show_header=False,
@@ -81,7 +81,7 @@ def _show(found: Diagnosis) -> None:
     for use in found.uses:
         text = f"{use.uses}: {use.why}" if use.ready else f"not here, {use.why}"
         uses.add_row("+" if use.ready else "-", use.feature, _with(text, use.mend))
-    out.print(uses, highlight=False, markup=False)
+    out.print(uses)
 
 
 def _with(detail: str, mend: str) -> str:

@@ -42,7 +42,7 @@ def finetune(
     from looptx_core.checkpoint.registry import resolve_model
 
     if resume is not None:
-        resolved = resumed(resume, flags, "finetune", FinetuneConfig)
+        resolved = resumed(resume, flags, "finetune", FinetuneConfig, config=config)
     else:
         resolved = resolve(FinetuneConfig, flags=flags, config=config)
     settings = resolved.build(FinetuneConfig)

@@ -14,6 +14,7 @@ from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_core.config.inspection import InspectConfig
 from looptx_core.config.resolve import config_file, resolve
+from looptx_core.documents import printable
 from looptx_core.media import MEDIA
 
 if TYPE_CHECKING:
@@ -181,7 +182,9 @@ def _show_trace(tokens: list[dict[str, Any]], deepest: int) -> None:
     if not is_plain(sys.stdout):
         text = Text()
         for token in tokens:
-            text.append(token["text"], style=depth_colour(token["loops"], deepest))
+            text.append(
+                printable(token["text"], keep="\n\t"), style=depth_colour(token["loops"], deepest)
+            )
         out.print(text)
     for token in tokens:
         first, last = token["top"][0][0], token["top"][-1][0]
@@ -190,7 +193,5 @@ def _show_trace(tokens: list[dict[str, Any]], deepest: int) -> None:
         out.print(
             f"{token['loops']:>3} {token['confidence']:5.3f} {token['text']!r} -> {first[0]!r} "
             f"{first[1]:.0%} .. {last[0]!r} {last[1]:.0%}{flips}; by {moved}",
-            markup=False,
-            highlight=False,
             soft_wrap=True,
         )

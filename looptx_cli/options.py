@@ -6,11 +6,12 @@ import inspect
 import types
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from looptx_core.config.resolve import field_help
+from looptx_core.config.resolve import at_home, field_help
 
 
 def with_fields(schema: type, skip: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Any]:
@@ -25,6 +26,7 @@ def with_fields(schema: type, skip: tuple[str, ...] = ()) -> Callable[[Callable[
 
         def run(**given: Any) -> None:
             flags = {name: given.pop(name) for name in names}
+            given = {name: _at_home(name, value) for name, value in given.items()}
             command(flags=flags, **given)
 
         own = get_type_hints(command, include_extras=True)
@@ -48,6 +50,15 @@ def with_fields(schema: type, skip: tuple[str, ...] = ()) -> Callable[[Callable[
         return run
 
     return decorate
+
+
+def _at_home(name: str, value: Any) -> Any:
+    """An option that is no field, with the home folder for a `~` in front of a path."""
+    if isinstance(value, list):
+        return [_at_home(name, part) for part in value]
+    if isinstance(value, Path):
+        return Path(at_home(str(value)))
+    return at_home(value) if name in ("model", "adapter") else value
 
 
 def _flag_type(hint: Any) -> Any:

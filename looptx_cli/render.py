@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from looptx_core.documents import printable
+
 if TYPE_CHECKING:
     from looptx_core.generation.engine import Generation, Step
 
@@ -23,7 +25,7 @@ def depth_colour(loops: int, deepest: int) -> str:
 
 def token_text(step: Step, deepest: int) -> Text:
     """A token in the colour of its depth, its loop count and confidence behind it."""
-    text = Text(step.text, style=depth_colour(step.loops, deepest))
+    text = Text(printable(step.text, keep="\n\t"), style=depth_colour(step.loops, deepest))
     return text.append(f"[{step.loops}·{step.confidence:.0%}]", style="dim")
 
 
@@ -43,7 +45,7 @@ def legend(result: Generation, deepest: int) -> Text:
 
 def comparison(prompt: str, results: Mapping[int, Generation]) -> Table:
     """The continuations of one prompt at several depths."""
-    table = Table(title=Text(prompt), title_justify="left")
+    table = Table(title=Text(printable(prompt, keep="\n\t")), title_justify="left")
     table.add_column("loops", justify="right")
     table.add_column("continuation")
     table.add_column("confidence", justify="right")
@@ -53,7 +55,7 @@ def comparison(prompt: str, results: Mapping[int, Generation]) -> Table:
         count = len(result.tokens)
         table.add_row(
             str(loops),
-            Text(result.text),
+            Text(printable(result.text, keep="\n\t")),
             f"{sum(step.confidence for step in result.tokens) / count:.3f}",
             f"{sum(step.logprob for step in result.tokens) / count:.2f}",
             f"{result.tokens_per_second:.0f}",

@@ -14,9 +14,10 @@ from typing import Any, get_type_hints
 from looptx_core.checkpoint.registry import RUNS, next_run_dir, take_number
 from looptx_core.checkpoint.run_facts import begin_run, replaces
 from looptx_core.config.processes import RUN, is_first, starter
-from looptx_core.config.resolve import Resolved, coerce, flag_name, read_resolved, write_resolved
+from looptx_core.config.resolve import Resolved, flag_name, read_resolved, write_resolved
 from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.outputs import check_output, put_in_place
+from looptx_core.schema import coerce
 
 SCHEMA_VERSION = 1
 # What may change where a sharded run goes on; its checkpoints fit any of these.
@@ -29,9 +30,15 @@ def resumed(
     command: str,
     schema: type,
     sections: Mapping[str, type] | None = None,
+    config: Path | None = None,
 ) -> Resolved:
     """The settings of an interrupted run; only a limit of time may differ, and how a sharded run
     is spread."""
+    if config is not None:
+        raise UsageError(
+            "--config has no effect on --resume, which takes the run's own config.yaml; "
+            "leave one out"
+        )
     file = folder / "config.yaml"
     if not file.is_file():
         raise DataError(f"{folder}: not a run of looptx {command} (no config.yaml); check --resume")

@@ -52,7 +52,7 @@ def train(
     looptx train --preset 1b --dry-run
     """
     if resume is not None:
-        resolved = resumed(resume, flags, "train", TrainConfig, SECTIONS)
+        resolved = resumed(resume, flags, "train", TrainConfig, SECTIONS, config)
     else:
         resolved = resolve(TrainConfig, SECTIONS, flags=flags, config=config)
         if resolved.values["offload"] == "nvme" and not resolved.given("preset"):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from rich.text import Text
 
 from looptx_cli import main as cli
 from looptx_cli.console import note, stdout
@@ -235,10 +236,10 @@ def test_a_terminal_without_codes(
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    stdout().print("[bold red]x[/]")
+    stdout().print(Text("x", style="bold red"))
     assert "\x1b" in capsys.readouterr().out
     monkeypatch.setenv(variable, "dumb")
-    stdout().print("[bold red]x[/]")
+    stdout().print(Text("x", style="bold red"))
     note("hidden", quiet=True)
     note("[shown]")
     out, err = capsys.readouterr()

@@ -10,7 +10,7 @@ from typing import Any
 
 import looptx_core
 from looptx_core.checkpoint.atomic import write_file
-from looptx_core.checkpoint.documents import read_json, to_json
+from looptx_core.documents import read_json, to_json
 
 FILE = "run.json"
 FORMAT_VERSION = 1

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from looptx_core.errors import UsageError
 
+MEDIA_PATHS = ("image",)
+"""The settings that name files of media."""
+
 
 @dataclass(frozen=True)
 class InspectConfig:

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from looptx_core.checkpoint.documents import read_json, typed
 from looptx_core.checkpoint.folder import MODEL_TYPE, LoadedModel, read_tokenizer
 from looptx_core.checkpoint.weights import load_weights
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
+from looptx_core.documents import read_json
 from looptx_core.errors import DataError
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.unset import unset_weights
+from looptx_core.schema import typed
 
 ENTRY = "looptx_core.conversion.modeling_looptx"
 CLASS = "LooptxForCausalLM"

@@ -22,7 +22,8 @@ from typing import Any, Literal, NamedTuple
 
 from looptx_core.data.chat import check_messages
 from looptx_core.data.content import place
-from looptx_core.data.corpus import Corpus
+from looptx_core.data.corpus import Corpus, visible_files
+from looptx_core.documents import check_characters, read_text
 from looptx_core.errors import DataError, UsageError
 from looptx_core.media import MEDIA, Medium, media_of_file
 
@@ -126,7 +127,7 @@ def media_named(inputs: Sequence[str | Path]) -> frozenset[str]:
     found: set[str] = set()
     for item in map(Path, inputs):
         files = _media_files(item)
-        found |= {medium.name for medium in map(_medium_of, files) if medium}
+        found |= {medium.name for file in files if (medium := media_of_file(file.suffix))}
         if files or not (item.is_file() or item.is_dir()):
             continue
         try:
@@ -143,8 +144,10 @@ def media_named(inputs: Sequence[str | Path]) -> frozenset[str]:
 def parse(record: Any, where: str, folder: Path) -> Record:
     """A record from what was written. folder: where its paths start.
 
-    Raises `DataError` for a record of another form or with a missing file.
+    Raises `DataError` for a record of another form, with half a surrogate pair or with a missing
+    file.
     """
+    check_characters(record, where, mend="mend it, or pass --skip-bad")
     group = record.get("group") if isinstance(record, dict) else None
     form: Literal["text", "prompt", "messages"]
     match record:
@@ -260,25 +263,16 @@ def _are_texts(texts: Any) -> bool:
     return good and all(isinstance(text, str) and text.strip() for text in texts)
 
 
-def _medium_of(file: Path) -> Medium | None:
-    return None if file.name.startswith(".") else media_of_file(file.suffix)
-
-
 def _media_files(folder: Path) -> list[Path]:
-    """The media below a folder, sorted; none for what is no folder."""
+    """The visible media below a folder, sorted; none for what is no folder."""
     if not folder.is_dir():
         return []
-    return [file for file in sorted(folder.rglob("*")) if _medium_of(file)]
+    return [file for file in visible_files(folder) if media_of_file(file.suffix)]
 
 
 def _folder(folder: Path) -> Iterator[tuple[str, Path, Any]]:
     for file in _media_files(folder):
-        medium, text = _medium_of(file), file.with_suffix(".txt")
+        medium, text = media_of_file(file.suffix), file.with_suffix(".txt")
         assert medium is not None
-        try:
-            words = text.read_text("utf-8").strip()
-        except FileNotFoundError:
-            words = None
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{text}: not readable as UTF-8; convert the file") from error
+        words = read_text(text, mend="convert it").strip() if text.exists() else None
         yield str(file), file.parent, {medium.name: str(file.resolve()), "text": words}

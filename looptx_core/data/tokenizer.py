@@ -10,8 +10,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from looptx_core.documents import read_text
 from looptx_core.errors import DataError, UsageError
 
 END, PAD, IMAGE = "<|end|>", "<|pad|>", "<|image|>"
@@ -24,6 +26,10 @@ SPECIAL_TOKENS = (
 MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
 _FOREIGN_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # GPT-2, Llama, Gemma
 
+MOST_TOKENS = 1 << 24
+"""Token ids of a tokenizer; the largest vocabularies in use have some 2^18."""
+_LARGEST_FILE = 256 << 20
+"""Bytes of a tokenizer.json; Gemma 3's has 33 million."""
 SAMPLE_BYTES = 64 << 20  # the most text that the trainer sees
 SAMPLE_UNIQUE = 8 << 20  # bytes of different words: the trainer's memory is some 60 times that
 _LONGEST_WORD = 256  # characters; the trainer's time is quadratic in a word's length
@@ -121,8 +127,10 @@ def spread_sample(
     return sample
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+def load_tokenizer(path: str | os.PathLike[str], mend: str = "give a tokenizer.json") -> Tokenizer:
     """Read a `tokenizer.json`, or the one in a folder.
+
+    mend: the remedy, the end of an error's line.
 
     Raises:
         DataError: there is none, or it is something else.
@@ -130,19 +138,37 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     file = Path(path)
     if file.is_dir():
         file /= "tokenizer.json"
-    try:
-        text = file.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not a tokenizer; give a tokenizer.json") from error
-    except OSError as error:
-        reason = error.strerror or error
-        raise DataError(f"{file}: no tokenizer ({reason}); give a tokenizer.json") from error
+    if not file.exists():
+        raise DataError(f"{file.parent}: no tokenizer, {file.name} is missing; {mend}")
+    text = read_text(file, most=_LARGEST_FILE, mend=mend)
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing narrower
         reason = str(error).splitlines()[0]
-        raise DataError(f"{file}: not a tokenizer ({reason}); give a tokenizer.json") from error
+        raise DataError(f"{file}: not a tokenizer ({reason}); {mend}") from error
+    if (size := vocabulary_size(tokenizer)) > MOST_TOKENS:
+        raise DataError(f"{file}: its largest token id is {size - 1:,}, and the limit is "
+                        f"{MOST_TOKENS - 1:,}; {mend}")  # fmt: skip
     return _plain(tokenizer)
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """The largest token id and 1, which is more than the tokens where ids have holes."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int, where: str) -> None:
+    """Raise `DataError` for a token id outside of a vocabulary: nothing may look such a one up."""
+    if not len(ids):
+        return
+    array = np.asarray(ids, np.int64)
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise DataError(
+            f"{where}: the token id {wrong} is not below {vocab_size}, the size of the vocabulary; "
+            "use the tokenizer and the data that belong to the model"
+        )
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

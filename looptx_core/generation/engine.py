@@ -24,7 +24,7 @@ from looptx_core.backends.select import select_backend
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.data.chat import chat_prompt
 from looptx_core.data.content import content_ids
-from looptx_core.data.tokenizer import end_id
+from looptx_core.data.tokenizer import check_ids, end_id, vocabulary_size
 from looptx_core.errors import UsageError
 from looptx_core.generation.request import (
     ChatPrompt,
@@ -243,6 +243,7 @@ class Engine:
     def _request(self, index: int, prompt: Prompt, options: GenerationOptions) -> Request:
         check(options)
         config, tokens = self.model.config, self._encode(prompt)
+        check_ids(tokens, config.vocab_size, f"prompt {index + 1}")
         if len(tokens) >= config.max_seq_len:
             raise UsageError(
                 f"prompt {index + 1} has {len(tokens)} tokens and the model's context holds "
@@ -263,7 +264,7 @@ class Engine:
             seen=tokens,
             limit=min(len(tokens) + options.max_new_tokens, config.max_seq_len),
             end=self.end,
-            known=self.tokenizer.get_vocab_size(),
+            known=vocabulary_size(self.tokenizer),
             media=getattr(prompt, "media", ()),
             writers=self.writers,
             generator=torch.Generator().manual_seed(options.seed),

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from looptx_core.documents import printable
 from looptx_core.media import MEDIA
 from looptx_core.media.base import Figure
 
@@ -29,6 +30,7 @@ def draw(document: Document, folder: Path) -> dict[str, Path]:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
     from matplotlib import pyplot as plt
 
     makers = {
@@ -127,9 +129,11 @@ def _frontier(document: Document, axes: Any) -> None:
 def _tasks(document: Document, axes: Any) -> None:
     for task in document["tasks"]:
         accuracy = task["accuracy_by_loop"]
-        axes[0].plot(range(1, len(accuracy) + 1), accuracy, marker="o", label=task["name"])
+        axes[0].plot(
+            range(1, len(accuracy) + 1), accuracy, marker="o", label=printable(task["name"])
+        )
     axes[0].set(xlabel="loop", ylabel="accuracy", ylim=(0, 1.02), title="By loop")
     axes[0].legend(frameon=False)
-    names = [task["name"] for task in document["tasks"]]
+    names = [printable(task["name"]) for task in document["tasks"]]
     axes[1].bar(names, [task["mean_loops"] for task in document["tasks"]])
     axes[1].set(ylabel="mean loops", title="Depth that the exit chose")

@@ -172,6 +172,10 @@ class Medium:
         """A module from a `MediaBatch` to (tokens of all items, d_model); None: nothing is read."""
         return None
 
+    def layers(self, config: ModelConfig) -> int:
+        """The encoder's layers, each with tensors of its own."""
+        return 0
+
     def head(self, config: ModelConfig) -> nn.Module | None:
         """A module for the medium's own objective; None: there is none."""
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from looptx_core.config.processes import RUN, is_first_here, starter
 from looptx_core.config.run import RunConfig
+from looptx_core.documents import read_json
 from looptx_core.errors import UsageError
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.parallel.ranks import EndsTogether
@@ -199,16 +199,8 @@ def _own_settings(chosen: dict[str, Any], name: str) -> dict[str, Any]:
     """DeepSpeed's settings with those of a user's file over them."""
     from looptx_core.parallel.deepspeed.settings import override
 
-    file = Path(name)
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise UsageError(f"--deepspeed-config {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"--deepspeed-config {file}: not valid JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"--deepspeed-config {file}: expected keys and values")
-    return override(chosen, found, str(file))
+    found = read_json(Path(name), mend="mend --deepspeed-config", error=UsageError)
+    return override(chosen, found, name)
 
 
 def _processes(config: RunConfig) -> str:

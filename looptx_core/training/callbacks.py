@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,9 +138,10 @@ class Begin(L.Callback):
 
 
 class StopCleanly(L.Callback):
-    """Ends a run between two optimizer steps: on Ctrl-C or SIGTERM, or when its time is up.
+    """Ends a run between two optimizer steps: on Ctrl-C, SIGTERM or SIGHUP, when its time is up,
+    or when a process that reads data was killed.
 
-    After the run `reason` is None, 'interrupted' or 'time'; the state is saved either way.
+    After the run `reason` is None, 'interrupted', 'time' or 'worker'; the state is always saved.
     """
 
     def __init__(self, folder: Path, max_minutes: float | None) -> None:
@@ -152,8 +154,29 @@ class StopCleanly(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.begun = time.monotonic()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._on_signal)
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)
+                # What nohup ignores stays ignored.
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                    self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def on_exception(
+        self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """When a worker was killed, save if that was noticed between two steps, where the state
+        is whole; torch may tell in the midst of one, and then the last checkpoint counts."""
+        if not lost_worker(exception):
+            return
+        self.reason = "worker"
+        frames = traceback.extract_tb(exception.__traceback__)
+        waiting = any("dataloader" in frame.filename for frame in frames)
+        if waiting and trainer.global_step and not trainer.fit_loop._should_accumulate():
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        path = self.folder / f"step-{trainer.global_step:07d}.ckpt"
+        if not path.exists():
+            trainer.save_checkpoint(path)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.reason = "interrupted"
@@ -169,15 +192,18 @@ class StopCleanly(L.Callback):
             if any_rank(self.reason == reason, device):
                 self.reason = reason
         if self.reason:
-            path = self.folder / f"step-{trainer.global_step:07d}.ckpt"
-            if not path.exists():
-                trainer.save_checkpoint(path)
+            self._save(trainer)
             trainer.should_stop = True
 
     def teardown(self, *_: Any, **__: Any) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+
+def lost_worker(error: BaseException) -> bool:
+    """Whether an error says that one of the loader's processes ended."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
 def resume_point(folder: Path, metrics: Path, log_every: int, val_every: int) -> Path | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from looptx_core.documents import printable
+
 
 def verdict(loss_by_loop: list[float], noise: float = 0.001) -> str:
     """One sentence on held-out loss by loop; differences below `noise` (0.1 %) count as none."""
@@ -30,6 +32,7 @@ def plot_run(records: list[dict[str, Any]], probes: dict[str, list[float]], file
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
     from matplotlib import pyplot as plt
 
     train = [(r["step"], r["train_loss"]) for r in records if "train_loss" in r]
@@ -49,7 +52,7 @@ def plot_run(records: list[dict[str, Any]], probes: dict[str, list[float]], file
     by_loop.set(xlabel="loop", ylabel="loss (nats a token)", title="Held-out text, by loop")
     if probes:
         for name, accuracy in probes.items():
-            axes[2].plot(range(1, len(accuracy) + 1), accuracy, marker="o", label=name)
+            axes[2].plot(range(1, len(accuracy) + 1), accuracy, marker="o", label=printable(name))
         axes[2].set(xlabel="loop", ylabel="accuracy", title="Lines that need depth", ylim=(0, 1))
         axes[2].legend(frameon=False)
     for axis in axes:

@@ -25,7 +25,7 @@ from looptx_core.data.datamodule import TokenData
 from looptx_core.data.mixture import RECORDS, TEXT, MixedData
 from looptx_core.data.probes import probe_batches, read_probes
 from looptx_core.data.records import read_records
-from looptx_core.errors import Interrupted, LooptxError, UsageError
+from looptx_core.errors import Interrupted, LooptxError, UsageError, remedy
 from looptx_core.machine.device import best_device, on_best_device
 from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.media import MEDIA, media_for
@@ -270,10 +270,16 @@ def fit(
                 trainer.fit(module, datamodule=batches, ckpt_path=start_from, weights_only=True)
         except OSError as error:
             raise LooptxError(
-                f"cannot save to {checkpoints}: {error.strerror or error}; free some space and "
+                f"cannot save to {checkpoints}: {error.strerror or error}; {remedy(error)}, and "
                 f"{advice}"
             ) from error
         except RuntimeError as error:
+            if stop.reason == "worker":
+                saved = max((step_of(file) for file in checkpoints.glob("step-*.ckpt")), default=0)
+                raise Interrupted(
+                    f"a process that reads data was killed (no memory left?); saved at step "
+                    f"{saved} of {config.steps}; {advice}"
+                ) from error
             if lost_peer(error):
                 raise LooptxError(f"another process of this run is gone; {advice}") from error
             raise

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from looptx_core.backends.cpu.source import KERNEL
-from looptx_core.errors import MissingError
+from looptx_core.errors import LooptxError, MissingError, UsageError
 from looptx_core.machine.kernels import load
 from looptx_core.model.attention import sdpa
 from looptx_core.model.bitnet import PackedBitLinear
@@ -78,7 +78,7 @@ class _StopCondition(ctypes.Structure):
     )  # fmt: skip
 
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 """Of the structs and functions; `LOOPTX_ABI_VERSION` of decode.cpp."""
 _STRUCTS = (_Matrix, _Block, _Model, _Cache, _Rows, _StopCondition)
 
@@ -171,6 +171,23 @@ class KernelRows:
         self.arguments = ctypes.byref(self._rows), ctypes.byref(cache.struct)
 
 
+_ERRORS = {
+    -1: (UsageError, "a token id beyond the model's vocabulary"),
+    -2: (UsageError, "a row or column beyond the cache"),
+    -3: (UsageError, "a loop below 1"),
+    -4: (LooptxError, "no memory left for a pass; give a shorter prompt or fewer prompts at once"),
+    -5: (LooptxError, "the compiled kernel failed; --kernel torch does without it"),
+}
+
+
+def _done(status: int) -> int:
+    """What a call of the kernel returned. Raises the error that a negative status stands for."""
+    if status < 0:
+        kind, message = _ERRORS[status]
+        raise kind(message)
+    return status
+
+
 def unsupported_reason(model: LoopedTransformer) -> str | None:
     """Why the kernel can't run this model, in a few words; None where it can."""
     weight = model.norm.weight
@@ -207,13 +224,15 @@ class KernelModel:
         self.config = model.config
         description = self._describe(model)
         handle = self._library.looptx_new(ctypes.byref(description), threads or _threads())
+        if not handle:
+            raise MissingError("the kernel could not start its threads, or there is no memory left")
         self._handle = ctypes.c_void_p(handle)
         weakref.finalize(self, self._library.looptx_free, self._handle)
 
     def embed(self, tokens: Tensor, rows: KernelRows) -> Tensor:
         """tokens (rows,) int64 -> the prelude's output (rows, d_model)."""
         out = torch.empty(len(tokens), self.config.d_model)
-        self._library.looptx_embed(self._handle, _at(tokens), _at(out), *rows.arguments)
+        _done(self._library.looptx_embed(self._handle, _at(tokens), _at(out), *rows.arguments))
         return out
 
     def iterate(
@@ -226,8 +245,10 @@ class KernelModel:
     ) -> Tensor:
         """States (rows, d_model) after `count` loops, of which each row's first is given."""
         state = state.clone()
-        self._library.looptx_iterate(
-            self._handle, _at(state), _at(embedding), _ints(loops), count, *rows.arguments
+        _done(
+            self._library.looptx_iterate(
+                self._handle, _at(state), _at(embedding), _ints(loops), count, *rows.arguments
+            )
         )
         return state
 
@@ -246,16 +267,16 @@ class KernelModel:
         loops: each row's first, counted from 1.
         """
         state, out = state.clone(), (ctypes.c_float * (3 * len(state)))()
-        passes = self._library.looptx_until_exit(
+        passes = _done(self._library.looptx_until_exit(
             self._handle, _at(state), _at(embedding), _ints(loops), stop.argument,
             *rows.arguments, out,
-        )  # fmt: skip
+        ))  # fmt: skip
         return state, passes, list(zip(out[::3], out[1::3], out[2::3]))
 
     def logits(self, state: Tensor, rows: KernelRows) -> Tensor:
         """states (rows, d_model) -> logits (rows, vocab_size), by coda and head."""
         logits, state = torch.empty(len(state), self.config.vocab_size), state.clone()
-        self._library.looptx_logits(self._handle, _at(state), _at(logits), *rows.arguments)
+        _done(self._library.looptx_logits(self._handle, _at(state), _at(logits), *rows.arguments))
         return logits
 
     def backfill(
@@ -263,14 +284,18 @@ class KernelModel:
     ) -> None:
         """Rows exit after their loops, with these states (rows, d_model): write what deeper, later
         rows will attend to."""
-        self._library.looptx_backfill(
-            self._handle, _at(state), _at(embedding), _ints(loops), *rows.arguments
+        _done(
+            self._library.looptx_backfill(
+                self._handle, _at(state), _at(embedding), _ints(loops), *rows.arguments
+            )
         )
 
     def confidence(self, state: Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
         """The confidence head's log-odds and gain after each row's loop."""
         out = (ctypes.c_float * (2 * len(state)))()
-        self._library.looptx_confidence(self._handle, _at(state), _ints(loops), len(state), out)
+        _done(
+            self._library.looptx_confidence(self._handle, _at(state), _ints(loops), len(state), out)
+        )
         return list(zip(out[::2], out[1::2]))
 
     # What follows describes the model to the kernel.

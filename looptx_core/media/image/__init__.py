@@ -34,7 +34,7 @@ class Image(Medium):
 
     name, noun, plural = "image", "picture", "pictures"
     marker, ability = "<|image|>", "vision"
-    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
     grid_names = ("rows", "columns")
     axes = 2
     encoder_name, head_name = "vision", "patch_head"
@@ -101,6 +101,9 @@ class Image(Medium):
         from looptx_core.media.image.encoder import VisionEncoder
 
         return VisionEncoder(config)
+
+    def layers(self, config: ModelConfig) -> int:
+        return config.vision_layers
 
     def head(self, config: ModelConfig) -> nn.Module | None:
         from looptx_core.media.image.masked import PatchHead
