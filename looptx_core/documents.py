@@ -33,8 +33,8 @@ _KINDS = {
     b"PK\x03\x04": "zip; unpack it by unzip",
     b"PAR1": "Parquet; give it the ending .parquet",
     b"%PDF": "PDF; extract its text",
-    b"\x89PNG": "a PNG picture, not text",
-    b"\xff\xd8\xff": "a JPEG picture, not text",
+    b"\x89PNG": "PNG, not text",
+    b"\xff\xd8\xff": "JPEG, not text",
     b"\xff\xfe": "UTF-16; convert it to UTF-8",
     b"\xfe\xff": "UTF-16; convert it to UTF-8",
 }

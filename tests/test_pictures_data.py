@@ -149,7 +149,7 @@ def test_a_large_picture_takes_little_memory(tmp_path: Path) -> None:
     Image.new("L", (8000, 7900), 255).save(tmp_path / "large.png")
     code = (
         "import resource, sys; from picture_cases import CONFIG\n"
-        "from looptx_core.data.pictures import read_picture\n"
+        "from looptx_core.media.image.read import read_picture\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "patches = read_picture(sys.argv[1], CONFIG).features\n"
         "assert patches.min() == 1, patches.min()\n"

@@ -74,7 +74,7 @@ def check_size(config: ModelConfig, folder: Path) -> None:
     for file in weight_files(folder):
         refuse_pickle(file)
         stored |= read_header(file)
-    layers = config.prelude_layers + config.core_layers + config.coda_layers + config.vision_layers
+    layers = sum(getattr(config, name) for name in ModelConfig.keys() if name.endswith("_layers"))  # noqa: SIM118
     width = config.n_heads * config.head_dim
     largest = config.d_model * max(config.vocab_size, config.d_ff, width, config.max_loops // 64)
     # Packed ternary weights hold four in a byte.

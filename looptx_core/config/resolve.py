@@ -39,7 +39,7 @@ _OTHER_VARIABLES = {"LOOPTX_CACHE", "LOOPTX_CONFIG", "LOOPTX_MODEL", "LOOPTX_DEB
                     "LOOPTX_KERNELS"}  # fmt: skip
 
 # A `~` at the start of these is the home folder, in quotes and in files too.
-_PATHS = {"data", "out", "tokenizer", "model", "adapter", "from_hf", "image", "nvme_path",
+_PATHS = {"data", "out", "tokenizer", "model", "adapter", "from_hf", "nvme_path",
           "deepspeed_config"}  # fmt: skip
 
 T = TypeVar("T")
