@@ -6,6 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+RANGES: dict[str, tuple[float, float, bool]] = {
+    "seed": (0, 2**63, True), "workers": (0, 1024, False), "beta2": (0, 1, True),
+    "deeper_share": (0, 1, False), "explore": (0, 1, False), "warmup": (0, 1, False),
+    "min_lr": (0, 1, False), "weight_decay": (0, 1e6, False), "lora_dropout": (0, 1, True),
+}  # fmt: skip
+"""The least and the most of a setting, and whether it must stay below the most."""
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -125,6 +132,11 @@ class RunConfig:
         self._check_strategy()
         if not self.lr > 0:
             raise UsageError(f"lr must be above 0, not {self.lr}")
+        for name, (least, most, below) in RANGES.items():
+            value = getattr(self, name, least)
+            if not least <= value <= most or (below and value == most):
+                upper = f"below {most:g}" if below else f"at most {most:g}"
+                raise UsageError(f"{name} must be at least {least:g} and {upper}, not {value}")
 
     def _check_strategy(self) -> None:
         from looptx_core.errors import UsageError
