@@ -125,8 +125,12 @@ def save_adapter(
     exit_settings: ExitSettings,
     facts: Mapping[str, Any],
     chat_template: str | None = None,
+    files: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Write an adapter folder, whole or not at all; one that is there is replaced."""
+    """Write an adapter folder, whole or not at all; one that is there is replaced.
+
+    files: more JSON documents, by name.
+    """
     name = base.folder.resolve()
     for settings in peft.peft_config.values():
         settings.base_model_name_or_path = str(name)
@@ -145,6 +149,7 @@ def save_adapter(
             (FACTS, own),
             ("generation_config.json", generation),
             ("tokenizer_config.json", tokens),
+            *(files or {}).items(),
         ):
             (place / file).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 

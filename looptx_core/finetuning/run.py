@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,11 @@ from looptx_core.checkpoint.folder import (
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.processes import is_first
+from looptx_core.data.bundled import bundled_questions
 from looptx_core.data.chat import TEMPLATE
-from looptx_core.data.examples import (
-    Example,
-    ExampleData,
-    Packed,
-    hold_out,
-    padding_id,
-    read_examples,
-)
-from looptx_core.data.pairs import PairExample, PicturePacked
+from looptx_core.data.examples import ExampleData, hold_out, read_examples
+from looptx_core.data.own import FILE as OWN_DATA
+from looptx_core.data.own import OwnData, packed
 from looptx_core.errors import UsageError
 from looptx_core.finetuning.adapters import attach, load_adapter, save_adapter, targets
 from looptx_core.finetuning.quantise import quantise, stored_bytes
@@ -44,7 +39,7 @@ from looptx_core.training.curves import plot_run
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.metrics import calibration_error
-from looptx_core.training.run import fit
+from looptx_core.training.run import fit, resuming
 
 
 @dataclass
@@ -178,7 +173,7 @@ def finetune(
     config, loaded, batches = prepared.config, prepared.base, prepared.batches
     model, peft, loops = loaded.model, prepared.peft, prepared.loops
     _, steps = fit(
-        model, batches, config, folder=folder, command="finetune", resume=resume,
+        model, batches, config, folder=folder, advice=resuming("finetune", folder), resume=resume,
         callbacks=callbacks, report=report, watch=watch,
     )  # fmt: skip
     if not is_first():
@@ -190,6 +185,9 @@ def finetune(
         "steps": steps,
         "seed": config.seed,
     }
+    bundled = list(prepared.data) == [str(bundled_questions())]
+    own = OwnData.of("records", () if bundled else prepared.data, asdict(config))
+    files = {OWN_DATA: own.to_dict()}
     final = folder / "final"
     quantised_loss = None
     trained = model
@@ -197,7 +195,7 @@ def finetune(
         if config.qlora:
             quantised_loss = _measured(model, batches, loops).loss_by_loop[-1]
         save_adapter(final, peft, loaded, exit_settings=loaded.exit, facts=facts,
-                     chat_template=prepared.chat_template)  # fmt: skip
+                     chat_template=prepared.chat_template, files=files)  # fmt: skip
         # As it will run: on the full-precision base, merged where it can be.
         trained = load_adapter(load_model(loaded.folder, dtype=torch.float32), final).model
     after = _measured(trained, batches, loops)
@@ -208,7 +206,7 @@ def finetune(
         update_generation_config(final, exit_settings)
     else:
         save_model(final, trained, loaded.tokenizer, exit_settings=exit_settings, facts=facts,
-                   overwrite=True, chat_template=prepared.chat_template)  # fmt: skip
+                   overwrite=True, chat_template=prepared.chat_template, files=files)  # fmt: skip
     plot_run(read_metrics(folder / "metrics.jsonl"), {}, folder / "curves.png")
     return FinetuneResult(
         folder=folder,
@@ -267,8 +265,9 @@ def _data(
         "seed": config.seed,
         "workers": config.workers,
     }
+    shape = (loaded.tokenizer, loaded.config, config.seq_len)
     batches = ExampleData(
-        _packed(train, config, loaded, config.seed), _packed(val, config, loaded), **how
+        packed(train, *shape, config.seed, config.augment), packed(val, *shape), **how
     )
     lost = f"; dropped {examples.dropped}, truncated {examples.truncated} as too long"
     report(
@@ -279,18 +278,3 @@ def _data(
         + (f"; left out {examples.skipped} that can't be used" if examples.skipped else "")
     )
     return batches, TEMPLATE if examples.chat else read_chat_template(loaded.folder)
-
-
-def _packed(
-    examples: Sequence[Example],
-    config: FinetuneConfig,
-    loaded: LoadedModel,
-    seed: int | None = None,
-) -> Packed:
-    """seed: for what is drawn anew in each epoch; None for what is held out."""
-    padding = padding_id(loaded.tokenizer)
-    if not any(example.pictures for example in examples):
-        return Packed(examples, config.seq_len, padding)
-    pairs = [PairExample([example], list(example.pictures)) for example in examples]
-    augment = config.augment and seed is not None
-    return PicturePacked(pairs, config.seq_len, padding, loaded.config, seed, augment)

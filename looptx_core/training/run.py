@@ -7,7 +7,7 @@ import operator
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.processes import is_first
 from looptx_core.config.run import RunConfig, TrainConfig
+from looptx_core.data.bundled import bundled_corpus
 from looptx_core.data.datamodule import TokenData
+from looptx_core.data.own import FILE as OWN_DATA
+from looptx_core.data.own import OwnData
 from looptx_core.data.pairs import MixedData, mix_of, read_pairs
 from looptx_core.data.probes import probe_batches, read_probes
 from looptx_core.errors import Interrupted, LooptxError, UsageError
@@ -154,12 +157,17 @@ def train(
     torch.manual_seed(config.seed)
     model = LoopedTransformer(model_config)
     module, steps = fit(
-        model, batches, config, folder=folder, command="train", resume=resume,
+        model, batches, config, folder=folder, advice=resuming("train", folder), resume=resume,
         callbacks=callbacks, report=report, watch=watch,
     )  # fmt: skip
     if not is_first():
         return None
     return _finish(module.model, module, batches, config, data, pairs, folder, steps, started)
+
+
+def resuming(command: str, folder: Path) -> str:
+    """How to go on with a run that was stopped."""
+    return f"go on with looptx {command} --resume {folder}"
 
 
 def fit(
@@ -168,7 +176,7 @@ def fit(
     config: RunConfig,
     *,
     folder: Path,
-    command: str,
+    advice: str,
     resume: bool = False,
     callbacks: Sequence[L.Callback] = (),
     report: Callable[[str], object] = lambda line: None,
@@ -179,7 +187,7 @@ def fit(
     Returns the module, and the steps done. Its model, which is `model` unless that was cut by
     FSDP, ends in evaluation mode on the CPU, whole in the run's first process.
 
-    command: what `--resume` goes on with, for messages. callbacks: Lightning's, for progress
+    advice: how to go on after a stop, for messages. callbacks: Lightning's, for progress
     displays and the like. report: called with lines of one choice each ("attention: sdpa, ...").
     watch: called with each line of metrics.jsonl.
 
@@ -213,7 +221,6 @@ def fit(
     start_from = None
     if resume:
         start_from = resume_point(checkpoints, metrics.file, config.log_every, config.val_every)
-    advice = f"go on with looptx {command} --resume {folder}"
     strategy = choose_strategy(
         model,
         config,
@@ -383,14 +390,16 @@ def _finish(
         swapped=module.swapped,
     )
     plot_run(records, probes, folder / "curves.png")
+    names = [Path(item["name"]).name for item in batches.shards.manifest.inputs]
+    texts = [] if names == [bundled_corpus().name] else [data]
+    own = OwnData.of("text", config.data or [*texts, *pairs], asdict(config), data)
     save_model(
         result.model_folder,
         model,
         batches.shards.tokenizer,
         exit_settings=exit_settings,
         facts={
-            "data": [Path(item["name"]).name for item in batches.shards.manifest.inputs]
-            + [Path(item).name for item in pairs],
+            "data": names + [Path(item).name for item in pairs],
             "steps": result.steps,
             "tokens": result.tokens,
             "seed": config.seed,
@@ -405,5 +414,6 @@ def _finish(
             ),
         },
         overwrite=True,
+        files={OWN_DATA: own.to_dict()},
     )
     return result
