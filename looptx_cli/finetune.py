@@ -10,7 +10,7 @@ import typer
 from looptx_cli.console import note, stdout
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
-from looptx_cli.runs import place_of, resumed, settle, summary, write_line
+from looptx_cli.runs import last_step, place_of, resumed, settle, summary, write_line
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.resolve import config_file, resolve
 
@@ -46,6 +46,11 @@ def finetune(
     else:
         resolved = resolve(FinetuneConfig, flags=flags, config=config)
     settings = resolved.build(FinetuneConfig)
+    until = None
+    if resume is not None:
+        until = last_step(resume, settings.steps, flags["steps"], lambda line: note(line, quiet))
+        if not until:
+            return
     with large_imports():
         from looptx_core.data.bundled import bundled_questions
         from looptx_core.data.examples import have_pictures
@@ -73,21 +78,23 @@ def finetune(
     def report(line: str) -> None:
         note(line, quiet)
 
-    prepared = prepare(settings, base=base.folder, data=data, report=report)
+    prepared = prepare(settings, base=base.folder, data=data, until=until, report=report)
     found = {"model": str(base.folder.resolve())}
-    folder = place.begin(settle(resolved, found, base.reason))
-    note(f"run: {folder}, {settings.method}", quiet)
-    result = finetune(
-        prepared,
-        folder=folder,
-        resume=resume is not None,
-        callbacks=[train_progress(settings.steps, quiet or as_json)],
-        report=report,
-        watch=write_line if as_json else None,
-    )
-    if result is None:
-        return
-    result = place.finish(result)
+    with place:
+        folder = place.begin(settle(resolved, found, base.reason), prepared.origin, report)
+        note(f"run: {folder}, {settings.method}", quiet)
+        result = finetune(
+            prepared,
+            folder=folder,
+            resume=resume is not None,
+            until=until,
+            callbacks=[train_progress(until or settings.steps, quiet or as_json)],
+            report=report,
+            watch=write_line if as_json else None,
+        )
+        if result is None:
+            return
+        result = place.finish(result)
     folder = result.folder
     if as_json:
         write_line(summary(result))

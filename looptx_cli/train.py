@@ -15,6 +15,7 @@ from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_cli.runs import (
     SCHEMA_VERSION,
+    last_step,
     place_of,
     resumed,
     settle,
@@ -59,6 +60,11 @@ def train(
         if resolved.values["offload"] == "nvme" and not resolved.given("preset"):
             resolved = _to_try_swapping(flags, config)
     settings = resolved.build(TrainConfig)
+    until = None
+    if resume is not None and not dry_run:
+        until = last_step(resume, settings.steps, flags["steps"], lambda line: note(line, quiet))
+        if not until:
+            return
     model_config = resolved.build(ModelConfig, "model")
     if dry_run:
         with large_imports():
@@ -69,7 +75,7 @@ def train(
 
     with large_imports():
         from looptx_core.data.bundled import bundled_shards
-        from looptx_core.data.pairs import VISION_LAYERS, is_pairs
+        from looptx_core.data.pairs import VISION_LAYERS, is_pairs, read_pairs
         from looptx_core.data.resolve import resolve_data
         from looptx_core.data.shards import Manifest
 
@@ -99,23 +105,29 @@ def train(
         model_config, Manifest.read(shards).vocab_size, resolved.given("model.vocab_size")
     )
     shape = {f"model.{key}": value for key, value in model_config.to_dict().items()}
-    folder = place.begin(settle(resolved, shape, "the data"))
-    note(f"run: {folder}", quiet)
-
-    result = train(
-        settings,
-        model_config,
-        data=shards,
-        pairs=pairs,
-        folder=folder,
-        resume=resume is not None,
-        callbacks=[train_progress(settings.steps, quiet or as_json)],
-        report=lambda line: note(line, quiet),
-        watch=write_line if as_json else None,
-    )
-    if result is None:
-        return
-    result = place.finish(result)
+    manifest = Manifest.read(shards)
+    origin = {"data": manifest.fingerprint, "tokenizer": manifest.tokenizer}
+    if pairs:
+        origin["pictures"] = read_pairs(pairs, settings.skip_bad).fingerprint
+    with place:
+        settled = settle(resolved, shape, "the data")
+        folder = place.begin(settled, origin, lambda line: note(line, quiet))
+        note(f"run: {folder}", quiet)
+        result = train(
+            settings,
+            model_config,
+            data=shards,
+            pairs=pairs,
+            folder=folder,
+            resume=resume is not None,
+            until=until,
+            callbacks=[train_progress(until or settings.steps, quiet or as_json)],
+            report=lambda line: note(line, quiet),
+            watch=write_line if as_json else None,
+        )
+        if result is None:
+            return
+        result = place.finish(result)
     folder = result.folder
     if as_json:
         write_line(summary(result))
@@ -162,8 +174,10 @@ def _show_result(result: TrainResult) -> None:
         losses = "  ".join(f"{loss:.3f}" for loss in result.caption_loss_by_loop)
         out.print(f"Texts beside pictures, held-out nats a token by loop: {losses}", soft_wrap=True)
     rate = result.tokens / max(result.seconds, 1e-9)
+    before = result.steps_before
+    now = f", {result.steps - before:,} of them now:" if before else ","
     out.print(
-        f"{result.steps:,} steps, {result.tokens:,} tokens in {result.seconds:,.0f} s "
+        f"{result.steps:,} steps{now} {result.tokens:,} tokens in {result.seconds:,.0f} s "
         f"({rate:,.0f} tokens/s), {result.flops:.3g} FLOPs",
         soft_wrap=True,
     )

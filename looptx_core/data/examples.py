@@ -372,3 +372,12 @@ class ExampleData(Batches):
 
     def __init__(self, train: Packed, val: Packed, **how: Any) -> None:
         super().__init__(train, val, **how)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all examples, those that are held out too."""
+        digest = hashlib.sha256()
+        for example in [*self.train.examples, *self.val.examples]:
+            sizes = [(file.name, file.stat().st_size) for file in example.pictures]
+            digest.update(example.ids.tobytes() + example.counted.tobytes() + repr(sizes).encode())
+        return digest.hexdigest()

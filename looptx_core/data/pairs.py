@@ -51,6 +51,16 @@ class Pairs:
         for _, parts in self.records:
             yield " ".join(text for part in parts if isinstance(part, tuple) for text in part)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of texts and of the pictures' names and sizes, wherever they lie."""
+        digest = hashlib.sha256()
+        for _, parts in self.records:
+            for part in parts:
+                known = (part.name, part.stat().st_size) if isinstance(part, Path) else part
+                digest.update(json.dumps(known).encode())
+        return digest.hexdigest()
+
 
 def is_pairs(item: str | Path) -> bool:
     """Whether an input holds pictures: a folder with some, or JSON lines that name some."""

@@ -27,8 +27,9 @@ from looptx_core.data.chat import TEMPLATE
 from looptx_core.data.examples import ExampleData, hold_out, read_examples
 from looptx_core.data.own import FILE as OWN_DATA
 from looptx_core.data.own import OwnData, packed
+from looptx_core.data.tokenizer import fingerprint as tokenizer_fingerprint
 from looptx_core.errors import UsageError
-from looptx_core.finetuning.adapters import attach, load_adapter, save_adapter, targets
+from looptx_core.finetuning.adapters import attach, fingerprint, load_adapter, save_adapter, targets
 from looptx_core.finetuning.quantise import quantise, stored_bytes
 from looptx_core.generation.exits import stated
 from looptx_core.machine.device import on_best_device
@@ -92,6 +93,15 @@ class Prepared:
     base_bytes: int
 
     @property
+    def origin(self) -> dict[str, str]:
+        """Fingerprints of what the run is made from."""
+        return {
+            "data": self.batches.fingerprint,
+            "model": fingerprint(self.base.folder),
+            "tokenizer": tokenizer_fingerprint(self.base.tokenizer),
+        }
+
+    @property
     def loops(self) -> int:
         return self.config.max_loops or self.base.config.max_loops
 
@@ -101,11 +111,12 @@ def prepare(
     *,
     base: Path,
     data: Sequence[str],
+    until: int | None = None,
     report: Callable[[str], object] = lambda line: None,
 ) -> Prepared:
     """Read the model folder `base` and the examples, and make the model ready to train.
 
-    data: as for `read_examples`. report: called with lines of one fact each.
+    data: as for `read_examples`. until: as for `fit`. report: called with lines of one fact each.
 
     Raises `MissingError` where bitsandbytes can't run, `UsageError` for a target module that
     matches nothing, a model that is ternary or examples that are too long, `DataError` for
@@ -129,7 +140,7 @@ def prepare(
     parameters = sum(p.numel() for p in model.trunk_parameters())
     if config.adapts:
         targets(model, config.target_modules)
-    batches, chat_template = _data(config, loaded, data, report)
+    batches, chat_template = _data(config, loaded, data, until or config.steps, report)
     before = _measured(model, batches, schedule.max_loops)
     torch.manual_seed(config.seed)
     if config.qlora:
@@ -159,6 +170,7 @@ def finetune(
     *,
     folder: Path,
     resume: bool = False,
+    until: int | None = None,
     callbacks: Sequence[L.Callback] = (),
     report: Callable[[str], object] = lambda line: None,
     watch: Callable[[str], object] | None = None,
@@ -174,7 +186,7 @@ def finetune(
     model, peft, loops = loaded.model, prepared.peft, prepared.loops
     _, steps = fit(
         model, batches, config, folder=folder, advice=resuming("finetune", folder), resume=resume,
-        callbacks=callbacks, report=report, watch=watch,
+        until=until, callbacks=callbacks, report=report, watch=watch,
     )  # fmt: skip
     if not is_first():
         return None
@@ -245,6 +257,7 @@ def _data(
     config: FinetuneConfig,
     loaded: LoadedModel,
     data: Sequence[str],
+    steps: int,
     report: Callable[[str], object],
 ) -> tuple[ExampleData, str | None]:
     """Batches, and the chat template to store."""
@@ -260,7 +273,7 @@ def _data(
     train, val = hold_out(examples.kept, config.val_fraction, config.seed)
     how: dict[str, Any] = {
         "micro_batch": config.rows,
-        "batches": config.steps * config.accumulation,
+        "batches": steps * config.accumulation,
         "val_batches": config.val_batches,
         "seed": config.seed,
         "workers": config.workers,

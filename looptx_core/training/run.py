@@ -70,6 +70,9 @@ class TrainResult:
     steps: int
     seconds: float
     tokens: int
+    """Of the steps that this process ran."""
+    steps_before: int
+    """Of a resumed run, before this process."""
     loss_by_loop: list[float]
     """Held-out nats a token."""
     bits_per_byte_by_loop: list[float]
@@ -106,6 +109,7 @@ def train(
     pairs: Sequence[str | Path] = (),
     folder: Path,
     resume: bool = False,
+    until: int | None = None,
     callbacks: Sequence[L.Callback] = (),
     report: Callable[[str], object] = lambda line: None,
     watch: Callable[[str], object] | None = None,
@@ -133,7 +137,7 @@ def train(
     how: dict[str, Any] = {
         "seq_len": config.seq_len,
         "micro_batch": config.rows,
-        "batches": config.steps * config.accumulation,
+        "batches": (until or config.steps) * config.accumulation,
         "val_batches": config.val_batches,
         "seed": config.seed,
         "workers": config.workers,
@@ -158,7 +162,7 @@ def train(
     model = LoopedTransformer(model_config)
     module, steps = fit(
         model, batches, config, folder=folder, advice=resuming("train", folder), resume=resume,
-        callbacks=callbacks, report=report, watch=watch,
+        until=until, callbacks=callbacks, report=report, watch=watch,
     )  # fmt: skip
     if not is_first():
         return None
@@ -178,6 +182,7 @@ def fit(
     folder: Path,
     advice: str,
     resume: bool = False,
+    until: int | None = None,
     callbacks: Sequence[L.Callback] = (),
     report: Callable[[str], object] = lambda line: None,
     watch: Callable[[str], object] | None = None,
@@ -187,8 +192,10 @@ def fit(
     Returns the module, and the steps done. Its model, which is `model` unless that was cut by
     FSDP, ends in evaluation mode on the CPU, whole in the run's first process.
 
-    advice: how to go on after a stop, for messages. callbacks: Lightning's, for progress
-    displays and the like. report: called with lines of one choice each ("attention: sdpa, ...").
+    advice: how to go on after a stop, for messages. until: the last step where a finished run goes
+    on beyond the steps of its settings, at its last learning rate. callbacks: Lightning's, for
+    progress displays and the like. report: called with lines of one choice each
+    ("attention: sdpa, ...").
     watch: called with each line of metrics.jsonl.
 
     Raises `Interrupted` after a Ctrl-C (saved), `NotFinite` for a loss of NaN, `DataError` for
@@ -200,6 +207,7 @@ def fit(
         log_every=min(config.log_every, config.steps),
         val_every=min(config.val_every, config.steps),
     )
+    last_step = until or config.steps
     device = best_device()
     precision, why = choose_precision(config.precision, device)
     report(f"precision: {precision}, {why}")
@@ -220,7 +228,16 @@ def fit(
     checkpoints, metrics = folder / "checkpoints", JsonLines(folder / "metrics.jsonl", watch)
     start_from = None
     if resume:
-        start_from = resume_point(checkpoints, metrics.file, config.log_every, config.val_every)
+        start_from, logged = resume_point(
+            checkpoints,
+            metrics.file,
+            log_every=config.log_every,
+            val_every=config.val_every,
+            save_every=config.save_every,
+            last_step=last_step,
+        )
+        if not logged:
+            report(f"resumed: {metrics.file.name} lost records, so it has a gap")
     strategy = choose_strategy(
         model,
         config,
@@ -243,13 +260,15 @@ def fit(
     def begin() -> None:
         if resume:
             metrics.cut_back(begin_at)
+        if config.steps <= begin_at < last_step:
+            metrics.mark_stretch(begin_at, last_step, config.lr * config.min_lr)
         sweep(checkpoints)
 
     stop, end = StopCleanly(checkpoints, config.max_minutes), AtTheEnd(checkpoints)
     last = [gathered] if gathered else [end] if sharded else []
     every = [*callbacks, Begin(begin), stop, *last]
     with quiet_lightning(), own_environment(folder):
-        trainer = _trainer(config, folder, precision, device, strategy, every, metrics)
+        trainer = _trainer(config, last_step, folder, precision, device, strategy, every, metrics)
         if device.type == "cpu":
             report(f"kernels: {fused.prepare(precision == 'float32' and not config.compile)}")
         if config.compile:
@@ -272,10 +291,10 @@ def fit(
             fused.prepare(False)
             plain_moves(model)
     if stop.reason == "interrupted":
-        left = (config.steps - trainer.global_step) * (time.monotonic() - stop.begun)
+        left = (last_step - trainer.global_step) * (time.monotonic() - stop.begun)
         left /= max(1, trainer.global_step - begin_at)
         raise Interrupted(
-            f"stopped and saved at step {trainer.global_step} of {config.steps}; {advice} "
+            f"stopped and saved at step {trainer.global_step} of {last_step}; {advice} "
             f"(about {left / 60:.1f} minutes left)"
         )
     if end.saved is not None and trainer.is_global_zero:
@@ -286,7 +305,7 @@ def fit(
         model = module.model = gathered.model(model)
     else:
         model.to(torch.device("cpu"))
-    module.swapped = end.swapped
+    module.swapped, module.begun_at = end.swapped, begin_at
     model.eval()
     return module, trainer.global_step
 
@@ -305,6 +324,7 @@ def _tell_of_other_ranks(
 
 def _trainer(
     config: RunConfig,
+    last_step: int,
     folder: Path,
     precision: str,
     device: torch.device,
@@ -318,7 +338,7 @@ def _trainer(
         num_nodes=config.nodes,
         strategy=strategy,
         precision="bf16-mixed" if precision == "bf16" else "32-true",
-        max_steps=config.steps,
+        max_steps=last_step,
         accumulate_grad_batches=config.accumulation,
         gradient_clip_val=config.clip,
         val_check_interval=config.val_every * config.accumulation,
@@ -378,7 +398,8 @@ def _finish(
         model_folder=folder / "final",
         steps=steps,
         seconds=time.monotonic() - started,
-        tokens=steps * config.batch_size * config.seq_len,
+        steps_before=module.begun_at,
+        tokens=(steps - module.begun_at) * config.batch_size * config.seq_len,
         loss_by_loop=evaluation.loss_by_loop,
         bits_per_byte_by_loop=bits,
         accuracy_by_loop=evaluation.accuracy_by_loop,
@@ -401,7 +422,7 @@ def _finish(
         facts={
             "data": names + [Path(item).name for item in pairs],
             "steps": result.steps,
-            "tokens": result.tokens,
+            "tokens": steps * config.batch_size * config.seq_len,
             "seed": config.seed,
             "loop_schedule": config.loop_schedule,
             "loss_by_loop": [round(loss, 4) for loss in result.loss_by_loop],
