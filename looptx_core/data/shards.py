@@ -107,6 +107,12 @@ class Manifest:
         except (KeyError, TypeError) as error:
             raise DataError(f"{file}: damaged ({error}); tokenise the text again") from error
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokens, whatever they are called and wherever they lie."""
+        tokens = [(shard.split, shard.tokens, shard.sha256) for shard in self.shards]
+        return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+
 
 class Tokens:
     """The tokens of one split, read by memory map across files. Pickles as its paths."""
