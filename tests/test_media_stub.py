@@ -267,9 +267,11 @@ def test_the_command_trains_on_it_and_resumes(
     assert main([*resume, "3"]) == 0
     assert "resumed: at step 2" in capsys.readouterr().err
     assert load_model(tmp_path / "run" / "final").config == before
-    with (melodies / "1.tones").open("a") as file:
-        file.write(" 1")
+    melody = melodies / "1.tones"
+    written = melody.read_text()
+    melody.write_text(written + " ")
     assert main([*resume, "4"]) == 4
+    melody.write_text(written)
     assert "the media data is not what this run began with" in capsys.readouterr().err
 
 
