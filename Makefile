@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow bench bench-page docs lint setup clean
+.PHONY: demo test test-fast test-slow bench bench-page docs lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -21,6 +21,10 @@ demo: setup
 # Two at a time with a thread each are faster than one with two.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# The core ideas, in less than a minute.
+test-fast: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fast
 
 # Swapping to a disk: compiles DeepSpeed's async_io at first, some minutes; needs libaio-dev.
 test-slow: setup

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,16 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links between pages name the notebook, as they do in the repository."""
-    return markdown.replace(".ipynb)", ".md)")
+    """Links name notebooks and files of the repository, where the site has pages and no files."""
+    folder = Path(page.file.src_uri).parent
+
+    def link(found: re.Match[str]) -> str:
+        text, target = found.groups()
+        if os.path.normpath(folder / target).startswith(".."):
+            return text
+        return f"[{text}]({target.removesuffix('.ipynb')}.md)" if ".ipynb" in target else found[0]
+
+    return re.sub(r"\[([^\]]+)\]\(([^)\s:#]+)\)", link, markdown)
 
 
 def as_markdown(notebook: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ import typer
 from looptx_cli.console import is_plain, note, stdout
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
+from looptx_core.api import load
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.resolve import resolve
 from looptx_core.errors import DataError, UsageError
@@ -95,7 +96,12 @@ def generate(
 
     files = {"image": image} if image else {}
     need = frozenset(MEDIA[name].ability for name in files)
-    engine, templated = _load(model, adapter, attention, precision, kernel, quiet, need)
+    with large_imports():
+        loaded = load(
+            model, adapter=adapter, attention=attention, precision=precision, kernel=kernel,
+            abilities=need, report=lambda line: note(line, quiet),
+        )  # fmt: skip
+    engine, templated = loaded.engine, loaded.is_chat
     if chat and not templated:
         raise UsageError(
             "--chat: this model was not finetuned on chats (looptx finetune, with messages as "
@@ -137,53 +143,6 @@ def _turn(text: str, items: tuple[MediaItem, ...]) -> ChatPrompt:
     from looptx_core.generation.engine import ChatPrompt
 
     return ChatPrompt(({"role": "user", "content": text},), items)
-
-
-def _load(
-    model: str | None,
-    adapter: str | None,
-    attention: str,
-    precision: str,
-    kernel: str,
-    quiet: bool,
-    need: frozenset[str] = frozenset(),
-) -> tuple[Engine, bool]:
-    """The engine, and whether its model was finetuned on chats of our template."""
-    from looptx_core.backends.cpu.source import KERNEL
-    from looptx_core.checkpoint.registry import resolve_adapter, resolve_model
-    from looptx_core.machine.kernels import build_ahead
-
-    found = resolve_adapter(adapter, model) if adapter else resolve_model(model, need=need)
-    if model is None:
-        note(f"model: {found.folder}, {found.reason}", quiet)
-    # Beside torch's import, which alone would know whether there is a GPU to use.
-    on_cpu = not Path("/dev/nvidiactl").exists()
-    if on_cpu and kernel in ("auto", "native") and build_ahead(*KERNEL):
-        note("decoding: its kernel is compiled, once on this machine, some seconds", quiet)
-    with large_imports():
-        import torch
-
-        from looptx_core.data.chat import TEMPLATE
-        from looptx_core.finetuning.load import load_resolved
-        from looptx_core.generation.engine import Engine
-        from looptx_core.machine.device import best_device
-        from looptx_core.model.attention import choose_backend
-
-    device = best_device()
-    # On a CPU the kernel rounds the weights; elsewhere, and without it, all is in that type.
-    rounded = device.type == "cpu" and kernel != "torch"
-    dtype = torch.bfloat16 if precision == "bf16" and not rounded else torch.float32
-    loaded = load_resolved(found, device=device, dtype=dtype)
-    backend = choose_backend(attention, device, dtype)
-    note(f"attention: {backend.name}, {backend.reason}", quiet)
-    loaded.model.attend = backend.attend
-    held = "float32" if dtype == torch.bfloat16 else precision
-    engine = Engine(
-        loaded.model, loaded.tokenizer, loaded.exit,
-        name=loaded.name, kernel=kernel, precision=held,
-    )  # fmt: skip
-    note(f"decoding: {engine.kernel}", quiet)
-    return engine, loaded.chat_template == TEMPLATE
 
 
 def _depths(text: str | None) -> list[int]:

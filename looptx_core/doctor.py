@@ -232,6 +232,7 @@ def _uses(machine: Machine, checks: list[Check], ops: list[Op]) -> list[Use]:
     uses = [
         Use("train", True, f"{where}, {precision}", why),
         Use("--attention auto", True, *state["attention"].detail.split(": ", 1)),
+        *([] if on_gpu else [_kernels()]),
         _need("--compile", ["c++"] if not on_gpu else [], state, "torch.compile",
               "its kernels are built here" if not on_gpu else "Triton builds its kernels"),
         Use("--devices", True, *_devices(machine)),
@@ -257,6 +258,24 @@ def _uses(machine: Machine, checks: list[Check], ops: list[Op]) -> list[Use]:
     quantised = _need("finetune --qlora", ["bitsandbytes"], state, "bitsandbytes, nf4 or int8",
                       "a base in 4 or 8 bits")  # fmt: skip
     return [*uses, nvme, quantised]
+
+
+def _kernels() -> Use:
+    """The fused kernels that training takes on this CPU; tried anew, on `nano`'s shapes."""
+    from looptx_core.config.model import ModelConfig
+    from looptx_core.config.presets import get_preset
+    from looptx_core.config.run import TrainConfig
+    from looptx_core.model import fused
+    from looptx_core.training.kernel_trial import choose
+
+    said, feature = fused.prepare(), "train: fused kernels"
+    if not fused.is_prepared():
+        return Use(feature, True, "plain torch", said.removeprefix("plain torch: "))
+    preset, shape = get_preset("nano"), TrainConfig()
+    choice = choose(ModelConfig(**preset["model"]), shape.rows, shape.seq_len, again=True)
+    fused.prepare(False)
+    times = ", ".join(f"{name} {a:.3g} and {b:.3g}" for name, (a, b) in choice.milliseconds.items())
+    return Use(feature, True, str(choice), f"`nano`, ms plain and fused: {times}")
 
 
 def _need(feature: str, names: list[str], state: dict[str, Check], uses: str, why: str) -> Use:

@@ -25,6 +25,8 @@ from looptx_core.data.tokenizer import train_tokenizer
 from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.model.loop import LoopedTransformer
 
+pytestmark = pytest.mark.fast
+
 FIXTURES = Path(__file__).parent / "fixtures"
 SHAPE = {"d_model": 32, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "d_ff": 32}
 TEXT = ["the whale and the sea and the ship went round and round the sea, said the whale "] * 40

@@ -13,6 +13,8 @@ from looptx_core.config.run import TrainConfig
 from looptx_core.errors import LooptxError, UsageError
 from looptx_core.model.flops import parameter_count
 
+pytestmark = pytest.mark.fast
+
 SECTIONS = {"model": ModelConfig}
 
 

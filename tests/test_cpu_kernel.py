@@ -152,6 +152,19 @@ def test_the_engine_says_the_same_by_both(tokenizer, loops) -> None:
             assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
 
 
+@pytest.mark.parametrize("kernel", ["native", "torch"])
+def test_no_gain_is_predicted_beyond_what_a_token_can_lose(tokenizer, kernel: str) -> None:
+    """A calibration that goes astray predicts e^20 nats; e^10, the bound, are below 30,000."""
+    model = make(replace(SMALL, vocab_size=tokenizer.get_vocab_size()))
+    astray = ExitSettings(
+        rule="gain", gain=30_000, gain_slope=(0.0,), gain_power=(0.0,), gain_offset=(20.0,)
+    )
+    options = GenerationOptions(temperature=0, max_new_tokens=6, ignore_eos=True)
+    for settings, loops in (astray, 1), (replace(astray, gain=20_000), 5):
+        (said,) = Engine(model, tokenizer, settings, kernel=kernel).complete(["sea"], options)
+        assert [token.loops for token in said.tokens[1:]] == [loops] * 5
+
+
 def test_it_steps_aside_and_says_why() -> None:
     model = make(SMALL)
     assert isinstance(select_backend(model)[0], CpuBackend)

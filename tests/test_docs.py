@@ -26,8 +26,6 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 NOTEBOOK = DOCS / "tutorial/5-python.ipynb"
-LOGS = {"results.md", "speed.md", "gpu.md"}
-"""Laboratory notes, whose examples are fragments."""
 
 # The length of what the tutorials run; every setting has such a variable.
 SHORT = {
@@ -68,8 +66,6 @@ def blocks(*languages: str) -> list[Block]:
     """The blocks of all pages in these languages."""
     found = []
     for page in PAGES:
-        if page.name in LOGS:
-            continue
         text = page.read_text("utf-8")
         for match in re.finditer(r"^```(\w*)([^\n]*)\n(.*?)^```$", text, re.M | re.S):
             title = re.search(r'title="([^"]+)"', match[2])
@@ -105,8 +101,6 @@ def _slug(heading: str) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    if page.name in LOGS:
-        pytest.skip("laboratory notes")
     text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"[a-z]+:", target):
@@ -224,14 +218,22 @@ def _lines(text: str) -> list[str]:
     return [re.sub(r"[\d.]+", "0", line) for line in text.splitlines()]
 
 
-def documented(heading: str) -> set[str]:
-    """The keys in the first table below a heading of the page on JSON."""
-    page = (DOCS / "reference/json.md").read_text("utf-8")
-    section = page.split(f"## {heading}\n", 1)[1]
+def documented(heading: str, page: str = "json") -> set[str]:
+    """What the first column names in the first table below a heading of the reference."""
+    section = (DOCS / f"reference/{page}.md").read_text("utf-8").split(f"## {heading}\n", 1)[1]
     table = re.search(r"(?:^\|.*\n)+", section, re.M)
     assert table
     cells = [row.split("|")[1] for row in table[0].splitlines()[2:]]
-    return {key for cell in cells for key in re.findall(r"`(\w+)`", cell)}
+    return {name for cell in cells for name in re.findall(r"`([\w.]+)/?`", cell)}
+
+
+def test_a_run_has_the_documented_files(short: Path) -> None:
+    assert main(shlex.split("train --data corpus --save-every 1 --out runs/a")) == 0
+    run = {file.name for file in Path("runs/a").iterdir()}
+    assert run == documented("A run", "files")
+    optional = {"model.safetensors.index.json", "preprocessor_config.json"}
+    model = {file.name for file in Path("runs/a/final").iterdir()}
+    assert model == documented("A model folder", "files") - optional
 
 
 def test_json_has_the_documented_keys(short: Path, capfd: pytest.CaptureFixture[str]) -> None:

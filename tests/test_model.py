@@ -17,6 +17,8 @@ from looptx_core.model.loop import Injection, LoopedTransformer
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rounding import KINDS
 
+pytestmark = pytest.mark.fast
+
 CONFIG = ModelConfig(
     vocab_size=97, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, max_seq_len=64
 )
@@ -269,6 +271,31 @@ def test_what_a_loop_keeps_at_the_start() -> None:
         assert torch.allclose(mixed, kept * state + (1 - kept) * embedding, atol=1e-5)
     with pytest.raises(UsageError, match="retain must lie between 0 and 1, not 1"):
         replace(CONFIG, retain=1)
+
+
+def test_weights_at_the_start() -> None:
+    """Of 0.02, and what is added to the residual stream smaller by the root of its additions.
+
+    At most 9 loops are 5 on average: 2 + 5 x 3 + 1 blocks of two additions each, 36 in all.
+    """
+    config = replace(
+        CONFIG, d_model=128, d_ff=256, n_heads=8, head_dim=16, prelude_layers=2, core_layers=3,
+        coda_layers=1, max_loops=9,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    for name, parameter in LoopedTransformer(config).named_parameters():
+        if parameter.numel() > 4000 and parameter.dim() == 2:
+            added = name.endswith(("o_proj.weight", "down_proj.weight"))
+            expected = 0.02 / 6 if added else 0.02
+            assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.05), name
+
+
+def test_a_fresh_model_is_unsure_and_expects_nothing_of_another_loop() -> None:
+    torch.manual_seed(0)
+    told = LoopedTransformer(CONFIG)(tokens(), 3).confidence
+    # Log-odds of -3: a chance of one in twenty.
+    assert torch.allclose(told.logit.sigmoid(), torch.tensor(1 / 21), atol=0.005)
+    assert told.gain.abs().max() < 0.05
 
 
 def test_no_prelude_and_no_coda() -> None:

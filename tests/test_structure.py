@@ -15,6 +15,8 @@ import pytest
 
 from looptx_cli.main import COMMANDS, load_command
 
+pytestmark = pytest.mark.fast
+
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for name in ("looptx_core", "looptx_cli") for p in (ROOT / name).rglob("*.py"))
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -15,6 +15,8 @@ from looptx_core.training.calibration import calibrate, fit_confidence, fit_gain
 from looptx_core.training.evaluate import LoopEvaluation
 from looptx_core.training.metrics import auroc, calibration_error
 
+pytestmark = pytest.mark.fast
+
 
 def test_the_heads_confidence_becomes_true() -> None:
     """Logits that are three times too sure of a Bernoulli, and of all by one more."""

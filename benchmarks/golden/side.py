@@ -50,8 +50,11 @@ class Side:
 
     def environment(self) -> dict[str, str]:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("LOOPTX_")}
+        # Both sides take every fused kernel: what a trial chooses would differ in the last bits.
+        tries = (self.tree / "looptx_core" / "training" / "kernel_trial.py").exists()
         return {
             **kept,
+            **({"LOOPTX_KERNELS": "all"} if tries else {}),
             "PYTHONPATH": str(self.tree),
             "OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS", "1"),
             "HF_HUB_OFFLINE": "1",

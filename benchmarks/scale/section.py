@@ -22,7 +22,7 @@ def section() -> str:
 
 Planned memory is {min(ratios):.2f} to {max(ratios):.2f} times the measured peak, float32 on a CPU.
 GPUs, bf16 and several processes have not been measured, and the plan of some cases was fitted to
-them ([memory](memory.md)).
+them ([memory](explanation/memory.md)).
 
 {table(["case", "parameters", "planned, GB", "measured, GB", "ratio"], lines)}
 

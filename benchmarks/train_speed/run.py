@@ -44,6 +44,7 @@ from looptx_core.model.attention import choose_backend
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.compiled import compile_moves
+from looptx_core.training.kernel_trial import KernelChoice, choose
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import build_optimizer
@@ -206,7 +207,8 @@ def main() -> None:
     words = {"compiled": args.compile, "last": args.last, "one thread": args.threads == 1}
     variant = [args.shape, f"{rows}x{length}", *(word for word, true in words.items() if true)]
     where = Where(torch.device(args.device), rows, length, args.shape)
-    kernels = {} if on_gpu else {"kernels": fused.prepare()}
+    # Tried before the sides start, which find the result in the cache.
+    kernels = {} if on_gpu else {"kernels": fused.prepare() and str(_choice(where))}
     ours = [side for side in SETTINGS if SETTINGS[side] is LAST or not args.last]
     sides = [*ours, THEIRS, THEIRS_KEPT]
     if args.device == "cuda":
@@ -216,6 +218,10 @@ def main() -> None:
     table = [{"side": side, **row} for side, row in found.items()]
     write("train_speed.run", __doc__.splitlines()[0], table, variant=" ".join(variant),
           settings=kernels | settings, peers=["transformers"], on_gpu=on_gpu)  # fmt: skip
+
+
+def _choice(where: Where) -> KernelChoice:
+    return choose(where.model, where.rows, where.length)
 
 
 def _sit(side: str, compiled: bool, threads: int, where: Where, orders: Connection) -> None:
@@ -228,6 +234,8 @@ def _sit(side: str, compiled: bool, threads: int, where: Where, orders: Connecti
         step = theirs(compiled, where)
     else:
         fused.prepare(not on_gpu and not compiled and side != PLAIN)
+        if fused.is_prepared():  # those of them that `looptx train` takes here
+            fused.prepare(_choice(where).taken)
         step = ours(compiled, where, **SETTINGS[side])
     with nullcontext() if on_gpu or side == THEIRS else freed_memory_kept():
         while (number := orders.recv()) is not None:

@@ -61,7 +61,9 @@ same width and effective depth, and `nano` {min(last["nano"]):.2f} to {
         max(last["nano"]):.2f} times. On the worst machine, two cores with AVX-512 and two threads,
 `small` is slower than transformers, the fused kernels make it slower still, and so does the
 default recipe. The aims of 1.2 (`small`) and 1.5 (`nano`) are met on the best machine alone.
-Ratios of processor time in float32; above 1 looptx is faster:
+These records are from before a run tried each kernel on its machine and left those that lose to
+plain torch; here all of them were on. Ratios of processor time in float32; above 1 looptx is
+faster:
 
 {table(heads, lines)}
 

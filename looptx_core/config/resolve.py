@@ -34,7 +34,8 @@ ORIGINS = "origins"
 """The key of a resolved file that says where its values came from; ignored in `--config`."""
 
 # Read elsewhere, so no typing mistakes: places and switches that are no key of a schema.
-_OTHER_VARIABLES = {"LOOPTX_CACHE", "LOOPTX_CONFIG", "LOOPTX_MODEL", "LOOPTX_DEBUG", "LOOPTX_RUN"}
+_OTHER_VARIABLES = {"LOOPTX_CACHE", "LOOPTX_CONFIG", "LOOPTX_MODEL", "LOOPTX_DEBUG", "LOOPTX_RUN",
+                    "LOOPTX_KERNELS"}  # fmt: skip
 
 T = TypeVar("T")
 Layer = tuple[Mapping[str, Any], Callable[[str], str]]

@@ -58,7 +58,7 @@ class SideBySide(nn.Module):
         if self._joined is None or torch.is_grad_enabled():
             layers = [self.get_submodule(name) for name in self.beside]
             if all(type(layer) is nn.Linear for layer in layers):
-                if ready(x) and not any(map(_hooked, layers)):
+                if ready(x, operation="products") and not any(map(_hooked, layers)):
                     return products(x, *map(_weight, layers))
                 if torch.is_autocast_enabled(x.device.type):
                     x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not for each of them
@@ -173,7 +173,7 @@ class GeGLU(SideBySide):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.project(x)
-        if self.activation is F.gelu and ready(gate, up):
+        if self.activation is F.gelu and ready(gate, up, operation="gate"):
             return self.down_proj(gelu_gate(gate, up))
         return self.down_proj(self.activation(gate) * up)
 

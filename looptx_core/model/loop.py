@@ -219,14 +219,19 @@ class LoopedTransformer(nn.Module):
         around: Surroundings,
         loops: range,
         step: Step | None = None,
+        running: Callable[[int], int] | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """THE loop: (loop, the state after it) for each of `loops`, counted from 1.
 
         state: after the loop before `loops.start`; the prelude's output where that is 1. step:
-        what runs in place of `self.step`, as a checkpointed one does.
+        what runs in place of `self.step`, as a checkpointed one does. running: how many of the
+        first rows run a loop; the others are done. Without a cache.
         """
         step = step or self.step
         for loop in loops:
+            if running is not None:
+                rows = slice(running(loop))
+                state, embedding, around = state[rows], embedding[rows], around.rows(rows)
             state = step(state, embedding, loop, around)
             yield loop, state
 
@@ -271,7 +276,7 @@ class LoopedTransformer(nn.Module):
     def score(self, decoded: Tensor, targets: Tensor) -> Score:
         """What the head makes of (tokens, d_model), of targets (tokens,)."""
         logits = self.head(decoded).float()
-        if ready(logits):
+        if ready(logits, operation="loss"):
             return Score(*cross_entropy(logits, targets))
         losses = F.cross_entropy(logits, targets, reduction="none")
         most, top = logits.detach().max(-1)

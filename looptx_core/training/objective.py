@@ -15,7 +15,9 @@ heart: on other text a head that learns hits tells them less well
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -98,16 +100,12 @@ def loop_loss(
     layout = model.layout(inputs, media)
     around = model.surroundings(length, documents=documents, layout=layout)
 
-    def iterate(state: Tensor, embedding: Tensor, loop: int, around: Surroundings) -> Tensor:
-        if recompute:
-            return checkpoint(model.step, state, embedding, loop, around, use_reentrant=False)
-        return model.step(state, embedding, loop, around)
-
+    run = partial(checkpoint, model.step, use_reentrant=False) if recompute else model.step
     state = embedding = model.encode(inputs, around, media=media)
-    before = []  # the states of the loops that every sequence runs, before depths are known
-    for loop in range(1, schedule.base + 1 if schedule.kind == "loss" else 1):
-        state = iterate(state, embedding, loop, around)
-        before.append(state)
+    # The states of the loops that every sequence runs, before depths are known.
+    first_loops = range(1, schedule.base + 1 if schedule.kind == "loss" else 1)
+    before = [after for _, after in model.iterate(state, embedding, around, first_loops, run)]
+    state = before[-1] if before else state
     depths = schedule.depths(
         step, ids, lambda by: _measured(model, state, schedule.base, wanted, around, by, weights)
     )
@@ -121,16 +119,25 @@ def loop_loss(
     weights = None if weights is None else weights[on_device]
     before = [earlier[on_device] for earlier in before]
     read = _Readouts()
-    core_rows = 0
-    for loop in range(1, _largest_over_ranks(int(depths[0]), state.device) + 1):
-        here = int((depths >= loop).sum())
-        running = max(here, 1)  # a rank that is done keeps step with the others, unread
-        if loop <= len(before):
-            state, core_rows = before[loop - 1], core_rows + batch
-        else:
-            rows = slice(running)
-            state = iterate(state[rows], embedding[rows], loop, around.rows(rows))
-            core_rows += running
+    core_rows = batch * len(before)
+
+    def rows_at(loop: int) -> int:
+        """How many sequences run a loop."""
+        return int((depths >= loop).sum())
+
+    def running(loop: int) -> int:
+        return max(rows_at(loop), 1)  # a rank that is done keeps step with the others, unread
+
+    deepest = _largest_over_ranks(int(depths[0]), state.device)
+    further = range(len(before) + 1, deepest + 1)
+    states = itertools.chain(
+        enumerate(before, start=1),
+        model.iterate(state, embedding, around, further, run, running),
+    )
+    for loop, after in itertools.islice(states, deepest):
+        state, here = after, rows_at(loop)
+        if loop > len(before):
+            core_rows += len(state)
         first = {
             "last": int((depths > loop).sum()),
             "pair": int((depths > loop + 1).sum()),

@@ -61,6 +61,7 @@ from looptx_core.training.compiled import compile_moves, plain_moves
 from looptx_core.training.curves import plot_run, verdict
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all, evaluate_loops
 from looptx_core.training.hardware import choose_precision
+from looptx_core.training.kernel_trial import enable_kernels
 from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
 
 
@@ -286,7 +287,8 @@ def fit(
     with quiet_lightning(), own_environment(folder):
         trainer = _trainer(config, last_step, folder, precision, device, strategy, every, metrics)
         if device.type == "cpu":
-            report(f"kernels: {fused.prepare(precision == 'float32' and not config.compile)}")
+            wanted = precision == "float32" and not config.compile
+            report(f"kernels: {enable_kernels(model.config, config, folder, wanted, resume)}")
         if config.compile:
             compile_moves(model)
         try:
