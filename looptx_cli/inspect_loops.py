@@ -18,7 +18,7 @@ from looptx_core.documents import printable
 from looptx_core.media import MEDIA
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from looptx_core.checkpoint.folder import LoadedModel
 
 
 @with_fields(InspectConfig)
@@ -65,7 +65,7 @@ def inspect_loops(
 
     loaded = load_resolved(found, device=best_device())
     own = found.adapter or found.folder
-    data = _data(settings, loaded.tokenizer, own, quiet)
+    data = _data(settings, loaded, own, quiet)
     document, exit_settings = inspect_loops(
         loaded, data, settings, report=lambda line: note(line, quiet)
     )
@@ -96,19 +96,19 @@ def inspect_loops(
         note(f"try next: looptx inspect-loops{given} --target-loss-increase 0.5%", quiet)
 
 
-def _data(settings: InspectConfig, tokenizer: Tokenizer, folder: Path, quiet: bool) -> Path:
-    """Shards by the model's tokenizer: what was asked for, the run's own, or the bundled text."""
-    from looptx_core.data.bundled import bundled_shards
-    from looptx_core.data.own import own_text
+def _data(settings: InspectConfig, loaded: LoadedModel, folder: Path, quiet: bool) -> Path:
+    """Shards by the model's tokenizer: what was asked for, the model's own text, or the bundled."""
+    from looptx_core.data.own import OwnData, own_data, text_shards
     from looptx_core.data.resolve import resolve_data
 
-    data = settings.data
-    if not data and (data := own_text(folder) or ()):
-        note(f"data: the run's own validation split, {', '.join(data)}", quiet)
-    if data:
-        return resolve_data(list(data), tokenizer=tokenizer)
-    note("data: the bundled text's validation split", quiet)
-    return bundled_shards(tokenizer.get_vocab_size(), tokenizer)
+    if settings.data:
+        return resolve_data(list(settings.data), tokenizer=loaded.tokenizer)
+    own = own_data(folder, loaded.facts)
+    if own is None or own.kind != "text" or not own.inputs:
+        note("data: the bundled text's validation split", quiet)
+        return text_shards(OwnData("text"), loaded.tokenizer)
+    note(f"data: the model's own validation split, {', '.join(own.inputs)}", quiet)
+    return text_shards(own, loaded.tokenizer)
 
 
 def _show(document: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from looptx_core.errors import UsageError
 _MODEL = (
     *("config.json", "generation_config.json", "model.safetensors.index.json"),
     *("model.safetensors", "model-*-of-*.safetensors", "preprocessor_config.json", "README.md"),
+    "data.json",
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
     *("adapter_config.json", "adapter_model.safetensors", "looptx.json", "loop_*/adapter_*"),
     *("loop_*/README.md", "codec-*/*.json", "codec-*/*.safetensors"),

@@ -263,8 +263,16 @@ def test_the_command_trains_on_it_and_resumes(
     assert "melodies: an encoder" in capsys.readouterr().err
     assert "hearing" in abilities(tmp_path / "run" / "final")
     before = load_model(tmp_path / "run" / "final").config
-    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    resume = ["train", "--resume", str(tmp_path / "run"), "--steps"]
+    assert main([*resume, "3"]) == 0
+    assert "resumed: at step 2" in capsys.readouterr().err
     assert load_model(tmp_path / "run" / "final").config == before
+    melody = melodies / "1.tones"
+    written = melody.read_text()
+    melody.write_text(written + " ")
+    assert main([*resume, "4"]) == 4
+    melody.write_text(written)
+    assert "the media data is not what this run began with" in capsys.readouterr().err
 
 
 def test_melodies_are_looked_into(run: Path, melodies: Path) -> None:

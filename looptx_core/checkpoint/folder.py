@@ -76,6 +76,7 @@ def save_model(
     max_shard_size: int | str = "5GB",
     dtype: torch.dtype | None = None,
     chat_template: str | None = None,
+    files: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model folder, whole or not at all.
 
@@ -85,6 +86,7 @@ def save_model(
         max_shard_size: bytes a file of weights, or text such as '5GB'.
         dtype: of the stored weights; absent: the model's own.
         chat_template: for tokenizer_config.json, as in `data.chat`.
+        files: more files by name, JSON documents or texts.
     Raises:
         UsageError: the folder exists and may not be replaced.
         DataError: the tokenizer has more tokens than the model.
@@ -92,9 +94,9 @@ def save_model(
     """
     folder = Path(folder)
     check_model_target(folder, overwrite)
-    weights, files = model_files(folder, model, tokenizer, exit_settings, facts, dtype,
-                                 chat_template)  # fmt: skip
-    write_model(folder, weights, files, max_shard_size)
+    weights, own = model_files(folder, model, tokenizer, exit_settings, facts, dtype,
+                               chat_template)  # fmt: skip
+    write_model(folder, weights, {**own, **(files or {})}, max_shard_size)
     return folder
 
 

@@ -31,8 +31,8 @@ class ConvertConfig:
     lr: float = 1e-2
     """to_bitnet: peak learning rate."""
     data: tuple[str, ...] = ()
-    """What to train on and to judge by: tokenised shards or raw text; absent: the model's own
-    data, else the bundled text."""
+    """What to train on and to judge by: tokenised shards, raw text, records as for finetune, or
+    pictures with texts; absent: the model's own data."""
     seed: int = 0
     """to_bitnet: seed of the order of the data and of the depths."""
 

@@ -209,17 +209,7 @@ class TrainConfig(RunConfig):
     @property
     def weights(self) -> tuple[float, float]:
         """`mix` as the weights of text and of records of media. Raises `UsageError`."""
-        from looptx_core.errors import UsageError
-
-        try:
-            text, records = (float(part) for part in self.mix.split(":"))
-        except ValueError:
-            text = records = -1.0
-        if not (0 <= text < 1e6 and 0 < records < 1e6):
-            raise UsageError(
-                f"--mix {self.mix}: give the weights of text and of pictures, as 1:1 or 0:1"
-            )
-        return text, records
+        return parse_mix(self.mix)
 
     @property
     def hidden_shares(self) -> Mapping[str, float]:
@@ -234,3 +224,16 @@ class TrainConfig(RunConfig):
                 f"--mask-patches {self.mask_patches}: a share below 1 of the patches of pictures; "
                 "give pictures with texts too, as --data pairs.jsonl"
             )
+
+
+def parse_mix(text: str) -> tuple[float, float]:
+    """'2:1' as the weights of text and of records of media. Raises `UsageError`."""
+    from looptx_core.errors import UsageError
+
+    try:
+        texts, records = (float(part) for part in text.split(":"))
+    except ValueError:
+        texts = records = -1.0
+    if not (0 <= texts < 1e6 and 0 < records < 1e6):
+        raise UsageError(f"--mix {text}: give the weights of text and of pictures, as 1:1 or 0:1")
+    return texts, records

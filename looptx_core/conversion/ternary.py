@@ -96,7 +96,8 @@ def _gains(model: LoopedTransformer, batches: Iterable[Mapping[str, Tensor]]) ->
     widths: dict[str, int] = {}
     hooks = []
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and name.endswith(("o_proj", "down_proj")):
+        looped = not name.startswith("vision.")  # the encoder of pictures stays as it is
+        if isinstance(layer, nn.Linear) and looped and name.endswith(("o_proj", "down_proj")):
             seen = squares.setdefault(name, [])
             widths[name] = layer.in_features
             hooks.append(

@@ -8,6 +8,7 @@ all of a text; items of media that are read never do.
 from __future__ import annotations
 
 import bisect
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.data.chat import encode_turns
 from looptx_core.data.datamodule import Batches
 from looptx_core.data.records import MediaFile, Record, Turn, parse, raw_records
+from looptx_core.data.split import hold_out
 from looptx_core.data.tokenizer import PAD, end_id
 from looptx_core.errors import DataError, UsageError
 from looptx_core.media import MEDIA, media_for, writers
@@ -323,6 +325,37 @@ class Packed(Dataset[dict[str, Tensor]]):
         }
 
 
+def split_packed(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    *,
+    seq_len: int,
+    val_fraction: float,
+    seed: int,
+    augment: bool = False,
+) -> tuple[Packed, Packed]:
+    """Examples to train on and to judge by, packed.
+
+    seed: of the choice, and of what is drawn anew in each epoch of training.
+    """
+    # A few examples many times over are a finetuning too, which needs some of each.
+    grouped = any(example.group is not None for example in examples)
+    keys = [_key(example) for example in examples]
+    train, val = (
+        [examples[i] for i in part] for part in hold_out(keys, val_fraction, seed, whole=grouped)
+    )
+    shape = (seq_len, padding_id(tokenizer), config)
+    return Packed(train, *shape, seed, augment), Packed(val, *shape)
+
+
+def _key(example: Example) -> bytes:
+    """What an example is held out by: its group, else all that it holds."""
+    if example.group is not None:
+        return example.group.encode()
+    return example.ids.tobytes() + repr([file.identity for file in example.files]).encode()
+
+
 class ExampleData(Batches):
     """Batches of packed examples; the other arguments are those of `Batches`."""
 
@@ -331,3 +364,13 @@ class ExampleData(Batches):
 
     def __init__(self, train: Packed, val: Packed, **how: Any) -> None:
         super().__init__(train, val, **how)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all examples, those that are held out too."""
+        digest = hashlib.sha256()
+        for example in [*self.train.examples, *self.val.examples]:
+            files = repr([file.identity for file in example.files]).encode()
+            for way in example.ways:
+                digest.update(way.ids.tobytes() + way.counted.tobytes() + files)
+        return digest.hexdigest()

@@ -14,7 +14,9 @@ are relative to the file.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +39,11 @@ class MediaFile(NamedTuple):
     path: Path
     written: bool = False
     """Whether the model learns to write it, rather than reads it."""
+
+    @property
+    def identity(self) -> tuple[str, str, int, bool]:
+        """The medium, the file's name and its size in bytes, wherever it lies, and the use."""
+        return self.medium, self.path.name, self.path.stat().st_size, self.written
 
 
 Part = MediaFile | tuple[str, ...]
@@ -83,6 +90,18 @@ class Records:
         """The media that are named, in the registry's order."""
         named = {file.medium for record in self.records for file in record.files}
         return [medium for name, medium in MEDIA.items() if name in named]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the texts and of the items' names and sizes, wherever they lie."""
+        digest = hashlib.sha256()
+        for record in self.records:
+            turns = [
+                (turn.role, [p.identity if isinstance(p, MediaFile) else p for p in turn.content])
+                for turn in record.turns
+            ]
+            digest.update(json.dumps([record.form, record.group, turns]).encode())
+        return digest.hexdigest()
 
 
 def read_records(inputs: Sequence[str | Path], skip_bad: bool = False) -> Records:

@@ -124,6 +124,12 @@ class Manifest:
             need(Path(shard.file).name == shard.file, f"{short(shard.file)} is no file beside it")
             need(shard.tokens >= 1, f"{shard.file} holds {shard.tokens} tokens")
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokens, whatever they are called and wherever they lie."""
+        tokens = [(shard.split, shard.tokens, shard.sha256) for shard in self.shards]
+        return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+
 
 class Tokens:
     """The tokens of one split, read by memory map across files. Pickles as its paths."""

@@ -136,8 +136,12 @@ def save_adapter(
     exit_settings: ExitSettings,
     facts: Mapping[str, Any],
     chat_template: str | None = None,
+    files: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Write an adapter folder, whole or not at all; one that is there is replaced."""
+    """Write an adapter folder, whole or not at all; one that is there is replaced.
+
+    files: more JSON documents, by name.
+    """
     name = base.folder.resolve()
     for settings in peft.peft_config.values():
         settings.base_model_name_or_path = str(name)
@@ -156,6 +160,7 @@ def save_adapter(
             (FACTS, own),
             ("generation_config.json", generation),
             ("tokenizer_config.json", tokens),
+            *(files or {}).items(),
         ):
             (place / file).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
@@ -221,7 +226,8 @@ def fingerprint(folder: Path) -> str:
         with safe_open(file, framework="pt") as data:
             for name in data.keys():  # noqa: SIM118, it is no mapping
                 tensor = data.get_tensor(name)
-                places = torch.linspace(0, tensor.numel() - 1, _PROBED).long()
+                last = tensor.numel() - 1  # float32 rounds it up in a tensor of over 2^24 values
+                places = torch.linspace(0, last, _PROBED).long().clamp(max=last)
                 values = tensor.flatten()[places].to(torch.bfloat16).view(torch.int16)
                 shape = f"{name} {list(tensor.shape)}".encode()
                 total[name] = shape + values.numpy().tobytes()

@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
+from looptx_core.checkpoint.atomic import write_file
 from looptx_core.errors import DataError
 from looptx_core.parallel.deepspeed import checkpoint as fragments
 from looptx_core.parallel.ranks import any_rank
@@ -53,6 +54,9 @@ class JsonLines(Logger):
                 record.setdefault(f"{base}_by_loop", []).append(value)
             elif name not in ("epoch", "flops_epoch"):
                 record[name] = value
+        self._write(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
         line = json.dumps(record) + "\n"
         with self.file.open("a") as out:
             out.write(line)
@@ -64,15 +68,24 @@ class JsonLines(Logger):
         if not self.file.exists():
             return
         kept = [record for record in read_metrics(self.file) if record["step"] <= step]
-        self.file.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        write_file(self.file, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def mark_stretch(self, begin: int, end: int, lr: float) -> None:
+        """Note where a finished run goes on, once."""
+        mark = {"step": begin, "stretch": {"from": begin, "to": end, "lr": lr}}
+        if mark not in read_metrics(self.file):
+            self._write(mark)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`; a line that a kill left half-written is none."""
     records = []
-    for line in file.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
+    text = file.read_text("utf-8", errors="replace") if file.exists() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
 
 
@@ -93,8 +106,13 @@ class Checkpoints(ModelCheckpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         # Lightning would save the step of a resume again, amid the next one's micro-batches.
-        if not trainer.fit_loop._should_accumulate():
-            super().on_train_batch_end(trainer, *args, **kwargs)
+        if trainer.fit_loop._should_accumulate():
+            return
+        every = self._every_n_train_steps
+        if trainer.global_step >= trainer.max_steps:
+            self._every_n_train_steps = 1  # the last step too, for a run that is to go on
+        super().on_train_batch_end(trainer, *args, **kwargs)
+        self._every_n_train_steps = every
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -187,6 +205,8 @@ class StopCleanly(L.Callback):
             self.reason = "time"
         if trainer.fit_loop._should_accumulate():
             return
+        if trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True  # so that Lightning validates the last step
         device = trainer.strategy.root_device
         for reason in ("interrupted", "time"):  # of any process, so that all stop here
             if any_rank(self.reason == reason, device):
@@ -206,15 +226,16 @@ def lost_worker(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
-def resume_point(folder: Path, metrics: Path, log_every: int, val_every: int) -> Path | None:
-    """The last checkpoint to go on from without a gap in the log.
+def resume_point(
+    folder: Path, metrics: Path, *, log_every: int, val_every: int, save_every: int, last_step: int
+) -> tuple[Path | None, bool]:
+    """The checkpoint to go on from, and whether the log has all records up to it.
 
     Lightning saves a step before it logs and validates it; a kill in between leaves a checkpoint
-    ahead of its records, and the one before it serves.
+    ahead of its records, and the one before it serves, or the start before the first one. Where
+    the log lost more than that, the newest checkpoint serves all the same.
     """
     found = sorted(folder.glob("step-*.ckpt"), reverse=True)
-    if not metrics.exists():
-        return found[0] if found else None
     trained: set[int] = set()
     validated: set[int] = set()
     for record in read_metrics(metrics):
@@ -222,9 +243,15 @@ def resume_point(folder: Path, metrics: Path, log_every: int, val_every: int) ->
     for file in found:
         step = step_of(file)
         logged = step % log_every or step in trained
-        if logged and (step % val_every or step in validated):
-            return file
-    return None
+        judged = (step % val_every and step != last_step) or step in validated
+        if logged and judged:
+            return file, True
+    if not found:
+        return None, True
+    before = range(log_every, step_of(found[-1]), log_every)
+    if step_of(found[-1]) <= save_every and trained.issuperset(before) and metrics.exists():
+        return None, True
+    return found[0], False
 
 
 def processes_of(checkpoint: Path) -> int | None:

@@ -40,15 +40,17 @@ def plot_run(records: list[dict[str, Any]], probes: dict[str, list[float]], file
     figure, axes = plt.subplots(1, 2 + bool(probes), figsize=(5 * (2 + bool(probes)), 4))
     over, by_loop = axes[0], axes[1]
     if train:
-        over.plot(*zip(*train), color="0.7", label="training, last loop")
+        over.plot(*zip(*train), color="0.7", label="training, last loop", marker=_marker(train))
     if val:
-        steps = [step for step, *_ in val]
-        over.plot(steps, [losses[0] for *_, losses in val], label="validation, loop 1")
-        over.plot(steps, [loss for _, loss, _ in val], label=f"validation, loop {len(val[-1][2])}")
+        steps, mark = [step for step, *_ in val], _marker(val)
+        over.plot(steps, [losses[0] for *_, losses in val], label="validation, loop 1", marker=mark)
+        label = f"validation, loop {len(val[-1][2])}"
+        over.plot(steps, [loss for _, loss, _ in val], label=label, marker=mark)
         last = val[-1][2]
         by_loop.plot(range(1, len(last) + 1), last, marker="o")
     over.set(xlabel="step", ylabel="loss (nats a token)", title="Loss")
-    over.legend(frameon=False)
+    if train or val:
+        over.legend(frameon=False)
     by_loop.set(xlabel="loop", ylabel="loss (nats a token)", title="Held-out text, by loop")
     if probes:
         for name, accuracy in probes.items():
@@ -62,3 +64,8 @@ def plot_run(records: list[dict[str, Any]], probes: dict[str, list[float]], file
     figure.savefig(partial, dpi=120)
     partial.replace(file)
     plt.close(figure)
+
+
+def _marker(points: list[Any]) -> str | None:
+    """A line through a single point is nothing to be seen."""
+    return "o" if len(points) == 1 else None

@@ -46,6 +46,7 @@ class LoopedLM(L.LightningModule):
         self.schedule = LoopSchedule(config, model.config.max_loops)
         self.evaluation: LoopEvaluation | None = None
         self.swapped: Swapped | None = None
+        self.begun_at = 0  # the step that a resumed run went on from
         self.flops: Tensor
         self.register_buffer("flops", torch.zeros((), dtype=torch.float64))
         self._parts: list[LoopEvaluation] = []

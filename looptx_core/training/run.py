@@ -7,7 +7,7 @@ import operator
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.processes import is_first
 from looptx_core.config.run import RunConfig, TrainConfig
+from looptx_core.data.bundled import bundled_corpus
 from looptx_core.data.datamodule import TokenData
 from looptx_core.data.mixture import RECORDS, TEXT, MixedData
+from looptx_core.data.own import FILE as OWN_DATA
+from looptx_core.data.own import OwnData
 from looptx_core.data.probes import probe_batches, read_probes
 from looptx_core.data.records import read_records
 from looptx_core.errors import Interrupted, LooptxError, UsageError, remedy
@@ -71,6 +74,9 @@ class TrainResult:
     steps: int
     seconds: float
     tokens: int
+    """Of the steps that this process ran."""
+    steps_before: int
+    """Of a resumed run, before this process."""
     loss_by_loop: list[float]
     """Held-out nats a token."""
     bits_per_byte_by_loop: list[float]
@@ -111,6 +117,7 @@ def train(
     records: Sequence[str | Path] = (),
     folder: Path,
     resume: bool = False,
+    until: int | None = None,
     callbacks: Sequence[L.Callback] = (),
     report: Callable[[str], object] = lambda line: None,
     watch: Callable[[str], object] | None = None,
@@ -134,7 +141,7 @@ def train(
     how: dict[str, Any] = {
         "seq_len": config.seq_len,
         "micro_batch": config.rows,
-        "batches": config.steps * config.accumulation,
+        "batches": (until or config.steps) * config.accumulation,
         "val_batches": config.val_batches,
         "seed": config.seed,
         "workers": config.workers,
@@ -159,8 +166,8 @@ def train(
     torch.manual_seed(config.seed)
     model = LoopedTransformer(model_config)
     module, steps = fit(
-        model, batches, config, folder=folder, command="train", resume=resume,
-        callbacks=callbacks, report=report, watch=watch,
+        model, batches, config, folder=folder, advice=resuming("train", folder), resume=resume,
+        until=until, callbacks=callbacks, report=report, watch=watch,
     )  # fmt: skip
     if not is_first():
         return None
@@ -178,14 +185,20 @@ def check(config: RunConfig, folder: Path) -> None:
     check_strategy(config, folder)
 
 
+def resuming(command: str, folder: Path) -> str:
+    """How to go on with a run that was stopped."""
+    return f"go on with looptx {command} --resume {folder}"
+
+
 def fit(
     model: LoopedTransformer,
     batches: L.LightningDataModule,
     config: RunConfig,
     *,
     folder: Path,
-    command: str,
+    advice: str,
     resume: bool = False,
+    until: int | None = None,
     callbacks: Sequence[L.Callback] = (),
     report: Callable[[str], object] = lambda line: None,
     watch: Callable[[str], object] | None = None,
@@ -196,8 +209,10 @@ def fit(
     FSDP, ends in evaluation mode on the CPU, whole in the run's first process. `loops` of its
     configuration becomes the deepest depth that was trained.
 
-    command: what `--resume` goes on with, for messages. callbacks: Lightning's, for progress
-    displays and the like. report: called with lines of one choice each ("attention: sdpa, ...").
+    advice: how to go on after a stop, for messages. until: the last step where a finished run goes
+    on beyond the steps of its settings, at its last learning rate. callbacks: Lightning's, for
+    progress displays and the like. report: called with lines of one choice each
+    ("attention: sdpa, ...").
     watch: called with each line of metrics.jsonl.
 
     Raises `Interrupted` after a Ctrl-C (saved), `NotFinite` for a loss of NaN, `DataError` for
@@ -209,6 +224,7 @@ def fit(
         log_every=min(config.log_every, config.steps),
         val_every=min(config.val_every, config.steps),
     )
+    last_step = until or config.steps
     device = best_device()
     precision, why = choose_precision(config.precision, device)
     report(f"precision: {precision}, {why}")
@@ -229,8 +245,16 @@ def fit(
     checkpoints, metrics = folder / "checkpoints", JsonLines(folder / "metrics.jsonl", watch)
     start_from = None
     if resume:
-        start_from = resume_point(checkpoints, metrics.file, config.log_every, config.val_every)
-    advice = f"go on with looptx {command} --resume {folder}"
+        start_from, logged = resume_point(
+            checkpoints,
+            metrics.file,
+            log_every=config.log_every,
+            val_every=config.val_every,
+            save_every=config.save_every,
+            last_step=last_step,
+        )
+        if not logged:
+            report(f"resumed: {metrics.file.name} lost records, so it has a gap")
     strategy = choose_strategy(
         model,
         config,
@@ -253,13 +277,15 @@ def fit(
     def begin() -> None:
         if resume:
             metrics.cut_back(begin_at)
+        if config.steps <= begin_at < last_step:
+            metrics.mark_stretch(begin_at, last_step, config.lr * config.min_lr)
         sweep(checkpoints)
 
     stop, end = StopCleanly(checkpoints, config.max_minutes), AtTheEnd(checkpoints)
     last = [gathered] if gathered else [end] if sharded else []
     every = [*callbacks, Begin(begin), stop, *last]
     with quiet_lightning(), own_environment(folder):
-        trainer = _trainer(config, folder, precision, device, strategy, every, metrics)
+        trainer = _trainer(config, last_step, folder, precision, device, strategy, every, metrics)
         if device.type == "cpu":
             wanted = precision == "float32" and not config.compile
             report(f"kernels: {enable_kernels(model.config, config, folder, wanted, resume)}")
@@ -289,10 +315,10 @@ def fit(
             fused.prepare(False)
             plain_moves(model)
     if stop.reason == "interrupted":
-        left = (config.steps - trainer.global_step) * (time.monotonic() - stop.begun)
+        left = (last_step - trainer.global_step) * (time.monotonic() - stop.begun)
         left /= max(1, trainer.global_step - begin_at)
         raise Interrupted(
-            f"stopped and saved at step {trainer.global_step} of {config.steps}; {advice} "
+            f"stopped and saved at step {trainer.global_step} of {last_step}; {advice} "
             f"(about {left / 60:.1f} minutes left)"
         )
     if end.saved is not None and trainer.is_global_zero:
@@ -303,7 +329,7 @@ def fit(
         model = module.model = gathered.model(model)
     else:
         model.to(torch.device("cpu"))
-    module.swapped = end.swapped
+    module.swapped, module.begun_at = end.swapped, begin_at
     model.config = replace(model.config, loops=module.schedule.deepest)
     model.eval()
     return module, trainer.global_step
@@ -323,6 +349,7 @@ def _tell_of_other_ranks(
 
 def _trainer(
     config: RunConfig,
+    last_step: int,
     folder: Path,
     precision: str,
     device: torch.device,
@@ -336,7 +363,7 @@ def _trainer(
         num_nodes=config.nodes,
         strategy=strategy,
         precision="bf16-mixed" if precision == "bf16" else "32-true",
-        max_steps=config.steps,
+        max_steps=last_step,
         accumulate_grad_batches=config.accumulation,
         gradient_clip_val=config.clip,
         val_check_interval=config.val_every * config.accumulation,
@@ -396,7 +423,8 @@ def _finish(
         model_folder=folder / "final",
         steps=steps,
         seconds=time.monotonic() - started,
-        tokens=steps * config.batch_size * config.seq_len,
+        steps_before=module.begun_at,
+        tokens=(steps - module.begun_at) * config.batch_size * config.seq_len,
         loss_by_loop=evaluation.loss_by_loop,
         bits_per_byte_by_loop=bits,
         accuracy_by_loop=evaluation.accuracy_by_loop,
@@ -408,16 +436,20 @@ def _finish(
         swapped=module.swapped,
     )
     plot_run(metrics, probes, folder / "curves.png")
+    names = [Path(item["name"]).name for item in batches.shards.manifest.inputs]
+    texts = [item for item in config.data if item not in records]
+    if not texts and names != [bundled_corpus().name]:
+        texts = [str(data)]
+    own = OwnData.of("text", texts, asdict(config), shards=data, media=records)
     save_model(
         result.model_folder,
         model,
         batches.shards.tokenizer,
         exit_settings=exit_settings,
         facts={
-            "data": [Path(item["name"]).name for item in batches.shards.manifest.inputs]
-            + [Path(item).name for item in records],
+            "data": names + [Path(item).name for item in records],
             "steps": result.steps,
-            "tokens": result.tokens,
+            "tokens": steps * config.batch_size * config.seq_len,
             "seed": config.seed,
             "loop_schedule": config.loop_schedule,
             "loss_by_loop": [round(loss, 4) for loss in result.loss_by_loop],
@@ -430,5 +462,6 @@ def _finish(
             ),
         },
         overwrite=True,
+        files={OWN_DATA: own.to_dict()},
     )
     return result
