@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow bench lint setup clean
+.PHONY: demo test test-fast test-slow bench bench-page docs lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -22,20 +22,37 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
+# The core ideas, in less than a minute.
+test-fast: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fast
+
 # Swapping to a disk: compiles DeepSpeed's async_io at first, some minutes; needs libaio-dev.
 test-slow: setup
 	$(BIN)/python -m pytest -m slow -o timeout=3000
 
-# A short form of docs/speed.md's measurements, into bench-results/.
+# docs/benchmarks.md from the newest records; a test fails where it is stale.
+bench-page: setup
+	$(BIN)/python -m benchmarks.page
+
+# A short form of what docs/benchmarks.md reports of CPUs, into bench-results/.
 bench: export BENCH_RESULTS = bench-results
 bench: setup
-	$(BIN)/python benchmarks/start.py --rounds 2
-	$(BIN)/python benchmarks/decode_speed.py --rounds 2 --shape "small 1" --parts peers loops
-	$(BIN)/python benchmarks/exit_clock.py --texts 2 --rounds 5
-	$(BIN)/python benchmarks/speculation.py --texts 2 --new 48 --rounds 1
-	$(BIN)/python benchmarks/batches.py --new 24 --rounds 1 --skip-small
-	$(BIN)/python benchmarks/cache.py --texts 2 --context 4096
-	$(BIN)/python benchmarks/train_speed.py --rounds 1
+	$(BIN)/python -m benchmarks.start_time.run --rounds 2
+	$(BIN)/python -m benchmarks.decode_speed.run --rounds 2 --shape "small 1" --parts peers loops
+	$(BIN)/python -m benchmarks.exits.clock --texts 2 --rounds 5
+	$(BIN)/python -m benchmarks.speculation.run --texts 2 --new 48 --rounds 1
+	$(BIN)/python -m benchmarks.batches.run --new 24 --rounds 1 --skip-small
+	$(BIN)/python -m benchmarks.kv_cache.run --texts 2 --context 4096
+	$(BIN)/python -m benchmarks.train_speed.run --rounds 1
+
+# The site, into site/. It asks nothing from the network.
+docs: $(VENV)/.docs
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .
@@ -44,4 +61,4 @@ lint: setup
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) dist build *.egg-info
+	rm -rf $(VENV) dist build site *.egg-info

@@ -33,7 +33,7 @@ def doctor(
     looptx doctor --path /mnt/nvme --json
     """
     from looptx_core.doctor import examine
-    from looptx_core.machine.ops import OPS, build_op, remove_stale_lock
+    from looptx_core.parallel.deepspeed.ops import OPS, build_op, remove_stale_lock
 
     def tell(line: str) -> None:
         note(line, quiet)

@@ -53,12 +53,11 @@ def finetune(
             return
     with large_imports():
         from looptx_core.data.bundled import bundled_questions
-        from looptx_core.data.examples import have_pictures
+        from looptx_core.data.records import media_named
+        from looptx_core.media import MEDIA
 
-    sees = have_pictures(settings.data) if settings.data else False
-    base = resolve_model(
-        settings.model, need=frozenset({"weights", "vision"} if sees else {"weights"})
-    )
+    abilities = {MEDIA[name].ability for name in media_named(settings.data)}
+    base = resolve_model(settings.model, need=frozenset({"weights", *abilities}))
     inputs = (*settings.data, settings.model, base.folder, config_file(config),
               settings.deepspeed_config)  # fmt: skip
     place = place_of(
@@ -74,12 +73,15 @@ def finetune(
     with large_imports():
         from looptx_cli.progress import train_progress
         from looptx_core.finetuning.run import finetune, prepare
+        from looptx_core.training.run import check
 
     def report(line: str) -> None:
         note(line, quiet)
 
+    check(settings, place.where)
     prepared = prepare(settings, base=base.folder, data=data, until=until, report=report)
     found = {"model": str(base.folder.resolve())}
+    place.until = until
     with place:
         folder = place.begin(settle(resolved, found, base.reason), prepared.origin, report)
         note(f"run: {folder}, {settings.method}", quiet)

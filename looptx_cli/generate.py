@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,13 +14,15 @@ import typer
 from looptx_cli.console import is_plain, note, stdout
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
+from looptx_core.api import load
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.resolve import resolve
 from looptx_core.errors import DataError, UsageError
+from looptx_core.media import MEDIA
 
 if TYPE_CHECKING:
     from looptx_core.generation.engine import ChatPrompt, Engine, Generation, Prompt, Step
-    from looptx_core.model.vision import Picture
+    from looptx_core.media.batch import MediaItem
 
 SCHEMA_VERSION = 1
 
@@ -95,20 +97,26 @@ def generate(
     if not texts and not talk:
         texts = [sys.stdin.read().rstrip("\n")]
 
-    need = frozenset({"vision"} if image else ())
-    engine, templated = _load(model, adapter, attention, precision, kernel, quiet, need)
+    files = {"image": image} if image else {}
+    need = frozenset(MEDIA[name].ability for name in files)
+    with large_imports():
+        loaded = load(
+            model, adapter=adapter, attention=attention, precision=precision, kernel=kernel,
+            abilities=need, report=lambda line: note(line, quiet),
+        )  # fmt: skip
+    engine, templated = loaded.engine, loaded.is_chat
     if chat and not templated:
         raise UsageError(
             "--chat: this model was not finetuned on chats (looptx finetune, with messages as "
             "data); leave it out, or give --model or --adapter"
         )
-    pictures = _pictures(engine, image or ())
+    items = _read_items(engine, files)
     if chat:
-        texts = [_turn(str(text), pictures) for text in texts]
-    elif pictures and not talk:
-        texts = [_with_pictures(str(texts[0]), pictures)]
+        texts = [_turn(str(text), items) for text in texts]
+    elif items and not talk:
+        texts = [_with_items(str(texts[0]), items)]
     if talk:
-        _chat(engine, options, quiet, templated, pictures)
+        _chat(engine, options, quiet, templated, items)
     elif depths:
         _compare(engine, texts, options, depths, as_json)
     elif as_json:
@@ -122,69 +130,22 @@ def generate(
             _show(engine, text, result, show_iterations, quiet)
 
 
-def _pictures(engine: Engine, files: Sequence[Path]) -> tuple[Picture, ...]:
-    from looptx_core.data.pictures import read_picture
-
-    return tuple(read_picture(file, engine.model.config) for file in files)
-
-
-def _with_pictures(text: str, pictures: tuple[Picture, ...]) -> Prompt:
-    from looptx_core.generation.engine import PicturePrompt
-
-    return PicturePrompt(text, pictures)
+def _read_items(engine: Engine, files: Mapping[str, Sequence[Path]]) -> tuple[MediaItem, ...]:
+    """The files of each medium, decoded."""
+    config = engine.model.config
+    return tuple(MEDIA[name].read(file, config) for name, some in files.items() for file in some)
 
 
-def _turn(text: str, pictures: tuple[Picture, ...]) -> ChatPrompt:
+def _with_items(text: str, items: tuple[MediaItem, ...]) -> Prompt:
+    from looptx_core.generation.engine import MediaPrompt
+
+    return MediaPrompt(text, items)
+
+
+def _turn(text: str, items: tuple[MediaItem, ...]) -> ChatPrompt:
     from looptx_core.generation.engine import ChatPrompt
 
-    return ChatPrompt(({"role": "user", "content": text},), pictures)
-
-
-def _load(
-    model: str | None,
-    adapter: str | None,
-    attention: str,
-    precision: str,
-    kernel: str,
-    quiet: bool,
-    need: frozenset[str] = frozenset(),
-) -> tuple[Engine, bool]:
-    """The engine, and whether its model was finetuned on chats of our template."""
-    from looptx_core.checkpoint.registry import resolve_adapter, resolve_model
-    from looptx_core.machine.kernels import build_ahead
-    from looptx_core.native.source import KERNEL
-
-    found = resolve_adapter(adapter, model) if adapter else resolve_model(model, need=need)
-    if model is None:
-        note(f"model: {found.folder}, {found.reason}", quiet)
-    # Beside torch's import, which alone would know whether there is a GPU to use.
-    on_cpu = not Path("/dev/nvidiactl").exists()
-    if on_cpu and kernel in ("auto", "native") and build_ahead(*KERNEL):
-        note("decoding: its kernel is compiled, once on this machine, some seconds", quiet)
-    with large_imports():
-        import torch
-
-        from looptx_core.data.chat import TEMPLATE
-        from looptx_core.finetuning.load import load_resolved
-        from looptx_core.generation.engine import Engine
-        from looptx_core.machine.device import best_device
-        from looptx_core.model.attention import choose_backend
-
-    device = best_device()
-    # On a CPU the kernel rounds the weights; elsewhere, and without it, all is in that type.
-    rounded = device.type == "cpu" and kernel != "torch"
-    dtype = torch.bfloat16 if precision == "bf16" and not rounded else torch.float32
-    loaded = load_resolved(found, device=device, dtype=dtype)
-    backend = choose_backend(attention, device, dtype)
-    note(f"attention: {backend.name}, {backend.reason}", quiet)
-    loaded.model.attend = backend.attend
-    held = "float32" if dtype == torch.bfloat16 else precision
-    engine = Engine(
-        loaded.model, loaded.tokenizer, loaded.exit,
-        name=loaded.name, kernel=kernel, precision=held,
-    )  # fmt: skip
-    note(f"decoding: {engine.kernel}", quiet)
-    return engine, loaded.chat_template == TEMPLATE
+    return ChatPrompt(({"role": "user", "content": text},), items)
 
 
 def _depths(text: str | None) -> list[int]:
@@ -279,8 +240,8 @@ def _summarise(engine: Engine, result: Generation, iterations: bool, quiet: bool
     deepest = engine.model.config.max_loops
     share = round(engine.compute_saved(result), 2) + 0.0  # no -0 %
     saved = f"{share:.0%} of full depth's compute saved"
-    if engine.work.drafted:
-        saved = f"{engine.work.accepted} of {engine.work.drafted} drafts stood"
+    if engine.counters.drafted:
+        saved = f"{engine.counters.accepted} of {engine.counters.drafted} drafts stood"
     line = (
         f"{len(result.tokens)} tokens, {result.mean_loops:.2f} loops a token of {deepest}, "
         f"{result.tokens_per_second:.0f} tokens/s, {saved}"
@@ -322,7 +283,7 @@ def _chat(
     options: GenerationOptions,
     quiet: bool,
     templated: bool,
-    pictures: tuple[Picture, ...],
+    items: tuple[MediaItem, ...],
 ) -> None:
     """Lines in, answers or continuations out; what was said so far is before the next.
 
@@ -344,7 +305,7 @@ def _chat(
             options = replace(options, loops=int(asked) if asked.isdigit() else "auto")
         elif line:
             said.append({"role": "user", "content": line})
-            prompt = _conversation(engine, said, options.max_new_tokens, templated, pictures)
+            prompt = _conversation(engine, said, options.max_new_tokens, templated, items)
             try:
                 (result,) = engine.complete([prompt], options, lambda step: _print(step.text))
             except UsageError as error:  # too long a line, or a depth that is not there
@@ -360,7 +321,7 @@ def _conversation(
     said: list[dict[str, str]],
     new: int,
     templated: bool,
-    pictures: tuple[Picture, ...],
+    items: tuple[MediaItem, ...],
 ) -> Prompt:
     """What was said, as a prompt that leaves room for `new` tokens; the oldest turns give way."""
     from looptx_core.generation.engine import ChatPrompt
@@ -368,11 +329,11 @@ def _conversation(
     room = max(1, engine.model.config.max_seq_len - new)
     if not templated:
         text = "".join(turn["content"] + "\n" * (turn["role"] == "assistant") for turn in said)
-        if pictures:
-            return _with_pictures(text, pictures)
+        if items:
+            return _with_items(text, items)
         return engine.tokenizer.encode(text, add_special_tokens=False).ids[-room:]
     while True:
-        prompt = ChatPrompt(tuple(said), pictures)
+        prompt = ChatPrompt(tuple(said), items)
         if len(said) < 3 or engine.length(prompt) <= room:
             return prompt
         del said[:2]

@@ -13,7 +13,8 @@ from looptx_cli.console import is_plain, note, stdout
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_core.config.inspection import InspectConfig
-from looptx_core.config.resolve import config_file, recorded, resolve
+from looptx_core.config.resolve import config_file, resolve
+from looptx_core.media import MEDIA
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -46,7 +47,7 @@ def inspect_loops(
 
     from looptx_core.checkpoint.registry import next_run_dir, numbered, resolve_model
 
-    found = resolve_model(model, need=frozenset({"vision"} if settings.image else ()))
+    found = resolve_model(model, need=frozenset(MEDIA[m].ability for m in settings.media))
     if model is None:
         note(f"model: {found.folder}, {found.reason}", quiet)
     next_run_dir(
@@ -100,15 +101,12 @@ def inspect_loops(
 def _data(settings: InspectConfig, tokenizer: Tokenizer, folder: Path, quiet: bool) -> Path:
     """Shards by the model's tokenizer: what was asked for, the run's own, or the bundled text."""
     from looptx_core.data.bundled import bundled_shards
+    from looptx_core.data.own import own_text
     from looptx_core.data.resolve import resolve_data
 
     data = settings.data
-    run = folder.parent / "config.yaml"
-    # A finetuning run holds examples, which are no text to cut into sequences.
-    if not data and folder.name == "final" and run.is_file() and recorded(run, "preset"):
-        data = tuple(recorded(run, "data") or ())
-        if data:
-            note(f"data: the run's own validation split, {', '.join(data)}", quiet)
+    if not data and (data := own_text(folder) or ()):
+        note(f"data: the run's own validation split, {', '.join(data)}", quiet)
     if data:
         return resolve_data(list(data), tokenizer=tokenizer)
     note("data: the bundled text's validation split", quiet)
@@ -169,25 +167,12 @@ def _show(document: dict[str, Any]) -> None:
                 f"{row['tokens_per_second']:.0f}",
             )
         out.print(cache)
-    for picture in document["pictures"]:
-        _show_patches(picture)
+    for medium in MEDIA.values():
+        for item in document[medium.plural]:
+            for line in medium.lines(item):
+                out.print(line, highlight=False, soft_wrap=True)
     if document["trace"]:
         _show_trace(document["trace"]["tokens"], document["loops"])
-
-
-def _show_patches(picture: dict[str, Any]) -> None:
-    """Maps of the first loops side by side, in percent."""
-    maps = picture["change_by_loop"][:4]
-    if not maps:
-        return
-    out = stdout()
-    out.print(f"{picture['picture']}: how far a loop moves each patch, %", highlight=False)
-    width = 4 * picture["columns"] + 3
-    heads = (f"loop {loop}".ljust(width) for loop in range(2, 2 + len(maps)))
-    out.print("".join(heads).rstrip(), highlight=False, soft_wrap=True)
-    for row in zip(*maps):
-        cells = ("".join(f"{100 * value:4.0f}" for value in part).ljust(width) for part in row)
-        out.print("".join(cells).rstrip(), highlight=False, soft_wrap=True)
 
 
 def _show_trace(tokens: list[dict[str, Any]], deepest: int) -> None:

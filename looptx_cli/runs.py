@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from looptx_core.checkpoint.registry import next_run_dir, take_number
+from looptx_core.checkpoint.registry import RUNS, next_run_dir, take_number
 from looptx_core.checkpoint.run_facts import (
     begin_run,
     check_origin,
@@ -76,8 +76,15 @@ class Place:
     first: bool = True
     """Whether this process makes the folder."""
     resumed: bool = False
+    until: int | None = None
+    """The last step of a resumed run, which its folder remembers."""
     inputs: tuple[str | Path | None, ...] = ()
     _lock: RunLock | None = None
+
+    @property
+    def where(self) -> Path:
+        """Where it is written, or the folder that will hold it: for checks of the file system."""
+        return self.folder or RUNS
 
     def begin(
         self,
@@ -103,6 +110,8 @@ class Place:
             self._lock.acquire(report)
             if self.resumed:
                 check_origin(self.folder, origin)
+                if self.until:
+                    update_facts(self.folder, until=self.until)
                 return self.folder
             if self.target is not None:
                 _empty(self.folder)  # of what began to take this place, and did not end
@@ -172,8 +181,6 @@ def last_step(folder: Path, steps: int, asked: int | None, report: Callable[[str
             "start a new run"
         )
     if asked is not None and asked > done:
-        if is_first():
-            update_facts(folder, until=asked)
         return asked
     if asked is not None and asked < done:
         raise UsageError(f"--steps {asked}: this run has done {done:,} steps; give more")
@@ -200,7 +207,7 @@ def place_of(
         return Place(command, Path(os.environ[RUN]), None, is_first(), resumed=True)
     inputs = tuple(inputs)
     if resume is not None:
-        return Place(command, resume, replaces(resume), is_first(), True, inputs)
+        return Place(command, resume, replaces(resume), is_first(), True, inputs=inputs)
     several = bool(starter())
     if several and out is None:
         raise UsageError("several processes start together; name the run's folder by --out")

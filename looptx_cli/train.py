@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +26,7 @@ from looptx_core.config.resolve import Resolved, config_file, resolve
 from looptx_core.config.run import TrainConfig
 
 if TYPE_CHECKING:
-    from looptx_core.training.plan import Plan
+    from looptx_core.parallel.plan import Plan
     from looptx_core.training.run import TrainResult
 
 SECTIONS = {"model": ModelConfig}
@@ -68,16 +67,17 @@ def train(
     model_config = resolved.build(ModelConfig, "model")
     if dry_run:
         with large_imports():
-            from looptx_core.training.plan import plan
+            from looptx_core.parallel.plan import plan
 
         _show_plan(plan(model_config, settings), as_json)
         return
 
     with large_imports():
         from looptx_core.data.bundled import bundled_shards
-        from looptx_core.data.pairs import VISION_LAYERS, is_pairs, read_pairs
+        from looptx_core.data.records import media_named, read_records
         from looptx_core.data.resolve import resolve_data
         from looptx_core.data.shards import Manifest
+        from looptx_core.media import MEDIA, media_for
 
     inputs = (*settings.data, config_file(config), settings.deepspeed_config)
     place = place_of(
@@ -86,11 +86,14 @@ def train(
     quiet, as_json = quiet or not place.first, as_json and place.first
     if resolved.origins["steps"] == _TRIAL:
         note("a trial of swapping: preset small for 20 steps; --preset and --steps set them", quiet)
-    pairs = [item for item in settings.data if is_pairs(item)]
-    texts = [item for item in settings.data if item not in pairs]
-    if pairs and not model_config.vision_layers:
-        model_config = replace(model_config, vision_layers=VISION_LAYERS)
-        note(f"pictures: an encoder of {VISION_LAYERS} blocks; model.vision_layers sets it", quiet)
+    named = {item: media_named([item]) for item in settings.data}
+    records = [item for item in settings.data if named[item]]
+    texts = [item for item in settings.data if not named[item]]
+    for medium in (m for name, m in MEDIA.items() if any(name in some for some in named.values())):
+        if medium not in media_for(model_config):
+            model_config = medium.enable(model_config)
+            what = f"{medium.plural}: {medium.describe(model_config)}"
+            note(f"{what}; {medium.size_key} sets it", quiet)
     if texts:
         shards = resolve_data(texts, model_config.vocab_size)
     else:
@@ -99,16 +102,18 @@ def train(
 
     with large_imports():
         from looptx_cli.progress import train_progress
-        from looptx_core.training.run import fit_vocabulary, train
+        from looptx_core.training.run import check, fit_vocabulary, train
 
     model_config = fit_vocabulary(
         model_config, Manifest.read(shards).vocab_size, resolved.given("model.vocab_size")
     )
+    check(settings, place.where)
     shape = {f"model.{key}": value for key, value in model_config.to_dict().items()}
     manifest = Manifest.read(shards)
     origin = {"data": manifest.fingerprint, "tokenizer": manifest.tokenizer}
-    if pairs:
-        origin["pictures"] = read_pairs(pairs, settings.skip_bad).fingerprint
+    if records:
+        origin["records"] = read_records(records, settings.skip_bad).fingerprint
+    place.until = until
     with place:
         settled = settle(resolved, shape, "the data")
         folder = place.begin(settled, origin, lambda line: note(line, quiet))
@@ -117,7 +122,7 @@ def train(
             settings,
             model_config,
             data=shards,
-            pairs=pairs,
+            records=records,
             folder=folder,
             resume=resume is not None,
             until=until,
@@ -135,7 +140,7 @@ def train(
     _show_result(result)
     if settings.bitnet:
         note(f"pack it: looptx convert --to-bitnet --model {folder}", quiet)
-    if pairs:
+    if any("image" in some for some in named.values()):
         note(f"try next: looptx generate --image FILE --model {folder} --show-iterations", quiet)
     note(f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet)
 

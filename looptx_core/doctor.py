@@ -20,7 +20,8 @@ from looptx_core import __version__
 from looptx_core.machine.compiler import compiler, libaio_obstacle, ninja_obstacle
 from looptx_core.machine.disk import disk_speed
 from looptx_core.machine.facts import Machine, free_ram, is_memory, this_machine
-from looptx_core.machine.ops import OPS, Op, inspect_op, op_obstacle
+from looptx_core.parallel.deepspeed.library import version_obstacle
+from looptx_core.parallel.deepspeed.ops import OPS, TRIAL, Op, inspect_op, op_obstacle
 
 SCHEMA_VERSION = 1
 _MARK = "looptx-found:"
@@ -37,13 +38,7 @@ error = ((dequantize_4bit(packed, state) - weight).norm() / weight.norm()).item(
 assert error < 0.2, f"nf4 on {device} is off by {error:.2f}"
 found = {"version": bitsandbytes.__version__, "detail": f"nf4 works on {device}"}
 """,
-    "deepspeed": """
-import deepspeed
-from deepspeed.accelerator import get_accelerator
-from deepspeed.ops.op_builder.all_ops import ALL_OPS
-found = {"version": deepspeed.__version__, "ops": sorted(ALL_OPS),
-         "detail": f"on the accelerator '{get_accelerator()._name}'"}
-""",
+    "deepspeed": TRIAL,
     "flash_attn": """
 import flash_attn
 from flash_attn import flash_attn_varlen_func
@@ -144,6 +139,9 @@ def _package(name: str, trial: subprocess.Popen[str] | None) -> Check | None:
     found = finish_trial(trial)
     if isinstance(found, str):
         return Check(name, "broken", found, f"pip install --force-reinstall {name}")
+    if name == "deepspeed" and (wrong := version_obstacle()):
+        detail, _, mend = wrong.partition("; ")
+        return Check(name, "broken", detail, mend)
     return Check(name, "ok", f"{found['version']}, {found['detail']}")
 
 
@@ -234,6 +232,7 @@ def _uses(machine: Machine, checks: list[Check], ops: list[Op]) -> list[Use]:
     uses = [
         Use("train", True, f"{where}, {precision}", why),
         Use("--attention auto", True, *state["attention"].detail.split(": ", 1)),
+        *([] if on_gpu else [_kernels()]),
         _need("--compile", ["c++"] if not on_gpu else [], state, "torch.compile",
               "its kernels are built here" if not on_gpu else "Triton builds its kernels"),
         Use("--devices", True, *_devices(machine)),
@@ -248,13 +247,35 @@ def _uses(machine: Machine, checks: list[Check], ops: list[Op]) -> list[Use]:
     ]  # fmt: skip
     aio = next(op for op in ops if op.name == "async_io")
     built = "" if aio.state == "built" else f"; async_io is {aio.state}: looptx doctor --build"
-    nvme = _need("--zero3 --offload nvme", ["deepspeed", "libaio", "c++", "ninja"], state,
-                 f"{engine}, swap files by libaio{built}", state["disk"].detail)  # fmt: skip
+    by = f"libaio{built}"
+    lacking = [state[name] for name in ("libaio", "c++", "ninja") if state[name].state != "ok"]
+    if lacking:
+        by = f"threads, slower than libaio: {lacking[0].detail}"
+    nvme = _need("--zero3 --offload nvme", ["deepspeed"], state, f"{engine}, swap files by {by}",
+                 state["disk"].detail)  # fmt: skip
     if not machine.can_swap:
         nvme = Use(nvme.feature, False, nvme.uses, state["disk"].detail, "--nvme-path on a disk")
     quantised = _need("finetune --qlora", ["bitsandbytes"], state, "bitsandbytes, nf4 or int8",
                       "a base in 4 or 8 bits")  # fmt: skip
     return [*uses, nvme, quantised]
+
+
+def _kernels() -> Use:
+    """The fused kernels that training takes on this CPU; tried anew, on `nano`'s shapes."""
+    from looptx_core.config.model import ModelConfig
+    from looptx_core.config.presets import get_preset
+    from looptx_core.config.run import TrainConfig
+    from looptx_core.model import fused
+    from looptx_core.training.kernel_trial import choose
+
+    said, feature = fused.prepare(), "train: fused kernels"
+    if not fused.is_prepared():
+        return Use(feature, True, "plain torch", said.removeprefix("plain torch: "))
+    preset, shape = get_preset("nano"), TrainConfig()
+    choice = choose(ModelConfig(**preset["model"]), shape.rows, shape.seq_len, again=True)
+    fused.prepare(False)
+    times = ", ".join(f"{name} {a:.3g} and {b:.3g}" for name, (a, b) in choice.milliseconds.items())
+    return Use(feature, True, str(choice), f"`nano`, ms plain and fused: {times}")
 
 
 def _need(feature: str, names: list[str], state: dict[str, Check], uses: str, why: str) -> Use:

@@ -16,6 +16,13 @@ for _name in [name for name in os.environ if name.startswith("LOOPTX_")]:
 os.environ["LOOPTX_CACHE"] = str(Path(tempfile.gettempdir()) / f"looptx-tests-{os.getuid()}")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m fast`, don't even import the files that are not: imports take most of the time."""
+    if config.getoption("markexpr") != "fast" or not collection_path.name.startswith("test_"):
+        return None
+    return "pytest.mark.fast" not in collection_path.read_text("utf-8") or None
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A little tokenised text."""

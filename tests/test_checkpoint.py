@@ -25,6 +25,8 @@ from looptx_core.data.tokenizer import train_tokenizer
 from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.model.loop import LoopedTransformer
 
+pytestmark = pytest.mark.fast
+
 FIXTURES = Path(__file__).parent / "fixtures"
 SHAPE = {"d_model": 32, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "d_ff": 32}
 TEXT = ["the whale and the sea and the ship went round and round the sea, said the whale "] * 40
@@ -109,21 +111,24 @@ def test_dtypes(tmp_path: Path, model: LoopedTransformer, tokenizer: Tokenizer) 
     assert torch.equal(wide.head.weight, model.head.weight.bfloat16().double())
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_former_formats_load(version: int) -> None:
-    """Written by releases of their time; never write these fixtures again."""
-    folder = FIXTURES / f"model_v{version}"
-    loaded = load_model(folder, dtype=torch.float32)
+def test_a_folder_of_format_3_loads() -> None:
+    """Written by `tests/fixtures/write.py` with the first release; never write it again."""
+    folder = FIXTURES / "model_v3"
+    loaded = load_model(folder)
     expected = json.loads(folder.with_suffix(".json").read_text())
     assert loaded.tokenizer.encode(expected["text"]).ids == expected["ids"]
+    assert (loaded.config.loops, loaded.config.max_loops) == (3, 4)
     with torch.no_grad():
-        out = loaded.model(torch.tensor([expected["ids"]]), loops=2)
+        out = loaded.model(torch.tensor([expected["ids"]]))
     assert torch.allclose(out.logits[0, -1, :8], torch.tensor(expected["logits"]), atol=1e-4)
-    if version > 1:
-        for name in ("logit", "gain"):
-            said = getattr(out.confidence, name)[0]
-            assert torch.allclose(said, torch.tensor(expected[name]), atol=1e-4)
-    assert loaded.exit.rule == expected["exit"]
+    for name in ("logit", "gain"):
+        told = getattr(out.confidence, name)[0]
+        assert torch.allclose(told, torch.tensor(expected[name]), atol=1e-4)
+    assert loaded.exit == ExitSettings(
+        rule="gain", gain=0.03, min_loops=2, temperature=1.5, confidence_offset=0.25,
+        stated=(0.1, 0.5, 0.5), gain_slope=(1.0, 2.0, 3.0), gain_power=(0.5, 0.5, 0.5),
+        gain_offset=(-1.0, -2.0, -3.0), kv_policy="last", kv_type="int8",
+    )  # fmt: skip
 
 
 def test_overwriting(saved: Path, model: LoopedTransformer, tokenizer: Tokenizer) -> None:
@@ -264,6 +269,10 @@ BAD = {
         lambda p: edit(p / "config.json", format_version=4, new_key=1),
         "format_version 4 is newer than 3",
     ),
+    "a format of before the first release": (
+        lambda p: edit(p / "config.json", format_version=2),
+        "format_version is 2, and the first released format is 3",
+    ),
     "no format": (lambda p: edit(p / "config.json", format_version="drop"), "format_version is"),
     "unknown key": (lambda p: edit(p / "config.json", windows=3), "unknown windows"),
     "wrong type": (lambda p: edit(p / "config.json", d_model="wide"), "d_model: expected a whole"),
@@ -281,6 +290,10 @@ BAD = {
     "no generation_config": (
         lambda p: (p / "generation_config.json").unlink(),
         "generation_config.json is missing",
+    ),
+    "gains of a line alone": (
+        lambda p: edit(p / "generation_config.json", exit={"gain_slope": [1], "gain_offset": [0]}),
+        "gain_slope as many as gain_power",
     ),
     "unknown exit key": (
         lambda p: edit(p / "generation_config.json", exit={"rul": "kl"}),
@@ -318,7 +331,7 @@ def test_a_tokenizer_too_large_is_not_saved(tmp_path: Path, tokenizer: Tokenizer
 
 
 def finished(run: Path, when: int) -> Path:
-    shutil.copytree(FIXTURES / "model_v1", run / "final")
+    shutil.copytree(FIXTURES / "model_v3", run / "final")
     (run / "config.yaml").write_text("steps: 1\n")
     os.utime(run / "final" / "config.json", (when, when))
     return run

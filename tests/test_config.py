@@ -13,6 +13,8 @@ from looptx_core.config.run import TrainConfig
 from looptx_core.errors import LooptxError, UsageError
 from looptx_core.model.flops import parameter_count
 
+pytestmark = pytest.mark.fast
+
 SECTIONS = {"model": ModelConfig}
 
 
@@ -146,14 +148,6 @@ def test_config_yaml_round_trip(tmp_path: Path) -> None:
     assert again.values == first.values
     assert set(again.origins.values()) == {str(path)}
     assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_a_run_of_before_a_key_keeps_the_model_of_then(tmp_path: Path) -> None:
-    path = tmp_path / "config.yaml"
-    write_resolved(path, resolve(TrainConfig, SECTIONS, env={}))
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(line for line in lines if "gain_width" not in line))
-    assert read_resolved(path, TrainConfig, SECTIONS).values["model.gain_width"] == -1
 
 
 def test_config_yaml_without_its_own_folder(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from looptx_core.model.loop import LoopedTransformer
 # Widths that fill no byte of four weights, and d_ff and d_model that differ.
 SHAPE = ModelConfig(
     vocab_size=400, d_model=30, n_heads=3, n_kv_heads=1, head_dim=10, d_ff=50, core_layers=1,
-    max_loops=4, max_seq_len=128,
+    loops=2, max_loops=4, max_seq_len=128,
 )  # fmt: skip
 TOKENS = torch.randint(0, 400, (2, 17), generator=torch.Generator().manual_seed(3))
 
@@ -79,7 +79,8 @@ found = {}
 with torch.no_grad():
     for loops in (1, 3):
         found[f"logits/{loops}"] = model(ids, loops=loops).logits
-    found["logits/full"] = model(ids).logits
+    found["logits/plain"] = model(ids).logits
+    found["logits/auto"] = model(ids, loops="auto").logits
     padded = torch.cat([torch.full((1, 5), tokenizer.pad_token_id), ids[1:, 5:]], 1)
     both, mask = torch.cat([ids[:1], padded]), torch.ones_like(ids)
     mask[1, :5] = 0
@@ -118,10 +119,10 @@ def test_transformers_alone_opens_it(model: Path, exported: Path, tmp_path: Path
     found = run_clean(exported, tmp_path)
     loaded = load_model(model)
     with torch.no_grad():
-        for loops, name in ((1, "1"), (3, "3"), (4, "full")):
+        for loops, name in ((1, "1"), (3, "3"), (None, "plain"), (2, "plain"), (4, "auto")):
             gap = found[f"logits/{name}"] - loaded.model(TOKENS, loops).logits
             assert gap.abs().max() < 1e-5
-        logits = loaded.model(TOKENS, 4).logits[:, :-1]
+        logits = loaded.model(TOKENS).logits[:, :-1]
     expected = F.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten())
     assert abs(found["loss"] - expected) < 1e-5
     assert (found["padded"] - found["short"]).abs().max() < 1e-4

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from looptx_core.data.bundled import bundled_shards
 from looptx_core.data.hops import MAX_HOPS, hop_lines, hop_probes
 from looptx_core.data.shards import open_shards
+
+pytestmark = pytest.mark.fast
 
 
 def test_hop_lines_answer_what_their_table_says() -> None:

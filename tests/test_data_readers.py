@@ -20,6 +20,8 @@ from looptx_core.data.corpus import PIECE, Corpus, boundary, cut_pieces, documen
 from looptx_core.data.shard_writer import tokenize_corpus
 from looptx_core.errors import DataError
 
+pytestmark = pytest.mark.fast
+
 
 def read(*inputs: str | Path, **options: str) -> list[str]:
     return ["".join(document.pieces) for document in documents(list(inputs), **options)]

@@ -23,6 +23,8 @@ from looptx_core.data.tokenizer import (
 )
 from looptx_core.errors import DataError, UsageError
 
+pytestmark = pytest.mark.fast
+
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from looptx_core.errors import LooptxError, MissingError
-from looptx_core.machine import ops
 from looptx_core.machine.compiler import compiler, libaio_obstacle, try_to_build
 from looptx_core.machine.disk import disk_speed
 from looptx_core.machine.facts import filesystem, is_memory, is_shared, this_machine
-from looptx_core.machine.ops import build_op, inspect_op, remove_stale_lock
+from looptx_core.parallel.deepspeed import ops
+from looptx_core.parallel.deepspeed.ops import build_op, inspect_op, remove_stale_lock
 
 # torch's own builder, with a file so small that ninja is done in a second.
 BUILD = """

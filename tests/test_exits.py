@@ -11,7 +11,11 @@ import torch
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.errors import UsageError
-from looptx_core.generation.exits import Exit, Readout, resolve_exit
+from looptx_core.stopping.calibration import calibrated
+from looptx_core.stopping.resolve import resolve_exit
+from looptx_core.stopping.rule import Exit, ExitSignals
+
+pytestmark = pytest.mark.fast
 
 SETTINGS = ExitSettings(confidence=0.93, gain=0.1, kl=1.5, temperature=2.0)
 
@@ -22,7 +26,7 @@ def test_each_rule_by_hand():
     even, peaked = [0.0, 0.0], [math.log(9.0), 0.0]  # probabilities 1/2, 1/2 and 9/10, 1/10
     logits = torch.tensor([even, peaked, peaked])
     previous = torch.tensor([even, even, peaked])
-    read = Readout(sure, gain, logits, previous)
+    read = ExitSignals(sure, gain, logits, previous)
     at = ExitSettings(confidence=0.9, gain=0.01, kl=0.3, entropy=0.4, maxprob=0.85)
 
     def stops(name, **changes):
@@ -67,3 +71,31 @@ def test_resolve_exit():
     ):  # fmt: skip
         with pytest.raises(UsageError):
             resolve(**bad)
+
+
+def test_what_a_rule_looks_at_is_counted_by_hand():
+    """A token that stops after loop 5, where the rule is asked after 2, 3, 4 and 5."""
+    counted = {
+        # read-outs through the vocabulary, looks at the confidence, looks at the gain
+        None: (1, 1, 0),
+        "auto": (1, 4, 4),
+        "confidence": (1, 4, 0),
+        "gain": (1, 1, 4),
+        "kl": (5, 1, 0),
+        "entropy": (5, 1, 0),
+        "maxprob": (5, 1, 0),
+    }
+    for rule, expected in counted.items():
+        assert Exit(2, 10, SETTINGS, rule).passes(5) == expected
+    assert Exit(1, 10, SETTINGS, "gain").passes(1) == (1, 1, 1)
+    assert Exit(1, 10, SETTINGS, "gain").passes(3.5) == (1, 1, 3.5)
+    assert Exit(4, 10, SETTINGS, "auto").passes(4) == (1, 1, 1)
+
+
+def test_a_predicted_gain_is_bounded_by_what_a_token_can_lose():
+    """e^10 nats, of numbers and of tensors alike."""
+    steep = ExitSettings(gain_slope=(1.0,), gain_power=(0.0,), gain_offset=(0.0,))
+    for said, nats in (9.0, math.exp(9)), (11.0, math.exp(10)), (800.0, math.exp(10)):
+        alone = calibrated(0.0, said, 1.0, 1, steep)[1]
+        many = calibrated(*torch.tensor([[0.0], [said], [1.0]]), 1, steep)[1]
+        assert alone == pytest.approx(nats) and float(many) == pytest.approx(nats)

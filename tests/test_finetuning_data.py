@@ -20,8 +20,9 @@ from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.bundled import bundled_questions
 from looptx_core.data.corpus import Corpus
-from looptx_core.data.examples import Example, Packed, hold_out, pack, read_examples
+from looptx_core.data.examples import Example, Packed, pack, read_examples
 from looptx_core.data.hops import hop_questions
+from looptx_core.data.split import hold_out
 from looptx_core.data.tokenizer import END
 from looptx_core.errors import DataError, MissingError, UsageError
 from looptx_core.training.evaluate import evaluate_batch
@@ -134,9 +135,20 @@ def test_too_long_is_an_explicit_choice(tiny: Path, tmp_path: Path) -> None:
 
 def test_equal_examples_are_held_out_together() -> None:
     examples = [Example(np.array([i % 10, 7], np.int32), np.ones(2, bool)) for i in range(100)]
-    train, val = hold_out(examples, 0.2, seed=3)
+    parts = hold_out([example.ids.tobytes() for example in examples], 0.2, seed=3)
+    train, val = ([examples[i] for i in part] for part in parts)
     assert (len(train), len(val)) == (80, 20)
     assert not {int(e.ids[0]) for e in train} & {int(e.ids[0]) for e in val}
+
+
+def test_one_question_again_and_again_is_on_both_sides_only_if_asked() -> None:
+    keys = [b"often"] * 12 + [b"once"] * 2
+    for seed in range(6):
+        train, held = hold_out(keys, 0.2, seed, whole=False)
+        assert (len(train), len(held)) == (11, 3)
+        train, held = hold_out(keys, 0.2, seed)
+        assert sorted([*train, *held]) == list(range(14))
+        assert not {keys[i] for i in train} & {keys[i] for i in held} or len(train) == 1
 
 
 @pytest.mark.parametrize(

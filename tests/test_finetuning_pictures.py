@@ -16,8 +16,8 @@ from looptx_core.checkpoint.folder import load_model, save_model
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
 from looptx_core.data.examples import read_examples
-from looptx_core.data.pictures import read_picture
-from looptx_core.generation.engine import ChatPrompt, Engine, PicturePrompt
+from looptx_core.generation.engine import ChatPrompt, Engine, MediaPrompt
+from looptx_core.media.image.read import read_picture
 from looptx_core.model.loop import LoopedTransformer
 
 
@@ -50,15 +50,15 @@ def test_pictures_stand_where_generation_puts_them(seeing: Path) -> None:
         {"parts": [{"text": "ab"}, {"image": "red.png"}, {"text": "c"}]},
     )  # fmt: skip
     found = read_examples([data], loaded.tokenizer, seq_len=64, config=loaded.config)
-    assert found.pictures == 5 and found.chat
-    asked = [PicturePrompt("ab", (red,)), PicturePrompt("a<|image|>b", (red,))]
+    assert found.media == {"image": 5} and found.chat
+    asked = [MediaPrompt("ab", (red,)), MediaPrompt("a<|image|>b", (red,))]
     asked += [ChatPrompt(({"role": "user", "content": text},), (red,))
               for text in ("ab", "a<|image|>b")]  # fmt: skip
     for example, prompt in zip(found.kept, asked):
         ids = engine._encode(prompt)
         assert example.ids[: len(ids)].tolist() == ids
         assert not example.counted[: len(ids)].any() and example.counted[len(ids) :].all()
-    joined = engine._encode(PicturePrompt("ab<|image|>c", (red,)))
+    joined = engine._encode(MediaPrompt("ab<|image|>c", (red,)))
     assert found.kept[4].ids.tolist() == [*joined, engine.end]
     assert (found.kept[4].ids[found.kept[4].counted] != loaded.config.image_token).all()
 
@@ -113,4 +113,4 @@ def test_a_picture_is_not_cut(seeing: Path) -> None:
     data = write(seeing / "long.jsonl", long, long, long | {"prompt": "ab" * 20 + "<|image|>"})
     found = read_examples([data], loaded.tokenizer, seq_len=40, too_long="truncate",
                           config=loaded.config)  # fmt: skip
-    assert (found.truncated, found.dropped, found.pictures) == (2, 1, 2)
+    assert (found.truncated, found.dropped, found.media["image"]) == (2, 1, 2)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from backend_cases import WatchedBackend
 
 from looptx_core.config.generation import EXIT_RULES, ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
@@ -18,7 +19,7 @@ from looptx_core.generation.engine import Engine
 from looptx_core.generation.text import TextStream
 from looptx_core.model.attention import explicit
 from looptx_core.model.block import Block
-from looptx_core.model.cache import Window
+from looptx_core.model.cache import CacheView
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rope import rotary_tables, rotate
 
@@ -240,9 +241,10 @@ def test_who_waits_takes_the_place_of_who_is_done(model, tokenizer, engine):
     prompts = [*PROMPTS, "mind", "how long precisely", "Ishmael"]
     options = [replace(GREEDY, max_new_tokens=n) for n in (3, 14, 1, 9, 5, 12, 7)]
     together = small.complete(prompts, options)
-    turns, ride = [], small.moves.ride
-    small.moves.ride = lambda state, embedding, loops, *more: (
-        turns.append(list(loops)), ride(state, embedding, loops, *more))[1]  # fmt: skip
+    turns = []
+    small.backend = WatchedBackend(
+        small.backend, lambda loops, count, positions: positions > 1 or turns.append(list(loops))
+    )
     steps = list(small.generate(prompts, options))
     for prompt, option, one in zip(prompts, options, together):
         assert facts(one)[0] == facts(*engine.complete([prompt], option))[0]
@@ -293,14 +295,14 @@ def test_confidence_rules_need_no_vocabulary_product(engine, model, monkeypatch)
 
 def test_fixed_depth_decides_nothing(model, tokenizer, monkeypatch):
     engine, caches, written = Engine(model, tokenizer, SETTINGS), [], []
-    add, write = Window.advance, Window._write
-    monkeypatch.setattr(Window, "advance", lambda self: (caches.append(self.cache), add(self)))
-    monkeypatch.setattr(Window, "_write", lambda self, *a: (written.append(1), write(self, *a)))
+    add, write = CacheView.advance, CacheView.write
+    monkeypatch.setattr(CacheView, "advance", lambda self: (caches.append(self.cache), add(self)))
+    monkeypatch.setattr(CacheView, "write", lambda self, *a: (written.append(1), write(self, *a)))
     [found] = engine.complete(["Call me"], replace(GREEDY, loops=4))
     new = len(found.tokens) - 1  # the first comes from the prompt
     assert {id(cache): cache.loops for cache in caches} == {id(caches[0]): 4}
-    work = engine.work
-    assert (work.encoded, work.loops, work.readouts, work.judged) == (new, 4 * new, new, new)
+    work = engine.counters
+    assert (work.embedded, work.loops, work.readouts, work.exit_checks) == (new, 4 * new, new, new)
     # A key and a value for each block of each loop, and no copies into deeper slots.
     assert len(written) == 2 * (1 + 4 * 2 + 1) * (new + 1)
 

@@ -23,12 +23,13 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.data.hops import hop_lines
 from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine
-from looptx_core.inspection.frontier import choose, depths, frontier, rule_depths
+from looptx_core.inspection.frontier import choose, frontier, rule_depths
 from looptx_core.inspection.influence import deletion_test, influence, relevance, without
 from looptx_core.inspection.page import page
 from looptx_core.inspection.report import _as_good, _policy
 from looptx_core.inspection.survey import Survey, survey_lines, two_surveys
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.stopping.rule import exit_depths
 from looptx_core.training.evaluate import LoopEvaluation
 from looptx_core.training.metrics import (
     auroc,
@@ -74,7 +75,7 @@ def test_spearman_by_hand():
 
 def test_depths_by_hand():
     stops = torch.tensor([[True, False, False], [False, True, False], [True, True, False]])
-    assert depths(stops).tolist() == [1, 2, 3]
+    assert exit_depths(stops).tolist() == [1, 2, 3]
 
 
 def small_survey() -> Survey:
@@ -188,13 +189,13 @@ def test_following_a_text_is_what_generating_it_does(bundled, policy, loops):
     prompt = bundled.tokenizer.encode("map bf da ee fe cd hh gh aa:").ids
     (made,) = engine.complete([prompt], options)
     tokens = torch.tensor([prompt + [step.id for step in made.tokens]])
-    walked = engine.follow(tokens, len(prompt), options)
+    walked = engine.score_forced(tokens, len(prompt), options)
     assert walked.loops[0].tolist() == [step.loops for step in made.tokens]
     logprobs = torch.tensor([step.logprob for step in made.tokens])
     assert torch.allclose(-walked.loss[0], logprobs, atol=1e-4)
     assert walked.hit.tolist() == [[1.0] * len(made.tokens)]  # each was taken as the likeliest
     tokens[0, -1] += 1
-    assert engine.follow(tokens, len(prompt), options).hit.sum() == len(made.tokens) - 1
+    assert engine.score_forced(tokens, len(prompt), options).hit.sum() == len(made.tokens) - 1
 
 
 def test_surveys_do_not_share_sequences():

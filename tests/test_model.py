@@ -17,6 +17,8 @@ from looptx_core.model.loop import Injection, LoopedTransformer
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rounding import KINDS
 
+pytestmark = pytest.mark.fast
+
 CONFIG = ModelConfig(
     vocab_size=97, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, max_seq_len=64
 )
@@ -137,29 +139,29 @@ def test_rows_at_their_own_columns_and_loops(dtype: torch.dtype, limit: float) -
         cache = LoopCache(CONFIG, 3, 12, loops, dtype=dtype)
         for row in (1, 0, 2):  # row 0 held another text before
             if row == 0:
-                around = model.surroundings(7, cache.window(7, [0]))
+                around = model.surroundings(7, cache.view(7, [0]))
                 list(model.states(tokens(4, 7)[3:], loops, around))
-                around.window.advance()
-                cache.clear(0)
-            around = model.surroundings(lengths[row], cache.window(lengths[row], [row]))
+                around.view.advance()
+                cache.reset_row(0)
+            around = model.surroundings(lengths[row], cache.view(lengths[row], [row]))
             *_, state = model.states(text[row : row + 1, : lengths[row]], loops, around)
             model.decode(state, around)
-            around.window.advance()
+            around.view.advance()
         new = torch.stack([text[row, length] for row, length in enumerate(lengths)])[:, None]
-        here = model.surroundings(1, cache.window(1))
+        here = model.surroundings(1, cache.view(1))
         state = embedding = model.encode(new, here)
         found = [None] * 3
         for turn in range(1, loops + 3):
             # Row r joins at turn `behind[r] + 1`, and stays for four loops.
             rows = [row for row in range(3) if 0 < turn - behind[row] <= loops]
-            around = model.surroundings(1, cache.window(1, rows))
+            around = model.surroundings(1, cache.view(1, rows))
             depth = torch.tensor([turn - behind[row] for row in rows])
             state = state.index_copy(
                 0, torch.tensor(rows), model.step(state[rows], embedding[rows], depth, around)
             )
             for row in rows:
                 if turn - behind[row] == loops:
-                    alone = model.surroundings(1, cache.window(1, [row]))
+                    alone = model.surroundings(1, cache.view(1, [row]))
                     found[row] = model.head(model.decode(state[row : row + 1], alone))[0, 0]
         for row, length in enumerate(lengths):
             whole = model(text[row : row + 1, : length + 1], loops).logits[0, -1]
@@ -188,19 +190,19 @@ def test_who_leaves_provides_for_the_next_loop(loops: int, kind: str) -> None:
         cache.pad_left(torch.tensor([0, 2]))
     with torch.no_grad():
         for cache, more in ((left, 0), (gone_on, 1)):
-            around = model.surroundings(5, cache.window(5))
+            around = model.surroundings(5, cache.view(5))
             state = start = model.encode(tokens, around)
             for loop in range(1, loops + 1 + more):
                 state = model.step(state, start, loop, around)
             if not more:
-                model.leave(state, start, loops, around)
-    for ours, true in zip(left._parts(), gone_on._parts(), strict=True):
-        next_one, deepest = (left.slot(0, loop) for loop in (loops + 1, 8))
-        assert torch.allclose(ours[next_one], true[next_one], atol=1e-12)
-        assert torch.equal(ours[deepest], ours[next_one])
+                model.backfill(state, start, loops, around)
+    for ours, true in zip(left.core[0]._parts(), gone_on.core[0]._parts(), strict=True):
+        assert torch.allclose(ours[loops], true[loops], atol=1e-12)  # slots count from 0
+        assert torch.equal(ours[7], ours[loops])
         if kind == "float":  # what is rounded may be the same
-            assert not torch.allclose(ours[next_one], ours[left.slot(0, loops)], atol=1e-6)
-        assert torch.equal(ours[left.slot(1, 8)], ours[left.slot(1, loops)])
+            assert not torch.allclose(ours[loops], ours[loops - 1], atol=1e-6)
+    for part in left.core[1]._parts():
+        assert torch.equal(part[7], part[loops - 1])
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -216,7 +218,7 @@ def test_rounded_keys_and_values(kind: str) -> None:
     cache = LoopCache(CONFIG, 2, 5, 4, kind=kind)
     full = LoopCache(CONFIG, 2, 5, 4)
     head, heads = CONFIG.head_dim, CONFIG.n_kv_heads
-    slots = full.keys.shape[0]
+    slots = sum(len(state.keys) for state in full.layers)
     assert full.bytes_per_token == slots * 2 * heads * head * 4
     assert cache.bytes_per_token == slots * 2 * heads * (
         head * {"int8": 8, "int4": 4}[kind] // 8 + 2
@@ -269,6 +271,31 @@ def test_what_a_loop_keeps_at_the_start() -> None:
         assert torch.allclose(mixed, kept * state + (1 - kept) * embedding, atol=1e-5)
     with pytest.raises(UsageError, match="retain must lie between 0 and 1, not 1"):
         replace(CONFIG, retain=1)
+
+
+def test_weights_at_the_start() -> None:
+    """Of 0.02, and what is added to the residual stream smaller by the root of its additions.
+
+    At most 9 loops are 5 on average: 2 + 5 x 3 + 1 blocks of two additions each, 36 in all.
+    """
+    config = replace(
+        CONFIG, d_model=128, d_ff=256, n_heads=8, head_dim=16, prelude_layers=2, core_layers=3,
+        coda_layers=1, max_loops=9,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    for name, parameter in LoopedTransformer(config).named_parameters():
+        if parameter.numel() > 4000 and parameter.dim() == 2:
+            added = name.endswith(("o_proj.weight", "down_proj.weight"))
+            expected = 0.02 / 6 if added else 0.02
+            assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.05), name
+
+
+def test_a_fresh_model_is_unsure_and_expects_nothing_of_another_loop() -> None:
+    torch.manual_seed(0)
+    told = LoopedTransformer(CONFIG)(tokens(), 3).confidence
+    # Log-odds of -3: a chance of one in twenty.
+    assert torch.allclose(told.logit.sigmoid(), torch.tensor(1 / 21), atol=0.005)
+    assert told.gain.abs().max() < 0.05
 
 
 def test_no_prelude_and_no_coda() -> None:

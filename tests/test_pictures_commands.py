@@ -15,9 +15,9 @@ from looptx_cli.main import main
 from looptx_core.checkpoint.folder import load_model, save_model
 from looptx_core.checkpoint.registry import abilities
 from looptx_core.config.generation import ExitSettings
-from looptx_core.data.pictures import read_picture
+from looptx_core.media.batch import batch_items
+from looptx_core.media.image.read import read_picture
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.model.vision import together
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ def test_inspecting_a_picture_maps_its_patches(
         assert np.min(found["confidence_by_loop"]) > 0 and np.min(found["error_by_loop"]) > 0
     # The map of the second loop, again by hand.
     picture = read_picture(cat, CONFIG)
-    tokens, seen = torch.tensor([row(0, (2, 3))]), together([picture])
+    tokens, seen = torch.tensor([row(0, (2, 3))]), batch_items([picture])
     around = model.surroundings(7, layout=model.layout(tokens, seen))
-    first, second = model.states(tokens, 2, around=around, pictures=seen)
+    first, second = model.states(tokens, 2, around=around, media=seen)
     moved = ((second - first).norm(dim=-1) / second.norm(dim=-1))[0, 1:].view(2, 3)
     np.testing.assert_allclose(found["change_by_loop"][0], moved.detach(), atol=1e-4)
 

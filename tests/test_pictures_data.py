@@ -13,18 +13,13 @@ import torch
 from picture_cases import CONFIG, IMG, png
 from PIL import Image
 
-from looptx_core.data.pairs import (
-    MixedData,
-    Mixture,
-    PicturePacked,
-    is_pairs,
-    mix_of,
-    pair_examples,
-    read_pairs,
-)
-from looptx_core.data.pictures import grid_of, measure, read_picture
+from looptx_core.config.run import TrainConfig
+from looptx_core.data.examples import Packed
+from looptx_core.data.mixture import MixedData, Mixture, record_examples
+from looptx_core.data.records import media_named, read_records
 from looptx_core.data.shards import open_shards
 from looptx_core.errors import DataError, UsageError
+from looptx_core.media.image.read import grid_of, measure, read_picture
 
 # Reading pictures
 
@@ -49,10 +44,10 @@ def test_patches_are_the_picture() -> None:
     image.save(out, "PNG")
     config = replace(CONFIG, patch_size=4, max_patches=8)
     found = read_picture(out.getvalue(), config)
-    assert (found.rows, found.columns) == (2, 4)
+    assert found.grid == (2, 4)
     # Corners, away from the edge that the resampling may blur.
-    assert found.patches[0].view(4, 4, 3)[0, 0].tolist() == [1, -1, -1]
-    assert found.patches[7].view(4, 4, 3)[3, 3].tolist() == [-1, -1, 1]
+    assert found.features[0].view(4, 4, 3)[0, 0].tolist() == [1, -1, -1]
+    assert found.features[7].view(4, 4, 3)[3, 3].tolist() == [-1, -1, 1]
 
 
 def test_orientation_alpha_and_palette() -> None:
@@ -61,21 +56,21 @@ def test_orientation_alpha_and_palette() -> None:
     out = io.BytesIO()
     Image.new("RGB", (40, 20)).save(out, "JPEG", exif=exif)
     turned = read_picture(out.getvalue(), CONFIG)
-    assert turned.rows > turned.columns
-    assert measure(out.getvalue(), CONFIG) == (turned.rows, turned.columns)
+    assert turned.grid[0] > turned.grid[1]
+    assert measure(out.getvalue(), CONFIG) == turned.grid
     clear = read_picture(png((16, 16), "RGBA", color=(0, 0, 0, 0)), CONFIG)
-    assert clear.patches.min() == 1  # transparent is white, not what lies under it
+    assert clear.features.min() == 1  # transparent is white, not what lies under it
     palette = Image.new("P", (16, 16), 1)
     palette.putpalette([0, 0, 0, 0, 255, 0])
     out = io.BytesIO()
     palette.save(out, "PNG")
-    green = read_picture(out.getvalue(), CONFIG).patches.view(-1, 3)
+    green = read_picture(out.getvalue(), CONFIG).features.view(-1, 3)
     assert torch.equal(green, torch.tensor([-1.0, 1.0, -1.0]).expand_as(green))
 
 
 def test_augmentation_is_a_function_of_its_generator(cat: Path) -> None:
     def draw(seed: int) -> torch.Tensor:
-        return read_picture(cat, CONFIG, augment=np.random.default_rng(seed)).patches
+        return read_picture(cat, CONFIG, augment=np.random.default_rng(seed)).features
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
@@ -113,19 +108,24 @@ def test_bad_pictures(data: bytes, says: str) -> None:
 
 
 def test_a_folder_and_json_lines_are_the_same_pairs(colours: Path) -> None:
-    listed = read_pairs([colours / "pairs.jsonl"])
-    held = read_pairs([colours / "pairs"])
-    assert [[p.resolve() if isinstance(p, Path) else p for p in r] for _, r in listed.records] == [
-        [p.resolve() if isinstance(p, Path) else p for p in r] for _, r in held.records
-    ]
+    listed = read_records([colours / "pairs.jsonl"])
+    held = read_records([colours / "pairs"])
+    one, other = (
+        [
+            ([file.path.resolve() for file in record.files], record.turns[0].content[-1])
+            for record in read.records
+        ]
+        for read in (listed, held)
+    )
+    assert one == other
     assert len(listed.records) == 12
-    assert is_pairs(colours / "pairs.jsonl") and is_pairs(colours / "pairs")
+    assert media_named([colours / "pairs.jsonl"]) == media_named([colours / "pairs"]) == {"image"}
 
 
 def test_texts_are_no_pairs(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n')
-    assert not any(map(is_pairs, (tmp_path, tmp_path / "a.txt", tmp_path / "b.jsonl", "absent")))
+    assert not media_named([tmp_path, tmp_path / "a.txt", tmp_path / "b.jsonl", "absent"])
 
 
 def test_several_pictures_and_interleaved_parts(colours: Path, colour_shards: Path) -> None:
@@ -135,11 +135,11 @@ def test_several_pictures_and_interleaved_parts(colours: Path, colour_shards: Pa
         {"parts": [{"text": "red"}, {"image": one}, {"text": "blue"}, {"image": two}]},
     ]
     (colours / "more.jsonl").write_text("\n".join(map(json.dumps, records)))
-    pairs = read_pairs([colours / "more.jsonl"])
-    found = pair_examples(pairs, open_shards(colour_shards).tokenizer, CONFIG, 80)
+    pairs = read_records([colours / "more.jsonl"])
+    found = record_examples(pairs, open_shards(colour_shards).tokenizer, CONFIG, 80)
     examples = [example.ways[0] for example in found]
-    for example, pictures_ in zip(examples, [example.pictures for example in found]):
-        sizes = [measure(file, CONFIG) for file in pictures_]
+    for example in examples:
+        sizes = [measure(file.path, CONFIG) for file in example.files]
         patches = example.ids == IMG
         assert patches.sum() == sum(r * c for r, c in sizes)
         assert not example.counted[patches].any()
@@ -155,15 +155,15 @@ def test_one_of_several_texts_is_drawn_in_each_epoch(colours: Path, colour_shard
     ]
     (colours / "more.jsonl").write_text("\n".join(map(json.dumps, records)))
     tokenizer = open_shards(colour_shards).tokenizer
-    examples = pair_examples(read_pairs([colours / "more.jsonl"]), tokenizer, CONFIG, 80)
+    examples = record_examples(read_records([colours / "more.jsonl"]), tokenizer, CONFIG, 80)
     said = [{tokenizer.decode(way.ids[way.counted].tolist()) for way in e.ways} for e in examples]
     assert said == [{"red", "colour: red"}, {"redwhite", "greenwhite", "bluewhite"}]
     longest = max(len(way.ids) for way in examples[0].ways)
-    drawn = PicturePacked(examples[:1], longest - 1, 0, CONFIG, draw=3)
+    drawn = Packed(examples[:1], longest - 1, 0, CONFIG, draw=3)
     seen = [drawn[epoch]["tokens"].tolist() for epoch in range(12)]
     assert len({tuple(tokens) for tokens in seen}) == 2
     assert seen[5] == drawn[5]["tokens"].tolist()
-    plain = PicturePacked(examples[:1], longest - 1, 0, CONFIG)
+    plain = Packed(examples[:1], longest - 1, 0, CONFIG)
     for epoch in (0, 1):
         assert plain[epoch]["tokens"].tolist() == examples[0].ways[0].ids.tolist()
 
@@ -182,9 +182,9 @@ def test_bad_records_name_their_line(colours: Path, line: str, says: str) -> Non
     good = '{"image": "pairs/00.png", "text": "red"}'
     (colours / "bad.jsonl").write_text(f"{good}\n{line}\n{good}\n")
     with pytest.raises(DataError, match=says):
-        read_pairs([colours / "bad.jsonl"])
+        read_records([colours / "bad.jsonl"])
     if line != "{":
-        left = read_pairs([colours / "bad.jsonl"], skip_bad=True)
+        left = read_records([colours / "bad.jsonl"], skip_bad=True)
         assert (len(left.records), left.skipped) == (2, 1)
 
 
@@ -192,16 +192,16 @@ def test_a_bad_picture_is_named_or_skipped(colours: Path, colour_shards: Path) -
     (colours / "pairs" / "03.png").write_bytes(b"not a picture")
     tokenizer = open_shards(colour_shards).tokenizer
     with pytest.raises(DataError, match=r"03\.png: not a picture"):
-        pair_examples(read_pairs([colours / "pairs"]), tokenizer, CONFIG, 80)
-    pairs = read_pairs([colours / "pairs"])
-    examples = pair_examples(pairs, tokenizer, CONFIG, 80, skip_bad=True)
+        record_examples(read_records([colours / "pairs"]), tokenizer, CONFIG, 80)
+    pairs = read_records([colours / "pairs"])
+    examples = record_examples(pairs, tokenizer, CONFIG, 80, skip_bad=True)
     assert (len(examples), pairs.skipped) == (11, 1)
 
 
 @pytest.mark.parametrize("text", ["1", "1:0", "-1:1", "a:b", "1:1:1"])
 def test_a_bad_mix(text: str) -> None:
     with pytest.raises(UsageError, match="--mix"):
-        mix_of(text)
+        TrainConfig(mix=text).weights  # noqa: B018
 
 
 def test_a_mixture_follows_its_weights_and_leaves_nothing_out() -> None:
@@ -227,27 +227,28 @@ def test_a_mixture_follows_its_weights_and_leaves_nothing_out() -> None:
 
 def test_batches_mix_text_and_pictures(colours: Path, colour_shards: Path) -> None:
     data = MixedData(
-        colour_shards, read_pairs([colours / "pairs"]), CONFIG, seq_len=64, mix=(1, 1),
+        colour_shards, read_records([colours / "pairs"]), CONFIG, seq_len=64, mix=(1, 1),
         micro_batch=8, batches=3, seed=0,
     )  # fmt: skip
     for batch in data.train_dataloader():
         assert batch["tokens"].shape == (8, 65)
         patches = (batch["tokens"] == IMG).sum()
-        assert patches == len(batch["patches"]) == batch["grids"].prod(1).sum()
+        assert patches == len(batch["media.image.features"])
+        assert patches == batch["media.image.grids"].prod(1).sum()
     texts, captions = (list(data.held_out(part)) for part in data.val_parts.values())
-    assert all("patches" not in batch for batch in texts)
-    assert all("patches" in batch for batch in captions)
+    assert all("media.image.grids" not in batch for batch in texts)
+    assert all("media.image.grids" in batch for batch in captions)
 
 
 def test_held_out_texts_are_not_trained_on(colours: Path, colour_shards: Path) -> None:
     for file in (colours / "pairs").glob("*.txt"):
         file.write_text(file.read_text().split()[0])  # two pictures of each colour
     data = MixedData(
-        colour_shards, read_pairs([colours / "pairs"]), CONFIG, seq_len=64, mix=(0, 1),
+        colour_shards, read_records([colours / "pairs"]), CONFIG, seq_len=64, mix=(0, 1),
         micro_batch=2, batches=1, seed=0,
     )  # fmt: skip
     train = data.train.parts[0].examples
-    held = data.val_parts["pictures"].examples
+    held = data.val_parts["records"].examples
     texts = [{e.ids[e.counted].tobytes() for e in part} for part in (train, held)]
     assert texts[0] and texts[1] and not texts[0] & texts[1]
     assert len(train) + len(held) == 12

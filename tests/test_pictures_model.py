@@ -11,22 +11,22 @@ from picture_cases import CONFIG, IMG, build, letters, png, row
 
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.run import TrainConfig
-from looptx_core.data.pictures import read_picture
-from looptx_core.generation.engine import Engine, PicturePrompt
+from looptx_core.generation.engine import Engine, MediaPrompt
+from looptx_core.media.batch import MediaBatch, hidden_numbers, hide, lay_out
+from looptx_core.media.image.masked import draw
+from looptx_core.media.image.read import read_picture
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rope import rotary_tables
-from looptx_core.model.vision import Pictures, lay_out
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
-from looptx_core.training.reconstruction import draw, hide, places_of
 
 
-def pictures(*grids: tuple[int, int]) -> Pictures:
+def pictures(*grids: tuple[int, int]) -> MediaBatch:
     count = sum(r * c for r, c in grids)
     draw = torch.Generator().manual_seed(5)
     patches = torch.rand(count, 3 * CONFIG.patch_size**2, generator=draw, dtype=torch.float64)
-    return Pictures(patches * 2 - 1, torch.tensor(grids))
+    return MediaBatch(patches * 2 - 1, torch.tensor(grids))
 
 
 # Positions
@@ -50,25 +50,25 @@ def test_each_axis_turns_frequencies_of_its_own() -> None:
 
 def test_layout_by_hand() -> None:
     tokens = torch.tensor([row(9, (2, 3), 8, 7)])
-    found = lay_out(tokens, torch.tensor([[2, 3]]), IMG)
+    found = lay_out(tokens, {"image": pictures((2, 3))}, CONFIG)
     assert found.positions[0, 0].tolist() == [0, 1, 1, 1, 2, 2, 2, 4, 5]
     assert found.positions[1, 0].tolist() == [0, 1, 2, 3, 1, 2, 3, 4, 5]
-    assert found.picture[0].tolist() == [-1, 0, 0, 0, 0, 0, 0, -1, -1]
+    assert found.groups[0].tolist() == [-1, 0, 0, 0, 0, 0, 0, -1, -1]
     assert found.ends.tolist() == [6]
 
 
 def test_layout_of_two_pictures_side_by_side_and_padding() -> None:
     tokens = torch.tensor([row(0, 0, (1, 2), (2, 1), 7)])
-    found = lay_out(tokens, torch.tensor([[1, 2], [2, 1]]), IMG, torch.tensor([2]))
+    found = lay_out(tokens, {"image": pictures((1, 2), (2, 1))}, CONFIG, torch.tensor([2]))
     assert found.positions[0, 0].tolist() == [0, 0, 0, 0, 2, 3, 4]
     assert found.positions[1, 0].tolist() == [0, 0, 0, 1, 2, 2, 4]
-    assert found.picture[0].tolist() == [-1, -1, 0, 0, 1, 1, -1]
+    assert found.groups[0].tolist() == [-1, -1, 0, 0, 1, 1, -1]
 
 
 @pytest.mark.parametrize("ids", [row(9, (2, 2), 8), row(9, 2, 8, 2, 2, 2, 2, 2)])
 def test_image_tokens_that_do_not_match(ids: list[int]) -> None:
     with pytest.raises(ValueError, match="image tokens"):
-        lay_out(torch.tensor([ids]), torch.tensor([[2, 3]]), IMG)
+        lay_out(torch.tensor([ids]), {"image": pictures((2, 3))}, CONFIG)
 
 
 # The model
@@ -80,12 +80,12 @@ def test_patches_are_told_apart_by_their_places_alone() -> None:
     seen = pictures((3, 4))
     order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
     tokens = torch.tensor([row(9, (3, 4), 8)])
-    shuffled = Pictures(seen.patches[order], seen.grids)
-    plain = model(tokens, 3, pictures=seen).logits[0, -1]
-    assert (model(tokens, 3, pictures=shuffled).logits[0, -1] - plain).abs().max() > 1e-3
+    shuffled = MediaBatch(seen.features[order], seen.grids)
+    plain = model(tokens, 3, media={"image": seen}).logits[0, -1]
+    assert (model(tokens, 3, media={"image": shuffled}).logits[0, -1] - plain).abs().max() > 1e-3
 
     def moved(patches: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        layout = model.layout(tokens, seen)
+        layout = model.layout(tokens, {"image": seen})
         assert layout is not None
         layout.positions[:, :, 1:13] = layout.positions[:, :, 1:13][:, :, places]
         around = model.surroundings(14, layout=layout)
@@ -106,7 +106,7 @@ def test_the_encoder_knows_rows_from_columns() -> None:
     encoder = build().vision
     assert encoder is not None
     seen = pictures((2, 3))
-    turned = Pictures(seen.patches, torch.tensor([[3, 2]]))
+    turned = MediaBatch(seen.features, torch.tensor([[3, 2]]))
     assert (encoder(seen) - encoder(turned)).abs().max() > 1e-3
 
 
@@ -115,8 +115,8 @@ def test_the_encoder_keeps_pictures_apart() -> None:
     assert encoder is not None
     both = pictures((2, 3), (1, 4))
     each = [
-        encoder(Pictures(both.patches[:6], both.grids[:1])),
-        encoder(Pictures(both.patches[6:], both.grids[1:])),
+        encoder(MediaBatch(both.features[:6], both.grids[:1])),
+        encoder(MediaBatch(both.features[6:], both.grids[1:])),
     ]
     torch.testing.assert_close(encoder(both), torch.cat(each), rtol=0, atol=1e-9)
 
@@ -138,9 +138,9 @@ def test_cached_equals_uncached(loops: int, attention: str) -> None:
     model = build(replace(CONFIG, image_attention=attention))
     seen = pictures((2, 3), (3, 2))
     tokens = torch.tensor([row(9, (2, 3), 8, (3, 2), 7, 5, 6, 4)])
-    whole = model(tokens, loops, pictures=seen).logits
+    whole = model(tokens, loops, media={"image": seen}).logits
     cache = LoopCache(model.config, 1, tokens.shape[1], loops, dtype=torch.float64)
-    parts = [model(tokens[:, :15], loops, cache, pictures=seen).logits]
+    parts = [model(tokens[:, :15], loops, cache, media={"image": seen}).logits]
     parts += [model(tokens[:, i : i + 1], loops, cache).logits for i in range(15, 18)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-9)
 
@@ -150,18 +150,18 @@ def test_patches_see_later_ones_of_their_own_picture_only() -> None:
     model, seen = build(), pictures((2, 2), (2, 2))
     tokens = torch.tensor([row(9, (2, 2), 8, (2, 2), 7)])
 
-    def first(images: Pictures, ids: torch.Tensor = tokens) -> torch.Tensor:
-        layout = model.layout(ids, images)
+    def first(images: MediaBatch, ids: torch.Tensor = tokens) -> torch.Tensor:
+        layout = model.layout(ids, {"image": images})
         around = model.surroundings(ids.shape[1], layout=layout)
         x = model.embedding(ids)
-        x[0, 1:5], x[0, 6:10] = images.patches[:4, :32], images.patches[4:, :32]
+        x[0, 1:5], x[0, 6:10] = images.features[:4, :32], images.features[4:, :32]
         return model.step(x, x, 1, around)[0, 1]
 
     before = first(seen)
     for patch, changes in ((3, True), (7, False)):
-        other = seen.patches.clone()
+        other = seen.features.clone()
         other[patch] += 1
-        changed = (first(Pictures(other, seen.grids)) - before).abs().max() > 1e-9
+        changed = (first(MediaBatch(other, seen.grids)) - before).abs().max() > 1e-9
         assert changed == changes
 
 
@@ -172,9 +172,9 @@ def test_a_batch_of_pictures_and_text_equals_single_runs(cat: Path) -> None:
     picture = read_picture(cat, CONFIG)
     small = read_picture(png((40, 8)), CONFIG)
     prompts = [
-        PicturePrompt("", (picture,)),
+        MediaPrompt("", (picture,)),
         "abc",
-        PicturePrompt("ab<|image|>c<|image|>d", (picture, small)),
+        MediaPrompt("ab<|image|>c<|image|>d", (picture, small)),
     ]
     options = GenerationOptions(max_new_tokens=6, temperature=0, ignore_eos=True)
     for loops in ("auto", 3):
@@ -195,12 +195,12 @@ def test_a_hidden_patch_is_not_seen_and_the_others_are() -> None:
     hidden[4] = hidden[7] = True
     before = encoder(replace(seen, hidden=hidden))
     for patch in range(8):
-        other = seen.patches.clone()
+        other = seen.features.clone()
         other[patch] += 1
-        moved = (encoder(Pictures(other, seen.grids, hidden)) - before).abs().amax(1)
+        moved = (encoder(MediaBatch(other, seen.grids, hidden)) - before).abs().amax(1)
         own = slice(0, 6) if patch < 6 else slice(6, 8)
         assert (moved[own].max() < 1e-12) == bool(hidden[patch])
-        assert (encoder(Pictures(other, seen.grids)) - encoder(seen)).abs().max() > 1e-3
+        assert (encoder(MediaBatch(other, seen.grids)) - encoder(seen)).abs().max() > 1e-3
 
 
 def test_hidden_patches_are_learned_to_be_drawn_from_the_others() -> None:
@@ -213,18 +213,18 @@ def test_hidden_patches_are_learned_to_be_drawn_from_the_others() -> None:
     grid, tokens = torch.tensor([[2, 3]] * 8), torch.tensor([row(9, (2, 3), 8, 7)] * 8)
     of_noise = torch.arange(8) % 2 == 1
 
-    def some() -> Pictures:
+    def some() -> MediaBatch:
         base = torch.rand(8, 1, 3).mul(2).sub(1)
         stripes = torch.where(torch.arange(16)[:, None] % 4 < 2, base, -base)
         even = stripes.reshape(8, 1, 48).expand(8, 6, 48)
         noise = torch.rand(8, 6, 48) * 2 - 1
         patches = torch.where(of_noise[:, None, None], noise, even)
-        return hide(Pictures(patches.reshape(48, 48), grid), 0.4)
+        return hide({"image": MediaBatch(patches.reshape(48, 48), grid)}, {"image": 0.4})["image"]
 
     errors = []
     for step in range(200):
         drawn = some()
-        found = loop_loss(model, tokens, schedule, step, torch.arange(8), pictures=drawn)
+        found = loop_loss(model, tokens, schedule, step, torch.arange(8), media={"image": drawn})
         optimizer.zero_grad()
         (found.loss + found.confidence_loss).backward()
         optimizer.step()
@@ -233,8 +233,9 @@ def test_hidden_patches_are_learned_to_be_drawn_from_the_others() -> None:
     seen: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     for _ in range(8):
         drawn = some()
-        places = places_of(tokens, IMG, drawn.hidden)
-        result = draw(model, model.norm(model(tokens, 2, pictures=drawn).state), places, drawn)
+        places = hidden_numbers(tokens, IMG, drawn.hidden)
+        state = model(tokens, 2, media={"image": drawn}).state
+        result = draw(model.patch_head, model.norm(state), places, drawn)
         pictures = (places >= 0).nonzero()[:, 0]
         for number, *both in zip(pictures, result.error, result.logit):
             seen[bool(of_noise[number])].append(torch.stack(both).detach())

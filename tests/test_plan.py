@@ -15,18 +15,20 @@ from looptx_core.config.run import TrainConfig
 from looptx_core.machine.facts import Machine
 from looptx_core.model import fused
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.loop_schedule import LoopSchedule
-from looptx_core.training.memory import (
+from looptx_core.parallel.deepspeed.offload import plan_offload
+from looptx_core.parallel.memory import (
     Spread,
     count,
     count_activations,
     deepest_rows,
     rank_need,
 )
+from looptx_core.parallel.plan import plan
+from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import LoopLoss, loop_loss
-from looptx_core.training.offload import plan_offload
 from looptx_core.training.optimizer import build_optimizer
-from looptx_core.training.plan import plan
+
+pytestmark = pytest.mark.fast
 
 GB = 10**9
 # A workstation: a GPU of 24 GB, 64 GB of RAM, a terabyte of NVMe.
@@ -189,6 +191,23 @@ def test_the_plan_counts_what_autograd_keeps(loss_at: str, qk_norm: bool) -> Non
     states = [state for part in optimizer.parts for state in part.state.values()]
     real = sum(x.numel() * 4 for state in states for x in state.values() if x.numel() > 1)
     assert counted["optimizer"] == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "measured"),
+    [
+        ({"loops": 2, "batch_size": 2}, 2_533_130_240),
+        ({"loops": 4, "batch_size": 4, "grad_checkpointing": True}, 2_733_641_728),
+    ],
+)
+def test_the_plan_is_near_peaks_that_were_measured(changes: dict, measured: int) -> None:
+    """By benchmarks/memory_plan.py, on a CPU; too little would let a run die."""
+    model = ModelConfig(**PRESETS["medium"]["model"])
+    config = TrainConfig(
+        loop_schedule="fixed", optimizer="adamw", precision="float32", seq_len=128, **changes
+    )
+    need = rank_need(model, config, Spread(), config.rows, heap=True)
+    assert measured < need.total < 1.1 * measured
 
 
 def test_what_makes_a_run_larger_and_smaller() -> None:

@@ -8,6 +8,8 @@ import torch
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.generation.sampling import draw, keep, penalise
 
+pytestmark = pytest.mark.fast
+
 
 def test_filters_by_hand():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()

@@ -21,8 +21,8 @@ from looptx_core.errors import DataError
 if sys.platform != "linux":
     pytest.skip("DeepSpeed runs on Linux", allow_module_level=True)
 
+from looptx_core.parallel.deepspeed.checkpoint import Checkpoint
 from looptx_core.training.callbacks import processes_of
-from looptx_core.training.fragments import Checkpoint
 
 ROOT = Path(__file__).parent.parent
 MODEL = {
@@ -39,6 +39,7 @@ LARGE = {  # of which DeepSpeed swaps the blocks' matrices; not what is smaller,
     "d_ff": 1024,
 }  # fmt: skip
 DROPOUT = {**MODEL, "dropout": 0.1}
+OUTSIDE = ("resume", "dies_at", "lacks_libaio")  # of a run's settings: what PROGRAM makes of it
 
 # Trainings in one process, given as JSON; one that `dies_at` a step is killed there.
 PROGRAM = """
@@ -57,6 +58,9 @@ class Dies(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 for run in json.loads(sys.argv[1]):
+    if run.get("lacks_libaio"):
+        from looptx_core.parallel.deepspeed import ops
+        ops.libaio_obstacle = lambda: "no libaio.h; apt install libaio-dev"
     folder = Path(run["folder"])
     folder.mkdir(exist_ok=True)
     result = train(
@@ -90,7 +94,7 @@ def finish(*processes: subprocess.Popen[str], code: int = 0) -> str:
 def run(
     folder: Path, shards: Path, model: dict[str, Any] = MODEL, **settings: Any
 ) -> dict[str, Any]:
-    outside = {key: settings.pop(key) for key in ("resume", "dies_at") if key in settings}
+    outside = {key: settings.pop(key) for key in OUTSIDE if key in settings}
     return {
         "folder": str(folder), "data": str(shards), "model": model,
         "settings": {**SETTINGS, **settings}, **outside,
@@ -271,6 +275,33 @@ def test_a_lost_process_ends_the_others(tmp_path: Path, shards: Path) -> None:
     assert "gone" in errors[-1] or "killed by SIGKILL" in errors[-1]
     assert not any(runs(child) for child in other)
     assert Checkpoint(newest(out)).world_size == 2
+
+
+def test_swapping_by_plain_files(tmp_path: Path, shards: Path) -> None:
+    """Without libaio: the losses and weights of offloading to RAM, and files that are really there;
+    a killed run goes on bit for bit."""
+    how = {"zero3": True, "steps": 6, "save_every": 2, "lacks_libaio": True}
+    nvme = {**how, "offload": "nvme"}
+    said = finish(start([
+        run(tmp_path / "ram", shards, LARGE, **how, offload="cpu"),
+        run(tmp_path / "disk", shards, LARGE, **nvme),
+    ]))  # fmt: skip
+    slower = [line for line in said.splitlines() if "plain files" in line]
+    assert len(slower) == 1 and "slower" in slower[0] and "apt install libaio-dev" in slower[0]
+    assert_equal_runs(tmp_path / "ram", tmp_path / "disk", loss=1e-6, weight=1e-6)
+    counted = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+    large = sum(4 * v.numel() for v in weights(tmp_path / "disk").values() if v.numel() >= 1 << 18)
+    assert counted["files"] >= 15 and counted["size"] > 4 * large
+    assert counted["written"] > 6 * 4 * large and counted["read"] > 6 * 4 * large
+    assert not (tmp_path / "disk/swap").exists()
+
+    died = start([run(tmp_path / "killed", shards, LARGE, **nvme, dies_at=5)])
+    finish(died, code=-signal.SIGKILL)
+    left = {file.name: file.stat().st_size for file in (tmp_path / "killed/swap").rglob("*.swp")}
+    assert len(left) >= 15 and min(left.values()) >= 1 << 20
+    said = finish(start([run(tmp_path / "killed", shards, LARGE, **nvme, resume=True)]))
+    assert "resumed: at step 4" in said and not (tmp_path / "killed/swap").exists()
+    assert_same_bits(tmp_path / "disk", tmp_path / "killed", "step-0000006.ckpt")
 
 
 @pytest.mark.slow

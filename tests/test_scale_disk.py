@@ -15,8 +15,8 @@ from looptx_core.errors import DataError, LooptxError, UsageError
 if sys.platform != "linux":
     pytest.skip("DeepSpeed runs on Linux", allow_module_level=True)
 
-from looptx_core.training.fragments import Checkpoint, Group, Piece, commit, write
-from looptx_core.training.swap import SwapFolder, clear_stale
+from looptx_core.parallel.deepspeed.checkpoint import Checkpoint, Group, Piece, commit, write
+from looptx_core.parallel.deepspeed.nvme import SwapFolder, clear_stale
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,7 +39,8 @@ def test_swap_folders_are_per_run_and_cleared(tmp_path: Path) -> None:
 
     # A process that was killed holds no lock, and leaves its files.
     code = (
-        "import os, sys; from pathlib import Path; from looptx_core.training.swap import *\n"
+        "import os, sys; from pathlib import Path\n"
+        "from looptx_core.parallel.deepspeed.nvme import *\n"
         "s = SwapFolder(Path(sys.argv[1]), Path('c')); s.open()\n"
         "(s.folder / 'x.swp').touch(); os.kill(os.getpid(), 9)"
     )

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from looptx_cli.main import main
 from looptx_core.config.finetune import FinetuneConfig
@@ -15,6 +16,8 @@ from looptx_core.errors import UsageError
 
 if sys.platform != "linux":
     pytest.skip("DeepSpeed runs on Linux", allow_module_level=True)
+
+from looptx_core.parallel.deepspeed.library import TESTED, version_obstacle
 
 BAD = {
     "offload alone": (["--offload", "cpu"], 2, "add --zero3"),
@@ -46,18 +49,36 @@ def test_bad_settings(
     )
     out, err = capsys.readouterr()
     assert out == "" and err.count("looptx: error") == 1 and message in err
+    assert not Path("runs").exists()
 
 
-def test_without_libaio(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+NEEDS = {  # what is not here, and a word of the line that says so
+    "another DeepSpeed": (["--zero3"], "tested with 0.1.0 alone; pip install deepspeed==0.1.0"),
+    "no GPU": (["--attention", "flash"], "it needs a CUDA GPU"),
+}
+
+
+@pytest.mark.parametrize("case", NEEDS)
+def test_what_is_missing_is_told_before_there_is_a_folder(
+    case: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("looptx_core.machine.compiler.try_to_build", lambda *_: "no libaio.h")
-    command = ["train", "--data", str(shards), "--zero3", "--offload", "nvme", "--out", "a"]
-    assert main([*command, "--preset", "nano", "--precision", "float32", "--quiet"]) == 3
-    assert "apt install libaio-dev" in capsys.readouterr().err
-    assert not Path("a/swap").exists()
+    monkeypatch.setattr("looptx_core.parallel.deepspeed.library.TESTED", ("0.1.0",))
+    flags, message = NEEDS[case]
+    if case == "no GPU" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert main(["train", "--data", str(shards), "--precision", "float32", "--quiet", *flags]) == 3
+    err = capsys.readouterr().err
+    assert err.count("looptx: error") == 1 and message in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_tested_deepspeed_is_the_one_that_is_asked_for() -> None:
+    assert version_obstacle() is None
+    root = Path(__file__).parent.parent
+    assert f'"deepspeed=={TESTED[-1]}; ' in (root / "pyproject.toml").read_text()
+    assert f"deepspeed=={TESTED[-1]}\n" in (root / "constraints.txt").read_text()
 
 
 def test_four_bit_weights_are_not_cut() -> None:

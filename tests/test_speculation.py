@@ -13,9 +13,10 @@ from looptx_core.config.generation import GenerationOptions
 from looptx_core.data.tokenizer import train_tokenizer
 from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine
-from looptx_core.generation.exits import draft_loops, fixed_exit
-from looptx_core.generation.speculate import settle
+from looptx_core.generation.speculative import settle
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.stopping.resolve import draft_loops
+from looptx_core.stopping.rule import fixed_exit
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +47,11 @@ def test_greedy_tokens_are_those_of_full_depth(model, tokenizer, drafts, shallow
     for one, other in zip(engine.complete(PROMPTS[:2], asked), plain):
         (exact, close), (same, numbers) = facts(one), facts(other)
         assert exact == same and close.expected == numbers
-    work = engine.work
+    work = engine.counters
     assert 0 < work.accepted < work.drafted, "the case is too easy"
     # Each verified position ran each loop once; every round gives one token beside its drafts.
     rounds = 2 * 29 - work.accepted
-    assert work.loops == 10 * work.encoded == 10 * (work.drafted + rounds)
+    assert work.loops == 10 * work.embedded == 10 * (work.drafted + rounds)
     assert work.readouts == 2 * work.drafted + rounds
 
 
@@ -103,7 +104,7 @@ def test_sampled_tokens_are_spread_as_by_full_depth(model, tokenizer):
     )
     many = [replace(options, seed=seed) for seed in range(300)]
     found = engine.complete(["Call me"] * 300, many)
-    assert 0 < engine.work.accepted < engine.work.drafted
+    assert 0 < engine.counters.accepted < engine.counters.drafted
     first = max({f.tokens[0].id for f in found}, key=[f.tokens[0].id for f in found].count)
     seconds = [f.tokens[1].id for f in found if f.tokens[0].id == first]
     ids = torch.tensor([[*tokenizer.encode("Call me").ids, first]])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from backend_cases import WatchedBackend
 
 import looptx_core
 from looptx_core.checkpoint.folder import load_model
@@ -30,28 +32,15 @@ class Counted:
         loaded = load_model(ASSETS / "model")
         self.engine = Engine(loaded.model, loaded.tokenizer, loaded.exit, batch_size=batch_size)
         self.passes = self.turns = 0  # a turn has one position of each row
-        step = self.engine.moves.step
+        self.engine.backend = WatchedBackend(self.engine.backend, self._count)
 
-        def counted(state, *arguments, further=0):
-            self.passes += 1 + further
-            self.turns += (1 + further) * (state.shape[1] == 1)
-            return step(state, *arguments, further=further)
-
-        self.engine.moves.step = counted
-        ride = self.engine.moves.ride
-
-        def counted_ride(*arguments):
-            before, found = self.passes, ride(*arguments)
-            if self.passes == before:  # else by steps, which are counted
-                self.passes += found.passes
-                self.turns += found.passes
-            return found
-
-        self.engine.moves.ride = counted_ride
+    def _count(self, loops: Sequence[int], count: int, positions: int) -> None:
+        self.passes += count
+        self.turns += count * (positions == 1)
 
     @property
     def work(self):
-        return self.engine.work
+        return self.engine.counters
 
 
 def lines(count: int) -> list[str]:
@@ -65,8 +54,8 @@ def test_a_token_costs_its_own_loops_and_one_readout() -> None:
     later = [step for one in found for step in one.tokens[1:]]
     work = counted.work
     assert work.loops == sum(step.loops for step in later) < 0.6 * 10 * len(later)
-    assert work.encoded == work.readouts == len(later)
-    assert work.judged <= work.loops
+    assert work.embedded == work.readouts == len(later)
+    assert work.exit_checks <= work.loops
     assert work.prompt == sum(one.prompt_tokens for one in found)
 
 
@@ -80,7 +69,7 @@ def test_the_core_works_on_full_batches() -> None:
     longest = sum(max(o.max_new_tokens for o in options[i : i + 4]) - 1 for i in (0, 4, 8))
     assert counted.turns < 10 * longest / 1.5
     assert counted.work.loops > 0.8 * 4 * counted.turns
-    assert counted.work.encoded == sum(len(one.tokens) - 1 for one in found)
+    assert counted.work.embedded == sum(len(one.tokens) - 1 for one in found)
 
 
 def test_drafts_save_passes_of_the_core() -> None:
@@ -92,7 +81,7 @@ def test_drafts_save_passes_of_the_core() -> None:
     assert [s.id for f in one for s in f.tokens] == [s.id for f in other for s in f.tokens]
     assert plain.passes > 1.5 * counted.passes
     work = counted.work
-    assert work.loops == 10 * work.encoded < 1.4 * plain.work.loops  # what was drafted in vain
+    assert work.loops == 10 * work.embedded < 1.4 * plain.work.loops  # what was drafted in vain
     assert work.accepted > 0.7 * work.drafted
 
 
@@ -120,7 +109,7 @@ def test_a_rounded_last_loop_keeps_the_quality() -> None:
     engine = Counted().engine
     ids = torch.tensor([engine.tokenizer.encode(text).ids[:30] for text in TEXTS])
     rows = {
-        (policy, kind): engine.follow(
+        (policy, kind): engine.score_forced(
             ids, 8, GenerationOptions(loops=10, kv_policy=policy, kv_type=kind)
         )
         for policy, kind in (("fill", "float"), ("last", "float"), ("last", "int8"))

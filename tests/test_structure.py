@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import textwrap
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from looptx_cli.main import COMMANDS, load_command
+
+pytestmark = pytest.mark.fast
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for name in ("looptx_core", "looptx_cli") for p in (ROOT / name).rglob("*.py"))
@@ -94,6 +98,38 @@ def test_no_pickle_is_read(path: Path) -> None:
                 assert options.get("weights_only") is True, f"line {call.lineno}"
             case "np.load" | "numpy.load":
                 assert not options.get("allow_pickle"), f"line {call.lineno}"
+
+
+NAME_IMAGES = {
+    "config/inspection.py": "the flag --image",
+    "config/model.py": "the keys of config.json, which are flat for images",
+    "config/run.py": "the flags --mix, --mask-patches and --augment, and their messages",
+    "data/records.py": "the grammar of records, with its first medium as the example",
+    "data/tokenizer.py": "the special token <|image|>, whose id is fixed for good",
+    "inspection/page.py": "a page holds its figures as data:image/png",
+}
+"""The files of looptx_core outside media/ that name an image, at most 8, and why."""
+
+
+def test_images_are_named_in_their_own_folder() -> None:
+    core = ROOT / "looptx_core"
+    word = re.compile(r"image|pictur|vision|patch(?!er)", re.IGNORECASE)
+    kinds = {tokenize.NAME, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
+    found = set()
+    for path in core.rglob("*.py"):
+        with path.open("rb") as file:
+            tokens = tokenize.tokenize(file.readline)
+            if any(token.type in kinds and word.search(token.string) for token in tokens):
+                found.add(path.relative_to(core).as_posix())
+    outside = {name for name in found if not name.startswith("media/")}
+    assert outside == NAME_IMAGES.keys() and len(outside) <= 8
+    assert any(name.startswith("media/") for name in found)
+
+
+def test_the_registry_of_media_brings_no_torch() -> None:
+    asked = "import sys, looptx_core.media, looptx_core.checkpoint.registry as _; "
+    code = asked + "sys.exit(bool({'torch', 'PIL', 'numpy'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("command", COMMANDS)

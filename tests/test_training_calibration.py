@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from looptx_core.config.generation import ExitSettings
-from looptx_core.generation.exits import calibrated, stated
 from looptx_core.machine.device import on_best_device
 from looptx_core.model.confidence import sharpness
+from looptx_core.stopping.calibration import calibrated, reported_confidence
 from looptx_core.training.calibration import calibrate, fit_confidence, fit_gain, fit_odds
 from looptx_core.training.evaluate import LoopEvaluation
 from looptx_core.training.metrics import auroc, calibration_error
+
+pytestmark = pytest.mark.fast
 
 
 def test_the_heads_confidence_becomes_true() -> None:
@@ -61,7 +63,7 @@ def test_the_stated_confidence_weighs_head_and_readout() -> None:
     true = torch.sigmoid(0.3 + 0.5 * logit + sharp)
     hit = (torch.rand(40_000, generator=generator) < true).float()
     assert fit_odds(hit, logit, sharp) == pytest.approx((0.3, 0.5, 1.0), abs=0.04)
-    told = stated(logit, sharp, ExitSettings(stated=(0.3, 0.5, 1.0)))
+    told = reported_confidence(logit, sharp, ExitSettings(stated=(0.3, 0.5, 1.0)))
     assert torch.allclose(told, true)
     best, worst = auroc(told, hit), max(auroc(logit, hit), auroc(sharp, hit))
     assert best > worst + 0.01

@@ -16,6 +16,8 @@ from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import clip_by_part
 
+pytestmark = pytest.mark.fast
+
 MODEL = ModelConfig(
     vocab_size=400, d_model=32, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=64, core_layers=1
 )
@@ -108,6 +110,18 @@ def test_the_adaptive_threshold_is_in_the_state() -> None:
     assert float(rule.state_dict()["threshold"]) == 2.0
 
 
+def test_the_adaptive_threshold_remembers_ten_steps() -> None:
+    """After the losses' quantile falls from 1 to 0, the threshold falls as 0.9 to the steps."""
+    rule = schedule(loop_schedule="loss", explore=0.0, deeper_share=0.5)
+    rule.depths(0, torch.arange(4), lambda by: torch.ones(4))
+    for step in range(1, 11):
+        rule.depths(step, torch.arange(4), lambda by: torch.zeros(4))
+        assert float(rule.threshold) == pytest.approx(0.9**step, abs=1e-6)
+    rule.eval()
+    rule.depths(11, torch.arange(4), lambda by: torch.zeros(4))
+    assert float(rule.threshold) == pytest.approx(0.9**10, abs=1e-6)
+
+
 @pytest.mark.parametrize("rule", ["sampled", "loss"])
 def test_a_masked_document_learns_what_it_would_alone(rule: str) -> None:
     """The loss of a window of two documents is that of the documents, each by itself."""
@@ -194,6 +208,46 @@ def test_the_confidence_head_learns_how_likely_the_top_token_is() -> None:
     sure = output.confidence.logit.sigmoid()
     expected = -(top * sure.log() + (1 - top) * (1 - sure).log()).mean()
     assert float(found.confidence_loss.detach()) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_the_gain_is_learnt_from_the_drop_of_the_loss_within_four_nats() -> None:
+    """Against the losses of plain passes; tokens that win or lose more count as four."""
+    net, (tokens, ids) = model(), batch()
+    with torch.no_grad():  # so that one more loop changes a token's loss by many nats
+        net.norm.weight.mul_(100)
+        for parameter in net.core.parameters():
+            parameter.mul_(20)
+        first, second = net(tokens[:, :-1], 1), net(tokens[:, :-1], 2)
+        losses = [
+            torch.nn.functional.cross_entropy(
+                output.logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+            )
+            for output in (first, second)
+        ]
+    drop = losses[0] - losses[1]
+    assert (drop > 4).any() and (drop < -4).any() and (drop.abs() < 4).any()
+    seen = torch.where(drop > 4, 4.0, torch.where(drop < -4, -4.0, drop))
+    tops = [output.logits.softmax(-1).amax(-1) for output in (first, second)]
+    told = [output.confidence.logit for output in (first, second)]
+    sure = torch.nn.functional.binary_cross_entropy_with_logits(
+        torch.stack(told), torch.stack(tops)
+    )
+    expected = sure + (first.confidence.gain.flatten() - seen).square().mean()
+    found = loop_loss(net, tokens, schedule(loop_schedule="fixed", loops=2), 0, ids)
+    assert float(found.confidence_loss.detach()) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("loops", [1, 4])
+def test_the_cost_is_what_torch_counts_forward_and_backward(loops: int) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    fused.prepare(False)
+    net, (tokens, ids) = model(), batch()
+    with FlopCounterMode(display=False) as counter:
+        found = loop_loss(net, tokens, schedule(loop_schedule="fixed", loops=loops), 0, ids)
+        (found.loss + found.confidence_loss).backward()
+    # The confidence head, which sends nothing back to the trunk, costs a little less than thrice.
+    assert found.flops == pytest.approx(counter.get_total_flops(), rel=0.04)
 
 
 def test_the_confidence_head_does_not_move_the_trunk() -> None:

@@ -9,7 +9,9 @@ from test_training_objective import batch, model, schedule
 from looptx_core.config.run import TrainConfig
 from looptx_core.training.muon import Muon, orthogonal
 from looptx_core.training.objective import loop_loss
-from looptx_core.training.optimizer import build_optimizer, learning_rate_factor
+from looptx_core.training.optimizer import build_adamw, build_optimizer, learning_rate_factor
+
+pytestmark = pytest.mark.fast
 
 
 def test_muon_for_the_blocks_and_adamw_for_the_rest() -> None:
@@ -81,3 +83,30 @@ def test_learning_rate() -> None:
     factor = learning_rate_factor(TrainConfig(steps=100, warmup=0.1, min_lr=0.1))
     assert factor(0) == 0.1 and factor(9) == 1.0 and factor(55) == pytest.approx(0.55)
     assert factor(100) == pytest.approx(0.1)
+
+
+def test_the_learning_rate_falls_as_torchs_cosine() -> None:
+    """Between its ends, where a straight line would be elsewhere."""
+    factor = learning_rate_factor(TrainConfig(steps=100, warmup=0.1, min_lr=0.1))
+    plain = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(plain, T_max=90, eta_min=0.1)
+    for step in range(10, 101):
+        assert factor(step) == pytest.approx(cosine.get_last_lr()[0], abs=1e-12)
+        plain.step()
+        cosine.step()
+    assert factor(1000) == factor(100)
+
+
+@pytest.mark.parametrize("build", [build_optimizer, build_adamw])
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_weight_decay_is_for_matrices_alone(build, kind: str) -> None:
+    """A step without a gradient changes a weight by its decay, and by nothing else."""
+    net = model()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(1.0)
+            parameter.grad = torch.zeros_like(parameter)
+    build(net, TrainConfig(lr=0.1, weight_decay=0.5, optimizer=kind)).step()
+    for name, parameter in net.named_parameters():
+        expected = 0.95 if parameter.dim() >= 2 else 1.0
+        assert torch.allclose(parameter, torch.tensor(expected)), name

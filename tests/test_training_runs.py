@@ -78,6 +78,7 @@ def test_a_run_leaves_what_it_should(uninterrupted) -> None:
     validations = [line for line in lines if "val_loss" in line]
     assert [line["step"] for line in validations] == [6, 12]
     assert len(validations[0]["val_loss_by_loop"]) == 10
+    assert json.loads((folder / "final/config.json").read_text())["loops"] == 10
     assert len(list((folder / "checkpoints").glob("*.ckpt"))) == 2
     assert yaml.safe_load((folder / "config.yaml").read_text())["origins"]["seed"] == "default"
 
@@ -160,6 +161,7 @@ def test_accumulation_logs_the_whole_batch(tmp_path, shards) -> None:
     assert first[0]["mean_loops"] == first[1]["mean_loops"] == 2
     # Read at its last two loops by default, here the first and the second.
     assert read_exit(tmp_path / "by8" / "final").min_loops == 1
+    assert json.loads((tmp_path / "by8/final/config.json").read_text())["loops"] == 2
     code, _, err = run(tmp_path / "last", shards, settings | {"loss_at": "last"})
     assert code == 0, err
     assert read_exit(tmp_path / "last" / "final").min_loops == 2

@@ -29,7 +29,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def typed(schema: type[T], values: Mapping[str, Any], where: str) -> T:
-    """The dataclass with these values; absent ones, of an older format, take the default."""
+    """The dataclass with these values; keys that an older format lacks take their defaults."""
     hints = get_type_hints(schema)
     if unknown := sorted(values.keys() - hints.keys()):
         raise DataError(f"{where}: unknown {some(unknown)}; upgrade looptx or remove it")

@@ -4,7 +4,7 @@
     model.safetensors       or shards with model.safetensors.index.json; tied tensors once
     tokenizer.json          and tokenizer_config.json
     generation_config.json  end and padding ids; under `exit` the model's own exit rule
-    preprocessor_config.json  of a model that reads pictures: what is done to one
+    ...                     what the model's media store, such as preprocessor_config.json
     README.md               the model card
 
 A folder appears whole or not at all (`atomic.py`); its weights are read by `weights.py`.
@@ -13,7 +13,7 @@ A folder appears whole or not at all (`atomic.py`); its weights are read by `wei
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,7 @@ from looptx_core.checkpoint.card import model_card
 from looptx_core.checkpoint.documents import read_json, to_json, typed
 from looptx_core.checkpoint.weights import load_weights, tensors_of
 from looptx_core.config.generation import ExitSettings
-from looptx_core.config.model import FORMAT_VERSION, FORMER, ModelConfig
-from looptx_core.data.pictures import preprocessor
+from looptx_core.config.model import FIRST_FORMAT, FORMAT_VERSION, ModelConfig
 from looptx_core.data.tokenizer import fingerprint
 from looptx_core.errors import DataError
 from looptx_core.model.flops import parameter_count
@@ -38,7 +37,6 @@ from looptx_core.model.unset import unset_weights
 from looptx_core.outputs import check_model_target
 
 MODEL_TYPE = "looptx"
-PREPROCESSOR = "preprocessor_config.json"
 _END_TOKENS = ("<|end|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _NOT_SHAPE = {
     *("model_type", "architectures", "format_version", "torch_dtype", "looptx_version"),
@@ -140,7 +138,7 @@ def model_files(
             name, model.config, parameter_count(model.config), exit_settings, facts
         ),
         "config.json": config,
-        **({PREPROCESSOR: preprocessor(model.config)} if model.config.vision_layers else {}),
+        **{k: v for medium in model.media for k, v in medium.files(model.config).items()},
     }
 
 
@@ -229,8 +227,11 @@ def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     if (kind := settings.get("model_type")) != MODEL_TYPE:
         raise DataError(f"{file}: model_type is {kind!r}, not '{MODEL_TYPE}'; give a looptx model")
     version = settings.get("format_version")
-    if not isinstance(version, int) or version < 1:
-        raise DataError(f"{file}: format_version is {version!r}; copy the model again")
+    if not isinstance(version, int) or isinstance(version, bool) or version < FIRST_FORMAT:
+        raise DataError(
+            f"{file}: format_version is {version!r}, and the first released format is "
+            f"{FIRST_FORMAT}; copy or train the model again"
+        )
     if version > FORMAT_VERSION:
         raise DataError(
             f"{file}: format_version {version} is newer than {FORMAT_VERSION}, the last that "
@@ -242,7 +243,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
             f"looptx convert --from-hf {folder}"
         )
     shape = {key: value for key, value in settings.items() if key not in _NOT_SHAPE}
-    return typed(ModelConfig, FORMER.get(version, {}) | shape, str(file)), settings
+    return typed(ModelConfig, shape, str(file)), settings
 
 
 def read_tokenizer(folder: Path, config: ModelConfig, expected: str | None = None) -> Tokenizer:
@@ -282,8 +283,6 @@ def read_exit(folder: Path) -> ExitSettings:
     if not isinstance(settings, dict):
         raise DataError(f"{file}: exit must hold keys of its own; copy the model again")
     found = typed(ExitSettings, settings, f"{file}, exit")
-    if found.gain_slope and "gain_power" not in settings:  # a line, of before forecasts had a power
-        found = replace(found, gain_slope=(), gain_offset=())
     gains = {len(part) for part in (found.gain_slope, found.gain_power, found.gain_offset)}
     if len(found.stated) not in (0, 3) or len(gains) > 1:
         raise DataError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from looptx_core.errors import DataError, LooptxError
+from looptx_core.media import MEDIA
 from looptx_core.outputs import check_output
 
 RUNS = Path("runs")
@@ -34,8 +35,8 @@ def resolve_model(
     Args:
         path: a run or a model folder; None: the newest finished run that can do what is asked,
             else the bundled model.
-        need: what the model must be able to do: 'vision', or have 'weights' of its own, which
-            an adapter has not.
+        need: what the model must be able to do: a medium's `ability`, or have 'weights' of its
+            own, which an adapter has not.
     Raises:
         DataError: no such folder, or one that is neither, is not finished or can't do it.
     """
@@ -53,7 +54,7 @@ def resolve_model(
     if finished:
         newest = max(finished, key=lambda run: _settings(run / "final").stat().st_mtime_ns)
         return _resolved(newest / "final", f"newest finished run under {runs}")
-    for bundled in (bundled_model(), bundled_model("picture-model")):
+    for bundled in bundled_models():
         if _is_model(bundled) and need <= abilities(bundled):
             return ResolvedModel(bundled, f"bundled model, no finished run under {runs}")
     wanted = f" with {', '.join(sorted(need))}" if need else ""
@@ -77,8 +78,13 @@ def resolve_adapter(path: str | Path, model: str | Path | None = None) -> Resolv
 
 
 def bundled_model(name: str = "model") -> Path:
-    """A model that ships with the package: `model`, of text, or `picture-model`, of both."""
+    """A model that ships with the package; `model` is the one of text."""
     return Path(str(importlib.resources.files("looptx_core"))) / "assets" / name
+
+
+def bundled_models() -> list[Path]:
+    """The models that ship with the package, the one of text first."""
+    return [bundled_model(), *sorted(bundled_model().parent.glob("*-model"))]
 
 
 def next_run_dir(
@@ -151,8 +157,8 @@ def abilities(folder: Path) -> frozenset[str]:
         if _is_adapter(folder):
             return abilities(_base_of(folder)) - {"weights"}
         config = json.loads((folder / "config.json").read_text("utf-8"))
-        vision = config.get("vision_layers", 0) > 0
-        return frozenset({"weights", "vision"} if vision else {"weights"})
+        media = (medium for medium in MEDIA.values() if medium.enabled(config))
+        return frozenset({"weights", *(medium.ability for medium in media)})
     except (OSError, ValueError, AttributeError, TypeError, DataError):
         return frozenset()
 
@@ -195,7 +201,7 @@ def _base_of(adapter: Path) -> Path:
         raise DataError(f"{adapter}: names no base; give one by --model") from error
     if _is_model(base):
         return base
-    for bundled in (bundled_model(), bundled_model("picture-model")):
+    for bundled in bundled_models():
         if base.parts[-3:] == bundled.parts[-3:]:
             return bundled
     raise DataError(f"{adapter}: its base {base} is gone; give it by --model")

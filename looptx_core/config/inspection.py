@@ -48,6 +48,11 @@ class InspectConfig:
         _ = self.allowed_increase
 
     @property
+    def media(self) -> dict[str, tuple[str, ...]]:
+        """Files to look at, by medium."""
+        return {"image": self.image} if self.image else {}
+
+    @property
     def allowed_increase(self) -> float | None:
         """`target_loss_increase` as a share."""
         if self.target_loss_increase is None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from looptx_core.errors import UsageError
 
 FORMAT_VERSION = 3
-FORMER = {1: {"confidence_gate": False, "gain_width": -1}, 2: {"gain_width": -1}}
-"""By the format's version: what was fixed in models of that time."""
+"""Of the model folders that are written."""
+FIRST_FORMAT = 3
+"""The oldest format that is read: earlier ones were in no release."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,16 @@ class ModelConfig:
     coda_layers: int = 1
     """Blocks after the loop, run once for each read-out."""
     loops: int = 1
-    """Loops of a plain forward pass."""
+    """Depth of a plain call, `model(ids)`. An untrained model has 1; training stores the deepest
+    depth that it trained."""
     max_loops: int = 10
     """The most loops that this model is trained for."""
     confidence_width: int = 0
     """Hidden units of the confidence head that tell how sure a token is; 0: an eighth of d_model,
-    16 at least, or twice as many without a gate."""
+    16 at least."""
     gain_width: int = 0
     """Its units that tell what one more loop would bring, asked for after every loop; 0: a
-    sixteenth of d_model, 8 at least; -1: the same units tell both, as in models of before."""
-    confidence_gate: bool = True
-    """The confidence head is a GeGLU; models of before it was have none."""
+    sixteenth of d_model, 8 at least."""
     injection: Literal["decay", "add", "none"] = "decay"
     """How the prelude's output enters each loop; see `looptx_core.model.loop.Injection`."""
     retain: float = 0.88
@@ -86,6 +87,8 @@ class ModelConfig:
     """Patches of a picture see each other, or only those before."""
     reconstruct: bool = False
     """A head that draws hidden patches back; set by --mask-patches."""
+    media: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    """Settings of further media by name; each has a folder in `looptx_core.media`."""
 
     def __post_init__(self) -> None:
         def need(ok: bool, what: str) -> None:
@@ -95,9 +98,8 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff",
                      "core_layers", "loops", "max_loops", "max_seq_len"):  # fmt: skip
             need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("prelude_layers", "coda_layers", "confidence_width"):
+        for name in ("prelude_layers", "coda_layers", "confidence_width", "gain_width"):
             need(getattr(self, name) >= 0, f"{name} must not be negative")
-        need(self.gain_width >= -1, f"gain_width must be -1 or more, not {self.gain_width}")
         need(
             self.n_heads % self.n_kv_heads == 0,
             f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})",
@@ -130,24 +132,33 @@ class ModelConfig:
             self.image_attention in ("both", "causal"),
             f"image_attention must be both or causal, not {self.image_attention!r}",
         )
+        need(
+            isinstance(self.media, Mapping)
+            and all(isinstance(section, Mapping) for section in self.media.values()),
+            "media must hold a section of settings for each medium",
+        )
         need(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), not {self.dropout}")
 
     @property
     def confidence_units(self) -> int:
-        """Hidden units that tell how sure a token is; gates double what each costs."""
-        return self.confidence_width or max(32, self.d_model // 4) // (1 + self.confidence_gate)
+        """Hidden units of the confidence head that tell how sure a token is."""
+        return self.confidence_width or max(16, self.d_model // 8)
 
     @property
     def gain_units(self) -> int:
-        """Hidden units, beside those, that tell the gain alone; 0: those tell it too."""
-        return 0 if self.gain_width < 0 else self.gain_width or max(8, self.d_model // 16)
+        """Hidden units of the confidence head that tell the gain."""
+        return self.gain_width or max(8, self.d_model // 16)
 
     def effective_layers(self, loops: int) -> int:
         """Blocks that a token passes at a given number of loops."""
         return self.prelude_layers + loops * self.core_layers + self.coda_layers
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The keys of config.json."""
+        found = asdict(self)
+        if not self.media:
+            del found["media"]
+        return found
 
     @classmethod
     def keys(cls) -> list[str]:

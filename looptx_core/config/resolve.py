@@ -24,7 +24,7 @@ from looptx_core.config.corpus import TokenizeConfig
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.inspection import InspectConfig
-from looptx_core.config.model import FORMER, ModelConfig
+from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import get_preset, suggestion
 from looptx_core.config.run import TrainConfig
 from looptx_core.errors import LooptxError, UsageError
@@ -34,7 +34,8 @@ ORIGINS = "origins"
 """The key of a resolved file that says where its values came from; ignored in `--config`."""
 
 # Read elsewhere, so no typing mistakes: places and switches that are no key of a schema.
-_OTHER_VARIABLES = {"LOOPTX_CACHE", "LOOPTX_CONFIG", "LOOPTX_MODEL", "LOOPTX_DEBUG", "LOOPTX_RUN"}
+_OTHER_VARIABLES = {"LOOPTX_CACHE", "LOOPTX_CONFIG", "LOOPTX_MODEL", "LOOPTX_DEBUG", "LOOPTX_RUN",
+                    "LOOPTX_KERNELS"}  # fmt: skip
 
 T = TypeVar("T")
 Layer = tuple[Mapping[str, Any], Callable[[str], str]]
@@ -138,10 +139,9 @@ def write_resolved(path: str | Path, resolved: Resolved, omit: Collection[str] =
 def read_resolved(
     path: str | Path, schema: type, sections: Mapping[str, type] | None = None
 ) -> Resolved:
-    """Read what `write_resolved` wrote, with the origins of then.
+    """Read what `write_resolved` wrote, with the origins that it recorded.
 
-    Keys that it lacks are defaults, and a model's as they were before there were such keys; the
-    environment is not read.
+    Keys that the file lacks take their defaults; the environment is not read.
 
     Raises:
         UsageError: no such file, or not of these schemas.
@@ -149,10 +149,6 @@ def read_resolved(
     path = Path(path)
     resolved = resolve(schema, sections, config=path, env={})
     written = _load_yaml(path)
-    if isinstance(written.get("model"), dict):
-        for key, value in FORMER[1].items():
-            if key not in written["model"]:
-                resolved.values[f"model.{key}"] = value
     recorded = written.get(ORIGINS) or {}
     origins = {key: str(recorded.get(key, origin)) for key, origin in resolved.origins.items()}
     return Resolved(resolved.values, origins)

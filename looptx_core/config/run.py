@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -165,6 +166,11 @@ class RunConfig:
         return self.micro_batch or max(1, self.batch_size // self.world_size)
 
     @property
+    def hidden_shares(self) -> Mapping[str, float]:
+        """The share of each medium's rows to hide from its encoder, for the medium's own loss."""
+        return {}
+
+    @property
     def accumulation(self) -> int:
         """Forward passes of one optimizer step."""
         return self.batch_size // (self.rows * self.world_size)
@@ -184,3 +190,32 @@ class TrainConfig(RunConfig):
     """Share of the patches to hide from the encoder and to draw back, with a loss of their own."""
     bitnet: bool = False
     """Ternary weights in the blocks (BitNet b1.58); looptx convert --to-bitnet packs them."""
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """`mix` as the weights of text and of records of media. Raises `UsageError`."""
+        from looptx_core.errors import UsageError
+
+        try:
+            text, records = (float(part) for part in self.mix.split(":"))
+        except ValueError:
+            text = records = -1.0
+        if not (0 <= text < 1e6 and 0 < records < 1e6):
+            raise UsageError(
+                f"--mix {self.mix}: give the weights of text and of pictures, as 1:1 or 0:1"
+            )
+        return text, records
+
+    @property
+    def hidden_shares(self) -> Mapping[str, float]:
+        return {"image": self.mask_patches} if self.mask_patches else {}
+
+    def check_hidden_shares(self, media: bool) -> None:
+        """Raise `UsageError` for impossible shares. media: whether the data has any."""
+        from looptx_core.errors import UsageError
+
+        if not 0 <= self.mask_patches < 1 or (self.mask_patches and not media):
+            raise UsageError(
+                f"--mask-patches {self.mask_patches}: a share below 1 of the patches of pictures; "
+                "give pictures with texts too, as --data pairs.jsonl"
+            )

@@ -20,7 +20,7 @@ from looptx_core.checkpoint.documents import read_json, typed
 from looptx_core.checkpoint.folder import MODEL_TYPE, LoadedModel, read_tokenizer
 from looptx_core.checkpoint.weights import load_weights
 from looptx_core.config.generation import ExitSettings
-from looptx_core.config.model import FORMER, ModelConfig
+from looptx_core.config.model import ModelConfig
 from looptx_core.errors import DataError
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.unset import unset_weights
@@ -121,10 +121,7 @@ def from_huggingface(folder: Path) -> LoadedModel:
         raise DataError(
             f"{folder}: model_type {kind!r}; --from-hf reads what --to-hf wrote, llama and qwen3"
         )
-    # What is written now has every key of the shape.
-    shape = FORMER[1] | {
-        f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings
-    }
+    shape = {f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}
     config = typed(ModelConfig, shape, str(folder / "config.json"))
     known = {field.name for field in fields(ExitSettings)}
     rule = {k: v for k, v in (settings.get("exit") or {}).items() if k in known}

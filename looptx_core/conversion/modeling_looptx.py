@@ -4,7 +4,7 @@ This file and those that it imports are the model's own sources; `--to-hf` copie
 weights, so that the folder needs no other package than torch and transformers.
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-    model(input_ids, loops=4).logits            absent: as deep as the model is trained for
+    model(input_ids, loops=4).logits            absent: the depth that config.json has as `loops`
     model.generate(input_ids, loops=4)          absent: each new token stops by the stored rule
 """
 
@@ -21,13 +21,13 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from looptx_core.backends.torch_backend import TorchBackend
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
-from looptx_core.generation.exits import resolve_exit
-from looptx_core.generation.flight import Flight
-from looptx_core.generation.moves import Moves
+from looptx_core.generation.running_batch import RunningBatch
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.stopping.resolve import resolve_exit
 
 TESTED = ("5.0", "5.23")
 """The first and the last version of transformers that this was tested with."""
@@ -79,7 +79,7 @@ class LooptxConfig(PretrainedConfig):
 
 
 class LooptxCache(Cache):
-    """`LoopCache` in transformers' clothes."""
+    """A `LoopCache` behind transformers' cache interface."""
 
     def __init__(self, loop_cache: LoopCache) -> None:
         super().__init__(layers=[])
@@ -88,24 +88,24 @@ class LooptxCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.loop_cache.length
 
-    def get_max_length(self, layer_idx: int = 0) -> int:
+    def get_max_length(self, layer_idx: int = 0) -> int | None:
         return self.loop_cache.capacity
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.loop_cache.keep(beam_idx)
+        self.loop_cache.select_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.loop_cache.keep(indices)
+        self.loop_cache.select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = torch.arange(len(self.loop_cache.start), device=self.loop_cache.start.device)
-        self.loop_cache.keep(rows.repeat_interleave(repeats))
+        self.loop_cache.select_rows(rows.repeat_interleave(repeats))
 
     def crop(self, columns: int) -> None:
         """Below 0: drop so many columns. 0: drop none. Above, as versions before 5.23 ask: keep
         so many."""
         kept = self.loop_cache.length - columns
-        self.loop_cache.forget(-columns if columns <= 0 else max(0, kept))
+        self.loop_cache.truncate(-columns if columns <= 0 else max(0, kept))
 
 
 @dataclass
@@ -160,8 +160,8 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: of so many last places, of all for 0, or of these places, (places,).
         num_items_in_batch: targets of all the batches that a step accumulates, as Trainer counts
         them; their losses then add up to the mean. Absent: the mean over this batch.
-        loops: absent: the model's maximum. 'auto' needs the cache that `generate` makes; without
-        one it is the maximum too.
+        loops: absent: the configuration's `loops`. 'auto' needs the cache that `generate` makes;
+        without one, and for a prompt, it is the maximum.
         """
         if past_key_values is None:
             logits, depths = self._uncached(input_ids, attention_mask, loops, logits_to_keep)
@@ -205,30 +205,30 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
                 found.append(self._cached(tokens[:, place : place + 1], cache, loops, 1))
             return torch.cat([logits for logits, _ in found], 1), found[-1][1]
         if loops != "auto" or new > 1 or cache.length == 0:  # a prompt, or more of it
-            window = cache.window(new)
-            around = self.model.surroundings(new, window)
+            view = cache.view(new)
+            around = self.model.surroundings(new, view)
             logits, depths = self._fixed(tokens, self._depth(loops), around, keep)
-            window.advance()
+            view.advance()
             return logits, depths
         settings = self.config.exit_settings()
         own = resolve_exit(settings, GenerationOptions(), self.model.config)
-        flight = Flight(Moves(self.model), cache, settings)
-        flight.enter(range(len(tokens)), tokens[:, 0].tolist(), [own] * len(tokens))
-        landings = flight.run()
-        rows = [row for landing in landings for row in landing.rows]
+        batch = RunningBatch(TorchBackend(self.model), cache)
+        batch.add(range(len(tokens)), tokens[:, 0].tolist(), [own] * len(tokens))
+        outputs = batch.run()
+        rows = [row for output in outputs for row in output.rows]
         order = torch.tensor(rows, device=tokens.device).argsort()
-        loops_by_row = torch.tensor([depth for landing in landings for depth in landing.loops])
-        logits = torch.cat([landing.logits for landing in landings])
+        loops_by_row = torch.tensor([depth for output in outputs for depth in output.loops])
+        logits = torch.cat([output.logits for output in outputs])
         return logits[order][:, None], loops_by_row[order.cpu()]
 
     def _fixed(
         self, tokens: Tensor, loops: int, around: Any, keep: int | Tensor
     ) -> tuple[Tensor, Tensor]:
         state = embedding = self.model.encode(tokens, around)
-        for loop in range(1, loops + 1):
-            state = self.model.step(state, embedding, loop, around)
-        if around.window is not None and around.window.cache.leaves(loops):
-            self.model.leave(state, embedding, loops, around)
+        for _, after in self.model.iterate(embedding, embedding, around, range(1, loops + 1)):
+            state = after
+        if around.view is not None and around.view.cache.needs_backfill(loops):
+            self.model.backfill(state, embedding, loops, around)
         hidden = self.model.decode(state, around)
         logits = self.model.head(
             hidden[:, keep if isinstance(keep, Tensor) else slice(-keep, None)]
@@ -236,7 +236,9 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
         return logits, torch.full((len(tokens),), loops)
 
     def _depth(self, loops: int | str | None) -> int:
-        if loops in (None, "auto"):
+        if loops is None:
+            return self.model.config.loops
+        if loops == "auto":
             return self.model.config.max_loops
         if not isinstance(loops, int) or loops < 1:
             raise ValueError(f"loops={loops!r}: a depth of at least 1, or 'auto'")
@@ -259,7 +261,7 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
         """Give `generate` a cache with a slot for each layer and loop."""
         if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache:
             return
-        loops, weight = model_kwargs.get("loops"), self.model.embedding.weight
+        loops = model_kwargs.get("loops")
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         settings = self.config.exit_settings()
         fixed = isinstance(loops, int)
@@ -267,15 +269,12 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
         drafts = bool(getattr(generation_config, "is_assistant", False))
         capacity = self.model.config.max_seq_len if drafts else max_cache_length + 1
         model_kwargs["past_key_values"] = LooptxCache(
-            LoopCache(
-                self.model.config,
+            self.model.new_cache(
                 batch=batch_size * copies,
                 capacity=capacity,
-                loops=self._depth(loops),
+                loops=self._depth(loops or "auto"),
                 policy="fill" if fixed else settings.kv_policy,
                 kind=settings.kv_type,
-                dtype=weight.dtype,
-                device=weight.device,
             )
         )
 

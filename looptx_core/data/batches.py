@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from looptx_core.data.shards import Shards, Tokens
 from looptx_core.data.tokenizer import end_id
 from looptx_core.errors import DataError
+from looptx_core.media.batch import is_entry
 
 
 class Sequences(Protocol):
@@ -82,11 +83,11 @@ class SeededBatches:
 
 
 def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One batch. Patches and grids of pictures follow each other; what a plain text lacks beside
-    others, it gets: one document, all weights 1."""
+    """One batch. Items of media follow each other; a plain text among samples of packed examples
+    gets what it lacks: one document, all weights 1."""
     batch = {}
     for key in dict.fromkeys(key for item in items for key in item):
-        if key in ("patches", "grids"):
+        if is_entry(key):
             batch[key] = torch.cat([item[key] for item in items if key in item])
             continue
         stand_in = torch.ones if key == "weights" else torch.zeros

@@ -3,19 +3,21 @@
     <|system|>...<|user|>...<|assistant|>...<|end|><|user|>...
 
 The markers are tokens of their own, so that a user's text that spells '<|assistant|>' is just
-these characters. `TEMPLATE` says the same for Hugging Face's tokenizers. A picture stands in its
-message's text at `<|image|>`, or before the text.
+these characters. `TEMPLATE` says the same for Hugging Face's tokenizers. Items of media stand in
+their message's text as in `content.place`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from looptx_core.data.tokenizer import ASSISTANT, IMAGE, SYSTEM, USER, end_id
-from looptx_core.errors import DataError, UsageError
+from looptx_core.config.model import ModelConfig
+from looptx_core.data.content import content_ids
+from looptx_core.data.tokenizer import ASSISTANT, SYSTEM, USER, end_id
+from looptx_core.errors import DataError
 
 ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 TEMPLATE = (
@@ -27,74 +29,66 @@ TEMPLATE = (
 )
 
 
-def encode_chat(
-    messages: Sequence[Mapping[str, Any]],
-    tokenizer: Tokenizer,
-    where: str,
-    sizes: Sequence[Sequence[int]] = (),
-    image_token: int = -1,
-) -> tuple[list[int], list[bool]]:
-    """Token ids, and which of them are an assistant's words or its end.
+def check_messages(messages: Any, where: str) -> None:
+    """Raise `DataError` for what is no list of messages with an answer to learn.
 
-    messages: each with `role` and `content`. where: what to name in an error. sizes: patches of
-    each message's pictures.
-    Raises:
-        DataError: a message of another form, no answer, or a tokenizer without the roles' tokens.
+    where: what to name in an error.
     """
-    ids: list[int] = []
-    counted: list[bool] = []
     if not isinstance(messages, list | tuple):
         raise DataError(f"{where}: messages must be a list of {{role, content}}; mend this record")
-    for number, message in enumerate(messages):
+    for message in messages:
         role = message.get("role") if isinstance(message, Mapping) else None
         if role not in ROLES or not isinstance(message.get("content"), str):
             raise DataError(
                 f"{where}: a message needs a role of {', '.join(ROLES)} and a content of text; "
                 "mend this record"
             )
-        patches = sizes[number] if number < len(sizes) else ()
-        words = text_ids(message["content"], tokenizer, patches, image_token)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError(f"{where}: no message of the assistant, so nothing to learn; drop it")
+
+
+def encode_turns(
+    turns: Iterable[tuple[str, Sequence[int]]], tokenizer: Tokenizer
+) -> tuple[list[int], list[bool]]:
+    """Token ids, and which of them are an assistant's words or its end.
+
+    turns: each message's role and the ids of its content.
+    Raises `DataError` for a tokenizer without the roles' tokens.
+    """
+    ids: list[int] = []
+    counted: list[bool] = []
+    for role, content in turns:
         answer = role == "assistant"
-        turn = [role_id(tokenizer, role), *words, *([end_id(tokenizer)] if answer else [])]
+        turn = [role_id(tokenizer, role), *content, *([end_id(tokenizer)] if answer else [])]
         ids += turn
         counted += [False, *[answer] * (len(turn) - 1)]
-    if not any(counted):
-        raise DataError(f"{where}: no message of the assistant, so nothing to learn; drop it")
     return ids, counted
 
 
 def chat_prompt(
     messages: Sequence[Mapping[str, Any]],
     tokenizer: Tokenizer,
-    sizes: Sequence[Sequence[int]] = (),
-    image_token: int = -1,
+    items: Sequence[Any] = (),
+    config: ModelConfig | None = None,
 ) -> list[int]:
-    """The ids that a model continues with the next answer; arguments as for `encode_chat`."""
-    answered = [*messages, {"role": "assistant", "content": ""}]
-    return encode_chat(answered, tokenizer, "chat", sizes, image_token)[0][:-1]
+    """The ids that a model continues with the next answer.
 
-
-def text_ids(
-    text: str, tokenizer: Tokenizer, sizes: Sequence[int] = (), image_token: int = -1
-) -> list[int]:
-    """A text's ids. Pictures of `sizes` patches stand at its `<|image|>`, or before it.
-
-    Raises `UsageError` where these are not as many as the pictures. Without pictures `<|image|>`
-    is just these characters.
+    messages: each with `role` and `content`. items: decoded ones, of the first message. config: of
+    the model that reads them.
+    Raises:
+        DataError: a message of another form, or a tokenizer without the roles' tokens.
+        UsageError: markers in the first message that are not as many as the items.
     """
-    if not sizes:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-    first, *others = (text if IMAGE in text else IMAGE * len(sizes) + text).split(IMAGE)
-    if len(others) != len(sizes):
-        raise UsageError(
-            f"{len(others)} {IMAGE} in a text for {len(sizes)} pictures; write it once a picture, "
-            "or leave all out and the pictures come first"
+    asked = [*messages, {"role": "assistant", "content": ""}]
+    check_messages(asked, "chat")
+    turns = [
+        (
+            message["role"],
+            content_ids(message["content"], tokenizer, () if number else items, config),
         )
-    ids: list[int] = []
-    for patches, words in zip((0, *sizes), (first, *others)):
-        ids += [image_token] * patches
-        ids += tokenizer.encode(words, add_special_tokens=False).ids
-    return ids
+        for number, message in enumerate(asked)
+    ]
+    return encode_turns(turns, tokenizer)[0][:-1]
 
 
 def role_id(tokenizer: Tokenizer, role: str) -> int:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from looptx_core.errors import DataError, LooptxError, MissingError
+from looptx_core.media import media_of_file
 
 PIECE = 1 << 16  # the most characters in a piece, and the bytes read at a time
 RECORD_LIMIT = 200 << 20  # the most bytes in one JSON line: it must be parsed in one go
@@ -35,7 +36,6 @@ _BOUNDARY = re.compile(r"[\s\S]+(?<=\S)(?=[ \t\n\r])")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _HUB = "hf:"  # what a name for the package datasets begins with
 T = TypeVar("T")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
 
@@ -273,10 +273,10 @@ def _sources(files: Sequence[Path], if_none: str) -> Iterator[Source]:
     if not files:
         raise DataError(if_none)
     for file in files:
-        if file.suffix.lower() in PICTURES:
+        if medium := media_of_file(file.suffix):
             raise DataError(
-                f"{file}: a picture; pictures with their texts are not tokenised ahead, give them "
-                "to looptx train --data as they are"
+                f"{file}: a {medium.noun}; {medium.plural} with their texts are not tokenised "
+                "ahead, give them to looptx train --data as they are"
             )
         kind = _KINDS.get(file.suffix.lower(), "text")
         yield Source(file, str(file), kind, file.stat().st_size)

@@ -1,23 +1,18 @@
-"""Finetuning data: records to examples, examples packed into sequences.
+"""Records to examples, and examples packed into sequences.
 
-A record is `{"prompt", "response"}`, `{"messages": [{"role", "content"}, ...]}` or `{"text"}`.
 Prompt and response follow each other as they are, each tokenised apart, so that what a model sees
-in generation is what it saw here; a response is closed by the end token. What counts is the
-response, or all of a text.
-
-Each may have pictures, for a model that reads them: `image`, a path or several, of a record or of a
-message. They stand where `<|image|>` is written, or come first. `{"parts"}` as in `data.pairs` too.
+in generation is what it saw here; a response is closed by the end token. The response counts, or
+all of a text; items of media that are read never do.
 """
 
 from __future__ import annotations
 
 import bisect
 import hashlib
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,14 +21,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from looptx_core.config.model import ModelConfig
-from looptx_core.data.chat import encode_chat, text_ids
-from looptx_core.data.corpus import Corpus, Source
+from looptx_core.data.chat import encode_turns
 from looptx_core.data.datamodule import Batches
-from looptx_core.data.pictures import measure
-from looptx_core.data.tokenizer import IMAGE, PAD, end_id
+from looptx_core.data.records import MediaFile, Record, Turn, parse, raw_records
+from looptx_core.data.tokenizer import PAD, end_id
 from looptx_core.errors import DataError, UsageError
-
-_FORMS = '{"prompt", "response"}, {"messages"} or {"text"}'
+from looptx_core.media import MEDIA, media_for, writers
+from looptx_core.media.batch import batch_items, to_entries
 
 
 class Example(NamedTuple):
@@ -41,11 +35,19 @@ class Example(NamedTuple):
 
     ids: np.ndarray
     counted: np.ndarray
-    pictures: tuple[Path, ...] = ()
-    """Files, in the order of their image tokens."""
+    files: tuple[MediaFile, ...] = ()
+    """The items that are read, in the order of their placeholder tokens."""
+    others: tuple[Example, ...] = ()
+    """The same record with its other texts, none longer; each epoch draws one of all."""
+    group: str | None = None
+    """What it is held out with."""
+
+    @property
+    def ways(self) -> tuple[Example, ...]:
+        return (self, *self.others)
 
     def cut(self, start: int, stop: int) -> Example:
-        """A part of it, without pictures."""
+        """A part of it, without its items."""
         return Example(self.ids[start:stop], self.counted[start:stop])
 
 
@@ -58,7 +60,8 @@ class Examples:
     truncated: int = 0
     skipped: int = 0
     """Records that can't be used."""
-    pictures: int = 0
+    media: Counter[str] = field(default_factory=Counter)
+    """The items that are read, by medium."""
     chat: bool = False
     """Whether any record was a conversation."""
 
@@ -73,33 +76,33 @@ def read_examples(
     skip_bad: bool = False,
     config: ModelConfig | None = None,
 ) -> Examples:
-    """Read records and make them tokens; pictures are measured and not decoded yet.
+    """Read records and make them tokens; items are measured and not decoded yet.
 
     A text longer than `seq_len` is cut into several examples. Another example that is longer is an
     error, is dropped, or loses its end (`too_long`: error, drop or truncate), and one whose
     response begins beyond is dropped.
 
     skip_bad: leave out, and count, records that can't be used. config: of the model that will read
-    the pictures.
+    the items.
 
     Raises:
         DataError: an input or a record that can't be read or holds nothing to learn, or one with
-            pictures where the model reads none.
+            an item where the model reads none.
         UsageError: a long example, where these are an error.
     """
     found = Examples()
     longest, long, first = 0, 0, ""
-    for source, where, record in _records(inputs):
+    for where, folder, raw in raw_records(inputs):
         try:
-            reader = _Reader(tokenizer, config, where, source.folder, train_on_prompt)
-            example = reader.example(record)
+            record = parse(raw, where, folder)
+            example = encode_record(record, tokenizer, config, train_on_prompt)
         except DataError:
             if not skip_bad:
                 raise
             found.skipped += 1
             continue
-        found.chat |= "messages" in record
-        whole = not example.pictures and record.keys().isdisjoint(("prompt", "messages"))
+        found.chat |= record.form == "messages"
+        whole = record.form == "text" and not record.files
         if len(example.ids) <= seq_len:
             found.kept.append(example)
         elif whole:
@@ -108,7 +111,7 @@ def read_examples(
                 found.kept.append(example.cut(start, start + seq_len))
         else:
             long, longest, first = long + 1, max(longest, len(example.ids)), first or where
-            short = reader.truncated(example, seq_len) if too_long == "truncate" else None
+            short = _truncated(example, seq_len, config) if too_long == "truncate" else None
             if short:
                 found.kept.append(short)
                 found.truncated += 1
@@ -124,163 +127,96 @@ def read_examples(
             f"{', '.join(inputs)}: {len(found.kept)} examples to use, {found.dropped} too long, "
             f"{found.skipped} not usable; give at least 2, one of them to hold out"
         )
-    found.pictures = sum(len(example.pictures) for example in found.kept)
+    found.media.update(file.medium for example in found.kept for file in example.files)
     return found
 
 
-def have_pictures(inputs: Sequence[str]) -> bool:
-    """Whether the first record of a file names pictures; what can be read once is not looked at.
+def encode_record(
+    record: Record, tokenizer: Tokenizer, config: ModelConfig | None, all_count: bool = False
+) -> Example:
+    """A record as tokens, with each of its texts; the longest one comes first.
 
-    Errors: those of `Corpus`.
+    Text n of a part goes with text n of the record's other parts, which go round. all_count:
+    prompts count as well.
+
+    Raises `DataError` for an item that can't be read, or of a medium that the model has not.
     """
-    inputs = [item for item in inputs if Path(item).is_file() or Path(item).is_dir()]
-    if not inputs:
-        return False
-    with Corpus(inputs) as corpus:
-        for source in corpus.sources:
-            _, record = next(corpus.records_of(source), ("", None))
-            messages = _list(record.get("messages")) if isinstance(record, dict) else []
-            for part in [record, *messages]:
-                if isinstance(part, dict) and (part.get("image") or part.get("parts")):
-                    return True
-    return False
+    encoder = _Encoder(tokenizer, config, record)
+    parts = [part for turn in record.turns for part in turn.content]
+    count = max((len(part) for part in parts if not isinstance(part, MediaFile)), default=1)
+    ways = sorted(
+        (encoder.example(way, all_count) for way in range(count)), key=lambda e: -len(e.ids)
+    )
+    return ways[0]._replace(others=tuple(ways[1:]))
 
 
-def _records(inputs: Sequence[str]) -> Iterator[tuple[Source, str, Any]]:
-    with Corpus(list(inputs)) as corpus:
-        for source in corpus.sources:
-            for where, record in corpus.records_of(source):
-                yield source, where, record
+class _Encoder:
+    """Makes tokens of one record, whose items it measures once."""
 
+    def __init__(self, tokenizer: Tokenizer, config: ModelConfig | None, record: Record) -> None:
+        self.tokenizer, self.config, self.record = tokenizer, config, record
+        self.files = tuple(file for file in record.files if not file.written)
+        self.placeholders: list[int] = []
+        self.items = [self._item(file) for file in record.files]
 
-@dataclass
-class _Reader:
-    """Makes an example of the record at `where`, whose paths start at `folder`."""
+    def _item(self, file: MediaFile) -> list[int]:
+        """The tokens of an item: placeholders where it is read, codes where it is written."""
+        medium, where = MEDIA[file.medium], self.record.where
+        name = f"{where}: {file.path}"
+        if file.written:
+            writer = writers(self.config).get(file.medium) if self.config else None
+            if writer is None:
+                raise DataError(f"{where}: this model writes no {medium.plural}; give another")
+            return [writer.opens, *writer.encode(file.path, name)]
+        if self.config is None or medium not in media_for(self.config):
+            raise DataError(
+                f"{where}: has a {medium.noun}, and this model reads none; give one by --model "
+                f"that was trained on {medium.plural}"
+            )
+        grid = medium.measure(file.path, self.config, name)
+        self.placeholders.append(medium.token(self.config))
+        return self.placeholders[-1:] * medium.length(grid)
 
-    tokenizer: Tokenizer
-    config: ModelConfig | None
-    where: str
-    folder: Path
-    all_count: bool
-
-    def example(self, record: Any) -> Example:
-        end = end_id(self.tokenizer)
-        match record:
-            case {"messages": messages}:
-                files = [self._files(message) for message in _list(messages)] or [()]
-                files[0] = self._files(record) + files[0]
-                sizes = [self._sizes(some) for some in files]
-                ids, counted = self._made(
-                    encode_chat, messages, self.tokenizer, self.where, sizes, self._image
-                )
-                pictures = sum(files, ())
-            case {"prompt": str(prompt), "response": str(response)}:
-                pictures = self._files(record)
-                before = self._text(prompt, pictures)
-                if pictures or not before:
-                    before = [end, *before]  # as generation begins
-                after = [*self._text(response), end]
-                ids = before + after
-                counted = [False] * len(before) + [True] * len(after)
-            case {"parts": [*parts]}:
-                return self.example(self._joined(parts))
-            case {"text": str(text)}:
-                pictures = self._files(record)
-                ids = [end, *self._text(text.strip() if pictures else text, pictures), end]
-                counted = [token != self._image for token in ids]
-            case dict():
-                has = ", ".join(f"{key}: {type(value).__name__}" for key, value in record.items())
-                raise DataError(
-                    f"{self.where}: a record needs {_FORMS}, all of text; it has {has or 'no key'}"
-                )
-            case _:
-                raise DataError(
-                    f"{self.where}: {type(record).__name__} is no record; write {_FORMS}"
-                )
-        counts = np.ones(len(ids), bool) if self.all_count else np.array(counted)
+    def example(self, way: int, all_count: bool) -> Example:
+        """With text `way` of each part."""
+        end, items = end_id(self.tokenizer), iter(self.items)
+        turns = [self._content(turn, way, items) for turn in self.record.turns]
+        if self.record.form == "messages":
+            roles = [turn.role for turn in self.record.turns]
+            ids, counted = encode_turns(zip(roles, turns), self.tokenizer)
+        elif self.record.form == "prompt":
+            before, after = turns
+            if self.files or not before:
+                before = [end, *before]  # as generation begins
+            ids = [*before, *after, end]
+            counted = [False] * len(before) + [True] * (len(after) + 1)
+        else:
+            ids = [end, *turns[0], end]
+            # The end before a text is the end of another text; an item has none before it.
+            counted = [not self.files] + [True] * (len(ids) - 1)
         tokens = np.array(ids, np.int32)
-        return Example(tokens, counts & (tokens != self._image), pictures)
+        learned = np.ones(len(ids), bool) if all_count else np.array(counted)
+        learned &= ~np.isin(tokens, self.placeholders)
+        return Example(tokens, learned, self.files, group=self.record.group)
 
-    def truncated(self, example: Example, seq_len: int) -> Example | None:
-        """Its first tokens, unless a picture or all that counts lies beyond."""
-        short = example.cut(0, seq_len)
-        lost = (example.ids[seq_len:] == self._image).any()
-        return (
-            short._replace(pictures=example.pictures) if short.counted.any() and not lost else None
-        )
-
-    @property
-    def _image(self) -> int:
-        return self.config.image_token if self.config and self.config.vision_layers else -1
-
-    def _text(self, text: str, pictures: Sequence[Path] = ()) -> list[int]:
-        ids: list[int] = self._made(
-            text_ids, text, self.tokenizer, self._sizes(pictures), self._image
-        )
+    def _content(self, turn: Turn, way: int, items: Iterator[list[int]]) -> list[int]:
+        ids: list[int] = []
+        for part in turn.content:
+            if isinstance(part, MediaFile):
+                ids += next(items)
+            else:
+                text = part[way % len(part)]
+                ids += self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _made(self, make: Callable[..., Any], *how: Any) -> Any:
-        try:
-            return make(*how)
-        except UsageError as error:  # of the places of pictures
-            raise DataError(f"{self.where}: {error}") from error
 
-    def _joined(self, parts: Sequence[Any]) -> dict[str, Any]:
-        """Parts as a record of text with the places of its pictures."""
-        images, text = [], ""
-        for part in parts:
-            match part:
-                case {"image": str(image)}:
-                    images.append(image)
-                    text += IMAGE
-                case {"text": str(words)}:
-                    text += words.strip()
-                case _:
-                    raise DataError(
-                        f'{self.where}: a part is {{"image": path}} or {{"text": ...}}; mend it'
-                    )
-        return {"image": images, "text": text}
-
-    def _files(self, record: Any) -> tuple[Path, ...]:
-        named = record.get("image") if isinstance(record, dict) else None
-        images = [named] if isinstance(named, str) else named or []
-        if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-            raise DataError(f"{self.where}: image must be a path or several; mend this record")
-        files = tuple(self.folder / image for image in images)
-        for image, file in zip(images, files):
-            if not file.is_file():
-                raise DataError(
-                    f"{self.where}: no picture {image}; mend the path, or pass --skip-bad"
-                )
-        return files
-
-    def _sizes(self, files: Sequence[Path]) -> list[int]:
-        """Patches of each picture."""
-        if files and (self.config is None or not self.config.vision_layers):
-            raise DataError(
-                f"{self.where}: has a picture, and this model reads none; give one by --model "
-                "that was trained on pictures"
-            )
-        config = cast(ModelConfig, self.config)
-        return [math.prod(measure(file, config, f"{self.where}: {file}")) for file in files]
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def hold_out(
-    examples: Sequence[Example], share: float, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """(training, held out), at least one each; equal examples stay together, or nearly."""
-
-    def place(example: Example) -> bytes:
-        files = "".join(map(str, example.pictures)).encode()
-        return hashlib.sha256(f"{seed}:".encode() + example.ids.tobytes() + files).digest()
-
-    order = sorted(examples, key=place)
-    count = min(max(1, round(share * len(order))), len(order) - 1)
-    return order[count:], order[:count]
+def _truncated(example: Example, seq_len: int, config: ModelConfig | None) -> Example | None:
+    """Its first tokens, unless an item or all that counts lies beyond."""
+    short = example.cut(0, seq_len)
+    read = [MEDIA[file.medium].token(config) for file in example.files] if config else []
+    if not short.counted.any() or np.isin(example.ids[seq_len:], read).any():
+        return None
+    return short._replace(files=example.files, group=example.group)
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -318,10 +254,23 @@ class Packed(Dataset[dict[str, Tensor]]):
 
     An example attends within itself only, and its first token is no target, which the example
     before would have to predict. RoPE sees distances alone, so positions need not start anew.
+    Items of media are decoded here, in the loader's workers.
+
+    config: of the model that reads the items. draw: a seed to draw each example's text, in each
+    epoch; absent: its longest. augment: draw each item anew too.
     """
 
-    def __init__(self, examples: Sequence[Example], seq_len: int, padding: int) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        seq_len: int,
+        padding: int,
+        config: ModelConfig | None = None,
+        draw: int | None = None,
+        augment: bool = False,
+    ) -> None:
         self.examples, self.seq_len, self.padding = examples, seq_len, padding
+        self.config, self.draw, self.augment = config, draw, augment
         self.rows = pack([len(example.ids) for example in examples], seq_len + 1)
         counted = sum(int(example.counted[1:].sum()) for example in examples)
         self._weight = seq_len * len(self.rows) / max(1, counted)
@@ -337,11 +286,22 @@ class Packed(Dataset[dict[str, Tensor]]):
         return held / (len(self.rows) * (self.seq_len + 1))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """tokens: (seq_len + 1,). ids: the number. documents, weights: (seq_len,)."""
-        index %= len(self)
-        return self.sequence(
-            index, [(number, self.examples[number]) for number in self.rows[index]]
-        )
+        """tokens: (seq_len + 1,). ids: the number. documents, weights: (seq_len,). And the items as
+        in `media.batch.to_entries`."""
+        epoch, index = divmod(index, len(self))
+        texts, items = [], []
+        for number in self.rows[index]:
+            example, draw = self.examples[number], None
+            if self.draw is not None and (example.files or example.others):
+                draw = np.random.default_rng((self.draw, epoch, number))
+                if example.others:
+                    example = example.ways[int(draw.integers(len(example.ways)))]
+            texts.append((number, example))
+            how = draw if self.augment else None
+            for file in self.examples[number].files:
+                assert self.config is not None, "items come with the configuration of their reader"
+                items.append(MEDIA[file.medium].read(file.path, self.config, augment=how))
+        return self.sequence(index, texts) | to_entries(batch_items(items))
 
     def sequence(self, index: int, examples: Iterable[tuple[int, Example]]) -> dict[str, Tensor]:
         """These numbered examples side by side, as sequence `index`."""
@@ -378,6 +338,6 @@ class ExampleData(Batches):
         """Of all examples, those that are held out too."""
         digest = hashlib.sha256()
         for example in [*self.train.examples, *self.val.examples]:
-            sizes = [(file.name, file.stat().st_size) for file in example.pictures]
+            sizes = [(file.path.name, file.path.stat().st_size) for file in example.files]
             digest.update(example.ids.tobytes() + example.counted.tobytes() + repr(sizes).encode())
         return digest.hexdigest()

@@ -16,29 +16,19 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from looptx_core.config.model import ModelConfig
+from looptx_core.config.run import TrainConfig
 from looptx_core.data.bundled import bundled_corpus, bundled_questions, bundled_shards
 from looptx_core.data.corpus import Corpus
 from looptx_core.data.datamodule import Batches, TokenData
-from looptx_core.data.examples import (
-    Example,
-    ExampleData,
-    Packed,
-    hold_out,
-    padding_id,
-    read_examples,
-)
-from looptx_core.data.pairs import (
-    MixedData,
-    PairExample,
-    PicturePacked,
-    is_pairs,
-    mix_of,
-    read_pairs,
-)
+from looptx_core.data.examples import Example, ExampleData, Packed, padding_id, read_examples
+from looptx_core.data.mixture import RECORDS, MixedData
+from looptx_core.data.records import media_named, read_records
 from looptx_core.data.resolve import resolve_data
 from looptx_core.data.shards import Manifest
+from looptx_core.data.split import hold_out
 from looptx_core.data.tokenizer import fingerprint
 from looptx_core.errors import DataError
+from looptx_core.media import media_for
 
 FILE = "data.json"
 FORMAT_VERSION = 1
@@ -99,7 +89,7 @@ class OwnData:
 
     def _pairs(self) -> list[str]:
         """Inputs of pictures with texts; one that is gone counts if it can be nothing else."""
-        return [item for item in self.inputs if is_pairs(item) or not Path(item).exists()]
+        return [item for item in self.inputs if media_named([item]) or not Path(item).exists()]
 
 
 def own_data(folder: Path, facts: Mapping[str, Any]) -> OwnData | None:
@@ -150,25 +140,48 @@ def open_data(
     skip_bad = bool(own.get("skip_bad"))
     if data.kind == "records":
         return _records(data, tokenizer, config, limit, few, skip_bad, report, how)
-    pairs = [item for item in data.inputs if is_pairs(item)]
+    pairs = [item for item in data.inputs if media_named([item])]
     shards = _shards(data, [item for item in data.inputs if item not in pairs], tokenizer)
     how["document_mask"] = own.get("document_mask", True)
     if not pairs:
         cut = min(seq_len, config.max_seq_len)
         return TokenData(shards, seq_len=cut, micro_batch=rows, **how)
-    if not config.vision_layers:
-        raise DataError(f"{pairs[0]}: has pictures, and this model reads none")
     how["seed"] = own.get("seed", how.get("seed", 0))
     only = len(pairs) == len(data.inputs) and "mix" not in own
+    records = read_records(pairs, skip_bad)
+    for medium in records.media:
+        if medium not in media_for(config):
+            raise DataError(f"{pairs[0]}: has {medium.plural}, and this model reads none")
+    mix = (0.0, 1.0) if only else TrainConfig(mix=own.get("mix", "1:1")).weights
     mixed = MixedData(
-        shards, read_pairs(pairs, skip_bad), config, seq_len=limit, micro_batch=few,
-        mix=mix_of(own.get("mix") or ("0:1" if only else "1:1")), skip_bad=skip_bad,
-        augment=own.get("augment", True), **how,
+        shards, records, config, seq_len=limit, micro_batch=few,
+        mix=mix, skip_bad=skip_bad, augment=own.get("augment", True), **how,
     )  # fmt: skip
     if only:  # no text was named, so none judges
-        mixed.val = mixed.val_parts["pictures"]
+        mixed.val = mixed.val_parts[RECORDS]
         mixed.val_sequences = min(mixed.val_sequences, len(mixed.val))
     return mixed
+
+
+def own_text(folder: Path) -> tuple[str, ...] | None:
+    """The inputs of text that a model was trained on, without records of media; () is the bundled
+    text. None where nothing is known, or where it was finetuned on records."""
+    data = own_data(folder, {})
+    if data is None or data.kind == "records":
+        return None
+    texts = tuple(item for item in data.inputs if not media_named([item]))
+    return (str(data.shards),) if texts and data._has_shards() else texts
+
+
+def split_examples(
+    examples: Sequence[Example], share: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """What to train on, and what is held out, by groups where there are some."""
+    keys = [_key(example) for example in examples]
+    # A few examples many times over are a finetuning too, which needs some of each.
+    grouped = any(example.group is not None for example in examples)
+    train, held = hold_out(keys, share, seed, whole=grouped)
+    return [examples[i] for i in train], [examples[i] for i in held]
 
 
 def packed(
@@ -180,11 +193,15 @@ def packed(
     augment: bool = False,
 ) -> Packed:
     """Examples side by side. seed: for what is drawn anew in each epoch; None: held out."""
-    padding = padding_id(tokenizer)
-    if not any(example.pictures for example in examples):
-        return Packed(examples, seq_len, padding)
-    pairs = [PairExample([example], list(example.pictures)) for example in examples]
-    return PicturePacked(pairs, seq_len, padding, config, seed, augment and seed is not None)
+    draws = augment and seed is not None
+    return Packed(examples, seq_len, padding_id(tokenizer), config, seed, draws)
+
+
+def _key(example: Example) -> bytes:
+    """What an example is held out by: its group, else all that it holds."""
+    if example.group is not None:
+        return example.group.encode()
+    return example.ids.tobytes() + "".join(str(file.path) for file in example.files).encode()
 
 
 def _records(
@@ -213,7 +230,7 @@ def _records(
             f"are too long; shortened {found.truncated}"
         )
     seed = own.get("seed", 0)
-    train, val = hold_out(found.kept, own.get("val_fraction", 0.1), seed)
+    train, val = split_examples(found.kept, own.get("val_fraction", 0.1), seed)
     shape = (tokenizer, config, seq_len)
     return ExampleData(
         packed(train, *shape, seed, own.get("augment", True)),
@@ -245,7 +262,7 @@ def _whole(item: str | Path) -> list[str]:
 def _are_records(inputs: Sequence[str]) -> bool:
     """Whether an input's first record is a question with its answer, or a conversation."""
     folders = [item for item in inputs if Path(item).is_dir()]
-    other = {i for i in folders if (Path(i) / "manifest.json").exists() or is_pairs(i)} | {"-"}
+    other = {i for i in folders if (Path(i) / "manifest.json").exists() or media_named([i])} | {"-"}
     named = [item for item in inputs if item not in other]
     if not named:
         return False

@@ -1,9 +1,13 @@
-"""Which documents of a corpus are held out: fixed by seed and number, whatever the text."""
+"""What is held out: documents of a corpus by their numbers, examples by what they say.
+
+Both are fixed by the seed. A corpus is streamed, so that its documents go by number; examples are
+in memory, and equal ones are kept on one side.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from looptx_core.data.corpus import Corpus, Document, boundary
 from looptx_core.data.shards import Split
@@ -13,6 +17,22 @@ _FEW = 100  # documents; below it the split weighs bytes
 
 # Called with what is done ('read' or 'encode'), the bytes so far, and all bytes where known.
 Progress = Callable[[str, int, int | None], None]
+
+
+def hold_out(
+    keys: Sequence[bytes], share: float, seed: int, whole: bool = True
+) -> tuple[list[int], list[int]]:
+    """The numbers of examples to train on and to hold out, at least one each, in hash order.
+
+    keys: what each example says. whole: hold out all examples of an equal key, beyond the share
+    if need be, as far as one example is left to train on; else one key may be on both sides.
+    """
+    hashes = [hashlib.sha256(f"{seed}:".encode() + key).digest() for key in keys]
+    order = sorted(range(len(keys)), key=hashes.__getitem__)
+    count = min(max(1, round(share * len(order))), len(order) - 1)
+    while whole and count + 1 < len(order) and hashes[order[count]] == hashes[order[count - 1]]:
+        count += 1
+    return order[count:], order[:count]
 
 
 class Census:

@@ -61,7 +61,8 @@ def attach(model: LoopedTransformer, config: FinetuneConfig) -> PeftModel:
             use_dora=config.dora,
             target_modules=names if isinstance(names, str) else list(names),
             modules_to_save=save,
-            exclude_modules=r"vision\..*",  # read once a picture, and left as it is
+            # Encoders run once an item, and are left as they are.
+            exclude_modules="|".join(rf"{name}\..*" for name in _encoders(model)) or None,
         )
 
     if not config.lora_per_loop:
@@ -77,12 +78,19 @@ def attach(model: LoopedTransformer, config: FinetuneConfig) -> PeftModel:
     return peft
 
 
+def _encoders(model: LoopedTransformer) -> list[str]:
+    """The names of the modules that read media."""
+    encoders = list(model.encoders().values())
+    return [name for name, module in model.named_children() if module in encoders]
+
+
 def targets(model: LoopedTransformer, names: Sequence[str]) -> list[str]:
     """The full names of the linear layers that `names` mean, by their ends."""
+    left_out = ("confidence.", *(f"{name}." for name in _encoders(model)))
     linear = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(("confidence.", "vision."))
+        if isinstance(module, nn.Linear) and not name.startswith(left_out)
     }
     found: set[str] = set()
     for target in names:

@@ -24,16 +24,17 @@ from looptx_core.config.generation import ExitSettings
 from looptx_core.config.processes import is_first
 from looptx_core.data.bundled import bundled_questions
 from looptx_core.data.chat import TEMPLATE
-from looptx_core.data.examples import ExampleData, hold_out, read_examples
+from looptx_core.data.examples import ExampleData, read_examples
 from looptx_core.data.own import FILE as OWN_DATA
-from looptx_core.data.own import OwnData, packed
+from looptx_core.data.own import OwnData, packed, split_examples
 from looptx_core.data.tokenizer import fingerprint as tokenizer_fingerprint
 from looptx_core.errors import UsageError
 from looptx_core.finetuning.adapters import attach, fingerprint, load_adapter, save_adapter, targets
 from looptx_core.finetuning.quantise import quantise, stored_bytes
-from looptx_core.generation.exits import stated
 from looptx_core.machine.device import on_best_device
+from looptx_core.media import MEDIA
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.stopping.calibration import reported_confidence
 from looptx_core.training.calibration import calibrate, fit_odds
 from looptx_core.training.callbacks import read_metrics
 from looptx_core.training.curves import plot_run
@@ -250,7 +251,7 @@ def held_out_ece(found: LoopEvaluation, settings: ExitSettings) -> float:
     if not settings.stated:
         settings = replace(settings, stated=fit_odds(*(part[:, :half] for part in parts)))
     hit, logit, sharp = (part[:, half:] for part in parts)
-    return calibration_error(stated(logit, sharp, settings), hit)
+    return calibration_error(reported_confidence(logit, sharp, settings), hit)
 
 
 def _data(
@@ -270,7 +271,7 @@ def _data(
         skip_bad=config.skip_bad,
         config=loaded.config,
     )
-    train, val = hold_out(examples.kept, config.val_fraction, config.seed)
+    train, val = split_examples(examples.kept, config.val_fraction, config.seed)
     how: dict[str, Any] = {
         "micro_batch": config.rows,
         "batches": steps * config.accumulation,
@@ -286,7 +287,7 @@ def _data(
     report(
         f"examples: {len(train):,} to train on, {len(val):,} held out, packed into "
         f"{len(batches.train):,} sequences, {batches.train.fill:.0%} full"
-        + (f"; {examples.pictures:,} pictures" if examples.pictures else "")
+        + "".join(f"; {count:,} {MEDIA[name].plural}" for name, count in examples.media.items())
         + (lost if examples.dropped or examples.truncated else "")
         + (f"; left out {examples.skipped} that can't be used" if examples.skipped else "")
     )

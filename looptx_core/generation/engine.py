@@ -20,37 +20,39 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from looptx_core.backends.select import select_backend
 from looptx_core.config.generation import ExitSettings, GenerationOptions
-from looptx_core.data.chat import chat_prompt, text_ids
+from looptx_core.data.chat import chat_prompt
+from looptx_core.data.content import content_ids
 from looptx_core.data.tokenizer import end_id
 from looptx_core.errors import UsageError
-from looptx_core.generation.choose import choose_moves
-from looptx_core.generation.exits import fixed_exit, resolve_exit
-from looptx_core.generation.flight import Flight
-from looptx_core.generation.moves import Work
 from looptx_core.generation.request import (
     ChatPrompt,
     Generation,
-    PicturePrompt,
+    MediaPrompt,
     Prompt,
     Request,
     Step,
 )
+from looptx_core.generation.running_batch import RunningBatch, WorkCounters
 from looptx_core.generation.sampling import check
 from looptx_core.generation.scheduler import serve
-from looptx_core.generation.speculate import speculate
+from looptx_core.generation.speculative import speculate
 from looptx_core.generation.text import TextStream
+from looptx_core.media import MEDIA, Writer, writers
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.stopping.resolve import resolve_exit
+from looptx_core.stopping.rule import fixed_exit
 
-_ROUND = 256
+_CAPACITY_STEP = 256
 
-__all__ = ["ChatPrompt", "Engine", "Followed", "Generation", "PicturePrompt", "Prompt", "Step"]
+__all__ = ["ChatPrompt", "Engine", "ForcedScores", "Generation", "MediaPrompt", "Prompt", "Step"]
 
 
-class Followed(NamedTuple):
-    """Given texts, walked as if they were being generated."""
+class ForcedScores(NamedTuple):
+    """Given texts, scored as if they were being generated."""
 
     loss: Tensor
     """Nats, (batch, tokens after the prompt)."""
@@ -68,8 +70,8 @@ class Engine:
     """Generates with one model; `exit_settings` are the model's own, stored beside it.
 
     Puts the model into evaluation mode and joins its projections. `batch_size`: the most
-    prompts that run at once; more wait, and join as others finish. `work` counts what was done.
-    kernel, precision: see `choose_moves`; `kernel` then says what was chosen, and why.
+    prompts that run at once; more wait, and join as others finish. `counters` count what was done.
+    kernel, precision: see `select_backend`; `kernel` then says what was chosen, and why.
     """
 
     def __init__(
@@ -88,8 +90,9 @@ class Engine:
         self.exit_settings = exit_settings or ExitSettings()
         self.batch_size = batch_size
         self.end = end_id(tokenizer)
-        self.moves, self.kernel = choose_moves(model, kernel, precision)
-        self.work = Work()
+        self.writers = writers(model.config)
+        self.backend, self.kernel = select_backend(model, kernel, precision)
+        self.counters = WorkCounters()
         self._spare: LoopCache | None = None
 
     def generate(
@@ -132,8 +135,8 @@ class Engine:
         ]
 
     @torch.inference_mode()
-    def follow(self, tokens: Tensor, prompt: int, options: GenerationOptions) -> Followed:
-        """What real decoding would have made of these texts: exits, and a cache that shows them.
+    def score_forced(self, tokens: Tensor, prompt: int, options: GenerationOptions) -> ForcedScores:
+        """Teacher-forced scoring by real decoding: with its exits, and with the cache they leave.
 
         tokens: (batch, length) ids; the first `prompt` columns are the prompt. Only the options
         of depth count.
@@ -143,67 +146,58 @@ class Engine:
         requests = []
         for index, text in enumerate(tokens.tolist()):
             requests.append(self._request(index, text[:prompt], options))
-            requests[-1].script = text[prompt:]
-        with self._flight(requests, len(requests)) as flight:
-            steps = sorted(serve(flight, requests), key=lambda step: step.request)
+            requests[-1].forced_tokens = text[prompt:]
+        with self._batch(requests, len(requests)) as batch:
+            steps = sorted(serve(batch, requests), key=lambda step: step.request)
         seconds = [step.seconds for step in steps]
         likeliest = torch.tensor([request.likeliest for request in requests])
-        return Followed(
+        return ForcedScores(
             -torch.tensor([step.logprob for step in steps]).view(len(tokens), new),
             (likeliest == tokens[:, prompt:].to(likeliest.device)).float(),
             torch.tensor([step.loops for step in steps]).view(len(tokens), new),
             max(seconds) - min(seconds),
-            flight.cache.bytes_per_token,
+            batch.cache.bytes_per_token,
         )
 
     @contextlib.contextmanager
-    def _flight(self, requests: Sequence[Request], rows: int) -> Iterator[Flight]:
+    def _batch(self, requests: Sequence[Request], rows: int) -> Iterator[RunningBatch]:
         """With a cache that holds so many of these requests at once."""
         needed = max(request.limit for request in requests) - 1
         loops = max(max(r.exit.max_loops, r.prompt_exit.max_loops) for r in requests)
         cache = self._cache(requests[0].exit.settings, rows, needed, loops)
         try:
-            yield Flight(self.moves, cache, self.exit_settings, self.work)
+            yield RunningBatch(self.backend, cache, self.counters)
         finally:
-            if self.moves.keeps_cache and rows == 1:
+            if self.backend.reuses_cache and rows == 1:
                 self._spare = cache
 
     def _cache(self, settings: ExitSettings, rows: int, needed: int, loops: int) -> LoopCache:
         """A new one, or the last one where it would be the same."""
-        weight, spare, capacity = self.model.embedding.weight, self._spare, needed
-        if self.moves.keeps_cache and rows == 1:
+        spare, capacity = self._spare, needed
+        if self.backend.reuses_cache and rows == 1:
             self._spare = None
-            if spare is not None and spare.capacity >= needed:
-                own = spare.policy, spare.kind.name, spare.loops
+            if spare is not None and spare.has_room(needed):
+                own = spare.policy, spare.kind, spare.loops
                 if own == (settings.kv_policy, settings.kv_type, loops):
                     spare.wipe()  # what is masked is read too, and must be finite
                     return spare
-            capacity = -(-needed // _ROUND) * _ROUND  # so that the next one fits
-        return LoopCache(
-            self.model.config,
-            batch=rows,
-            capacity=capacity,
-            loops=loops,
-            policy=settings.kv_policy,
-            kind=settings.kv_type,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+            capacity = -(-needed // _CAPACITY_STEP) * _CAPACITY_STEP  # so that the next one fits
+        return self.model.new_cache(rows, capacity, loops, settings.kv_policy, settings.kv_type)
 
     def compute_saved(self, generation: Generation) -> float:
         """Share of the FLOPs of the tokens that full depth would have taken beyond these.
 
-        Heads and looks of the confidence head count; full depth is the most loops that the model
-        is trained for.
+        Heads and evaluations of the confidence head count; full depth is the most loops that the
+        model is trained for.
         """
         config = self.model.config
         context = generation.prompt_tokens + len(generation.tokens) / 2
         flops = token_flops(config, context)
         full = len(generation.tokens) * flops.at(config.max_loops)
         first, *others = [step.loops for step in generation.tokens]
-        # The first token comes from the prompt's pass, where no rule judges.
+        # The first token comes from the prompt's pass, where no rule is asked.
         spent = flops.at(first)
-        spent += sum(flops.at(loops, *generation.exit.cost(loops)) for loops in others)
+        spent += sum(flops.at(loops, *generation.exit.passes(loops)) for loops in others)
         return 1 - spent / full
 
     def length(self, prompt: Prompt) -> int:
@@ -214,26 +208,37 @@ class Engine:
         """What stands before a continuation."""
         if isinstance(prompt, ChatPrompt):
             return prompt.messages[-1]["content"]
-        if isinstance(prompt, PicturePrompt):
+        if isinstance(prompt, MediaPrompt):
             return prompt.text
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(list(prompt))
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, PicturePrompt | ChatPrompt):
-            return self._encode_pictures(prompt)
+        if isinstance(prompt, MediaPrompt | ChatPrompt):
+            return self._encode_media(prompt)
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt, add_special_tokens=False).ids
         # A document's start looks like the end of the one before.
         return list(prompt) or [self.end]
 
-    def _encode_pictures(self, prompt: PicturePrompt | ChatPrompt) -> list[int]:
-        if prompt.pictures and self.model.vision is None:
-            raise UsageError("this model reads no pictures; use one that was trained on some")
-        sizes, token = [len(p.patches) for p in prompt.pictures], self.model.config.image_token
+    def _encode_media(self, prompt: MediaPrompt | ChatPrompt) -> list[int]:
+        for medium in (MEDIA[item.medium] for item in prompt.media):
+            if medium.name not in self.model.encoders():
+                raise UsageError(
+                    f"this model reads no {medium.plural}; use one that was trained on some"
+                )
+        config = self.model.config
         if isinstance(prompt, ChatPrompt):
-            return chat_prompt(prompt.messages, self.tokenizer, [sizes], token)
+            return chat_prompt(prompt.messages, self.tokenizer, prompt.media, config)
         # As a record of training begins.
-        return [self.end, *text_ids(prompt.text, self.tokenizer, sizes, token)]
+        ids = [self.end, *content_ids(prompt.text, self.tokenizer, prompt.media, config)]
+        return ids if prompt.write is None else [*ids, self._writer(prompt.write).opens]
+
+    def _writer(self, name: str) -> Writer:
+        if name not in self.writers:
+            raise UsageError(
+                f"this model writes no {MEDIA[name].plural}; use one that was trained to"
+            )
+        return self.writers[name]
 
     def _request(self, index: int, prompt: Prompt, options: GenerationOptions) -> Request:
         check(options)
@@ -244,6 +249,11 @@ class Engine:
                 f"{config.max_seq_len}, new tokens included; shorten the prompt"
             )
         own = resolve_exit(self.exit_settings, options, config)
+        if options.speculate and not self.model.new_cache(1, 1, 1).can_roll_back:
+            raise UsageError(
+                "--speculate: drafted tokens have to be taken back, and this model's layers can't "
+                "take back what they remember; leave out --speculate"
+            )
         return Request(
             index=index,
             options=options,
@@ -254,7 +264,8 @@ class Engine:
             limit=min(len(tokens) + options.max_new_tokens, config.max_seq_len),
             end=self.end,
             known=self.tokenizer.get_vocab_size(),
-            pictures=getattr(prompt, "pictures", ()),
+            media=getattr(prompt, "media", ()),
+            writers=self.writers,
             generator=torch.Generator().manual_seed(options.seed),
         )
 
@@ -264,15 +275,15 @@ class Engine:
             return request.exit.settings.kv_policy, request.exit.settings.kv_type
 
         for request in [request for request in requests if request.options.speculate]:
-            with self._flight([request], 1) as flight:
-                yield from speculate(flight, request)
+            with self._batch([request], 1) as batch:
+                yield from speculate(batch, request)
         requests = [request for request in requests if not request.options.speculate]
 
         # A cache has one policy and type, so requests of different ones run after one another.
         for _, alike in itertools.groupby(sorted(requests, key=kind), kind):
             group = list(alike)
-            with self._flight(group, min(len(group), self.batch_size)) as flight:
-                yield from serve(flight, group)
+            with self._batch(group, min(len(group), self.batch_size)) as batch:
+                yield from serve(batch, group)
 
 
 def _for_each(

@@ -11,34 +11,39 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.generation import GenerationOptions
-from looptx_core.generation.exits import Exit, stated
-from looptx_core.generation.flight import Landing
+from looptx_core.generation.outputs import Output, open_item
+from looptx_core.generation.running_batch import StepOutput
 from looptx_core.generation.sampling import chances, draw
 from looptx_core.generation.text import TextStream
+from looptx_core.media import Writer
+from looptx_core.media.batch import MediaItem
 from looptx_core.model.confidence import sharpness
-from looptx_core.model.vision import Picture
+from looptx_core.stopping.calibration import reported_confidence
+from looptx_core.stopping.rule import Exit
 
 
 @dataclass(frozen=True)
-class PicturePrompt:
-    """A text with pictures: one for each `<|image|>` in it, or all before it where it has none."""
+class MediaPrompt:
+    """A text with items of media, placed by their markers, or before it; see `data.content`."""
 
     text: str
-    pictures: tuple[Picture, ...]
+    media: tuple[MediaItem, ...] = ()
+    write: str | None = None
+    """The medium of an item that the model is to write next; None leaves it to the model."""
 
 
 @dataclass(frozen=True)
 class ChatPrompt:
     """A conversation to answer, by a model that was finetuned on chats.
 
-    messages: of `role` and `content`, as in `data.chat`. pictures: of the first message.
+    messages: of `role` and `content`, as in `data.chat`. media: of the first message.
     """
 
     messages: tuple[Mapping[str, str], ...]
-    pictures: tuple[Picture, ...] = ()
+    media: tuple[MediaItem, ...] = ()
 
 
-Prompt = str | Sequence[int] | PicturePrompt | ChatPrompt
+Prompt = str | Sequence[int] | MediaPrompt | ChatPrompt
 
 
 class Step(NamedTuple):
@@ -59,6 +64,8 @@ class Step(NamedTuple):
     """Since its prompt was begun."""
     finish_reason: str | None = None
     """With a request's last token: length, stop (a stop string) or end (the document's)."""
+    output: Output | None = None
+    """An item of a medium that this token finishes."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,11 @@ class Generation:
     @property
     def mean_loops(self) -> float:
         return sum(step.loops for step in self.tokens) / len(self.tokens)
+
+    @property
+    def outputs(self) -> list[Output]:
+        """The items of media that were written, in order."""
+        return [step.output for step in self.tokens if step.output is not None]
 
     @property
     def tokens_per_second(self) -> float:
@@ -114,36 +126,49 @@ class Request:
     """The token that ends documents."""
     known: int
     """Tokens that can be drawn: a model may have rows for more, to fill up to a round number."""
-    pictures: tuple[Picture, ...] = ()
-    script: Sequence[int] = ()
+    media: tuple[MediaItem, ...] = ()
+    writers: Mapping[str, Writer] = field(default_factory=dict)
+    """Of the media that the model writes."""
+    forced_tokens: Sequence[int] = ()
     """Tokens to take, in place of those that would be drawn."""
     likeliest: list[int] = field(default_factory=list)
-    """Beside a script: the most likely token in each of its places."""
+    """With forced tokens: the most likely token in the place of each."""
     generator: torch.Generator = field(default_factory=torch.Generator)
     began: float = field(default_factory=time.perf_counter)
     done: bool = False
 
     def draw(self, logits: Tensor, best: int) -> int:
         """The next token, by logits (vocab_size,); best: the most likely one."""
-        if self.script:
+        if self.forced_tokens:
             self.likeliest.append(best)
-            return self.script[len(self.seen) - self.limit]
-        if self.options.temperature == 0 and self.options.repetition_penalty == 1.0:
+            return self.forced_tokens[len(self.seen) - self.limit]
+        greedy = self.options.temperature == 0 and self.options.repetition_penalty == 1.0
+        if greedy and not open_item(self.writers, self.seen):
             return best
         seen = torch.tensor(self.seen, device=logits.device)
-        return draw(logits[: self.known], self.options, seen, self.generator)
+        return draw(self._possible(logits, self.seen), self.options, seen, self.generator)
 
     def chances(self, logits: Tensor, seen: Sequence[int]) -> Tensor:
-        """Each token's chance after these, (known,), by logits (vocab_size,)."""
+        """Each token's chance after these, by logits (vocab_size,): (known,), or within an item
+        of a medium (vocab_size,)."""
         so_far = torch.tensor(seen, device=logits.device)
-        return chances(logits[: self.known], self.options, so_far)
+        return chances(self._possible(logits, seen), self.options, so_far)
 
-    def take(self, token: int) -> tuple[str, str | None]:
-        """Go on with this token: its text, and why it is the last, if it is."""
+    def _possible(self, logits: Tensor, seen: Sequence[int]) -> Tensor:
+        """The logits of what may follow these tokens: the text's, or an open item's codes."""
+        item = open_item(self.writers, seen)
+        return item.restrict(logits) if item else logits[: self.known]
+
+    def take(self, token: int) -> tuple[str, Output | None, str | None]:
+        """Go on with this token: its text, the item it finishes, and why it is the last, if it is.
+
+        A token within an item has no text and ends no document.
+        """
+        item = open_item(self.writers, self.seen)
         self.seen.append(token)
-        text = self.text.push(token)
+        text = "" if item else self.text.push(token)
         reason = None
-        if token == self.end and not self.options.ignore_eos:
+        if token == self.end and not item and not self.options.ignore_eos:
             reason = "end"
         elif len(self.seen) == self.limit:
             reason = "length"
@@ -151,33 +176,33 @@ class Request:
             text += self.text.finish()
         reason = "stop" if self.text.stopped else reason
         self.done = reason is not None
-        return text, reason
+        return text, item and item.finish(token), reason
 
 
-def advance(requests: Sequence[Request], landing: Landing) -> list[Step]:
+def next_tokens(requests: Sequence[Request], output: StepOutput) -> list[Step]:
     """Draw each request's next token from what its row predicts."""
-    logits = at_least_float(landing.logits)
+    logits = at_least_float(output.logits)
     best = logits[:, : requests[0].known].argmax(-1).tolist()
     ids = [request.draw(*given) for request, *given in zip(requests, logits, best)]
-    return record(requests, ids, landing)
+    return record(requests, ids, output)
 
 
-def record(requests: Sequence[Request], ids: Sequence[int], landing: Landing) -> list[Step]:
-    """Give each request its next token; one of the landing's rows for each."""
-    logits = at_least_float(landing.logits)
+def record(requests: Sequence[Request], ids: Sequence[int], output: StepOutput) -> list[Step]:
+    """Give each request its next token; one of the output's rows for each."""
+    logits = at_least_float(output.logits)
     # logsumexp of one row wakes torch's threads, which then spin in the kernel's way.
     chosen = torch.tensor(ids, device=logits.device)[:, None]
     logs = logits.log_softmax(-1)
     logprobs = logs.gather(1, chosen)[:, 0].tolist()
-    sharp = sharpness(logs).tolist()
+    top_logits = sharpness(logs).tolist()
     now = time.perf_counter()
-    columns = (requests, ids, landing.loops, landing.odds, sharp, logprobs)
+    columns = (requests, ids, output.loops, output.log_odds, top_logits, logprobs)
     steps = []
-    for request, token, loops, odds, sharp_here, logprob in zip(*columns):
-        text, reason = request.take(token)
-        sure = stated(odds, sharp_here, request.exit.settings)
+    for request, token, loops, odds, top_logit, logprob in zip(*columns):
+        text, finished, reason = request.take(token)
+        sure = reported_confidence(odds, top_logit, request.exit.settings)
         figures = (loops, sure, logprob, now - request.began)
-        steps.append(Step(request.index, token, text, *figures, reason))
+        steps.append(Step(request.index, token, text, *figures, reason, finished))
     return steps
 
 

@@ -1,7 +1,7 @@
 """Continuous batching over requests and over depth.
 
 A request joins as soon as a row of the cache is free: its prompt has a pass of its own. Then each
-of its tokens loops with whatever other rows are in the core, at whatever loops, and leaves by its
+of its tokens loops with whatever other rows are in the core, at whatever loops, and stops by its
 own exit. A finished request's row goes to the next one that waits.
 """
 
@@ -14,40 +14,40 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from looptx_core.generation.flight import Flight, Landing
-from looptx_core.generation.request import Request, Step, advance
-from looptx_core.model.vision import together
+from looptx_core.generation.request import Request, Step, next_tokens
+from looptx_core.generation.running_batch import RunningBatch, StepOutput
+from looptx_core.media.batch import batch_items, to_device
 
 
-def serve(flight: Flight, requests: Iterable[Request]) -> Iterator[Step]:
-    """Generate for all requests on the rows of the flight's cache, which are free."""
+def serve(batch: RunningBatch, requests: Iterable[Request]) -> Iterator[Step]:
+    """Generate for all requests on the rows of the batch's cache, which are free."""
     waiting = deque(requests)
-    free = deque(range(len(flight.cache.lengths)))
-    riding: dict[int, Request] = {}
+    free = deque(range(len(batch.cache.lengths)))
+    running: dict[int, Request] = {}
 
-    def go_on(landing: Landing) -> Iterator[Step]:
-        owners = [riding[row] for row in landing.rows]
-        steps = advance(owners, landing)
+    def take(output: StepOutput) -> Iterator[Step]:
+        owners = [running[row] for row in output.rows]
+        steps = next_tokens(owners, output)
         stay = []
-        for row, step in zip(landing.rows, steps):
+        for row, step in zip(output.rows, steps):
             if step.finish_reason is None:
                 stay.append(row)
             else:
-                del riding[row]
-                flight.cache.clear(row)
+                del running[row]
+                batch.cache.reset_row(row)
                 free.append(row)
         if stay:
-            tokens = [riding[row].seen[-1] for row in stay]
-            flight.enter(stay, tokens, [riding[row].exit for row in stay])
+            tokens = [running[row].seen[-1] for row in stay]
+            batch.add(stay, tokens, [running[row].exit for row in stay])
         yield from steps
 
-    while waiting or len(flight):
+    while waiting or len(batch):
         joining = {free.popleft(): waiting.popleft() for _ in range(min(len(free), len(waiting)))}
-        riding |= joining
+        running |= joining
         for rows in _alike(joining):
-            yield from go_on(prompt_of(flight, rows, [joining[row] for row in rows]))
-        if len(flight) and (landing := flight.turn()):
-            yield from go_on(landing)
+            yield from take(run_prompts(batch, rows, [joining[row] for row in rows]))
+        if len(batch) and (output := batch.step()):
+            yield from take(output)
 
 
 def _alike(joining: dict[int, Request]) -> list[list[int]]:
@@ -59,11 +59,12 @@ def _alike(joining: dict[int, Request]) -> list[list[int]]:
     return [list(rows) for _, rows in itertools.groupby(sorted(joining, key=kind), kind)]
 
 
-def prompt_of(flight: Flight, rows: list[int], requests: list[Request]) -> Landing:
+def run_prompts(batch: RunningBatch, rows: list[int], requests: list[Request]) -> StepOutput:
     """The pass of prompts that are alike, each on its row."""
     for request in requests:
         request.began = time.perf_counter()
-    tokens = torch.tensor([request.seen for request in requests], device=flight.moves.device)
-    pictures = together([picture for request in requests for picture in request.pictures])
+    device = batch.backend.device
+    tokens = torch.tensor([request.seen for request in requests], device=device)
+    media = batch_items(item for request in requests for item in request.media)
     loops = requests[0].prompt_exit.max_loops
-    return flight.prompt(rows, tokens, loops, pictures and pictures.to(flight.moves.device))
+    return batch.prompt(rows, tokens, loops, to_device(media, device))

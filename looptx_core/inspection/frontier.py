@@ -11,12 +11,11 @@ from torch import Tensor
 
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
-from looptx_core.generation.exits import RULES, SIGNALS, Exit, Signal
 from looptx_core.inspection.survey import Survey
 from looptx_core.model.flops import token_flops
+from looptx_core.stopping.rule import RULES, Exit, exit_depths
 
 _THRESHOLDS = 64
-_STATE_CHANGE = Signal(lambda read: read.gain)  # its side of the threshold only; not a stored rule
 _CONFIDENCES = (0.7, 0.8, 0.9, 0.95, 0.99)  # with `auto`, beside each threshold on the gain
 
 
@@ -46,24 +45,10 @@ class Point:
         return replace(base, rule=self.rule, **{self.rule: self.threshold})  # type: ignore[arg-type]
 
 
-def depths(stops: Tensor, least: int = 1) -> Tensor:
-    """The loop after which each token stops, (tokens,), from 1; the last where nothing stops it.
-
-    stops: (loops, tokens), True where a token may stop. least: none stops before.
-    """
-    stops = stops.clone()
-    stops[: least - 1] = False
-    stops[-1] = True
-    return stops.int().argmax(0) + 1
-
-
 def rule_depths(survey: Survey, settings: ExitSettings) -> Tensor:
     """Depths by the rule that is stored in the settings, (tokens,)."""
-    signals = survey.signals(settings)
-    stops = torch.zeros_like(survey.loss, dtype=torch.bool)
-    for name in RULES[settings.rule]:
-        stops |= SIGNALS[name].stops(signals[name], getattr(settings, name))
-    return depths(stops, settings.min_loops)
+    own = Exit(settings.min_loops, survey.loops, settings, settings.rule)
+    return own.depths(survey.signals(settings))
 
 
 def frontier(
@@ -74,36 +59,47 @@ def frontier(
     settings: their calibration counts. context: tokens that a token attends to, for the FLOPs.
     """
     cost = token_flops(config, context)
-    full, least = cost.at(survey.loops), settings.min_loops
+    full = cost.at(survey.loops)
 
-    def point(rule: str, threshold: float, depth: Tensor, confidence: float | None = None) -> Point:
-        place = depth[None] - 1
+    def exit_by(rule: str | None, **thresholds: float) -> Exit:
+        own = replace(settings, **thresholds)  # type: ignore[arg-type]
+        return Exit(settings.min_loops, survey.loops, own, rule)
+
+    def point(
+        rule: str, threshold: float, own: Exit, depth: Tensor, confidence: float | None = None
+    ) -> Point:
+        index = depth[None] - 1
         mean = float(depth.double().mean())
-        stored = Exit(least, survey.loops, settings, rule if rule in RULES else None)
         return Point(
             rule=rule,
             threshold=threshold,
             mean_loops=mean,
-            loss=float(survey.loss.gather(0, place).double().mean()),
-            accuracy=float(survey.hit.gather(0, place).double().mean()),
-            flops=cost.at(mean, *stored.cost(mean)) / full,
+            loss=float(survey.loss.gather(0, index).double().mean()),
+            accuracy=float(survey.hit.gather(0, index).double().mean()),
+            flops=cost.at(mean, *own.passes(mean)) / full,
             confidence=confidence,
         )
 
+    no_rule = exit_by(None)
     everyone = torch.ones(survey.loss.shape[1], dtype=torch.long)
-    points = [point("fixed", t, t * everyone) for t in range(1, survey.loops + 1)]
+    points = [point("fixed", t, no_rule, t * everyone) for t in range(1, survey.loops + 1)]
     signals = survey.signals(settings)
     for name, values in signals.items():
-        signal = SIGNALS.get(name, _STATE_CHANGE)
         for threshold in _spread(values):
-            points.append(point(name, threshold, depths(signal.stops(values, threshold), least)))
+            if name in RULES:
+                own = exit_by(name, **{name: threshold})
+                points.append(point(name, threshold, own, own.depths(signals)))
+            else:
+                # Stop where a loop changes the state by less; such a rule is not stored.
+                depth = exit_depths(values < threshold, settings.min_loops)
+                points.append(point(name, threshold, no_rule, depth))
     for threshold, sure in itertools.product(_spread(signals["gain"], 8), _CONFIDENCES):
-        stops = SIGNALS["gain"].stops(signals["gain"], threshold)
-        stops = stops | SIGNALS["confidence"].stops(signals["confidence"], sure)
-        points.append(point("auto", threshold, depths(stops, least), sure))
+        own = exit_by("auto", gain=threshold, confidence=sure)
+        points.append(point("auto", threshold, own, own.depths(signals), sure))
     steps = torch.arange(1, survey.loops + 1)[:, None]
     for price in (0.0, *torch.logspace(-4, 0.5, _THRESHOLDS).tolist()):
-        points.append(point("oracle", price, (survey.loss + price * steps).argmin(0) + 1))
+        cheapest = (survey.loss + price * steps).argmin(0) + 1
+        points.append(point("oracle", price, no_rule, cheapest))
     return points
 
 

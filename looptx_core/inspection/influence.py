@@ -60,9 +60,7 @@ def _influence_at(model: LoopedTransformer, tokens: Tensor, places: Tensor, dept
     recording = model.attend = Recording()
     around = model.surroundings(len(tokens))
     batch = tokens.expand(len(places), -1)
-    state = embedding = model.encode(batch, around)
-    for loop in range(1, depth + 1):
-        state = model.step(state, embedding, loop, around)
+    *_, state = model.states(batch, depth, around)
     at = (torch.arange(len(places), device=tokens.device), places.to(tokens.device))
     told = model.head(model.decode(state, around)[at]).float().log_softmax(-1)
     weights = recording.weights
@@ -97,9 +95,7 @@ def without(model: LoopedTransformer, tokens: Tensor, removed: Tensor, loops: in
     own = torch.eye(length, dtype=torch.bool, device=tokens.device)
     mask = (causal & ~removed[:, None, :]) | own
     around = replace(model.surroundings(length), mask=mask[:, None])
-    state = embedding = model.encode(tokens.expand(len(removed), -1), around)
-    for loop in range(1, loops + 1):
-        state = model.step(state, embedding, loop, around)
+    *_, state = model.states(tokens.expand(len(removed), -1), loops, around)
     return model.head(model.decode(state, around)).float().log_softmax(-1)
 
 

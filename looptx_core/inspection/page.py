@@ -1,4 +1,4 @@
-"""A report as one HTML page: pictures and data inside, nothing fetched."""
+"""A report as one HTML page: figures and data inside, nothing fetched."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from looptx_core.media import MEDIA
 
 Document = dict[str, Any]
 
@@ -63,14 +65,14 @@ show(data.tokens.length - 1);
 """
 
 
-def page(document: Document, pictures: Mapping[str, Path]) -> str:
-    """The page's text. pictures: PNG files by title."""
+def page(document: Document, figures: Mapping[str, Path]) -> str:
+    """The page's text. figures: PNG files by title."""
     sections = [_summary(document)]
-    for title, file in pictures.items():
-        image = base64.b64encode(file.read_bytes()).decode()
+    for title, file in figures.items():
+        content = base64.b64encode(file.read_bytes()).decode()
         sections.append(
             f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" '
-            f'src="data:image/png;base64,{image}">'
+            f'src="data:image/png;base64,{content}">'
         )
     sections.append(_policies(document["kv_policies"]))
     if document["trace"]:
@@ -130,25 +132,9 @@ def sentences(document: Document) -> list[str]:
             f"{simple['fixed']} does as well as the exit at about the same loops: looptx generate "
             f"--loops {simple['fixed']} --prompt-loops {simple['prompt_loops']}."
         )
-    for picture in document["pictures"]:
-        means = [
-            sum(map(sum, grid)) / (picture["rows"] * picture["columns"])
-            for grid in picture["change_by_loop"]
-        ]
-        steps = ", ".join(f"{mean:.1%} at loop {loop}" for loop, mean in enumerate(means, 2))
-        said.append(
-            f"{picture['picture']}, {picture['rows']} x {picture['columns']} patches: "
-            f"'{picture['caption']}'; their states move by {steps or 'nothing, with one loop'}."
-        )
-        if "confidence_by_loop" in picture:
-            sure, error = (
-                sum(map(sum, picture[key][-1])) / (picture["rows"] * picture["columns"])
-                for key in ("confidence_by_loop", "error_by_loop")
-            )
-            said.append(
-                f"Each patch hidden once: it is {sure:.0%} sure to draw one well, and is off by "
-                f"{error:.2f} of a patch's variance."
-            )
+    for medium in MEDIA.values():
+        for found in document[medium.plural]:
+            said += medium.sentences(found)
     trace = document["trace"]
     if trace and trace["deletion"]:
         test = trace["deletion"]

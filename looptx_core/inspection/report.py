@@ -1,4 +1,4 @@
-"""An inspection from a model and its data to one JSON document, which all pictures are made of."""
+"""An inspection from a model and its data to one JSON document, which all figures are made of."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ from looptx_core.inspection.frontier import (
     frontier,
     rule_depths,
 )
-from looptx_core.inspection.patches import look_at
+from looptx_core.inspection.media import inspect_media
 from looptx_core.inspection.survey import Survey, survey_lines, two_surveys
 from looptx_core.inspection.trace import trace_text
+from looptx_core.media import MEDIA
 from looptx_core.model.cache import POLICIES
 from looptx_core.training import metrics
 from looptx_core.training.calibration import calibrate
@@ -97,7 +98,7 @@ def inspect_loops(
         "kv_policies": [],
         "as_good": None,
         "trace": None,
-        "pictures": [],
+        **{medium.plural: [] for medium in MEDIA.values()},
     }
     if config.decode_tokens:
         report("decoding with real exits, for each cache policy")
@@ -118,22 +119,22 @@ def inspect_loops(
         document["trace"] = trace_text(
             model, loaded.tokenizer, tokens, settings, loops, config.seed
         )
-    if config.image:
-        report("looking at the pictures")
-        document["pictures"] = look_at(loaded, config.image, settings, loops)
+    if config.media:
+        report("looking at the " + ", ".join(MEDIA[name].plural for name in config.media))
+        document |= inspect_media(loaded, config.media, settings, loops)
     return document, settings
 
 
 def write_report(document: Document, folder: Path) -> None:
-    """report.json, the pictures, and report.html with all of it inside, whole or not at all."""
+    """report.json, the figures, and report.html with all of it inside, whole or not at all."""
+    from looptx_core.inspection.figures import draw
     from looptx_core.inspection.page import page
-    from looptx_core.inspection.pictures import draw
 
     def write(place: Path) -> None:
         marked = {**document, "command": "inspect-loops"}
         (place / "report.json").write_text(json.dumps(marked, indent=1) + "\n", "utf-8")
-        pictures = draw(document, place)
-        (place / "report.html").write_text(page(document, pictures), "utf-8")
+        figures = draw(document, place)
+        (place / "report.html").write_text(page(document, figures), "utf-8")
 
     write_folder(folder, write)
 
@@ -284,8 +285,8 @@ def _policies(
 
     def decode(policy: str, depth: int | None) -> Document:
         options = GenerationOptions(loops=depth or "auto", prompt_loops=deepest, kv_policy=policy)
-        engine.follow(texts[0][None], _PROMPT, options)  # graphs are recorded at first use
-        walked = [engine.follow(text[None], _PROMPT, options) for text in texts]
+        engine.score_forced(texts[0][None], _PROMPT, options)  # graphs are recorded at first use
+        walked = [engine.score_forced(text[None], _PROMPT, options) for text in texts]
         losses, hits = (torch.cat([part[0] for part in w]) for w in zip(*(w[:2] for w in walked)))
 
         def exact(by_loop: Sequence[Tensor]) -> float:

@@ -1,6 +1,6 @@
 """Every counted token after every loop: what it cost, what the head said, what others could read.
 
-States come from full depth, as in training; `Engine.follow` shows what real exits change.
+States come from full depth, as in training; `Engine.score_forced` shows what real exits change.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.generation import ExitSettings
-from looptx_core.generation.exits import SIGNALS, Readout, calibrated, stated
 from looptx_core.model.confidence import Confidence
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.evaluate import (
-    LoopEvaluation,
-    evaluate_loops,
-)
+from looptx_core.stopping.calibration import calibrated, reported_confidence
+from looptx_core.stopping.rule import SIGNALS, ExitSignals
+from looptx_core.training.evaluate import LoopEvaluation, evaluate_loops
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Survey:
 
     def stated(self, settings: ExitSettings) -> Tensor:
         """The confidence told with a token that stops there, (loops, tokens)."""
-        return stated(self.evaluation.logit, self.evaluation.sharp, settings)
+        return reported_confidence(self.evaluation.logit, self.evaluation.sharp, settings)
 
     def signals(self, settings: ExitSettings) -> dict[str, Tensor]:
         """All signals, the head's calibrated by these settings, and the state's change."""
@@ -66,9 +64,9 @@ class _Observer:
         self._logits: Tensor | None = None
 
     def __call__(self, loop: int, state: Tensor, logits: Tensor, judged: Confidence) -> None:
-        readout = Readout(*judged, logits, self._logits)
+        signals = ExitSignals(*judged, logits, self._logits)
         seen = {
-            name: torch.as_tensor(s.value(readout)) for name, s in SIGNALS.items() if s.reads_logits
+            name: torch.as_tensor(s.value(signals)) for name, s in SIGNALS.items() if s.reads_logits
         }
         self.loops.append({name: value.cpu() for name, value in seen.items()})
         self._logits = logits

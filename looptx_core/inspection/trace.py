@@ -9,10 +9,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from looptx_core.config.generation import ExitSettings
-from looptx_core.generation.exits import Exit, Readout, calibrated, stated
 from looptx_core.inspection.influence import deletion_test, influence
 from looptx_core.model.confidence import relative_change, sharpness
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.stopping.calibration import calibrated, reported_confidence
+from looptx_core.stopping.rule import Exit, ExitSignals
 
 TOP = 5
 MOST_TOKENS = 256
@@ -82,17 +83,17 @@ def _walk(
     depth = torch.zeros(len(tokens), dtype=torch.long)
     confidence = torch.zeros(len(tokens))
     logits: list[Tensor] = []
-    state = embedding = model.encode(tokens[None], around)
-    for loop in range(1, loops + 1):
-        before, state = state, model.step(state, embedding, loop, around)
+    before = embedding = model.encode(tokens[None], around)
+    for loop, state in model.iterate(embedding, embedding, around, range(1, loops + 1)):
         judged, change = model.confidence(state, loop), relative_change(before, state)
+        before = state
         logit, gain, moved = (part[0].float().cpu() for part in (*judged, change))
         read = calibrated(logit, gain, moved, loop, settings)
         previous = logits[-1] if logits else None
         logits.append(model.head(model.decode(state, around))[0].float().cpu())
-        here = (depth == 0) & own.stops(loop, Readout(*read, logits[-1], previous))
+        here = (depth == 0) & own.stops(loop, ExitSignals(*read, logits[-1], previous))
         sharp = sharpness(logits[-1].log_softmax(-1))
-        told = stated(logit, sharp, settings)
+        told = reported_confidence(logit, sharp, settings)
         depth[here], confidence[here] = loop, told[here]
     return torch.stack(logits), depth, confidence
 

@@ -1,1 +1,1 @@
-"""What this machine has: memory, disks, compilers, DeepSpeed's compiled ops."""
+"""What this machine has: memory, disks, compilers."""

@@ -104,7 +104,7 @@ def sdpa(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Packed | 
 def _trains(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether the kernel takes these; its threads share out rows and key heads."""
     return (
-        ready(queries, keys, values)
+        ready(queries, keys, values, operation="attention")
         and queries.shape[2] == keys.shape[2] > 1
         and keys.shape[0] * keys.shape[1] >= torch.get_num_threads()
     )
@@ -112,7 +112,9 @@ def _trains(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
 
 def takes_documents(attend: Attend, like: Tensor) -> bool:
     """Whether a back end does better with `Packed` than with its mask. like: a tensor to attend."""
-    return getattr(attend, "packs", False) or (attend is sdpa and ready(like))
+    return getattr(attend, "packs", False) or (
+        attend is sdpa and ready(like, operation="attention")
+    )
 
 
 # (queries, keys, values, starts, length) -> output, all (tokens, heads, head_dim): causal within

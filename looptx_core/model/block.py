@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from looptx_core.config.model import ModelConfig
 from looptx_core.model.attention import Attend, Packed, sdpa
 from looptx_core.model.bitnet import BitLinear, IntegerProduct, PackedBitLinear
-from looptx_core.model.cache import Slot, Window
+from looptx_core.model.cache import CacheView, LayerView
 from looptx_core.model.fused import gelu_gate, products, ready
 from looptx_core.model.norm import HeadNorm, RMSNorm
 from looptx_core.model.rope import Rotary, Rotate
@@ -26,7 +26,7 @@ class Surroundings:
     rotary: Rotary
     mask: Tensor | Packed | None = None
     attend: Attend = sdpa
-    window: Window | None = None
+    view: CacheView | None = None
     """Where in a cache these tokens stand; None without one."""
 
     def rows(self, index: Tensor | slice) -> Surroundings:
@@ -58,7 +58,7 @@ class SideBySide(nn.Module):
         if self._joined is None or torch.is_grad_enabled():
             layers = [self.get_submodule(name) for name in self.beside]
             if all(type(layer) is nn.Linear for layer in layers):
-                if ready(x) and not any(map(_hooked, layers)):
+                if ready(x, operation="products") and not any(map(_hooked, layers)):
                     return products(x, *map(_weight, layers))
                 if torch.is_autocast_enabled(x.device.type):
                     x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not for each of them
@@ -136,7 +136,7 @@ class Attention(SideBySide):
         self.o_proj = linear(config, width, config.d_model, normed=False)
         self.q_norm, self.k_norm = _before_products(config), _before_products(config)
 
-    def forward(self, x: Tensor, around: Surroundings, slot: Slot | None) -> Tensor:
+    def forward(self, x: Tensor, around: Surroundings, memory: LayerView | None) -> Tensor:
         batch, length, _ = x.shape
         queries, keys, values = (
             part.view(batch, length, -1, self.head_dim) for part in self.project(x)
@@ -144,14 +144,14 @@ class Attention(SideBySide):
         queries = self.q_norm(queries, around.rotary).transpose(1, 2)
         keys = self.k_norm(keys, around.rotary).transpose(1, 2)
         values = values.transpose(1, 2)
-        if slot is not None:
-            keys, values = slot.extend(keys, values)
-        out = around.attend(queries, keys, values, around.mask)
+        mask = around.mask
+        if memory is not None:
+            keys, values, mask = memory.update(keys, values, mask)
+        out = around.attend(queries, keys, values, mask)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
 
     def entries(self, x: Tensor, around: Surroundings) -> tuple[Tensor, Tensor]:
-        """The keys and values that `forward` puts into its slot, (batch, kv_heads, length,
-        head_dim)."""
+        """The keys and values that `forward` writes, (batch, kv_heads, length, head_dim)."""
         keys, values = (
             layer(x).view(*x.shape[:2], -1, self.head_dim) for layer in (self.k_proj, self.v_proj)
         )
@@ -173,7 +173,7 @@ class GeGLU(SideBySide):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.project(x)
-        if self.activation is F.gelu and ready(gate, up):
+        if self.activation is F.gelu and ready(gate, up, operation="gate"):
             return self.down_proj(gelu_gate(gate, up))
         return self.down_proj(self.activation(gate) * up)
 
@@ -189,9 +189,9 @@ class Block(nn.Module):
         self.mlp = GeGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, around: Surroundings, slot: Slot | None = None) -> Tensor:
-        """x: (batch, length, d_model), and so the result."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), around, slot))
+    def forward(self, x: Tensor, around: Surroundings, memory: LayerView | None = None) -> Tensor:
+        """x: (batch, length, d_model), and so the result. memory: what the layer remembers."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), around, memory))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 

@@ -1,24 +1,12 @@
-"""The KV cache: one slot per layer and loop, preallocated, with a policy for early exits.
-
-A token that leaves after loop t has no keys and values for the loops after t, which later
-tokens that go deeper will look for. A policy says which slot a loop reads and writes, and what
-an exit leaves behind:
-
-- `fill`: every loop has its own slot; an exit copies its last loop's entries into the deeper
-  slots (Huginn, arXiv 2502.05171; AdaPonderLM, arXiv 2603.01914).
-- `last`: all loops share one slot, so that it holds each token's last computed loop; a prompt,
-  which is processed loop by loop, still sees its own loop (Ouro's decoding, arXiv 2510.25741).
-
-In the core's first layer both leave not copies but what one more loop would have left: those
-entries follow from the state alone, as in CALM's propagation (arXiv 2207.07061).
+"""The cache of a batch: a `LayerState` for each layer, and which columns each row has filled.
 
 Each row fills its columns at its own pace, and may be cleared for another text at any time.
-A pass works on a `Window`: the next columns of some rows.
+A pass works on a `CacheView`: the next columns of some rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -26,30 +14,30 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.model import ModelConfig
-from looptx_core.errors import UsageError
-from looptx_core.model.rounding import KINDS
+from looptx_core.model.attention import Packed
+from looptx_core.model.layer_state import POLICIES, Attended, KVState, LayerState, StateSpec
 
-POLICIES = ("fill", "last")
+__all__ = ["POLICIES", "CacheView", "FixedCacheView", "LayerView", "LoopCache"]
 
 
-class Slot(NamedTuple):
-    """One layer's place in the cache for a window and its loop, or each row's own loop."""
+class LayerView(NamedTuple):
+    """One layer's state in one pass, at one loop or at each row's own loop."""
 
-    window: Window
-    place: int | Tensor
+    state: LayerState
+    view: CacheView
+    loop: int | Tensor
 
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new entries (rows, kv_heads, new, head_dim); return all seen so far."""
-        return self.window.extend(self.place, keys, values)
+    def update(self, keys: Tensor, values: Tensor, mask: Tensor | Packed | None) -> Attended:
+        """Write the new entries and return what attention reads, see `LayerState.update`."""
+        return self.state.update(self.view, self.loop, keys, values, mask)
 
 
 class LoopCache:
-    """Keys and values of a batch.
+    """What a model remembers of a batch of texts.
 
-    `keys` and `values`: (slots, batch, kv_heads, capacity, width of an entry), of the activations'
-    type, or rounded (`kind`: see `looptx_core.model.rounding`) with `scales`. Row r has filled the
-    columns below `lengths[r]`; a pass writes the columns after them, and `Window.advance` makes
-    them count.
+    Row r has filled the columns below `lengths[r]`; a pass writes the columns after them, and
+    `CacheView.advance` makes them count. new_state: makes each layer's state. Raises `UsageError`
+    for an unknown policy or number type.
     """
 
     def __init__(
@@ -63,30 +51,28 @@ class LoopCache:
         kind: str = "float",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        new_state: Callable[[StateSpec], LayerState] = KVState,
     ) -> None:
-        if policy not in POLICIES:
-            raise UsageError(f"--kv-policy {policy}: not one of {', '.join(POLICIES)}")
-        if kind not in KINDS:
-            raise UsageError(f"--kv-type {kind}: not one of {', '.join(KINDS)}")
-        self.policy, self.kind, self.loops, self.dtype = policy, KINDS[kind], loops, dtype
-        self.prelude, self.core = config.prelude_layers, config.core_layers
-        self.trained = config.max_loops
-        self.depths = loops if policy == "fill" else 1
-        slots = self.prelude + config.coda_layers + self.core * self.depths
-        shape = (slots, batch, config.n_kv_heads, capacity, config.head_dim)
-        self.key_scales: Tensor | None
-        self.value_scales: Tensor | None
-        self.keys, self.key_scales = self.kind.empty(shape, dtype, device)
-        self.values, self.value_scales = self.kind.empty(shape, dtype, device)
+        def states(part: str, count: int, loops: int) -> list[LayerState]:
+            spec = StateSpec(config, part, batch, capacity, loops, policy, kind, dtype, device)
+            return [new_state(spec) for _ in range(count)]
+
+        self.policy, self.kind, self.loops, self.dtype = policy, kind, loops, dtype
+        self.prelude = states("prelude", config.prelude_layers, 1)
+        self.core = states("core", config.core_layers, loops)
+        self.coda = states("coda", config.coda_layers, 1)
         self.lengths = [0] * batch
         self.start = torch.zeros(batch, dtype=torch.long, device=device)
         # Columns minus positions, (batch,): padding has no position, a picture fewer than patches.
         self.shift = self.start.clone()
         self.padded = self.shifted = False
+        limits = [state.capacity for state in self.layers if state.capacity is not None]
+        self.capacity: int | None = min(limits, default=None)
 
     @property
-    def capacity(self) -> int:
-        return self.keys.shape[3]
+    def layers(self) -> list[LayerState]:
+        """Of the prelude, the core and the coda, in this order."""
+        return [*self.prelude, *self.core, *self.coda]
 
     @property
     def length(self) -> int:
@@ -95,14 +81,13 @@ class LoopCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one token of one row takes, over all slots."""
-        _, batch, _, capacity, _ = self.keys.shape
-        return sum(part.nbytes for part in self._parts()) // (batch * capacity)
+        """Bytes that one token of one row takes, over all layers and loops."""
+        return sum(state.bytes_per_token for state in self.layers)
 
-    def _parts(self) -> Iterator[Tensor]:
-        for part in (self.keys, self.key_scales, self.values, self.value_scales):
-            if part is not None:
-                yield part
+    @property
+    def can_roll_back(self) -> bool:
+        """Whether every layer can take back its last tokens."""
+        return all(state.can_roll_back for state in self.layers)
 
     def pad_left(self, counts: Tensor) -> None:
         """Say how many columns at the left of each row, (batch,), are padding. Before use."""
@@ -111,68 +96,71 @@ class LoopCache:
         self.shift = self.start.clone()
         self.padded = self.shifted = bool((counts > 0).any())
 
-    def window(self, new: int, rows: Sequence[int] | None = None) -> Window:
+    def view(self, new: int, rows: Sequence[int] | None = None) -> CacheView:
         """The next `new` columns of these rows; None: of all."""
-        return Window(self, new, list(range(len(self.lengths))) if rows is None else list(rows))
+        return CacheView(self, new, list(range(len(self.lengths))) if rows is None else list(rows))
 
-    def slot(self, layer: int, loop: int | Tensor) -> int | Tensor:
-        """The slot of a core layer at a loop, counted from 1; a tensor of loops gives as many."""
-        last = self.depths
-        depth = loop.clamp(max=last) - 1 if isinstance(loop, Tensor) else min(loop, last) - 1
-        return self.prelude + depth * self.core + layer
+    def has_room(self, columns: int) -> bool:
+        """Whether rows can hold so many columns."""
+        return self.capacity is None or columns <= self.capacity
 
-    def leaves(self, loop: int) -> bool:
-        """Whether a token that ends after this loop leaves more than its entries: for deeper slots,
-        or, where one slot serves all, as far as the model is trained to go."""
-        return loop < (self.loops if self.policy == "fill" else self.trained)
+    def needs_backfill(self, loop: int) -> bool:
+        """Whether a token that exits after this loop has to write for deeper, later tokens."""
+        return any(state.needs_backfill(loop) for state in self.core)
 
     def wipe(self) -> None:
-        """Make all of it as it was when it was new."""
-        for part in self._parts():
-            part.zero_()
+        """Return to the state of a new cache."""
+        for state in self.layers:
+            state.wipe()
         for row in range(len(self.lengths)):
-            self.clear(row)
+            self.reset_row(row)
         self.padded = self.shifted = False
 
-    def keep(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Tensor) -> None:
         """Go on with these rows, (n,), only."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        if self.key_scales is not None and self.value_scales is not None:
-            self.key_scales = self.key_scales[:, rows]
-            self.value_scales = self.value_scales[:, rows]
+        for state in self.layers:
+            state.select_rows(rows)
         self.start, self.shift = self.start[rows], self.shift[rows]
         self.lengths = [self.lengths[row] for row in rows.tolist()]
         self.padded = bool((self.start > 0).any())
         self.shifted = bool((self.shift != 0).any())
 
-    def clear(self, row: int) -> None:
-        """Make room for another text. What is left there is never looked at."""
+    def reset_row(self, row: int) -> None:
+        """Make room for another text."""
+        for state in self.layers:
+            state.reset_row(row)
         self.lengths[row] = 0
         self.start[row] = self.shift[row] = 0
 
-    def grow(self, rows: Sequence[int]) -> None:
+    def advance(self, rows: Sequence[int]) -> None:
         """Count the next column of these rows as filled."""
         for row in rows:
             self.lengths[row] += 1
 
-    def forget(self, columns: int, rows: Sequence[int] | None = None) -> None:
+    def truncate(self, columns: int, rows: Sequence[int] | None = None) -> None:
         """Drop the last columns of these rows, or of all, so that they can be written again."""
+        if not columns:
+            return
+        assert self.can_roll_back, "a layer can't take back what it has folded in"
         for row in range(len(self.lengths)) if rows is None else rows:
             assert 0 <= columns <= self.lengths[row]
             self.lengths[row] -= columns
+            for state in self.layers:
+                state.roll_back(row, columns)
 
 
-class Window:
+class CacheView:
     """The columns that one pass fills: `new` of them in each of some rows, after those they have.
 
     Rows at one column are read and written by slices; else every row has its own place.
+    `write`, `read` and `read_new` index a layer's store (depths, batch, heads, columns, width).
     """
 
     def __init__(self, cache: LoopCache, new: int, rows: list[int]) -> None:
         self.cache, self.new, self.rows = cache, new, rows
         self.first = [cache.lengths[row] for row in rows]
         self.stop = max(self.first) + new
-        assert self.stop <= cache.capacity, "the cache is full"
+        assert cache.has_room(self.stop), "the cache is full"
         self._level = len(set(self.first)) == 1
         # A run of rows is a view of the cache, others are copied at each look.
         run = rows == list(range(rows[0], rows[0] + len(rows)))
@@ -194,7 +182,7 @@ class Window:
             return self.columns
         return (self.columns - self.cache.shift[self._pick, None]).clamp(min=0)
 
-    def place(self, ends: Tensor) -> None:
+    def set_positions(self, ends: Tensor) -> None:
         """Say at which position, (rows,), the column after these stands."""
         self.cache.shift[self._pick] = self.columns[:, -1] + 1 - ends.to(self.cache.shift.device)
         self.cache.shifted = bool((self.cache.shift != 0).any())
@@ -212,72 +200,50 @@ class Window:
         own = columns == queries  # a padding query looks at itself: no empty row
         return (causal & (columns >= self.cache.start[self._pick, None, None, None])) | own
 
-    def prelude(self, layer: int) -> Slot:
-        return Slot(self, layer)
+    def prelude(self, layer: int) -> LayerView:
+        return LayerView(self.cache.prelude[layer], self, 1)
 
-    def core(self, layer: int, loop: int | Tensor) -> Slot:
-        """The slot of a core layer at a loop, or at each row's own, (rows,), counted from 1."""
-        return Slot(self, self.cache.slot(layer, loop))
+    def core(self, layer: int, loop: int | Tensor) -> LayerView:
+        """A core layer's state at a loop, or at each row's own, (rows,), counted from 1."""
+        return LayerView(self.cache.core[layer], self, loop)
 
-    def coda(self, layer: int) -> Slot:
-        cache = self.cache
-        return Slot(self, cache.prelude + cache.core * cache.depths + layer)
+    def coda(self, layer: int) -> LayerView:
+        return LayerView(self.cache.coda[layer], self, 1)
 
-    def extend(self, place: int | Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        cache = self.cache
-        both = (cache.keys, cache.key_scales, keys), (cache.values, cache.value_scales, values)
-        read = []
-        for store, scales, x in both:
-            codes, scale = cache.kind.round(x)
-            self._write(store, place, codes)
-            seen, their_scales = self._read(store, place), None
-            if scales is not None:
-                self._write(scales, place, scale)
-                their_scales = self._read(scales, place)
-            read.append(cache.kind.restore(seen, their_scales, cache.dtype))
-        return read[0], read[1]
+    def backfill(self, loop: int, entries: tuple[Tensor, Tensor]) -> None:
+        """These tokens exit after `loop`: write what deeper, later tokens will attend to.
 
-    def _write(self, store: Tensor, place: int | slice | Tensor, x: Tensor) -> None:
-        """x: (rows, kv_heads, new, width); a slice of places gets it everywhere."""
+        entries: the keys and values of the first core layer in the next loop, (rows, kv_heads,
+        new, head_dim); the other layers have their last loop's.
+        """
+        for layer, state in enumerate(self.cache.core):
+            if state.needs_backfill(loop):
+                state.backfill(self, loop, None if layer else entries)
+
+    def write(self, store: Tensor, depth: int | slice | Tensor, x: Tensor) -> None:
+        """x: (rows, heads, new, width); a slice of depths gets it everywhere."""
         if self._level:
-            rows = self._index if isinstance(place, Tensor) else self._pick
-            store[place, rows, :, self.first[0] : self.stop] = x
+            rows = self._index if isinstance(depth, Tensor) else self._pick
+            store[depth, rows, :, self.first[0] : self.stop] = x
             return
-        if isinstance(place, Tensor):
-            place = place[:, None]
+        if isinstance(depth, Tensor):
+            depth = depth[:, None]
         # Indices on both sides of the heads: what they pick comes first, then the heads.
         x = x.transpose(1, 2)
-        if isinstance(place, slice):
+        if isinstance(depth, slice):
             x = x[:, :, None]
-        store[place, self._index[:, None], :, self.columns] = x
+        store[depth, self._index[:, None], :, self.columns] = x
 
-    def _read(self, store: Tensor, place: int | Tensor) -> Tensor:
-        rows = self._index if isinstance(place, Tensor) else self._pick
-        return store[..., : self.stop, :][place, rows]
+    def read(self, store: Tensor, depth: int | Tensor) -> Tensor:
+        """All columns up to the new ones, (rows, heads, stop, width)."""
+        rows = self._index if isinstance(depth, Tensor) else self._pick
+        return store[..., : self.stop, :][depth, rows]
 
-    def leave(self, loop: int, keys: Tensor, values: Tensor) -> None:
-        """The rows end their current tokens after `loop`: provide for deeper ones of later tokens.
-
-        keys, values: of the core's first layer in the next loop, (rows, kv_heads, new, head_dim).
-        """
-        cache = self.cache
-        end = cache.prelude + cache.core * cache.depths
-        both = (cache.keys, cache.key_scales, keys), (cache.values, cache.value_scales, values)
-        for store, scales, x in both:
-            for part, made in zip((store, scales), cache.kind.round(x)):
-                if part is None:
-                    continue
-                for layer in range(cache.core if cache.depths > 1 else 1):
-                    now, then = (cache.slot(layer, each) for each in (loop, loop + 1))
-                    assert isinstance(now, int)
-                    entry = self._new(part, now) if layer else made
-                    self._write(part, slice(then, end, cache.core), entry)
-
-    def _new(self, store: Tensor, place: int) -> Tensor:
-        """These columns' entries, (rows, kv_heads, new, width)."""
+    def read_new(self, store: Tensor, depth: int) -> Tensor:
+        """The new columns' entries, (rows, heads, new, width)."""
         if self._level:
-            return store[place, self._pick, :, self.first[0] : self.stop]
-        return store[place, self._index[:, None], :, self.columns].transpose(1, 2)
+            return store[depth, self._pick, :, self.first[0] : self.stop]
+        return store[depth, self._index[:, None], :, self.columns].transpose(1, 2)
 
     def advance(self, by: int | None = None) -> None:
         """Count the first `by` of these columns, by default all, as filled."""
@@ -285,12 +251,12 @@ class Window:
             self.cache.lengths[row] = first + (self.new if by is None else by)
 
 
-class FixedWindow(Window):
+class FixedCacheView(CacheView):
     """One new column of a cache of one row, numbered on the device: the same shapes and the same
     memory wherever it stands, as a CUDA graph needs.
 
     columns: (1, 1), to be set below `stop`, as far as which the row is looked at. It reads, writes
-    and leaves; to advance is the cache's other windows'.
+    and backfills; the cache's other views advance.
     """
 
     def __init__(self, cache: LoopCache, stop: int) -> None:
@@ -303,12 +269,12 @@ class FixedWindow(Window):
     def mask(self) -> Tensor:
         return torch.arange(self.stop, device=self.columns.device) <= self.columns[:, None, :, None]
 
-    def _write(self, store: Tensor, place: int | slice | Tensor, x: Tensor) -> None:
-        into = store[place]
+    def write(self, store: Tensor, depth: int | slice | Tensor, x: Tensor) -> None:
+        into = store[depth]
         into.index_copy_(into.dim() - 2, self.columns[0], x.expand(*into.shape[:-2], *x.shape[-2:]))
 
-    def _read(self, store: Tensor, place: int | Tensor) -> Tensor:
-        return store[place][..., : self.stop, :]
+    def read(self, store: Tensor, depth: int | Tensor) -> Tensor:
+        return store[depth][..., : self.stop, :]
 
-    def _new(self, store: Tensor, place: int) -> Tensor:
-        return store[place].index_select(-2, self.columns[0])
+    def read_new(self, store: Tensor, depth: int) -> Tensor:
+        return store[depth].index_select(-2, self.columns[0])

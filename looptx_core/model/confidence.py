@@ -58,7 +58,7 @@ class ConfidenceHead(nn.Module):
     vocabulary, and it is detached, so that it can't disturb the trunk. The first `gain_units`
     hidden units tell the gain, which a rule may ask for after every loop; the others tell the
     log-odds, which are needed where a token stops. The engine's kernel on a CPU computes what is
-    asked for, torch both. Without `gain_units` the same units tell both.
+    asked for, torch both.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -67,10 +67,10 @@ class ConfidenceHead(nn.Module):
         self.widths = narrow, wide
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.hidden = nn.Linear(config.d_model, narrow + wide)
-        self.gate = nn.Linear(config.d_model, narrow + wide) if config.confidence_gate else None
+        self.gate = nn.Linear(config.d_model, narrow + wide)
         self.loop = nn.Embedding(config.max_loops, narrow + wide)
-        self.out = nn.Linear(wide, 1 if narrow else 2)
-        self.gain = nn.Linear(narrow, 1) if narrow else None
+        self.out = nn.Linear(wide, 1)
+        self.gain = nn.Linear(narrow, 1)
 
     def forward(self, state: Tensor, loop: int | Tensor) -> Confidence:
         """state: (batch, length, d_model) after `loop`, an int or (batch,), counted from 1."""
@@ -80,10 +80,6 @@ class ConfidenceHead(nn.Module):
         else:
             depth = self.loop(loop.clamp(max=deepest)[:, None] - 1)
         state = self.norm(state)
-        hidden = nn.functional.gelu(self.hidden(state) + depth)
-        if self.gate is not None:
-            hidden = hidden * self.gate(state)
-        if self.gain is None:
-            return Confidence(*self.out(hidden).unbind(-1))
+        hidden = nn.functional.gelu(self.hidden(state) + depth) * self.gate(state)
         narrow, wide = hidden.split(self.widths, -1)
         return Confidence(self.out(wide).squeeze(-1), self.gain(narrow).squeeze(-1))

@@ -41,8 +41,7 @@ def token_flops(config: ModelConfig, context: float) -> TokenFlops:
     )
     scores = 2 * context * heads * width
     block = int(2 * (attention + 3 * config.d_model * config.d_ff + scores))
-    tells = 1 if config.gain_units else 2
-    unit = 2 * ((1 + config.confidence_gate) * config.d_model + tells)
+    unit = 2 * (2 * config.d_model + 1)  # of the confidence head: hidden, gate, and its output
     return TokenFlops(
         prelude=config.prelude_layers * block,
         loop=config.core_layers * block,
@@ -50,14 +49,6 @@ def token_flops(config: ModelConfig, context: float) -> TokenFlops:
         confidence=config.confidence_units * unit,
         gain=config.gain_units * unit,
     )
-
-
-def patch_flops(config: ModelConfig) -> int:
-    """Forward FLOPs of one patch in the encoder of pictures, beside `max_patches` others."""
-    width = config.vision_width
-    block = 2 * (4 * width**2 + 9 * width**2 + 2 * config.max_patches * width)
-    ends = 2 * width * (3 * config.patch_size**2 + config.d_model)
-    return config.vision_layers * block + ends
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -2,13 +2,15 @@
 
 `fused.cpp` has the forward and backward of RMSNorm, of RMSNorm with RoPE, of GeGLU's gate, of
 causal attention and of the cross-entropy; `products` adds up gradients within torch's products. The
-modules say what is computed, and take these where `ready` says so: training has asked for them by
-`prepare`, and gradients of plain float32 are wanted. A gradient of a gradient is refused.
+modules say what is computed, and take these where `ready` says so: training has asked for the
+operation by `prepare`, and gradients of plain float32 are wanted. A gradient of a gradient is
+refused.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +23,39 @@ from torch.autograd.function import once_differentiable
 from looptx_core.errors import MissingError
 from looptx_core.machine.kernels import load
 
+SOURCE = Path(__file__).with_suffix(".cpp")
+OPERATIONS = ("norm", "norm and RoPE", "gate", "products", "attention", "loss")
+
 _library: ctypes.CDLL | None = None
+_taken: frozenset[str] = frozenset()
 
 
-def prepare(on: bool = True) -> str:
-    """Take the kernels from here on, or no longer; one line on which and why."""
-    global _library
-    _library = None
-    if not on:
+def prepare(on: bool | Collection[str] = True) -> str:
+    """Take the kernels from here on, or no longer; one line on which and why.
+
+    on: all of `OPERATIONS` or none, or the names of some.
+    """
+    global _library, _taken
+    _library, _taken = None, frozenset(OPERATIONS if on is True else on or ())
+    if on is False:
         return "plain torch, as the kernels are for float32 that is not compiled"
     try:
-        _library = load(Path(__file__).with_suffix(".cpp"))
+        _library = load(SOURCE)
     except MissingError as error:
         return f"plain torch: {error}"
     return "fused, norms, RoPE, gates, attention and the loss in one pass each"
 
 
-def ready(*tensors: Tensor) -> bool:
-    """Whether the kernels take these."""
+def is_prepared() -> bool:
+    """Whether there are kernels to take."""
+    return _library is not None
+
+
+def ready(*tensors: Tensor, operation: str | None = None) -> bool:
+    """Whether the kernels take these, for one of `OPERATIONS` or, without it, for some."""
     return (
         _library is not None
+        and (operation in _taken if operation else bool(_taken))
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")

@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
+from looptx_core.media import MEDIA, media_for
+from looptx_core.media.batch import Layout, Media, lay_out
 from looptx_core.model.attention import (
     Attend,
     Packed,
@@ -34,18 +36,12 @@ from looptx_core.model.attention import (
     within_documents,
 )
 from looptx_core.model.block import Block, SideBySide, Surroundings
-from looptx_core.model.cache import LoopCache, Window
+from looptx_core.model.cache import CacheView, LoopCache
 from looptx_core.model.confidence import Confidence, ConfidenceHead
 from looptx_core.model.fused import cross_entropy, ready
+from looptx_core.model.layer_state import KVState, LayerState, StateSpec
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_tables
-from looptx_core.model.vision import (
-    Layout,
-    PatchHead,
-    Pictures,
-    VisionEncoder,
-    lay_out,
-)
 
 
 class Score(NamedTuple):
@@ -65,6 +61,10 @@ class LoopOutput(NamedTuple):
     logits: Tensor
     state: Tensor
     confidence: Confidence
+
+
+Step = Callable[[Tensor, Tensor, int, Surroundings], Tensor]
+"""(state, embedding, loop, context) -> the state after that loop."""
 
 
 class Injection(nn.Module):
@@ -107,7 +107,10 @@ class LoopedTransformer(nn.Module):
         # Called with the loop that is entered; by it each loop can have weights of its own.
         self.enter_loop: Callable[[int], object] | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.vision = VisionEncoder(config) if config.vision_layers else None
+        self.media = media_for(config)
+        for medium in self.media:
+            if (encoder := medium.encoder(config)) is not None:
+                self.add_module(medium.encoder_name, encoder)
         self.prelude = nn.ModuleList(Block(config) for _ in range(config.prelude_layers))
         self.injection = Injection(config)
         self.core = nn.ModuleList(Block(config) for _ in range(config.core_layers))
@@ -117,7 +120,9 @@ class LoopedTransformer(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.confidence = ConfidenceHead(config)
-        self.patch_head = PatchHead(config) if config.reconstruct else None
+        for medium in self.media:
+            if (head := medium.head(config)) is not None:
+                self.add_module(medium.head_name, head)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -134,65 +139,61 @@ class LoopedTransformer(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
         # A halting bias starts low: unsure until shown otherwise (ACT, arXiv 1603.08983).
         nn.init.zeros_(self.confidence.hidden.bias)
-        if self.confidence.gate is not None:
-            nn.init.ones_(self.confidence.gate.bias)
+        nn.init.ones_(self.confidence.gate.bias)
         with torch.no_grad():
             self.confidence.out.bias.zero_()[0] = -3.0
-            if self.confidence.gain is not None:
-                self.confidence.gain.bias.zero_()
+            self.confidence.gain.bias.zero_()
 
     # The moves of a forward pass. The engine and the trainer use them one by one.
 
     def surroundings(
         self,
         length: int,
-        window: Window | None = None,
+        view: CacheView | None = None,
         documents: Tensor | None = None,
         layout: Layout | None = None,
     ) -> Surroundings:
-        """Positions and mask for `length` tokens of a batch, or for a cache's window.
+        """Positions and mask for `length` tokens of a batch, or for a view of a cache.
 
         documents: (batch, length), numbers; a token attends within its own document only. RoPE
-        sees distances alone, so positions need not start anew. layout: where pictures are among
-        the tokens, by `lay_out`; with a cache they are its first.
+        sees distances alone, so positions need not start anew. layout: where media are among
+        the tokens, by `lay_out`; with a cache these are its first tokens.
         """
         weight = self.norm.weight  # of the activations' type, where a quantised matrix is not
         mask: Tensor | Packed | None = None
-        if window is None:
+        if view is None:
             positions = torch.arange(length, device=weight.device)[None, None]
             # A batch of one document a row needs no mask, and causal attention is half the work.
             if documents is not None and bool((documents != documents[:, :1]).any()):
                 packs = layout is None and takes_documents(self.attend, weight)
                 mask = Packed.of(documents) if packs else within_documents(documents)
         else:
-            positions, mask = window.positions()[None], window.mask()
+            positions, mask = view.positions()[None], view.mask()
         if layout is not None:
             positions = layout.positions
-            if window is not None:
-                window.place(layout.ends)
-            if self.config.image_attention == "both":
+            if view is not None:
+                view.set_positions(layout.ends)
+            if layout.groups is not None:
                 assert not isinstance(mask, Packed)
-                mask = _with_pictures(mask, layout.picture)
+                mask = _with_groups(mask, layout.groups)
         rotary = rotary_tables(
             positions, self.config.head_dim, self.config.rope_theta, _compute_dtype(weight)
         )
-        return Surroundings(rotary, mask, self.attend, window)
+        return Surroundings(rotary, mask, self.attend, view)
 
-    def encode(
-        self, tokens: Tensor, around: Surroundings, pictures: Pictures | None = None
-    ) -> Tensor:
+    def encode(self, tokens: Tensor, around: Surroundings, media: Media | None = None) -> Tensor:
         """tokens (batch, length) -> the prelude's output (batch, length, d_model).
 
-        Patches of the pictures take the places of the image tokens, in their order.
+        Encoded items of media take the places of their placeholder tokens, in their order.
         """
         x = self.embedding(tokens)
-        if pictures is not None:
-            assert self.vision is not None, "a model without vision_layers reads no pictures"
-            patches = tokens == self.config.image_token
-            x = x.masked_scatter(patches[..., None], self.vision(pictures).to(x.dtype))
-        window = around.window
+        for name, batch in (media or {}).items():
+            read = self.encoders()[name](batch)
+            places = tokens == MEDIA[name].token(self.config)
+            x = x.masked_scatter(places[..., None], read.to(x.dtype))
+        view = around.view
         for layer, block in enumerate(self.prelude):
-            x = block(x, around, window and window.prelude(layer))
+            x = block(x, around, view and view.prelude(layer))
         return x
 
     def step(
@@ -206,32 +207,76 @@ class LoopedTransformer(nn.Module):
         if self.enter_loop:
             assert isinstance(loop, int), "loops with weights of their own are run one by one"
             self.enter_loop(loop)
-        x, window = self.injection(state, embedding), around.window
+        x, view = self.injection(state, embedding), around.view
         for layer, block in enumerate(self.core):
-            x = block(x, around, window and window.core(layer, loop))
+            x = block(x, around, view and view.core(layer, loop))
         return x
 
-    def leave(self, state: Tensor, embedding: Tensor, loop: int, around: Surroundings) -> None:
-        """The tokens end after `loop`: leave what later ones that go deeper will look for. Only
-        where `LoopCache.leaves` says so."""
-        assert around.window is not None
+    def iterate(
+        self,
+        state: Tensor,
+        embedding: Tensor,
+        around: Surroundings,
+        loops: range,
+        step: Step | None = None,
+        running: Callable[[int], int] | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """THE loop: (loop, the state after it) for each of `loops`, counted from 1.
+
+        state: after the loop before `loops.start`; the prelude's output where that is 1. step:
+        what runs in place of `self.step`, as a checkpointed one does. running: how many of the
+        first rows run a loop; the others are done. Without a cache.
+        """
+        step = step or self.step
+        for loop in loops:
+            if running is not None:
+                rows = slice(running(loop))
+                state, embedding, around = state[rows], embedding[rows], around.rows(rows)
+            state = step(state, embedding, loop, around)
+            yield loop, state
+
+    def backfill(self, state: Tensor, embedding: Tensor, loop: int, around: Surroundings) -> None:
+        """These tokens exit after `loop`: write the keys and values that deeper, later tokens
+        will attend to. Only where `LoopCache.needs_backfill` says so."""
+        assert around.view is not None
         if self.enter_loop:
             self.enter_loop(loop + 1)
         first, x = self.core[0], self.injection(state, embedding)
         assert isinstance(first, Block)
-        around.window.leave(loop, *first.attention.entries(first.attention_norm(x), around))
+        around.view.backfill(loop, first.attention.entries(first.attention_norm(x), around))
+
+    def new_layer_state(self, spec: StateSpec) -> LayerState:
+        """What a layer remembers while decoding: here keys and values."""
+        return KVState(spec)
+
+    def new_cache(
+        self, batch: int, capacity: int, loops: int, policy: str = "fill", kind: str = "float"
+    ) -> LoopCache:
+        """An empty cache of this model's type and device, see `LoopCache`."""
+        weight = self.embedding.weight
+        return LoopCache(
+            self.config,
+            batch,
+            capacity,
+            loops,
+            policy=policy,
+            kind=kind,
+            dtype=weight.dtype,
+            device=weight.device,
+            new_state=self.new_layer_state,
+        )
 
     def decode(self, state: Tensor, around: Surroundings) -> Tensor:
         """A loop's state -> what the head reads, (batch, length, d_model)."""
-        window = around.window
+        view = around.view
         for layer, block in enumerate(self.coda):
-            state = block(state, around, window and window.coda(layer))
+            state = block(state, around, view and view.coda(layer))
         return self.norm(state)
 
     def score(self, decoded: Tensor, targets: Tensor) -> Score:
         """What the head makes of (tokens, d_model), of targets (tokens,)."""
         logits = self.head(decoded).float()
-        if ready(logits):
+        if ready(logits, operation="loss"):
             return Score(*cross_entropy(logits, targets))
         losses = F.cross_entropy(logits, targets, reduction="none")
         most, top = logits.detach().max(-1)
@@ -243,13 +288,12 @@ class LoopedTransformer(nn.Module):
         tokens: Tensor,
         loops: int,
         around: Surroundings | None = None,
-        pictures: Pictures | None = None,
+        media: Media | None = None,
     ) -> Iterator[Tensor]:
         """The state after each of the loops 1..loops."""
         around = around or self.surroundings(tokens.shape[1])
-        state = embedding = self.encode(tokens, around, pictures)
-        for loop in range(1, loops + 1):
-            state = self.step(state, embedding, loop, around)
+        embedding = self.encode(tokens, around, media)
+        for _, state in self.iterate(embedding, embedding, around, range(1, loops + 1)):
             yield state
 
     def forward(
@@ -257,33 +301,43 @@ class LoopedTransformer(nn.Module):
         tokens: Tensor,
         loops: int | None = None,
         cache: LoopCache | None = None,
-        pictures: Pictures | None = None,
+        media: Media | None = None,
     ) -> LoopOutput:
         """Run a fixed number of loops and read out the last.
 
-        tokens: (batch, length) ids. loops: the configuration's, 1 by default. With a cache the
-        tokens continue it, and it is advanced. pictures: of the image tokens among these.
+        tokens: (batch, length) ids. loops: absent: the configuration's. With a cache the
+        tokens continue it, and it is advanced. media: of the placeholders among these tokens.
         """
         loops = loops or self.config.loops
         assert loops >= 1, "at least one loop"
-        window = None if cache is None else cache.window(tokens.shape[1])
-        layout = self.layout(tokens, pictures)
-        around = self.surroundings(tokens.shape[1], window, layout=layout)
-        state = embedding = self.encode(tokens, around, pictures)
-        for loop in range(1, loops + 1):
-            state = self.step(state, embedding, loop, around)
+        view = None if cache is None else cache.view(tokens.shape[1])
+        layout = self.layout(tokens, media)
+        around = self.surroundings(tokens.shape[1], view, layout=layout)
+        state = embedding = self.encode(tokens, around, media)
+        for _, after in self.iterate(state, embedding, around, range(1, loops + 1)):
+            state = after
         logits = self.head(self.decode(state, around))
-        if window is not None:
-            window.advance()
+        if view is not None:
+            view.advance()
         return LoopOutput(logits, state, self.confidence(state, loops))
 
     def layout(
-        self, tokens: Tensor, pictures: Pictures | None, padding: Tensor | None = None
+        self, tokens: Tensor, media: Media | None, padding: Tensor | None = None
     ) -> Layout | None:
-        """Where tokens and patches stand; None for text alone, which stands in a row."""
-        if pictures is None:
-            return None
-        return lay_out(tokens, pictures.grids, self.config.image_token, padding)
+        """Where tokens and items of media stand; None for text alone, which stands in a row."""
+        return lay_out(tokens, media, self.config, padding) if media else None
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The encoder of each medium that the model reads."""
+        return self._modules_of("encoder_name")
+
+    def heads(self) -> dict[str, nn.Module]:
+        """The head of each medium that has an objective of its own here."""
+        return self._modules_of("head_name")
+
+    def _modules_of(self, role: str) -> dict[str, nn.Module]:
+        found = {m.name: self._modules.get(getattr(m, role)) for m in self.media}
+        return {name: module for name, module in found.items() if module is not None}
 
     def join(self) -> None:
         """Make ready for decoding: projections of the same input in one product each."""
@@ -297,12 +351,12 @@ class LoopedTransformer(nn.Module):
         return [p for p in self.parameters() if id(p) not in own]
 
 
-def _with_pictures(mask: Tensor | None, picture: Tensor) -> Tensor:
-    """The mask, with patches of the same picture open to each other."""
-    together = (picture[:, :, None] == picture[:, None, :]) & (picture >= 0)[:, None, :]
+def _with_groups(mask: Tensor | None, groups: Tensor) -> Tensor:
+    """The mask, with tokens of the same group, (batch, length), open to each other."""
+    together = (groups[:, :, None] == groups[:, None, :]) & (groups >= 0)[:, None, :]
     if mask is None:
-        length = picture.shape[1]
-        mask = torch.ones(length, length, dtype=torch.bool, device=picture.device).tril()
+        length = groups.shape[1]
+        mask = torch.ones(length, length, dtype=torch.bool, device=groups.device).tril()
     return mask | together[:, None]
 
 

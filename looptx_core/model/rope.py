@@ -1,6 +1,6 @@
 """Rotary position embedding (RoPE, arXiv 2104.09864), in the half-split layout.
 
-Selective: a position has one coordinate or several, row and column for a patch of a picture, and
+Selective: a position has one coordinate or several, such as time, row and column, and
 frequency i turns by coordinate i modulo their number, so that each coordinate has high and low
 ones (the interleaved layout of M-RoPE, arXiv 2409.12191). Text stands at the same place on every
 axis, for which this is ordinary RoPE.

@@ -21,8 +21,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from looptx_core.checkpoint.atomic import write_file
 from looptx_core.errors import DataError
-from looptx_core.training import fragments
-from looptx_core.training.ranks import any_rank
+from looptx_core.parallel.deepspeed import checkpoint as fragments
+from looptx_core.parallel.ranks import any_rank
 
 
 class JsonLines(Logger):

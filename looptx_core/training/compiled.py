@@ -23,8 +23,8 @@ def compile_moves(model: LoopedTransformer, backend: str = "inductor") -> None:
     # Batches with documents and without, all rows, some and one, loops with adapters of their own.
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
-    # Pictures' sizes differ from batch to batch, and each would be a graph of its own.
-    for name in _MOVES if model.vision is None else _MOVES[1:]:
+    # Items' sizes differ from batch to batch, and each would be a graph of its own.
+    for name in _MOVES[1:] if model.encoders() else _MOVES:
         setattr(model, name, _WhereItLearns(getattr(model, name), backend))
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a run, and its sentence: what the loops brought."""
+"""Charts of a run, and its sentence: what the loops brought."""
 
 from __future__ import annotations
 

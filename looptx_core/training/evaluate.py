@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from looptx_core.media.batch import Media, from_entries, to_device
 from looptx_core.model.confidence import Confidence, relative_change, sharpness
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.model.vision import Pictures
 
 Observe = Callable[[int, Tensor, Tensor, Confidence], object]
 """Called after each loop, counted from 1, with the counted tokens' states (tokens, d_model), logits
@@ -88,27 +88,26 @@ def evaluate_loops(
     documents: Tensor | None = None,
     observe: Observe | None = None,
     targets: Tensor | None = None,
-    pictures: Pictures | None = None,
+    media: Media | None = None,
 ) -> LoopEvaluation:
     """Loss, accuracy and confidence after each of the loops 1..loops.
 
     tokens, targets: as in `inputs_and_targets`. counted: (batch, length) bool, the targets that
     count; all by default. documents: (batch, length), to attend within only. observe: sees every
-    loop's tokens. pictures: of the image tokens.
+    loop's tokens. media: of the placeholder tokens.
     """
     device = model.norm.weight.device
-    tokens, pictures = tokens.to(device), pictures and pictures.to(device)
+    tokens, media = tokens.to(device), to_device(media or {}, device)
     targets, counted, documents = (
         part if part is None else part.to(device) for part in (targets, counted, documents)
     )
     inputs, targets = inputs_and_targets(tokens, targets)
     counted = torch.ones_like(targets, dtype=torch.bool) if counted is None else counted
-    layout = model.layout(inputs, pictures)
+    layout = model.layout(inputs, media)
     around = model.surroundings(targets.shape[1], documents=documents, layout=layout)
     losses, hits, norms, logits, gains, changes, sharp = [], [], [], [], [], [], []
-    state = embedding = model.encode(inputs, around, pictures=pictures)
-    for loop in range(1, loops + 1):
-        before, state = state, model.step(state, embedding, loop, around)
+    before = embedding = model.encode(inputs, around, media=media)
+    for loop, state in model.iterate(embedding, embedding, around, range(1, loops + 1)):
         predicted = model.head(model.decode(state, around)).float()
         loss = F.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="none")
         losses.append(loss.view(targets.shape)[counted])
@@ -119,6 +118,7 @@ def evaluate_loops(
         logits.append(judged.logit.float()[counted])
         gains.append(judged.gain.float()[counted])
         changes.append(relative_change(before, state)[counted])
+        before = state
         if observe is not None:
             observe(loop, state[counted], predicted[counted], Confidence(logits[-1], gains[-1]))
     hit, each = torch.stack(hits), torch.stack(losses)
@@ -136,19 +136,14 @@ def evaluate_loops(
     )
 
 
-def pictures_of(batch: Mapping[str, Tensor]) -> Pictures | None:
-    """A batch's pictures, where it has any."""
-    return Pictures(batch["patches"], batch["grids"]) if "patches" in batch else None
-
-
 def evaluate_batch(
     model: LoopedTransformer, batch: Mapping[str, Tensor], loops: int
 ) -> LoopEvaluation:
     """`evaluate_loops` on a batch of the data module; targets of weight 0 don't count."""
     weights = batch.get("weights")
     counted = None if weights is None else weights > 0
-    pictures, documents = pictures_of(batch), batch.get("documents")
-    return evaluate_loops(model, batch["tokens"], loops, counted, documents, pictures=pictures)
+    media, documents = from_entries(batch), batch.get("documents")
+    return evaluate_loops(model, batch["tokens"], loops, counted, documents, media=media)
 
 
 def evaluate_all(

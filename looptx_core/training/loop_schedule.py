@@ -23,9 +23,8 @@ from torch import Tensor
 
 from looptx_core.config.run import RunConfig
 from looptx_core.errors import UsageError
+from looptx_core.model.depths import draw_depth
 
-_DEPTH_SPREAD = 0.5  # sigma of the log-normal rate, Huginn's
-_TRIES = 1000  # then the least depth: so far from the mean nearly all draws would be that
 _THRESHOLD_MEMORY = 0.9  # of the running quantile: the last ten steps, as losses fall fast
 
 
@@ -70,17 +69,17 @@ class LoopSchedule(torch.nn.Module):
         ruled = torch.where(self._above_threshold(measure(self.by)), deeper, self.base)
         return torch.where(explores, free, ruled)
 
+    @property
+    def deepest(self) -> int:
+        """The deepest depth that training runs."""
+        return self.base if self.kind == "fixed" else self.max_loops
+
     def first_read(self, loss_at: str) -> int:
         """The earliest loop that training reads out. loss_at: last, pair or all."""
         return {"last": self.base, "pair": max(1, self.base - 1), "all": 1}[loss_at]
 
     def _depth(self, rng: np.random.Generator, low: int) -> int:
-        for _ in range(_TRIES):  # truncation by rejection keeps the shape
-            rate = np.exp(rng.normal(np.log(self.mean_loops) - _DEPTH_SPREAD**2 / 2, _DEPTH_SPREAD))
-            depth = 1 + int(rng.poisson(max(rate - 1, 0)))
-            if low <= depth <= self.max_loops:
-                return depth
-        return low
+        return draw_depth(rng, self.mean_loops, low, self.max_loops)
 
     def _above_threshold(self, values: Tensor) -> Tensor:
         if self.fixed_threshold is not None:
@@ -92,20 +91,6 @@ class LoopSchedule(torch.nn.Module):
             old = torch.where(self.threshold.isnan(), quantile, self.threshold)
             self.threshold.copy_(_THRESHOLD_MEMORY * old + (1 - _THRESHOLD_MEMORY) * quantile)
         return (values > self.threshold.to(values.device)).cpu()
-
-
-def draw_depths(
-    rng: np.random.Generator, number: int, mean: float, low: int, high: int
-) -> np.ndarray:
-    """`number` depths of `sampled`'s distribution at once, truncated to low..high."""
-    found = np.empty(0, dtype=np.int64)
-    for _ in range(_TRIES):
-        if len(found) >= number:
-            break
-        rates = np.exp(rng.normal(np.log(mean) - _DEPTH_SPREAD**2 / 2, _DEPTH_SPREAD, number))
-        drawn = 1 + rng.poisson(np.maximum(rates - 1, 0))
-        found = np.concatenate([found, drawn[(low <= drawn) & (drawn <= high)]])
-    return np.concatenate([found, np.full(number, low)])[:number]
 
 
 def _over_ranks(value: Tensor) -> Tensor:

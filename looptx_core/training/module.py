@@ -13,10 +13,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from looptx_core.config.run import RunConfig, TrainConfig
+from looptx_core.config.run import RunConfig
 from looptx_core.errors import LooptxError
+from looptx_core.media.batch import from_entries, hide
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.evaluate import LoopEvaluation, evaluate_batch, pictures_of
+from looptx_core.parallel.strategy import Swapped, shards_optimizer
+from looptx_core.training.evaluate import LoopEvaluation, evaluate_batch
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import (
@@ -25,8 +27,6 @@ from looptx_core.training.optimizer import (
     clip_by_part,
     learning_rate_factor,
 )
-from looptx_core.training.reconstruction import hide
-from looptx_core.training.strategy import Swapped, shards_optimizer
 
 
 class LoopedLM(L.LightningModule):
@@ -34,9 +34,9 @@ class LoopedLM(L.LightningModule):
 
     A batch is a mapping with `tokens`, (batch, length + 1) ids, `ids`, (batch,) sample numbers,
     and optionally `documents`, (batch, length), to keep attention within, and `weights`, (batch,
-    length), what each target counts, and `patches` and `grids` as in `Pictures`. After a validation
-    `evaluation` holds loss, accuracy and confidence by loop. Frozen parameters stay out of the
-    checkpoints.
+    length), what each target counts, and items of media as in `media.batch.to_entries`. After a
+    validation `evaluation` holds loss, accuracy and confidence by loop. Frozen parameters stay out
+    of the checkpoints.
     """
 
     def __init__(self, model: LoopedTransformer, config: RunConfig) -> None:
@@ -52,7 +52,6 @@ class LoopedLM(L.LightningModule):
         self._parts: list[LoopEvaluation] = []
         self._of_this_step: list[Tensor] = []
         self._begun = self._tokens = 0.0
-        self._mask_patches = config.mask_patches if isinstance(config, TrainConfig) else 0.0
         self.strict_loading = not self._frozen()
 
     def _frozen(self) -> dict[str, Tensor]:
@@ -85,9 +84,7 @@ class LoopedLM(L.LightningModule):
         tokens, ids = batch["tokens"], batch["ids"]
         # Dropout is a function of the step too, so that a resumed run draws the same masks.
         torch.manual_seed(hash((self.config.seed, self.global_step, int(ids[0]))) % 2**63)
-        pictures = pictures_of(batch)
-        if pictures is not None and self._mask_patches:
-            pictures = hide(pictures, self._mask_patches)
+        media = hide(from_entries(batch), self.config.hidden_shares)
         result = loop_loss(
             self.model,
             tokens,
@@ -96,7 +93,7 @@ class LoopedLM(L.LightningModule):
             ids,
             documents=batch.get("documents"),
             weights=batch.get("weights"),
-            pictures=pictures,
+            media=media,
             loss_at=self.config.loss_at,
             loss_prior=self.config.loss_prior,
             recompute=self.config.grad_checkpointing,
@@ -176,6 +173,15 @@ class LoopedLM(L.LightningModule):
         for counts in places:
             for key in counts:
                 counts[key] = round(counts[key] * factor)
+
+
+class ShardedLM(LoopedLM):
+    """A `LoopedLM` whose weights FSDP cuts over the processes once these have found each other."""
+
+    def configure_model(self) -> None:
+        from looptx_core.parallel.fsdp import shard
+
+        shard(self.model, self.device_mesh)
 
 
 class NotFinite(LooptxError):

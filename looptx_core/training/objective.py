@@ -10,25 +10,27 @@ The confidence head learns from the very same read-outs: how likely the top toke
 much the next loop lowered the loss. That probability is what being right amounts to in the mean,
 without the luck of the single token, and without what the trunk knows of its training text by
 heart: on other text a head that learns hits tells them less well
-(benchmarks/confidence_targets.py).
+(benchmarks/exits/confidence_targets.py).
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from looptx_core.media import MEDIA
+from looptx_core.media.batch import Media, hidden_numbers
 from looptx_core.model.block import Surroundings
-from looptx_core.model.flops import patch_flops, token_flops
+from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer, Score
-from looptx_core.model.vision import Pictures
 from looptx_core.training.evaluate import inputs_and_targets
 from looptx_core.training.loop_schedule import LoopSchedule
-from looptx_core.training.reconstruction import draw, drawing_losses, places_of
 
 _GAIN_LIMIT = 4.0  # nats; a lone token can gain more, and squared errors would follow it
 
@@ -50,7 +52,7 @@ class LoopLoss:
     flops: float
     """Of the forward and backward passes: three times the forward ones."""
     restored: Tensor | None = None
-    """Scalar, detached: the error of hidden patches, of which `loss` has its part."""
+    """Scalar, detached: the media's own loss on hidden rows, of which `loss` has its part."""
 
 
 @dataclass
@@ -78,7 +80,7 @@ def loop_loss(
     targets: Tensor | None = None,
     documents: Tensor | None = None,
     weights: Tensor | None = None,
-    pictures: Pictures | None = None,
+    media: Media | None = None,
     loss_at: str = "pair",
     loss_prior: float = 0.0,
     recompute: bool = False,
@@ -89,25 +91,21 @@ def loop_loss(
     `targets` of the same shape. ids: (batch,), the samples' numbers. documents: (batch,
     length), the document of each input token; attention stays within it. weights: (batch,
     length), what each target counts, about 1 in the mean over all batches; all 1 by default.
-    pictures: of the image tokens.
+    media: of the placeholder tokens; those with hidden rows have an objective of their own.
     loss_prior: where a sequence is read after several loops, loop t counts t to this power.
     recompute: trade time for memory by running each loop again in the backward pass.
     """
     inputs, wanted = inputs_and_targets(tokens, targets)
     batch, length = inputs.shape
-    layout = model.layout(inputs, pictures)
+    layout = model.layout(inputs, media)
     around = model.surroundings(length, documents=documents, layout=layout)
 
-    def iterate(state: Tensor, embedding: Tensor, loop: int, around: Surroundings) -> Tensor:
-        if recompute:
-            return checkpoint(model.step, state, embedding, loop, around, use_reentrant=False)
-        return model.step(state, embedding, loop, around)
-
-    state = embedding = model.encode(inputs, around, pictures=pictures)
-    before = []  # the states of the loops that every sequence runs, before depths are known
-    for loop in range(1, schedule.base + 1 if schedule.kind == "loss" else 1):
-        state = iterate(state, embedding, loop, around)
-        before.append(state)
+    run = partial(checkpoint, model.step, use_reentrant=False) if recompute else model.step
+    state = embedding = model.encode(inputs, around, media=media)
+    # The states of the loops that every sequence runs, before depths are known.
+    first_loops = range(1, schedule.base + 1 if schedule.kind == "loss" else 1)
+    before = [after for _, after in model.iterate(state, embedding, around, first_loops, run)]
+    state = before[-1] if before else state
     depths = schedule.depths(
         step, ids, lambda by: _measured(model, state, schedule.base, wanted, around, by, weights)
     )
@@ -121,16 +119,25 @@ def loop_loss(
     weights = None if weights is None else weights[on_device]
     before = [earlier[on_device] for earlier in before]
     read = _Readouts()
-    core_rows = 0
-    for loop in range(1, _largest_over_ranks(int(depths[0]), state.device) + 1):
-        here = int((depths >= loop).sum())
-        running = max(here, 1)  # a rank that is done keeps step with the others, unread
-        if loop <= len(before):
-            state, core_rows = before[loop - 1], core_rows + batch
-        else:
-            rows = slice(running)
-            state = iterate(state[rows], embedding[rows], loop, around.rows(rows))
-            core_rows += running
+    core_rows = batch * len(before)
+
+    def rows_at(loop: int) -> int:
+        """How many sequences run a loop."""
+        return int((depths >= loop).sum())
+
+    def running(loop: int) -> int:
+        return max(rows_at(loop), 1)  # a rank that is done keeps step with the others, unread
+
+    deepest = _largest_over_ranks(int(depths[0]), state.device)
+    further = range(len(before) + 1, deepest + 1)
+    states = itertools.chain(
+        enumerate(before, start=1),
+        model.iterate(state, embedding, around, further, run, running),
+    )
+    for loop, after in itertools.islice(states, deepest):
+        state, here = after, rows_at(loop)
+        if loop > len(before):
+            core_rows += len(state)
         first = {
             "last": int((depths > loop).sum()),
             "pair": int((depths > loop + 1).sum()),
@@ -138,16 +145,18 @@ def loop_loss(
         }[loss_at]
         read.add(state[first:here], list(range(first, here)), loop)
     scored = _score(model, read, wanted, weights, around)
-    state = _with_what_others_use(model, state, pictures)
+    state = _with_what_others_use(model, state, media)
     result = _combine(model, scored, depths, loss_prior, keep_in_step=state, core_rows=core_rows)
-    if pictures is not None:
-        result.flops += 3 * patch_flops(model.config) * len(pictures.patches)
-        if pictures.hidden is not None:
-            places = places_of(inputs, model.config.image_token, pictures.hidden)
-            places = places[on_device][torch.tensor(scored.rows, device=places.device)]
-            error, judged = drawing_losses(draw(model, scored.decoded, places, pictures))
-            result.loss, result.restored = result.loss + error, error.detach()
-            result.confidence_loss = result.confidence_loss + judged
+    for name, items in (media or {}).items():
+        medium = MEDIA[name]
+        result.flops += 3 * medium.flops(model.config) * len(items.features)
+        if items.hidden is not None:
+            numbers = hidden_numbers(inputs, medium.token(model.config), items.hidden)
+            numbers = numbers[on_device][torch.tensor(scored.rows, device=numbers.device)]
+            own = medium.losses(model.heads()[name], scored.decoded, numbers, items)
+            before_it = 0.0 if result.restored is None else result.restored
+            result.loss, result.restored = result.loss + own.loss, before_it + own.loss.detach()
+            result.confidence_loss = result.confidence_loss + own.confidence_loss
     return result
 
 
@@ -198,7 +207,7 @@ def _score(
     decoded = model.decode(states, around.rows(rows))
     read_out, wanted, counted = decoded.flatten(0, 1), targets.flatten(), None
     if weights is not None and bool((weights == 0).any()):
-        # A product with the vocabulary only where a target counts, which it does on no picture.
+        # A product with the vocabulary only where a target counts, which no placeholder does.
         counted = weights.flatten() > 0
         read_out, wanted = read_out[counted], wanted[counted]
     scored = model.score(read_out, wanted)
@@ -276,15 +285,14 @@ def _average(values: Tensor, weights: Tensor | None, dim: int | None = None) -> 
     return (values * weights).sum(dim) / weights.sum(dim).clamp(min=1e-9)
 
 
-def _with_what_others_use(
-    model: LoopedTransformer, state: Tensor, pictures: Pictures | None
-) -> Tensor:
-    """The state, and beside pictures of other ranks the parts that only they go through: a gradient
-    has to be there, if of zero, where ranks sum theirs up."""
+def _with_what_others_use(model: LoopedTransformer, state: Tensor, media: Media | None) -> Tensor:
+    """The state, tied to the modules of media that only other ranks' batches may have: where ranks
+    sum up their gradients, each needs one, if of zero."""
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    if alone or pictures is not None:
+    if alone:
         return state
-    parts = [part for part in (model.vision, model.patch_head) if part is not None]
+    both = (*model.encoders().items(), *model.heads().items())
+    parts = [part for name, part in both if name not in (media or {})]
     for p in (p for part in parts for p in part.parameters() if p.requires_grad):
         state = state + 0.0 * p.sum().to(state.dtype)
     return state

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 
 from looptx_core.config.run import RunConfig
@@ -51,7 +50,7 @@ def build_optimizer(model: LoopedTransformer, config: RunConfig) -> torch.optim.
     type that this machine multiplies fastest. Weights decay on matrices only.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    blocks = [model.prelude, model.core, model.coda, model.vision or nn.Identity()]
+    blocks = [model.prelude, model.core, model.coda, *model.encoders().values()]
     muon_takes = [p for part in blocks for p in part.parameters() if p.dim() == 2]
     chosen = {id(p) for p in muon_takes if p.requires_grad and config.optimizer == "muon"}
     rest = [p for p in trained if id(p) not in chosen]

@@ -23,16 +23,28 @@ from looptx_core.config.processes import is_first
 from looptx_core.config.run import RunConfig, TrainConfig
 from looptx_core.data.bundled import bundled_corpus
 from looptx_core.data.datamodule import TokenData
+from looptx_core.data.mixture import RECORDS, TEXT, MixedData
 from looptx_core.data.own import FILE as OWN_DATA
 from looptx_core.data.own import OwnData
-from looptx_core.data.pairs import MixedData, mix_of, read_pairs
 from looptx_core.data.probes import probe_batches, read_probes
+from looptx_core.data.records import read_records
 from looptx_core.errors import Interrupted, LooptxError, UsageError
 from looptx_core.machine.device import best_device, on_best_device
 from looptx_core.machine.heap import freed_memory_kept
+from looptx_core.media import MEDIA, media_for
 from looptx_core.model import fused
 from looptx_core.model.attention import choose_backend
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.parallel.deepspeed.checkpoint import Checkpoint, sweep
+from looptx_core.parallel.ranks import lost_peer
+from looptx_core.parallel.strategy import (
+    AtTheEnd,
+    Swapped,
+    check_strategy,
+    choose_strategy,
+    own_environment,
+    shards_optimizer,
+)
 from looptx_core.training.calibration import calibrate
 from looptx_core.training.callbacks import (
     Begin,
@@ -48,17 +60,9 @@ from looptx_core.training.callbacks import (
 from looptx_core.training.compiled import compile_moves, plain_moves
 from looptx_core.training.curves import plot_run, verdict
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all, evaluate_loops
-from looptx_core.training.fragments import Checkpoint, sweep
 from looptx_core.training.hardware import choose_precision
-from looptx_core.training.module import LoopedLM, quiet_lightning
-from looptx_core.training.ranks import lost_peer
-from looptx_core.training.strategy import (
-    AtTheEnd,
-    Swapped,
-    choose_strategy,
-    own_environment,
-    shards_optimizer,
-)
+from looptx_core.training.kernel_trial import enable_kernels
+from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
 
 
 @dataclass
@@ -83,22 +87,26 @@ class TrainResult:
     flops: float = 0.0
     verdict: str = ""
     caption_loss_by_loop: list[float] = field(default_factory=list)
-    """Held-out nats a token of texts beside pictures."""
+    """Held-out nats a token of texts beside items of media."""
     swapped: Swapped | None = None
     """Under NVMe offload: the swap files and what was moved, in bytes."""
 
 
 def fit_vocabulary(model: ModelConfig, vocab_size: int, asked: bool) -> ModelConfig:
-    """The model's shape with the data's vocabulary.
+    """The model's shape with the data's vocabulary, and after it the codes of media it writes.
 
     Raises `UsageError` where the user asked for another size.
     """
-    if asked and model.vocab_size != vocab_size:
+    size = vocab_size
+    for medium in media_for(model):
+        if codes := medium.codes(model):
+            model, size = medium.with_codes(model, size), size + codes
+    if asked and model.vocab_size != size:
         raise UsageError(
-            f"model.vocab_size {model.vocab_size} is not the tokenizer's {vocab_size}; "
+            f"model.vocab_size {model.vocab_size} is not the tokenizer's {size}; "
             "leave it out, or tokenise again with --vocab-size"
         )
-    return replace(model, vocab_size=vocab_size)
+    return replace(model, vocab_size=size)
 
 
 def train(
@@ -106,7 +114,7 @@ def train(
     model_config: ModelConfig,
     *,
     data: Path,
-    pairs: Sequence[str | Path] = (),
+    records: Sequence[str | Path] = (),
     folder: Path,
     resume: bool = False,
     until: int | None = None,
@@ -118,17 +126,13 @@ def train(
 
     None in a run's other processes: the first one has the result.
 
-    pairs: inputs of pictures with texts, as for `read_pairs`, mixed with the shards by
-    `config.mix`; a model without an encoder of pictures gets one.
+    records: inputs of media with texts, as for `read_records`, mixed with the shards by
+    `config.mix`; `model_config` has these media.
 
     The other arguments, and the errors, are those of `fit`.
     """
     started = time.monotonic()
-    if not 0 <= config.mask_patches < 1 or (config.mask_patches and not pairs):
-        raise UsageError(
-            f"--mask-patches {config.mask_patches}: a share below 1 of the patches of pictures; "
-            "give pictures with texts too, as --data pairs.jsonl"
-        )
+    config.check_hidden_shares(bool(records))
     if config.seq_len > model_config.max_seq_len:
         raise UsageError(
             f"--seq-len {config.seq_len} exceeds the model's max_seq_len "
@@ -143,17 +147,18 @@ def train(
         "workers": config.workers,
         "document_mask": config.document_mask,
     }
-    if config.mask_patches:
-        model_config = replace(model_config, reconstruct=True)
+    for name in config.hidden_shares:
+        model_config = MEDIA[name].enable_head(model_config)
     batches: TokenData | MixedData
-    if pairs:
-        read = read_pairs(pairs, config.skip_bad)
+    if records:
+        read = read_records(records, config.skip_bad)
         batches = MixedData(
-            data, read, model_config, mix=mix_of(config.mix), skip_bad=config.skip_bad,
+            data, read, model_config, mix=config.weights, skip_bad=config.skip_bad,
             augment=config.augment, **how,
         )  # fmt: skip
         left_out = f", {read.skipped} left out" if config.skip_bad else ""
-        report(f"pictures: {len(read.records)} records{left_out}")
+        what = ", ".join(medium.plural for medium in read.media)
+        report(f"{what}: {len(read.records)} records{left_out}")
     else:
         batches = TokenData(data, **how)
     if config.bitnet:
@@ -166,7 +171,18 @@ def train(
     )  # fmt: skip
     if not is_first():
         return None
-    return _finish(module.model, module, batches, config, data, pairs, folder, steps, started)
+    return _finish(module.model, module, batches, config, data, records, folder, steps, started)
+
+
+def check(config: RunConfig, folder: Path) -> None:
+    """Raise what `fit` would raise for want of a package or of hardware, or for a strategy that
+    can't be, while the run has no folder yet."""
+    device = best_device()
+    precision, _ = choose_precision(config.precision, device)
+    choose_backend(
+        config.attention, device, torch.bfloat16 if precision == "bf16" else torch.float32
+    )
+    check_strategy(config, folder)
 
 
 def resuming(command: str, folder: Path) -> str:
@@ -190,7 +206,8 @@ def fit(
     """Train what of `model` is not frozen, with checkpoints and records in `folder`.
 
     Returns the module, and the steps done. Its model, which is `model` unless that was cut by
-    FSDP, ends in evaluation mode on the CPU, whole in the run's first process.
+    FSDP, ends in evaluation mode on the CPU, whole in the run's first process. `loops` of its
+    configuration becomes the deepest depth that was trained.
 
     advice: how to go on after a stop, for messages. until: the last step where a finished run goes
     on beyond the steps of its settings, at its last learning rate. callbacks: Lightning's, for
@@ -218,7 +235,7 @@ def fit(
     model.attend = backend.attend
     gathered = None
     if config.sharding == "fsdp":
-        from looptx_core.training.fsdp import Gathered, ShardedLM
+        from looptx_core.parallel.fsdp import Gathered
 
         module: LoopedLM = ShardedLM(model, config)
         gathered = Gathered()
@@ -270,7 +287,8 @@ def fit(
     with quiet_lightning(), own_environment(folder):
         trainer = _trainer(config, last_step, folder, precision, device, strategy, every, metrics)
         if device.type == "cpu":
-            report(f"kernels: {fused.prepare(precision == 'float32' and not config.compile)}")
+            wanted = precision == "float32" and not config.compile
+            report(f"kernels: {enable_kernels(model.config, config, folder, wanted, resume)}")
         if config.compile:
             compile_moves(model)
         try:
@@ -298,7 +316,7 @@ def fit(
             f"(about {left / 60:.1f} minutes left)"
         )
     if end.saved is not None and trainer.is_global_zero:
-        from looptx_core.training.zero import make_plain
+        from looptx_core.parallel.deepspeed.zero import make_plain
 
         make_plain(module, Checkpoint(end.saved).weights())
     if gathered:
@@ -306,6 +324,7 @@ def fit(
     else:
         model.to(torch.device("cpu"))
     module.swapped, module.begun_at = end.swapped, begin_at
+    model.config = replace(model.config, loops=module.schedule.deepest)
     model.eval()
     return module, trainer.global_step
 
@@ -367,7 +386,7 @@ def _finish(
     batches: TokenData | MixedData,
     config: TrainConfig,
     data: Path,
-    pairs: Sequence[str | Path],
+    records: Sequence[str | Path],
     folder: Path,
     steps: int,
     started: float,
@@ -386,13 +405,13 @@ def _finish(
         }
 
     by_part, probes = on_best_device(model, measure)
-    evaluation = by_part["text"]
+    evaluation = by_part[TEXT]
     earliest = ExitSettings(min_loops=module.schedule.first_read(config.loss_at))
     exit_settings = calibrate(earliest, functools.reduce(operator.add, by_part.values()))
     counts = batches.shards.manifest.splits["val"]
     bits = [loss / 0.6931471805599453 * counts.tokens / counts.bytes
             for loss in evaluation.loss_by_loop]  # fmt: skip
-    records = read_metrics(folder / "metrics.jsonl")
+    metrics = read_metrics(folder / "metrics.jsonl")
     result = TrainResult(
         folder=folder,
         model_folder=folder / "final",
@@ -407,20 +426,20 @@ def _finish(
         temperature=exit_settings.temperature,
         flops=float(module.flops),
         verdict=verdict(evaluation.loss_by_loop),
-        caption_loss_by_loop=by_part["pictures"].loss_by_loop if "pictures" in by_part else [],
+        caption_loss_by_loop=by_part[RECORDS].loss_by_loop if records else [],
         swapped=module.swapped,
     )
-    plot_run(records, probes, folder / "curves.png")
+    plot_run(metrics, probes, folder / "curves.png")
     names = [Path(item["name"]).name for item in batches.shards.manifest.inputs]
     texts = [] if names == [bundled_corpus().name] else [data]
-    own = OwnData.of("text", config.data or [*texts, *pairs], asdict(config), data)
+    own = OwnData.of("text", config.data or [*texts, *records], asdict(config), data)
     save_model(
         result.model_folder,
         model,
         batches.shards.tokenizer,
         exit_settings=exit_settings,
         facts={
-            "data": names + [Path(item).name for item in pairs],
+            "data": names + [Path(item).name for item in records],
             "steps": result.steps,
             "tokens": steps * config.batch_size * config.seq_len,
             "seed": config.seed,
@@ -430,7 +449,7 @@ def _finish(
             "training_flops": result.flops,
             **(
                 {"caption_loss_by_loop": [round(loss, 4) for loss in result.caption_loss_by_loop]}
-                if pairs
+                if records
                 else {}
             ),
         },

@@ -1,0 +1,309 @@
+"""Decoding at batch 1 and full depth, beside transformers' `generate` and llama.cpp.
+
+Equal width, equal *effective* depth, the same weight type, greedy, 32 tokens of prompt; the time is
+of the tokens after the first. All sides alternate in one process, rounds apart, so that a busy
+moment meets them all; read the ratios.
+
+    pip install transformers llama-cpp-python gguf
+    python -m benchmarks.decode_speed.run                       # peers, both shapes of `small`
+    python -m benchmarks.decode_speed.run --shape medium
+    python -m benchmarks.decode_speed.run --parts loops    # equal depth by 1, 2, 5 and 10 loops
+    python -m benchmarks.decode_speed.run --device cuda         # on a GPU, by CUDA graphs
+
+A shape that is measured anew replaces its rows in the record of this machine; others stay.
+--compiled adds transformers with a static cache, which it compiles (bf16). Weights are random: what
+they say is not the matter here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models
+
+from benchmarks.common.record import results_file, rows_by, rows_so_far, write
+from looptx_core.backends.cpu.bindings import held_bytes
+from looptx_core.config.generation import GenerationOptions
+from looptx_core.config.model import ModelConfig
+from looptx_core.conversion.ternary import pack_model
+from looptx_core.generation.engine import Engine
+from looptx_core.model.loop import LoopedTransformer
+
+PROMPT, NEW = 32, 96
+SMALL = dict(vocab_size=4096, d_model=512, n_heads=8, n_kv_heads=4, head_dim=64, d_ff=1536)
+MEDIUM = dict(vocab_size=16384, d_model=1024, n_heads=16, n_kv_heads=8, head_dim=64, d_ff=3072)
+SHAPES: dict[str, dict[str, Any]] = {
+    "small 2 + 4 x 2 + 2": dict(SMALL, prelude_layers=2, core_layers=4, loops=2, coda_layers=2),
+    "small 1 + 1 x 10 + 1": dict(SMALL, prelude_layers=1, core_layers=1, loops=10, coda_layers=1),
+    "medium 2 + 4 x 3 + 2": dict(MEDIUM, prelude_layers=2, core_layers=4, loops=3, coda_layers=2),
+}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+Run = Callable[[], float]
+"""Generates once; seconds for the tokens after the first."""
+
+
+def config_of(shape: dict[str, Any]) -> ModelConfig:
+    return ModelConfig(**shape, max_loops=max(shape["loops"], 2))
+
+
+def looptx(
+    config: ModelConfig,
+    prompt: list[int],
+    weights: str,
+    kernel: str = "auto",
+    device: str = "cpu",
+) -> tuple[Run, int]:
+    """The run, and the bytes of weights that a token reads at least once."""
+    torch.manual_seed(0)
+    ternary = weights == "ternary"
+    model = LoopedTransformer(replace(config, linear="ternary" if ternary else "float")).eval()
+    if ternary:
+        model = pack_model(model)
+    vocabulary = {"<|end|>": 0, **{f"t{i}": i for i in range(1, config.vocab_size)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|end|>"))
+    held = "float32" if ternary else weights
+    if device != "cpu":
+        model, held = model.to(device, DTYPES[weights]), "float32"
+    engine = Engine(model, tokenizer, kernel=kernel, precision=held)
+    options = GenerationOptions(
+        loops=config.loops, temperature=0, max_new_tokens=NEW, ignore_eos=True
+    )
+
+    def run() -> float:
+        steps = list(engine.generate([prompt], options))
+        return steps[-1].seconds - steps[0].seconds
+
+    return run, held_bytes(model, weights if device != "cpu" else held)
+
+
+def llama_config(config: ModelConfig) -> Any:
+    import transformers
+
+    return transformers.LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.d_model,
+        intermediate_size=config.d_ff, num_hidden_layers=config.effective_layers(config.loops),
+        num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads,
+        head_dim=config.head_dim, hidden_act="gelu", tie_word_embeddings=True,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+
+
+def hugging_face(
+    config: ModelConfig,
+    prompt: list[int],
+    weights: str,
+    device: str = "cpu",
+    compiled: bool = False,
+) -> Run:
+    import transformers
+
+    model = transformers.LlamaForCausalLM(llama_config(config)).to(device, DTYPES[weights]).eval()
+    ids = torch.tensor([prompt], device=device)
+    more = {"cache_implementation": "static"} if compiled else {}
+
+    class Clock(transformers.StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+            self.first = self.first or time.perf_counter()
+            return torch.zeros(1, dtype=torch.bool, device=input_ids.device)
+
+    def run() -> float:
+        clock = Clock()
+        clock.first = 0.0
+        with torch.inference_mode():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False,
+                stopping_criteria=[clock], **more,
+            )  # fmt: skip
+            out = out.cpu()
+        assert out.shape[1] == PROMPT + NEW
+        return time.perf_counter() - clock.first
+
+    return run
+
+
+def llama_cpp(config: ModelConfig, prompt: list[int], weights: str, folder: Path) -> Run:
+    """llama.cpp on a Llama of this shape, written as GGUF with weights of its own type."""
+    import gguf
+    import llama_cpp
+    import numpy as np
+
+    kinds = {"float32": "F32", "bf16": "BF16", "int8": "Q8_0", "ternary": "TQ2_0"}
+    kind = gguf.GGMLQuantizationType[kinds[weights]]
+    layers, rng = config.effective_layers(config.loops), np.random.default_rng(0)
+    file = folder / f"{weights}-{config.d_model}-{layers}.gguf"
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_block_count(layers)
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.d_model)
+    writer.add_feed_forward_length(config.d_ff)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+
+    def matrix(name: str, rows: int, width: int, own: Any = kind) -> None:
+        values = (rng.standard_normal((rows, width)) * 0.02).astype(np.float32)
+        writer.add_tensor(name, gguf.quants.quantize(values, own), raw_dtype=own)
+
+    def vector(name: str, width: int) -> None:
+        writer.add_tensor(name, np.ones(width, dtype=np.float32))
+
+    # Beside ternary layers its converter leaves the embedding in 16 bits.
+    outer = gguf.GGMLQuantizationType.F16 if weights == "ternary" else kind
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    matrix("token_embd.weight", config.vocab_size, config.d_model, outer)
+    vector("output_norm.weight", config.d_model)
+    for i in range(layers):
+        vector(f"blk.{i}.attn_norm.weight", config.d_model)
+        vector(f"blk.{i}.ffn_norm.weight", config.d_model)
+        matrix(f"blk.{i}.attn_q.weight", q, config.d_model)
+        matrix(f"blk.{i}.attn_k.weight", kv, config.d_model)
+        matrix(f"blk.{i}.attn_v.weight", kv, config.d_model)
+        matrix(f"blk.{i}.attn_output.weight", config.d_model, q)
+        matrix(f"blk.{i}.ffn_gate.weight", config.d_ff, config.d_model)
+        matrix(f"blk.{i}.ffn_up.weight", config.d_ff, config.d_model)
+        matrix(f"blk.{i}.ffn_down.weight", config.d_model, config.d_ff)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    threads = torch.get_num_threads()
+    model = llama_cpp.Llama(
+        str(file), n_ctx=256, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
+
+    def run() -> float:
+        model.reset()
+        model.eval(prompt)
+        began = time.perf_counter()
+        for _ in range(NEW - 1):
+            model.eval([int(np.argmax(model.eval_logits[-1]))])
+        return time.perf_counter() - began
+
+    return run
+
+
+def measure(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Tokens a second by side and round."""
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            seconds = run()
+            if number:  # the first round warms up
+                rates[name].append((NEW - 1) / seconds)
+    return rates
+
+
+def against_peers(
+    config: ModelConfig, prompt: list[int], rounds: int, device: str, compiled: bool
+) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    on_cpu = device == "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        for weights in ("float32", "bf16", "int8", "ternary") if on_cpu else ("float32", "bf16"):
+            ours, read = looptx(config, prompt, weights, device=device)
+            runs: dict[str, Run] = {"looptx": ours}
+            if weights == "float32" or not on_cpu:
+                runs["looptx, torch alone"] = looptx(config, prompt, weights, "torch", device)[0]
+            if weights in DTYPES:
+                runs["transformers"] = hugging_face(config, prompt, weights, device)
+            if compiled and weights == "bf16":
+                runs["transformers, compiled"] = hugging_face(
+                    config, prompt, weights, device, compiled
+                )
+            if on_cpu and find_spec("llama_cpp") and find_spec("gguf"):
+                runs["llama.cpp"] = llama_cpp(config, prompt, weights, Path(folder))
+            rates = measure(runs, rounds)
+            report[weights] = {
+                "bytes_of_weights": read,
+                "tokens_per_second": {name: statistics.median(r) for name, r in rates.items()},
+                "ratio_to": {
+                    name: statistics.median(a / b for a, b in zip(rates["looptx"], others))
+                    for name, others in rates.items()
+                    if name != "looptx"
+                },
+                "rates": rates,
+            }
+            print(weights, json.dumps({k: report[weights][k] for k in list(report[weights])[:3]}))
+            del runs, ours
+            gc.collect()
+    return report
+
+
+def by_loops(prompt: list[int], rounds: int, device: str) -> dict[str, Any]:
+    """Effective depth 12 by one layer ten times, or two five times, up to ten once."""
+    report: dict[str, Any] = {}
+    for weights in ("float32", "bf16", "int8", "ternary") if device == "cpu" else DTYPES:
+        runs, read = {}, {}
+        for loops in (1, 2, 5, 10):
+            shape = dict(SMALL, prelude_layers=1, core_layers=10 // loops, coda_layers=1)
+            runs[str(loops)], read[str(loops)] = looptx(
+                config_of(dict(shape, loops=loops)), prompt, weights, device=device
+            )
+        rates = measure(runs, rounds)
+        report[weights] = {
+            loops: {"tokens_per_second": statistics.median(rates[loops]), "bytes": read[loops]}
+            for loops in runs
+        }
+        print(weights, json.dumps(report[weights]))
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shape", default="small", help="beginning of a shape's name")
+    parser.add_argument("--parts", nargs="+", default=["peers"], choices=["peers", "loops"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--compiled", action="store_true")
+    flags = parser.parse_args()
+    torch.set_num_threads(flags.threads)
+    on_gpu = flags.device == "cuda"
+    report: dict[str, Any] = {}
+    for name, shape in SHAPES.items():
+        if "peers" in flags.parts and name.startswith(flags.shape):
+            print(name)
+            config = config_of(shape)
+            prompt = torch.randint(1, config.vocab_size, (PROMPT,)).tolist()
+            found = against_peers(config, prompt, flags.rounds, flags.device, flags.compiled)
+            report[name] = rows_by(found, "weights")
+    if "loops" in flags.parts:
+        prompt = torch.randint(1, SMALL["vocab_size"], (PROMPT,)).tolist()
+        found = by_loops(prompt, flags.rounds, flags.device)
+        report["effective depth 12, by loops"] = rows_by(found, "weights", "loops")
+    earlier = rows_so_far(results_file("decode_speed.run", on_gpu=on_gpu))
+    write(
+        "decode_speed.run",
+        f"tokens per second after the first, prompt {PROMPT}, {NEW} new, batch 1",
+        [
+            *(row for row in earlier if row["model"] not in report),
+            *({"model": name, **row} for name, rows in report.items() for row in rows),
+        ],
+        settings={"rounds": flags.rounds},
+        peers=[name for name in ("transformers", "llama_cpp_python") if _installed(name)],
+        on_gpu=on_gpu,
+    )
+
+
+def _installed(name: str) -> bool:
+    return find_spec(name.removesuffix("_python")) is not None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,890 @@
+// The moves of a looped transformer for a few tokens at a time, on the CPU.
+//
+// A pass takes n rows. Each row is one token: it has a row of the cache, a column in it, and its
+// own loop. All rows share every read of the weights, which is what decoding waits for. The
+// equations are those of looptx_core/model (loop.py, block.py, confidence.py); a test holds both
+// together. Weights are float32, bfloat16, 8-bit with a scale a row, or ternary with two bits each.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// ---------------------------------------------------------------- threads
+
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Threads that help the caller with a range of things. Whoever is free takes the next piece, the
+// caller too, so a thread that the system has put aside holds up no more than the piece in its
+// hands. Between ranges helpers spin for a moment, as the next one is near, and then sleep.
+class Pool {
+  public:
+    explicit Pool(int size) {
+        for (int i = 1; i < size; ++i) helpers.emplace_back([this] { help(); });
+    }
+
+    ~Pool() {
+        leaving.store(true);
+        ticket.fetch_add(ROUND);
+        wake_all();
+        for (auto& helper : helpers) helper.join();
+    }
+
+    // work(begin, end) over pieces of 0 .. count, each a multiple of `unit`.
+    template <class Work> void each(int count, int unit, Work&& work) {
+        const int pieces = 4 * ((int)helpers.size() + 1);
+        const int size = std::max(unit, (count + pieces - 1) / pieces / unit * unit);
+        if (helpers.empty() || count <= size) {
+            if (count) work(0, count);
+            return;
+        }
+        using Plain = std::remove_reference_t<Work>;
+        // Closed first: a helper must not take a piece of this range by the last one's ticket.
+        const uint64_t round = (ticket.load(std::memory_order_relaxed) & ~CLOSED) + ROUND;
+        ticket.store(round | CLOSED);
+        context.store(&work), end.store(count), step.store(size), done.store(0);
+        task.store([](void* c, int from, int to) { (*static_cast<Plain*>(c))(from, to); });
+        ticket.store(round);
+        if (asleep.load()) wake_all();
+        while (piece(ticket.load()) == TAKEN) {}
+        while (done.load(std::memory_order_acquire) < count) relax();
+    }
+
+  private:
+    enum Outcome { TAKEN, NOTHING };
+    static constexpr uint64_t ROUND = 1ull << 32, CLOSED = ROUND - 1;
+
+    // Do the next piece of the range that `now` belongs to, if one is left.
+    Outcome piece(uint64_t now) {
+        const uint64_t from = now & CLOSED;
+        const int limit = end.load(), size = step.load();
+        auto* run = task.load();
+        void* with = context.load();
+        if (from == CLOSED || (int)from >= limit) return NOTHING;
+        // If the ticket is still the same, so is all that was read above.
+        if (!ticket.compare_exchange_strong(now, now + size)) return TAKEN;
+        const int to = std::min((int)from + size, limit);
+        run(with, (int)from, to);
+        done.fetch_add(to - (int)from, std::memory_order_release);
+        return TAKEN;
+    }
+
+    void help() {
+        while (!leaving.load()) {
+            const uint64_t now = ticket.load();
+            if (piece(now) == TAKEN) continue;
+            for (int spins = 0; spins < SPINS && ticket.load(std::memory_order_acquire) == now;
+                 ++spins)
+                relax();
+            if (ticket.load() != now) continue;
+            std::unique_lock<std::mutex> lock(mutex);
+            asleep.fetch_add(1);
+            wake.wait(lock, [&] { return ticket.load() != now; });
+            asleep.fetch_sub(1);
+        }
+    }
+
+    void wake_all() {
+        { std::lock_guard<std::mutex> lock(mutex); }
+        wake.notify_all();
+    }
+
+    static constexpr int SPINS = 4000;  // about a tenth of a millisecond
+    std::vector<std::thread> helpers;
+    std::mutex mutex;
+    std::condition_variable wake;
+    std::atomic<uint64_t> ticket{CLOSED};  // round, and where the next piece begins
+    std::atomic<int> done{0}, end{0}, step{1}, asleep{0};
+    std::atomic<void (*)(void*, int, int)> task{nullptr};
+    std::atomic<void*> context{nullptr};
+    std::atomic<bool> leaving{false};
+};
+
+// ---------------------------------------------------------------- products
+
+typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
+constexpr int LANES = 8;
+
+inline float sum(Floats v) {
+    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));  // as `sums_of`
+}
+
+inline Floats load(const float* at) { return *reinterpret_cast<const Floats*>(at); }
+
+typedef uint16_t Halves __attribute__((vector_size(16), aligned(2), may_alias));
+typedef uint32_t Words __attribute__((vector_size(32)));
+
+inline Floats load(const uint16_t* at) {  // bfloat16
+#if defined(__AVX2__)
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)at));
+    return (Floats)_mm256_slli_epi32(wide, 16);
+#else
+    return (Floats)(__builtin_convertvector(*reinterpret_cast<const Halves*>(at), Words) << 16);
+#endif
+}
+
+inline float scalar(float x) { return x; }
+inline float scalar(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+
+// Keep a vector in its register: compilers would read it again for each product that it enters.
+inline void hold(Floats& v) {
+#if defined(__AVX2__)
+    asm("" : "+x"(v));
+#else
+    (void)v;
+#endif
+}
+
+// The sums of four vectors.
+inline void sums_of(const Floats& a, const Floats& b, const Floats& c, const Floats& d, float* out) {
+#if defined(__AVX2__)
+    const __m256 two = _mm256_hadd_ps((__m256)a, (__m256)b);
+    const __m256 four = _mm256_hadd_ps(two, _mm256_hadd_ps((__m256)c, (__m256)d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+#else
+    out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+#endif
+}
+
+// out[n][r] = sum over k of w[r][k] x[n][k], for R rows of weights and N inputs at once. Ahead:
+// fetch the next rows meanwhile, as many as a group has.
+constexpr int GROUP = 4;
+
+template <int R, int N, bool Ahead, class Weight>
+inline void tile(const Weight* w, const float* x, int width, float* out, int64_t out_stride) {
+    Floats sums[R][N] = {};
+    int k = 0;
+    for (; k + LANES <= width; k += LANES) {
+        if (Ahead && k * sizeof(Weight) % 64 == 0)
+            for (int r = 0; r < R; ++r) __builtin_prefetch(w + (int64_t)(GROUP + r) * width + k);
+        Floats inputs[N];
+        for (int n = 0; n < N; ++n) inputs[n] = load(x + (int64_t)n * width + k), hold(inputs[n]);
+        for (int r = 0; r < R; ++r) {
+            Floats weights = load(w + (int64_t)r * width + k);
+            hold(weights);
+            for (int n = 0; n < N; ++n) sums[r][n] += weights * inputs[n];
+        }
+    }
+    for (int n = 0; n < N; ++n) {
+        float* to = out + (int64_t)n * out_stride;
+        if constexpr (R % 4 == 0)
+            for (int r = 0; r < R; r += 4)
+                sums_of(sums[r][n], sums[r + 1][n], sums[r + 2][n], sums[r + 3][n], to + r);
+        else
+            for (int r = 0; r < R; ++r) to[r] = sum(sums[r][n]);
+        if (k < width)
+            for (int r = 0; r < R; ++r)
+                for (int rest = k; rest < width; ++rest)
+                    to[r] += scalar(w[(int64_t)r * width + rest]) * x[(int64_t)n * width + rest];
+    }
+}
+
+// A group of R rows: sums, inputs and weights of a tile fill the sixteen registers, or nearly.
+template <int R, int N, bool Ahead, class Weight>
+inline void group(const Weight* w, const float* x, int width, float* out, int64_t out_stride) {
+    constexpr int some = R == 4 && N > 3 ? 2 : R;
+    for (int r = 0; r < R; r += some)
+        tile<some, N, Ahead>(w + (int64_t)r * width, x, width, out + r, out_stride);
+}
+
+template <int R, class Weight>
+inline void tiles(const Weight* w, const float* x, int width, int count, float* out,
+                  int64_t out_stride) {
+    for (int n = 0, many; n < count; n += many) {
+        const int left = count - n;
+        const float* from = x + (int64_t)n * width;
+        float* to = out + n * out_stride;
+        many = left == 4 ? 4 : std::min(left, 3);
+        // Later inputs find these rows in the cache, and have time for the next ones.
+        const bool ahead = n > 0 && many == left;
+        switch (2 * many + ahead) {
+            case 2: group<R, 1, false>(w, from, width, to, out_stride); break;
+            case 3: group<R, 1, true>(w, from, width, to, out_stride); break;
+            case 4: group<R, 2, false>(w, from, width, to, out_stride); break;
+            case 5: group<R, 2, true>(w, from, width, to, out_stride); break;
+            case 6: group<R, 3, false>(w, from, width, to, out_stride); break;
+            case 7: group<R, 3, true>(w, from, width, to, out_stride); break;
+            case 8: group<R, 4, false>(w, from, width, to, out_stride); break;
+            case 9: group<R, 4, true>(w, from, width, to, out_stride); break;
+        }
+    }
+}
+
+// One row and one input. Four sums at a time, as each has to wait for itself.
+template <class Weight> float line(const Weight* w, const float* x, int width) {
+    Floats sums[4] = {};
+    int k = 0;
+    for (; k + 4 * LANES <= width; k += 4 * LANES)
+        for (int i = 0; i < 4; ++i) sums[i] += load(w + k + i * LANES) * load(x + k + i * LANES);
+    float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; k < width; ++k) total += scalar(w[k]) * x[k];
+    return total;
+}
+
+template <class Weight>
+void float_rows(const Weight* w, int begin, int end, const float* x, int width, int count,
+                float* out, int64_t out_stride) {
+    int r = begin;
+    // Short rows from memory come faster one after another than four at a time.
+    if (count == 1 && sizeof(Weight) < sizeof(float))
+        for (; r < end; ++r) out[r] = line(w + (int64_t)r * width, x, width);
+    if (count == 1)  // a sum has to wait for itself: eight at a time
+        for (; r + 8 <= end; r += 8)
+            tile<8, 1, false>(w + (int64_t)r * width, x, width, out + r, out_stride);
+    for (; r + 4 <= end; r += 4)
+        tiles<4>(w + (int64_t)r * width, x, width, count, out + r, out_stride);
+    for (; r < end; ++r)
+        tiles<1>(w + (int64_t)r * width, x, width, count, out + r, out_stride);
+}
+
+// Whole numbers. Inputs are rounded by token: beside 8-bit weights to as many levels as their sum
+// has room for in 32 bits, and to 8 bits beside ternary ones (BitNet b1.58).
+
+#if defined(__AVX2__)
+// The sums of four vectors of eight whole numbers.
+inline void sums_of(const __m256i* v, int32_t* out) {
+    const __m256i both = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]),
+                                           _mm256_hadd_epi32(v[2], v[3]));
+    _mm_storeu_si128((__m128i*)out, _mm_add_epi32(_mm256_castsi256_si128(both),
+                                                  _mm256_extracti128_si256(both, 1)));
+}
+#endif
+
+// out[r] = sum over k of w[r][k] x[k], for four rows.
+void byte_dots(const int8_t* w, const int16_t* x, int width, int32_t* out) {
+    int k = 0;
+    for (int r = 0; r < 4; ++r) out[r] = 0;
+#if defined(__AVX2__)
+    __m256i sums[4] = {};
+    for (int r = 0; r < 4; ++r)  // one row after another: memory is read as it lies
+        for (k = 0; k + 16 <= width; k += 16) {
+            const __m256i inputs = _mm256_loadu_si256((const __m256i*)(x + k));
+            const auto* at = (const __m128i*)(w + (int64_t)r * width + k);
+            const __m256i weights = _mm256_cvtepi8_epi16(_mm_loadu_si128(at));
+            sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(weights, inputs));
+        }
+    sums_of(sums, out);
+#endif
+    for (; k < width; ++k)
+        for (int r = 0; r < 4; ++r) out[r] += (int32_t)w[(int64_t)r * width + k] * x[k];
+}
+
+// Four weights to a byte, the first in its lowest bits, each the weight plus one. The inputs are
+// laid out to match: of each block of 128 those at 0, 4, 8 ... first, then those at 1, 5, 9 ...
+constexpr int TERNARY_BLOCK = 128;
+
+void ternary_dots(const uint8_t* w, const int8_t* x, int width, int32_t* out) {
+    const int64_t stride = (width + 3) / 4;
+    int k = 0;
+    for (int r = 0; r < 4; ++r) out[r] = 0;
+#if defined(__AVX2__)
+    const __m256i low = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
+    __m256i sums[4] = {};
+    for (; k + TERNARY_BLOCK <= width; k += TERNARY_BLOCK) {
+        const auto* inputs = (const __m256i*)(x + k);
+        for (int r = 0; r < 4; ++r) {
+            const __m256i codes = _mm256_loadu_si256((const __m256i*)(w + r * stride + k / 4));
+            auto part = [&](int number, __m256i shifted) {
+                return _mm256_maddubs_epi16(_mm256_and_si256(shifted, low),
+                                            _mm256_loadu_si256(inputs + number));
+            };
+            const __m256i pairs = _mm256_add_epi16(
+                _mm256_add_epi16(part(0, codes), part(1, _mm256_srli_epi16(codes, 2))),
+                _mm256_add_epi16(part(2, _mm256_srli_epi16(codes, 4)),
+                                 part(3, _mm256_srli_epi16(codes, 6))));
+            sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(pairs, ones));
+        }
+    }
+    sums_of(sums, out);
+#endif
+    for (; k < width; ++k) {
+        const int block = k / TERNARY_BLOCK * TERNARY_BLOCK, in = k - block;
+        const int quarter = std::min(TERNARY_BLOCK, (width - block + 3) / 4 * 4) / 4;
+        const int32_t input = x[block + in % 4 * quarter + in / 4];
+        for (int r = 0; r < 4; ++r)
+            out[r] += (int32_t)((w[r * stride + k / 4] >> (2 * (k % 4))) & 3) * input;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+constexpr int32_t LOOPTX_ABI_VERSION = 2;  // bindings.py has it too
+
+enum Kind : int32_t { FLOAT, BFLOAT, BYTES, TERNARY };
+
+struct Matrix {
+    const void* data;     // (rows, width), in `kind`
+    const float* scales;  // BYTES: (rows,); TERNARY: one
+    int32_t rows, width;
+    int32_t kind;
+};
+
+struct Block {
+    Matrix q, k, v, o, gate, up, down;
+    const float *attention_norm, *mlp_norm, *q_norm, *k_norm;  // q_norm, k_norm: or null
+    const float *o_norm, *down_norm;                           // inside ternary layers, or null
+};
+
+struct Model {
+    int32_t d_model, heads, kv_heads, head_dim, d_ff, vocab;
+    int32_t prelude, core, coda, max_loops;
+    int32_t silu, injection;  // injection: 0 none, 1 with the vectors below
+    float eps;
+    const Block* blocks;  // prelude, core, coda
+    const float *state_norm, *state_scale, *embedding_norm, *embedding_scale;  // of the injection
+    const float *embedding, *norm, *frequencies;
+    Matrix head, confidence_hidden, confidence_gate;
+    const float *confidence_norm, *confidence_bias, *confidence_gate_bias, *confidence_loop, *confidence_out, *confidence_out_bias;
+    // The first units tell the gain, the others the log-odds. confidence_out: (units,).
+    // confidence_out_bias: of the log-odds, then of the gain.
+    int32_t gain_units;
+};
+
+struct Cache {
+    float *const *keys, *const *values;  // of each layer: (depths, batch, kv_heads, capacity, head_dim)
+    int64_t depth, row, head;            // strides, in floats
+    int32_t depths;                      // slots of a core layer; other layers have one
+};
+
+struct Rows {
+    int32_t count;
+    const int32_t *row, *column, *start, *position;  // (count,) each
+};
+
+// When the loop returns to the caller: after `first` passes and more, by the confidence head's
+// log-odds or by nats.
+struct StopCondition {
+    const int32_t *first, *last;          // (count,) each: checked from here on; ended here
+    const float *min_odds, *max_nats;     // (count,) each: stops from these log-odds on, below these nats
+    int32_t odds, gain;                   // whether any row's exit looks at the one and at the other
+    // (depths,) each: nats are e^(offset + slope * gain) * change^power; the gain where depths is 0.
+    const float *slope, *power, *offset;
+    int32_t depths;
+
+    // output: log-odds, gain, change. The bound is `MAX_LOG_GAIN` of stopping/calibration.py.
+    float nats(const float* output, int loop) const {
+        if (!depths) return output[1];
+        const int index = std::min(loop, depths) - 1;
+        const float log =
+            offset[index] + slope[index] * output[1] + power[index] * std::log(output[2]);
+        return std::exp(std::min(log, 10.0f));
+    }
+};
+
+}  // extern "C"
+
+namespace {
+
+// e^x to 2 units in the last place: 2^n times a polynomial (Cephes). Loops over it vectorise.
+inline float exp_of(float x) {
+    x = std::min(std::max(x, -87.0f), 88.0f);
+    const float n = std::nearbyint(x * 1.44269504f);
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    const float p = (((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r +
+                       4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f) * r * r +
+                    r + 1.0f;
+    const int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+constexpr int MOST_HEAD_DIM = 1024;
+
+inline float erf_of(float x) {  // Abramowitz and Stegun 7.1.26, absolute error below 1.5e-7
+    const float a = std::fabs(x), t = 1.0f / (1.0f + 0.3275911f * a);
+    const float tail = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t -
+                         0.284496736f) * t + 0.254829592f) * t * exp_of(-a * a);
+    return std::copysign(1.0f - tail, x);
+}
+
+inline float gelu(float x) { return 0.5f * x * (1.0f + erf_of(x * 0.70710678f)); }
+
+void rms_norm(const float* x, const float* weight, int width, float eps, float* out) {
+    const float scale = 1.0f / std::sqrt(line(x, x, width) / width + eps);
+    for (int i = 0; i < width; ++i) out[i] = x[i] * scale * weight[i];
+}
+
+// What a layer reads, in the number type that its weights ask for.
+struct Input {
+    const float* floats = nullptr;
+    int count = 0, width = 0, kind = FLOAT;
+    std::vector<int16_t> shorts;
+    std::vector<int8_t> bytes;
+    std::vector<float> scales;
+    std::vector<int32_t> sums;
+
+    void make_room(int count_, int width_, int kind_) {
+        count = count_, width = width_, kind = kind_;
+        scales.resize(count), sums.resize(count);
+        if (kind == BYTES) shorts.resize((size_t)count * width);
+        if (kind == TERNARY) bytes.resize((size_t)count * (width + 3));
+    }
+
+    // Row n from x, where the weights are whole numbers.
+    void round(int n, const float* x) {
+        if (kind != BYTES && kind != TERNARY) return;
+        const float room = (float)INT32_MAX / 127 / width - 1;
+        const float levels = kind == BYTES ? std::min(32767.0f, room) : 127;
+        float largest = 1e-5f;
+        for (int k = 0; k < width; ++k) largest = std::max(largest, std::fabs(x[k]));
+        const float scale = largest / levels;
+        scales[n] = scale;
+        if (kind == BYTES) {
+            int16_t* out = shorts.data() + (int64_t)n * width;
+            for (int k = 0; k < width; ++k) out[k] = (int16_t)(int32_t)std::nearbyint(x[k] / scale);
+            return;
+        }
+        thread_local std::vector<int8_t> plain;
+        plain.assign((width + 3) / 4 * 4, 0);
+        int32_t total = 0;
+        for (int k = 0; k < width; ++k) {
+            const int32_t value = (int32_t)std::nearbyint(x[k] / scale);
+            plain[k] = (int8_t)value, total += value;
+        }
+        sums[n] = total;
+        int8_t* out = bytes.data() + (int64_t)n * (width + 3);
+        for (int block = 0; block < width; block += TERNARY_BLOCK) {
+            const int quarter = std::min(TERNARY_BLOCK, (width - block + 3) / 4 * 4) / 4;
+            for (int part = 0; part < 4; ++part)
+                for (int i = 0; i < quarter; ++i)
+                    out[block + part * quarter + i] = plain[block + 4 * i + part];
+        }
+    }
+};
+
+// out[i] for up to four rows of whole numbers and one input. Rows are stored in fours, the last
+// of them filled up, so that no sum reads beyond.
+void whole_rows(const Matrix& m, int r, int some, const Input& in, int n, float* out) {
+    const int width = in.width;
+    int32_t sums[4];
+    if (m.kind == BYTES)
+        byte_dots((const int8_t*)m.data + (int64_t)r * width,
+                  in.shorts.data() + (int64_t)n * width, width, sums);
+    else
+        ternary_dots((const uint8_t*)m.data + (int64_t)r * ((width + 3) / 4),
+                     in.bytes.data() + (int64_t)n * (width + 3), width, sums);
+    for (int i = 0; i < some; ++i)
+        out[i] = m.kind == BYTES ? sums[i] * (in.scales[n] * m.scales[r + i])
+                                 : (sums[i] - in.sums[n]) * (in.scales[n] * m.scales[0]);
+}
+
+// out[n][r] for some rows of a matrix and all inputs.
+void product(const Matrix& m, int begin, int end, const Input& in, float* out, int64_t out_stride) {
+    const int width = in.width, count = in.count;
+    switch (m.kind) {
+        case FLOAT:
+            return float_rows((const float*)m.data, begin, end, in.floats, width, count, out,
+                              out_stride);
+        case BFLOAT:
+            return float_rows((const uint16_t*)m.data, begin, end, in.floats, width, count, out,
+                              out_stride);
+        default:
+            for (int r = begin; r < end; r += 4)
+                for (int n = 0; n < count; ++n)
+                    whole_rows(m, r, std::min(4, end - r), in, n, out + n * out_stride + r);
+    }
+}
+
+}  // namespace
+
+// Buffers of one pass, and the threads that share it.
+struct Runner {
+    const Model model;
+    Pool pool;
+    int room = 0;
+    std::vector<float> normed, qkv, attended, hidden, turns, judged, before;
+    Input input;
+
+    Runner(const Model& model, int threads) : model(model), pool(threads) {}
+
+    void make_room(int count) {
+        if (count <= room) return;
+        room = count;
+        const Model& m = model;
+        const int64_t n = count, kv = m.kv_heads * m.head_dim, q = m.heads * m.head_dim;
+        normed.resize(n * std::max({m.d_model, (int32_t)q, m.d_ff}));
+        qkv.resize(n * (q + 2 * kv)), attended.resize(n * q), hidden.resize(n * 2 * m.d_ff);
+        turns.resize(n * m.head_dim), judged.resize(2 * n * m.confidence_hidden.rows);
+        before.resize(n * m.d_model);
+    }
+
+    // The next products read norm(in), or in itself where there is no norm.
+    void enter(const float* in, const float* weight, int count, int width, int kind) {
+        input.make_room(count, width, kind);
+        pool.each(count, 1, [&](int begin, int end) {
+            for (int n = begin; n < end; ++n) {
+                const float* row = in + (int64_t)n * width;
+                float* own = normed.data() + (int64_t)n * width;
+                if (weight) rms_norm(row, weight, width, model.eps, own);
+                input.round(n, weight ? own : row);
+            }
+        });
+        input.floats = weight ? normed.data() : in;
+    }
+
+    // to[n] += m * input[n]
+    void add(const Matrix& m, float* to) {
+        pool.each(m.rows, 4, [&](int begin, int end) {
+            const int count = input.count;
+            thread_local std::vector<float> sums;
+            sums.resize((size_t)count * m.rows);
+            product(m, begin, end, input, sums.data(), m.rows);
+            for (int n = 0; n < count; ++n)
+                for (int r = begin; r < end; ++r)
+                    to[(int64_t)n * m.rows + r] += sums[(int64_t)n * m.rows + r];
+        });
+    }
+
+    void turn(float* at, const float* norm, const float* table) const {
+        const int width = model.head_dim, half = width / 2;
+        float tmp[MOST_HEAD_DIM];
+        if (norm)
+            rms_norm(at, norm, width, model.eps, tmp);
+        else
+            memcpy(tmp, at, width * sizeof(float));
+        for (int i = 0; i < half; ++i) {
+            const float cos = table[i], sin = table[half + i];
+            at[i] = tmp[i] * cos - tmp[half + i] * sin;
+            at[half + i] = tmp[half + i] * cos + tmp[i] * sin;
+        }
+    }
+
+    void attend(const float* q, const float* keys, const float* values, int length,
+                float* out) const {
+        const int width = model.head_dim;
+        const float scale = 1.0f / std::sqrt((float)width);
+        thread_local std::vector<float> chances;
+        if ((int)chances.size() < length) chances.resize(length + 256);
+        float* each = chances.data();
+        float_rows(keys, 0, length, q, width, 1, each, length);
+        float largest = -3e38f, total = 0;
+#pragma omp simd reduction(max : largest)
+        for (int c = 0; c < length; ++c) largest = std::max(largest, each[c]);
+        for (int c = 0; c < length; ++c) each[c] = exp_of((each[c] - largest) * scale);
+#pragma omp simd reduction(+ : total)
+        for (int c = 0; c < length; ++c) total += each[c];
+        for (int i = 0; i < width; ++i) out[i] = 0;
+        int c = 0;
+        for (; c + 4 <= length; c += 4) {  // the sums are read and written once for four
+            const float* v = values + (int64_t)c * width;
+            const float* four = each + c;
+            for (int i = 0; i < width; ++i)
+                out[i] += (four[0] * v[i] + four[1] * v[width + i]) +
+                          (four[2] * v[2 * width + i] + four[3] * v[3 * width + i]);
+        }
+        for (; c < length; ++c)
+            for (int i = 0; i < width; ++i) out[i] += each[c] * values[(int64_t)c * width + i];
+        for (int i = 0; i < width; ++i) out[i] /= total;
+    }
+
+    // out: what some matrices make of the input, one behind the other, rows `stride` apart. They
+    // are one range, so that helpers are called once.
+    template <int N> void project(const Matrix* const (&parts)[N], float* out, int stride) {
+        int all = 0;
+        for (const Matrix* part : parts) all += part->rows;
+        pool.each(all, 4, [&](int begin, int end) {
+            int first = 0;
+            for (const Matrix* part : parts) {
+                const int from = std::max(begin - first, 0), to = std::min(end - first, part->rows);
+                if (from < to) product(*part, from, to, input, out + first, stride);
+                first += part->rows;
+            }
+        });
+    }
+
+    // One block on the rows of `at`, (count, d_model); slot: of the layer's cache, for each row.
+    template <class Slot>
+    void block(int layer, float* at, const Rows& rows, const Cache& cache, Slot slot) {
+        const Model& m = model;
+        const Block& b = m.blocks[layer];
+        float *keys = cache.keys[layer], *values = cache.values[layer];
+        const int n = rows.count, width = m.head_dim, group = m.heads / m.kv_heads;
+        const int q = m.heads * width, kv = m.kv_heads * width, all = q + 2 * kv;
+        enter(at, b.attention_norm, n, m.d_model, b.q.kind);
+        project<3>({&b.q, &b.k, &b.v}, qkv.data(), all);
+        auto place = [&](int r, int head, int column) {
+            return slot(r) * cache.depth + rows.row[r] * cache.row + head * cache.head +
+                   (int64_t)column * width;
+        };
+        for (int r = 0; r < n; ++r)
+            for (int h = 0; h < m.kv_heads; ++h) {
+                float* key = qkv.data() + (int64_t)r * all + q + h * width;
+                turn(key, b.k_norm, turns.data() + (int64_t)r * width);
+                const int64_t to = place(r, h, rows.column[r]);
+                memcpy(keys + to, key, width * sizeof(float));
+                memcpy(values + to, key + kv, width * sizeof(float));
+            }
+        pool.each(n * m.heads, 1, [&](int begin, int end) {
+            for (int item = begin; item < end; ++item) {
+                const int r = item / m.heads, h = item % m.heads;
+                float* query = qkv.data() + (int64_t)r * all + h * width;
+                turn(query, b.q_norm, turns.data() + (int64_t)r * width);
+                const int64_t from = place(r, h / group, rows.start[r]);
+                attend(query, keys + from, values + from,
+                       rows.column[r] + 1 - rows.start[r],
+                       attended.data() + (int64_t)r * q + h * width);
+            }
+        });
+        enter(attended.data(), b.o_norm, n, q, b.o.kind);
+        add(b.o, at);
+        enter(at, b.mlp_norm, n, m.d_model, b.gate.kind);
+        pool.each(m.d_ff, 4, [&](int begin, int end) {
+            float* up = hidden.data() + (int64_t)n * m.d_ff;
+            product(b.gate, begin, end, input, hidden.data(), m.d_ff);
+            product(b.up, begin, end, input, up, m.d_ff);
+            for (int r = 0; r < n; ++r) {
+                float* gates = hidden.data() + (int64_t)r * m.d_ff;
+                const float* ups = up + (int64_t)r * m.d_ff;
+                if (m.silu)
+                    for (int i = begin; i < end; ++i)
+                        gates[i] = gates[i] / (1.0f + exp_of(-gates[i])) * ups[i];
+                else
+                    for (int i = begin; i < end; ++i) gates[i] = gelu(gates[i]) * ups[i];
+            }
+        });
+        enter(hidden.data(), b.down_norm, n, m.d_ff, b.down.kind);
+        add(b.down, at);
+    }
+
+    void find_turns(const Rows& rows) {
+        const int half = model.head_dim / 2;
+        for (int r = 0; r < rows.count; ++r)
+            for (int i = 0; i < half; ++i) {
+                const float angle = (float)rows.position[r] * model.frequencies[i];
+                turns[(int64_t)r * model.head_dim + i] = std::cos(angle);
+                turns[(int64_t)r * model.head_dim + half + i] = std::sin(angle);
+            }
+    }
+
+    void embed(const int64_t* tokens, float* at, const Rows& rows, const Cache& cache) {
+        const Model& m = model;
+        for (int r = 0; r < rows.count; ++r)
+            memcpy(at + (int64_t)r * m.d_model, m.embedding + tokens[r] * m.d_model,
+                   m.d_model * sizeof(float));
+        find_turns(rows);
+        for (int layer = 0; layer < m.prelude; ++layer)
+            block(layer, at, rows, cache, [](int) { return (int64_t)0; });
+    }
+
+    int64_t core_slot(int loop, const Cache& cache) const { return std::min(loop, cache.depths) - 1; }
+
+    // at: the state, in place; loop: each row's first, counted from 1, of `passes`.
+    void iterate(float* at, const float* words, const int32_t* loop, int passes, const Rows& rows,
+                 const Cache& cache) {
+        find_turns(rows);
+        for (int more = 0; more < passes; ++more) step(at, words, loop, more, rows, cache);
+    }
+
+    // `iterate` until a row may stop; the number of passes. out: (count, 3), what `confidence` gives
+    // after the last, the gain where a row's exit looks at it, and by how much that pass changed the
+    // state.
+    int until_exit(float* at, const float* words, const int32_t* loop, const StopCondition& stop,
+                   const Rows& rows, const Cache& cache, float* out) {
+        find_turns(rows);
+        const int width = model.d_model;
+        for (int more = 0;; ++more) {
+            bool check = false, end = false;
+            for (int r = 0; r < rows.count; ++r) {
+                check |= loop[r] + more >= stop.first[r];
+                end |= loop[r] + more >= stop.last[r];
+            }
+            if (check || end) memcpy(before.data(), at, sizeof(float) * rows.count * width);
+            step(at, words, loop, more, rows, cache);
+            if (!check && !end) continue;
+            confidence(at, loop, more, rows.count, stop.odds, stop.gain, out, 3);
+            for (int r = 0; r < rows.count; ++r) {
+                float* output = out + 3 * r;
+                output[2] = change(before.data() + (int64_t)r * width, at + (int64_t)r * width);
+                end |= loop[r] + more >= stop.first[r] &&
+                       ((stop.odds && output[0] >= stop.min_odds[r]) ||
+                        (stop.gain && stop.nats(output, loop[r] + more) < stop.max_nats[r]));
+            }
+            if (!end) continue;
+            if (!stop.odds) confidence(at, loop, more, rows.count, true, false, out, 3);
+            return more + 1;
+        }
+    }
+
+    // `relative_change`
+    float change(const float* a, const float* b) const {
+        float moved = 0, size = 0;
+#pragma omp simd reduction(+ : moved, size)
+        for (int i = 0; i < model.d_model; ++i) {
+            moved += (b[i] - a[i]) * (b[i] - a[i]);
+            size += b[i] * b[i];
+        }
+        return std::max(std::sqrt(moved) / std::max(std::sqrt(size), 1e-12f), 1e-6f);
+    }
+
+    // at: the states, and then what enters the core's first layer.
+    void inject(float* at, const float* words, int count) {
+        const Model& m = model;
+        for (int r = 0; m.injection && r < count; ++r) {
+            float* own = at + (int64_t)r * m.d_model;
+            float* mixed = normed.data();
+            rms_norm(own, m.state_norm, m.d_model, m.eps, mixed);
+            for (int i = 0; i < m.d_model; ++i) own[i] = mixed[i] * m.state_scale[i];
+            rms_norm(words + (int64_t)r * m.d_model, m.embedding_norm, m.d_model, m.eps, mixed);
+            for (int i = 0; i < m.d_model; ++i) own[i] += mixed[i] * m.embedding_scale[i];
+        }
+    }
+
+    void step(float* at, const float* words, const int32_t* loop, int more, const Rows& rows,
+              const Cache& cache) {
+        const Model& m = model;
+        inject(at, words, rows.count);
+        for (int layer = 0; layer < m.core; ++layer)
+            block(m.prelude + layer, at, rows, cache,
+                  [&](int r) { return core_slot(loop[r] + more, cache); });
+    }
+
+    // at is overwritten; out: (count, vocab).
+    void logits(float* at, float* out, const Rows& rows, const Cache& cache) {
+        const Model& m = model;
+        find_turns(rows);
+        for (int layer = 0; layer < m.coda; ++layer)
+            block(m.prelude + m.core + layer, at, rows, cache, [](int) { return (int64_t)0; });
+        enter(at, m.norm, rows.count, m.d_model, m.head.kind);
+        pool.each(m.vocab, 4, [&](int begin, int end) {
+            product(m.head, begin, end, input, out, m.vocab);
+        });
+    }
+
+    // Rows exit, each after its loop and with its state `at`. In the first core layer the slots of
+    // deeper loops get what the next loop would have written, in the others what the last loop
+    // wrote. Where loops share a slot, only the first layer's is written.
+    void backfill(const float* at, const float* words, const int32_t* loop, const Rows& rows,
+                  const Cache& cache) {
+        const Model& m = model;
+        const Block& b = m.blocks[m.prelude];
+        const int n = rows.count, width = m.head_dim, kv = m.kv_heads * width;
+        memcpy(before.data(), at, sizeof(float) * n * m.d_model);
+        inject(before.data(), words, n);
+        enter(before.data(), b.attention_norm, n, m.d_model, b.k.kind);
+        project<2>({&b.k, &b.v}, qkv.data(), 2 * kv);
+        find_turns(rows);
+        const bool shared = cache.depths == 1;
+        for (int r = 0; r < n; ++r)
+            for (int h = 0; h < m.kv_heads; ++h) {
+                float* key = qkv.data() + (int64_t)r * 2 * kv + h * width;
+                turn(key, b.k_norm, turns.data() + (int64_t)r * width);
+                const int64_t to = rows.row[r] * cache.row + h * cache.head +
+                                   (int64_t)rows.column[r] * width;
+                for (int layer = 0; layer < (shared ? 1 : m.core); ++layer) {
+                    float* keys = cache.keys[m.prelude + layer] + to;
+                    float* values = cache.values[m.prelude + layer] + to;
+                    const int64_t own = core_slot(loop[r], cache) * cache.depth;
+                    const float* from_keys = layer ? keys + own : key;
+                    const float* from_values = layer ? values + own : key + kv;
+                    for (int deeper = shared ? 1 : loop[r] + 1; deeper <= cache.depths; ++deeper) {
+                        const int64_t slot = core_slot(deeper, cache) * cache.depth;
+                        memcpy(keys + slot, from_keys, width * sizeof(float));
+                        memcpy(values + slot, from_values, width * sizeof(float));
+                    }
+                }
+            }
+    }
+
+    // out: for each row, `stride` apart, the log-odds of being right and the nats of one more loop,
+    // each where it is asked for.
+    void confidence(const float* at, const int32_t* loop, int more, int count, bool odds, bool gain,
+                    float* out, int stride) {
+        const Model& m = model;
+        const int width = m.confidence_hidden.rows;
+        const int first = gain ? 0 : m.gain_units, last = odds ? width : m.gain_units;
+        if (!odds && !gain) return;
+        enter(at, m.confidence_norm, count, m.d_model, FLOAT);
+        float* gates = judged.data() + (int64_t)count * width;
+        pool.each(last - first, 4, [&](int begin, int end) {
+            begin += first, end += first;
+            product(m.confidence_hidden, begin, end, input, judged.data(), width);
+            product(m.confidence_gate, begin, end, input, gates, width);
+        });
+        for (int r = 0; r < count; ++r) {
+            float* own = judged.data() + (int64_t)r * width;
+            const float* depth = m.confidence_loop + (int64_t)(std::min(loop[r] + more, m.max_loops) - 1) * width;
+            for (int i = first; i < last; ++i) own[i] = gelu(own[i] + m.confidence_bias[i] + depth[i]);
+            const float* gate = gates + (int64_t)r * width;
+            for (int i = first; i < last; ++i) own[i] *= gate[i] + m.confidence_gate_bias[i];
+            const int cut = m.gain_units;
+            float* output = out + stride * r;
+            if (odds) output[0] = m.confidence_out_bias[0] + line(own + cut, m.confidence_out + cut, width - cut);
+            if (gain) output[1] = m.confidence_out_bias[1] + line(own, m.confidence_out, cut);
+        }
+    }
+};
+
+extern "C" {
+
+Runner* looptx_new(const Model* model, int32_t threads) { return new Runner(*model, threads); }
+
+void looptx_free(Runner* runner) { delete runner; }
+
+// The version of these structs and functions, and the structs' sizes in bytes.
+void looptx_layout(int32_t* out) {
+    const int32_t found[] = {LOOPTX_ABI_VERSION, sizeof(Matrix), sizeof(Block), sizeof(Model),
+                             sizeof(Cache), sizeof(Rows), sizeof(StopCondition)};
+    memcpy(out, found, sizeof(found));
+}
+
+void looptx_embed(Runner* r, const int64_t* tokens, float* at, const Rows* rows,
+                  const Cache* cache) {
+    r->make_room(rows->count);
+    r->embed(tokens, at, *rows, *cache);
+}
+
+void looptx_iterate(Runner* r, float* at, const float* words, const int32_t* loop, int32_t passes,
+                    const Rows* rows, const Cache* cache) {
+    r->make_room(rows->count);
+    r->iterate(at, words, loop, passes, *rows, *cache);
+}
+
+int32_t looptx_until_exit(Runner* r, float* at, const float* words, const int32_t* loop,
+                          const StopCondition* stop, const Rows* rows, const Cache* cache,
+                          float* out) {
+    r->make_room(rows->count);
+    return r->until_exit(at, words, loop, *stop, *rows, *cache, out);
+}
+
+void looptx_logits(Runner* r, float* at, float* out, const Rows* rows, const Cache* cache) {
+    r->make_room(rows->count);
+    r->logits(at, out, *rows, *cache);
+}
+
+void looptx_backfill(Runner* r, const float* at, const float* words, const int32_t* loops,
+                     const Rows* rows, const Cache* cache) {
+    r->make_room(rows->count);
+    r->backfill(at, words, loops, *rows, *cache);
+}
+
+void looptx_confidence(Runner* r, const float* at, const int32_t* loops, int32_t count, float* out) {
+    r->make_room(count);
+    r->confidence(at, loops, 0, count, true, true, out, 2);
+}
+
+}  // extern "C"

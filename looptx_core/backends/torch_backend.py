@@ -1,0 +1,109 @@
+"""The model by torch, on any device: the reference for every other back end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from looptx_core.backends.base import Backend, Pass
+from looptx_core.media.batch import Media
+from looptx_core.model.block import Surroundings
+from looptx_core.model.cache import LoopCache
+from looptx_core.model.loop import LoopedTransformer
+
+
+class TorchBackend(Backend):
+    """Knows everything that the model knows."""
+
+    name = "torch"
+
+    def begin(
+        self,
+        cache: LoopCache,
+        rows: Sequence[int] | None = None,
+        new: int = 1,
+        tokens: Tensor | None = None,
+        media: Media | None = None,
+    ) -> Pass:
+        return TorchPass.of(self.model, cache, rows, new, tokens, media)
+
+
+class TorchPass(Pass):
+    """See `Pass`."""
+
+    def __init__(
+        self, model: LoopedTransformer, around: Surroundings, media: Media | None = None
+    ) -> None:
+        self.model, self.around, self.media = model, around, media
+
+    @classmethod
+    def of(
+        cls,
+        model: LoopedTransformer,
+        cache: LoopCache,
+        rows: Sequence[int] | None,
+        new: int,
+        tokens: Tensor | None = None,
+        media: Media | None = None,
+    ) -> TorchPass:
+        """See `Backend.begin`."""
+        layout = None
+        if media and tokens is not None:
+            layout = model.layout(tokens, media, cache.start if cache.padded else None)
+        around = model.surroundings(new, cache.view(new, rows), layout=layout)
+        return cls(model, around, media)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.model.encode(tokens, self.around, self.media)
+
+    def iterate(
+        self, state: Tensor, embedding: Tensor, loops: Sequence[int], count: int = 1
+    ) -> Tensor:
+        if loops.count(loops[0]) == len(loops):
+            span = range(loops[0], loops[0] + count)
+            for _, after in self.model.iterate(state, embedding, self.around, span):
+                state = after
+            return state
+        for more in range(count):
+            state = self._mixed(state, embedding, [loop + more for loop in loops])
+        return state
+
+    def _mixed(self, state: Tensor, embedding: Tensor, loops: Sequence[int]) -> Tensor:
+        """One loop of rows that are at different ones."""
+        if self.model.enter_loop is None:
+            index = torch.tensor(loops, device=state.device)
+            return self.model.step(state, embedding, index, self.around)
+        after = torch.empty_like(state)  # loops with weights of their own go one by one
+        for loop, which in _by_loop(loops):
+            after[which] = self._subset(which).iterate(state[which], embedding[which], [loop])
+        return after
+
+    def _subset(self, which: list[int]) -> TorchPass:
+        """The same pass for some of its rows."""
+        view = self.around.view
+        assert view is not None
+        if len(which) == len(view.rows):
+            return self
+        return TorchPass.of(self.model, view.cache, [view.rows[i] for i in which], view.new)
+
+    def logits(self, state: Tensor, last: bool = False) -> Tensor:
+        hidden = self.model.decode(state, self.around)
+        return self.model.head(hidden[:, -1:] if last else hidden)
+
+    def confidence(self, state: Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
+        alike = loops.count(loops[0]) == len(loops)
+        index = loops[0] if alike else torch.tensor(loops, device=state.device)
+        output = self.model.confidence(state, index)
+        return torch.cat([output.logit, output.gain], -1).tolist()
+
+    def backfill(self, state: Tensor, embedding: Tensor, loops: Sequence[int]) -> None:
+        for loop, which in _by_loop(loops):
+            around = self._subset(which).around
+            self.model.backfill(state[which], embedding[which], loop, around)
+
+
+def _by_loop(loops: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Each loop that occurs, with the rows that are at it."""
+    return [(loop, [i for i, own in enumerate(loops) if own == loop]) for loop in set(loops)]

@@ -1,0 +1,57 @@
+"""Items of media that a model writes: which ids may come, and when an item is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from looptx_core.media import Writer
+
+
+@dataclass(frozen=True)
+class Output:
+    """A finished item of a medium, which a model wrote."""
+
+    medium: str
+    ids: tuple[int, ...]
+    """Its tokens, without the one that opens it."""
+    content: bytes
+    """Of the file that it makes."""
+
+
+class OpenItem(NamedTuple):
+    """An item that is being written."""
+
+    medium: str
+    writer: Writer
+    written: Sequence[int]
+
+    def restrict(self, logits: Tensor) -> Tensor:
+        """logits (vocab_size,), with minus infinity for ids that may not come."""
+        allowed = torch.tensor(list(self.writer.allowed(self.written)), device=logits.device)
+        return torch.full_like(logits, float("-inf")).index_copy(0, allowed, logits[allowed])
+
+    def finish(self, token: int) -> Output | None:
+        """The whole item, if this token ends it."""
+        ids = (*self.written, token)
+        if not self.writer.finished(ids):
+            return None
+        return Output(self.medium, ids, self.writer.render(ids))
+
+
+def open_item(writers: Mapping[str, Writer], seen: Sequence[int]) -> OpenItem | None:
+    """The item that these ids, a prompt and what came after it, leave unfinished, if any."""
+    for medium, writer in writers.items():
+        codes = range(writer.first_code, writer.first_code + writer.codes)
+        start = len(seen)
+        while start and seen[start - 1] in codes:
+            start -= 1
+        if start and seen[start - 1] == writer.opens:
+            written = seen[start:]
+            if not (written and writer.finished(written)):
+                return OpenItem(medium, writer, written)
+    return None

@@ -1,0 +1,95 @@
+"""Self-speculation: shallow loops draft tokens, full depth verifies them in one pass.
+
+A state after t loops does not depend on how many follow. So a drafted position keeps the states
+and the cache entries of its shallow loops, and verification takes all drafted positions on from
+there, side by side: no loop is run twice. What a position predicts at full depth decides: a draft
+is accepted with probability p / q of its token under full depth and under the draft, else the token
+is drawn from what p has beyond q (arXiv 2211.17192). So tokens come as full depth would draw them,
+and the greedy ones are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from looptx_core.generation.request import Request, Step, at_least_float, next_tokens, record
+from looptx_core.generation.running_batch import RunningBatch, StepOutput
+from looptx_core.generation.sampling import pick
+from looptx_core.generation.scheduler import run_prompts
+from looptx_core.stopping.resolve import draft_loops
+
+_ROW = [0]
+
+
+def speculate(batch: RunningBatch, request: Request) -> Iterator[Step]:
+    """Generate for one request on the only row of the batch's cache, which is empty."""
+    yield from next_tokens([request], run_prompts(batch, _ROW, [request]))
+    while not request.done:
+        yield from _round(batch, request)
+    batch.cache.reset_row(0)
+
+
+def _round(batch: RunningBatch, request: Request) -> Iterator[Step]:
+    """Draft some tokens, verify them, take the accepted ones and one that full depth draws."""
+    backend, cache, counters = batch.backend, batch.cache, batch.counters
+    shallow, full = draft_loops(request.options, request.exit), request.exit.max_loops
+    # The last position's token needs no draft, and no more tokens than may come.
+    drafts = min(request.options.speculate, request.limit - len(request.seen) - 1)
+    states, starts, drafted, proposed = [], [], [], []
+    seen = list(request.seen)
+    for number in range(drafts + 1):
+        run = backend.begin(cache, _ROW)
+        embedding = run.embed(torch.tensor([seen[-1:]], device=backend.device))
+        state = run.iterate(embedding, embedding, [1], shallow)
+        states.append(state)
+        starts.append(embedding)
+        if number < drafts:
+            logits = at_least_float(run.draft_logits(state)[0, 0])
+            proposed.append(request.chances(logits, seen))
+            drafted.append(pick(proposed[-1], request.generator))
+            seen.append(drafted[-1])
+        cache.advance(_ROW)
+    cache.truncate(drafts + 1, _ROW)
+    count = drafts + 1
+    run = backend.begin(cache, _ROW, count)
+    state, embedding = torch.cat(states, 1), torch.cat(starts, 1)
+    if shallow < full:
+        state = run.iterate(state, embedding, [shallow + 1], full - shallow)
+    logits = at_least_float(run.logits(state)[0])
+    counters.embedded += count
+    counters.loops += count * full
+    counters.readouts += drafts + count
+    counters.exit_checks += count
+    counters.drafted += drafts
+    outputs = run.confidence(state.transpose(0, 1), [full] * count)
+    cache.view(count, _ROW).advance()
+    for number in range(count):
+        target = request.chances(logits[number], request.seen)
+        if number < drafts:
+            accepted, token = settle(drafted[number], target, proposed[number], request.generator)
+        else:
+            accepted, token = False, pick(target, request.generator)
+        counters.accepted += accepted
+        output = StepOutput(_ROW, logits[number : number + 1], [full], [outputs[number][0]])
+        yield from record([request], [token], output)
+        if not accepted or request.done:
+            cache.truncate(drafts - number, _ROW)
+            return
+
+
+def settle(
+    draft: int, target: Tensor, proposed: Tensor, generator: torch.Generator
+) -> tuple[bool, int]:
+    """(whether the draft is accepted, the token that is taken).
+
+    target, proposed: (vocab,), each token's probability at full depth and in the draft. The token
+    that is taken is distributed as `target`, whatever was proposed.
+    """
+    share = float(target[draft] / proposed[draft])
+    if share >= 1 or float(torch.rand((), generator=generator)) < share:
+        return True, draft
+    beyond = (target - proposed).clamp(min=0)
+    return False, pick(beyond / beyond.sum(), generator)

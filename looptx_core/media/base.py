@@ -1,0 +1,258 @@
+"""What a medium is: the methods by which the rest of the package reads, models and shows it.
+
+This module imports neither torch nor a decoder, so that the registry is cheap to ask.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+    from looptx_core.config.model import ModelConfig
+    from looptx_core.media.batch import MediaBatch, MediaItem
+
+Source = str | os.PathLike[str] | bytes
+"""A file, by its path or by its content."""
+Grid = tuple[int, ...]
+"""The extents of an item along its own axes, such as rows and columns of patches."""
+
+
+class MediumLosses(NamedTuple):
+    """A medium's own objective on the hidden tokens of a batch. Scalars."""
+
+    loss: Tensor
+    """For the whole model; its value is logged too."""
+    confidence_loss: Tensor
+    """For the head's estimate of its own success."""
+
+
+class Walk(Protocol):
+    """A model's loops over one item, which stands after an end token."""
+
+    head: nn.Module | None
+    """Of the medium's own objective."""
+    config: ModelConfig
+
+    def __call__(self, hidden: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """After each loop the state, and what the output head reads of it, (length, d_model).
+
+        hidden: (rows,) bool, rows of the item that the encoder must do without.
+        """
+
+
+class Figure(NamedTuple):
+    """A plot of a report: its file, the function that draws it on axes, and how many axes."""
+
+    file: str
+    draw: Callable[[Any], None]
+    axes: int
+
+
+class Medium:
+    """One medium, such as images. Subclasses override what differs from a causal sequence.
+
+    An item of the medium takes the place of `length(grid)` placeholder tokens. The encoder makes
+    one vector of the model's width for each of them (LLaVA, arXiv 2304.08485).
+    """
+
+    name: str
+    """The key of records, batches and `ModelConfig.media`."""
+    noun: str
+    """What messages call one item, as in 'a picture'."""
+    plural: str
+    marker: str
+    """What stands for an item in a text, as '<|image|>'."""
+    suffixes: tuple[str, ...] = ()
+    """Of files of this medium, in lower case."""
+    ability: str
+    """What a model that reads it is said to have; see `checkpoint.registry.abilities`."""
+    write_key: str | None = None
+    """The key of a record's part that the model learns to write, where it can."""
+    grid_names: tuple[str, ...] = ("length",)
+    """What the extents of a grid are called in a report."""
+    axes: int = 1
+    """The number of coordinates that a position needs, 3 for time, row and column."""
+    encoder_name: str = ""
+    """The name of the encoder among the model's modules, and thus in its weights' names."""
+    head_name: str = ""
+    """The same of the head for the medium's own objective."""
+    size_key: str = ""
+    """The key of a configuration that sets the encoder's size."""
+
+    # Configuration
+
+    def enabled(self, settings: Mapping[str, Any]) -> bool:
+        """Whether a model has this medium. settings: the keys of its config.json."""
+        return self.name in (settings.get("media") or {})
+
+    def enable(self, config: ModelConfig) -> ModelConfig:
+        """The configuration with this medium at its default size, for training on it."""
+        return replace(config, media={**config.media, self.name: {}})
+
+    def enable_head(self, config: ModelConfig) -> ModelConfig:
+        """The configuration with the head for the medium's own objective."""
+        raise NotImplementedError(f"{self.plural} have no objective of their own")
+
+    def describe(self, config: ModelConfig) -> str:
+        """What a model that is to be trained has for it, in a few words."""
+        return "an encoder"
+
+    def section(self, config: ModelConfig) -> Mapping[str, Any]:
+        """This medium's part of the configuration."""
+        return config.media.get(self.name, {})
+
+    def token(self, config: ModelConfig) -> int:
+        """The id of the placeholder token."""
+        raise NotImplementedError
+
+    def files(self, config: ModelConfig) -> dict[str, Any]:
+        """JSON documents to store beside the model, by file name."""
+        return {}
+
+    # Reading
+
+    def measure(self, source: Source, config: ModelConfig, where: str | None = None) -> Grid:
+        """An item's grid, from the file's header alone. Errors: those of `read`."""
+        return self.read(source, config, where).grid
+
+    def read(
+        self,
+        source: Source,
+        config: ModelConfig,
+        where: str | None = None,
+        augment: np.random.Generator | None = None,
+    ) -> MediaItem:
+        """Decode one item within limits that no small file can break.
+
+        Args:
+            where: what errors call it; absent: its path.
+            augment: draws changes of the item, for training; None changes nothing.
+        Raises:
+            DataError: unreadable, damaged or too large.
+        """
+        raise NotImplementedError
+
+    # Layout
+
+    def length(self, grid: Grid) -> int:
+        """The tokens that an item takes."""
+        return math.prod(grid)
+
+    def positions(self, grid: Grid, axes: int) -> Tensor:
+        """Each token's coordinates from the item's first one, (axes, length).
+
+        axes: of the model, at least this medium's own. By default all coordinates are equal, as
+        those of text.
+        """
+        import torch
+
+        return torch.arange(self.length(grid)).expand(axes, -1)
+
+    def span(self, grid: Grid) -> int:
+        """The positions after which the following token stands."""
+        return self.length(grid)
+
+    def groups(self, grid: Grid, config: ModelConfig) -> Tensor | None:
+        """Numbers from 0 up, (length,): tokens of one group attend to each other both ways.
+
+        None: all tokens attend to earlier ones only.
+        """
+        return None
+
+    # The model
+
+    def encoder(self, config: ModelConfig) -> nn.Module | None:
+        """A module from a `MediaBatch` to (tokens of all items, d_model); None: nothing is read."""
+        return None
+
+    def head(self, config: ModelConfig) -> nn.Module | None:
+        """A module for the medium's own objective; None: there is none."""
+        return None
+
+    def flops(self, config: ModelConfig) -> int:
+        """Forward FLOPs of the encoder for one token."""
+        return 0
+
+    def losses(
+        self, head: nn.Module, states: Tensor, numbers: Tensor, batch: MediaBatch
+    ) -> MediumLosses:
+        """The medium's own objective, for a batch with hidden tokens.
+
+        states: (rows, length, d_model), what the output head reads. numbers: (rows, length), which
+        of the batch's tokens is hidden there, -1 elsewhere.
+        """
+        raise NotImplementedError
+
+    # For people
+
+    def inspect(self, walk: Walk, item: MediaItem) -> dict[str, Any]:
+        """JSON values on what the loops do to one item."""
+        return {}
+
+    def sentences(self, found: Mapping[str, Any]) -> list[str]:
+        """A report's entry of one item, in words."""
+        return []
+
+    def lines(self, found: Mapping[str, Any]) -> list[str]:
+        """A report's entry of one item, as lines of a terminal."""
+        return []
+
+    def figures(self, found: Mapping[str, Any], number: int) -> dict[str, Figure]:
+        """Plots of a report's entry, by title. number: of the item, for the files' names."""
+        return {}
+
+    # Writing
+
+    def codes(self, config: ModelConfig) -> int:
+        """The rows of the vocabulary that a model of this configuration needs to write."""
+        return 0
+
+    def with_codes(self, config: ModelConfig, first: int) -> ModelConfig:
+        """The configuration in which code 0 has this id; the rows before are the text's."""
+        section = {**self.section(config), "first_code": first}
+        return replace(config, media={**config.media, self.name: section})
+
+    def writer(self, config: ModelConfig) -> Writer | None:
+        """How this model writes the medium; None: it does not."""
+        return None
+
+
+class Writer:
+    """How a model writes items of one medium: as codes, which are ids of its vocabulary.
+
+    The codes' rows follow the text's. An item begins with the token `opens`; then `allowed` says
+    which ids may come, until `finished`. They are codes, but for a last one that may end the item.
+    """
+
+    opens: int
+    """The token that begins an item; itself an ordinary token of the text's vocabulary."""
+    first_code: int
+    """The id of code 0."""
+    codes: int
+    """How many codes there are."""
+
+    def allowed(self, written: Sequence[int]) -> Sequence[int]:
+        """The ids that may follow these ids of an item, which is not finished."""
+        return range(self.first_code, self.first_code + self.codes)
+
+    def finished(self, written: Sequence[int]) -> bool:
+        """Whether these ids, without `opens`, are a whole item."""
+        raise NotImplementedError
+
+    def encode(self, source: Source, where: str | None = None) -> list[int]:
+        """The ids of a whole item in a file, without `opens`, to learn from.
+
+        Raises `DataError` for what can't be read.
+        """
+        raise NotImplementedError
+
+    def render(self, written: Sequence[int]) -> bytes:
+        """The content of the file that a whole item makes."""
+        raise NotImplementedError

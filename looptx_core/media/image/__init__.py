@@ -1,0 +1,142 @@
+"""Images: a file to a grid of patches, which an encoder with RoPE by row and column reads.
+
+    read.py     a file to patches, within limits
+    encoder.py  patches to vectors of the decoder's width
+    masked.py   hidden patches drawn back, the medium's own objective
+    maps.py     what the loops do to each patch, for people
+
+The configuration is flat in config.json: `vision_layers`, `vision_width`, `patch_size`,
+`max_patches`, `image_token`, `image_attention` and `reconstruct` of `ModelConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from looptx_core.media.base import Grid, Medium, MediumLosses, Source
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+    from looptx_core.config.model import ModelConfig
+    from looptx_core.media.base import Walk
+    from looptx_core.media.batch import MediaBatch, MediaItem
+
+DEFAULT_LAYERS = 4
+"""Blocks of the encoder that a model gets when its data has images and nothing else is said."""
+
+
+class Image(Medium):
+    """Images, upright and in their own proportions, as patches in one group of attention."""
+
+    name, noun, plural = "image", "picture", "pictures"
+    marker, ability = "<|image|>", "vision"
+    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+    grid_names = ("rows", "columns")
+    axes = 2
+    encoder_name, head_name = "vision", "patch_head"
+    size_key = "model.vision_layers"
+
+    def enabled(self, settings: Mapping[str, Any]) -> bool:
+        return settings.get("vision_layers", 0) > 0
+
+    def enable(self, config: ModelConfig) -> ModelConfig:
+        return replace(config, vision_layers=DEFAULT_LAYERS)
+
+    def enable_head(self, config: ModelConfig) -> ModelConfig:
+        return replace(config, reconstruct=True)
+
+    def token(self, config: ModelConfig) -> int:
+        return config.image_token
+
+    def describe(self, config: ModelConfig) -> str:
+        return f"an encoder of {config.vision_layers} blocks"
+
+    def files(self, config: ModelConfig) -> dict[str, Any]:
+        from looptx_core.media.image.read import preprocessor
+
+        return {"preprocessor_config.json": preprocessor(config)}
+
+    def measure(self, source: Source, config: ModelConfig, where: str | None = None) -> Grid:
+        from looptx_core.media.image.read import measure
+
+        return measure(source, config, where)
+
+    def read(
+        self,
+        source: Source,
+        config: ModelConfig,
+        where: str | None = None,
+        augment: np.random.Generator | None = None,
+    ) -> MediaItem:
+        from looptx_core.media.image.read import read_picture
+
+        return read_picture(source, config, where, augment)
+
+    def positions(self, grid: Grid, axes: int) -> Tensor:
+        """Row and column are the last two coordinates; any before them, such as time, stand."""
+        import torch
+
+        rows, columns = grid
+        found = torch.zeros(axes, rows * columns, dtype=torch.long)
+        found[-2] = torch.arange(rows).repeat_interleave(columns)
+        found[-1] = torch.arange(columns).repeat(rows)
+        return found
+
+    def span(self, grid: Grid) -> int:
+        """The text goes on at the largest position plus one (M-RoPE, arXiv 2409.12191)."""
+        return max(grid)
+
+    def groups(self, grid: Grid, config: ModelConfig) -> Tensor | None:
+        import torch
+
+        if config.image_attention == "causal":
+            return None
+        return torch.zeros(self.length(grid), dtype=torch.long)
+
+    def encoder(self, config: ModelConfig) -> nn.Module:
+        from looptx_core.media.image.encoder import VisionEncoder
+
+        return VisionEncoder(config)
+
+    def head(self, config: ModelConfig) -> nn.Module | None:
+        from looptx_core.media.image.masked import PatchHead
+
+        return PatchHead(config) if config.reconstruct else None
+
+    def flops(self, config: ModelConfig) -> int:
+        """Of one patch beside `max_patches` others."""
+        width = config.vision_width
+        block = 2 * (4 * width**2 + 9 * width**2 + 2 * config.max_patches * width)
+        ends = 2 * width * (3 * config.patch_size**2 + config.d_model)
+        return config.vision_layers * block + ends
+
+    def losses(
+        self, head: nn.Module, states: Tensor, numbers: Tensor, batch: MediaBatch
+    ) -> MediumLosses:
+        from looptx_core.media.image.masked import draw, drawing_losses
+
+        return drawing_losses(draw(head, states, numbers, batch))
+
+    def inspect(self, walk: Walk, item: MediaItem) -> dict[str, Any]:
+        from looptx_core.media.image.maps import inspect
+
+        return inspect(walk, item)
+
+    def sentences(self, found: Mapping[str, Any]) -> list[str]:
+        from looptx_core.media.image.maps import sentences
+
+        return sentences(found)
+
+    def lines(self, found: Mapping[str, Any]) -> list[str]:
+        from looptx_core.media.image.maps import lines
+
+        return lines(found)
+
+    def figures(self, found: Mapping[str, Any], number: int) -> dict[str, Any]:
+        from looptx_core.media.image.maps import figures
+
+        return figures(found, number)

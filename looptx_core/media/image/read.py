@@ -1,0 +1,184 @@
+"""Pictures to patches: decoded with limits, upright, opaque, in their own proportions.
+
+The size follows Qwen2-VL (arXiv 2409.12191): each side is scaled to a multiple of the patch, both
+by nearly the same factor, so that as many patches as fit in the model's number come out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from looptx_core.config.model import ModelConfig
+from looptx_core.errors import DataError
+from looptx_core.media.base import Source
+from looptx_core.media.batch import MediaItem
+
+MOST_PIXELS = 64_000_000
+"""Of a picture that is decoded; a small file can claim far more (a decompression bomb)."""
+LEAST_SIDE = 4
+WHITE = (255, 255, 255)
+"""What lies under a transparent picture."""
+_TOO_LARGE = f"the limit is {MOST_PIXELS // 10**6} million in all, so scale it down first"
+_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+_ORIENTATION = 0x0112
+
+
+def grid_of(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
+    """Rows and columns of a picture's patches: its proportions, at most `most` in all."""
+    down = int(min(max(1.0, math.sqrt(most * height / width)), most) + 1e-9)
+    ways = [(r, most // r, round(r * width / height)) for r in (down, down + 1) if r <= most]
+    fits = [(rows, max(1, min(room, wanted))) for rows, room, wanted in ways]
+
+    def rank(grid: tuple[int, int]) -> tuple[float, int]:
+        """Near to the proportions first, then many patches."""
+        rows, columns = grid
+        return abs(math.log(rows * width / (columns * height))), -rows * columns
+
+    return min(fits, key=rank)
+
+
+def measure(source: Source, config: ModelConfig, where: str | None = None) -> tuple[int, int]:
+    """Rows and columns of a picture's patches, by its header alone. Errors: `read_picture`'s."""
+    with _reading(source, where) as image:
+        return _grid(image, config)
+
+
+def read_picture(
+    source: Source,
+    config: ModelConfig,
+    where: str | None = None,
+    augment: np.random.Generator | None = None,
+) -> MediaItem:
+    """Decode a picture, a file or its bytes, and cut it into patches.
+
+    Args:
+        where: what to call it in errors; absent: its path.
+        augment: draws a shift, a scale, a turn, colours and a background, for training.
+    Raises:
+        DataError: not a picture, truncated, under 4 pixels a side or over 64 million.
+    """
+    with _reading(source, where) as found:
+        rows, columns = _grid(found, config)
+        image = ImageOps.exif_transpose(found).convert("RGBA")
+    size = (columns * config.patch_size, rows * config.patch_size)
+    if augment:
+        pixels = _augmented(image, size, augment)
+    else:
+        flat = _flat(image, WHITE).resize(size, Image.Resampling.BICUBIC)
+        pixels = np.asarray(flat, np.float32) / 127.5 - 1
+    side = config.patch_size
+    patches = torch.from_numpy(pixels).view(rows, side, columns, side, 3)
+    cut = patches.permute(0, 2, 1, 3, 4).reshape(rows * columns, -1)
+    return MediaItem("image", cut, (rows, columns))
+
+
+def preprocessor(config: ModelConfig) -> dict[str, object]:
+    """preprocessor_config.json: what has to be done to a picture, in transformers' terms."""
+    return {
+        "image_processor_type": "LooptxImageProcessor",
+        "do_convert_rgb": True,
+        "background": list(WHITE),
+        "do_resize": True,
+        "resample": int(Image.Resampling.BICUBIC),
+        "patch_size": config.patch_size,
+        "max_patches": config.max_patches,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
+@contextlib.contextmanager
+def _reading(source: Source, where: str | None) -> Iterator[Image.Image]:
+    """An opened picture of a bearable size; what goes wrong while it is read is a `DataError`."""
+    name = _name(source, where)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        with image:
+            _check_size(*image.size, name)
+            yield image
+    except FileNotFoundError as error:
+        raise DataError(f"{name}: no such picture; check the path") from error
+    except (UnidentifiedImageError, IsADirectoryError) as error:
+        raise DataError(
+            f"{name}: not a picture that can be read; give PNG, JPEG, WebP, GIF or BMP"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{name}: far too many pixels; {_TOO_LARGE}") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{name}: a damaged picture ({reason}); save it again") from error
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width * height > MOST_PIXELS:
+        raise DataError(f"{name}: {width}x{height} pixels; {_TOO_LARGE}")
+    if min(width, height) < LEAST_SIDE:
+        least = f"{LEAST_SIDE}x{LEAST_SIDE}"
+        raise DataError(f"{name}: {width}x{height} pixels show nothing; give at least {least}")
+
+
+def _grid(image: Image.Image, config: ModelConfig) -> tuple[int, int]:
+    width, height = image.size
+    if image.getexif().get(_ORIENTATION) in _TRANSPOSED:
+        width, height = height, width
+    return grid_of(height, width, config.patch_size, config.max_patches)
+
+
+def _flat(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    under = Image.new("RGBA", image.size, (*background, 255))
+    return Image.alpha_composite(under, image).convert("RGB")
+
+
+def _augmented(image: Image.Image, size: tuple[int, int], draw: np.random.Generator) -> np.ndarray:
+    """Shifted, scaled and turned a little, in other colours: (height, width, 3), -1 to 1."""
+    background = WHITE
+    if draw.random() < 0.4:
+        red, green, blue = draw.integers(0, 256, 3).tolist()
+        background = (red, green, blue)
+    # What follows looks at single pixels, so a large picture is scaled down first.
+    image = image.resize(
+        [min(side, 2 * wanted) for side, wanted in zip(image.size, size)],
+        Image.Resampling.BOX,
+    )
+    flat = _flat(image, background)
+    angle, shift = np.deg2rad(draw.uniform(-15, 15)), draw.uniform(-0.1, 0.1, 2)
+    scale = np.exp(draw.uniform(-0.25, 0.25) + draw.uniform(-0.08, 0.08, 2))
+    # Columns: where a step to the right and a step down lead, in the picture's own pixels.
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * scale
+    step = turn / np.array(size) * np.array(flat.size)[:, None]
+    corner = (0.5 + shift) * flat.size - step @ np.array(size) / 2
+    flat = flat.transform(
+        size,
+        Image.Transform.AFFINE,
+        (*step[0], corner[0], *step[1], corner[1]),
+        Image.Resampling.BICUBIC,
+        fillcolor=background,
+    )
+    pixels = np.asarray(flat, np.float32) / 127.5 - 1
+    grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
+    colour = 0 if draw.random() < 0.1 else draw.uniform(0.5, 1.5)
+    pixels = grey[..., None] + np.float32(colour) * (pixels - grey[..., None])
+    contrast = draw.uniform(0.7, 1.3) * np.exp(draw.uniform(-0.15, 0.15, 3))
+    changed = pixels * contrast.astype(np.float32) + np.float32(draw.uniform(-0.15, 0.15))
+    return np.clip(changed, -1, 1)
+
+
+def _name(source: Source, where: str | None) -> str:
+    if where is not None:
+        return where
+    return "the picture" if isinstance(source, bytes) else str(Path(os.fspath(source)))

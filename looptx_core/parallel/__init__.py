@@ -1,0 +1,1 @@
+"""Runs over several processes, memories and disks: what fits, and Lightning's strategies."""

@@ -1,0 +1,109 @@
+"""What a run will take, before it starts: parameters, FLOPs, memory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from looptx_core.config.model import ModelConfig
+from looptx_core.config.run import TrainConfig
+from looptx_core.machine.facts import Machine, this_machine
+from looptx_core.model.flops import token_flops
+from looptx_core.parallel.deepspeed.offload import Offload, plan_offload
+from looptx_core.parallel.memory import Need, Spread, count, rank_need
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes, costs in FLOPs."""
+
+    parameters: int
+    flops_per_token: dict[int, float]
+    """Forward, by loops, read out once at the end, at half the sequence's length of context."""
+    need: Need
+    """Of each process, with nothing offloaded."""
+    spread: Spread
+    rows: int
+    """Sequences a forward pass on one device."""
+    precision: str
+    offload: Offload
+    cache: int
+    """Of one sequence of `max_seq_len` tokens at full depth, in generation; not in `total`."""
+    machine: Machine
+    advice: str
+
+    @property
+    def total(self) -> int:
+        """Of one process at its peak."""
+        return self.need.total
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Of one process, by what they are for; their sum is `total`."""
+        return self.need.to_dict()
+
+    @property
+    def fits(self) -> bool:
+        return self.offload.fits
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `looptx train --dry-run --json`."""
+        return asdict(self) | {"bytes": self.bytes, "total": self.total, "fits": self.fits}
+
+
+def plan(model: ModelConfig, config: TrainConfig, machine: Machine | None = None) -> Plan:
+    """Count a run's needs, and compare them with a machine: this one by default."""
+    machine = machine or this_machine(config.nvme_path or ".")
+    spread = Spread.of(config)
+    rows = config.rows
+    max_loops = config.max_loops or model.max_loops
+    cost = token_flops(model, config.seq_len / 2)
+    # 'auto' is a probe's choice at the start: bf16 on GPUs, float32 where it is not sure.
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and bool(machine.gpu_memory))
+    asked = config.offload or "auto"
+    offload = plan_offload(
+        model, config, machine, spread=spread, rows=rows, bf16=bf16, asked=asked
+    )  # fmt: skip
+    return Plan(
+        parameters=count(model).all,
+        flops_per_token={loops: cost.at(loops) for loops in sorted({1, 2, 4, max_loops})},
+        need=rank_need(model, config, spread, rows, bf16, heap=not machine.gpu_memory),
+        spread=spread,
+        rows=rows,
+        precision="bf16" if bf16 else "float32",
+        offload=offload,
+        cache=2
+        * 4
+        * model.max_seq_len
+        * model.effective_layers(max_loops)
+        * model.n_kv_heads
+        * model.head_dim,
+        machine=machine,
+        advice="" if offload.fits else _advice(model, config, machine, spread, rows, bf16, asked),
+    )
+
+
+def _advice(
+    model: ModelConfig, config: TrainConfig, machine: Machine, spread: Spread, rows: int,
+    bf16: bool, asked: str,
+) -> str:  # fmt: skip
+    """The first flags that would make it fit, tried in the order of what they cost."""
+    less = replace(config, grad_checkpointing=True)
+    trials = [("--grad-checkpointing", less, rows)]
+    while rows > 1 and config.batch_size % (rows // 2 * spread.world) == 0:
+        rows //= 2
+        less = replace(less, micro_batch=rows)
+        trials.append((f"--grad-checkpointing --micro-batch {rows}", less, rows))
+    kinds: list[tuple[str, Spread, str]] = [("", spread, asked)]
+    if spread.stage < 3:
+        given = config.strategy != "auto"
+        place = f" in place of --strategy {config.strategy}" if given else ""
+        kinds.append((f" --zero3 --offload auto{place}", replace(spread, kind="zero3"), "auto"))
+    for more, kind, wish in kinds:
+        for flags, trial, these in trials:
+            fitting = plan_offload(
+                model, trial, machine, spread=kind, rows=these, bf16=bf16, asked=wish
+            )
+            if fitting.fits:
+                return f"Pass {flags}{more}."
+    return "By this estimate no flag makes it fit here; take a smaller --preset, or more devices."

@@ -1,0 +1,74 @@
+"""A request's exit: the model's own stored settings, where its options say nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from looptx_core.config.generation import EXIT_RULES, ExitSettings, GenerationOptions
+from looptx_core.config.model import ModelConfig
+from looptx_core.errors import UsageError
+from looptx_core.model.layer_state import POLICIES
+from looptx_core.model.rounding import KINDS
+from looptx_core.stopping.rule import RULES, Exit, fixed_exit
+
+
+def resolve_exit(settings: ExitSettings, options: GenerationOptions, config: ModelConfig) -> Exit:
+    """A request's exit: the model's own settings where the options say nothing.
+
+    Raises `UsageError` for unknown names and depths below 1 or in the wrong order.
+    """
+    if options.prompt_loops is not None and options.prompt_loops < 1:
+        raise UsageError(f"--prompt-loops {options.prompt_loops}: a depth is at least 1")
+    rule = options.exit or settings.rule
+    policy = options.kv_policy or settings.kv_policy
+    kind = options.kv_type or settings.kv_type
+    if rule not in RULES:
+        raise UsageError(f"--exit {rule}: not one of {', '.join(EXIT_RULES)}")
+    if policy not in POLICIES:
+        raise UsageError(f"--kv-policy {policy}: not one of {', '.join(POLICIES)}")
+    if kind not in KINDS:
+        raise UsageError(f"--kv-type {kind}: not one of {', '.join(KINDS)}")
+    settings = replace(settings, rule=rule, kv_policy=policy, kv_type=kind)
+    if options.threshold is not None:
+        threshold: dict[str, Any] = {"confidence" if rule == "auto" else rule: options.threshold}
+        settings = replace(settings, **threshold)
+    if options.loops != "auto" and options.loops < 1:
+        raise UsageError(f"--loops {options.loops}: a depth is at least 1, or 'auto'")
+    if options.speculate:
+        return _full_depth(settings, options, config)
+    if options.loops != "auto":
+        return fixed_exit(options.loops, settings)
+    deepest = config.max_loops if options.max_loops is None else options.max_loops
+    least = min(settings.min_loops, deepest) if options.min_loops is None else options.min_loops
+    if not 1 <= least <= deepest:
+        raise UsageError(
+            f"--min-loops {least} --max-loops {deepest}: need 1 <= --min-loops <= --max-loops"
+        )
+    return Exit(least, deepest, settings, rule)
+
+
+def draft_loops(options: GenerationOptions, full: Exit) -> int:
+    """Loops of a draft: the fewest that training read out, where nothing is said."""
+    if options.draft_loops is None:
+        return max(1, min(full.settings.min_loops, full.max_loops - 1))
+    return options.draft_loops
+
+
+def _full_depth(settings: ExitSettings, options: GenerationOptions, config: ModelConfig) -> Exit:
+    """The depth that verifies drafts: the fixed one asked for, else the deepest allowed."""
+    full = options.loops
+    if full == "auto":
+        full = config.max_loops if options.max_loops is None else options.max_loops
+    verified = fixed_exit(full, settings)
+    shallow = draft_loops(options, verified)
+    if not 1 <= shallow < full:
+        raise UsageError(
+            f"--draft-loops {shallow}: drafts of 1 to {full - 1} loops go with a depth of {full}"
+        )
+    if options.kv_policy not in (None, "fill"):
+        raise UsageError(
+            f"--speculate with --kv-policy {options.kv_policy}: drafts would overwrite what "
+            "full depth needs; add --kv-policy fill"
+        )
+    return replace(verified, settings=replace(settings, kv_policy="fill"))

@@ -1,0 +1,195 @@
+"""Which fused kernels a run on a CPU takes: those that a short trial finds faster than plain torch.
+
+Which ones win depends on the processor, the number of threads and the shapes. A trial's result is
+kept in the user's cache, so that all runs of one shape on one machine choose alike, and in the
+run's folder, so that a resumed run goes on with the same arithmetic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from looptx_core.config.model import ModelConfig
+from looptx_core.config.run import RunConfig
+from looptx_core.errors import DataError, LooptxError, UsageError
+from looptx_core.machine.kernels import library_path
+from looptx_core.model import fused
+from looptx_core.model.attention import Packed, sdpa
+from looptx_core.model.block import Block
+from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.rope import rotary_tables
+
+SCHEMA_VERSION = 1
+FILE = "kernels.json"
+VARIABLE = "LOOPTX_KERNELS"
+"""`all` takes every kernel untried, so that machines and versions can be compared bit for bit."""
+_TOKENS = 4096  # at most, of a trial's step
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """The operations that are fused, and what the trial measured: milliseconds of a forward and
+    backward pass, plain and fused, the best of some rounds."""
+
+    taken: tuple[str, ...]
+    milliseconds: dict[str, tuple[float, float]]
+
+    def __str__(self) -> str:
+        plain = [name for name in fused.OPERATIONS if name not in self.taken]
+        words = [f"fused: {', '.join(self.taken)}"] * bool(self.taken)
+        words += [f"plain torch, which is faster here: {', '.join(plain)}"] * bool(plain)
+        return "; ".join(words)
+
+
+def enable_kernels(
+    model: ModelConfig, config: RunConfig, folder: Path, wanted: bool = True, resume: bool = False
+) -> str:
+    """Turn on the kernels for a run of this model, in the shapes of its micro-batches.
+
+    folder: of the run, which records the choice. wanted: else all are off. resume: take the
+    recorded choice. Returns a line on what was chosen and why. Raises `DataError` for a record that
+    cannot be used, `LooptxError` where it cannot be written, `UsageError` for a value of
+    $LOOPTX_KERNELS that is unknown.
+    """
+    said = fused.prepare(wanted)
+    if not fused.is_prepared():
+        return said
+    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+    file = folder / (f"kernels-{rank}.json" if rank else FILE)
+    asked = os.environ.get(VARIABLE, "try")
+    if asked not in ("try", "all"):
+        raise UsageError(f"{VARIABLE} is {asked!r}, not 'try' or 'all'")
+    if resume:
+        # A run from before such records took all kernels.
+        choice = _read(file) if file.exists() else KernelChoice(fused.OPERATIONS, {})
+    elif asked == "all":
+        choice = KernelChoice(fused.OPERATIONS, {})
+    else:
+        choice = choose(model, config.rows, config.seq_len)
+    try:
+        _write(file, choice)
+    except OSError as error:
+        raise LooptxError(f"cannot write {file}: {error.strerror or error}") from error
+    fused.prepare(choice.taken)
+    return str(choice)
+
+
+def choose(config: ModelConfig, rows: int, length: int, again: bool = False) -> KernelChoice:
+    """The kernels that win on this machine for these shapes; the trial takes a few seconds.
+
+    again: measure even where an earlier trial is in the user's cache.
+    """
+    kernels = library_path(fused.SOURCE)
+    shapes = config.to_dict(), rows, length, torch.get_num_threads(), torch.__version__
+    digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
+    cached = kernels.with_name(f"{kernels.stem}-{digest}.json")
+    if not again:
+        with contextlib.suppress(OSError, DataError):
+            return _read(cached)
+    found = measure(config, rows, length)
+    choice = KernelChoice(tuple(name for name, (plain, own) in found.items() if own < plain), found)
+    with contextlib.suppress(OSError):  # the cache only spares the next trial
+        _write(cached, choice)
+    return choice
+
+
+def measure(config: ModelConfig, rows: int, length: int) -> dict[str, tuple[float, float]]:
+    """Milliseconds of each operation's forward and backward pass, plain and fused.
+
+    The fused kernels must be prepared; all of them are on afterwards.
+    """
+    rows = max(1, min(rows, _TOKENS // length))
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        steps = _steps(config, rows, length)
+        found = {}
+        for name, step in steps.items():
+            best = {(): float("inf"), (name,): float("inf")}
+            for number in range(_ROUNDS + 1):
+                for taken in best:
+                    fused.prepare(taken)
+                    started = time.perf_counter()
+                    step()
+                    if number:  # the first round warms up
+                        best[taken] = min(best[taken], time.perf_counter() - started)
+            plain, own = (round(1e3 * seconds, 4) for seconds in best.values())
+            found[name] = (plain, own)
+    fused.prepare()
+    return found
+
+
+def _steps(config: ModelConfig, rows: int, length: int) -> dict[str, Callable[[], object]]:
+    """A forward and backward pass of each operation, by the modules that use it."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, requires_grad=True)
+
+    block = Block(config)
+    width, heads, kv = config.head_dim, config.n_heads, config.n_kv_heads
+    x, inner = draw(rows, length, config.d_model), draw(rows, length, config.d_ff)
+    up, parts = draw(rows, length, config.d_ff), draw(rows, length, heads, width)
+    queries, keys, values = (draw(rows, n, length, width) for n in (heads, kv, kv))
+    rotary = rotary_tables(torch.arange(length)[None, None], width, config.rope_theta, x.dtype)
+    documents = Packed.of((torch.arange(length) * 2 // length).expand(rows, -1))
+    logits = draw(rows * length, config.vocab_size)
+    targets = torch.randint(0, config.vocab_size, (rows * length,))
+    reader = cast(Any, SimpleNamespace(head=nn.Identity()))
+    mask = documents.mask()  # made once for all blocks and loops
+
+    def attend() -> Tensor:
+        packed = fused.ready(queries, operation="attention")
+        return sdpa(queries, keys, values, documents if packed else mask)
+
+    def gate() -> Tensor:
+        own = fused.ready(inner, up, operation="gate")
+        return fused.gelu_gate(inner, up) if own else F.gelu(inner) * up
+
+    forward: dict[str, Callable[[], Tensor]] = {
+        "norm": lambda: block.mlp_norm(x),
+        "products": lambda: torch.cat([part.flatten() for part in block.mlp.project(x)]),
+        "attention": attend,
+        "loss": lambda: LoopedTransformer.score(reader, logits, targets)[0],
+    }
+    if config.activation == "gelu":
+        forward["gate"] = gate
+    if config.qk_norm:
+        forward["norm and RoPE"] = lambda: block.attention.q_norm(parts, rotary)
+    found = {name: forward[name] for name in fused.OPERATIONS if name in forward}
+    return {name: lambda f=function: f().sum().backward() for name, function in found.items()}  # type: ignore[misc]
+
+
+def _write(file: Path, choice: KernelChoice) -> None:
+    document = {"schema_version": SCHEMA_VERSION, **asdict(choice)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    scratch.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+    scratch.replace(file)
+
+
+def _read(file: Path) -> KernelChoice:
+    try:
+        document = json.loads(file.read_text("utf-8"))
+        taken = tuple(document["taken"])
+        found = {str(k): (float(a), float(b)) for k, (a, b) in document["milliseconds"].items()}
+        if document["schema_version"] != SCHEMA_VERSION or not {*taken} <= {*fused.OPERATIONS}:
+            raise ValueError("unknown content")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{file}: not a record of the kernels that a run takes ({error}); without the file the "
+            "run takes all of them, and may differ in the last bits"
+        ) from error
+    return KernelChoice(taken, found)

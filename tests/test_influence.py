@@ -1,0 +1,71 @@
+"""Which tokens moved a prediction, against a slow reference that goes the other way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from looptx_core.config.model import ModelConfig
+from looptx_core.inspection.influence import influence
+from looptx_core.model.attention import Recording
+from looptx_core.model.loop import LoopedTransformer
+
+pytestmark = pytest.mark.fast
+
+CONFIG = ModelConfig(
+    vocab_size=97, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, max_seq_len=64,
+    prelude_layers=2, core_layers=2, coda_layers=1, max_loops=4,
+)  # fmt: skip
+
+
+def build(config: ModelConfig) -> LoopedTransformer:
+    torch.manual_seed(1)
+    model = LoopedTransformer(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def reference(model: LoopedTransformer, tokens: torch.Tensor, at: int, depth: int) -> torch.Tensor:
+    """What each token has in the prediction at one position, carried forwards as matrices.
+
+    A layer adds to what it got its attention, as far as that raises the prediction. A loop begins
+    with half of the last state and half of the prelude's output.
+    """
+    config, recording = model.config, Recording()
+    model.attend = recording
+    told = model(tokens[None], depth).logits[0, at].log_softmax(-1).max()
+    gradients = torch.autograd.grad(told, recording.weights)
+    layers = []
+    for weight, gradient in zip(recording.weights, gradients):
+        used = torch.relu(weight[0].detach() * gradient[0]).mean(0)
+        layers.append(torch.eye(len(tokens)) + used)
+    share = torch.eye(len(tokens))
+    for layer in layers[: config.prelude_layers]:
+        share = layer @ share
+    prelude = share
+    for loop in range(depth):
+        if config.injection != "none":
+            share = (share + prelude) / 2
+        first = config.prelude_layers + loop * config.core_layers
+        for layer in layers[first : first + config.core_layers]:
+            share = layer @ share
+    for layer in layers[len(layers) - config.coda_layers :]:
+        share = layer @ share
+    earlier = share[at, :at]
+    return earlier / earlier.sum()
+
+
+@pytest.mark.parametrize("injection", ["decay", "add", "none"])
+def test_shares_are_what_is_carried_forwards(injection: str) -> None:
+    model = build(replace(CONFIG, injection=injection))
+    tokens = torch.randint(0, 97, (9,), generator=torch.Generator().manual_seed(3))
+    depths = torch.tensor([1, 2, 3, 4, 1, 2, 3, 4, 3])
+    shares = influence(model, tokens, depths)
+    for at in range(2, 9):
+        expected = reference(model, tokens, at, int(depths[at]))
+        assert torch.allclose(shares[at, :at], expected, atol=1e-5)
+        assert shares[at, at:].abs().max() == 0
