@@ -173,7 +173,8 @@ def last_step(folder: Path, steps: int, asked: int | None, report: Callable[[str
     """
     facts = read_facts(folder)
     until, done = int(facts.get("until") or steps), int(facts.get("finished") or 0)
-    if asked in (None, until) and done < until:
+    waits = replaces(folder) is not None  # whole, perhaps, and yet to take its place
+    if asked in (None, until) and (done < until or waits):
         return until
     if asked is not None and done < until:
         raise UsageError(
