@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 
@@ -33,7 +33,9 @@ def note(message: str, quiet: bool = False) -> None:
 
 
 def _console(stream: TextIO) -> Console:
+    # What is printed names paths and texts of others, in which brackets and colons are no markup.
+    plain: dict[str, Any] = {"file": stream, "highlight": False, "markup": False, "emoji": False}
     # Rich's own NO_COLOR keeps bold and its FORCE_COLOR writes codes into pipes: decide here.
     if is_plain(stream):
-        return Console(file=stream, force_terminal=False, color_system=None, highlight=False)
-    return Console(file=stream, highlight=False)
+        return Console(force_terminal=False, color_system=None, **plain)
+    return Console(**plain)
