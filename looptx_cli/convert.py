@@ -71,12 +71,11 @@ def convert(
 
 
 def _show(result: ConvertResult) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     out = stdout()
     if result.loss_by_loop != result.loss_by_loop_before:
-        title = f"Held-out loss, nats a token, on {escape(result.judged_by)}"
+        title = f"Held-out loss, nats a token, on {result.judged_by}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for name in ("loops", "before", "after"):
             table.add_column(name, justify="right")
@@ -86,7 +85,7 @@ def _show(result: ConvertResult) -> None:
         out.print(table)
 
     def say(line: str) -> None:
-        out.print(line, markup=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
 
     say(
         f"{result.bytes_before:,} bytes -> {result.bytes_after:,} bytes "

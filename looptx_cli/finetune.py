@@ -81,6 +81,7 @@ def finetune(
     check(settings, run.where)
     prepared = prepare(settings, base=base.folder, data=data, until=until, report=report)
     found = {"model": str(base.folder.resolve())}
+    run.until = until
     with run:
         folder = run.begin(settle(resolved, found, base.reason), prepared.origin, report)
         note(f"run: {folder}, {settings.method}", quiet)

@@ -45,7 +45,10 @@ def generate(
         Path | None, typer.Option(help="A prompt a line, or JSON lines with `prompt`.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="A run or a model folder; absent: the newest run.")
+        str | None,
+        typer.Option(
+            envvar="LOOPTX_MODEL", help="A run or a model folder; absent: the newest run."
+        ),
     ] = None,
     adapter: Annotated[
         str | None, typer.Option(help="An adapter, or the run that made it, on its own base.")

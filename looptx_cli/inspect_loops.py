@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 def inspect_loops(
     flags: dict[str, Any],
     model: Annotated[
-        str | None, typer.Option(help="A run or a model folder; absent: the newest run.")
+        str | None,
+        typer.Option(
+            envvar="LOOPTX_MODEL", help="A run or a model folder; absent: the newest run."
+        ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of these settings.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,

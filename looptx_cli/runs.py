@@ -83,6 +83,8 @@ class RunFolder:
     first: bool = True
     """Whether this process makes the folder."""
     resumed: bool = False
+    until: int | None = None
+    """The last step of a resumed run, which its folder remembers."""
     inputs: tuple[str | Path | None, ...] = ()
     _lock: RunLock | None = None
 
@@ -115,6 +117,8 @@ class RunFolder:
             self._lock.acquire(report)
             if self.resumed:
                 check_origin(self.folder, origin)
+                if self.until:
+                    update_facts(self.folder, until=self.until)
                 return self.folder
             if self.target is not None:
                 _empty(self.folder)  # of what began to take this place, and did not end
@@ -176,7 +180,8 @@ def last_step(folder: Path, steps: int, asked: int | None, report: Callable[[str
     """
     facts = read_facts(folder)
     until, done = int(facts.get("until") or steps), int(facts.get("finished") or 0)
-    if asked in (None, until) and done < until:
+    waits = replaces(folder) is not None  # whole, perhaps, and yet to take its place
+    if asked in (None, until) and (done < until or waits):
         return until
     if asked is not None and done < until:
         raise UsageError(
@@ -184,8 +189,6 @@ def last_step(folder: Path, steps: int, asked: int | None, report: Callable[[str
             "start a new run"
         )
     if asked is not None and asked > done:
-        if is_first():
-            update_facts(folder, until=asked)
         return asked
     if asked is not None and asked < done:
         raise UsageError(f"--steps {asked}: this run has done {done:,} steps; give more")
@@ -212,7 +215,7 @@ def run_folder(
         return RunFolder(command, Path(os.environ[RUN]), None, is_first(), resumed=True)
     inputs = tuple(inputs)
     if resume is not None:
-        return RunFolder(command, resume, replaces(resume), is_first(), True, inputs)
+        return RunFolder(command, resume, replaces(resume), is_first(), True, inputs=inputs)
     several = bool(starter())
     if several and out is None:
         raise UsageError("several processes start together; name the run's folder by --out")

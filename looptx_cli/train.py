@@ -113,6 +113,7 @@ def train(
     origin = {"data": manifest.fingerprint, "tokenizer": manifest.tokenizer}
     if records:
         origin["media data"] = read_records(records, settings.skip_bad).fingerprint
+    run.until = until
     with run:
         settled = settle(resolved, shape, "the data")
         folder = run.begin(settled, origin, lambda line: note(line, quiet))

@@ -30,12 +30,21 @@ _MODEL = (
     *("adapter_config.json", "adapter_model.safetensors", "looptx.json", "loop_*/adapter_*"),
     *("loop_*/README.md", "codec-*/*.json", "codec-*/*.safetensors"),
 )
+# An export holds sources of this package, each named by its own package and its module.
 _EXPORT = (
-    *("modeling_looptx.py", "errors.py", "config_*.py", "model_*.py", "generation_*.py"),
-    *("machine_*.py", "__pycache__/*"),
+    *("modeling_looptx.py", "errors.py", "__pycache__/*"),
+    *(f"{part.name}_*.py" for part in sorted(Path(__file__).parent.iterdir()) if part.is_dir()),
 )
 _RUN = (
-    *("run.json", "run.lock", "config.yaml", "metrics.jsonl", "curves.png", "curves.partial.png"),
+    *(
+        "run.json",
+        "run.lock",
+        "config.yaml",
+        "metrics.jsonl",
+        "kernels.json",
+        "curves.png",
+        "curves.partial.png",
+    ),
     *("checkpoints/step-*", "csv/*", "tensorboard/*", "swap/*", ".*.tmp", "*/.*.tmp"),
     *(f"final/{name}" for name in _MODEL),
 )

@@ -156,15 +156,6 @@ def test_plain_words_are_what_they_look_like(tmp_path: Path) -> None:
     assert resolve(TrainConfig, config=file, env={}).values["mix"] == "2:1"
 
 
-@pytest.mark.parametrize(
-    "values",
-    [{"seed": -1}, {"workers": -1}, {"beta2": 1.0}, {"deeper_share": 2.0}, {"warmup": -0.1}],
-)
-def test_a_number_out_of_its_range(values: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=f"{next(iter(values))} must be at least 0"):
-        TrainConfig(**values)
-
-
 def test_home_in_a_file_and_a_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     file = tmp_path / "c.yaml"

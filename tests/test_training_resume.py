@@ -185,8 +185,10 @@ def test_finetuning_goes_on_with_its_examples_and_its_base(
                "--seq-len", "64", "--batch-size", "2", "--out", "tuned", "--quiet"]  # fmt: skip
     assert main(command) == 0
     Path("qa.jsonl").write_text(questions.read_text().replace("a", "b", 3))
+    before = Path("tuned/run.json").read_text()
     assert main(["finetune", "--resume", "tuned", "--steps", "3"]) == 4
     assert "the data is not what this run began with" in capsys.readouterr().err
+    assert Path("tuned/run.json").read_text() == before
 
 
 HOLD = """

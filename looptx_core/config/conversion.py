@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from looptx_core.config.ranges import check_ranges
 from looptx_core.errors import UsageError
 
 
@@ -62,9 +63,7 @@ class ConvertConfig:
             raise UsageError("--from-hf reads a folder of its own; leave --model and --adapter out")
         if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", self.shard_size):
             raise UsageError(f"shard_size must be such as 500MB or 5GB, not {self.shard_size!r}")
-        for name in ("finetune_steps", "max_minutes", "lr"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
+        check_ranges(self)
 
     @property
     def suffix(self) -> str:

@@ -67,10 +67,6 @@ class FinetuneConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lora_rank < 1:
-            raise UsageError(f"lora_rank must be at least 1, not {self.lora_rank}")
-        if not 0 < self.val_fraction < 1:
-            raise UsageError(f"val_fraction must lie between 0 and 1, not {self.val_fraction}")
         if self.qlora and self.sharding not in ("none", "ddp"):
             raise UsageError(
                 f"--qlora with {self.sharding} is refused: four-bit weights are packed bytes with "

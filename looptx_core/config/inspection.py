@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from looptx_core.config.ranges import check_ranges
 from looptx_core.errors import UsageError
 
 MEDIA_PATHS = ("image",)
@@ -44,13 +45,7 @@ class InspectConfig:
     """Seed of the deletion test's random tokens."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "batch_size", "val_batches", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.decode_tokens < 0:
-            raise UsageError(f"--decode-tokens {self.decode_tokens}: 0 or more")
-        if self.max_loops is not None and self.max_loops < 1:
-            raise UsageError(f"--max-loops {self.max_loops}: a depth is at least 1")
+        check_ranges(self)
         if self.text is not None and self.prompt is not None:
             raise UsageError("--text and --prompt: give one of them")
         _ = self.allowed_increase

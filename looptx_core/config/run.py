@@ -6,12 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-RANGES: dict[str, tuple[float, float, bool]] = {
-    "seed": (0, 2**63, True), "workers": (0, 1024, False), "beta2": (0, 1, True),
-    "deeper_share": (0, 1, False), "explore": (0, 1, False), "warmup": (0, 1, False),
-    "min_lr": (0, 1, False), "weight_decay": (0, 1e6, False), "lora_dropout": (0, 1, True),
-}  # fmt: skip
-"""The least and the most of a setting, and whether it must stay below the most."""
+from looptx_core.config.ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class RunConfig:
     beta2: float = 0.95
     """AdamW's second decay."""
     clip: float = 1.0
-    """Largest norm of the gradient, of the trunk and of the confidence head apart."""
+    """Largest norm of the gradient, of the trunk and of the confidence head apart; 0: any."""
 
     loop_schedule: Literal["loss", "sampled", "fixed"] = "loss"
     """How deep each sequence goes in training; see `looptx_core.training.loop_schedule`."""
@@ -120,23 +115,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         from looptx_core.errors import UsageError
 
-        for name in ("steps", "seq_len", "batch_size", "devices", "nodes", "save_every", "keep",
-                     "val_every", "val_batches", "log_every"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_ranges(self)
         if self.batch_size % (self.rows * self.world_size):
             raise UsageError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch x devices "
                 f"({self.rows} x {self.world_size}); pass --micro-batch {self._fitting_micro()}"
             )
         self._check_strategy()
-        if not self.lr > 0:
-            raise UsageError(f"lr must be above 0, not {self.lr}")
-        for name, (least, most, below) in RANGES.items():
-            value = getattr(self, name, least)
-            if not least <= value <= most or (below and value == most):
-                upper = f"below {most:g}" if below else f"at most {most:g}"
-                raise UsageError(f"{name} must be at least {least:g} and {upper}, not {value}")
 
     def _check_strategy(self) -> None:
         from looptx_core.errors import UsageError

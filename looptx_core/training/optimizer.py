@@ -111,8 +111,9 @@ def learning_rate_factor(config: RunConfig) -> Callable[[int], float]:
 def clip_by_part(model: LoopedTransformer, limit: float) -> torch.Tensor:
     """Clip the trunk's and the confidence head's gradients apart; return the trunk's norm.
 
-    A common norm would let the head's gradient scale the trunk's steps.
+    A common norm would let the head's gradient scale the trunk's steps. limit: 0 clips nothing.
     """
+    limit = limit or math.inf
     torch.nn.utils.clip_grad_norm_(model.confidence.parameters(), limit)
     norm = torch.nn.utils.clip_grad_norm_(model.trunk_parameters(), limit)
     # Over cut gradients it is a part of the whole until it is asked for.
