@@ -17,7 +17,7 @@ from looptx_cli.options import with_fields
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.resolve import resolve
 from looptx_core.errors import DataError, UsageError
-from looptx_core.media import MEDIA
+from looptx_core.media.registry import MEDIA
 
 if TYPE_CHECKING:
     from looptx_core.generation.engine import ChatPrompt, Engine, Generation, Prompt, Step

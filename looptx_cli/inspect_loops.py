@@ -14,7 +14,7 @@ from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_core.config.inspection import InspectConfig
 from looptx_core.config.resolve import resolve
-from looptx_core.media import MEDIA
+from looptx_core.media.registry import MEDIA
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -73,7 +73,7 @@ def train(
         from looptx_core.data.records import media_named
         from looptx_core.data.resolve import resolve_data
         from looptx_core.data.shards import Manifest
-        from looptx_core.media import MEDIA, media_for
+        from looptx_core.media.registry import MEDIA, media_for
 
     folder, first = place_of(folder, settings.out, "train", overwrite)
     quiet, as_json = quiet or not first, as_json and first

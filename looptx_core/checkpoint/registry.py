@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from looptx_core.errors import DataError, UsageError
-from looptx_core.media import MEDIA
+from looptx_core.media.registry import MEDIA
 
 RUNS = Path("runs")
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from looptx_core.errors import DataError, LooptxError, MissingError
-from looptx_core.media import media_of_file
+from looptx_core.media.registry import media_of_file
 
 PIECE = 1 << 16  # the most characters in a piece, and the bytes read at a time
 RECORD_LIMIT = 200 << 20  # the most bytes in one JSON line: it must be parsed in one go

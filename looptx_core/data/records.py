@@ -24,7 +24,8 @@ from looptx_core.data.chat import check_messages
 from looptx_core.data.content import place
 from looptx_core.data.corpus import Corpus
 from looptx_core.errors import DataError, UsageError
-from looptx_core.media import MEDIA, Medium, media_of_file
+from looptx_core.media.base import Medium
+from looptx_core.media.registry import MEDIA, media_of_file
 
 _FORMS = '{"prompt", "response"}, {"messages"} or {"text"}'
 

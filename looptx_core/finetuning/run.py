@@ -36,7 +36,7 @@ from looptx_core.finetuning.adapters import attach, load_adapter, save_adapter, 
 from looptx_core.finetuning.quantise import quantise, stored_bytes
 from looptx_core.generation.exits import stated
 from looptx_core.machine.device import on_best_device
-from looptx_core.media import MEDIA
+from looptx_core.media.registry import MEDIA
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.calibration import calibrate, fit_odds
 from looptx_core.training.callbacks import read_metrics

@@ -16,7 +16,7 @@ from looptx_core.generation.flight import Landing
 from looptx_core.generation.outputs import Output, open_item
 from looptx_core.generation.sampling import chances, draw
 from looptx_core.generation.text import TextStream
-from looptx_core.media import Writer
+from looptx_core.media.base import Writer
 from looptx_core.media.batch import MediaItem
 from looptx_core.model.confidence import sharpness
 
