@@ -54,7 +54,7 @@ def finetune(
     with large_imports():
         from looptx_core.data.bundled import bundled_questions
         from looptx_core.data.records import media_named
-        from looptx_core.media import MEDIA
+        from looptx_core.media.registry import MEDIA
 
     abilities = {MEDIA[name].ability for name in media_named(settings.data)}
     base = resolve_model(settings.model, need=frozenset({"weights", *abilities}))

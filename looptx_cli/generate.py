@@ -26,7 +26,7 @@ from looptx_core.documents import (
     read_text,
 )
 from looptx_core.errors import DataError, UsageError
-from looptx_core.media import MEDIA
+from looptx_core.media.registry import MEDIA
 
 if TYPE_CHECKING:
     from looptx_core.generation.engine import ChatPrompt, Engine, Generation, Prompt, Step

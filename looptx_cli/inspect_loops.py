@@ -15,7 +15,7 @@ from looptx_cli.options import with_fields
 from looptx_core.config.inspection import InspectConfig
 from looptx_core.config.resolve import config_file, resolve
 from looptx_core.documents import printable
-from looptx_core.media import MEDIA
+from looptx_core.media.registry import MEDIA
 
 if TYPE_CHECKING:
     from looptx_core.checkpoint.folder import LoadedModel

@@ -77,7 +77,7 @@ def train(
         from looptx_core.data.records import media_named, read_records
         from looptx_core.data.resolve import resolve_data
         from looptx_core.data.shards import Manifest
-        from looptx_core.media import MEDIA, media_for
+        from looptx_core.media.registry import MEDIA, media_for
 
     inputs = (*settings.data, config_file(config), settings.deepspeed_config)
     run = run_folder(

@@ -127,7 +127,7 @@ def test_images_are_named_in_their_own_folder() -> None:
 
 
 def test_the_registry_of_media_brings_no_torch() -> None:
-    asked = "import sys, looptx_core.media, looptx_core.checkpoint.registry as _; "
+    asked = "import sys, looptx_core.media.registry, looptx_core.checkpoint.registry as _; "
     code = asked + "sys.exit(bool({'torch', 'PIL', 'numpy'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

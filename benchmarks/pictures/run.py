@@ -27,8 +27,8 @@ from looptx_core.checkpoint.folder import LoadedModel, load_model
 from looptx_core.checkpoint.registry import bundled_model
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.generation.engine import Engine, MediaPrompt
-from looptx_core.media import MEDIA
 from looptx_core.media.batch import MediaItem, batch_items
+from looptx_core.media.registry import MEDIA
 from looptx_core.training.evaluate import evaluate_loops
 
 SEED = 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from looptx_core.checkpoint.header import read_header
 from looptx_core.documents import check_links, read_json
 from looptx_core.errors import DataError, LooptxError
-from looptx_core.media import MEDIA
+from looptx_core.media.registry import MEDIA
 from looptx_core.outputs import check_output
 
 RUNS = Path("runs")

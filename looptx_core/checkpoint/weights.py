@@ -18,7 +18,7 @@ from looptx_core.checkpoint.header import Stored, read_header, total_elements
 from looptx_core.config.model import ModelConfig
 from looptx_core.documents import read_json, short, some
 from looptx_core.errors import DataError
-from looptx_core.media import media_for
+from looptx_core.media.registry import media_for
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.schema import typed
 

@@ -66,7 +66,8 @@ class LooptxConfig(PretrainedConfig):
         self.exit = exit or {}
 
     def shape(self) -> ModelConfig:
-        return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig)})
+        names = [field.name for field in fields(ModelConfig)]
+        return ModelConfig(**{name: getattr(self, name) for name in names if hasattr(self, name)})
 
     def exit_settings(self) -> ExitSettings:
         known = {field.name for field in fields(ExitSettings)}

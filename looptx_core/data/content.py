@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.errors import UsageError
-from looptx_core.media import MEDIA
+from looptx_core.media.registry import MEDIA
 
 
 class Item(Protocol):

@@ -28,7 +28,7 @@ from looptx_core.data.tables import CHUNK, KINDS, Source, decoded, rows, texts
 from looptx_core.documents import check_inside
 from looptx_core.errors import DataError, LooptxError, MissingError, remedy
 from looptx_core.machine.scratch import scratch_folder
-from looptx_core.media import media_of_file
+from looptx_core.media.registry import media_of_file
 
 PIECE = CHUNK  # the most characters in a piece
 # Only ASCII whitespace starts a piece: Python and the tokenizer's regex agree on it.

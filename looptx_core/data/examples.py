@@ -27,8 +27,8 @@ from looptx_core.data.records import MediaFile, Record, Turn, parse, raw_records
 from looptx_core.data.split import hold_out
 from looptx_core.data.tokenizer import PAD, end_id
 from looptx_core.errors import DataError, UsageError
-from looptx_core.media import MEDIA, media_for, writers
 from looptx_core.media.batch import batch_items, to_entries
+from looptx_core.media.registry import MEDIA, media_for, writers
 
 
 class Example(NamedTuple):

@@ -27,7 +27,7 @@ from looptx_core.data.resolve import resolve_data
 from looptx_core.data.shards import Manifest
 from looptx_core.data.tokenizer import fingerprint
 from looptx_core.errors import DataError
-from looptx_core.media import MEDIA, media_for
+from looptx_core.media.registry import MEDIA, media_for
 
 FILE = "data.json"
 FORMAT_VERSION = 1

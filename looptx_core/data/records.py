@@ -27,7 +27,8 @@ from looptx_core.data.content import place
 from looptx_core.data.corpus import Corpus, visible_files
 from looptx_core.documents import check_characters, read_text
 from looptx_core.errors import DataError, UsageError
-from looptx_core.media import MEDIA, Medium, media_of_file
+from looptx_core.media.base import Medium
+from looptx_core.media.registry import MEDIA, media_of_file
 
 _FORMS = '{"prompt", "response"}, {"messages"} or {"text"}'
 

@@ -31,7 +31,7 @@ from looptx_core.errors import UsageError
 from looptx_core.finetuning.adapters import attach, fingerprint, load_adapter, save_adapter, targets
 from looptx_core.finetuning.quantise import quantise, stored_bytes
 from looptx_core.machine.device import on_best_device
-from looptx_core.media import MEDIA
+from looptx_core.media.registry import MEDIA
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.stopping.calibration import reported_confidence
 from looptx_core.training.calibration import calibrate, fit_odds

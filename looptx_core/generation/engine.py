@@ -39,7 +39,8 @@ from looptx_core.generation.sampling import check
 from looptx_core.generation.scheduler import serve
 from looptx_core.generation.speculative import speculate
 from looptx_core.generation.text import TextStream
-from looptx_core.media import MEDIA, Writer, writers
+from looptx_core.media.base import Writer
+from looptx_core.media.registry import MEDIA, writers
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer

@@ -15,7 +15,7 @@ from looptx_core.generation.outputs import Output, open_item
 from looptx_core.generation.running_batch import StepOutput
 from looptx_core.generation.sampling import chances, draw
 from looptx_core.generation.text import TextStream
-from looptx_core.media import Writer
+from looptx_core.media.base import Writer
 from looptx_core.media.batch import MediaItem
 from looptx_core.model.confidence import sharpness
 from looptx_core.stopping.calibration import reported_confidence

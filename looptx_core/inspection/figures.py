@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from looptx_core.documents import printable
-from looptx_core.media import MEDIA
 from looptx_core.media.base import Figure
+from looptx_core.media.registry import MEDIA
 
 Document = dict[str, Any]
 

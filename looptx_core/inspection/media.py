@@ -16,8 +16,8 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.data.tokenizer import end_id
 from looptx_core.generation.engine import Engine
 from looptx_core.generation.request import MediaPrompt
-from looptx_core.media import MEDIA
 from looptx_core.media.batch import MediaItem, batch_items, to_device
+from looptx_core.media.registry import MEDIA
 
 
 def inspect_media(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from looptx_core.media import MEDIA
+from looptx_core.media.registry import MEDIA
 
 Document = dict[str, Any]
 

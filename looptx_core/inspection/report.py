@@ -32,7 +32,7 @@ from looptx_core.inspection.frontier import (
 from looptx_core.inspection.media import inspect_media
 from looptx_core.inspection.survey import Survey, survey_lines, two_surveys
 from looptx_core.inspection.trace import trace_text
-from looptx_core.media import MEDIA
+from looptx_core.media.registry import MEDIA
 from looptx_core.model.cache import POLICIES
 from looptx_core.training import metrics
 from looptx_core.training.calibration import calibrate

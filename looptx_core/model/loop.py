@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
-from looptx_core.media import MEDIA, media_for
 from looptx_core.media.batch import Layout, Media, lay_out
+from looptx_core.media.registry import MEDIA, media_for
 from looptx_core.model.attention import (
     Attend,
     Packed,

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from looptx_core.media import MEDIA
 from looptx_core.media.batch import Media, hidden_numbers
+from looptx_core.media.registry import MEDIA
 from looptx_core.model.block import Surroundings
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer, Score

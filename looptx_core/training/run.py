@@ -31,7 +31,7 @@ from looptx_core.data.records import read_records
 from looptx_core.errors import Interrupted, LooptxError, UsageError, remedy
 from looptx_core.machine.device import best_device, on_best_device
 from looptx_core.machine.heap import freed_memory_kept
-from looptx_core.media import MEDIA, media_for
+from looptx_core.media.registry import MEDIA, media_for
 from looptx_core.model import fused
 from looptx_core.model.attention import choose_backend
 from looptx_core.model.loop import LoopedTransformer
