@@ -123,7 +123,7 @@ def generate(
         )
     items = _read_items(engine, files)
     if chat:
-        texts = [_turn(str(text), items) for text in texts]
+        texts = [_message(str(text), items) for text in texts]
     elif items and not talk:
         texts = [_with_items(str(texts[0]), items)]
     if talk:
@@ -153,7 +153,7 @@ def _with_items(text: str, items: tuple[MediaItem, ...]) -> Prompt:
     return MediaPrompt(text, items)
 
 
-def _turn(text: str, items: tuple[MediaItem, ...]) -> ChatPrompt:
+def _message(text: str, items: tuple[MediaItem, ...]) -> ChatPrompt:
     from looptx_core.generation.engine import ChatPrompt
 
     return ChatPrompt(({"role": "user", "content": text},), items)

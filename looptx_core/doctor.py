@@ -268,12 +268,14 @@ def _kernels() -> Use:
     from looptx_core.model import fused
     from looptx_core.training.kernel_trial import choose
 
-    said, feature = fused.prepare(), "train: fused kernels"
+    said, feature = fused.enable_fused(), "train: fused kernels"
     if not fused.is_prepared():
         return Use(feature, True, "plain torch", said.removeprefix("plain torch: "))
     preset, shape = get_preset("nano"), TrainConfig()
-    choice = choose(ModelConfig(**preset["model"]), shape.rows, shape.seq_len, again=True)
-    fused.prepare(False)
+    choice = choose(
+        ModelConfig(**preset["model"]), shape.micro_batch_size, shape.seq_len, again=True
+    )
+    fused.enable_fused(False)
     times = ", ".join(f"{name} {a:.3g} and {b:.3g}" for name, (a, b) in choice.milliseconds.items())
     return Use(feature, True, str(choice), f"`nano`, ms plain and fused: {times}")
 

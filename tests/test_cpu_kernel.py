@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from looptx_core.backends.cpu.backend import CpuBackend
-from looptx_core.backends.cpu.bindings import KernelCache, KernelModel, KernelRows, round_weights
+from looptx_core.backends.cpu.bindings import KernelModel
+from looptx_core.backends.cpu.rounding import round_weights
+from looptx_core.backends.cpu.structs import KernelCache, KernelRows
 from looptx_core.backends.select import select_backend
 from looptx_core.backends.torch_backend import TorchBackend
 from looptx_core.config.generation import ExitSettings, GenerationOptions

@@ -101,15 +101,15 @@ def test_peft_opens_the_folder(run, tiny: Path) -> None:
         return
     for loop in (1, 2, 3):
         peft.load_adapter(str(final / f"loop_{loop}"), f"loop_{loop}")
-    around = theirs.surroundings(ids.shape[1])
+    ctx = theirs.context(ids.shape[1])
     with torch.no_grad():
         peft.set_adapter("default")
-        state = embedding = theirs.encode(ids, around)
+        state = embedding = theirs.encode(ids, ctx)
         for loop in (1, 2, 3):
             peft.base_model.set_adapter(f"loop_{loop}")
-            state = theirs.step(state, embedding, loop, around)
+            state = theirs.step(state, embedding, loop, ctx)
         peft.base_model.set_adapter("default")
-        explicit = theirs.head(theirs.decode(state, around))
+        explicit = theirs.head(theirs.decode(state, ctx))
     assert torch.allclose(explicit, logits(ours, ids), atol=1e-6)
 
 

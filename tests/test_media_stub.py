@@ -20,7 +20,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.chat import chat_prompt
 from looptx_core.data.content import content_ids
-from looptx_core.data.examples import Packed, read_examples
+from looptx_core.data.examples import PackedExamples, read_examples
 from looptx_core.data.records import media_named, read_records
 from looptx_core.data.shards import Manifest, open_shards
 from looptx_core.errors import DataError, UsageError
@@ -341,7 +341,7 @@ def test_one_grammar_of_records(run: Path, melodies: Path, colour_shards: Path) 
         assert example.ids[: len(before)].tolist() == before
         assert not example.counted[example.ids == READ].any()
     assert len(found.kept[2].ways) == 2
-    packed = Packed(found.kept, 64, 1, loaded.config, draw=0, augment=True)
+    packed = PackedExamples(found.kept, 64, 1, loaded.config, seed=0, augment=True)
     assert packed[0]["media.tones.features"].shape == (9, VALUES)
     assert packed[0]["media.tones.grids"].tolist() == [[3]] * 3
     with pytest.raises(DataError, match="has a melody, and this model reads none"):

@@ -17,7 +17,7 @@ from picture_cases import CONFIG, IMG, png
 from PIL import Image
 
 from looptx_core.config.run import TrainConfig
-from looptx_core.data.examples import Packed
+from looptx_core.data.examples import PackedExamples
 from looptx_core.data.mixture import MixedData, Mixture, record_examples
 from looptx_core.data.records import media_named, read_records
 from looptx_core.data.shards import open_shards
@@ -72,11 +72,11 @@ def test_orientation_alpha_and_palette() -> None:
 
 
 def test_augmentation_is_a_function_of_its_generator(cat: Path) -> None:
-    def draw(seed: int) -> torch.Tensor:
+    def reconstruct(seed: int) -> torch.Tensor:
         return read_picture(cat, CONFIG, augment=np.random.default_rng(seed)).features
 
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
+    assert torch.equal(reconstruct(1), reconstruct(1))
+    assert not torch.equal(reconstruct(1), reconstruct(2))
 
 
 def _grey(kind: str) -> Image.Image:
@@ -103,8 +103,8 @@ def test_deeper_greys_are_the_same_picture(kind: str, form: str, augment: bool) 
     for image, how in ((_grey("8"), "PNG"), (_grey(kind), form)):
         out = io.BytesIO()
         image.save(out, how)
-        draw = np.random.default_rng(0) if augment else None
-        found.append(read_picture(out.getvalue(), CONFIG, augment=draw).features)
+        reconstruct = np.random.default_rng(0) if augment else None
+        found.append(read_picture(out.getvalue(), CONFIG, augment=reconstruct).features)
     assert (found[0] - found[1]).abs().max() < 0.02
 
 
@@ -245,11 +245,11 @@ def test_one_of_several_texts_is_drawn_in_each_epoch(colours: Path, colour_shard
     said = [{tokenizer.decode(way.ids[way.counted].tolist()) for way in e.ways} for e in examples]
     assert said == [{"red", "colour: red"}, {"redwhite", "greenwhite", "bluewhite"}]
     longest = max(len(way.ids) for way in examples[0].ways)
-    drawn = Packed(examples[:1], longest - 1, 0, CONFIG, draw=3)
+    drawn = PackedExamples(examples[:1], longest - 1, 0, CONFIG, reconstruct=3)
     seen = [drawn[epoch]["tokens"].tolist() for epoch in range(12)]
     assert len({tuple(tokens) for tokens in seen}) == 2
     assert seen[5] == drawn[5]["tokens"].tolist()
-    plain = Packed(examples[:1], longest - 1, 0, CONFIG)
+    plain = PackedExamples(examples[:1], longest - 1, 0, CONFIG)
     for epoch in (0, 1):
         assert plain[epoch]["tokens"].tolist() == examples[0].ways[0].ids.tolist()
 

@@ -17,7 +17,7 @@ from looptx_core.model import fused
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.parallel.deepspeed.offload import plan_offload
 from looptx_core.parallel.memory import (
-    Spread,
+    ParallelLayout,
     count,
     count_activations,
     deepest_rows,
@@ -36,7 +36,7 @@ WORKSTATION = Machine(
     ram=64 * GB, gpu_memory=(24 * GB,), gpu_names=("a GPU",), disk=1000 * GB,
     disk_path="/mnt/nvme", filesystem="ext4",
 )  # fmt: skip
-ZERO3 = Spread("zero3", 1, 1)
+ZERO3 = ParallelLayout("zero3", 1, 1)
 
 
 def preset(name: str, **train: object) -> tuple[ModelConfig, TrainConfig]:
@@ -44,8 +44,8 @@ def preset(name: str, **train: object) -> tuple[ModelConfig, TrainConfig]:
     return ModelConfig(**given["model"]), TrainConfig(**{**given["train"], "preset": name, **train})
 
 
-def offload(name: str, machine: Machine = WORKSTATION, spread: Spread = ZERO3, asked: str = "auto",
-            **train: object):  # fmt: skip
+def offload(name: str, machine: Machine = WORKSTATION, spread: ParallelLayout = ZERO3,
+            asked: str = "auto", **train: object):  # fmt: skip
     model, config = preset(name, **{"micro_batch": 1, **train})
     return plan_offload(model, config, machine, spread=spread, rows=1, bf16=True, asked=asked)
 
@@ -99,8 +99,8 @@ def test_a_disk_in_memory_is_none() -> None:
 
 
 def test_what_each_strategy_may_move() -> None:
-    assert offload("7b", spread=Spread("zero2", 8, 8)).parameters == "none"
-    plain = offload("7b", spread=Spread("ddp", 8, 8))
+    assert offload("7b", spread=ParallelLayout("zero2", 8, 8)).parameters == "none"
+    plain = offload("7b", spread=ParallelLayout("ddp", 8, 8))
     assert (plain.optimizer, plain.fits) == ("none", False)
     asked = offload("small", asked="cpu")
     assert (asked.optimizer, asked.parameters) == ("cpu", "cpu")
@@ -108,16 +108,16 @@ def test_what_each_strategy_may_move() -> None:
 
 def test_zero_divides_by_the_processes() -> None:
     model, config = preset("1b", micro_batch=1)
-    one = rank_need(model, config, Spread("zero3", 1, 1), 1, bf16=True)
-    many = rank_need(model, config, Spread("zero3", 8, 8), 1, bf16=True)
+    one = rank_need(model, config, ParallelLayout("zero3", 1, 1), 1, bf16=True)
+    many = rank_need(model, config, ParallelLayout("zero3", 8, 8), 1, bf16=True)
     for name in ("weights", "masters", "moments", "gradients"):
         assert getattr(many, name) == pytest.approx(getattr(one, name) / 8, rel=1e-6)
     assert many.activations == one.activations
-    two = rank_need(model, config, Spread("zero2", 8, 8), 1, bf16=True)
+    two = rank_need(model, config, ParallelLayout("zero2", 8, 8), 1, bf16=True)
     assert two.weights == one.weights and two.moments == many.moments
     # RAM and disk serve all processes of one machine.
-    both = offload("1b", spread=Spread("zero3", 2, 2), asked="cpu")
-    alone = offload("1b", spread=Spread("zero3", 2, 1), asked="cpu")
+    both = offload("1b", spread=ParallelLayout("zero3", 2, 2), asked="cpu")
+    alone = offload("1b", spread=ParallelLayout("zero3", 2, 1), asked="cpu")
     ram = [{h.place: h.total for h in found.arithmetic}["ram"] for found in (both, alone)]
     assert ram[0] == 2 * ram[1]
 
@@ -175,7 +175,7 @@ def test_masks_and_bf16_are_counted(bf16: bool, documents: bool) -> None:
 @pytest.mark.parametrize("loss_at", ["last", "pair", "all"])
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_the_plan_counts_what_autograd_keeps(loss_at: str, qk_norm: bool) -> None:
-    fused.prepare(False)
+    fused.enable_fused(False)
     shape = ModelConfig(vocab_size=256, d_model=128, d_ff=384, qk_norm=qk_norm)
     config = TrainConfig(
         batch_size=4, loop_schedule="fixed", loops=3, loss_at=loss_at, optimizer="muon"
@@ -206,13 +206,13 @@ def test_the_plan_is_near_peaks_that_were_measured(changes: dict, measured: int)
     config = TrainConfig(
         loop_schedule="fixed", optimizer="adamw", precision="float32", seq_len=128, **changes
     )
-    need = rank_need(model, config, Spread(), config.rows, heap=True)
+    need = rank_need(model, config, ParallelLayout(), config.rows, heap=True)
     assert measured < need.total < 1.1 * measured
 
 
 def test_what_makes_a_run_larger_and_smaller() -> None:
     model, config = preset("medium", grad_checkpointing=False)
-    spread = Spread()
+    spread = ParallelLayout()
 
     def total(rows: int = 8, **changes: object) -> int:
         return rank_need(model, replace(config, **changes), spread, rows).total

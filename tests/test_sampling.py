@@ -7,7 +7,7 @@ import torch
 
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.errors import UsageError
-from looptx_core.generation.sampling import check, draw, keep, penalise
+from looptx_core.generation.sampling import check, keep, penalise, sample
 
 pytestmark = pytest.mark.fast
 
@@ -36,7 +36,7 @@ def test_draws_follow_the_distribution():
 
     def shares(**options):
         options = GenerationOptions(**options)
-        drawn = [draw(logits, options, none, generator) for _ in range(2000)]
+        drawn = [sample(logits, options, none, generator) for _ in range(2000)]
         return [drawn.count(i) / 2000 for i in range(3)]
 
     assert shares(temperature=1.0) == pytest.approx([0.5, 0.3, 0.2], abs=0.04)
@@ -45,7 +45,7 @@ def test_draws_follow_the_distribution():
     assert shares(temperature=1.0, top_k=2) == pytest.approx([0.625, 0.375, 0], abs=0.04)
     assert shares(temperature=1e-30)[0] == shares(temperature=0)[0] == 1
     seen = torch.tensor([0])
-    assert draw(logits, GenerationOptions(temperature=0, repetition_penalty=3.0), seen, generator)
+    assert sample(logits, GenerationOptions(temperature=0, repetition_penalty=3.0), seen, generator)
 
 
 def test_what_no_draw_can_follow_is_refused():

@@ -5,12 +5,9 @@ from __future__ import annotations
 from looptx_core.backends import cuda_graphs
 from looptx_core.backends.base import Backend
 from looptx_core.backends.cpu.backend import CpuBackend
-from looptx_core.backends.cpu.bindings import (
-    PRECISIONS,
-    load_kernel,
-    rounded_copy,
-    unsupported_reason,
-)
+from looptx_core.backends.cpu.bindings import unsupported_reason
+from looptx_core.backends.cpu.rounding import rounded_copy
+from looptx_core.backends.cpu.structs import PRECISIONS, load_kernel
 from looptx_core.backends.cuda_graphs import CudaGraphBackend
 from looptx_core.backends.torch_backend import TorchBackend
 from looptx_core.errors import MissingError, UsageError

@@ -31,9 +31,9 @@ from looptx_core.config.model import FIRST_FORMAT, FORMAT_VERSION, ModelConfig
 from looptx_core.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from looptx_core.documents import COPY_AGAIN, check_links, read_json, read_text, to_json
 from looptx_core.errors import DataError
+from looptx_core.model.empty_weights import init_empty_weights
 from looptx_core.model.flops import parameter_count
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.model.unset import unset_weights
 from looptx_core.outputs import check_model_target
 from looptx_core.schema import typed
 
@@ -176,7 +176,7 @@ def load_model(
     tokenizer = read_tokenizer(folder, config, settings.get("tokenizer_fingerprint", ""))
     exit_settings = read_exit(folder)
     check_size(config, folder)
-    with unset_weights():
+    with init_empty_weights():
         model = LoopedTransformer(config)
     load_weights(model, folder, device=device, dtype=dtype)
     facts = settings.get("facts") or {}

@@ -32,22 +32,22 @@ def check_ranges(settings: Any) -> None:
     for name, text in RANGES.items():
         value = getattr(settings, name, None)
         if isinstance(value, int | float) and not _inside(value, text):
-            raise UsageError(f"{name} must {_words(text)}, not {value}")
+            raise UsageError(f"{name} must {_phrase(text)}, not {value}")
 
 
 def _inside(value: float, text: str) -> bool:
-    low, high = _bounds(text)
+    low, high = _limits(text)
     above = value >= low if text[0] == "[" else value > low
     return above and (value <= high if text[-1] == "]" else value < high)
 
 
-def _bounds(text: str) -> tuple[float, float]:
+def _limits(text: str) -> tuple[float, float]:
     low, high = text[1:-1].split(", ")
     return float(low), float(high)
 
 
-def _words(text: str) -> str:
-    low, high = _bounds(text)
+def _phrase(text: str) -> str:
+    low, high = _limits(text)
     if math.isinf(low):
         return "be finite"
     least = f"be {'at least' if text[0] == '[' else 'above'} {low:g}"

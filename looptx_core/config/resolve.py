@@ -56,7 +56,7 @@ class Resolved:
 
     def build(self, schema: type[T], section: str = "") -> T:
         """The dataclass of a section ('' is the root). Raises what its own checks raise."""
-        return schema(**{f.name: self.values[_join(section, f.name)] for f in fields(schema)})  # type: ignore[arg-type]
+        return schema(**{f.name: self.values[_dotted(section, f.name)] for f in fields(schema)})  # type: ignore[arg-type]
 
     def given(self, key: str) -> bool:
         """Whether a flag, the environment or the file set this key."""
@@ -219,7 +219,7 @@ def _first(key: str, hints: Mapping[str, Any], layers: Iterable[Layer]) -> tuple
 def _keys(schemas: Mapping[str, type]) -> dict[str, Any]:
     """The annotation of each key of these schemas."""
     return {
-        _join(section, name): hint
+        _dotted(section, name): hint
         for section, schema in schemas.items()
         for name, hint in get_type_hints(schema).items()
     }
@@ -230,7 +230,7 @@ def _defaults(schemas: Mapping[str, type]) -> dict[str, Any]:
     for section, schema in schemas.items():
         for f in fields(schema):
             made = f.default_factory() if f.default_factory is not MISSING else f.default
-            out[_join(section, f.name)] = made
+            out[_dotted(section, f.name)] = made
     return out
 
 
@@ -272,7 +272,7 @@ def _settings_of(
                 held = short(repr(value))
                 raise UsageError(f"{where}: {name} must hold keys of its own, not {held}")
             for key, inner in (value or {}).items():
-                flat[_join(str(name), str(key))] = inner, _line(path, lines, str(name), str(key))
+                flat[_dotted(str(name), str(key))] = inner, _line(path, lines, str(name), str(key))
         elif name != ORIGINS:
             flat[str(name)] = value, where
     for key, (_, where) in flat.items():
@@ -293,10 +293,10 @@ def _short_names(hints: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _flat(section: str, values: Mapping[Any, Any]) -> dict[str, Any]:
-    return {_join(section, str(key)): value for key, value in values.items()}
+    return {_dotted(section, str(key)): value for key, value in values.items()}
 
 
-def _join(section: str, name: str) -> str:
+def _dotted(section: str, name: str) -> str:
     return f"{section}.{name}" if section else name
 
 

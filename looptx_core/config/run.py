@@ -116,10 +116,11 @@ class RunConfig:
         from looptx_core.errors import UsageError
 
         check_ranges(self)
-        if self.batch_size % (self.rows * self.world_size):
+        if self.batch_size % (self.micro_batch_size * self.world_size):
             raise UsageError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch x devices "
-                f"({self.rows} x {self.world_size}); pass --micro-batch {self._fitting_micro()}"
+                f"({self.micro_batch_size} x {self.world_size}); "
+                f"pass --micro-batch {self._fitting_micro()}"
             )
         self._check_strategy()
 
@@ -142,7 +143,7 @@ class RunConfig:
 
     def _fitting_micro(self) -> int:
         per_device = max(1, self.batch_size // self.world_size)
-        limit = min(self.rows, per_device)
+        limit = min(self.micro_batch_size, per_device)
         fits = [m for m in range(1, limit + 1) if self.batch_size % (m * self.world_size) == 0]
         return fits[-1] if fits else 1
 
@@ -161,7 +162,7 @@ class RunConfig:
         return self.strategy
 
     @property
-    def rows(self) -> int:
+    def micro_batch_size(self) -> int:
         """Sequences a forward pass on one device."""
         return self.micro_batch or max(1, self.batch_size // self.world_size)
 
@@ -173,7 +174,7 @@ class RunConfig:
     @property
     def accumulation(self) -> int:
         """Forward passes of one optimizer step."""
-        return self.batch_size // (self.rows * self.world_size)
+        return self.batch_size // (self.micro_batch_size * self.world_size)
 
 
 @dataclass(frozen=True)

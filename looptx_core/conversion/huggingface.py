@@ -22,8 +22,8 @@ from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
 from looptx_core.documents import read_json
 from looptx_core.errors import DataError
+from looptx_core.model.empty_weights import init_empty_weights
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.model.unset import unset_weights
 from looptx_core.schema import typed
 
 ENTRY = "looptx_core.conversion.modeling_looptx"
@@ -126,7 +126,7 @@ def from_huggingface(folder: Path) -> LoadedModel:
     config = typed(ModelConfig, shape, str(folder / "config.json"))
     known = {field.name for field in fields(ExitSettings)}
     rule = {k: v for k, v in (settings.get("exit") or {}).items() if k in known}
-    with unset_weights():
+    with init_empty_weights():
         model = LoopedTransformer(config)
 
     def rename(name: str) -> str | None:
@@ -212,7 +212,7 @@ def _from_plain(folder: Path, settings: Mapping[str, Any]) -> LoadedModel:
             return name  # and is refused as unexpected
         return f"{places[int(match[1])]}.{_BLOCK.get(match[2], match[2])}.{match[3]}"
 
-    with unset_weights():
+    with init_empty_weights():
         model = LoopedTransformer(config)
     torch.manual_seed(0)
     model.confidence = type(model.confidence)(config)

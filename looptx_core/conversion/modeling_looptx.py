@@ -187,10 +187,10 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, Tensor]:
         # Padding is a document of its own: nobody else looks at it.
         padded = mask is not None and not bool(mask.all())
-        around = self.model.surroundings(
+        ctx = self.model.context(
             tokens.shape[1], documents=mask.long() if padded and mask is not None else None
         )
-        return self._fixed(tokens, self._depth(loops), around, keep)
+        return self._fixed(tokens, self._depth(loops), ctx, keep)
 
     def _cached(
         self, tokens: Tensor, cache: LoopCache, loops: int | str | None, keep: int | Tensor
@@ -207,8 +207,8 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
             return torch.cat([logits for logits, _ in found], 1), found[-1][1]
         if loops != "auto" or new > 1 or cache.length == 0:  # a prompt, or more of it
             view = cache.view(new)
-            around = self.model.surroundings(new, view)
-            logits, depths = self._fixed(tokens, self._depth(loops), around, keep)
+            ctx = self.model.context(new, view)
+            logits, depths = self._fixed(tokens, self._depth(loops), ctx, keep)
             view.advance()
             return logits, depths
         settings = self.config.exit_settings()
@@ -223,14 +223,14 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
         return logits[order][:, None], loops_by_row[order.cpu()]
 
     def _fixed(
-        self, tokens: Tensor, loops: int, around: Any, keep: int | Tensor
+        self, tokens: Tensor, loops: int, ctx: Any, keep: int | Tensor
     ) -> tuple[Tensor, Tensor]:
-        state = embedding = self.model.encode(tokens, around)
-        for _, after in self.model.iterate(embedding, embedding, around, range(1, loops + 1)):
+        state = embedding = self.model.embed(tokens, ctx)
+        for _, after in self.model.iterate(embedding, embedding, ctx, range(1, loops + 1)):
             state = after
-        if around.view is not None and around.view.cache.needs_backfill(loops):
-            self.model.backfill(state, embedding, loops, around)
-        hidden = self.model.decode(state, around)
+        if ctx.view is not None and ctx.view.cache.needs_backfill(loops):
+            self.model.backfill(state, embedding, loops, ctx)
+        hidden = self.model.coda_hidden(state, ctx)
         logits = self.model.head(
             hidden[:, keep if isinstance(keep, Tensor) else slice(-keep, None)]
         )

@@ -1,4 +1,4 @@
-"""One conversion: read a model, change it as asked, judge it before and after, write it."""
+"""One conversion: read a model, change it as asked, evaluate it before and after, write it."""
 
 from __future__ import annotations
 
@@ -117,8 +117,8 @@ def convert(
     stored = source.model.embedding.weight.dtype
     model = source.model.float()
     trains = config.to_bitnet and not config.direct and source.config.linear == "float"
-    judge = _judge(config, source, trains, report)
-    batches = judge.batches
+    held_out = _evaluation_data(config, source, trains, report)
+    batches = held_out.batches
     memory_before = running_bytes(model)
     before = _evaluate(model, batches)
     bytes_before = _folder_bytes(source.folder)
@@ -149,8 +149,8 @@ def convert(
         out, model, source.tokenizer, exit_settings, facts,
         chat_template=read_chat_template(source.folder),
     )  # fmt: skip
-    if judge.note is not None and not config.to_hf:  # which goes to others, without our paths
-        files[OWN_DATA] = judge.note.to_dict()
+    if held_out.note is not None and not config.to_hf:  # which goes to others, without our paths
+        files[OWN_DATA] = held_out.note.to_dict()
     if config.to_hf:
         weights, files = to_huggingface(weights, files, asdict(exit_settings))
     files["config.json"]["command"] = "convert"
@@ -167,8 +167,8 @@ def convert(
         loss_by_loop=after.loss_by_loop,
         seconds=time.monotonic() - started,
         steps=steps,
-        judged_by=judge.name,
-        own=judge.own,
+        judged_by=held_out.name,
+        own=held_out.own,
     )
 
 
@@ -192,7 +192,7 @@ def _read(
 
 
 @dataclass
-class _Judge:
+class _EvaluationData:
     """What a conversion trains on and judges by. note: of the data, where it is the model's."""
 
     batches: Batches
@@ -202,9 +202,9 @@ class _Judge:
     note: OwnData | None
 
 
-def _judge(
+def _evaluation_data(
     config: ConvertConfig, source: LoadedModel, trains: bool, report: Callable[[str], object]
-) -> _Judge:
+) -> _EvaluationData:
     """By the data that is given, else by the model's own.
 
     Where it has none, the bundled text judges, and nothing is trained on it: `UsageError`.
@@ -238,7 +238,7 @@ def _judge(
         seed=config.seed,
         report=report,
     )
-    return _Judge(batches, name, mine, data if trains else own)
+    return _EvaluationData(batches, name, mine, data if trains else own)
 
 
 def _evaluate(model: LoopedTransformer, batches: Batches) -> LoopEvaluation:

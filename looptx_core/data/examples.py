@@ -250,15 +250,15 @@ def padding_id(tokenizer: Tokenizer) -> int:
     return end_id(tokenizer) if padding is None else padding
 
 
-class Packed(Dataset[dict[str, Tensor]]):
+class PackedExamples(Dataset[dict[str, Tensor]]):
     """Examples packed into sequences of `seq_len` inputs, each example to itself.
 
     An example attends within itself only, and its first token is no target, which the example
     before would have to predict. RoPE sees distances alone, so positions need not start anew.
     Items of media are decoded here, in the loader's workers.
 
-    config: of the model that reads the items. draw: a seed to draw each example's text, in each
-    epoch; absent: its longest. augment: draw each item anew too.
+    config: of the model that reads the items. seed: for choosing one text of each example in each
+    epoch; absent: its longest. augment: vary each item in each epoch too.
     """
 
     def __init__(
@@ -267,11 +267,11 @@ class Packed(Dataset[dict[str, Tensor]]):
         seq_len: int,
         padding: int,
         config: ModelConfig | None = None,
-        draw: int | None = None,
+        seed: int | None = None,
         augment: bool = False,
     ) -> None:
         self.examples, self.seq_len, self.padding = examples, seq_len, padding
-        self.config, self.draw, self.augment = config, draw, augment
+        self.config, self.seed, self.augment = config, seed, augment
         self.rows = pack([len(example.ids) for example in examples], seq_len + 1)
         counted = sum(int(example.counted[1:].sum()) for example in examples)
         self._weight = seq_len * len(self.rows) / max(1, counted)
@@ -292,13 +292,13 @@ class Packed(Dataset[dict[str, Tensor]]):
         epoch, index = divmod(index, len(self))
         texts, items = [], []
         for number in self.rows[index]:
-            example, draw = self.examples[number], None
-            if self.draw is not None and (example.files or example.others):
-                draw = np.random.default_rng((self.draw, epoch, number))
+            example, rng = self.examples[number], None
+            if self.seed is not None and (example.files or example.others):
+                rng = np.random.default_rng((self.seed, epoch, number))
                 if example.others:
-                    example = example.ways[int(draw.integers(len(example.ways)))]
+                    example = example.ways[int(rng.integers(len(example.ways)))]
             texts.append((number, example))
-            how = draw if self.augment else None
+            how = rng if self.augment else None
             for file in self.examples[number].files:
                 assert self.config is not None, "items come with the configuration of their reader"
                 items.append(MEDIA[file.medium].read(file.path, self.config, augment=how))
@@ -334,7 +334,7 @@ def split_packed(
     val_fraction: float,
     seed: int,
     augment: bool = False,
-) -> tuple[Packed, Packed]:
+) -> tuple[PackedExamples, PackedExamples]:
     """Examples to train on and to judge by, packed.
 
     seed: of the choice, and of what is drawn anew in each epoch of training.
@@ -346,7 +346,7 @@ def split_packed(
         [examples[i] for i in part] for part in hold_out(keys, val_fraction, seed, whole=grouped)
     )
     shape = (seq_len, padding_id(tokenizer), config)
-    return Packed(train, *shape, seed, augment), Packed(val, *shape)
+    return PackedExamples(train, *shape, seed, augment), PackedExamples(val, *shape)
 
 
 def _key(example: Example) -> bytes:
@@ -359,10 +359,10 @@ def _key(example: Example) -> bytes:
 class ExampleData(Batches):
     """Batches of packed examples; the other arguments are those of `Batches`."""
 
-    train: Packed
-    val: Packed
+    train: PackedExamples
+    val: PackedExamples
 
-    def __init__(self, train: Packed, val: Packed, **how: Any) -> None:
+    def __init__(self, train: PackedExamples, val: PackedExamples, **how: Any) -> None:
         super().__init__(train, val, **how)
 
     @property

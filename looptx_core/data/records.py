@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from looptx_core.data.chat import check_messages
-from looptx_core.data.content import place
+from looptx_core.data.content import insert_items
 from looptx_core.data.corpus import Corpus, visible_files
 from looptx_core.documents import check_characters, read_text
 from looptx_core.errors import DataError, UsageError
@@ -222,7 +222,7 @@ def _with_media(raw: Any, where: str, folder: Path) -> Record:
 
 def _content(text: str, files: tuple[MediaFile, ...], where: str) -> tuple[Part, ...]:
     try:
-        parts = place(text, files)
+        parts = insert_items(text, files)
     except UsageError as error:
         raise DataError(f"{where}: {error}") from error
     return tuple((part,) if isinstance(part, str) else part for part in parts)

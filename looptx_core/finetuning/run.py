@@ -282,7 +282,7 @@ def _data(
     batches = ExampleData(
         train,
         val,
-        micro_batch=config.rows,
+        micro_batch=config.micro_batch_size,
         batches=steps * config.accumulation,
         val_batches=config.val_batches,
         seed=config.seed,

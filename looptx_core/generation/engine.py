@@ -87,7 +87,7 @@ class Engine:
         precision: str = "float32",
     ) -> None:
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
-        model.join()
+        model.fuse_projections()
         self.exit_settings = exit_settings or ExitSettings()
         self.batch_size = batch_size
         self.end = end_id(tokenizer)

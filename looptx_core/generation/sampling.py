@@ -78,7 +78,7 @@ def pick(chances: Tensor, generator: torch.Generator) -> int:
     return int(torch.multinomial(chances, 1, generator=generator))
 
 
-def draw(
+def sample(
     logits: Tensor, options: GenerationOptions, seen: Tensor, generator: torch.Generator
 ) -> int:
     """The next token's id from logits (vocab,)."""

@@ -25,7 +25,7 @@ _COLOURS = {
 }
 
 
-def draw(document: Document, folder: Path) -> dict[str, Path]:
+def plot_figures(document: Document, folder: Path) -> dict[str, Path]:
     """Write the PNGs and return them by title."""
     import matplotlib
 

@@ -70,6 +70,6 @@ class _Walk:
         if hidden is not None:
             name, batch = self.medium.name, self.media[self.medium.name]
             media = {name: replace(batch, hidden=hidden.to(tokens.device))}
-        around = model.surroundings(tokens.shape[1], layout=model.layout(tokens, media))
-        for state in model.states(tokens, self.loops, around=around, media=media):
-            yield state[0, 1:], model.decode(state, around)[0, 1:]
+        ctx = model.context(tokens.shape[1], layout=model.layout(tokens, media))
+        for state in model.states(tokens, self.loops, ctx=ctx, media=media):
+            yield state[0, 1:], model.coda_hidden(state, ctx)[0, 1:]

@@ -127,13 +127,13 @@ def inspect_loops(
 
 def write_report(document: Document, folder: Path) -> None:
     """report.json, the figures, and report.html with all of it inside, whole or not at all."""
-    from looptx_core.inspection.figures import draw
+    from looptx_core.inspection.figures import plot_figures
     from looptx_core.inspection.page import page
 
     def write(place: Path) -> None:
         marked = {**document, "command": "inspect-loops"}
         (place / "report.json").write_text(json.dumps(marked, indent=1) + "\n", "utf-8")
-        figures = draw(document, place)
+        figures = plot_figures(document, place)
         (place / "report.html").write_text(page(document, figures), "utf-8")
 
     write_folder(folder, write)
@@ -164,7 +164,7 @@ def _confidence(survey: Survey, stored: ExitSettings, settings: ExitSettings) ->
     `before`: as the head says it. `head`: calibrated on the other half, which the exit rests on.
     Without a suffix: as it is stated with a token, which reads the logits too.
     """
-    raw, told = survey.evaluation.logit.sigmoid(), survey.stated(settings)
+    raw, told = survey.evaluation.logit.sigmoid(), survey.reported_confidence(settings)
     signals = survey.signals(settings)
     head, sharp = signals["confidence"], signals["maxprob"]
     place = rule_depths(survey, settings)[None] - 1

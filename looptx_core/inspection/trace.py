@@ -10,7 +10,7 @@ from torch import Tensor
 
 from looptx_core.config.generation import ExitSettings
 from looptx_core.inspection.influence import deletion_test, influence
-from looptx_core.model.confidence import relative_change, sharpness
+from looptx_core.model.confidence import relative_change, top_log_odds
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.stopping.calibration import calibrated, reported_confidence
 from looptx_core.stopping.rule import Exit, ExitSignals
@@ -79,20 +79,20 @@ def _walk(
     From states of full depth: a token that left early still shows its deeper ones.
     """
     own = Exit(min(settings.min_loops, loops), loops, settings, settings.rule)
-    around = model.surroundings(len(tokens))
+    ctx = model.context(len(tokens))
     depth = torch.zeros(len(tokens), dtype=torch.long)
     confidence = torch.zeros(len(tokens))
     logits: list[Tensor] = []
-    before = embedding = model.encode(tokens[None], around)
-    for loop, state in model.iterate(embedding, embedding, around, range(1, loops + 1)):
+    before = embedding = model.embed(tokens[None], ctx)
+    for loop, state in model.iterate(embedding, embedding, ctx, range(1, loops + 1)):
         judged, change = model.confidence(state, loop), relative_change(before, state)
         before = state
         logit, gain, moved = (part[0].float().cpu() for part in (*judged, change))
         read = calibrated(logit, gain, moved, loop, settings)
         previous = logits[-1] if logits else None
-        logits.append(model.head(model.decode(state, around))[0].float().cpu())
+        logits.append(model.head(model.coda_hidden(state, ctx))[0].float().cpu())
         here = (depth == 0) & own.stops(loop, ExitSignals(*read, logits[-1], previous))
-        sharp = sharpness(logits[-1].log_softmax(-1))
+        sharp = top_log_odds(logits[-1].log_softmax(-1))
         told = reported_confidence(logit, sharp, settings)
         depth[here], confidence[here] = loop, told[here]
     return torch.stack(logits), depth, confidence

@@ -41,7 +41,7 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
     parent: where; absent: the system's folder for temporary files.
     """
     place = parent or Path(tempfile.gettempdir())
-    sweep(place)
+    remove_stale(place)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
     handle = _lock(folder, create=True)
     try:
@@ -52,7 +52,7 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
             os.close(handle)
 
 
-def sweep(parent: Path) -> None:
+def remove_stale(parent: Path) -> None:
     """Remove scratch folders of this user whose process is gone."""
     for folder in parent.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):

@@ -10,7 +10,7 @@ from looptx_core.config.run import TrainConfig
 from looptx_core.machine.facts import Machine, this_machine
 from looptx_core.model.flops import token_flops
 from looptx_core.parallel.deepspeed.offload import Offload, plan_offload
-from looptx_core.parallel.memory import Need, Spread, count, rank_need
+from looptx_core.parallel.memory import MemoryEstimate, ParallelLayout, count, rank_need
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Plan:
     parameters: int
     flops_per_token: dict[int, float]
     """Forward, by loops, read out once at the end, at half the sequence's length of context."""
-    need: Need
+    need: MemoryEstimate
     """Of each process, with nothing offloaded."""
-    spread: Spread
+    spread: ParallelLayout
     rows: int
     """Sequences a forward pass on one device."""
     precision: str
@@ -54,8 +54,8 @@ class Plan:
 def plan(model: ModelConfig, config: TrainConfig, machine: Machine | None = None) -> Plan:
     """Count a run's needs, and compare them with a machine: this one by default."""
     machine = machine or this_machine(config.nvme_path or ".")
-    spread = Spread.of(config)
-    rows = config.rows
+    spread = ParallelLayout.of(config)
+    rows = config.micro_batch_size
     max_loops = config.max_loops or model.max_loops
     cost = token_flops(model, config.seq_len / 2)
     # 'auto' is a probe's choice at the start: bf16 on GPUs, float32 where it is not sure.
@@ -84,7 +84,7 @@ def plan(model: ModelConfig, config: TrainConfig, machine: Machine | None = None
 
 
 def _advice(
-    model: ModelConfig, config: TrainConfig, machine: Machine, spread: Spread, rows: int,
+    model: ModelConfig, config: TrainConfig, machine: Machine, spread: ParallelLayout, rows: int,
     bf16: bool, asked: str,
 ) -> str:  # fmt: skip
     """The first flags that would make it fit, tried in the order of what they cost."""
@@ -94,7 +94,7 @@ def _advice(
         rows //= 2
         less = replace(less, micro_batch=rows)
         trials.append((f"--grad-checkpointing --micro-batch {rows}", less, rows))
-    kinds: list[tuple[str, Spread, str]] = [("", spread, asked)]
+    kinds: list[tuple[str, ParallelLayout, str]] = [("", spread, asked)]
     if spread.stage < 3:
         given = config.strategy != "auto"
         place = f" in place of --strategy {config.strategy}" if given else ""

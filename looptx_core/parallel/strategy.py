@@ -18,7 +18,7 @@ from looptx_core.config.run import RunConfig
 from looptx_core.documents import read_json
 from looptx_core.errors import UsageError
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.parallel.ranks import EndsTogether
+from looptx_core.parallel.ranks import BarrierAtTeardown
 
 Report = Callable[[str], object]
 
@@ -41,7 +41,7 @@ class Swapped:
     read: int
 
 
-class _Ddp(EndsTogether, DDPStrategy):
+class _Ddp(BarrierAtTeardown, DDPStrategy):
     """Lightning's, which names the process that was lost."""
 
     def __init__(self, advice: str, **how: Any) -> None:
@@ -74,7 +74,7 @@ def choose_strategy(
         from looptx_core.parallel.fsdp import FsdpStrategy
 
         return FsdpStrategy(config.world_size, on_gpu=on_gpu, advice=advice)
-    place = _place(model, config, folder, bf16, report)
+    place = _offload_plan(model, config, folder, bf16, report)
     return _zero(model, config, place, folder, on_gpu, report, advice)
 
 
@@ -89,11 +89,11 @@ def check_strategy(config: RunConfig, folder: Path) -> None:
     if config.sharding not in ("zero2", "zero3"):
         return
     from looptx_core.parallel.deepspeed.library import check_version
-    from looptx_core.parallel.deepspeed.nvme import check_place
+    from looptx_core.parallel.deepspeed.nvme import check_swap_folder
 
     check_version()
     if config.offload == "nvme":
-        check_place(Path(config.nvme_path) if config.nvme_path else None, folder)
+        check_swap_folder(Path(config.nvme_path) if config.nvme_path else None, folder)
     if config.deepspeed_config:
         _own_settings({}, config.deepspeed_config)
 
@@ -137,7 +137,7 @@ def _zero(
     report(f"offload: optimizer {place.optimizer}, weights {place.weights}")
     chosen = settings(
         3 if config.sharding == "zero3" else 2,
-        rows=config.rows,
+        rows=config.micro_batch_size,
         clip=config.clip,
         parameters=sum(trained),
         largest=max(
@@ -155,7 +155,7 @@ def _zero(
     return ZeroStrategy(chosen, on_gpu=on_gpu, swap=swap, advice=advice)
 
 
-def _place(
+def _offload_plan(
     model: LoopedTransformer, config: RunConfig, folder: Path, bf16: bool, report: Report
 ) -> Placement:
     """What was asked for, or by default the smallest set that makes the run fit."""
@@ -166,7 +166,7 @@ def _place(
         both = config.sharding == "zero3"
         return Placement(config.offload, config.offload if both else "none")
     machine = this_machine(config.nvme_path or folder)
-    plan = plan_offload(model.config, config, machine, rows=config.rows, bf16=bf16)
+    plan = plan_offload(model.config, config, machine, rows=config.micro_batch_size, bf16=bf16)
     for reason in plan.reasons:
         report(f"offload: {reason}")
     if not plan.fits:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from looptx_core.config.run import RunConfig
 from looptx_core.errors import UsageError
-from looptx_core.model.depths import draw_depth
+from looptx_core.model.depths import sample_depth
 
 _THRESHOLD_MEMORY = 0.9  # of the running quantile: the last ten steps, as losses fall fast
 
@@ -79,7 +79,7 @@ class LoopSchedule(torch.nn.Module):
         return {"last": self.base, "pair": max(1, self.base - 1), "all": 1}[loss_at]
 
     def _depth(self, rng: np.random.Generator, low: int) -> int:
-        return draw_depth(rng, self.mean_loops, low, self.max_loops)
+        return sample_depth(rng, self.mean_loops, low, self.max_loops)
 
     def _above_threshold(self, values: Tensor) -> Tensor:
         if self.fixed_threshold is not None:

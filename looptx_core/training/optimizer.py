@@ -15,7 +15,7 @@ from looptx_core.training.hardware import choose_precision
 from looptx_core.training.muon import Muon
 
 
-class Together(torch.optim.Optimizer):
+class ChainedOptimizer(torch.optim.Optimizer):
     """Several optimizers as one, for a trainer that steps a single one.
 
     Each keeps its own parameters and state; schedulers see the groups of all.
@@ -68,7 +68,7 @@ def build_optimizer(model: LoopedTransformer, config: RunConfig) -> torch.optim.
         weight_decay=config.weight_decay,
         products=torch.bfloat16 if precision == "bf16" else torch.float32,
     )
-    return Together(muon, adamw)
+    return ChainedOptimizer(muon, adamw)
 
 
 def build_adamw(model: LoopedTransformer, config: RunConfig) -> torch.optim.AdamW:

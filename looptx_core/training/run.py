@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +14,28 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 
-from looptx_core.checkpoint.folder import save_model
-from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.processes import is_first
 from looptx_core.config.run import RunConfig, TrainConfig
-from looptx_core.data.bundled import bundled_corpus
 from looptx_core.data.datamodule import TokenData
-from looptx_core.data.mixture import RECORDS, TEXT, MixedData
-from looptx_core.data.own import FILE as OWN_DATA
-from looptx_core.data.own import OwnData
-from looptx_core.data.probes import probe_batches, read_probes
+from looptx_core.data.mixture import MixedData
 from looptx_core.data.records import read_records
 from looptx_core.errors import Interrupted, LooptxError, UsageError, remedy
-from looptx_core.machine.device import best_device, on_best_device
+from looptx_core.machine.device import best_device
 from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.media.registry import MEDIA, media_for
 from looptx_core.model import fused
 from looptx_core.model.attention import choose_backend
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.parallel.deepspeed.checkpoint import Checkpoint, sweep
+from looptx_core.parallel.deepspeed.checkpoint import Checkpoint, remove_partial
 from looptx_core.parallel.ranks import lost_peer
 from looptx_core.parallel.strategy import (
     AtTheEnd,
-    Swapped,
     check_strategy,
     choose_strategy,
     own_environment,
     shards_optimizer,
 )
-from looptx_core.training.calibration import calibrate
 from looptx_core.training.callbacks import (
     Begin,
     Checkpoints,
@@ -53,43 +43,14 @@ from looptx_core.training.callbacks import (
     StopCleanly,
     WholeFiles,
     processes_of,
-    read_metrics,
     resume_point,
     step_of,
 )
-from looptx_core.training.compiled import compile_moves, plain_moves
-from looptx_core.training.curves import plot_run, verdict
-from looptx_core.training.evaluate import LoopEvaluation, evaluate_all, evaluate_loops
+from looptx_core.training.compiled import compile_forward, uncompile_forward
+from looptx_core.training.finish import TrainResult, finish_training
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.kernel_trial import enable_kernels
 from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
-
-
-@dataclass
-class TrainResult:
-    """What a finished run has to show."""
-
-    folder: Path
-    model_folder: Path
-    steps: int
-    seconds: float
-    tokens: int
-    """Of the steps that this process ran."""
-    steps_before: int
-    """Of a resumed run, before this process."""
-    loss_by_loop: list[float]
-    """Held-out nats a token."""
-    bits_per_byte_by_loop: list[float]
-    accuracy_by_loop: list[float]
-    probes: dict[str, list[float]] = field(default_factory=dict)
-    """Accuracy by loop on generated lines that need depth, by name."""
-    temperature: float = 1.0
-    flops: float = 0.0
-    verdict: str = ""
-    caption_loss_by_loop: list[float] = field(default_factory=list)
-    """Held-out nats a token of texts beside items of media."""
-    swapped: Swapped | None = None
-    """Under NVMe offload: the swap files and what was moved, in bytes."""
 
 
 def fit_vocabulary(model: ModelConfig, vocab_size: int, asked: bool) -> ModelConfig:
@@ -140,7 +101,7 @@ def train(
         )
     how: dict[str, Any] = {
         "seq_len": config.seq_len,
-        "micro_batch": config.rows,
+        "micro_batch": config.micro_batch_size,
         "batches": (until or config.steps) * config.accumulation,
         "val_batches": config.val_batches,
         "seed": config.seed,
@@ -171,7 +132,9 @@ def train(
     )  # fmt: skip
     if not is_first():
         return None
-    return _finish(module.model, module, batches, config, data, records, folder, steps, started)
+    return finish_training(
+        module.model, module, batches, config, data, records, folder, steps, started
+    )
 
 
 def check(config: RunConfig, folder: Path) -> None:
@@ -279,7 +242,7 @@ def fit(
             metrics.cut_back(begin_at)
         if config.steps <= begin_at < last_step:
             metrics.mark_stretch(begin_at, last_step, config.lr * config.min_lr)
-        sweep(checkpoints)
+        remove_partial(checkpoints)
 
     stop, end = StopCleanly(checkpoints, config.max_minutes), AtTheEnd(checkpoints)
     last = [gathered] if gathered else [end] if sharded else []
@@ -290,7 +253,7 @@ def fit(
             wanted = precision == "float32" and not config.compile
             report(f"kernels: {enable_kernels(model.config, config, folder, wanted, resume)}")
         if config.compile:
-            compile_moves(model)
+            compile_forward(model)
         try:
             with freed_memory_kept() if device.type == "cpu" else nullcontext():
                 trainer.fit(module, datamodule=batches, ckpt_path=start_from, weights_only=True)
@@ -312,8 +275,8 @@ def fit(
         finally:
             if swap := getattr(strategy, "swap", None):
                 swap.close()
-            fused.prepare(False)
-            plain_moves(model)
+            fused.enable_fused(False)
+            uncompile_forward(model)
     if stop.reason == "interrupted":
         left = (last_step - trainer.global_step) * (time.monotonic() - stop.begun)
         left /= max(1, trainer.global_step - begin_at)
@@ -384,84 +347,3 @@ def _trainer(
             TensorBoardLogger(folder, name=None, version="tensorboard"),
         ],
     )
-
-
-def _finish(
-    model: LoopedTransformer,
-    module: LoopedLM,
-    batches: TokenData | MixedData,
-    config: TrainConfig,
-    data: Path,
-    records: Sequence[str | Path],
-    folder: Path,
-    steps: int,
-    started: float,
-) -> TrainResult:
-    loops = module.schedule.max_loops
-
-    def measure() -> tuple[dict[str, LoopEvaluation], dict[str, list[float]]]:
-        parts = {
-            name: evaluate_all(model, batches.held_out(part), loops)
-            for name, part in batches.val_parts.items()
-        }
-        lines = probe_batches(read_probes(data), batches.shards.tokenizer)
-        return parts, {
-            name: evaluate_loops(model, tokens, loops, counted).accuracy_by_loop
-            for name, tokens, counted in lines
-        }
-
-    by_part, probes = on_best_device(model, measure)
-    evaluation = by_part[TEXT]
-    earliest = ExitSettings(min_loops=module.schedule.first_read(config.loss_at))
-    exit_settings = calibrate(earliest, functools.reduce(operator.add, by_part.values()))
-    counts = batches.shards.manifest.splits["val"]
-    bits = [loss / 0.6931471805599453 * counts.tokens / counts.bytes
-            for loss in evaluation.loss_by_loop]  # fmt: skip
-    metrics = read_metrics(folder / "metrics.jsonl")
-    result = TrainResult(
-        folder=folder,
-        model_folder=folder / "final",
-        steps=steps,
-        seconds=time.monotonic() - started,
-        steps_before=module.begun_at,
-        tokens=(steps - module.begun_at) * config.batch_size * config.seq_len,
-        loss_by_loop=evaluation.loss_by_loop,
-        bits_per_byte_by_loop=bits,
-        accuracy_by_loop=evaluation.accuracy_by_loop,
-        probes=probes,
-        temperature=exit_settings.temperature,
-        flops=float(module.flops),
-        verdict=verdict(evaluation.loss_by_loop),
-        caption_loss_by_loop=by_part[RECORDS].loss_by_loop if records else [],
-        swapped=module.swapped,
-    )
-    plot_run(metrics, probes, folder / "curves.png")
-    names = [Path(item["name"]).name for item in batches.shards.manifest.inputs]
-    texts = [item for item in config.data if item not in records]
-    if not texts and names != [bundled_corpus().name]:
-        texts = [str(data)]
-    own = OwnData.of("text", texts, asdict(config), shards=data, media=records)
-    save_model(
-        result.model_folder,
-        model,
-        batches.shards.tokenizer,
-        exit_settings=exit_settings,
-        facts={
-            "data": names + [Path(item).name for item in records],
-            "steps": result.steps,
-            "tokens": steps * config.batch_size * config.seq_len,
-            "seed": config.seed,
-            "loop_schedule": config.loop_schedule,
-            "loss_by_loop": [round(loss, 4) for loss in result.loss_by_loop],
-            "bits_per_byte_by_loop": [round(value, 4) for value in bits],
-            "training_flops": result.flops,
-            **(
-                {"caption_loss_by_loop": [round(loss, 4) for loss in result.caption_loss_by_loop]}
-                if records
-                else {}
-            ),
-        },
-        overwrite=True,
-        files={OWN_DATA: own.to_dict()},
-    )
-    return result

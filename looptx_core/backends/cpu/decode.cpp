@@ -338,7 +338,7 @@ void ternary_dots(const uint8_t* w, const int8_t* x, int width, int32_t* out) {
 
 extern "C" {
 
-constexpr int32_t LOOPTX_ABI_VERSION = 3;  // bindings.py has it too
+constexpr int32_t LOOPTX_ABI_VERSION = 3;  // structs.py has it too
 
 enum Kind : int32_t { FLOAT, BFLOAT, BYTES, TERNARY };
 

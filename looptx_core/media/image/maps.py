@@ -12,7 +12,7 @@ from torch import Tensor
 from looptx_core.documents import printable
 from looptx_core.media.base import Figure, Walk
 from looptx_core.media.batch import MediaBatch, MediaItem
-from looptx_core.media.image.masked import draw
+from looptx_core.media.image.masked import reconstruct
 
 _SHOWN = 4  # loops of an image that are plotted
 
@@ -129,7 +129,7 @@ def _restored(walk: Walk, item: MediaItem) -> dict[str, Any]:
                     error.append(torch.zeros(count))
                 there = numbers.to(decoded.device)
                 batch = MediaBatch(item.features.to(decoded.device), torch.tensor([item.grid]))
-                drawn = draw(walk.head, decoded[None], there[None], batch)
+                drawn = reconstruct(walk.head, decoded[None], there[None], batch)
                 sure[loop][hidden] = drawn.logit.float().sigmoid().cpu()
                 error[loop][hidden] = drawn.error.float().cpu()
     return {

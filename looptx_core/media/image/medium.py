@@ -110,9 +110,9 @@ class Image(Medium):
     def losses(
         self, head: nn.Module, states: Tensor, numbers: Tensor, batch: MediaBatch
     ) -> MediumLosses:
-        from looptx_core.media.image.masked import draw, drawing_losses
+        from looptx_core.media.image.masked import reconstruct, reconstruction_losses
 
-        return drawing_losses(draw(head, states, numbers, batch))
+        return reconstruction_losses(reconstruct(head, states, numbers, batch))
 
     def inspect(self, walk: Walk, item: MediaItem) -> dict[str, Any]:
         return _file("maps").inspect(walk, item)

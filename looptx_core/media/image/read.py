@@ -203,11 +203,11 @@ def _flat(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     return Image.alpha_composite(under, image).convert("RGB")
 
 
-def _augmented(image: Image.Image, size: tuple[int, int], draw: np.random.Generator) -> np.ndarray:
+def _augmented(image: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Shifted, scaled and turned a little, in other colours: (height, width, 3), -1 to 1."""
     background = WHITE
-    if draw.random() < 0.4:
-        red, green, blue = draw.integers(0, 256, 3).tolist()
+    if rng.random() < 0.4:
+        red, green, blue = rng.integers(0, 256, 3).tolist()
         background = (red, green, blue)
     # What follows looks at single pixels, so a large picture is scaled down first.
     image = image.resize(
@@ -215,8 +215,8 @@ def _augmented(image: Image.Image, size: tuple[int, int], draw: np.random.Genera
         Image.Resampling.BOX,
     )
     flat = _flat(image, background)
-    angle, shift = np.deg2rad(draw.uniform(-15, 15)), draw.uniform(-0.1, 0.1, 2)
-    scale = np.exp(draw.uniform(-0.25, 0.25) + draw.uniform(-0.08, 0.08, 2))
+    angle, shift = np.deg2rad(rng.uniform(-15, 15)), rng.uniform(-0.1, 0.1, 2)
+    scale = np.exp(rng.uniform(-0.25, 0.25) + rng.uniform(-0.08, 0.08, 2))
     # Columns: where a step to the right and a step down lead, in the picture's own pixels.
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * scale
     step = turn / np.array(size) * np.array(flat.size)[:, None]
@@ -230,10 +230,10 @@ def _augmented(image: Image.Image, size: tuple[int, int], draw: np.random.Genera
     )
     pixels = np.asarray(flat, np.float32) / 127.5 - 1
     grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
-    colour = 0 if draw.random() < 0.1 else draw.uniform(0.5, 1.5)
+    colour = 0 if rng.random() < 0.1 else rng.uniform(0.5, 1.5)
     pixels = grey[..., None] + np.float32(colour) * (pixels - grey[..., None])
-    contrast = draw.uniform(0.7, 1.3) * np.exp(draw.uniform(-0.15, 0.15, 3))
-    changed = pixels * contrast.astype(np.float32) + np.float32(draw.uniform(-0.15, 0.15))
+    contrast = rng.uniform(0.7, 1.3) * np.exp(rng.uniform(-0.15, 0.15, 3))
+    changed = pixels * contrast.astype(np.float32) + np.float32(rng.uniform(-0.15, 0.15))
     return np.clip(changed, -1, 1)
 
 

@@ -52,7 +52,7 @@ class SwapFolder:
         name = f"looptx-{digest}-{machine()}"  # machines may see the same folder
         self.folder, self._lock = self.parent / name, self.parent / (name + ".lock")
         self._own_parent = path is None
-        check_place(path, run)
+        check_swap_folder(path, run)
         self.needed, self.by_libaio = needed, by_libaio
         self._held: int | None = None
 
@@ -115,7 +115,7 @@ def clear_stale(parent: Path) -> list[Path]:
     return gone
 
 
-def check_place(path: Path | None, run: Path) -> None:
+def check_swap_folder(path: Path | None, run: Path) -> None:
     """Raise `UsageError` where a run can't swap to `path`, or without one to its own folder."""
     if path is not None and not path.is_dir():
         raise UsageError(f"--nvme-path {path}: no such folder; make it, or choose another")

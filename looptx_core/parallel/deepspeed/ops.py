@@ -190,7 +190,7 @@ def build_op(
             start_new_session=True,
         )  # fmt: skip
         try:
-            _follow(child, output.fileno(), name, begun, report, every)
+            _show_progress(child, output.fileno(), name, begun, report, every)
         finally:
             if child.poll() is None:
                 _stop(child)
@@ -249,7 +249,7 @@ def _environment() -> dict[str, str]:
     return {**kind, **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
-def _follow(
+def _show_progress(
     child: subprocess.Popen[bytes],
     output: int,
     name: str,
