@@ -206,12 +206,13 @@ def _from_stdin() -> str:
 def _stream(
     engine: Engine, prompt: Prompt, options: GenerationOptions, iterations: bool, quiet: bool
 ) -> None:
-    """Print a continuation as it comes; with `iterations` in colours, then its figures."""
-    from looptx_cli.render import legend, token_line, token_text
+    """Print a continuation as it comes; with `iterations` in colours over its figures."""
+    from looptx_cli.render import TokenDisplay, answers_told, legend, token_line
 
     plain = is_plain(sys.stdout)
     deepest = engine.model.config.max_loops
     out = stdout()
+    display = TokenDisplay(out, deepest, _before(engine, prompt))
 
     begun = False
 
@@ -225,12 +226,15 @@ def _stream(
         elif plain:
             _print(token_line(step) + "\n")
         else:
-            out.print(token_text(step, deepest), end="")
+            display.add(step)
 
     (result,) = engine.complete([prompt], options, watch)
-    _print("" if iterations and plain else "\n")
+    display.close()
+    _print("" if iterations else "\n")
     if iterations and not plain:
         out.print(legend(result, deepest))
+    if iterations and (told := answers_told(_before(engine, prompt), result.text)):
+        note(told, quiet) if plain else out.print(told)
     _summarise(engine, result, iterations, quiet)
 
 
