@@ -39,6 +39,7 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Go on with this run, exactly.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show size and cost only.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Try what memory can't hold.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no notes.")] = False,
 ) -> None:
@@ -65,12 +66,14 @@ def train(
         if not until:
             return
     model_config = resolved.build(ModelConfig, "model")
-    if dry_run:
-        with large_imports():
-            from looptx_core.parallel.plan import plan
+    with large_imports():
+        from looptx_core.parallel.plan import check_memory, plan
 
+    if dry_run:
         _show_plan(plan(model_config, settings), as_json)
         return
+    if not force:
+        check_memory(model_config, settings)
 
     with large_imports():
         from looptx_core.data.bundled import bundled_shards
@@ -240,4 +243,4 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     row(
         "RAM here", plan.machine.ram, f"; {names}; {plan.machine.disk / 2**30:.0f} GiB of disk free"
     )
-    out.print("It fits." if plan.fits else "It does not fit. " + plan.advice, soft_wrap=True)
+    out.print(plan.verdict, soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,3 +264,37 @@ def test_the_dry_run_shows_the_arithmetic(capsys: pytest.CaptureFixture[str]) ->
     text = capsys.readouterr().out
     for word in ("weights", "gradients", "optimizer", "activations", "at the peak", "nothing"):
         assert word in text
+
+
+@pytest.mark.parametrize(
+    "ram, gpus, flags, code",
+    [
+        (24, (), ["--preset", "7b"], 3),  # where nothing helps
+        (64, (16,), ["--preset", "1b"], 2),  # where --zero3 does
+        (24, (), ["--preset", "7b", "--force"], None),
+        (24, (), ["--preset", "small"], None),
+        (13, (), ["--preset", "medium"], None),  # by an estimate that may be wrong
+    ],
+)
+def test_what_memory_can_not_hold_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    ram: int, gpus: tuple[int, ...], flags: list[str], code: int | None,
+) -> None:  # fmt: skip
+    machine = replace(WORKSTATION, ram=ram * GB, gpu_memory=tuple(size * GB for size in gpus))
+    monkeypatch.setattr("looptx_core.parallel.plan.this_machine", lambda *_: machine)
+    monkeypatch.chdir(tmp_path)
+    # The data, which are read next, are missing.
+    command = ["train", *flags, "--batch-size", "8", "--data", "none.txt", "--out", "run"]
+    assert main(command) == (4 if code is None else code)
+    error = capsys.readouterr().err
+    assert ("It does not fit" in error) == ("--force tries" in error) == (code is not None)
+    assert ("--zero3" in error) == (code == 2) and not any(tmp_path.iterdir())
+
+
+def test_only_what_is_far_too_large_is_hopeless() -> None:
+    model, config = preset("medium", micro_batch=1)
+    needed = plan(model, config, replace(WORKSTATION, gpu_memory=())).total
+    for share, fits, hopeless in ((1.0, True, False), (1.2, False, False), (1.7, False, True)):
+        ram = int(needed / share / 0.85) + 1
+        found = plan(model, config, replace(WORKSTATION, gpu_memory=(), ram=ram))
+        assert (found.fits, found.is_hopeless) == (fits, hopeless)

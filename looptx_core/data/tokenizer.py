@@ -195,11 +195,18 @@ def end_id(tokenizer: Tokenizer) -> int:
 class StreamDecoder:
     """Turns token ids into text one at a time; the joined parts equal `decode` of all ids.
 
+    context: ids that stand before them, whose text is not repeated: the text of both joined equals
+    `decode` of both. It matters for tokenizers that drop the space before the first word.
     A token that completes no character gives '', and the one that completes it the whole.
     The library's own `DecodeStream` holds back bytes that are no UTF-8 and has no flush.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        context: Sequence[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
         self._special = {
@@ -209,8 +216,9 @@ class StreamDecoder:
         }
         self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._ids: list[int] = []  # of a foreign decoder, which has no state of its own
-        self._given = 0
+        # A foreign decoder has no state of its own: the last ids, and how many of them were given.
+        self._ids = [] if self._byte_level else list(context)
+        self._given = len(self._ids)
 
     def step(self, token_id: int) -> str:
         """The text that this token completes."""
@@ -225,18 +233,21 @@ class StreamDecoder:
         """What remains at the end: U+FFFD for a character that was never completed."""
         if self._byte_level:
             return self._utf8.decode(b"", final=True)
-        return self._decoded()[self._given :]
+        return self._decode(self._ids)[len(self._decode(self._ids[: self._given])) :]
 
-    def _decoded(self) -> str:
-        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip_special)
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special)
 
     def _foreign(self, token_id: int) -> str:
         self._ids.append(token_id)
-        text = self._decoded()
+        before, text = self._decode(self._ids[: self._given]), self._decode(self._ids)
         if text.endswith("\ufffd"):
             return ""
-        given, self._given = self._given, len(text)
-        return text[given:]
+        # The next ids need some text before them, and no more than that.
+        if self._decode(self._ids[self._given :]):
+            del self._ids[: self._given]
+        self._given = len(self._ids)
+        return text[len(before) :]
 
 
 def token_bytes(token: str) -> bytes:

@@ -261,7 +261,10 @@ class Engine:
             options=options,
             exit=own,
             prompt_exit=fixed_exit(options.prompt_loops or own.max_loops, own.settings),
-            text=TextStream(self.tokenizer, options.stop),
+            # An answer in a chat is a text of its own.
+            text=TextStream(
+                self.tokenizer, options.stop, () if isinstance(prompt, ChatPrompt) else tokens
+            ),
             seen=tokens,
             limit=min(len(tokens) + options.max_new_tokens, config.max_seq_len),
             end=self.end,

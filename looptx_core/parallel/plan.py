@@ -7,10 +7,13 @@ from typing import Any
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
+from looptx_core.errors import MissingError, UsageError
 from looptx_core.machine.facts import Machine, this_machine
 from looptx_core.model.flops import token_flops
 from looptx_core.parallel.deepspeed.offload import Offload, plan_offload
 from looptx_core.parallel.memory import MemoryEstimate, ParallelLayout, count, rank_need
+
+_CERTAIN = 1.5  # times what is usable: beyond an estimate's error, and beyond all that is there
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,17 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.offload.fits
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether it needs clearly more than this machine has, whatever is offloaded."""
+        uses = self.offload.arithmetic
+        return not self.fits and any(use.total > _CERTAIN * use.usable for use in uses)
+
+    @property
+    def verdict(self) -> str:
+        """One line for people: whether it fits, and if not, what would."""
+        return "It fits." if self.fits else f"It does not fit. {self.advice}"
 
     def to_dict(self) -> dict[str, Any]:
         """For `looptx train --dry-run --json`."""
@@ -83,6 +97,28 @@ def plan(model: ModelConfig, config: TrainConfig, machine: Machine | None = None
     )
 
 
+def check_memory(model: ModelConfig, config: TrainConfig, machine: Machine | None = None) -> None:
+    """Refuse a run that needs clearly more memory than a machine has: this one by default.
+
+    Raises:
+        UsageError: other settings would make it fit.
+        MissingError: none would.
+    """
+    found = plan(model, config, machine)
+    if not found.is_hopeless:
+        return
+    uses = [use for use in found.offload.arithmetic if not use.fits]
+    what = ", ".join(
+        f"{use.total / 2**30:.1f} GiB of {use.place} for {use.by}, and {use.usable / 2**30:.1f} "
+        "GiB are usable" for use in uses
+    )  # fmt: skip
+    error = MissingError if found.advice == _NONE_FITS else UsageError
+    raise error(f"the run needs {what}. {found.verdict} --force tries all the same")
+
+
+_NONE_FITS = "By this estimate no flag makes it fit here; take a smaller --preset, or more devices."
+
+
 def _advice(
     model: ModelConfig, config: TrainConfig, machine: Machine, spread: ParallelLayout, rows: int,
     bf16: bool, asked: str,
@@ -106,4 +142,4 @@ def _advice(
             )
             if fitting.fits:
                 return f"Pass {flags}{more}."
-    return "By this estimate no flag makes it fit here; take a smaller --preset, or more devices."
+    return _NONE_FITS
