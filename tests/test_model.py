@@ -343,7 +343,7 @@ def test_joined_projections_change_nothing() -> None:
         before, names = model(ids, 3).logits, set(model.state_dict())
         model.fuse_projections()
         joined = [
-            module for module in model.modules() if getattr(module, "_joined", None) is not None
+            module for module in model.modules() if getattr(module, "_fused", None) is not None
         ]
         assert len(joined) == 2 * 4 and set(model.state_dict()) == names
         torch.testing.assert_close(model(ids, 3).logits, before, atol=1e-12, rtol=1e-12)

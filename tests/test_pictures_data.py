@@ -245,7 +245,7 @@ def test_one_of_several_texts_is_drawn_in_each_epoch(colours: Path, colour_shard
     said = [{tokenizer.decode(way.ids[way.counted].tolist()) for way in e.ways} for e in examples]
     assert said == [{"red", "colour: red"}, {"redwhite", "greenwhite", "bluewhite"}]
     longest = max(len(way.ids) for way in examples[0].ways)
-    drawn = PackedExamples(examples[:1], longest - 1, 0, CONFIG, reconstruct=3)
+    drawn = PackedExamples(examples[:1], longest - 1, 0, CONFIG, seed=3)
     seen = [drawn[epoch]["tokens"].tolist() for epoch in range(12)]
     assert len({tuple(tokens) for tokens in seen}) == 2
     assert seen[5] == drawn[5]["tokens"].tolist()

@@ -206,7 +206,7 @@ def test_the_plan_is_near_peaks_that_were_measured(changes: dict, measured: int)
     config = TrainConfig(
         loop_schedule="fixed", optimizer="adamw", precision="float32", seq_len=128, **changes
     )
-    need = rank_need(model, config, ParallelLayout(), config.rows, heap=True)
+    need = rank_need(model, config, ParallelLayout(), config.micro_batch_size, heap=True)
     assert measured < need.total < 1.1 * measured
 
 

@@ -148,6 +148,7 @@ def _texts(node: ast.AST) -> Iterator[str]:
 NAME_IMAGES = {
     "config/inspection.py": "the flag --image",
     "config/model.py": "the keys of config.json, which are flat for images",
+    "config/ranges.py": "the range of --mask-patches",
     "config/run.py": "the flags --mix, --mask-patches and --augment, and their messages",
     "data/records.py": "the grammar of records, with its first medium as the example",
     "data/tokenizer.py": "the special token <|image|>, whose id is fixed for good",

@@ -33,7 +33,7 @@ class ConvertConfig:
     """to_bitnet: peak learning rate."""
     data: tuple[str, ...] = ()
     """What to train on and to judge by: tokenised shards, raw text, records as for finetune, or
-    pictures with texts; absent: the model's own data."""
+    records of media; absent: the model's own data."""
     seed: int = 0
     """to_bitnet: seed of the order of the data and of the depths."""
 

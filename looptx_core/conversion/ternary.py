@@ -95,9 +95,14 @@ def _gains(model: LoopedTransformer, batches: Iterable[Mapping[str, Tensor]]) ->
     squares: dict[str, list[Tensor]] = {}
     widths: dict[str, int] = {}
     hooks = []
+    # The encoders of media stay as they are.
+    kept = {layer for encoder in model.encoders().values() for layer in encoder.modules()}
     for name, layer in model.named_modules():
-        looped = not name.startswith("vision.")  # the encoder of pictures stays as it is
-        if isinstance(layer, nn.Linear) and looped and name.endswith(("o_proj", "down_proj")):
+        if (
+            isinstance(layer, nn.Linear)
+            and layer not in kept
+            and name.endswith(("o_proj", "down_proj"))
+        ):
             seen = squares.setdefault(name, [])
             widths[name] = layer.in_features
             hooks.append(

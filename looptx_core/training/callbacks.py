@@ -222,8 +222,21 @@ class StopCleanly(L.Callback):
 
 
 def lost_worker(error: BaseException) -> bool:
-    """Whether an error says that one of the loader's processes ended."""
-    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+    """Whether an error, or one that it came from, says that one of the loader's processes ended.
+
+    Torch says so when the signal arrives, in the midst of whatever runs, which may wrap the error;
+    a connection that breaks may be noticed before.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, RuntimeError) and "DataLoader worker" in str(found):
+            return True
+        frames = traceback.extract_tb(found.__traceback__)
+        broken = isinstance(found, OSError | EOFError)
+        if broken and any("multiprocessing" in frame.filename for frame in frames):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
 
 
 def resume_point(

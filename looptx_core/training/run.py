@@ -42,6 +42,7 @@ from looptx_core.training.callbacks import (
     JsonLines,
     StopCleanly,
     WholeFiles,
+    lost_worker,
     processes_of,
     resume_point,
     step_of,
@@ -257,17 +258,17 @@ def fit(
         try:
             with freed_memory_kept() if device.type == "cpu" else nullcontext():
                 trainer.fit(module, datamodule=batches, ckpt_path=start_from, weights_only=True)
-        except OSError as error:
-            raise LooptxError(
-                f"cannot save to {checkpoints}: {error.strerror or error}; {remedy(error)}, and "
-                f"{advice}"
-            ) from error
-        except RuntimeError as error:
-            if stop.reason == "worker":
+        except Exception as error:
+            if stop.reason == "worker" or lost_worker(error):
                 saved = max((step_of(file) for file in checkpoints.glob("step-*.ckpt")), default=0)
                 raise Interrupted(
                     f"a process that reads data was killed (no memory left?); saved at step "
                     f"{saved} of {config.steps}; {advice}"
+                ) from error
+            if isinstance(error, OSError):
+                raise LooptxError(
+                    f"cannot save to {checkpoints}: {error.strerror or error}; {remedy(error)}, "
+                    f"and {advice}"
                 ) from error
             if lost_peer(error):
                 raise LooptxError(f"another process of this run is gone; {advice}") from error
