@@ -232,7 +232,7 @@ def test_parameters_become_flags(
         report(message)
         raise DataError(message)
 
-    monkeypatch.setattr("looptx_cli.tokenize.next_run_dir", fail)
+    monkeypatch.setattr("looptx_core.checkpoint.registry.next_run_dir", fail)
     assert main(["tokenize", "a.txt"]) == 4
     assert capsys.readouterr().err.splitlines() == [shown, f"looptx: error: {shown}"]
     assert main(["--out"]) == 2
