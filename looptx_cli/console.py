@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -30,9 +32,34 @@ def stderr() -> Console:
 
 
 def note(message: str, quiet: bool = False) -> None:
-    """One line on stderr, unless --quiet."""
+    """One line on stderr, with parameters as flags, unless --quiet."""
     if not quiet:
-        stderr().print(message, soft_wrap=True)
+        stderr().print(with_flags(message), soft_wrap=True)
+
+
+_flags: dict[str, str] = {}  # of the running command, by the parameter that each sets
+
+
+def know_flags(flags: Mapping[str, str]) -> None:
+    """From here on `with_flags` spells these parameters, and no others, as these flags."""
+    _flags.clear()
+    _flags.update(flags)
+
+
+def flags_of(names: Iterable[str]) -> dict[str, str]:
+    """The flags that Typer makes of parameters, by the parameters' names."""
+    return {name: "--" + name.replace("_", "-") for name in names}
+
+
+def with_flags(text: str, flags: Mapping[str, str] = _flags) -> str:
+    """A text of the library for the command line.
+
+    The library names a parameter in backticks, as in `` `max_new_tokens` ``. Where that is an
+    option of the command that runs, its flag takes the place: --max-new-tokens. All else stays.
+
+    flags: by parameter; absent: of the command that runs.
+    """
+    return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), text)
 
 
 def shown(text: str) -> str:

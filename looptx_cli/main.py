@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from looptx_cli.console import is_plain
+from looptx_cli.console import is_plain, know_flags, with_flags
 from looptx_cli.imports import large_imports
 from looptx_core import __version__
 from looptx_core.documents import has_half, printable
@@ -51,7 +51,10 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
-        return name, load_command(str(name)), rest
+        command = load_command(str(name))
+        options = [p for p in command.params if p.opts[0].startswith("--")]
+        know_flags({option.name: option.opts[0] for option in options})
+        return name, command, rest
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         with large_imports():  # Rich's, for the help's boxes
@@ -94,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: the arguments without the program's name; absent: this process's.
     """
     _open_streams()
+    know_flags({})
     args, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
     if is_plain(sys.stdout):
         os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
@@ -132,7 +136,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
     """Exit code and message for whatever ended a command."""
     match error:
         case LooptxError():
-            return error.exit_code, str(error)
+            return error.exit_code, with_flags(str(error))
         case _ClickException():
             return 2, f"{error.format_message()} (--help shows all options)"  # type: ignore[attr-defined]
         case KeyboardInterrupt() | typer.Abort():

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 
+from looptx_cli.console import flags_of, with_flags
 from looptx_core.config.resolve import at_home, field_help
 
 
@@ -22,7 +23,8 @@ def with_fields(schema: type, skip: tuple[str, ...] = ()) -> Callable[[Callable[
 
     def decorate(command: Callable[..., None]) -> Any:
         names = [field.name for field in fields(schema) if field.name not in skip]
-        hints, helps = get_type_hints(schema), field_help(schema)
+        hints, flags = get_type_hints(schema), flags_of(names)
+        helps = {name: with_flags(text, flags) for name, text in field_help(schema).items()}
 
         def run(**given: Any) -> None:
             flags = {name: given.pop(name) for name in names}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from looptx_cli.console import note, stdout
+from looptx_cli.console import note, stdout, with_flags
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_cli.runs import (
@@ -210,7 +210,9 @@ def _show_result(result: TrainResult) -> None:
 
 def _show_plan(plan: Plan, as_json: bool) -> None:
     if as_json:
-        sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, **plan.to_dict()}) + "\n")
+        document = {"schema_version": SCHEMA_VERSION, **plan.to_dict()}
+        document["advice"] = with_flags(plan.advice)
+        sys.stdout.write(json.dumps(document) + "\n")
         return
     out = stdout()
 
@@ -243,4 +245,4 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     row(
         "RAM here", plan.machine.ram, f"; {names}; {plan.machine.disk / 2**30:.0f} GiB of disk free"
     )
-    out.print(plan.verdict, soft_wrap=True)
+    out.print(with_flags(plan.verdict), soft_wrap=True)

@@ -218,9 +218,9 @@ def test_it_steps_aside_and_says_why() -> None:
         assert why in reason
         with pytest.raises(MissingError, match=why):
             select_backend(other, "native")
-    with pytest.raises(UsageError, match="--kernel fast"):
+    with pytest.raises(UsageError, match="`kernel` fast"):
         select_backend(model, "fast")
-    with pytest.raises(UsageError, match="--precision fp4"):
+    with pytest.raises(UsageError, match="`precision` fp4"):
         select_backend(model, "auto", "fp4")
 
 

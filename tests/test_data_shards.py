@@ -158,7 +158,7 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path, tokenizer: Tokenizer) ->
     tokenize_corpus([text], out, tokenizer=tokenizer)
     before = contents(out)
     text.write_text("some other words to read")
-    with pytest.raises(UsageError, match="--overwrite"):
+    with pytest.raises(UsageError, match="`overwrite`"):
         tokenize_corpus([text], out, tokenizer=tokenizer)
     assert contents(out) == before
     text.write_bytes(b"\xff\xff")  # fails late, and leaves the old folder whole

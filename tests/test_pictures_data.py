@@ -286,7 +286,7 @@ def test_a_bad_picture_is_named_or_skipped(colours: Path, colour_shards: Path) -
 
 @pytest.mark.parametrize("text", ["1", "1:0", "-1:1", "a:b", "1:1:1"])
 def test_a_bad_mix(text: str) -> None:
-    with pytest.raises(UsageError, match="--mix"):
+    with pytest.raises(UsageError, match="`mix`"):
         TrainConfig(mix=text).weights  # noqa: B018
 
 

@@ -245,13 +245,13 @@ def test_the_deepest_batch_of_a_thousand() -> None:
 def test_advice_is_followed_by_a_fit() -> None:
     model, config = preset("1b", grad_checkpointing=False)
     tight = plan(model, config, WORKSTATION)
-    assert tight.advice == "Pass --grad-checkpointing --micro-batch 1."
+    assert tight.advice == "Pass `grad_checkpointing` `micro_batch` 1."
     followed = replace(config, grad_checkpointing=True, micro_batch=1)
     assert not tight.fits and plan(model, followed, WORKSTATION).fits
     tighter = plan(model, config, replace(WORKSTATION, gpu_memory=(16 * GB,)))
-    assert "--zero3" in tighter.advice and "--grad-checkpointing" in tighter.advice
+    assert "`zero3`" in tighter.advice and "`grad_checkpointing`" in tighter.advice
     tiny = plan(*preset("7b"), replace(WORKSTATION, gpu_memory=(2 * GB,), ram=2 * GB, disk=GB))
-    assert "smaller --preset" in tiny.advice
+    assert "smaller `preset`" in tiny.advice
 
 
 def test_the_dry_run_shows_the_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,7 @@ def resolve_model(
             why = f"bundled model, no finished run under {runs}{_but(skipped)}"
             return ResolvedModel(bundled, why)
     wanted = f" with {', '.join(sorted(need))}" if need else ""
-    raise DataError(f"no model{wanted} under {runs}; train one by looptx train, or give --model")
+    raise DataError(f"no model{wanted} under {runs}; train one by looptx train, or give `model`")
 
 
 def resolve_adapter(path: str | Path, model: str | Path | None = None) -> ResolvedModel:
@@ -75,7 +75,7 @@ def resolve_adapter(path: str | Path, model: str | Path | None = None) -> Resolv
     path = Path(path)
     folder = next((f for f in (path, path / "final") if _is_adapter(f)), None)
     if folder is None:
-        raise DataError(f"{path}: no adapter or run that made one; check --adapter")
+        raise DataError(f"{path}: no adapter or run that made one; check `adapter`")
     if model is None:
         return _resolved(folder, "given")
     base = resolve_model(model, need=frozenset({"weights"}))
@@ -129,10 +129,10 @@ def take_number(command: str, runs: Path = RUNS) -> Path:
         except FileExistsError:
             if folder.is_dir():
                 continue  # another process was faster
-            raise LooptxError(f"cannot make {folder}: a file is there; choose --out") from None
+            raise LooptxError(f"cannot make {folder}: a file is there; choose `out`") from None
         except OSError as error:
             raise LooptxError(
-                f"cannot make {folder}: {error.strerror}; choose another place by --out"
+                f"cannot make {folder}: {error.strerror}; choose another place by `out`"
             ) from error
         return folder
 
@@ -192,14 +192,14 @@ def _given(path: Path) -> ResolvedModel:
         refuse_pickle(path)
         raise DataError(f"{path}: a file; give the folder of a run or of a model")
     if not path.exists():
-        raise DataError(f"{path}: no such run or model folder; check --model")
+        raise DataError(f"{path}: no such run or model folder; check `model`")
     if _is_model(path):
         return _resolved(path, "given")
     if _is_model(path / "final"):
         return _resolved(path / "final", "given run")
     if (path / "config.yaml").is_file():
         raise DataError(f"{path}: this run is not finished; resume it by looptx train --resume")
-    raise DataError(f"{path}: neither a run nor a model folder; check --model")
+    raise DataError(f"{path}: neither a run nor a model folder; check `model`")
 
 
 def _runs(runs: Path) -> list[Path]:
@@ -219,7 +219,7 @@ def _base_of(adapter: Path) -> Path:
     """The base that an adapter names; a bundled one of another installation is this one's."""
     name = read_json(_settings(adapter)).get("base_model_name_or_path")
     if not isinstance(name, str) or not name or "\0" in name:
-        raise DataError(f"{adapter}: names no base; give one by --model")
+        raise DataError(f"{adapter}: names no base; give one by `model`")
     base = Path(name)
     if _is_adapter(base):  # which may be this one, or name it
         raise DataError(f"{adapter}: its base {base} is an adapter too; merge that one first")
@@ -228,7 +228,7 @@ def _base_of(adapter: Path) -> Path:
     for bundled in bundled_models():
         if base.parts[-3:] == bundled.parts[-3:]:
             return bundled
-    raise DataError(f"{adapter}: its base {base} is gone; give it by --model")
+    raise DataError(f"{adapter}: its base {base} is gone; give it by `model`")
 
 
 def _is_adapter(folder: Path) -> bool:

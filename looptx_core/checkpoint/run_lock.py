@@ -44,7 +44,7 @@ class RunLock:
             except BlockingIOError as error:
                 raise UsageError(
                     f"{self.file.parent}: {_owner(handle)} is writing this run; wait for it, or "
-                    "choose another --out"
+                    "choose another `out`"
                 ) from error
             except OSError:
                 self._handle = handle  # a file system without locks

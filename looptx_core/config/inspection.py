@@ -47,7 +47,7 @@ class InspectConfig:
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.text is not None and self.prompt is not None:
-            raise UsageError("--text and --prompt: give one of them")
+            raise UsageError("`text` and `prompt`: give one of them")
         _ = self.allowed_increase
 
     @property
@@ -67,6 +67,6 @@ class InspectConfig:
             share = -1.0
         if not 0 <= share < 1:
             raise UsageError(
-                f"--target-loss-increase {self.target_loss_increase}: give a share such as 0.5%"
+                f"`target_loss_increase` {self.target_loss_increase}: give a share such as 0.5%"
             )
         return share

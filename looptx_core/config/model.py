@@ -97,7 +97,7 @@ class ModelConfig:
     image_attention: Literal["both", "causal"] = "both"
     """Patches of a picture see each other, or only those before."""
     reconstruct: bool = False
-    """A head that draws hidden patches back; set by --mask-patches."""
+    """A head that draws hidden patches back; set by `mask_patches`."""
     media: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     """Settings of further media by name; each has a folder in `looptx_core.media`."""
 

@@ -32,7 +32,7 @@ from looptx_core.schema import coerce
 
 PREFIX = "LOOPTX_"
 ORIGINS = "origins"
-"""The key of a resolved file that says where its values came from; ignored in `--config`."""
+"""The key of a resolved file that says where its values came from; no setting when read again."""
 
 # Read elsewhere, so no typing mistakes: places and switches that are no key of a schema.
 _OTHER_VARIABLES = {"LOOPTX_CACHE", "LOOPTX_CONFIG", "LOOPTX_MODEL", "LOOPTX_DEBUG", "LOOPTX_RUN",
@@ -116,7 +116,7 @@ def config_file(
 
 
 def write_resolved(path: str | Path, resolved: Resolved, omit: Collection[str] = ()) -> None:
-    """Write settings and their origins as YAML that serves as `--config` again.
+    """Write settings and their origins as YAML, which `resolve` takes again as its `config`.
 
     Args:
         omit: keys to leave out, such as the folder that the file itself lies in.
@@ -131,7 +131,7 @@ def write_resolved(path: str | Path, resolved: Resolved, omit: Collection[str] =
             place = tree.setdefault(section, {}) if section else tree
             place[name] = list(value) if isinstance(value, tuple) else value
     tree[ORIGINS] = {key: o for key, o in resolved.origins.items() if key not in omit}
-    text = "# The settings of this run; use them again with --config.\n"
+    text = "# The settings of this run; give this file as `config` to use them again.\n"
     text += yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     temporary = path.with_name(path.name + ".tmp")
     try:

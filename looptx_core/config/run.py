@@ -92,7 +92,7 @@ class RunConfig:
     DeepSpeed. zero3: the weights too. fsdp: the same cut as zero3, by PyTorch. auto: ddp where
     there is more than one process."""
     zero3: bool = False
-    """The same as --strategy zero3."""
+    """The same as `strategy` zero3."""
     offload: Literal["none", "auto", "cpu", "nvme"] | None = None
     """Under ZeRO: keep weights and optimizer in memory, or swap them to a disk, between their uses.
     auto: what does not fit; absent: auto under ZeRO."""
@@ -120,7 +120,7 @@ class RunConfig:
             raise UsageError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch x devices "
                 f"({self.micro_batch_size} x {self.world_size}); "
-                f"pass --micro-batch {self._fitting_micro()}"
+                f"pass `micro_batch` {self._fitting_micro()}"
             )
         self._check_strategy()
 
@@ -128,18 +128,18 @@ class RunConfig:
         from looptx_core.errors import UsageError
 
         if self.zero3 and self.strategy not in ("auto", "zero3"):
-            raise UsageError(f"--zero3 contradicts --strategy {self.strategy}; leave one out")
+            raise UsageError(f"`zero3` contradicts `strategy` {self.strategy}; leave one out")
         zero = self.sharding.startswith("zero")
         if self.offload not in (None, "none") and not zero:
-            raise UsageError(f"--offload {self.offload} needs ZeRO; add --zero3")
+            raise UsageError(f"`offload` {self.offload} needs ZeRO; add `zero3`")
         if self.deepspeed_config and not zero:
-            raise UsageError("--deepspeed-config needs ZeRO; add --zero3")
+            raise UsageError("`deepspeed_config` needs ZeRO; add `zero3`")
         if self.offload == "nvme" and self.sharding == "zero2":
-            raise UsageError("--offload nvme needs --zero3; ZeRO-2 offloads to the CPU alone")
+            raise UsageError("`offload` nvme needs `zero3`; ZeRO-2 offloads to the CPU alone")
         if self.nvme_path and self.offload not in ("nvme", "auto", None):
-            raise UsageError(f"--nvme-path does nothing under --offload {self.offload}")
+            raise UsageError(f"`nvme_path` does nothing under `offload` {self.offload}")
         if self.nvme_path and not zero:
-            raise UsageError("--nvme-path needs ZeRO; add --zero3 --offload nvme")
+            raise UsageError("`nvme_path` needs ZeRO; add `zero3` and `offload` nvme")
 
     def _fitting_micro(self) -> int:
         per_device = max(1, self.batch_size // self.world_size)
@@ -207,8 +207,8 @@ class TrainConfig(RunConfig):
 
         if not 0 <= self.mask_patches < 1 or (self.mask_patches and not media):
             raise UsageError(
-                f"--mask-patches {self.mask_patches}: a share below 1 of the patches of pictures; "
-                "give pictures with texts too, as --data pairs.jsonl"
+                f"`mask_patches` {self.mask_patches}: a share below 1 of the patches of pictures; "
+                "give pictures with texts too, as `data` pairs.jsonl"
             )
 
 
@@ -221,5 +221,5 @@ def parse_mix(text: str) -> tuple[float, float]:
     except ValueError:
         texts = records = -1.0
     if not (0 <= texts < 1e6 and 0 < records < 1e6):
-        raise UsageError(f"--mix {text}: give the weights of text and of pictures, as 1:1 or 0:1")
+        raise UsageError(f"`mix` {text}: give the weights of text and of pictures, as 1:1 or 0:1")
     return texts, records

@@ -107,7 +107,7 @@ def exported_sources() -> dict[str, str]:
 
 
 def from_huggingface(folder: Path) -> LoadedModel:
-    """Read what `--to-hf` wrote, as it is or saved again by transformers; or a Llama or Qwen3.
+    """Read what `to_hf` wrote, as it is or saved again by transformers; or a Llama or Qwen3.
 
     A Llama or Qwen3 of n layers becomes a model of one loop, its middle half in the core, with
     a confidence head that is yet to be trained.
@@ -115,14 +115,14 @@ def from_huggingface(folder: Path) -> LoadedModel:
     Raises `DataError` for other folders, and for what a looped model has no place for.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; check --from-hf")
+        raise DataError(f"{folder}: no such folder; check `from_hf`")
     settings = read_json(folder / "config.json")
     kind = settings.get("model_type")
     if kind in ("llama", "qwen3"):
         return _from_plain(folder, settings)
     if kind != MODEL_TYPE or settings.get("architectures") != [CLASS]:
         raise DataError(
-            f"{folder}: model_type {kind!r}; --from-hf reads what --to-hf wrote, llama and qwen3"
+            f"{folder}: model_type {kind!r}; `from_hf` reads what `to_hf` wrote, llama and qwen3"
         )
     shape = {f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}
     config = typed(ModelConfig, shape, str(folder / "config.json"))

@@ -1,7 +1,7 @@
 """A looped model as transformers' AutoModelForCausalLM opens it.
 
-This file and those that it imports are the model's own sources; `--to-hf` copies them beside the
-weights, so that the folder needs no other package than torch and transformers.
+This file and those that it imports are the model's own sources; `looptx convert --to-hf` copies
+them beside the weights, so that the folder needs no other package than torch and transformers.
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
     model(input_ids, loops=4).logits            absent: the depth that config.json has as `loops`

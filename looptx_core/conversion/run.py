@@ -113,7 +113,7 @@ def convert(
     if there := check_output(out, "convert", overwrite=overwrite, inputs=inputs):
         report(f"replaces {out}: {there}, once the new one is whole")
     if config.to_bitnet and source.config.linear == "packed":
-        raise UsageError(f"{source.folder}: its weights are ternary already; leave --to-bitnet out")
+        raise UsageError(f"{source.folder}: its weights are ternary already; leave `to_bitnet` out")
     stored = source.model.embedding.weight.dtype
     model = source.model.float()
     trains = config.to_bitnet and not config.direct and source.config.linear == "float"
@@ -218,7 +218,7 @@ def _evaluation_data(
         lack = f"what this model was trained on, {', '.join(gone)}, is gone"
     if lack and trains:
         raise UsageError(
-            f"{source.folder}: {lack}; give such data by --data, or pass --direct, which only "
+            f"{source.folder}: {lack}; give such data by `data`, or pass `direct`, which only "
             "rounds"
         )
     mine = not lack and data is not None and own is not None and data.same_inputs(own)
@@ -274,11 +274,11 @@ def _finetune(
             )  # fmt: skip
         except Interrupted as error:
             raise Interrupted(
-                f"stopped, and {out} was not written; run it again, with fewer --finetune-steps "
+                f"stopped, and {out} was not written; run it again, with fewer `finetune_steps` "
                 "for a shorter run"
             ) from error
     if done < steps:
-        report(f"stopped after {done} of {steps} steps, as --max-minutes says")
+        report(f"stopped after {done} of {steps} steps, as `max_minutes` says")
     return done
 
 

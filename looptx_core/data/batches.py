@@ -111,7 +111,7 @@ def text_windows(
         if not len(windows):
             raise DataError(
                 f"{folder}: the {split} split has {len(windows.tokens)} tokens, fewer than one "
-                f"sequence of {seq_len}; add text or pass a smaller --seq-len"
+                f"sequence of {seq_len}; add text or pass a smaller `seq_len`"
             )
         parts.append(windows)
     return parts

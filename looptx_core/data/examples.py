@@ -120,8 +120,8 @@ def read_examples(
                 found.dropped += 1
     if long and too_long == "error":
         raise UsageError(
-            f"{first}: longer than --seq-len {seq_len}, as are {long} examples in all, the longest "
-            f"of {longest} tokens; pass --seq-len {longest}, or --too-long drop or truncate"
+            f"{first}: longer than `seq_len` {seq_len}, as are {long} examples in all, the longest "
+            f"of {longest} tokens; pass `seq_len` {longest}, or `too_long` drop or truncate"
         )
     if len(found.kept) < 2:
         raise DataError(
@@ -171,7 +171,7 @@ class _Encoder:
             return [writer.opens, *writer.encode(file.path, name)]
         if self.config is None or medium not in media_for(self.config):
             raise DataError(
-                f"{where}: has a {medium.noun}, and this model reads none; give one by --model "
+                f"{where}: has a {medium.noun}, and this model reads none; give one by `model` "
                 f"that was trained on {medium.plural}"
             )
         grid = medium.measure(file.path, self.config, name)

@@ -43,8 +43,8 @@ def record_examples(
             if len(example.ids) > seq_len + 1:
                 what = " and ".join(medium.plural for medium in records.media)
                 raise DataError(
-                    f"{record.where}: {len(example.ids)} tokens with its {what}, over --seq-len "
-                    f"{seq_len}; raise --seq-len, or pass --skip-bad"
+                    f"{record.where}: {len(example.ids)} tokens with its {what}, over `seq_len` "
+                    f"{seq_len}; raise `seq_len`, or pass `skip_bad`"
                 )
         except DataError:
             if not skip_bad:

@@ -167,7 +167,7 @@ def parse(record: Any, where: str, folder: Path) -> Record:
     Raises `DataError` for a record of another form, with half a surrogate pair or with a missing
     file.
     """
-    check_characters(record, where, mend="mend it, or pass --skip-bad")
+    check_characters(record, where, mend="mend it, or pass `skip_bad`")
     group = record.get("group") if isinstance(record, dict) else None
     form: Literal["text", "prompt", "messages"]
     match record:
@@ -215,7 +215,7 @@ def _with_media(raw: Any, where: str, folder: Path) -> Record:
         medium = MEDIA[min(_named(raw) or {next(iter(MEDIA))})]
         raise DataError(
             f'{where}: needs a {medium.noun} and a text, as {{"{medium.name}": path, '
-            '"text": ...}; mend it, or pass --skip-bad'
+            '"text": ...}; mend it, or pass `skip_bad`'
         )
     return record
 
@@ -256,7 +256,7 @@ def _files(record: Any, where: str, folder: Path) -> tuple[MediaFile, ...]:
 
 def _found(medium: Medium, path: str, where: str, folder: Path, written: bool = False) -> MediaFile:
     if not (folder / path).is_file():
-        raise DataError(f"{where}: no {medium.noun} {path}; mend the path, or pass --skip-bad")
+        raise DataError(f"{where}: no {medium.noun} {path}; mend the path, or pass `skip_bad`")
     return MediaFile(medium.name, folder / path, written)
 
 

@@ -1,4 +1,4 @@
-"""What `--data` means: shards, or raw text that becomes shards in the user's cache."""
+"""What `data` means: shards, or raw text that becomes shards in the user's cache."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def resolve_data(
     text_key: str = "text",
     on_progress: Progress | None = None,
 ) -> Path:
-    """The folder of shards that `--data` means: itself, or raw text through the cache.
+    """The folder of shards that `data` means: itself, or raw text through the cache.
 
     Args:
         data: one folder of shards, or inputs as for `Corpus`; None is the bundled text.

@@ -182,7 +182,7 @@ def _csv_lines(source: Source) -> Iterator[str]:
 
 def _text(record: Any, key: str, where: str) -> str:
     if not isinstance(record, dict) or key not in record:
-        raise DataError(f"{where}: no key '{key}'; name the text's key with --text-key")
+        raise DataError(f"{where}: no key '{key}'; name the text's key with `text_key`")
     return _checked(record[key], key, where)
 
 
@@ -204,7 +204,7 @@ def _parquet_texts(source: Source, key: str) -> Iterator[str]:
         schema = pq.read_schema(source.path)
         if key not in schema.names:
             names = ", ".join(schema.names)
-            raise DataError(f"{source.name}: no column '{key}' for --text-key; there are: {names}")
+            raise DataError(f"{source.name}: no column '{key}' for `text_key`; there are: {names}")
         # As a dictionary: one long value that a small file repeats is held once.
         repeats = [key] if pa.types.is_string(schema.field(key).type) else None
         with pq.ParquetFile(

@@ -77,7 +77,7 @@ def train_tokenizer(
     if (largest := tokenizer.get_vocab_size()) < vocab_size:
         raise DataError(
             f"the text supports a vocabulary of at most {largest} tokens, not {vocab_size}; "
-            f"use --vocab-size {largest} or give more text"
+            f"use `vocab_size` {largest} or give more text"
         )
     return _plain(tokenizer)
 
@@ -86,7 +86,7 @@ def check_vocab_size(vocab_size: int) -> None:
     """Raise UsageError for a vocabulary too small to hold all bytes and the special tokens."""
     if vocab_size < MIN_VOCAB:
         raise UsageError(
-            f"--vocab-size {vocab_size} is too small; 256 bytes and {len(SPECIAL_TOKENS)} "
+            f"`vocab_size` {vocab_size} is too small; 256 bytes and {len(SPECIAL_TOKENS)} "
             f"special tokens need at least {MIN_VOCAB}"
         )
 

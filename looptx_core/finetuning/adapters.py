@@ -72,7 +72,7 @@ def attach(model: LoopedTransformer, config: FinetuneConfig) -> PeftModel:
         return get_peft_model(model, lora(config.target_modules, ["confidence"]))
     inside = [name for name in layers if name.startswith("core.")]
     if not inside:
-        raise UsageError("--lora-per-loop: no target lies in the loop; leave it out")
+        raise UsageError("`lora_per_loop`: no target lies in the loop; leave it out")
     outside = [name for name in layers if name not in inside]
     peft = get_peft_model(model, lora(outside or DUMMY_TARGET_MODULES, ["confidence"]))
     for name in _loop_names(model.config.max_loops):
@@ -100,10 +100,10 @@ def targets(model: LoopedTransformer, names: Sequence[str]) -> list[str]:
         matched = {name for name in linear if f".{name}".endswith(f".{target}")}
         if not matched:
             there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise UsageError(f"--target-modules {target}: matches no layer; there are {there}")
+            raise UsageError(f"`target_modules` {target}: matches no layer; there are {there}")
         if "head" in matched and model.config.tie_embeddings:
             raise UsageError(
-                "--target-modules head: it shares its weights with the embedding, which an "
+                "`target_modules` head: it shares its weights with the embedding, which an "
                 "adapter can't change apart; leave it out"
             )
         found |= matched
@@ -212,7 +212,7 @@ def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> L
 def loops_of(folder: Path) -> int:
     """How many loops have an adapter of their own; 0 for a shared one."""
     if not (folder / CONFIG).is_file():
-        raise DataError(f"{folder}: no adapter ({CONFIG} is missing); check --adapter")
+        raise DataError(f"{folder}: no adapter ({CONFIG} is missing); check `adapter`")
     count = 0
     while (folder / f"loop_{count + 1}" / CONFIG).is_file():
         count += 1

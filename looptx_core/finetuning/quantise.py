@@ -98,12 +98,12 @@ def _check(kind: str) -> None:
         assert found.isfinite().all()
     except ImportError as error:
         raise MissingError(
-            "--qlora needs bitsandbytes, which can't be imported here "
-            f"({str(error).splitlines()[0]}); pip install bitsandbytes, or use --lora"
+            "`qlora` needs bitsandbytes, which can't be imported here "
+            f"({str(error).splitlines()[0]}); pip install bitsandbytes, or use `lora`"
         ) from error
     except Exception as error:  # what a missing kernel raises depends on the platform
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MissingError(
-            f"--qlora: bitsandbytes can't run {kind} here ({reason}); "
-            "install a build for this machine, or use --lora"
+            f"`qlora`: bitsandbytes can't run {kind} here ({reason}); "
+            "install a build for this machine, or use `lora`"
         ) from error

@@ -126,7 +126,7 @@ def prepare(
     model = loaded.model
     if config.seq_len > loaded.config.max_seq_len:
         raise UsageError(
-            f"--seq-len {config.seq_len} exceeds the model's context ({loaded.config.max_seq_len})"
+            f"`seq_len` {config.seq_len} exceeds the model's context ({loaded.config.max_seq_len})"
         )
     kind = loaded.config.linear
     if kind == "packed" or (kind == "ternary" and config.adapts):

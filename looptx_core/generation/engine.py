@@ -253,8 +253,8 @@ class Engine:
         own = resolve_exit(self.exit_settings, options, config)
         if options.speculate and not self.model.new_cache(1, 1, 1).can_roll_back:
             raise UsageError(
-                "--speculate: drafted tokens have to be taken back, and this model's layers can't "
-                "take back what they remember; leave out --speculate"
+                "`speculate`: drafted tokens have to be taken back, and this model's layers can't "
+                "take back what they remember; leave out `speculate`"
             )
         return Request(
             index=index,

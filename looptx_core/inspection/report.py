@@ -71,13 +71,13 @@ def inspect_loops(
     loops = config.max_loops or model.config.max_loops
     if config.seq_len > model.config.max_seq_len:
         raise UsageError(
-            f"--seq-len {config.seq_len}: the model's context holds {model.config.max_seq_len}"
+            f"`seq_len` {config.seq_len}: the model's context holds {model.config.max_seq_len}"
         )
     shards = open_shards(data)
     _, val = text_windows(data, shards, config.seq_len)
     count = min(len(val), config.val_batches * config.batch_size)
     if count < 2:
-        raise UsageError(f"{data}: one held-out sequence is too few; pass a smaller --seq-len")
+        raise UsageError(f"{data}: one held-out sequence is too few; pass a smaller `seq_len`")
     report("measuring every loop")
     fit, shown = two_surveys(model, held_out(val, count, config.batch_size), loops)
     settings = calibrate(stored, fit.evaluation)

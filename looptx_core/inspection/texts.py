@@ -60,5 +60,5 @@ def asked_text(loaded: LoadedModel, settings: ExitSettings, config: InspectConfi
         engine = Engine(loaded.model, loaded.tokenizer, settings)
         tokens = tokens + [step.id for step in engine.generate([tokens], options)]
     if len(tokens) < 2:
-        raise UsageError("--text: has fewer than two tokens; give a longer one")
+        raise UsageError("`text`: has fewer than two tokens; give a longer one")
     return tokens[: loaded.model.config.max_seq_len]

@@ -271,7 +271,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backe
     if name == "explicit":
         return Backend("explicit", explicit, "asked for")
     if name not in ("auto", "flash"):
-        raise UsageError(f"--attention {name}: not one of auto, sdpa, flash, explicit")
+        raise UsageError(f"`attention` {name}: not one of auto, sdpa, flash, explicit")
     obstacle = _why_no_flash(device, dtype)
     if obstacle is None:
         chosen = choose_flash(torch.cuda.get_device_capability(device)[0], device, dtype)
@@ -279,7 +279,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backe
             return chosen
         obstacle = chosen
     if name == "flash":
-        raise MissingError(f"--attention flash: {obstacle}")
+        raise MissingError(f"`attention` flash: {obstacle}")
     return Backend("sdpa", sdpa, f"no flash-attn: {obstacle}")
 
 
@@ -355,5 +355,5 @@ def _why_no_flash(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"it needs a CUDA GPU and the model is on {device.type}"
     if dtype not in _HALVES:
-        return f"it needs bfloat16 or float16, not {dtype}; pass --precision bf16"
+        return f"it needs bfloat16 or float16, not {dtype}; pass `precision` bf16"
     return None

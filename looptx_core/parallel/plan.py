@@ -113,33 +113,33 @@ def check_memory(model: ModelConfig, config: TrainConfig, machine: Machine | Non
         "GiB are usable" for use in uses
     )  # fmt: skip
     error = MissingError if found.advice == _NONE_FITS else UsageError
-    raise error(f"the run needs {what}. {found.verdict} --force tries all the same")
+    raise error(f"the run needs {what}. {found.verdict} `force` tries all the same")
 
 
-_NONE_FITS = "By this estimate no flag makes it fit here; take a smaller --preset, or more devices."
+_NONE_FITS = "By this estimate nothing makes it fit here; take a smaller `preset`, or more devices."
 
 
 def _advice(
     model: ModelConfig, config: TrainConfig, machine: Machine, spread: ParallelLayout, rows: int,
     bf16: bool, asked: str,
 ) -> str:  # fmt: skip
-    """The first flags that would make it fit, tried in the order of what they cost."""
+    """The first settings that would make it fit, tried in the order of what they cost."""
     less = replace(config, grad_checkpointing=True)
-    trials = [("--grad-checkpointing", less, rows)]
+    trials = [("`grad_checkpointing`", less, rows)]
     while rows > 1 and config.batch_size % (rows // 2 * spread.world) == 0:
         rows //= 2
         less = replace(less, micro_batch=rows)
-        trials.append((f"--grad-checkpointing --micro-batch {rows}", less, rows))
+        trials.append((f"`grad_checkpointing` `micro_batch` {rows}", less, rows))
     kinds: list[tuple[str, ParallelLayout, str]] = [("", spread, asked)]
     if spread.stage < 3:
         given = config.strategy != "auto"
-        place = f" in place of --strategy {config.strategy}" if given else ""
-        kinds.append((f" --zero3 --offload auto{place}", replace(spread, kind="zero3"), "auto"))
+        place = f" in place of `strategy` {config.strategy}" if given else ""
+        kinds.append((f" `zero3` `offload` auto{place}", replace(spread, kind="zero3"), "auto"))
     for more, kind, wish in kinds:
-        for flags, trial, these in trials:
+        for settings, trial, these in trials:
             fitting = plan_offload(
                 model, trial, machine, spread=kind, rows=these, bf16=bf16, asked=wish
             )
             if fitting.fits:
-                return f"Pass {flags}{more}."
+                return f"Pass {settings}{more}."
     return _NONE_FITS

@@ -103,7 +103,7 @@ def _check_world(config: RunConfig) -> None:
     count = os.environ.get({"torchrun": "WORLD_SIZE", "slurm": "SLURM_NTASKS"}.get(by, ""))
     if count is not None and int(count) != config.world_size:
         raise UsageError(
-            f"{by} started {count} processes, and --devices {config.devices} x --nodes "
+            f"{by} started {count} processes, and `devices` {config.devices} x `nodes` "
             f"{config.nodes} are {config.world_size}; make them agree"
         )
 
@@ -170,7 +170,10 @@ def _offload_plan(
     for reason in plan.reasons:
         report(f"offload: {reason}")
     if not plan.fits:
-        report("offload: by this estimate the run does not fit; --dry-run shows the arithmetic")
+        report(
+            "offload: by this estimate the run does not fit; looptx train --dry-run shows "
+            "the arithmetic"
+        )
     return Placement(plan.optimizer, plan.parameters)
 
 
@@ -199,7 +202,7 @@ def _own_settings(chosen: dict[str, Any], name: str) -> dict[str, Any]:
     """DeepSpeed's settings with those of a user's file over them."""
     from looptx_core.parallel.deepspeed.settings import override
 
-    found = read_json(Path(name), mend="mend --deepspeed-config", error=UsageError)
+    found = read_json(Path(name), mend="mend `deepspeed_config`", error=UsageError)
     return override(chosen, found, name)
 
 

@@ -40,11 +40,11 @@ class LoopSchedule(torch.nn.Module):
         self.max_loops = config.max_loops or model_max_loops
         if self.max_loops > model_max_loops:
             raise UsageError(
-                f"--max-loops {self.max_loops} exceeds the model's max_loops ({model_max_loops})"
+                f"`max_loops` {self.max_loops} exceeds the model's max_loops ({model_max_loops})"
             )
         self.base = config.loops or (self.max_loops if self.kind == "fixed" else 1)
         if self.base > self.max_loops:
-            raise UsageError(f"--loops {self.base} exceeds max_loops ({self.max_loops})")
+            raise UsageError(f"`loops` {self.base} exceeds max_loops ({self.max_loops})")
         self.mean_loops = config.mean_loops
         self.by = config.deeper_by
         self.fixed_threshold = config.loss_threshold

@@ -190,7 +190,7 @@ class NotFinite(LooptxError):
     def __init__(self, step: int) -> None:
         super().__init__(
             f"the loss is not finite at step {step}; checkpoints before it are kept; start "
-            "a new run with a lower --lr or another --seed"
+            "a new run with a lower `lr` or another `seed`"
         )
         self.step = step
 

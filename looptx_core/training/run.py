@@ -66,7 +66,7 @@ def fit_vocabulary(model: ModelConfig, vocab_size: int, asked: bool) -> ModelCon
     if asked and model.vocab_size != size:
         raise UsageError(
             f"model.vocab_size {model.vocab_size} is not the tokenizer's {size}; "
-            "leave it out, or tokenise again with --vocab-size"
+            "leave it out, or tokenise again by looptx tokenize --vocab-size N"
         )
     return replace(model, vocab_size=size)
 
@@ -97,7 +97,7 @@ def train(
     config.check_hidden_shares(bool(records))
     if config.seq_len > model_config.max_seq_len:
         raise UsageError(
-            f"--seq-len {config.seq_len} exceeds the model's max_seq_len "
+            f"`seq_len` {config.seq_len} exceeds the model's max_seq_len "
             f"({model_config.max_seq_len}); set model.max_seq_len in the config"
         )
     how: dict[str, Any] = {

@@ -167,7 +167,7 @@ _ERRORS = {
     -2: (UsageError, "a row or column beyond the cache"),
     -3: (UsageError, "a loop below 1"),
     -4: (LooptxError, "no memory left for a pass; give a shorter prompt or fewer prompts at once"),
-    -5: (LooptxError, "the compiled kernel failed; --kernel torch does without it"),
+    -5: (LooptxError, "the compiled kernel failed; `kernel` torch does without it"),
 }
 
 

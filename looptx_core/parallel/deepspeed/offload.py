@@ -72,7 +72,7 @@ def plan_offload(
     bf16: bool = False,
     asked: str = "auto",
 ) -> Offload:
-    """Choose what `--offload auto` does, or count what an asked `none`, `cpu` or `nvme` takes.
+    """Choose what an `offload` of auto does, or count what an asked `none`, `cpu` or `nvme` takes.
 
     A pure function: the same arguments, the same plan. rows: sequences a forward pass on one
     device. Where nothing fits, the largest set is returned with `fits` False.
