@@ -305,7 +305,7 @@ def test_the_sliders_depths_are_the_stop_rules(inspected, bundled):
     document = json.loads((inspected / "report/report.json").read_text())
     trace, choice = document["trace"], document["choice"]
     found = stops(document, trace)
-    assert set(found) == {"auto", "confidence", "gain", "kl", "entropy", "maxprob"}
+    assert set(found) == {"auto", "confidence", "gain", "kl", "entropy", "maxprob", "fixed"}
     for rule, points in found.items():
         means = [point["mean_loops"] for point in points]
         assert means == sorted(means) and len(means) > 1
@@ -338,6 +338,18 @@ def test_short_documents_are_not_decoded(tmp_path):
     assert document["kv_policies"] == [] and document["as_good"] is None
     assert document["trace"] is None and document["sample"] is None
     assert "Token by token" not in (tmp_path / "out/report.html").read_text()
+
+
+def test_a_model_of_one_loop_has_a_page(bundled, tmp_path):
+    lines = (json.dumps({"text": f"{n} and {n} " * 30}) for n in range(60))
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    line = ["--data", str(tmp_path / "lines.jsonl"), "--out", str(tmp_path / "out"), "--quiet"]
+    line += ["--max-loops", "1", "--seq-len", "32", "--val-batches", "2", "--decode-tokens", "0"]
+    assert main(["inspect-loops", *line]) == 0
+    document = json.loads((tmp_path / "out/report.json").read_text())
+    assert set(stops(document, document["sample"])) == {"fixed"}
+    text = (tmp_path / "out/report.html").read_text()
+    assert "one loop a token" in text and "Token by token" in text
 
 
 def test_to_look_needs_no_trainer():

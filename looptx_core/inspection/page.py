@@ -77,6 +77,8 @@ def page(document: Document, figures: Mapping[str, Path]) -> str:
 def headline(document: Document) -> str:
     """What a report comes to, in one sentence."""
     choice, loops = document["choice"], document["loops"]
+    if loops == 1:
+        return "The model runs one loop a token, so that there is nothing to save."
     within = f"{100 * choice['target_loss_increase']:g}{_PERCENT}"
     if choice["rule"] is None:
         return (
@@ -241,7 +243,7 @@ def _trace(document: Document, trace: Document) -> str:
 def _script(document: Document, trace: Document) -> str:
     found = stops(document, trace)
     stored = document["exit"]["rule"]
-    first = document["choice"]["rule"] or (stored if stored in found else next(iter(found)))
+    first = document["choice"]["rule"] or (stored if stored in found else "fixed")
     told = {"tokens": trace["tokens"], "stops": found, "first": first}
     data = json.dumps(told, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     return f'<script type="application/json" id="trace">{data}</script><script>{TOKENS}</script>'

@@ -16,7 +16,8 @@ Document = dict[str, Any]
 
 
 def stops(document: Document, trace: Document) -> dict[str, list[Document]]:
-    """By rule its points from few loops to many, each with the depths of the trace's tokens.
+    """By rule its points from few loops to many, each with the depths of the trace's tokens; fixed
+    depths too.
 
     A point has `says`, `mean_loops`, `loss` and `increase` (percent) on held-out text, `picked`,
     and `depths`, a character for each token: the one whose code is 48 more than its loops.
@@ -30,7 +31,7 @@ def stops(document: Document, trace: Document) -> dict[str, list[Document]]:
         for name in SIGNALS
     }  # fmt: skip
     found = {}
-    for rule in RULES:
+    for rule in (*RULES, "fixed"):
         points = [point for point in document["frontier"] if point["rule"] == rule]
         if rule == "auto":  # two thresholds: only the better pairs are a line
             points = lower_edge(points)
@@ -53,6 +54,8 @@ def stops(document: Document, trace: Document) -> dict[str, list[Document]]:
 
 
 def _depths(document: Document, point: Document, signals: dict[str, torch.Tensor]) -> str:
+    if point["rule"] == "fixed":
+        return chr(48 + int(point["threshold"])) * signals["gain"].shape[1]
     loops, fewest = document["loops"], document["exit"].get("min_loops", 1)
     at = Point(
         point["rule"], point["threshold"], point["mean_loops"], point["loss"], 0.0, 0.0,

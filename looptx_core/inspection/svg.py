@@ -13,7 +13,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 410, 14, 248
 
 
 class _Scale:
-    """From a chart's numbers to places in its picture."""
+    """From a chart's numbers to places in its drawing."""
 
     def __init__(self, chart: Chart) -> None:
         self.log_y = chart.log_y
