@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from looptx_cli.console import is_plain
 from looptx_cli.imports import large_imports
+from looptx_cli.panels import PanelledCommand
 from looptx_core import __version__
 from looptx_core.errors import Interrupted, LooptxError
 
@@ -33,12 +34,17 @@ COMMANDS = {
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
 
+def command_function(name: str) -> Any:
+    """The function of a command, whose module is imported for it."""
+    function_name = name.replace("-", "_")
+    return getattr(importlib.import_module(f"looptx_cli.{function_name}"), function_name)
+
+
 def load_command(name: str) -> Any:
     """Import a command's module and make it a command of Click's."""
-    function_name = name.replace("-", "_")
-    function = getattr(importlib.import_module(f"looptx_cli.{function_name}"), function_name)
     alone = typer.Typer(add_completion=False)
-    alone.command(name, epilog="--debug shows the traceback of an error.")(function)
+    epilog = "--debug shows the traceback of an error."
+    alone.command(name, cls=PanelledCommand, epilog=epilog)(command_function(name))
     return typer.main.get_command(alone)
 
 

@@ -33,7 +33,10 @@ def with_fields(schema: type, skip: tuple[str, ...] = ()) -> Callable[[Callable[
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
-                annotation=Annotated[_flag_type(hints[name]), typer.Option(help=helps.get(name))],
+                annotation=Annotated[
+                    _flag_type(hints[name]),
+                    typer.Option(help=helps.get(name), metavar=_metavar(hints[name])),
+                ],
             )
             for name in names
         ]
@@ -60,3 +63,14 @@ def _flag_type(hint: Any) -> Any:
     if get_origin(hint) is tuple:
         return list[str] | None
     return hint | None
+
+
+def _metavar(hint: Any) -> str | None:
+    """What --help shows where a field's values are words of a list; None leaves it to Typer."""
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, types.UnionType):
+        kinds = [kind for kind in get_args(hint) if kind is not types.NoneType]
+        if any(map(_metavar, kinds)):
+            return " | ".join(_metavar(kind) or kind.__name__ for kind in kinds)
+    return None

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for name in ("looptx_core", "looptx_cli") for p in (ROOT / name).rglob("*.py"))
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
-# The flags of each command, in the order of its help. A flag is an interface: scripts break when
+# The flags of each command, in the order of its code. A flag is an interface: scripts break when
 # one goes. Changed on purpose? Paste what the failing test prints.
 OPTIONS = {
     "inspect-loops": """
