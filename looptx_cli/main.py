@@ -16,8 +16,9 @@ from typer.core import TyperGroup
 from looptx_cli.console import is_plain
 from looptx_cli.imports import large_imports
 from looptx_cli.panels import PanelledCommand
+from looptx_cli.synonyms import command_hint, flag_hint
 from looptx_core import __version__
-from looptx_core.errors import Interrupted, LooptxError
+from looptx_core.errors import Interrupted, LooptxError, UsageError
 
 # A command is a function of the module of the same name, with '_' for '-'.
 COMMANDS = {
@@ -52,6 +53,8 @@ class LazyGroup(TyperGroup):
     """Lists commands by name and summary only, and imports the one that is called."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in COMMANDS and (hint := command_hint(args[0], COMMANDS)):
+            raise UsageError(f"no command '{args[0]}'; use {hint}")
         name, _, rest = super().resolve_command(ctx, args)
         return name, load_command(str(name)), rest
 
@@ -131,6 +134,9 @@ def _explain(error: BaseException) -> tuple[int, str]:
     match error:
         case LooptxError():
             return error.exit_code, str(error)
+        case _ClickException(option_name=str(flag), possibilities=_):
+            hint = _unknown_flag(flag, error)
+            return 2, f"{hint or error.format_message()} (--help shows all options)"  # type: ignore[attr-defined]
         case _ClickException():
             return 2, f"{error.format_message()} (--help shows all options)"  # type: ignore[attr-defined]
         case KeyboardInterrupt() | typer.Abort():
@@ -144,6 +150,18 @@ def _explain(error: BaseException) -> tuple[int, str]:
             return 1, f"{filename}: {reason}"
     what = f"{type(error).__name__}: {error}"
     return 1, f"internal error, {what}; run again with --debug and report it"
+
+
+def _unknown_flag(flag: str, error: Any) -> str | None:
+    """What to type in place of a flag that a command does not have, where it is known."""
+    command = str(error.ctx.command.name) if error.ctx else ""
+    all_flags = {
+        name: [own for p in load_command(name).params for own in (*p.opts, *p.secondary_opts)]
+        for name in COMMANDS
+    }
+    hint = flag_hint(flag, command, all_flags)
+    here = f"looptx {command}" if command in COMMANDS else "looptx"
+    return hint and f"{here} has no {flag}; {hint}"
 
 
 def _closed_pipe() -> int:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
 from looptx_core.config.resolve import field_help
+from looptx_core.errors import UsageError
 
 
 def with_fields(schema: type, skip: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Any]:
@@ -51,6 +53,31 @@ def with_fields(schema: type, skip: tuple[str, ...] = ()) -> Callable[[Callable[
         return run
 
     return decorate
+
+
+def with_set(
+    flags: Mapping[str, Any], pairs: Sequence[str] | None, sections: Mapping[str, type]
+) -> dict[str, Any]:
+    """The flags of a command, joined by what `--set KEY=VALUE` gives.
+
+    sections: the schemas of dotted keys, by section; the root's keys are those of `flags`.
+
+    Raises `UsageError` for a key that is unknown or given twice.
+    """
+    short = {f.name: f"{name}.{f.name}" for name, part in sections.items() for f in fields(part)}
+    known, joined = {*flags, *short.values()}, dict(flags)
+    for pair in pairs or ():
+        key, sign, value = (part.strip() for part in pair.partition("="))
+        if not sign or not key:
+            raise UsageError(f"--set {pair}: give a key and its value, as model.d_model=256")
+        if key not in known:
+            near = get_close_matches(key, [*known, *short], n=1)
+            hint = f", did you mean '{short.get(near[0], near[0])}'?" if near else "; leave it out"
+            raise UsageError(f"--set {pair}: unknown key '{key}'{hint}")
+        if joined.get(key) not in (None, [], ()):
+            raise UsageError(f"--set {pair}: {key} is given twice; leave one out")
+        joined[key] = value
+    return joined
 
 
 def _flag_type(hint: Any) -> Any:

@@ -39,9 +39,9 @@ def resumed(
     resolved = read_resolved(file, schema, sections)
     sharded = resolved.build(schema).sharding not in ("none", "ddp")
     if other := given.keys() - ({"max_minutes", *_SPREAD} if sharded else {"max_minutes"}):
-        name = sorted(other)[0].replace("_", "-")
+        name = flag_name(sorted(other)[0]).removeprefix("flag ")
         raise UsageError(
-            f"--{name} can't change on --resume, which repeats the run exactly; "
+            f"{name} can't change on --resume, which repeats the run exactly; "
             "leave it out, or start a new run"
         )
     hints = get_type_hints(schema)

@@ -72,7 +72,7 @@ OPTIONS = {
         --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every --keep
         --val-every --val-batches --log-every --preset --document-mask
         --no-document-mask --mix --mask-patches --bitnet
-        --no-bitnet --config --resume --overwrite --dry-run --json
+        --no-bitnet --set --config --resume --overwrite --dry-run --json
         --quiet
     """,
 }

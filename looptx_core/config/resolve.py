@@ -160,8 +160,8 @@ def recorded(path: str | Path, key: str) -> Any:
 
 
 def flag_name(key: str) -> str:
-    """'flag --d-model' for the key 'model.d_model'."""
-    return "flag --" + key.rpartition(".")[2].replace("_", "-")
+    """'flag --batch-size' for the key 'batch_size', 'flag --set model.d_model' for a section's."""
+    return f"flag --set {key}" if "." in key else "flag --" + key.replace("_", "-")
 
 
 def field_help(schema: type) -> dict[str, str]:
