@@ -20,7 +20,7 @@ from looptx_cli.synonyms import command_hint, flag_hint
 from looptx_core import __version__
 from looptx_core.errors import Interrupted, LooptxError, UsageError
 
-# A command is a function of the module of the same name, with '_' for '-'.
+# A command is a function of the module of the same name, with '_' for '-', but for `_MODULES`.
 COMMANDS = {
     "tokenize": "Turn text into tokens.",
     "train": "Train a looped model.",
@@ -28,8 +28,11 @@ COMMANDS = {
     "convert": "Make a model smaller, or one for other tools.",
     "generate": "Write text, each token as deep as it needs.",
     "inspect-loops": "See what each loop brings, and when to stop.",
+    "runs": "List the runs, and how far they came.",
     "doctor": "See what this machine has, and what is missing.",
 }
+
+_MODULES = {"runs": "list_runs"}
 
 # Typer may bring its own copy of Click, so take the base class from a public subclass.
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
@@ -38,7 +41,8 @@ _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 def command_function(name: str) -> Any:
     """The function of a command, whose module is imported for it."""
     function_name = name.replace("-", "_")
-    return getattr(importlib.import_module(f"looptx_cli.{function_name}"), function_name)
+    module = importlib.import_module(f"looptx_cli.{_MODULES.get(name, function_name)}")
+    return getattr(module, function_name)
 
 
 def load_command(name: str) -> Any:
@@ -134,11 +138,9 @@ def _explain(error: BaseException) -> tuple[int, str]:
     match error:
         case LooptxError():
             return error.exit_code, str(error)
-        case _ClickException(option_name=str(flag), possibilities=_):
-            hint = _unknown_flag(flag, error)
-            return 2, f"{hint or error.format_message()} (--help shows all options)"  # type: ignore[attr-defined]
         case _ClickException():
-            return 2, f"{error.format_message()} (--help shows all options)"  # type: ignore[attr-defined]
+            line = _unknown_flag(error) or error.format_message()  # type: ignore[attr-defined]
+            return 2, f"{line} (--help shows all options)"
         case KeyboardInterrupt() | typer.Abort():
             return Interrupted.exit_code, "interrupted"
         case ModuleNotFoundError(name=str(name)) if not name.startswith("looptx"):
@@ -152,8 +154,11 @@ def _explain(error: BaseException) -> tuple[int, str]:
     return 1, f"internal error, {what}; run again with --debug and report it"
 
 
-def _unknown_flag(flag: str, error: Any) -> str | None:
+def _unknown_flag(error: Any) -> str | None:
     """What to type in place of a flag that a command does not have, where it is known."""
+    if not hasattr(error, "possibilities"):  # as Click's NoSuchOption has, and no other
+        return None
+    flag = error.option_name
     command = str(error.ctx.command.name) if error.ctx else ""
     all_flags = {
         name: [own for p in load_command(name).params for own in (*p.opts, *p.secondary_opts)]

@@ -20,7 +20,6 @@ _MOST_USED = {
     "convert": "model out to_bitnet to_hf from_hf dtype adapter merge_adapter direct data",
     "tokenize": "data out vocab_size tokenizer text_key",
     "doctor": "build path",
-    "runs": "folder",
     "compare": "out format",
 }
 """The flags that matter first, at most ten a command."""
@@ -70,7 +69,7 @@ class PanelledCommand(TyperCommand):
     """A command whose --help shows its flags in panels, the most used first."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        parameters = super().get_params(ctx)
+        parameters: list[Any] = super().get_params(ctx)
         for parameter in parameters:
             if parameter.param_type_name == "option":
                 parameter.rich_help_panel = panel_of(str(self.name), parameter.name)

@@ -37,6 +37,8 @@ COMMANDS = {
     "tokenise": ("tokenize",),
     "info": ("doctor",),
     "env": ("doctor",),
+    "list": ("runs",),
+    "ls": ("runs",),
     "help": ("--help",),
 }
 """What to type after `looptx` for another tool's command; the first that there is, is told."""

@@ -62,6 +62,9 @@ OPTIONS = {
     "doctor": """
         --build --path --json --quiet
     """,
+    "runs": """
+        --json --quiet
+    """,
     "train": """
         --data --out --seed --steps --max-minutes --seq-len --batch-size --micro-batch --workers
         --augment --no-augment --skip-bad --no-skip-bad --lr --min-lr --warmup --weight-decay

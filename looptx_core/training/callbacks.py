@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
+from looptx_core.checkpoint.metrics_log import read_metrics
 from looptx_core.errors import DataError
 from looptx_core.parallel.deepspeed import checkpoint as fragments
 from looptx_core.parallel.ranks import any_rank
@@ -64,15 +64,6 @@ class JsonLines(Logger):
             return
         kept = [record for record in read_metrics(self.file) if record["step"] <= step]
         self.file.write_text("".join(json.dumps(record) + "\n" for record in kept))
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a line that a kill left half-written is none."""
-    records = []
-    for line in file.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
 
 
 class Checkpoints(ModelCheckpoint):
