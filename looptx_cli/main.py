@@ -29,6 +29,7 @@ COMMANDS = {
     "generate": "Write text, each token as deep as it needs.",
     "inspect-loops": "See what each loop brings, and when to stop.",
     "runs": "List the runs, and how far they came.",
+    "compare": "Compare runs side by side.",
     "doctor": "See what this machine has, and what is missing.",
 }
 

@@ -39,6 +39,8 @@ COMMANDS = {
     "env": ("doctor",),
     "list": ("runs",),
     "ls": ("runs",),
+    "diff": ("compare",),
+    "plot": ("compare",),
     "help": ("--help",),
 }
 """What to type after `looptx` for another tool's command; the first that there is, is told."""

@@ -62,6 +62,9 @@ OPTIONS = {
     "doctor": """
         --build --path --json --quiet
     """,
+    "compare": """
+        --format --out --overwrite --json --quiet
+    """,
     "runs": """
         --json --quiet
     """,
