@@ -41,6 +41,7 @@ SCHEMAS: dict[str, type] = {
     "finetune": FinetuneConfig,
     "convert": ConvertConfig,
     "generate": GenerationOptions,
+    "chat": GenerationOptions,
     "inspect-loops": InspectConfig,
     "model": ModelConfig,
     "exit": ExitSettings,

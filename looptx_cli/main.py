@@ -27,6 +27,7 @@ COMMANDS = {
     "finetune": "Teach a trained model a task.",
     "convert": "Make a model smaller, or one for other tools.",
     "generate": "Write text, each token as deep as it needs.",
+    "chat": "Talk with a model.",
     "inspect-loops": "See what each loop brings, and when to stop.",
     "runs": "List the runs, and how far they came.",
     "compare": "Compare runs side by side.",

@@ -13,7 +13,6 @@ COMMANDS = {
     "benchmark": ("evaluate", "inspect-loops"),
     "inspect": ("inspect-loops",),
     "visualize": ("inspect-loops",),
-    "chat": ("generate",),
     "infer": ("generate",),
     "inference": ("generate",),
     "predict": ("generate",),
@@ -109,6 +108,7 @@ FLAGS = {
     "depth": ("--loops",),
     "num-loops": ("--loops",),
     "iterations": ("--loops",),
+    "system-prompt": ("--system",),
 }
 """The flag here for another tool's; the first that the command has is told."""
 

@@ -62,6 +62,12 @@ OPTIONS = {
     "doctor": """
         --build --path --json --quiet
     """,
+    "chat": """
+        --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
+        --kv-policy --kv-type --speculate --draft-loops --temperature --top-k --top-p --min-p
+        --repetition-penalty --seed --stop --ignore-eos --no-ignore-eos --model --adapter --image
+        --system --show-iterations --attention --precision --kernel --config --quiet
+    """,
     "compare": """
         --format --out --overwrite --json --quiet
     """,
