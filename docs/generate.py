@@ -20,6 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
+from looptx_cli.console import flags_of, with_flags
 from looptx_cli.main import command_function, load_command
 from looptx_core import errors
 from looptx_core.config.conversion import ConvertConfig
@@ -122,7 +123,8 @@ def _flag(parameter: Any, command: str) -> tuple[str, ...]:
     if parameter.name in known:
         key, field = f"`{parameter.name}`", known[parameter.name]
         values = _values(get_type_hints(schema)[field.name])
-        default, text = _default(field), _helps(schema)[field.name]
+        default = _default(field)
+        text = with_flags(_helps(schema)[field.name], flags_of(known))
     else:
         values = _values(_annotations(command)[parameter.name])
         default, text = parameter.default, parameter.help or ""

@@ -24,7 +24,7 @@ from looptx_cli.streaming import read_items
 from looptx_core.api import load
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.resolve import resolve
-from looptx_core.media import MEDIA
+from looptx_core.media.registry import MEDIA
 
 
 @with_fields(GenerationOptions)

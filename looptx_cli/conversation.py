@@ -110,7 +110,7 @@ class Conversation:
 
     def _answer(self, said: list[dict[str, str]], options: GenerationOptions) -> None:
         said = self._that_fits(said)
-        result = stream(self.engine, self._prompt(said), options, self.iterations)
+        result = stream(self.engine, self._prompt(said), options, self.iterations, self.quiet)
         self.said = [*said, {"role": "assistant", "content": result.text}]
 
     def _prompt(self, said: list[dict[str, str]]) -> Prompt:

@@ -55,7 +55,7 @@ def convert(
     if settings.to_bitnet and result.rise > _MUCH:
         cure = "leave --direct out" if settings.direct else "give more --finetune-steps, or more "
         cure += "" if settings.direct else "--max-minutes"
-        note(f"warning: the held-out loss rose by {result.rise:.0%}; {cure}")
+        note(f"warning: the held-out loss rose by {result.rise:.0%} on {result.judged_by}; {cure}")
     if as_json:
         typer.echo(json.dumps({"schema_version": SCHEMA_VERSION, **result.to_dict()}))
         return
@@ -75,8 +75,8 @@ def _show(result: ConvertResult) -> None:
 
     out = stdout()
     if result.loss_by_loop != result.loss_by_loop_before:
-        table = Table(title="Held-out loss, nats a token", title_justify="left", box=None,
-                      pad_edge=False)  # fmt: skip
+        title = f"Held-out loss, nats a token, on {result.judged_by}"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for name in ("loops", "before", "after"):
             table.add_column(name, justify="right")
         losses = zip(result.loss_by_loop_before, result.loss_by_loop)
@@ -89,12 +89,21 @@ def _show(result: ConvertResult) -> None:
 
     say(
         f"{result.bytes_before:,} bytes -> {result.bytes_after:,} bytes "
-        f"({result.bytes_before / result.bytes_after:.1f} times smaller), "
+        f"({_change_of_size(result.bytes_before, result.bytes_after)}), "
         f"{result.bits_per_weight:.3f} bits a weight in the blocks; weights in memory "
         f"{result.memory_before:,} -> {result.memory_after:,} bytes"
     )
+    # What the model was not made for may get better by chance, or because it forgot its task.
+    change = f" ({result.rise:+.1%})" if result.own or result.rise > 0 else ""
     say(
-        f"loss {result.loss_by_loop_before[-1]:.4f} -> {result.loss_by_loop[-1]:.4f} "
-        f"({result.rise:+.1%}), {result.seconds:,.0f} s"
+        f"loss on {result.judged_by}: {result.loss_by_loop_before[-1]:.4f} -> "
+        f"{result.loss_by_loop[-1]:.4f}{change}, {result.seconds:,.0f} s"
     )
     say(f"model: {result.out}")
+
+
+def _change_of_size(before: int, after: int) -> str:
+    if before == after:
+        return "the same size"
+    times = max(before, after) / min(before, after)
+    return f"{times:.1f} times {'smaller' if after < before else 'larger'}"

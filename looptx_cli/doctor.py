@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from looptx_cli.console import note, stdout
+from looptx_cli.console import flags_of, know_flags, note, stdout, with_flags
 
 if TYPE_CHECKING:
     from looptx_core.doctor import Diagnosis
@@ -32,8 +33,13 @@ def doctor(
     looptx doctor --build
     looptx doctor --path /mnt/nvme --json
     """
+    from looptx_core.config.finetune import FinetuneConfig
+    from looptx_core.config.run import TrainConfig
     from looptx_core.doctor import examine
     from looptx_core.parallel.deepspeed.ops import OPS, build_op, remove_stale_lock
+
+    # What it reports on are parameters of the commands that train.
+    know_flags(flags_of(f.name for schema in (TrainConfig, FinetuneConfig) for f in fields(schema)))
 
     def tell(line: str) -> None:
         note(line, quiet)
@@ -48,7 +54,7 @@ def doctor(
     found = examine(str(path))
     if as_json:
         document = found.to_dict() | {"built_seconds": seconds}
-        sys.stdout.write(json.dumps(document) + "\n")
+        sys.stdout.write(with_flags(json.dumps(document)) + "\n")
         return
     _show(found)
     for name, took in seconds.items():
@@ -66,23 +72,25 @@ def _show(found: Diagnosis) -> None:
     here = Table(title="\nHere", title_justify="left", box=None, pad_edge=False, show_header=False)
     for check in found.checks:
         here.add_row(marks[check.state], check.name, _with(check.detail, check.mend))
-    out.print(here, highlight=False, markup=False)
+    out.print(here)
     ops = Table(
         title="\nDeepSpeed's compiled ops", title_justify="left", box=None, pad_edge=False,
         show_header=False,
     )  # fmt: skip
     for op in found.ops:
-        ops.add_row("+" if op.state == "built" else "·", op.name, f"{op.state}; {op.purpose}")
-    out.print(ops, highlight=False, markup=False)
+        ops.add_row(
+            "+" if op.state == "built" else "·", op.name, with_flags(f"{op.state}; {op.purpose}")
+        )
+    out.print(ops)
     uses = Table(
         title="\nWhat would be used", title_justify="left", box=None, pad_edge=False,
         show_header=False,
     )  # fmt: skip
     for use in found.uses:
         text = f"{use.uses}: {use.why}" if use.ready else f"not here, {use.why}"
-        uses.add_row("+" if use.ready else "-", use.feature, _with(text, use.mend))
-    out.print(uses, highlight=False, markup=False)
+        uses.add_row("+" if use.ready else "-", with_flags(use.feature), _with(text, use.mend))
+    out.print(uses)
 
 
 def _with(detail: str, mend: str) -> str:
-    return f"{detail}; {mend}" if mend and mend not in detail else detail
+    return with_flags(f"{detail}; {mend}" if mend and mend not in detail else detail)

@@ -10,7 +10,7 @@ import typer
 from looptx_cli.console import note, stdout
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
-from looptx_cli.runs import place_of, resumed, settle, summary, write_line
+from looptx_cli.runs import last_step, resumed, run_folder, settle, summary, write_line
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.resolve import config_file, resolve
 
@@ -42,23 +42,28 @@ def finetune(
     from looptx_core.checkpoint.registry import resolve_model
 
     if resume is not None:
-        resolved = resumed(resume, flags, "finetune", FinetuneConfig)
+        resolved = resumed(resume, flags, "finetune", FinetuneConfig, config=config)
     else:
         resolved = resolve(FinetuneConfig, flags=flags, config=config)
     settings = resolved.build(FinetuneConfig)
+    until = None
+    if resume is not None:
+        until = last_step(resume, settings.steps, flags["steps"], lambda line: note(line, quiet))
+        if not until:
+            return
     with large_imports():
         from looptx_core.data.bundled import bundled_questions
         from looptx_core.data.records import media_named
-        from looptx_core.media import MEDIA
+        from looptx_core.media.registry import MEDIA
 
     abilities = {MEDIA[name].ability for name in media_named(settings.data)}
     base = resolve_model(settings.model, need=frozenset({"weights", *abilities}))
     inputs = (*settings.data, settings.model, base.folder, config_file(config),
               settings.deepspeed_config)  # fmt: skip
-    place = place_of(
+    run = run_folder(
         resume, settings.out, "finetune", overwrite, inputs, lambda line: note(line, quiet)
     )
-    quiet, as_json = quiet or not place.first, as_json and place.first
+    quiet, as_json = quiet or not run.first, as_json and run.first
     if settings.model is None:
         note(f"model: {base.folder}, {base.reason}", quiet)
     if not settings.data:
@@ -73,22 +78,25 @@ def finetune(
     def report(line: str) -> None:
         note(line, quiet)
 
-    check(settings, place.where)
-    prepared = prepare(settings, base=base.folder, data=data, report=report)
+    check(settings, run.where)
+    prepared = prepare(settings, base=base.folder, data=data, until=until, report=report)
     found = {"model": str(base.folder.resolve())}
-    folder = place.begin(settle(resolved, found, base.reason))
-    note(f"run: {folder}, {settings.method}", quiet)
-    result = finetune(
-        prepared,
-        folder=folder,
-        resume=resume is not None,
-        callbacks=[train_progress(settings.steps, quiet or as_json)],
-        report=report,
-        watch=write_line if as_json else None,
-    )
-    if result is None:
-        return
-    result = place.finish(result)
+    run.until = until
+    with run:
+        folder = run.begin(settle(resolved, found, base.reason), prepared.origin, report)
+        note(f"run: {folder}, {settings.method}", quiet)
+        result = finetune(
+            prepared,
+            folder=folder,
+            resume=resume is not None,
+            until=until,
+            callbacks=[train_progress(until or settings.steps, quiet or as_json)],
+            report=report,
+            watch=write_line if as_json else None,
+        )
+        if result is None:
+            return
+        result = run.finish(result)
     folder = result.folder
     if as_json:
         write_line(summary(result))

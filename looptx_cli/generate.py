@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from looptx_cli.console import note, stdout
+from looptx_cli.console import note, shown, stdout
 from looptx_cli.conversation import Conversation
 from looptx_cli.imports import large_imports
 from looptx_cli.model_options import (
@@ -29,8 +29,16 @@ from looptx_cli.streaming import print_now, read_items, stream
 from looptx_core.api import load
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.resolve import resolve
+from looptx_core.documents import (
+    MOST_BYTES,
+    has_half,
+    known_kind,
+    lines_of,
+    read_json_lines,
+    read_text,
+)
 from looptx_core.errors import DataError, UsageError
-from looptx_core.media import MEDIA
+from looptx_core.media.registry import MEDIA
 
 if TYPE_CHECKING:
     from looptx_core.generation.engine import ChatPrompt, Engine, Generation, Prompt
@@ -86,9 +94,12 @@ def generate(
         raise UsageError("--image goes with one prompt; give one, or none for a caption")
     if image and not texts and not chat:
         texts = [""]
+    for text in texts:
+        if has_half(str(text)):
+            raise UsageError("a prompt is not UTF-8; convert it")
     talk = not texts and sys.stdin.isatty()
     if not texts and not talk:
-        texts = [sys.stdin.read().rstrip("\n")]
+        texts = [_from_stdin()]
 
     files = {"image": image} if image else {}
     need = frozenset(MEDIA[name].ability for name in files)
@@ -105,7 +116,7 @@ def generate(
         )
     items = read_items(engine, files)
     if chat:
-        texts = [_turn(str(text), items) for text in texts]
+        texts = [_message(str(text), items) for text in texts]
     elif items and not talk:
         texts = [_with_items(str(texts[0]), items)]
     if talk:
@@ -129,7 +140,7 @@ def _with_items(text: str, items: tuple[MediaItem, ...]) -> Prompt:
     return MediaPrompt(text, items)
 
 
-def _turn(text: str, items: tuple[MediaItem, ...]) -> ChatPrompt:
+def _message(text: str, items: tuple[MediaItem, ...]) -> ChatPrompt:
     from looptx_core.generation.engine import ChatPrompt
 
     return ChatPrompt(({"role": "user", "content": text},), items)
@@ -148,35 +159,42 @@ def _depths(text: str | None) -> list[int]:
 
 
 def _read_prompts(file: Path) -> list[str]:
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}; check --prompts-file") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: byte {error.start} is not UTF-8; convert the file") from error
-    if file.suffix not in (".jsonl", ".ndjson"):
-        prompts = [line for line in lines if line]
+    mend = "check --prompts-file"
+    if not file.exists():
+        raise DataError(f"{file}: no such file; {mend}")
+    if file.suffix in (".jsonl", ".ndjson"):
+        prompts = [_prompt_of(where, value) for where, value in read_json_lines(file, mend=mend)]
     else:
-        prompts = [_prompt_of(file, number, line) for number, line in enumerate(lines, 1) if line]
+        prompts = [line for line in lines_of(read_text(file, mend=mend, pipes=True)) if line]
     if not prompts:
         raise DataError(f"{file}: holds no prompts; write one a line")
     return prompts
 
 
-def _prompt_of(file: Path, number: int, line: str) -> str:
+def _prompt_of(where: str, value: Any) -> str:
+    match value:
+        case {"prompt": str(prompt)}:
+            return prompt
+    raise DataError(f'{where}: expected a line such as {{"prompt": "…"}}')
+
+
+def _from_stdin() -> str:
+    """All of standard input, without a byte order mark and the last line's end."""
+    raw = sys.stdin.buffer.read(MOST_BYTES + 1)
+    if len(raw) > MOST_BYTES:
+        raise DataError(f"standard input: over {MOST_BYTES:,} bytes, too large for a prompt")
     try:
-        return str(json.loads(line)["prompt"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f'{file}, line {number}: expected a line such as {{"prompt": "…"}}'
-        ) from error
+        return raw.decode("utf-8-sig").rstrip("\n")
+    except UnicodeDecodeError as error:
+        kind = known_kind(raw) or f"not UTF-8 at byte {error.start}; convert it"
+        raise DataError(f"standard input: {kind}") from error
 
 
 def _stream(
     engine: Engine, prompt: Prompt, options: GenerationOptions, iterations: bool, quiet: bool
 ) -> None:
     """Print a continuation as it comes, and its figures."""
-    result = stream(engine, prompt, options, iterations, lambda: _before(engine, prompt))
+    result = stream(engine, prompt, options, iterations, quiet, _before(engine, prompt))
     _summarise(engine, result, iterations, quiet)
 
 
@@ -193,7 +211,7 @@ def _show(
     """One of several finished requests."""
     from looptx_cli.render import token_line
 
-    print_now(f"{_before(engine, prompt)}{result.text}\n")
+    print_now(shown(f"{_before(engine, prompt)}{result.text}\n"))
     if iterations:
         print_now("".join(token_line(step) + "\n" for step in result.tokens))
         _summarise(engine, result, iterations, quiet)

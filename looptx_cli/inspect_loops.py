@@ -14,17 +14,21 @@ from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_core.config.inspection import InspectConfig
 from looptx_core.config.resolve import config_file, resolve
-from looptx_core.media import MEDIA
+from looptx_core.documents import printable
+from looptx_core.media.registry import MEDIA
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from looptx_core.checkpoint.folder import LoadedModel
 
 
 @with_fields(InspectConfig)
 def inspect_loops(
     flags: dict[str, Any],
     model: Annotated[
-        str | None, typer.Option(help="A run or a model folder; absent: the newest run.")
+        str | None,
+        typer.Option(
+            envvar="LOOPTX_MODEL", help="A run or a model folder; absent: the newest run."
+        ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of these settings.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
@@ -64,7 +68,7 @@ def inspect_loops(
 
     loaded = load_resolved(found, device=best_device())
     own = found.adapter or found.folder
-    data = _data(settings, loaded.tokenizer, own, quiet)
+    data = _data(settings, loaded, own, quiet)
     document, exit_settings = inspect_loops(
         loaded, data, settings, report=lambda line: note(line, quiet)
     )
@@ -95,19 +99,19 @@ def inspect_loops(
         note(f"try next: looptx inspect-loops{given} --target-loss-increase 0.5%", quiet)
 
 
-def _data(settings: InspectConfig, tokenizer: Tokenizer, folder: Path, quiet: bool) -> Path:
-    """Shards by the model's tokenizer: what was asked for, the run's own, or the bundled text."""
-    from looptx_core.data.bundled import bundled_shards
-    from looptx_core.data.own import own_text
+def _data(settings: InspectConfig, loaded: LoadedModel, folder: Path, quiet: bool) -> Path:
+    """Shards by the model's tokenizer: what was asked for, the model's own text, or the bundled."""
+    from looptx_core.data.own import OwnData, own_data, text_shards
     from looptx_core.data.resolve import resolve_data
 
-    data = settings.data
-    if not data and (data := own_text(folder) or ()):
-        note(f"data: the run's own validation split, {', '.join(data)}", quiet)
-    if data:
-        return resolve_data(list(data), tokenizer=tokenizer)
-    note("data: the bundled text's validation split", quiet)
-    return bundled_shards(tokenizer.get_vocab_size(), tokenizer)
+    if settings.data:
+        return resolve_data(list(settings.data), tokenizer=loaded.tokenizer)
+    own = own_data(folder, loaded.facts)
+    if own is None or own.kind != "text" or not own.inputs:
+        note("data: the bundled text's validation split", quiet)
+        return text_shards(OwnData("text"), loaded.tokenizer)
+    note(f"data: the model's own validation split, {', '.join(own.inputs)}", quiet)
+    return text_shards(own, loaded.tokenizer)
 
 
 def _show(document: dict[str, Any]) -> None:
@@ -181,7 +185,9 @@ def _show_trace(tokens: list[dict[str, Any]], deepest: int) -> None:
     if not is_plain(sys.stdout):
         text = Text()
         for token in tokens:
-            text.append(token["text"], style=depth_colour(token["loops"], deepest))
+            text.append(
+                printable(token["text"], keep="\n\t"), style=depth_colour(token["loops"], deepest)
+            )
         out.print(text)
     for token in tokens:
         first, last = token["top"][0][0], token["top"][-1][0]
@@ -190,7 +196,5 @@ def _show_trace(tokens: list[dict[str, Any]], deepest: int) -> None:
         out.print(
             f"{token['loops']:>3} {token['confidence']:5.3f} {token['text']!r} -> {first[0]!r} "
             f"{first[1]:.0%} .. {last[0]!r} {last[1]:.0%}{flips}; by {moved}",
-            markup=False,
-            highlight=False,
             soft_wrap=True,
         )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -13,12 +16,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from looptx_cli.console import is_plain
+from looptx_cli.console import is_plain, know_flags, with_flags
 from looptx_cli.imports import large_imports
 from looptx_cli.panels import PanelledCommand
 from looptx_cli.synonyms import command_hint, flag_hint
 from looptx_core import __version__
-from looptx_core.errors import Interrupted, LooptxError, UsageError
+from looptx_core.documents import has_half, printable
+from looptx_core.errors import Interrupted, LooptxError, UsageError, remedy
 
 # A command is a function of the module of the same name, with '_' for '-', but for `_MODULES`.
 COMMANDS = {
@@ -62,7 +66,10 @@ class LazyGroup(TyperGroup):
         if args[0] not in COMMANDS and (hint := command_hint(args[0], COMMANDS)):
             raise UsageError(f"no command '{args[0]}'; use {hint}")
         name, _, rest = super().resolve_command(ctx, args)
-        return name, load_command(str(name)), rest
+        command = load_command(str(name))
+        options = [p for p in command.params if p.opts[0].startswith("--")]
+        know_flags({option.name: option.opts[0] for option in options})
+        return name, command, rest
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         with large_imports():  # Rich's, for the help's boxes
@@ -104,10 +111,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argv: the arguments without the program's name; absent: this process's.
     """
+    _open_streams()
+    know_flags({})
     args, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
     if is_plain(sys.stdout):
         os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
     try:
+        _stop_like_ctrl_c()
+        if wrong := next((arg for arg in args if has_half(arg)), None):
+            raise UsageError(f"the argument {printable(wrong)} is not UTF-8; rename or convert it")
         code = typer.main.get_command(app).main(
             args or ["--help"], prog_name="looptx", standalone_mode=False
         )
@@ -120,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, line = _explain(error)
         if debug:
             traceback.print_exc()
-        typer.echo(f"looptx: error: {' '.join(line.split())}", err=True)
+        typer.echo(f"looptx: error: {printable(' '.join(line.split()))}", err=True)
         return code
     if code == Interrupted.exit_code:  # Click turned a KeyboardInterrupt into a code
         typer.echo("looptx: interrupted", err=True)
@@ -139,7 +151,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
     """Exit code and message for whatever ended a command."""
     match error:
         case LooptxError():
-            return error.exit_code, str(error)
+            return error.exit_code, with_flags(str(error))
         case _ClickException():
             line = _unknown_flag(error) or error.format_message()  # type: ignore[attr-defined]
             return 2, f"{line} (--help shows all options)"
@@ -151,7 +163,15 @@ def _explain(error: BaseException) -> tuple[int, str]:
             where = f" while writing {error.filename}" if error.filename else ""
             return 1, f"the disk is full{where}; free some space or choose another --out"
         case OSError(strerror=str(reason), filename=filename) if filename:
-            return 1, f"{filename}: {reason}"
+            return 1, f"{filename}: {reason}; {remedy(error, 'check the path')}"
+        case OSError(strerror=str(reason)) if remedy(error, ""):
+            return 1, f"{reason}; {remedy(error)}"
+        case MemoryError():
+            return 1, f"no memory left; {remedy(errno.ENOMEM)}"
+        case RuntimeError() if _MEMORY.search(str(error)):
+            return 1, f"no memory left; {remedy(errno.ENOMEM)}, or give less at once"
+        case RuntimeError() if "can't start new thread" in str(error):
+            return 1, f"no thread can be started; {remedy(errno.EAGAIN)}"
     what = f"{type(error).__name__}: {error}"
     return 1, f"internal error, {what}; run again with --debug and report it"
 
@@ -169,6 +189,36 @@ def _unknown_flag(error: Any) -> str | None:
     hint = flag_hint(flag, command, all_flags)
     here = f"looptx {command}" if command in COMMANDS else "looptx"
     return hint and f"{here} has no {flag}; {hint}"
+
+
+_MEMORY = re.compile("can't allocate memory|out of memory|not enough memory|Cannot allocate")
+
+
+def _open_streams() -> None:
+    """A closed standard stream is the null device: what is opened next must not take its place."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                null = os.open(os.devnull, os.O_RDWR)
+                if null != number:
+                    os.dup2(null, number)
+                    os.close(null)
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal of another encoding gets escapes
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _stop_like_ctrl_c() -> None:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does, so that it removes what is temporary."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _closed_pipe() -> int:

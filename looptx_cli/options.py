@@ -7,11 +7,13 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from looptx_core.config.resolve import field_help
+from looptx_cli.console import flags_of, with_flags
+from looptx_core.config.resolve import at_home, field_help
 from looptx_core.errors import UsageError
 
 
@@ -23,10 +25,12 @@ def with_fields(schema: type, skip: tuple[str, ...] = ()) -> Callable[[Callable[
 
     def decorate(command: Callable[..., None]) -> Any:
         names = [field.name for field in fields(schema) if field.name not in skip]
-        hints, helps = get_type_hints(schema), field_help(schema)
+        hints, flags = get_type_hints(schema), flags_of(names)
+        helps = {name: with_flags(text, flags) for name, text in field_help(schema).items()}
 
         def run(**given: Any) -> None:
             flags = {name: given.pop(name) for name in names}
+            given = {name: _at_home(name, value) for name, value in given.items()}
             command(flags=flags, **given)
 
         own = get_type_hints(command, include_extras=True)
@@ -78,6 +82,15 @@ def with_set(
             raise UsageError(f"--set {pair}: {key} is given twice; leave one out")
         joined[key] = value
     return joined
+
+
+def _at_home(name: str, value: Any) -> Any:
+    """An option that is no field, with the home folder for a `~` in front of a path."""
+    if isinstance(value, list):
+        return [_at_home(name, part) for part in value]
+    if isinstance(value, Path):
+        return Path(at_home(str(value)))
+    return at_home(value) if name in ("model", "adapter") else value
 
 
 def _flag_type(hint: Any) -> Any:

@@ -48,7 +48,7 @@ _PANELS = {
         nvme_path deepspeed_config
     """,
     "Checkpoints": "save_every keep val_every shard_size",
-    OUTPUT: "config overwrite dry_run log_every json as_json quiet help",
+    OUTPUT: "config overwrite dry_run force log_every json as_json quiet help",
 }
 """The panels below it, in their order, each with its flags by parameter name."""
 

@@ -12,11 +12,20 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from looptx_core.checkpoint.registry import RUNS, next_run_dir, take_number
-from looptx_core.checkpoint.run_facts import begin_run, replaces
+from looptx_core.checkpoint.run_facts import (
+    begin_run,
+    check_origin,
+    read_facts,
+    replaces,
+    update_facts,
+)
+from looptx_core.checkpoint.run_lock import FILE as LOCK
+from looptx_core.checkpoint.run_lock import RunLock, refuse_if_running
 from looptx_core.config.processes import RUN, is_first, starter
-from looptx_core.config.resolve import Resolved, coerce, flag_name, read_resolved, write_resolved
+from looptx_core.config.resolve import Resolved, flag_name, read_resolved, write_resolved
 from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.outputs import check_output, put_in_place
+from looptx_core.schema import coerce
 
 SCHEMA_VERSION = 1
 # What may change where a sharded run goes on; its checkpoints fit any of these.
@@ -29,16 +38,23 @@ def resumed(
     command: str,
     schema: type,
     sections: Mapping[str, type] | None = None,
+    config: Path | None = None,
 ) -> Resolved:
     """The settings of an interrupted run; only a limit of time may differ, and how a sharded run
     is spread."""
+    if config is not None:
+        raise UsageError(
+            "--config has no effect on --resume, which takes the run's own config.yaml; "
+            "leave one out"
+        )
     file = folder / "config.yaml"
     if not file.is_file():
         raise DataError(f"{folder}: not a run of looptx {command} (no config.yaml); check --resume")
     given = {key: value for key, value in flags.items() if value not in (None, [], ())}
     resolved = read_resolved(file, schema, sections)
     sharded = resolved.build(schema).sharding not in ("none", "ddp")
-    if other := given.keys() - ({"max_minutes", *_SPREAD} if sharded else {"max_minutes"}):
+    may_change = {"max_minutes", "steps", *(_SPREAD if sharded else ())}
+    if other := given.keys() - may_change:
         name = flag_name(sorted(other)[0]).removeprefix("flag ")
         raise UsageError(
             f"{name} can't change on --resume, which repeats the run exactly; "
@@ -53,7 +69,7 @@ def resumed(
 
 
 @dataclass
-class Place:
+class RunFolder:
     """Where a run is written, and where it stands once it is whole.
 
     They differ for a run that takes the place of another, which stays until the new one is whole.
@@ -66,39 +82,65 @@ class Place:
     """Where it stands in the end; None: where it is written."""
     first: bool = True
     """Whether this process makes the folder."""
-    begun: bool = False
-    """Whether there is nothing to make: a resumed run, or another process's."""
+    resumed: bool = False
+    until: int | None = None
+    """The last step of a resumed run, which its folder remembers."""
     inputs: tuple[str | Path | None, ...] = ()
+    _lock: RunLock | None = None
 
     @property
     def where(self) -> Path:
         """Where it is written, or the folder that will hold it: for checks of the file system."""
         return self.folder or RUNS
 
-    def begin(self, resolved: Resolved) -> Path:
-        """Make the run's folder, empty but for its settings, and return it."""
+    def begin(
+        self,
+        resolved: Resolved,
+        origin: Mapping[str, str],
+        report: Callable[[str], object] = lambda line: None,
+    ) -> Path:
+        """Take the run's folder for this process alone, and make it, empty but for its settings.
+
+        origin: fingerprints of what the run is made from. Returns the folder.
+
+        Raises `UsageError` where another process writes there, `DataError` for a run to go on with
+        that was made from something else.
+        """
+        if not self.first:
+            assert self.folder is not None
+            return self.folder
         if self.folder is None:
             self.folder = take_number(self.command)
-        if self.begun or not self.first:
-            return self.folder
         try:
-            if self.target is not None and self.folder.exists():
-                shutil.rmtree(self.folder)  # what began to take this place, and did not end
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = RunLock(self.folder)
+            self._lock.acquire(report)
+            if self.resumed:
+                check_origin(self.folder, origin)
+                if self.until:
+                    update_facts(self.folder, until=self.until)
+                return self.folder
+            if self.target is not None:
+                _empty(self.folder)  # of what began to take this place, and did not end
+            elif (self.folder / "config.yaml").exists():
+                raise UsageError(f"{self.folder} exists; choose another --out")
         except OSError as error:
             raise LooptxError(
                 f"cannot make {self.folder}: {error.strerror}; choose another --out"
             ) from error
-        begin_run(self.folder, self.command, self.target)
+        begin_run(self.folder, self.command, self.target, origin)
         write_resolved(self.folder / "config.yaml", resolved, omit={"out", "max_minutes"})
         return self.folder
 
     def finish(self, result: Any) -> Any:
-        """Let a whole run take its place; returns the result with the folders of then."""
-        if self.target is None or not self.first:
-            return result
+        """Note that a run is whole and let it take its place; returns the result with the folders
+        of then."""
         assert self.folder is not None
+        update_facts(self.folder, finished=result.steps)
+        if self.target is None:
+            return result
         check_output(self.target, self.command, overwrite=True, inputs=self.inputs)
+        refuse_if_running(self.target)
         try:
             put_in_place(self.folder.resolve(), self.target.resolve())
         except OSError as error:
@@ -106,18 +148,62 @@ class Place:
                 f"cannot replace {self.target}: {error.strerror}; the new run is whole, and stands "
                 f"in {self.folder}"
             ) from error
+        if self._lock is not None:
+            self._lock.file = self.target / self._lock.file.name
         model = self.target / result.model_folder.relative_to(self.folder)
         return replace(result, folder=self.target, model_folder=model)
 
+    def __enter__(self) -> RunFolder:
+        return self
 
-def place_of(
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+
+def _empty(folder: Path) -> None:
+    """Remove all but the lock."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def last_step(folder: Path, steps: int, asked: int | None, report: Callable[[str], object]) -> int:
+    """The step to which a resumed run goes on; 0 where it has finished and nothing is to do.
+
+    steps: of its settings. asked: a number of steps that was given anew, to go on with a run that
+    has finished. report: told where nothing is to do.
+
+    Raises `UsageError` for another number before that.
+    """
+    facts = read_facts(folder)
+    until, done = int(facts.get("until") or steps), int(facts.get("finished") or 0)
+    waits = replaces(folder) is not None  # whole, perhaps, and yet to take its place
+    if asked in (None, until) and (done < until or waits):
+        return until
+    if asked is not None and done < until:
+        raise UsageError(
+            f"--steps can't change before the run has done its {until:,} steps; leave it out, or "
+            "start a new run"
+        )
+    if asked is not None and asked > done:
+        return asked
+    if asked is not None and asked < done:
+        raise UsageError(f"--steps {asked}: this run has done {done:,} steps; give more")
+    report(f"{folder}: finished, {done:,} steps; --steps N with more of them goes on")
+    return 0
+
+
+def run_folder(
     resume: Path | None,
     out: str | None,
     command: str,
     overwrite: bool,
     inputs: Iterable[str | Path | None] = (),
     report: Callable[[str], object] = lambda line: None,
-) -> Place:
+) -> RunFolder:
     """The run's place; what is there is checked, and nothing is made yet.
 
     inputs: what the run reads, which it never replaces. report: told what will be replaced.
@@ -126,15 +212,15 @@ def place_of(
     can't know the folder.
     """
     if RUN in os.environ:
-        return Place(command, Path(os.environ[RUN]), first=is_first(), begun=True)
+        return RunFolder(command, Path(os.environ[RUN]), None, is_first(), resumed=True)
     inputs = tuple(inputs)
     if resume is not None:
-        return Place(command, resume, replaces(resume), is_first(), True, inputs)
+        return RunFolder(command, resume, replaces(resume), is_first(), True, inputs=inputs)
     several = bool(starter())
     if several and out is None:
         raise UsageError("several processes start together; name the run's folder by --out")
     if out is None:
-        return Place(command, None)
+        return RunFolder(command, None)
     target = Path(out)
     plain = target.name not in ("", "..") and not target.is_symlink()
     beside = target if plain else target.resolve()
@@ -144,14 +230,16 @@ def place_of(
         next_run_dir(out, command, overwrite, inputs=inputs, report=report)
         if not os.path.lexists(target) or not any(target.iterdir()):
             beside = beside if several and overwrite else target
-        elif os.path.lexists(beside):
+        else:
+            refuse_if_running(target)
+        if beside != target and os.path.lexists(beside):
             check_output(beside, command, overwrite=True, inputs=inputs)
     elif not overwrite:
         beside = target
     if beside == target:
-        return Place(command, target, first=is_first())
+        return RunFolder(command, target, first=is_first())
     report(f"until then the new run is written to {beside}")
-    return Place(command, beside, target, is_first(), inputs=inputs)
+    return RunFolder(command, beside, target, is_first(), inputs=inputs)
 
 
 def settle(resolved: Resolved, values: Mapping[str, Any], origin: str) -> Resolved:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from looptx_cli.console import is_plain, stdout
-from looptx_core.media import MEDIA
+from looptx_cli.console import is_plain, note, shown, stdout
+from looptx_core.media.registry import MEDIA
 
 if TYPE_CHECKING:
     from looptx_core.config.generation import GenerationOptions
@@ -27,36 +27,42 @@ def stream(
     prompt: Prompt,
     options: GenerationOptions,
     iterations: bool,
-    before: Callable[[], str] = lambda: "",
+    quiet: bool,
+    before: str = "",
 ) -> Generation:
     """Print a continuation as it comes, and end its line.
 
-    iterations: in the colours of the depths, with the legend; where there are no colours, a line
-    with the figures for each token. before: what stands before it, asked for once it begins.
+    iterations: in the colours of the depths over their figures, with the legend; where there are
+    no colours, a line with the figures for each token. before: what stands before it.
     """
-    from looptx_cli.render import legend, token_line, token_text
+    from looptx_cli.render import TokenDisplay, answers_told, legend, token_line
 
     plain = is_plain(sys.stdout)
     deepest = engine.model.config.max_loops
     out = stdout()
+    display = TokenDisplay(out, deepest, before)
+
     begun = False
 
     def watch(step: Step) -> None:
         nonlocal begun
         if not begun and not (iterations and plain):
-            print_now(before())  # only now: refused settings print nothing
+            print_now(shown(before))  # only now: refused settings print nothing
         begun = True
         if not iterations:
-            print_now(step.text)
+            print_now(shown(step.text))
         elif plain:
             print_now(token_line(step) + "\n")
         else:
-            out.print(token_text(step, deepest), end="")
+            display.add(step)
 
     (result,) = engine.complete([prompt], options, watch)
-    print_now("" if iterations and plain else "\n")
+    display.close()
+    print_now("" if iterations else "\n")
     if iterations and not plain:
         out.print(legend(result, deepest))
+    if iterations and (told := answers_told(before, result.text)):
+        note(told, quiet) if plain else out.print(told)
     return result
 
 

@@ -108,7 +108,6 @@ def tokenize(
         f"{manifest.documents:,} documents, {manifest.bytes:,} bytes -> {manifest.tokens:,} tokens "
         f"({splits}), {manifest.bytes_per_token:.2f} bytes a token, "
         f"vocabulary {manifest.vocab_size:,}, {seconds:.1f} s -> {folder}",
-        markup=False,
         soft_wrap=True,
     )
     note(f"try next: looptx train --data {folder}", quiet)

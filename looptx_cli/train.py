@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from looptx_cli.console import note, stdout
+from looptx_cli.console import note, stdout, with_flags
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields, with_set
 from looptx_cli.runs import (
     SCHEMA_VERSION,
-    place_of,
+    last_step,
     resumed,
+    run_folder,
     settle,
     summary,
     write_line,
@@ -46,6 +47,7 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Go on with this run, exactly.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show size and cost only.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Try what memory can't hold.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no notes.")] = False,
 ) -> None:
@@ -62,32 +64,39 @@ def train(
     """
     flags = with_set(flags, set_, SECTIONS)
     if resume is not None:
-        resolved = resumed(resume, flags, "train", TrainConfig, SECTIONS)
+        resolved = resumed(resume, flags, "train", TrainConfig, SECTIONS, config)
     else:
         resolved = resolve(TrainConfig, SECTIONS, flags=flags, config=config)
         if resolved.values["offload"] == "nvme" and not resolved.given("preset"):
             resolved = _to_try_swapping(flags, config)
     settings = resolved.build(TrainConfig)
+    until = None
+    if resume is not None and not dry_run:
+        until = last_step(resume, settings.steps, flags["steps"], lambda line: note(line, quiet))
+        if not until:
+            return
     model_config = resolved.build(ModelConfig, "model")
-    if dry_run:
-        with large_imports():
-            from looptx_core.parallel.plan import plan
+    with large_imports():
+        from looptx_core.parallel.plan import check_memory, plan
 
+    if dry_run:
         _show_plan(plan(model_config, settings), as_json)
         return
+    if not force:
+        check_memory(model_config, settings)
 
     with large_imports():
         from looptx_core.data.bundled import bundled_shards
-        from looptx_core.data.records import media_named
+        from looptx_core.data.records import media_named, read_records
         from looptx_core.data.resolve import resolve_data
         from looptx_core.data.shards import Manifest
-        from looptx_core.media import MEDIA, media_for
+        from looptx_core.media.registry import MEDIA, media_for
 
     inputs = (*settings.data, config_file(config), settings.deepspeed_config)
-    place = place_of(
+    run = run_folder(
         resume, settings.out, "train", overwrite, inputs, lambda line: note(line, quiet)
     )
-    quiet, as_json = quiet or not place.first, as_json and place.first
+    quiet, as_json = quiet or not run.first, as_json and run.first
     if resolved.origins["steps"] == _TRIAL:
         note("a trial of swapping: preset small for 20 steps; --preset and --steps set them", quiet)
     named = {item: media_named([item]) for item in settings.data}
@@ -111,25 +120,32 @@ def train(
     model_config = fit_vocabulary(
         model_config, Manifest.read(shards).vocab_size, resolved.given("model.vocab_size")
     )
-    check(settings, place.where)
+    check(settings, run.where)
     shape = {f"model.{key}": value for key, value in model_config.to_dict().items()}
-    folder = place.begin(settle(resolved, shape, "the data"))
-    note(f"run: {folder}", quiet)
-
-    result = train(
-        settings,
-        model_config,
-        data=shards,
-        records=records,
-        folder=folder,
-        resume=resume is not None,
-        callbacks=[train_progress(settings.steps, quiet or as_json)],
-        report=lambda line: note(line, quiet),
-        watch=write_line if as_json else None,
-    )
-    if result is None:
-        return
-    result = place.finish(result)
+    manifest = Manifest.read(shards)
+    origin = {"data": manifest.fingerprint, "tokenizer": manifest.tokenizer}
+    if records:
+        origin["media data"] = read_records(records, settings.skip_bad).fingerprint
+    run.until = until
+    with run:
+        settled = settle(resolved, shape, "the data")
+        folder = run.begin(settled, origin, lambda line: note(line, quiet))
+        note(f"run: {folder}", quiet)
+        result = train(
+            settings,
+            model_config,
+            data=shards,
+            records=records,
+            folder=folder,
+            resume=resume is not None,
+            until=until,
+            callbacks=[train_progress(until or settings.steps, quiet or as_json)],
+            report=lambda line: note(line, quiet),
+            watch=write_line if as_json else None,
+        )
+        if result is None:
+            return
+        result = run.finish(result)
     folder = result.folder
     if as_json:
         write_line(summary(result))
@@ -176,8 +192,10 @@ def _show_result(result: TrainResult) -> None:
         losses = "  ".join(f"{loss:.3f}" for loss in result.caption_loss_by_loop)
         out.print(f"Texts beside pictures, held-out nats a token by loop: {losses}", soft_wrap=True)
     rate = result.tokens / max(result.seconds, 1e-9)
+    before = result.steps_before
+    now = f", {result.steps - before:,} of them now:" if before else ","
     out.print(
-        f"{result.steps:,} steps, {result.tokens:,} tokens in {result.seconds:,.0f} s "
+        f"{result.steps:,} steps{now} {result.tokens:,} tokens in {result.seconds:,.0f} s "
         f"({rate:,.0f} tokens/s), {result.flops:.3g} FLOPs",
         soft_wrap=True,
     )
@@ -202,7 +220,9 @@ def _show_result(result: TrainResult) -> None:
 
 def _show_plan(plan: Plan, as_json: bool) -> None:
     if as_json:
-        sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, **plan.to_dict()}) + "\n")
+        document = {"schema_version": SCHEMA_VERSION, **plan.to_dict()}
+        document["advice"] = with_flags(plan.advice)
+        sys.stdout.write(json.dumps(document) + "\n")
         return
     out = stdout()
 
@@ -235,4 +255,4 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     row(
         "RAM here", plan.machine.ram, f"; {names}; {plan.machine.disk / 2**30:.0f} GiB of disk free"
     )
-    out.print("It fits." if plan.fits else "It does not fit. " + plan.advice, soft_wrap=True)
+    out.print(with_flags(plan.verdict), soft_wrap=True)

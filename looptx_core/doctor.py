@@ -231,16 +231,16 @@ def _uses(machine: Machine, checks: list[Check], ops: list[Op]) -> list[Use]:
     precision, why = choose_precision("auto", device)
     uses = [
         Use("train", True, f"{where}, {precision}", why),
-        Use("--attention auto", True, *state["attention"].detail.split(": ", 1)),
+        Use("`attention` auto", True, *state["attention"].detail.split(": ", 1)),
         *([] if on_gpu else [_kernels()]),
-        _need("--compile", ["c++"] if not on_gpu else [], state, "torch.compile",
+        _need("`compile`", ["c++"] if not on_gpu else [], state, "torch.compile",
               "its kernels are built here" if not on_gpu else "Triton builds its kernels"),
-        Use("--devices", True, *_devices(machine)),
+        Use("`devices`", True, *_devices(machine)),
     ]  # fmt: skip
     engine = "DeepSpeed on the " + ("GPU" if on_gpu else "CPU accelerator")
     uses += [
-        _need("--zero3", ["deepspeed"], state, engine, "weights are cut over the processes"),
-        _need("--zero3 --offload cpu", ["deepspeed"], state,
+        _need("`zero3`", ["deepspeed"], state, engine, "weights are cut over the processes"),
+        _need("`zero3` `offload` cpu", ["deepspeed"], state,
               f"{engine}, optimizer and weights in RAM",
               f"{machine.ram / 2**30:.0f} GiB of RAM beside "
               + ("the GPU's memory" if on_gpu else "nothing else, so it frees none here")),
@@ -251,11 +251,11 @@ def _uses(machine: Machine, checks: list[Check], ops: list[Op]) -> list[Use]:
     lacking = [state[name] for name in ("libaio", "c++", "ninja") if state[name].state != "ok"]
     if lacking:
         by = f"threads, slower than libaio: {lacking[0].detail}"
-    nvme = _need("--zero3 --offload nvme", ["deepspeed"], state, f"{engine}, swap files by {by}",
+    nvme = _need("`zero3` `offload` nvme", ["deepspeed"], state, f"{engine}, swap files by {by}",
                  state["disk"].detail)  # fmt: skip
     if not machine.can_swap:
-        nvme = Use(nvme.feature, False, nvme.uses, state["disk"].detail, "--nvme-path on a disk")
-    quantised = _need("finetune --qlora", ["bitsandbytes"], state, "bitsandbytes, nf4 or int8",
+        nvme = Use(nvme.feature, False, nvme.uses, state["disk"].detail, "`nvme_path` on a disk")
+    quantised = _need("finetune `qlora`", ["bitsandbytes"], state, "bitsandbytes, nf4 or int8",
                       "a base in 4 or 8 bits")  # fmt: skip
     return [*uses, nvme, quantised]
 
@@ -268,12 +268,14 @@ def _kernels() -> Use:
     from looptx_core.model import fused
     from looptx_core.training.kernel_trial import choose
 
-    said, feature = fused.prepare(), "train: fused kernels"
+    said, feature = fused.enable_fused(), "train: fused kernels"
     if not fused.is_prepared():
         return Use(feature, True, "plain torch", said.removeprefix("plain torch: "))
     preset, shape = get_preset("nano"), TrainConfig()
-    choice = choose(ModelConfig(**preset["model"]), shape.rows, shape.seq_len, again=True)
-    fused.prepare(False)
+    choice = choose(
+        ModelConfig(**preset["model"]), shape.micro_batch_size, shape.seq_len, again=True
+    )
+    fused.enable_fused(False)
     times = ", ".join(f"{name} {a:.3g} and {b:.3g}" for name, (a, b) in choice.milliseconds.items())
     return Use(feature, True, str(choice), f"`nano`, ms plain and fused: {times}")
 
@@ -295,5 +297,5 @@ def _devices(machine: Machine) -> tuple[str, str]:
 
 
 def unbuilt(ops: Iterable[Op]) -> list[str]:
-    """Names of the ops that `--build` has to build; those that can't be built are left out."""
+    """Names of the ops that are still to build; those that can't be built are left out."""
     return [op.name for op in ops if op.state != "built" and op_obstacle(op.name) is None]

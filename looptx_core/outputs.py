@@ -25,16 +25,26 @@ from looptx_core.errors import UsageError
 _MODEL = (
     *("config.json", "generation_config.json", "model.safetensors.index.json"),
     *("model.safetensors", "model-*-of-*.safetensors", "preprocessor_config.json", "README.md"),
+    "data.json",
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
     *("adapter_config.json", "adapter_model.safetensors", "looptx.json", "loop_*/adapter_*"),
     *("loop_*/README.md", "codec-*/*.json", "codec-*/*.safetensors"),
 )
+# An export holds sources of this package, each named by its own package and its module.
 _EXPORT = (
-    *("modeling_looptx.py", "errors.py", "config_*.py", "model_*.py", "generation_*.py"),
-    *("machine_*.py", "__pycache__/*"),
+    *("modeling_looptx.py", "errors.py", "__pycache__/*"),
+    *(f"{part.name}_*.py" for part in sorted(Path(__file__).parent.iterdir()) if part.is_dir()),
 )
 _RUN = (
-    *("run.json", "run.lock", "config.yaml", "metrics.jsonl", "curves.png", "curves.partial.png"),
+    *(
+        "run.json",
+        "run.lock",
+        "config.yaml",
+        "metrics.jsonl",
+        "kernels.json",
+        "curves.png",
+        "curves.partial.png",
+    ),
     *("checkpoints/step-*", "csv/*", "tensorboard/*", "swap/*", ".*.tmp", "*/.*.tmp"),
     *(f"final/{name}" for name in _MODEL),
 )
@@ -83,24 +93,24 @@ def check_output(
         held = next(folder.iterdir(), None)
     except OSError as error:
         raise UsageError(
-            f"{folder}: not a folder to write to ({error.strerror}); choose another --out"
+            f"{folder}: not a folder to write to ({error.strerror}); choose another `out`"
         ) from error
     if held is None:
         return ""
     if not overwrite:
-        raise UsageError(f"{folder} exists; pass --overwrite or choose another --out")
+        raise UsageError(f"{folder} exists; pass `overwrite` or choose another `out`")
     keep = f"{folder} is not replaced"
     place, here = folder.resolve(), Path.cwd()
     if here == place or place in here.parents:
-        raise UsageError(f"{keep}, as it holds the working folder; choose another --out")
+        raise UsageError(f"{keep}, as it holds the working folder; choose another `out`")
     for name in inputs:
         for path in _paths(name):
             if path == place or place in path.parents:
-                raise UsageError(f"{keep}, as {name} is read from there; choose another --out")
+                raise UsageError(f"{keep}, as {name} is read from there; choose another `out`")
     kind = OUTPUTS[command]
     if (maker := made_by(folder, kind.marker)) != command:
         found = f"; looptx {maker} made it" if maker else ""
-        raise UsageError(f"{folder} is no {kind.noun}, so {keep}{found}; choose another --out")
+        raise UsageError(f"{folder} is no {kind.noun}, so {keep}{found}; choose another `out`")
     return "a " + kind.noun + ", " + describe_contents(folder, kind.holds)
 
 
@@ -112,7 +122,7 @@ def describe_contents(folder: Path, holds: Iterable[str]) -> str:
         if not any(fnmatchcase(name, pattern) for pattern in holds):
             raise UsageError(
                 f"{folder} holds {name}, which looptx did not make, so it is not replaced; move "
-                "it away or choose another --out"
+                "it away or choose another `out`"
             )
         count += 1
         size += file.lstat().st_size
@@ -128,10 +138,10 @@ def check_model_target(folder: Path, overwrite: bool) -> None:
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not overwrite:
-        raise UsageError(f"{folder} exists; pass --overwrite or choose another --out")
+        raise UsageError(f"{folder} exists; pass `overwrite` or choose another `out`")
     if not folder.is_dir() or _document(folder / "config.json").get("model_type") != "looptx":
         raise UsageError(
-            f"{folder} is no looptx model, so it is not replaced; choose another --out"
+            f"{folder} is no looptx model, so it is not replaced; choose another `out`"
         )
     describe_contents(folder, (*_MODEL, *_EXPORT))
 

@@ -7,15 +7,19 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import typer
+from rich.text import Text
 
 from looptx_cli import main as cli
 from looptx_cli.console import note, stdout
 from looptx_cli.main import main
 from looptx_core import __version__
+from looptx_core.config.resolve import field_help
+from looptx_core.config.run import TrainConfig
 from looptx_core.errors import DataError, Interrupted, MissingError
 
 LINE = "the whale and the sea and the ship went round and round the sea, said the whale\n"
@@ -210,6 +214,38 @@ def test_errors_become_codes(
         assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "message, shown",
+    [
+        ("`vocab_size` 3 is too small", "--vocab-size 3 is too small"),
+        ("pass `overwrite` or another `out`", "pass --overwrite or another --out"),
+        ("lower `seq_len`, or set `model.d_model`", "lower `seq_len`, or set `model.d_model`"),
+        ("`as_json` and `inputs`, `--out`", "--json and `inputs`, `--out`"),
+        ("a`b: no `out/x`; ``, `` ` `vocab-size` `", "a`b: no `out/x`; ``, `` ` `vocab-size` `"),
+    ],
+    ids=["one", "two", "no options here", "names that differ", "a stranger's backticks"],
+)
+def test_parameters_become_flags(
+    message: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, report: Callable[[str], object], **__: object) -> None:
+        report(message)
+        raise DataError(message)
+
+    monkeypatch.setattr("looptx_core.checkpoint.registry.next_run_dir", fail)
+    assert main(["tokenize", "a.txt"]) == 4
+    assert capsys.readouterr().err.splitlines() == [shown, f"looptx: error: {shown}"]
+    assert main(["--out"]) == 2
+    note("`out`")
+    assert capsys.readouterr().err.splitlines()[-1] == "`out`", "no command runs"
+
+
+def test_the_help_of_a_field_spells_flags() -> None:
+    assert field_help(TrainConfig)["zero3"].startswith("The same as `strategy` zero3.")
+    options = {p.name: p.help for p in cli.load_command("train").params}
+    assert options["zero3"].startswith("The same as --strategy zero3.")
+
+
 def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     _replace_command(monkeypatch, KeyboardInterrupt())
     assert main(["tokenize"]) == 130
@@ -235,10 +271,10 @@ def test_a_terminal_without_codes(
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    stdout().print("[bold red]x[/]")
+    stdout().print(Text("x", style="bold red"))
     assert "\x1b" in capsys.readouterr().out
     monkeypatch.setenv(variable, "dumb")
-    stdout().print("[bold red]x[/]")
+    stdout().print(Text("x", style="bold red"))
     note("hidden", quiet=True)
     note("[shown]")
     out, err = capsys.readouterr()

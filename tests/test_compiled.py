@@ -9,7 +9,7 @@ from torch import Tensor
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.compiled import compile_moves, plain_moves
+from looptx_core.training.compiled import compile_forward, uncompile_forward
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
 
@@ -42,13 +42,13 @@ def test_compiled_moves_learn_the_same() -> None:
     plain = losses_and_gradients(model)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compile_moves(model, "aot_eager")
+    compile_forward(model, "aot_eager")
     try:
         compiled = losses_and_gradients(model)
         with torch.no_grad():
             model(torch.zeros(1, 5, dtype=torch.long))
     finally:
-        plain_moves(model)
+        uncompile_forward(model)
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
     counters = torch._dynamo.utils.counters
     # Each move for all rows, some and one, with documents and without; none of them in pieces.

@@ -177,9 +177,9 @@ def test_the_exported_code_is_the_models_own(exported: Path) -> None:
                   if isinstance(node, ast.ImportFrom) and not node.level}  # fmt: skip
         roots = {name.split(".")[0] for name in outer} - set(sys.stdlib_module_names)
         assert roots <= {"torch", "transformers", "tokenizers", "flash_attn"}
+    sources = {"_".join(file.relative_to(root).parts): file for file in root.rglob("*.py")}
     for name in names - {"modeling_looptx.py"}:
-        parts = name.removesuffix(".py").split("_", 1)
-        source = root.joinpath(*parts).with_suffix(".py")
+        source = sources[name]
         theirs, ours = (file.read_text().splitlines() for file in (exported / name, source))
         changed = [(a, b) for a, b in zip(theirs, ours, strict=True) if a != b]
         for new, old in changed:

@@ -24,7 +24,7 @@ from looptx_core.data.shards import open_shards
 from looptx_core.errors import DataError
 from looptx_core.generation.engine import Engine
 from looptx_core.model import bitnet
-from looptx_core.model.bitnet import BitLinear, PackedBitLinear, pack, ternary, unpack
+from looptx_core.model.bitnet import BitLinear, TernaryLinear, pack, ternary, unpack
 from looptx_core.training.run import train
 
 
@@ -112,7 +112,7 @@ def test_a_packed_model_computes_the_same(loops: int) -> None:
     with torch.no_grad():
         expected = latent(TOKENS, loops).logits
         torch.testing.assert_close(packed(TOKENS, loops).logits, expected, atol=1e-9, rtol=1e-9)
-        packed.join()
+        packed.fuse_projections()
         joined = packed(TOKENS, loops).logits
         torch.testing.assert_close(joined, expected, atol=1e-9, rtol=1e-9)
     # With a gradient asked for, as an adapter's training does, there are float products.
@@ -218,4 +218,4 @@ def test_training_ternary_from_scratch(shards: Path, tmp_path: Path) -> None:
 
 
 def test_packed_layers_say_what_they_are() -> None:
-    assert "2 bits a weight" in repr(PackedBitLinear(5, 3, torch.nn.Identity()))
+    assert "2 bits a weight" in repr(TernaryLinear(5, 3, torch.nn.Identity()))

@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from looptx_core.backends.cpu.backend import CpuBackend
-from looptx_core.backends.cpu.bindings import KernelModel, round_weights
+from looptx_core.backends.cpu.bindings import KernelModel
+from looptx_core.backends.cpu.rounding import round_weights
+from looptx_core.backends.cpu.structs import KernelCache, KernelRows
 from looptx_core.backends.select import select_backend
 from looptx_core.backends.torch_backend import TorchBackend
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.conversion.ternary import pack_model
 from looptx_core.data.tokenizer import train_tokenizer
-from looptx_core.errors import MissingError, UsageError
+from looptx_core.errors import DataError, MissingError, UsageError
 from looptx_core.generation.engine import Engine
 from looptx_core.machine import kernels
 from looptx_core.model.attention import explicit
@@ -36,6 +38,42 @@ def make(config: ModelConfig, seed: int = 0) -> LoopedTransformer:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def test_nothing_beyond_the_tables_is_read() -> None:
+    model = make(SMALL)
+    kernel = KernelModel(model)
+    store = LoopCache(SMALL, 2, 8, 5)
+    cache = KernelCache.of(store)
+    assert cache is not None
+    rows = KernelRows(cache, [0, 1], [0, 0], [0, 0], [0, 0])
+    for wrong in (SMALL.vocab_size, -1, 2**40, -(2**40)):
+        with pytest.raises(UsageError, match="token id"):
+            kernel.embed(torch.tensor([1, wrong]), rows)
+    good = kernel.embed(torch.tensor([1, SMALL.vocab_size - 1]), rows)
+    assert torch.isfinite(good).all()
+    for row, column, start in ([2, 0, 0], [-1, 0, 0], [0, 8, 0], [0, 0, 1], [0, 3, -1]):
+        beyond = KernelRows(cache, [0, row], [0, column], [0, start], [0, 0])
+        with pytest.raises(UsageError, match="beyond the cache"):
+            kernel.logits(good, beyond)
+        with pytest.raises(UsageError, match="beyond the cache"):
+            kernel.iterate(good, good, [1, 1], beyond)
+    with pytest.raises(UsageError, match="loop below 1"):
+        kernel.iterate(good, good, [1, 0], rows)
+    with pytest.raises(UsageError, match="loop below 1"):
+        kernel.confidence(good, [-5, 1])
+    assert torch.equal(kernel.embed(torch.tensor([1, SMALL.vocab_size - 1]), rows), good)
+
+
+@pytest.mark.parametrize("kernel", ["native", "torch"])
+def test_the_engine_refuses_ids_that_the_model_lacks(kernel: str) -> None:
+    tokenizer = train_tokenizer(["abcd efgh " * 50], 280)
+    model = make(replace(SMALL, vocab_size=280))
+    engine = Engine(model, tokenizer, kernel=kernel)
+    for wrong in (280, -1, 2**31, 2**62):
+        with pytest.raises(DataError, match=f"token id {wrong} is not below 280"):
+            engine.complete([[3, wrong]])
+    assert engine.complete([[3, 279]], GenerationOptions(max_new_tokens=2, ignore_eos=True))
 
 
 def differences(
@@ -180,9 +218,9 @@ def test_it_steps_aside_and_says_why() -> None:
         assert why in reason
         with pytest.raises(MissingError, match=why):
             select_backend(other, "native")
-    with pytest.raises(UsageError, match="--kernel fast"):
+    with pytest.raises(UsageError, match="`kernel` fast"):
         select_backend(model, "fast")
-    with pytest.raises(UsageError, match="--precision fp4"):
+    with pytest.raises(UsageError, match="`precision` fp4"):
         select_backend(model, "auto", "fp4")
 
 

@@ -135,10 +135,10 @@ def test_pictures_between_texts(device: torch.device, monkeypatch: pytest.Monkey
 
 def test_a_second_engine_leaves_the_weights_where_they_are() -> None:
     model = LoopedTransformer(SHAPE).eval()
-    model.join()
+    model.fuse_projections()
     where = [p.data_ptr() for p in model.parameters()]
     model.to("cpu")
-    model.join()
+    model.fuse_projections()
     assert where == [p.data_ptr() for p in model.parameters()]
     attention = model.core[0].attention
     x = torch.randn(1, 2, SHAPE.d_model)
@@ -146,7 +146,7 @@ def test_a_second_engine_leaves_the_weights_where_they_are() -> None:
         _, _, v = attention.project(x)
         assert torch.allclose(v, attention.v_proj(x), atol=1e-6)
     attention.k_proj.weight.data = attention.k_proj.weight.data.clone()
-    model.join()
+    model.fuse_projections()
     with torch.no_grad():
         assert torch.allclose(attention.project(x)[1], attention.k_proj(x), atol=1e-6)
 

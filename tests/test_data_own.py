@@ -1,4 +1,4 @@
-"""What a model was trained on, as its run's folder tells."""
+"""What a model was trained on, as the note in its folder tells."""
 
 from __future__ import annotations
 
@@ -7,39 +7,49 @@ from pathlib import Path
 
 import pytest
 
-from looptx_core.data.own import own_data, own_text
+from looptx_core.data.bundled import bundled_corpus
+from looptx_core.data.own import FILE, OwnData, given_data, own_data, text_shards
+from looptx_core.data.shards import open_shards
+from looptx_core.errors import DataError
 
 
-@pytest.fixture
-def final(tmp_path: Path) -> Path:
-    (tmp_path / "run" / "final").mkdir(parents=True)
-    return tmp_path / "run" / "final"
+def noted(folder: Path, data: OwnData) -> OwnData | None:
+    (folder / FILE).write_text(json.dumps(data.to_dict()))
+    return own_data(folder, {})
 
 
-def _run(final: Path, **settings: object) -> None:
-    (final.parent / "config.yaml").write_text(json.dumps(settings))
+def test_a_note_tells_the_data_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    monkeypatch.chdir(tmp_path)
+    for names in (["a.txt"], ["*.txt"]):
+        own = noted(tmp_path, OwnData.of("text", names, {"seed": 3, "lr": 1.0}))
+        assert own == OwnData("text", (str(tmp_path / "a.txt"),), settings={"seed": 3})
+    assert noted(tmp_path, OwnData.of("text", ["gone.txt"], {})).missing == ["gone.txt"]
+    assert noted(tmp_path, OwnData.of("text", ["hf:name"], {})).missing == []
 
 
-def test_a_training_run_tells_its_data(final: Path) -> None:
-    _run(final, preset="nano", data=["a.txt", "b.txt"])
-    assert own_data(final) == own_text(final) == ("a.txt", "b.txt")
-    _run(final, preset="nano", data=[])
-    assert own_data(final) == own_text(final) == ()  # the bundled text
+def test_nothing_is_known_elsewhere(tmp_path: Path) -> None:
+    assert own_data(tmp_path, {}) is None
+    assert own_data(tmp_path, {"data": ["a.txt"]}) is None
+    assert own_data(tmp_path, {"data": [bundled_corpus().name]}) == OwnData("text")
 
 
-def test_nothing_is_known_elsewhere(final: Path) -> None:
-    assert own_data(final) is None  # no run
-    _run(final, lora_rank=8, data=["questions.jsonl"])
-    assert own_data(final) is None and own_text(final) is None  # a finetuning's examples
-    _run(final, preset="nano", data=["a.txt"])
-    assert own_data(final.parent) is None
-
-
-def test_records_of_media_are_no_text(final: Path, colours: Path) -> None:
+def test_records_of_media_are_no_text(colours: Path, shards: Path) -> None:
     text = colours / "a.txt"
     text.write_text("words")
-    _run(
-        final, preset="nano", data=[str(text), str(colours / "pairs"), str(colours / "pairs.jsonl")]
-    )
-    assert own_text(final) == (str(text),)
-    assert len(own_data(final) or ()) == 3
+    media = (str(colours / "pairs"), str(colours / "pairs.jsonl"))
+    own = given_data([str(text), *media])
+    assert (own.kind, own.inputs, own.media) == ("text", (str(text),), media)
+    assert own.name == "a.txt, pairs, pairs.jsonl" and own.missing == []
+
+    text.unlink()
+    assert own.missing == [str(text)]
+    with pytest.raises(DataError, match="no such file"):
+        text_shards(own, open_shards(shards).tokenizer)
+    # The text as it was tokenised is as good, and the media are wanted all the same.
+    kept = OwnData("text", own.inputs, own.media, str(shards))
+    assert kept.missing == [] and text_shards(kept, open_shards(shards).tokenizer) == shards
+    (colours / "pairs.jsonl").unlink()
+    assert kept.missing == [media[1]]

@@ -5,18 +5,22 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_cases import MOBY, RELAXED, VOCAB, text_of
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from looptx_core.data import corpus as corpus_module
+from looptx_core.data import tables
 from looptx_core.data.corpus import PIECE, Corpus, boundary, cut_pieces, documents
+from looptx_core.data.examples import read_examples
+from looptx_core.data.records import media_named, read_records
 from looptx_core.data.shard_writer import tokenize_corpus
 from looptx_core.errors import DataError
 
@@ -165,7 +169,7 @@ def test_no_inputs() -> None:
 
 
 def test_too_long_a_json_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module, "RECORD_LIMIT", 1 << 20)
+    monkeypatch.setattr(tables, "RECORD_LIMIT", 1 << 20)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * (1 << 20)}))
     with pytest.raises(DataError, match="line 1: longer than 1 MiB"):
         read(tmp_path / "a.jsonl")
@@ -177,3 +181,124 @@ def test_reading_imports_no_torch() -> None:
         "assert not {'torch', 'lightning', 'transformers', 'pyarrow'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Records of every form
+
+
+def records(*inputs: Path) -> list[object]:
+    with Corpus(list(inputs)) as corpus:
+        return [record for _, record in corpus.records()]
+
+
+def test_arrays_and_tables_are_records_and_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('\ufeff [{"text": "x", "n": null}, {"text": "y"}]')
+    (tmp_path / "lines.json").write_text('{"text": "x"}\n\n{"text": "y"}\n')
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbfn,text\r\n1,"x, ""1""\r\n2"\r\n\r\n2,y\r\n')
+    (tmp_path / "a.tsv").write_text("text\tn\nx\t1\n")
+    assert read(tmp_path / "a.json") == read(tmp_path / "lines.json") == ["x", "y"]
+    assert records(tmp_path / "a.json") == [{"text": "x"}, {"text": "y"}]
+    assert read(tmp_path / "a.csv") == ['x, "1"\r\n2', "y"]
+    assert read(tmp_path / "a.tsv") == ["x"]
+
+
+BAD_TABLES = {
+    "braces.json": (b'{"text": "x",\n "n": 1}', "line 1: not valid JSON"),
+    "other.json": (b'[{"body": "x"}]', "item 1: no key 'text'"),
+    "deep.json": (b"[" * 9999 + b"]" * 9999, "levels deep"),
+    "number.json": (b"[5]", "item 1: no key 'text'"),
+    "open.json": (b'[{"text": "x"}', "not valid JSON"),
+    "quote.csv": (b'text\n"x', "not valid CSV"),
+    "long.csv": (b"text,n\nx,1,2\n", "line 2: 3 values for 2 columns"),
+    "short.csv": (b"text,n\nx\n", "line 2: 1 values for 2 columns"),
+    "twice.csv": (b"text,text\nx,y\n", "name the columns, each once"),
+    "semicolons.csv": (b"text;n\nx;1\n", "no key 'text'"),
+    "nul.csv": (b"text\nx\0\n", "line 2: not valid CSV|NUL"),
+    "a.txt": (b"\x1f\x8b\x08\0\xff\xff", "this is gzip; unpack it"),
+    "a.jsonl": (b"\x28\xb5\x2f\xfd\0\xff", "this is zstd; unpack it"),
+    "b.csv": (b"PK\x03\x04\xff\xfe", "this is zip; unpack it"),
+    "twice.jsonl": (b'{"text": "x", "text": "y"}', "line 1: .*'text' stands twice"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_bad_tables(tmp_path: Path, name: str) -> None:
+    content, message = BAD_TABLES[name]
+    (tmp_path / name).write_bytes(content)
+    if name == "nul.csv" and sys.version_info >= (3, 11):
+        return  # Python's reader takes it since then
+    with pytest.raises(DataError, match=message) as caught:
+        read(tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_a_parquet_file_that_unfolds_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # A long value once in the file's dictionary, and then by number.
+    words = pa.DictionaryArray.from_arrays(
+        pa.array(np.zeros(1 << 20, np.int32)), pa.array(["x" * (1 << 20)])
+    )
+    pq.write_table(pa.table({"text": words}), tmp_path / "bomb.parquet", compression="zstd")
+    assert (tmp_path / "bomb.parquet").stat().st_size < 10_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with Corpus([tmp_path / "bomb.parquet"]) as corpus:
+        with pytest.raises(DataError, match="unfolds to over"):
+            for document in corpus.documents():
+                assert sum(map(len, document.pieces)) == 1 << 20
+        with pytest.raises(DataError, match="unfolds to over"):
+            for _, record in corpus.records():
+                assert len(record["text"]) == 1 << 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20, "KiB"
+
+
+def test_null_columns_are_absent(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"prompt": f"q{i} ", "response": f"a{i}", "messages": None, "text": None, "image": None}
+        for i in range(4)
+    ]
+    rows += [{"text": f"t {i}", "prompt": None, "messages": None} for i in range(4)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    for name in ("a.jsonl", "a.parquet", "a.json"):
+        assert len(read_examples([str(tmp_path / name)], tokenizer, seq_len=32).kept) == 8
+
+
+def test_half_a_pair_is_named_or_skipped(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    file = tmp_path / "a.jsonl"
+    good = [json.dumps({"prompt": f"q{i}", "response": "x"}) for i in range(2)]
+    file.write_text("\n".join([*good, '{"prompt": "\\ud83d", "response": "x"}']))
+    with pytest.raises(DataError, match=r"a\.jsonl, line 3: holds half a surrogate pair"):
+        read_examples([str(file)], tokenizer, seq_len=32)
+    found = read_examples([str(file)], tokenizer, seq_len=32, skip_bad=True)
+    assert (len(found.kept), found.skipped) == (2, 1)
+
+
+def test_hidden_files_are_left_out_everywhere(tmp_path: Path, cat: Path) -> None:
+    notes = tmp_path / "notes"
+    (notes / ".app").mkdir(parents=True)
+    (notes / "a.txt").write_text("x")
+    (notes / ".app" / "icon.png").write_bytes(cat.read_bytes())
+    assert not media_named([notes]) and read(notes) == ["x"]
+    pairs = tmp_path / "pairs"
+    (pairs / ".ipynb_checkpoints").mkdir(parents=True)
+    for folder in (pairs, pairs / ".ipynb_checkpoints"):
+        (folder / "1.png").write_bytes(cat.read_bytes())
+    (pairs / "1.txt").write_text("a cat")
+    assert media_named([pairs]) == {"image"} and len(read_records([pairs]).records) == 1
+
+
+def test_links_out_of_a_folder_of_texts(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("x")
+    (tmp_path / "texts" / "b.txt").symlink_to("a.txt")
+    assert read(tmp_path / "texts") == ["x"]
+    (tmp_path / "texts" / "c.txt").symlink_to("../secret.txt")
+    with pytest.raises(DataError, match="leads out of"):
+        read(tmp_path / "texts")

@@ -6,7 +6,9 @@ import itertools
 import json
 import pickle
 import resource
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,7 +158,7 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path, tokenizer: Tokenizer) ->
     tokenize_corpus([text], out, tokenizer=tokenizer)
     before = contents(out)
     text.write_text("some other words to read")
-    with pytest.raises(UsageError, match="--overwrite"):
+    with pytest.raises(UsageError, match="`overwrite`"):
         tokenize_corpus([text], out, tokenizer=tokenizer)
     assert contents(out) == before
     text.write_bytes(b"\xff\xff")  # fails late, and leaves the old folder whole
@@ -257,3 +259,45 @@ def test_damaged_shards(tmp_path: Path, tokenizer: Tokenizer) -> None:
         open_shards(out, verify=True)
     with pytest.raises(UsageError):
         open_shards(out).tokens("test")
+
+
+def test_a_token_beyond_the_vocabulary_is_found(shards: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(shards, tmp_path / "s")
+    file = folder / "train-00000.bin"
+    raw = bytearray(file.read_bytes())
+    raw[200:202] = b"\xff\xff"
+    file.write_bytes(raw)
+    tokens = open_shards(folder).tokens("train")
+    assert len(tokens.read(0, 100)) == 100
+    with pytest.raises(DataError, match=r"train-00000\.bin: the token id 65535 is not below 400"):
+        tokens.read(90, 110)
+
+
+BAD_FACTS: dict[str, tuple[dict[str, Any], str]] = {
+    "a file elsewhere": ({"file": "../x.bin"}, "no file beside it"),
+    "a size as text": ({"tokens": "many"}, "tokens: expected a whole number"),
+    "no tokens": ({"tokens": 0}, "holds 0 tokens"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FACTS)
+def test_a_manifest_that_lies(shards: Path, tmp_path: Path, case: str) -> None:
+    changes, message = BAD_FACTS[case]
+    folder = shutil.copytree(shards, tmp_path / "s")
+    facts = json.loads((folder / "manifest.json").read_text())
+    facts["shards"][0] |= changes
+    (folder / "manifest.json").write_text(json.dumps(facts))
+    with pytest.raises(DataError, match=message):
+        open_shards(folder)
+    facts = json.loads((shards / "manifest.json").read_text()) | {"vocab_size": 300}
+    (folder / "manifest.json").write_text(json.dumps(facts))
+    with pytest.raises(DataError, match="contradicts the tokenizer"):
+        open_shards(folder)
+
+
+def test_a_shard_that_links_out_of_its_folder(shards: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(shards, tmp_path / "s")
+    (folder / "train-00000.bin").rename(tmp_path / "elsewhere.bin")
+    (folder / "train-00000.bin").symlink_to(tmp_path / "elsewhere.bin")
+    with pytest.raises(DataError, match="leads out of"):
+        open_shards(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from data_cases import RELAXED, VOCAB
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,8 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from looptx_core.data.tokenizer import StreamDecoder
 
 
-def stream(tokenizer: Tokenizer, ids: Sequence[int], skip: bool = True) -> list[str]:
-    decoder = StreamDecoder(tokenizer, skip)
+def stream(
+    tokenizer: Tokenizer, ids: Sequence[int], skip: bool = True, context: Sequence[int] = ()
+) -> list[str]:
+    decoder = StreamDecoder(tokenizer, skip, context)
     return [decoder.step(i) for i in ids] + [decoder.flush()]
 
 
@@ -55,3 +58,43 @@ def test_a_foreign_decoder_streams_too() -> None:
     foreign = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1}, unk_token="▁a"))
     foreign.decoder = decoders.Metaspace()
     assert stream(foreign, [0, 1, 0]) == ["a", " b", " a", ""]
+
+
+def spaced(before: str) -> Tokenizer:
+    """One that writes a space before a text, with tokens for bytes, as Llama 2's and Gemma's."""
+    words = ["<unk>", "<s>", "▁", "▁It", "▁was", "▁the", "s", *(f"<0x{i:02X}>" for i in range(256))]
+    vocab = {word: i for i, word in enumerate(words)}
+    found = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    found.add_special_tokens(["<s>"])
+    if before == "metaspace":
+        found.decoder = decoders.Metaspace(prepend_scheme="first")
+        return found
+    found.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "strip"])
+def test_a_text_goes_on_after_its_context(kind: str) -> None:
+    tokenizer = spaced(kind)
+    parts = stream(tokenizer, [5, 5, 6, 1, 2, 2, 5], context=[1, 3, 4])
+    assert "".join(parts) == " the thes   the" and parts[:2] == [" the", " the"]
+    assert "".join(stream(tokenizer, [5, 6], context=[1])) == "thes", "which has no text"
+
+
+@RELAXED
+@given(
+    st.lists(st.integers(1, 6)),
+    st.lists(st.one_of(st.integers(1, 6), st.sampled_from(["€", "🐋"]))),
+)
+def test_context_and_stream_joined_are_the_whole(
+    context: list[int], continuation: list[int | str]
+) -> None:
+    tokenizer = spaced("strip")
+    ids: list[int] = []
+    for item in continuation:
+        ids += [7 + byte for byte in item.encode()] if isinstance(item, str) else [item]
+    whole = tokenizer.decode([*context, *ids])
+    assert tokenizer.decode(context) + "".join(stream(tokenizer, ids, context=context)) == whole

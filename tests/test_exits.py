@@ -40,6 +40,9 @@ def test_each_rule_by_hand():
     assert stops("kl") == [True, False, True]
     assert stops("kl", kl=0.3680) == [True, False, True]
     assert stops("kl", kl=0.3681) == [True, True, True]
+    # Of many rows and tokens, each by its own vocabulary.
+    square = ExitSignals(sure, gain, logits.repeat(2, 1, 1), previous.repeat(2, 1, 1))
+    assert Exit(1, 10, at, "kl").stops(1, square).tolist() == [[True, False, True]] * 2
     first = read._replace(previous=None)
     assert Exit(1, 10, at, "kl").stops(1, first).tolist() == [False] * 3
     # Entropies: 0.693147 and 0.325083.

@@ -20,7 +20,7 @@ from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.bundled import bundled_questions
 from looptx_core.data.corpus import Corpus
-from looptx_core.data.examples import Example, Packed, pack, read_examples
+from looptx_core.data.examples import Example, PackedExamples, pack, read_examples
 from looptx_core.data.hops import hop_questions
 from looptx_core.data.split import hold_out
 from looptx_core.data.tokenizer import END
@@ -43,13 +43,13 @@ def test_packing_loses_nothing(lengths: list[int]) -> None:
 def test_examples_in_one_sequence_do_not_see_each_other(tiny: Path, questions: Path) -> None:
     loaded = load_model(tiny, dtype=torch.float64)
     found = read_examples([str(questions)], loaded.tokenizer, seq_len=100)
-    packed = Packed(found.kept, 100, 1)
+    packed = PackedExamples(found.kept, 100, 1)
     assert max(len(row) for row in packed.rows) > 1
     for index in range(3):
         row = packed[index]
-        around = loaded.model.surroundings(100, documents=row["documents"][None])
-        *_, state = loaded.model.states(row["tokens"][None, :-1], 3, around=around)
-        together = loaded.model.head(loaded.model.decode(state, around))[0]
+        ctx = loaded.model.context(100, documents=row["documents"][None])
+        *_, state = loaded.model.states(row["tokens"][None, :-1], 3, ctx=ctx)
+        together = loaded.model.head(loaded.model.coda_hidden(state, ctx))[0]
         start = 0
         for number in packed.rows[index]:
             example = found.kept[number]
@@ -71,7 +71,7 @@ def test_the_loss_is_of_the_responses_alone(tiny: Path, tmp_path: Path) -> None:
         end = loaded.tokenizer.token_to_id(END)
         assert learned[-1] == end
         assert loaded.tokenizer.decode(learned[:-1]) == record["response"]
-    packed = Packed(found.kept, 20, 1)
+    packed = PackedExamples(found.kept, 20, 1)
     batch = {key: torch.stack([packed[i][key] for i in range(len(packed))]) for key in packed[0]}
     schedule = LoopSchedule(TrainConfig(loop_schedule="fixed", loops=2), SHAPE.max_loops)
     rest = {name: batch[name] for name in ("documents", "weights")}

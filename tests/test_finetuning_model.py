@@ -11,7 +11,7 @@ import pytest
 import torch
 from finetuning_cases import QUICK, logits
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from looptx_core.checkpoint.folder import LoadedModel, load_model, save_model
 from looptx_core.config.finetune import FinetuneConfig
@@ -19,7 +19,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import PRESETS
 from looptx_core.config.run import TrainConfig
 from looptx_core.errors import UsageError
-from looptx_core.finetuning.adapters import attach, load_adapter
+from looptx_core.finetuning.adapters import attach, fingerprint, load_adapter
 from looptx_core.finetuning.merge import merge, merge_adapter
 from looptx_core.finetuning.quantise import quantise, stored_bytes
 from looptx_core.finetuning.run import finetune, prepare
@@ -101,15 +101,15 @@ def test_peft_opens_the_folder(run, tiny: Path) -> None:
         return
     for loop in (1, 2, 3):
         peft.load_adapter(str(final / f"loop_{loop}"), f"loop_{loop}")
-    around = theirs.surroundings(ids.shape[1])
+    ctx = theirs.context(ids.shape[1])
     with torch.no_grad():
         peft.set_adapter("default")
-        state = embedding = theirs.encode(ids, around)
+        state = embedding = theirs.encode(ids, ctx)
         for loop in (1, 2, 3):
             peft.base_model.set_adapter(f"loop_{loop}")
-            state = theirs.step(state, embedding, loop, around)
+            state = theirs.step(state, embedding, loop, ctx)
         peft.base_model.set_adapter("default")
-        explicit = theirs.head(theirs.decode(state, around))
+        explicit = theirs.head(theirs.decode(state, ctx))
     assert torch.allclose(explicit, logits(ours, ids), atol=1e-6)
 
 
@@ -228,3 +228,21 @@ def test_full_precision_adapters_are_not_read_from_pickles(monkeypatch, tiny, ru
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
     adapted = load_adapter(load_model(tiny), folder / "final", merge=False).model
     assert any("lora_" in name for name, _ in adapted.named_parameters())
+
+
+@pytest.mark.parametrize("size", [2**24 - 1, 2**24 + 3, 17_280_000])
+def test_a_fingerprint_of_a_large_tensor(size: int, tmp_path: Path) -> None:
+    """float32 can't count to the last value of every tensor."""
+    values = torch.zeros(size, dtype=torch.bfloat16)
+    save_file({"w": values}, tmp_path / "model.safetensors")
+    zeros = fingerprint(tmp_path)
+    values[-1] = 1
+    save_file({"w": values}, tmp_path / "model.safetensors")
+    assert fingerprint(tmp_path) != zeros, "the last value counts"
+
+
+def test_the_fingerprint_of_a_small_model_is_what_it_was(tmp_path: Path) -> None:
+    save_file({"b": torch.arange(300.0), "a": torch.ones(2, 3)}, tmp_path / "model.safetensors")
+    assert fingerprint(tmp_path) == (
+        "c53fd0d111b9f7f0cf1b8b381ca18046ca2e0840be09520c1c6077d1e96cc377"
+    )

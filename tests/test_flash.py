@@ -15,7 +15,7 @@ from looptx_core.model.attention import (
     Backend,
     Flash,
     FlashKind,
-    Packed,
+    VarlenBatch,
     choose_backend,
     choose_flash,
     explicit,
@@ -45,7 +45,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, length: int) -> Ten
 
 
 def test_documents_become_starts() -> None:
-    packed = Packed.of(DOCUMENTS)
+    packed = VarlenBatch.of(DOCUMENTS)
     assert packed.starts.tolist() == [0, 3, 5, 8, 16, 17, 22, 24]
     assert packed.starts.dtype == torch.int32 and packed.length == 8
     assert packed[1:].starts.tolist() == [0, 8, 9, 14, 16]
@@ -57,7 +57,7 @@ def test_packing_equals_the_mask() -> None:
     torch.manual_seed(0)
     shape = (3, 4, 8, 16)
     q, k, v = (torch.randn(3, heads, 8, 16) for heads in (4, 2, 2))
-    packed, half = Packed.of(DOCUMENTS), torch.bfloat16
+    packed, half = VarlenBatch.of(DOCUMENTS), torch.bfloat16
     want = explicit(q, k, v, within_documents(DOCUMENTS))
     for attend in (sdpa, explicit, Flash(by_hand)):  # float32: through the mask
         torch.testing.assert_close(attend(q, k, v, packed), want, atol=1e-5, rtol=1e-5)
@@ -160,7 +160,7 @@ def test_flash_equals_sdpa_on_this_gpu() -> None:
         want = sdpa(*plain, within_documents(documents))
         half = [x.bfloat16().requires_grad_() for x in plain]
         mask = within_documents(documents)
-        ours, theirs = found.attend(*half, Packed.of(documents)), sdpa(*half, mask)
+        ours, theirs = found.attend(*half, VarlenBatch.of(documents)), sdpa(*half, mask)
         lost = (theirs.float() - want).norm()
         assert (ours.float() - want).norm() < 1.5 * lost + 1e-3 * want.norm(), version.name
         one, two = (torch.autograd.grad(out.float().square().sum(), half) for out in (ours, theirs))

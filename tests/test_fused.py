@@ -18,7 +18,7 @@ from looptx_core.errors import MissingError
 from looptx_core.machine import kernels
 from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.model import block, fused
-from looptx_core.model.attention import Packed, explicit, sdpa
+from looptx_core.model.attention import VarlenBatch, explicit, sdpa
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rope import rotary_tables, rotate
 from looptx_core.training.loop_schedule import LoopSchedule
@@ -27,10 +27,10 @@ from looptx_core.training.objective import loop_loss
 
 @pytest.fixture(autouse=True)
 def switch() -> Iterator[None]:
-    if not fused.prepare().startswith("fused"):
+    if not fused.enable_fused().startswith("fused"):
         pytest.skip("no C++ compiler")
     yield
-    fused.prepare(False)
+    fused.enable_fused(False)
 
 
 def results(function: Callable[..., Tensor], *inputs: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -77,12 +77,12 @@ def test_the_norm_with_rope(tables: int) -> None:
 def test_products_of_one_input() -> None:
     """Beside each other, so that the gradient of what they share is a sum."""
     agree(
-        lambda x, *weights: torch.cat(fused.products(x, *weights), -1),
+        lambda x, *weights: torch.cat(fused.multi_linear(x, *weights), -1),
         lambda x, *weights: torch.cat([F.linear(x, weight) for weight in weights], -1),
         draw(2, 7, 16), draw(5, 16), draw(9, 16), draw(3, 16),
     )  # fmt: skip
     x, frozen, weight = draw(7, 16), draw(5, 16), draw(9, 16).requires_grad_()
-    sum(y.sum() for y in fused.products(x, frozen, weight)).backward()
+    sum(y.sum() for y in fused.multi_linear(x, frozen, weight)).backward()
     assert x.grad is None and frozen.grad is None
     assert torch.allclose(weight.grad, x.sum(0).expand(9, 16), atol=1e-5)
 
@@ -147,7 +147,7 @@ def test_attention_within_documents() -> None:
     documents = torch.stack(
         [torch.arange(len(each)).repeat_interleave(torch.tensor(each)) for each in lengths]
     )
-    packed = Packed.of(documents)
+    packed = VarlenBatch.of(documents)
     assert packed.first[0, [0, 1, 47, 48, 50, 51, 139]].tolist() == [0, 1, 1, 48, 48, 51, 131]
     agree(
         lambda q, k, v: fused.causal_attention(q, k, v, packed.first),
@@ -174,7 +174,7 @@ def test_a_step_of_training_is_the_plain_one() -> None:
     documents = (torch.arange(16) > 6).long().expand(6, -1)
     gradients = []
     for on in (True, False):
-        fused.prepare(on)
+        fused.enable_fused(on)
         net = model()
         schedule = LoopSchedule(TrainConfig(loop_schedule="sampled"), 10)
         found = loop_loss(net, tokens, schedule, 0, torch.arange(6), documents=documents)
@@ -186,14 +186,14 @@ def test_a_step_of_training_is_the_plain_one() -> None:
 
 def test_only_plain_float32_with_gradients_is_taken() -> None:
     x = torch.ones(2)
-    assert fused.ready(x)
+    assert fused.can_use_fused(x)
     with torch.no_grad():
-        assert not fused.ready(x)
+        assert not fused.can_use_fused(x)
     with torch.autocast("cpu"):
-        assert not fused.ready(x)
-    assert not fused.ready(x, x.double()) and not fused.ready(x.bfloat16())
-    fused.prepare(False)
-    assert not fused.ready(x)
+        assert not fused.can_use_fused(x)
+    assert not fused.can_use_fused(x, x.double()) and not fused.can_use_fused(x.bfloat16())
+    fused.enable_fused(False)
+    assert not fused.can_use_fused(x)
 
 
 def test_what_cannot_be_built_is_said_in_one_line(
@@ -208,7 +208,7 @@ def test_what_cannot_be_built_is_said_in_one_line(
     kernels.load.cache_clear()
     with pytest.raises(MissingError, match="no C\\+\\+ compiler"):
         kernels.load(source)
-    assert fused.prepare().startswith("plain torch: no C++ compiler")
+    assert fused.enable_fused().startswith("plain torch: no C++ compiler")
     kernels.load.cache_clear()
 
 

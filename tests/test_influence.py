@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from looptx_core.config.model import ModelConfig
-from looptx_core.inspection.influence import influence
+from looptx_core.inspection.influence import deletion_test, influence
 from looptx_core.model.attention import Recording
 from looptx_core.model.loop import LoopedTransformer
 
@@ -69,3 +69,17 @@ def test_shares_are_what_is_carried_forwards(injection: str) -> None:
         expected = reference(model, tokens, at, int(depths[at]))
         assert torch.allclose(shares[at, :at], expected, atol=1e-5)
         assert shares[at, at:].abs().max() == 0
+
+
+def test_where_tokens_can_be_taken_away() -> None:
+    """At positions with more than twice as many tokens before them, spread over the sequence."""
+    model = build(CONFIG)
+    tokens = torch.randint(0, 97, (12,), generator=torch.Generator().manual_seed(3))
+    depths = torch.full((12,), 2)
+    shares = influence(model, tokens, depths)
+    assert deletion_test(model, tokens[:7], shares[:7, :7], depths[:7]) is None
+    for length, positions, tested in (8, 16, 1), (12, 16, 5), (12, 2, 2):
+        found = deletion_test(
+            model, tokens[:length], shares[:length, :length], depths[:length], positions=positions
+        )
+        assert found is not None and (found.positions, found.removed) == (tested, 3)

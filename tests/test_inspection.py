@@ -23,11 +23,14 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.data.hops import hop_lines
 from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine
+from looptx_core.inspection.charts import Chart, Series, charts
 from looptx_core.inspection.frontier import choose, frontier, rule_depths
 from looptx_core.inspection.influence import deletion_test, influence, relevance, without
-from looptx_core.inspection.page import page
+from looptx_core.inspection.page import headline, page
 from looptx_core.inspection.report import _as_good, _policy
+from looptx_core.inspection.stops import stops
 from looptx_core.inspection.survey import Survey, survey_lines, two_surveys
+from looptx_core.inspection.svg import svg
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.stopping.rule import exit_depths
 from looptx_core.training.evaluate import LoopEvaluation
@@ -243,10 +246,87 @@ def test_the_report(inspected):
 def test_the_page_stands_alone(inspected):
     text = (inspected / "report/report.html").read_text()
     assert not re.search(r"""(src|href)=["'](?!data:)""", text) and "http" not in text
-    assert text.count("data:image/png;base64,") == len(list((inspected / "report").glob("*.png")))
+    pictures = {file.stem for file in (inspected / "report").glob("*.png")}
+    assert pictures == {"loops", "confidence", "frontier", "tasks"}
+    for name in pictures:  # the same figures, as SVG
+        assert re.search(rf'<section id="{name}">.*?<svg class="chart"', text)
     document = json.loads((inspected / "report/report.json").read_text())
-    document["trace"]["tokens"][0]["text"] = "</script><b>"
-    assert "</script><b>" not in page(document, {})
+    foreign = "</script><b>"
+    document["trace"]["tokens"][0]["text"] = foreign
+    document["facts"] |= {"name": foreign, "data": [foreign], "steps": foreign}
+    document["model"] = document["tasks"][0]["name"] = foreign
+    assert foreign not in page(document, {})
+
+
+def test_the_page_opens_with_the_answer_and_the_model(inspected):
+    document = json.loads((inspected / "report/report.json").read_text())
+    text = re.sub(r"<[^>]*>", "", (inspected / "report/report.html").read_text().split("<h2>")[0])
+    assert headline(document) in text
+    choice = document["choice"]
+    assert f"{choice['mean_loops']:.1f} loops a token instead of 10" in text
+    assert "526,210" in text and "0 + 1 x 10 loops + 0" in text and "moby-dick" in text
+    never = {**document, "choice": {**choice, "rule": None}}
+    assert "no exit keeps the loss within 1\u00a0%" in headline(never)
+    over = {**document, "choice": {**choice, "loss_increase": 0.02}}
+    assert "raises the loss by 2.00\u00a0%, more than 1\u00a0%" in headline(over)
+
+
+def test_the_frontier_shows_the_picked_point_and_is_not_flattened(inspected):
+    document = json.loads((inspected / "report/report.json").read_text())
+    choice = document["choice"]
+    document["frontier"] += [
+        {**document["frontier"][0], "rule": "oracle", "loss": 1e-3 * choice["full_depth_loss"]},
+        {**document["frontier"][0], "rule": "gain", "loss": 9 * choice["full_depth_loss"]},
+    ]
+    _, (by_loops, by_flops) = charts(document)["When to stop"]
+    for chart, key in ((by_loops, "mean_loops"), (by_flops, "flops")):
+        low, high = chart.y_range
+        assert -1 < low < 0 and 2 <= high < 10  # percent
+        assert "oracle" not in [series.name for series in chart.series]
+        oracle, picked = chart.marks
+        assert oracle.y is None and oracle.x == choice["oracle"][key]
+        assert (picked.x, picked.label) == (choice[key], "picked")
+        assert picked.y == pytest.approx(100 * choice["loss_increase"])
+    drawn = svg(by_loops, "a")
+    assert 'class="picked"' in drawn and "oracle" in drawn and "nan" not in drawn
+
+
+def test_charts_of_missing_and_equal_numbers():
+    chart = Chart(
+        "<t>", "x", "y", [Series("<s>", [(1, None), (2, 0.5), (3, 0.5)]), Series("b", [])]
+    )
+    drawn = svg(chart, "a")
+    assert drawn.count("data-tip") == 2 and "<t>" not in drawn and "<s>" not in drawn
+    assert "nan" not in drawn and "inf" not in drawn
+    assert "nan" not in svg(Chart("t", "x", "y", [Series("s", [(2, 0.0)])], log_y=True), "a")
+
+
+def test_the_sliders_depths_are_the_stop_rules(inspected, bundled):
+    document = json.loads((inspected / "report/report.json").read_text())
+    trace, choice = document["trace"], document["choice"]
+    found = stops(document, trace)
+    assert set(found) == {"auto", "confidence", "gain", "kl", "entropy", "maxprob"}
+    for rule, points in found.items():
+        means = [point["mean_loops"] for point in points]
+        assert means == sorted(means) and len(means) > 1
+        frontier_means = [p["mean_loops"] for p in document["frontier"] if p["rule"] == rule]
+        assert {m for m, p in zip(means, points) if not p["picked"]} <= set(frontier_means)
+    # The picked exit was stored and traced: its depths are the trace's own.
+    (picked,) = [point for point in found[choice["rule"]] if point["picked"]]
+    assert [ord(c) - 48 for c in picked["depths"]] == [t["loops"] for t in trace["tokens"]]
+    assert picked["increase"] == pytest.approx(100 * choice["loss_increase"])
+    # By hand for the gain: the first loop after which less is expected than the threshold.
+    gains = sorted((p for p in document["frontier"] if p["rule"] == "gain"),
+                   key=lambda p: (p["mean_loops"], -p["loss"]))  # fmt: skip
+    middle = gains[len(gains) // 2]
+    by_hand = [
+        next((n for n, v in enumerate(t["signals"]["gain"][:9], 1) if v < middle["threshold"]), 10)
+        for t in trace["tokens"]
+    ]
+    depths = [p["depths"] for p in found["gain"] if f" {middle['threshold']:.4g}" in p["says"]]
+    assert [ord(c) - 48 for c in depths[0]] == by_hand
+    assert all(len(v) == 10 for v in trace["tokens"][0]["signals"].values())
+    assert trace["tokens"][0]["signals"]["kl"][0] is None  # nothing to compare with
 
 
 def test_short_documents_are_not_decoded(tmp_path):
@@ -256,6 +336,8 @@ def test_short_documents_are_not_decoded(tmp_path):
     assert main(["inspect-loops", *line, "--seq-len", "16", "--val-batches", "2", "--quiet"]) == 0
     document = json.loads((tmp_path / "out/report.json").read_text())
     assert document["kv_policies"] == [] and document["as_good"] is None
+    assert document["trace"] is None and document["sample"] is None
+    assert "Token by token" not in (tmp_path / "out/report.html").read_text()
 
 
 def test_to_look_needs_no_trainer():
@@ -281,5 +363,5 @@ def test_bad_input(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "runs").exists()
     with pytest.raises(UsageError):
         InspectConfig(max_loops=0)
-    with pytest.raises(UsageError, match="--decode-tokens -5"):
+    with pytest.raises(UsageError, match="decode_tokens must"):
         InspectConfig(decode_tokens=-5)

@@ -21,10 +21,10 @@ RUN = TrainConfig(batch_size=4, seq_len=16)
 
 @pytest.fixture(autouse=True)
 def kernels() -> Iterator[None]:
-    if not fused.prepare().startswith("fused"):
+    if not fused.enable_fused().startswith("fused"):
         pytest.skip("no C++ compiler")
     yield
-    fused.prepare(False)
+    fused.enable_fused(False)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_the_trial_measures_every_operation_and_leaves_the_random_numbers_alone(
     assert set(found) == set(fused.OPERATIONS)
     assert all(0 < time < 1e4 for pair in found.values() for time in pair)
     x = torch.ones(2, 3, requires_grad=True)
-    assert all(fused.ready(x, operation=name) for name in fused.OPERATIONS)
+    assert all(fused.can_use_fused(x, operation=name) for name in fused.OPERATIONS)
 
 
 def test_each_side_of_the_trial_runs_its_own_arithmetic(monkeypatch):
@@ -69,7 +69,9 @@ def test_what_loses_is_left_to_torch_and_the_run_says_so(times, tmp_path):
     said = enable_kernels(MODEL, RUN, tmp_path)
     assert "plain torch, which is faster here: attention" in said
     x = torch.ones(2, 3, requires_grad=True)
-    assert fused.ready(x, operation="norm") and not fused.ready(x, operation="attention")
+    assert fused.can_use_fused(x, operation="norm") and not fused.can_use_fused(
+        x, operation="attention"
+    )
     record = json.loads((tmp_path / FILE).read_text())
     assert "attention" not in record["taken"] and record["milliseconds"]["attention"] == [1, 2]
 
@@ -90,14 +92,16 @@ def test_a_resumed_run_takes_its_own_choice(times, tmp_path):
     choose(MODEL, 4, 16, again=True)
     enable_kernels(MODEL, RUN, run, resume=True)
     x = torch.ones(2, 3, requires_grad=True)
-    assert fused.ready(x, operation="norm") and not fused.ready(x, operation="attention")
+    assert fused.can_use_fused(x, operation="norm") and not fused.can_use_fused(
+        x, operation="attention"
+    )
     enable_kernels(MODEL, RUN, tmp_path / "new")
-    assert not fused.ready(x, operation="norm")
+    assert not fused.can_use_fused(x, operation="norm")
 
 
 def test_a_run_without_a_record_resumes_with_all_kernels(times, tmp_path):
     enable_kernels(MODEL, RUN, tmp_path, resume=True)
-    assert fused.ready(torch.ones(2, 3, requires_grad=True), operation="attention")
+    assert fused.can_use_fused(torch.ones(2, 3, requires_grad=True), operation="attention")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"taken": ["sorcery"], "milliseconds": {}}'])
@@ -110,7 +114,7 @@ def test_a_broken_record_is_named(times, tmp_path, text):
 def test_all_kernels_can_be_asked_for(times, tmp_path, monkeypatch):
     monkeypatch.setenv("LOOPTX_KERNELS", "all")
     enable_kernels(MODEL, RUN, tmp_path)
-    assert fused.ready(torch.ones(2, 3, requires_grad=True), operation="attention")
+    assert fused.can_use_fused(torch.ones(2, 3, requires_grad=True), operation="attention")
     monkeypatch.setenv("LOOPTX_KERNELS", "some")
     with pytest.raises(UsageError, match="'some'"):
         enable_kernels(MODEL, RUN, tmp_path)
@@ -144,7 +148,7 @@ def test_losses_do_not_depend_on_the_choice_beyond_rounding():
     tokens = torch.randint(0, 64, (4, 17))
     losses = []
     for taken in (True, [], ["attention", "loss"]):
-        fused.prepare(taken)
+        fused.enable_fused(taken)
         loss = loop_loss(model, tokens, schedule, 0, torch.arange(4)).loss
         losses.append(float(loss.detach()))
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
@@ -154,7 +158,7 @@ def test_the_doctor_says_which_kernels_win(times, monkeypatch):
     from looptx_core.doctor import _kernels
 
     use = _kernels()
-    assert use.ready and "plain torch, which is faster here: attention" in use.uses
+    assert use.can_use_fused and "plain torch, which is faster here: attention" in use.uses
     assert "attention 1 and 2" in use.why
     assert not fused.is_prepared()
     monkeypatch.setattr(fused, "prepare", lambda on=True: "plain torch: no C++ compiler")

@@ -130,9 +130,9 @@ def whole(model: LoopedTransformer, ids: list[int], loops: int) -> Tensor:
     """Logits of the last token without a cache: attention masked to the window."""
     column = torch.arange(len(ids))
     band = (column[:, None] >= column) & (column > column[:, None] - WINDOW)
-    around = replace(model.surroundings(len(ids)), mask=band[None, None])
-    *_, state = model.states(torch.tensor([ids]), loops, around)
-    return model.head(model.decode(state, around))[0, -1]
+    ctx = replace(model.context(len(ids)), mask=band[None, None])
+    *_, state = model.states(torch.tensor([ids]), loops, ctx)
+    return model.head(model.coda_hidden(state, ctx))[0, -1]
 
 
 @pytest.mark.parametrize("loops", [1, 3, 4])

@@ -20,15 +20,16 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.chat import chat_prompt
 from looptx_core.data.content import content_ids
-from looptx_core.data.examples import Packed, read_examples
+from looptx_core.data.examples import PackedExamples, read_examples
 from looptx_core.data.records import media_named, read_records
 from looptx_core.data.shards import Manifest, open_shards
 from looptx_core.errors import DataError, UsageError
 from looptx_core.generation.engine import ChatPrompt, Engine, MediaPrompt
 from looptx_core.inspection.media import inspect_media
-from looptx_core.media import MEDIA, Grid, Medium, Writer, media_for
+from looptx_core.media.base import Grid, Medium, Writer
 from looptx_core.media.batch import MediaBatch, MediaItem, batch_items, lay_out
 from looptx_core.media.image.read import read_picture
+from looptx_core.media.registry import MEDIA, media_for
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.run import fit_vocabulary, train
 
@@ -263,8 +264,16 @@ def test_the_command_trains_on_it_and_resumes(
     assert "melodies: an encoder" in capsys.readouterr().err
     assert "hearing" in abilities(tmp_path / "run" / "final")
     before = load_model(tmp_path / "run" / "final").config
-    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    resume = ["train", "--resume", str(tmp_path / "run"), "--steps"]
+    assert main([*resume, "3"]) == 0
+    assert "resumed: at step 2" in capsys.readouterr().err
     assert load_model(tmp_path / "run" / "final").config == before
+    melody = melodies / "1.tones"
+    written = melody.read_text()
+    melody.write_text(written + " ")
+    assert main([*resume, "4"]) == 4
+    melody.write_text(written)
+    assert "the media data is not what this run began with" in capsys.readouterr().err
 
 
 def test_melodies_are_looked_into(run: Path, melodies: Path) -> None:
@@ -332,7 +341,7 @@ def test_one_grammar_of_records(run: Path, melodies: Path, colour_shards: Path) 
         assert example.ids[: len(before)].tolist() == before
         assert not example.counted[example.ids == READ].any()
     assert len(found.kept[2].ways) == 2
-    packed = Packed(found.kept, 64, 1, loaded.config, draw=0, augment=True)
+    packed = PackedExamples(found.kept, 64, 1, loaded.config, seed=0, augment=True)
     assert packed[0]["media.tones.features"].shape == (9, VALUES)
     assert packed[0]["media.tones.grids"].tolist() == [[3]] * 3
     with pytest.raises(DataError, match="has a melody, and this model reads none"):

@@ -139,30 +139,30 @@ def test_rows_at_their_own_columns_and_loops(dtype: torch.dtype, limit: float) -
         cache = LoopCache(CONFIG, 3, 12, loops, dtype=dtype)
         for row in (1, 0, 2):  # row 0 held another text before
             if row == 0:
-                around = model.surroundings(7, cache.view(7, [0]))
-                list(model.states(tokens(4, 7)[3:], loops, around))
-                around.view.advance()
+                ctx = model.context(7, cache.view(7, [0]))
+                list(model.states(tokens(4, 7)[3:], loops, ctx))
+                ctx.view.advance()
                 cache.reset_row(0)
-            around = model.surroundings(lengths[row], cache.view(lengths[row], [row]))
-            *_, state = model.states(text[row : row + 1, : lengths[row]], loops, around)
-            model.decode(state, around)
-            around.view.advance()
+            ctx = model.context(lengths[row], cache.view(lengths[row], [row]))
+            *_, state = model.states(text[row : row + 1, : lengths[row]], loops, ctx)
+            model.coda_hidden(state, ctx)
+            ctx.view.advance()
         new = torch.stack([text[row, length] for row, length in enumerate(lengths)])[:, None]
-        here = model.surroundings(1, cache.view(1))
-        state = embedding = model.encode(new, here)
+        here = model.context(1, cache.view(1))
+        state = embedding = model.embed(new, here)
         found = [None] * 3
         for turn in range(1, loops + 3):
             # Row r joins at turn `behind[r] + 1`, and stays for four loops.
             rows = [row for row in range(3) if 0 < turn - behind[row] <= loops]
-            around = model.surroundings(1, cache.view(1, rows))
+            ctx = model.context(1, cache.view(1, rows))
             depth = torch.tensor([turn - behind[row] for row in rows])
             state = state.index_copy(
-                0, torch.tensor(rows), model.step(state[rows], embedding[rows], depth, around)
+                0, torch.tensor(rows), model.step(state[rows], embedding[rows], depth, ctx)
             )
             for row in rows:
                 if turn - behind[row] == loops:
-                    alone = model.surroundings(1, cache.view(1, [row]))
-                    found[row] = model.head(model.decode(state[row : row + 1], alone))[0, 0]
+                    alone = model.context(1, cache.view(1, [row]))
+                    found[row] = model.head(model.coda_hidden(state[row : row + 1], alone))[0, 0]
         for row, length in enumerate(lengths):
             whole = model(text[row : row + 1, : length + 1], loops).logits[0, -1]
             assert (found[row] - whole).abs().max() < limit
@@ -190,12 +190,12 @@ def test_who_leaves_provides_for_the_next_loop(loops: int, kind: str) -> None:
         cache.pad_left(torch.tensor([0, 2]))
     with torch.no_grad():
         for cache, more in ((left, 0), (gone_on, 1)):
-            around = model.surroundings(5, cache.view(5))
-            state = start = model.encode(tokens, around)
+            ctx = model.context(5, cache.view(5))
+            state = start = model.embed(tokens, ctx)
             for loop in range(1, loops + 1 + more):
-                state = model.step(state, start, loop, around)
+                state = model.step(state, start, loop, ctx)
             if not more:
-                model.backfill(state, start, loops, around)
+                model.backfill(state, start, loops, ctx)
     for ours, true in zip(left.core[0]._parts(), gone_on.core[0]._parts(), strict=True):
         assert torch.allclose(ours[loops], true[loops], atol=1e-12)  # slots count from 0
         assert torch.equal(ours[7], ours[loops])
@@ -341,9 +341,9 @@ def test_joined_projections_change_nothing() -> None:
     model, ids = build(), tokens()
     with torch.no_grad():
         before, names = model(ids, 3).logits, set(model.state_dict())
-        model.join()
+        model.fuse_projections()
         joined = [
-            module for module in model.modules() if getattr(module, "_joined", None) is not None
+            module for module in model.modules() if getattr(module, "_fused", None) is not None
         ]
         assert len(joined) == 2 * 4 and set(model.state_dict()) == names
         torch.testing.assert_close(model(ids, 3).logits, before, atol=1e-12, rtol=1e-12)

@@ -55,8 +55,8 @@ def test_inspecting_a_picture_maps_its_patches(
     # The map of the second loop, again by hand.
     picture = read_picture(cat, CONFIG)
     tokens, seen = torch.tensor([row(0, (2, 3))]), batch_items([picture])
-    around = model.surroundings(7, layout=model.layout(tokens, seen))
-    first, second = model.states(tokens, 2, around=around, media=seen)
+    ctx = model.context(7, layout=model.layout(tokens, seen))
+    first, second = model.states(tokens, 2, ctx=ctx, media=seen)
     moved = ((second - first).norm(dim=-1) / second.norm(dim=-1))[0, 1:].view(2, 3)
     np.testing.assert_allclose(found["change_by_loop"][0], moved.detach(), atol=1e-4)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from picture_cases import CONFIG, IMG, png
 from PIL import Image
 
 from looptx_core.config.run import TrainConfig
-from looptx_core.data.examples import Packed
+from looptx_core.data.examples import PackedExamples
 from looptx_core.data.mixture import MixedData, Mixture, record_examples
 from looptx_core.data.records import media_named, read_records
 from looptx_core.data.shards import open_shards
@@ -69,11 +72,94 @@ def test_orientation_alpha_and_palette() -> None:
 
 
 def test_augmentation_is_a_function_of_its_generator(cat: Path) -> None:
-    def draw(seed: int) -> torch.Tensor:
+    def reconstruct(seed: int) -> torch.Tensor:
         return read_picture(cat, CONFIG, augment=np.random.default_rng(seed)).features
 
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
+    assert torch.equal(reconstruct(1), reconstruct(1))
+    assert not torch.equal(reconstruct(1), reconstruct(2))
+
+
+def _grey(kind: str) -> Image.Image:
+    """A ramp from black to white, in 8 bits or in more."""
+    ramp = np.linspace(0, 1, 32 * 32).reshape(32, 32)
+    match kind:
+        case "8":
+            return Image.fromarray((ramp * 255).round().astype(np.uint8))
+        case "16":
+            return Image.fromarray((ramp * 65535).round().astype(np.uint16))
+        case "32":
+            return Image.fromarray((ramp * 65535).round().astype(np.int32))
+        case _:
+            return Image.fromarray(ramp.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [("16", "PNG"), ("16", "TIFF"), ("32", "TIFF"), ("float", "TIFF"), ("8", "TIFF")],
+)
+@pytest.mark.parametrize("augment", [False, True])
+def test_deeper_greys_are_the_same_picture(kind: str, form: str, augment: bool) -> None:
+    found = []
+    for image, how in ((_grey("8"), "PNG"), (_grey(kind), form)):
+        out = io.BytesIO()
+        image.save(out, how)
+        reconstruct = np.random.default_rng(0) if augment else None
+        found.append(read_picture(out.getvalue(), CONFIG, augment=reconstruct).features)
+    assert (found[0] - found[1]).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("values", [(0, 70_000), (-5, 100), (0, 200), (0, 2**31 - 1)])
+def test_greys_of_no_known_scale_are_refused(values: tuple[int, int]) -> None:
+    out = io.BytesIO()
+    Image.fromarray(np.array([values] * 8, np.int32).repeat(4, 1)).save(out, "TIFF")
+    with pytest.raises(DataError, match="whose scale is not known"):
+        read_picture(out.getvalue(), CONFIG)
+    out = io.BytesIO()
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(out, "TIFF")
+    with pytest.raises(DataError, match="whose scale is not known"):
+        read_picture(out.getvalue(), CONFIG)
+
+
+@pytest.mark.parametrize("form", ["EPS", "PCX", "TGA", "ICO", "PPM", "PDF", "SGI", "IM", "DDS"])
+def test_only_the_promised_formats_are_opened(form: str, tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16), (255, 0, 0)).save(tmp_path / "cat.png", form)
+    for source in (tmp_path / "cat.png", (tmp_path / "cat.png").read_bytes()):
+        with pytest.raises(DataError, match="not a picture that can be read; give PNG"):
+            read_picture(source, CONFIG)
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"tEXt", b"iTXt"])
+def test_texts_in_a_picture_are_not_unpacked(kind: bytes) -> None:
+    import struct
+    import zlib
+
+    packed = zlib.compress(b"0" * (80 << 20))
+    body = {
+        b"zTXt": b"a\0\0" + packed, b"tEXt": b"a\0" + b"0" * (2 << 20),
+        b"iTXt": b"a\0\1\0\0\0" + packed,
+    }[kind]  # fmt: skip
+    chunk = struct.pack(">I", len(body)) + kind + body
+    chunk += struct.pack(">I", zlib.crc32(kind + body))
+    plain = png((16, 16), color=(10, 200, 30))
+    found = read_picture(plain[:33] + 5 * chunk + plain[33:], CONFIG)
+    assert torch.equal(found.features, read_picture(plain, CONFIG).features)
+
+
+def test_a_large_picture_takes_little_memory(tmp_path: Path) -> None:
+    Image.new("L", (8000, 7900), 255).save(tmp_path / "large.png")
+    code = (
+        "import resource, sys; from picture_cases import CONFIG\n"
+        "from looptx_core.media.image.read import read_picture\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "features = read_picture(sys.argv[1], CONFIG).features\n"
+        "assert features.min() == 1, features.min()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "large.png")], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, check=True,
+    )  # fmt: skip
+    assert int(done.stdout) < 400 << 10, "KiB beyond what the imports took"
 
 
 def _bomb() -> bytes:
@@ -159,11 +245,11 @@ def test_one_of_several_texts_is_drawn_in_each_epoch(colours: Path, colour_shard
     said = [{tokenizer.decode(way.ids[way.counted].tolist()) for way in e.ways} for e in examples]
     assert said == [{"red", "colour: red"}, {"redwhite", "greenwhite", "bluewhite"}]
     longest = max(len(way.ids) for way in examples[0].ways)
-    drawn = Packed(examples[:1], longest - 1, 0, CONFIG, draw=3)
+    drawn = PackedExamples(examples[:1], longest - 1, 0, CONFIG, seed=3)
     seen = [drawn[epoch]["tokens"].tolist() for epoch in range(12)]
     assert len({tuple(tokens) for tokens in seen}) == 2
     assert seen[5] == drawn[5]["tokens"].tolist()
-    plain = Packed(examples[:1], longest - 1, 0, CONFIG)
+    plain = PackedExamples(examples[:1], longest - 1, 0, CONFIG)
     for epoch in (0, 1):
         assert plain[epoch]["tokens"].tolist() == examples[0].ways[0].ids.tolist()
 
@@ -200,7 +286,7 @@ def test_a_bad_picture_is_named_or_skipped(colours: Path, colour_shards: Path) -
 
 @pytest.mark.parametrize("text", ["1", "1:0", "-1:1", "a:b", "1:1:1"])
 def test_a_bad_mix(text: str) -> None:
-    with pytest.raises(UsageError, match="--mix"):
+    with pytest.raises(UsageError, match="`mix`"):
         TrainConfig(mix=text).weights  # noqa: B018
 
 

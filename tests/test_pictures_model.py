@@ -13,7 +13,7 @@ from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.run import TrainConfig
 from looptx_core.generation.engine import Engine, MediaPrompt
 from looptx_core.media.batch import MediaBatch, hidden_numbers, hide, lay_out
-from looptx_core.media.image.masked import draw
+from looptx_core.media.image.masked import reconstruct
 from looptx_core.media.image.read import read_picture
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
@@ -24,8 +24,10 @@ from looptx_core.training.objective import loop_loss
 
 def pictures(*grids: tuple[int, int]) -> MediaBatch:
     count = sum(r * c for r, c in grids)
-    draw = torch.Generator().manual_seed(5)
-    patches = torch.rand(count, 3 * CONFIG.patch_size**2, generator=draw, dtype=torch.float64)
+    reconstruct = torch.Generator().manual_seed(5)
+    patches = torch.rand(
+        count, 3 * CONFIG.patch_size**2, generator=reconstruct, dtype=torch.float64
+    )
     return MediaBatch(patches * 2 - 1, torch.tensor(grids))
 
 
@@ -88,13 +90,13 @@ def test_patches_are_told_apart_by_their_places_alone() -> None:
         layout = model.layout(tokens, {"image": seen})
         assert layout is not None
         layout.positions[:, :, 1:13] = layout.positions[:, :, 1:13][:, :, places]
-        around = model.surroundings(14, layout=layout)
+        ctx = model.context(14, layout=layout)
         x = model.embedding(tokens)
         x[0, 1:13] = patches
         for block in model.prelude:
-            x = block(x, around)
-        state = model.step(x, x, 1, around)
-        return model.decode(state, around)[0, -1]
+            x = block(x, ctx)
+        state = model.step(x, x, 1, ctx)
+        return model.coda_hidden(state, ctx)[0, -1]
 
     encoded = model.vision(seen)
     together_ = moved(encoded[order], order)
@@ -152,10 +154,10 @@ def test_patches_see_later_ones_of_their_own_picture_only() -> None:
 
     def first(images: MediaBatch, ids: torch.Tensor = tokens) -> torch.Tensor:
         layout = model.layout(ids, {"image": images})
-        around = model.surroundings(ids.shape[1], layout=layout)
+        ctx = model.context(ids.shape[1], layout=layout)
         x = model.embedding(ids)
         x[0, 1:5], x[0, 6:10] = images.features[:4, :32], images.features[4:, :32]
-        return model.step(x, x, 1, around)[0, 1]
+        return model.step(x, x, 1, ctx)[0, 1]
 
     before = first(seen)
     for patch, changes in ((3, True), (7, False)):
@@ -235,7 +237,7 @@ def test_hidden_patches_are_learned_to_be_drawn_from_the_others() -> None:
         drawn = some()
         places = hidden_numbers(tokens, IMG, drawn.hidden)
         state = model(tokens, 2, media={"image": drawn}).state
-        result = draw(model.patch_head, model.norm(state), places, drawn)
+        result = reconstruct(model.patch_head, model.norm(state), places, drawn)
         pictures = (places >= 0).nonzero()[:, 0]
         for number, *both in zip(pictures, result.error, result.logit):
             seen[bool(of_noise[number])].append(torch.stack(both).detach())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from looptx_core.model import fused
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.parallel.deepspeed.offload import plan_offload
 from looptx_core.parallel.memory import (
-    Spread,
+    ParallelLayout,
     count,
     count_activations,
     deepest_rows,
@@ -36,7 +37,7 @@ WORKSTATION = Machine(
     ram=64 * GB, gpu_memory=(24 * GB,), gpu_names=("a GPU",), disk=1000 * GB,
     disk_path="/mnt/nvme", filesystem="ext4",
 )  # fmt: skip
-ZERO3 = Spread("zero3", 1, 1)
+ZERO3 = ParallelLayout("zero3", 1, 1)
 
 
 def preset(name: str, **train: object) -> tuple[ModelConfig, TrainConfig]:
@@ -44,8 +45,8 @@ def preset(name: str, **train: object) -> tuple[ModelConfig, TrainConfig]:
     return ModelConfig(**given["model"]), TrainConfig(**{**given["train"], "preset": name, **train})
 
 
-def offload(name: str, machine: Machine = WORKSTATION, spread: Spread = ZERO3, asked: str = "auto",
-            **train: object):  # fmt: skip
+def offload(name: str, machine: Machine = WORKSTATION, spread: ParallelLayout = ZERO3,
+            asked: str = "auto", **train: object):  # fmt: skip
     model, config = preset(name, **{"micro_batch": 1, **train})
     return plan_offload(model, config, machine, spread=spread, rows=1, bf16=True, asked=asked)
 
@@ -99,8 +100,8 @@ def test_a_disk_in_memory_is_none() -> None:
 
 
 def test_what_each_strategy_may_move() -> None:
-    assert offload("7b", spread=Spread("zero2", 8, 8)).parameters == "none"
-    plain = offload("7b", spread=Spread("ddp", 8, 8))
+    assert offload("7b", spread=ParallelLayout("zero2", 8, 8)).parameters == "none"
+    plain = offload("7b", spread=ParallelLayout("ddp", 8, 8))
     assert (plain.optimizer, plain.fits) == ("none", False)
     asked = offload("small", asked="cpu")
     assert (asked.optimizer, asked.parameters) == ("cpu", "cpu")
@@ -108,16 +109,16 @@ def test_what_each_strategy_may_move() -> None:
 
 def test_zero_divides_by_the_processes() -> None:
     model, config = preset("1b", micro_batch=1)
-    one = rank_need(model, config, Spread("zero3", 1, 1), 1, bf16=True)
-    many = rank_need(model, config, Spread("zero3", 8, 8), 1, bf16=True)
+    one = rank_need(model, config, ParallelLayout("zero3", 1, 1), 1, bf16=True)
+    many = rank_need(model, config, ParallelLayout("zero3", 8, 8), 1, bf16=True)
     for name in ("weights", "masters", "moments", "gradients"):
         assert getattr(many, name) == pytest.approx(getattr(one, name) / 8, rel=1e-6)
     assert many.activations == one.activations
-    two = rank_need(model, config, Spread("zero2", 8, 8), 1, bf16=True)
+    two = rank_need(model, config, ParallelLayout("zero2", 8, 8), 1, bf16=True)
     assert two.weights == one.weights and two.moments == many.moments
     # RAM and disk serve all processes of one machine.
-    both = offload("1b", spread=Spread("zero3", 2, 2), asked="cpu")
-    alone = offload("1b", spread=Spread("zero3", 2, 1), asked="cpu")
+    both = offload("1b", spread=ParallelLayout("zero3", 2, 2), asked="cpu")
+    alone = offload("1b", spread=ParallelLayout("zero3", 2, 1), asked="cpu")
     ram = [{h.place: h.total for h in found.arithmetic}["ram"] for found in (both, alone)]
     assert ram[0] == 2 * ram[1]
 
@@ -175,7 +176,7 @@ def test_masks_and_bf16_are_counted(bf16: bool, documents: bool) -> None:
 @pytest.mark.parametrize("loss_at", ["last", "pair", "all"])
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_the_plan_counts_what_autograd_keeps(loss_at: str, qk_norm: bool) -> None:
-    fused.prepare(False)
+    fused.enable_fused(False)
     shape = ModelConfig(vocab_size=256, d_model=128, d_ff=384, qk_norm=qk_norm)
     config = TrainConfig(
         batch_size=4, loop_schedule="fixed", loops=3, loss_at=loss_at, optimizer="muon"
@@ -206,13 +207,13 @@ def test_the_plan_is_near_peaks_that_were_measured(changes: dict, measured: int)
     config = TrainConfig(
         loop_schedule="fixed", optimizer="adamw", precision="float32", seq_len=128, **changes
     )
-    need = rank_need(model, config, Spread(), config.rows, heap=True)
+    need = rank_need(model, config, ParallelLayout(), config.micro_batch_size, heap=True)
     assert measured < need.total < 1.1 * measured
 
 
 def test_what_makes_a_run_larger_and_smaller() -> None:
     model, config = preset("medium", grad_checkpointing=False)
-    spread = Spread()
+    spread = ParallelLayout()
 
     def total(rows: int = 8, **changes: object) -> int:
         return rank_need(model, replace(config, **changes), spread, rows).total
@@ -244,13 +245,13 @@ def test_the_deepest_batch_of_a_thousand() -> None:
 def test_advice_is_followed_by_a_fit() -> None:
     model, config = preset("1b", grad_checkpointing=False)
     tight = plan(model, config, WORKSTATION)
-    assert tight.advice == "Pass --grad-checkpointing --micro-batch 1."
+    assert tight.advice == "Pass `grad_checkpointing` `micro_batch` 1."
     followed = replace(config, grad_checkpointing=True, micro_batch=1)
     assert not tight.fits and plan(model, followed, WORKSTATION).fits
     tighter = plan(model, config, replace(WORKSTATION, gpu_memory=(16 * GB,)))
-    assert "--zero3" in tighter.advice and "--grad-checkpointing" in tighter.advice
+    assert "`zero3`" in tighter.advice and "`grad_checkpointing`" in tighter.advice
     tiny = plan(*preset("7b"), replace(WORKSTATION, gpu_memory=(2 * GB,), ram=2 * GB, disk=GB))
-    assert "smaller --preset" in tiny.advice
+    assert "smaller `preset`" in tiny.advice
 
 
 def test_the_dry_run_shows_the_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,3 +264,37 @@ def test_the_dry_run_shows_the_arithmetic(capsys: pytest.CaptureFixture[str]) ->
     text = capsys.readouterr().out
     for word in ("weights", "gradients", "optimizer", "activations", "at the peak", "nothing"):
         assert word in text
+
+
+@pytest.mark.parametrize(
+    "ram, gpus, flags, code",
+    [
+        (24, (), ["--preset", "7b"], 3),  # where nothing helps
+        (64, (16,), ["--preset", "1b"], 2),  # where --zero3 does
+        (24, (), ["--preset", "7b", "--force"], None),
+        (24, (), ["--preset", "small"], None),
+        (13, (), ["--preset", "medium"], None),  # by an estimate that may be wrong
+    ],
+)
+def test_what_memory_can_not_hold_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    ram: int, gpus: tuple[int, ...], flags: list[str], code: int | None,
+) -> None:  # fmt: skip
+    machine = replace(WORKSTATION, ram=ram * GB, gpu_memory=tuple(size * GB for size in gpus))
+    monkeypatch.setattr("looptx_core.parallel.plan.this_machine", lambda *_: machine)
+    monkeypatch.chdir(tmp_path)
+    # The data, which are read next, are missing.
+    command = ["train", *flags, "--batch-size", "8", "--data", "none.txt", "--out", "run"]
+    assert main(command) == (4 if code is None else code)
+    error = capsys.readouterr().err
+    assert ("It does not fit" in error) == ("--force tries" in error) == (code is not None)
+    assert ("--zero3" in error) == (code == 2) and not any(tmp_path.iterdir())
+
+
+def test_only_what_is_far_too_large_is_hopeless() -> None:
+    model, config = preset("medium", micro_batch=1)
+    needed = plan(model, config, replace(WORKSTATION, gpu_memory=())).total
+    for share, fits, hopeless in ((1.0, True, False), (1.2, False, False), (1.7, False, True)):
+        ram = int(needed / share / 0.85) + 1
+        found = plan(model, config, replace(WORKSTATION, gpu_memory=(), ram=ram))
+        assert (found.fits, found.is_hopeless) == (fits, hopeless)

@@ -102,7 +102,7 @@ def test_damaged_runs_are_listed(
 def test_wrong_values_are_no_error(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     (run / "metrics.jsonl").write_text('5\n{"step": "x"}\n{"step": 3, "val_loss": "low"}\n{"st')
-    (run / "final/config.json").write_text('{"facts": {"loss_by_loop": [null, NaN, "x"]}}')
+    (run / "final/config.json").write_text('{"facts": {"loss_by_loop": [null, true, "x"]}}')
     summary = read_run(run).summary
     assert (summary.steps, summary.best_loss, summary.best_bits_per_byte) == (3, None, None)
 

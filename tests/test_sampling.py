@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from looptx_core.config.generation import GenerationOptions
-from looptx_core.generation.sampling import draw, keep, penalise
+from looptx_core.errors import UsageError
+from looptx_core.generation.sampling import check, keep, penalise, sample
 
 pytestmark = pytest.mark.fast
 
@@ -35,7 +36,7 @@ def test_draws_follow_the_distribution():
 
     def shares(**options):
         options = GenerationOptions(**options)
-        drawn = [draw(logits, options, none, generator) for _ in range(2000)]
+        drawn = [sample(logits, options, none, generator) for _ in range(2000)]
         return [drawn.count(i) / 2000 for i in range(3)]
 
     assert shares(temperature=1.0) == pytest.approx([0.5, 0.3, 0.2], abs=0.04)
@@ -44,4 +45,21 @@ def test_draws_follow_the_distribution():
     assert shares(temperature=1.0, top_k=2) == pytest.approx([0.625, 0.375, 0], abs=0.04)
     assert shares(temperature=1e-30)[0] == shares(temperature=0)[0] == 1
     seen = torch.tensor([0])
-    assert draw(logits, GenerationOptions(temperature=0, repetition_penalty=3.0), seen, generator)
+    assert sample(logits, GenerationOptions(temperature=0, repetition_penalty=3.0), seen, generator)
+
+
+def test_what_no_draw_can_follow_is_refused():
+    for good in (
+        dict(max_new_tokens=1), dict(temperature=0), dict(top_k=0), dict(top_k=1), dict(top_p=1),
+        dict(top_p=0.01), dict(min_p=0), dict(min_p=1), dict(repetition_penalty=0.5),
+        dict(speculate=0), dict(speculate=1), dict(stop=("a",)),
+    ):  # fmt: skip
+        check(GenerationOptions(**good))
+    for bad in (
+        dict(max_new_tokens=0), dict(temperature=-0.1), dict(top_k=-1), dict(top_p=0),
+        dict(top_p=1.01), dict(min_p=-0.01), dict(min_p=1.01), dict(repetition_penalty=0),
+        dict(speculate=-1), dict(stop=("a", "")),
+    ):  # fmt: skip
+        (name,) = bad
+        with pytest.raises(UsageError, match=name.replace("_", "-")):
+            check(GenerationOptions(**bad))

@@ -15,7 +15,7 @@ from looptx_core.errors import DataError, LooptxError, UsageError
 if sys.platform != "linux":
     pytest.skip("DeepSpeed runs on Linux", allow_module_level=True)
 
-from looptx_core.parallel.deepspeed.checkpoint import Checkpoint, Group, Piece, commit, write
+from looptx_core.parallel.deepspeed.checkpoint import Checkpoint, Group, TensorShard, commit, write
 from looptx_core.parallel.deepspeed.nvme import SwapFolder, clear_stale
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +76,7 @@ def test_pieces_of_any_cut_are_one_parameter(tmp_path: Path) -> None:
     for rank in range(3):
         piece = torch.nn.functional.pad(whole, (0, 2))[4 * rank : 4 * rank + 4]
         tensors = {"": piece, "exp_avg": piece + 1, "exp_avg_sq": piece + 2}
-        write(partial, rank, [Group([Piece("w", 4 * rank, tensors)], step=7)], 0)
+        write(partial, rank, [Group([TensorShard("w", 4 * rank, tensors)], step=7)], 0)
     commit(partial, tmp_path / "step-0000001.ckpt", {"global_step": 7}, {"w": [2, 5]}, 3)
     saved = Checkpoint(tmp_path / "step-0000001.ckpt")
     assert dict(saved.weights())["w"].tolist() == whole.view(2, 5).tolist()

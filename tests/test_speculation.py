@@ -133,10 +133,10 @@ def test_what_cannot_be_drafted(model, tokenizer):
     engine = Engine(model, tokenizer, SETTINGS)
     for bad, why in (
         (dict(speculate=-1), "at least 0"),
-        (dict(speculate=2, draft_loops=10), "--draft-loops 10: .* 1 to 9"),
+        (dict(speculate=2, draft_loops=10), "`draft_loops` 10: .* 1 to 9"),
         (dict(speculate=2, draft_loops=3, loops=3), "1 to 2"),
-        (dict(speculate=2, draft_loops=0), "--draft-loops 0"),
-        (dict(speculate=2, kv_policy="last"), "--kv-policy fill"),
+        (dict(speculate=2, draft_loops=0), "`draft_loops` 0"),
+        (dict(speculate=2, kv_policy="last"), "`kv_policy` fill"),
     ):
         with pytest.raises(UsageError, match=why):
             engine.generate(["a"], GenerationOptions(**bad))

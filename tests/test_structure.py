@@ -84,7 +84,7 @@ OPTIONS = {
         --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every --keep
         --val-every --val-batches --log-every --preset --document-mask
         --no-document-mask --mix --mask-patches --bitnet
-        --no-bitnet --set --config --resume --overwrite --dry-run --json
+        --no-bitnet --set --config --resume --overwrite --dry-run --force --json
         --quiet
     """,
 }
@@ -112,9 +112,55 @@ def test_no_pickle_is_read(path: Path) -> None:
                 assert not options.get("allow_pickle"), f"line {call.lineno}"
 
 
+COMMAND = re.compile(
+    r"""(looptx (?:[a-z-]+|{})(?: "[^"]*")?|pip install(?: '[^']*')?)"""
+    r"""(?: --[a-z-]+(?: [^\s-]\S*)?)+"""
+)
+FLAGS = {
+    ("config/resolve.py", "--set"): "the origin of a value, as the command line gave it",
+    ("machine/compiler.py", "--version"): "an option of C++ compilers",
+}
+"""The flags that looptx_core spells outside whole commands, and why."""
+
+
+def test_the_library_speaks_of_parameters_not_flags() -> None:
+    core, found = ROOT / "looptx_core", set()
+    for path in core.rglob("*.py"):
+        for text in _texts(ast.parse(path.read_text("utf-8"))):
+            loose = re.findall(r"--[a-z][a-z0-9-]*", COMMAND.sub("", text))
+            found |= {(path.relative_to(core).as_posix(), flag) for flag in loose}
+    assert found == FLAGS.keys()
+
+
+def test_what_counts_as_a_whole_command() -> None:
+    for text in (
+        "looptx train --resume",
+        'run looptx generate "Call me" --model {} --show-iterations.',
+        "go on with looptx {} --resume {}",
+        "pip install 'looptx[flash]' --no-build-isolation",
+    ):
+        assert "--" not in COMMAND.sub("", text)
+    for text in ("pass --lr", "looptx train stops; pass --lr", "looptx train takes no --lr"):
+        assert "--lr" in COMMAND.sub("", text)
+
+
+def _texts(node: ast.AST) -> Iterator[str]:
+    """All string literals; an f-string is one, with {} where it takes a value."""
+    match node:
+        case ast.Constant(value=str(text)):
+            yield text
+        case ast.JoinedStr(values=parts):
+            yield "".join(p.value if isinstance(p, ast.Constant) else "{}" for p in parts)
+            parts = [p for p in parts if not isinstance(p, ast.Constant)]
+            yield from (text for part in parts for text in _texts(part))
+        case _:
+            yield from (text for child in ast.iter_child_nodes(node) for text in _texts(child))
+
+
 NAME_IMAGES = {
     "config/inspection.py": "the flag --image",
     "config/model.py": "the keys of config.json, which are flat for images",
+    "config/ranges.py": "the range of --mask-patches",
     "config/run.py": "the flags --mix, --mask-patches and --augment, and their messages",
     "data/records.py": "the grammar of records, with its first medium as the example",
     "data/tokenizer.py": "the special token <|image|>, whose id is fixed for good",
@@ -139,7 +185,7 @@ def test_images_are_named_in_their_own_folder() -> None:
 
 
 def test_the_registry_of_media_brings_no_torch() -> None:
-    asked = "import sys, looptx_core.media, looptx_core.checkpoint.registry as _; "
+    asked = "import sys, looptx_core.media.registry, looptx_core.checkpoint.registry as _; "
     code = asked + "sys.exit(bool({'torch', 'PIL', 'numpy'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

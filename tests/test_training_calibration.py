@@ -9,7 +9,7 @@ import torch
 
 from looptx_core.config.generation import ExitSettings
 from looptx_core.machine.device import on_best_device
-from looptx_core.model.confidence import sharpness
+from looptx_core.model.confidence import top_log_odds
 from looptx_core.stopping.calibration import calibrated, reported_confidence
 from looptx_core.training.calibration import calibrate, fit_confidence, fit_gain, fit_odds
 from looptx_core.training.evaluate import LoopEvaluation
@@ -73,7 +73,7 @@ def test_the_stated_confidence_weighs_head_and_readout() -> None:
 
 def test_the_log_odds_of_the_best_by_hand() -> None:
     logs = torch.tensor([[0.75, 0.25], [0.5, 0.5], [1.0, 0.0]]).log()
-    odds = sharpness(logs)
+    odds = top_log_odds(logs)
     assert odds[:2].tolist() == pytest.approx([math.log(3), 0.0], abs=1e-6)
     assert 15 < odds[2] < 17
 

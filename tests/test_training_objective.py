@@ -137,8 +137,8 @@ def test_a_masked_document_learns_what_it_would_alone(rule: str) -> None:
     second = loop_loss(net, tokens[:, 7:], drawn, 0, ids)
     alone = (7 * first.loss + 9 * second.loss) / 16
     assert float(together.loss.detach()) == pytest.approx(float(alone.detach()), abs=1e-5)
-    assert net.surroundings(16, documents=documents).mask is not None
-    assert net.surroundings(16, documents=documents * 0 + 3).mask is None
+    assert net.context(16, documents=documents).mask is not None
+    assert net.context(16, documents=documents * 0 + 3).mask is None
     unmasked = loop_loss(net, tokens, drawn, 0, ids)
     assert abs(float(unmasked.loss.detach()) - float(alone.detach())) > 1e-5
 
@@ -146,7 +146,7 @@ def test_a_masked_document_learns_what_it_would_alone(rule: str) -> None:
 @pytest.mark.parametrize("kernel", [True, False])
 def test_the_score_of_a_read_out(kernel: bool) -> None:
     """With a target that is none among them, which others leave out."""
-    fused.prepare(kernel)
+    fused.enable_fused(kernel)
     net, decoded, targets = model(), torch.randn(9, 32), torch.arange(9)
     with torch.no_grad():
         chances = net.head(decoded).softmax(-1)
@@ -158,7 +158,7 @@ def test_the_score_of_a_read_out(kernel: bool) -> None:
     assert torch.allclose(scored.loss[known], losses, atol=1e-5)
     assert scored.hit[known].tolist() == (chances.argmax(-1) == targets)[known].float().tolist()
     assert torch.allclose(scored.top, chances.amax(-1), atol=1e-5)
-    fused.prepare(False)
+    fused.enable_fused(False)
 
 
 def test_targets_of_weight_zero_cost_no_product_and_change_nothing() -> None:
@@ -241,7 +241,7 @@ def test_the_gain_is_learnt_from_the_drop_of_the_loss_within_four_nats() -> None
 def test_the_cost_is_what_torch_counts_forward_and_backward(loops: int) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    fused.prepare(False)
+    fused.enable_fused(False)
     net, (tokens, ids) = model(), batch()
     with FlopCounterMode(display=False) as counter:
         found = loop_loss(net, tokens, schedule(loop_schedule="fixed", loops=loops), 0, ids)

@@ -95,6 +95,8 @@ def test_the_learning_rate_falls_as_torchs_cosine() -> None:
         plain.step()
         cosine.step()
     assert factor(1000) == factor(100)
+    without = learning_rate_factor(TrainConfig(steps=100, warmup=0))
+    assert without(0) == without(1) == 1 > without(2)
 
 
 @pytest.mark.parametrize("build", [build_optimizer, build_adamw])

@@ -33,7 +33,7 @@ import torch
 from tokenizers import Tokenizer, models
 
 from benchmarks.common.record import results_file, rows_by, rows_so_far, write
-from looptx_core.backends.cpu.bindings import held_bytes
+from looptx_core.backends.cpu.rounding import held_bytes
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.conversion.ternary import pack_model

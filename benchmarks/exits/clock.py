@@ -220,7 +220,7 @@ def main() -> None:
     for preset in ("small", "medium") if flags.model == BUNDLED else ():
         torch.manual_seed(0)
         shapes[preset] = LoopedTransformer(ModelConfig(**get_preset(preset)["model"])).eval()
-        shapes[preset].join()
+        shapes[preset].fuse_projections()
     rows = [{"part": "decoding", **row} for row in rows_by(results, "text", "rule")]
     for name, model in shapes.items():
         rows.append({"part": "prices", "model": name, **flat(prices(model, flags.kernel))})

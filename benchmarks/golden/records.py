@@ -43,10 +43,12 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 ids = torch.tensor([json.loads(sys.argv[2])])
 with torch.inference_mode():
-    logits = model(ids).logits[0]
+    depths = {"default": {}, "one loop": {"loops": 1}, "three loops": {"loops": 3}}
+    found = {name: model(ids, **depth).logits[0] for name, depth in depths.items()}
     tokens = model.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist()
-print(json.dumps({"logits": logits[-1].tolist(), "means": logits.mean(-1).tolist(),
-                  "tokens": tokens}))
+record = {f"{name}, logits": logits[-1].tolist() for name, logits in found.items()}
+record |= {f"{name}, means": logits.mean(-1).tolist() for name, logits in found.items()}
+print(json.dumps({**record, "tokens": tokens}))
 """
 
 # Two float64 sums of each tensor, which no change of its numbers leaves as they were.

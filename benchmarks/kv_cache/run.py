@@ -88,7 +88,7 @@ def context(length: int, real: bool, policy: str, kind: str) -> dict[str, Any]:
     config = ModelConfig(**get_preset("small")["model"] | {"max_seq_len": length + new})
     torch.manual_seed(0)
     model = LoopedTransformer(config).eval()
-    model.join()
+    model.fuse_projections()
     from looptx_core.backends.torch_backend import TorchBackend
 
     cache = LoopCache(config, 1, length + new, 2, policy=policy, kind=kind)

@@ -43,7 +43,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "looptx_core/stopping/rule.py": ("test_exits.py",),
     "looptx_core/stopping/calibration.py": ("test_exits.py", "test_training_calibration.py"),
     "looptx_core/generation/sampling.py": ("test_sampling.py",),
-    "looptx_core/inspection/influence.py": ("test_influence.py",),
+    "looptx_core/inspection/influence.py": (
+        "test_influence.py",
+        "test_inspection.py -k influential",
+    ),
     "looptx_core/inspection/frontier.py": ("test_inspection.py -k by_hand",),
     "looptx_core/model/flops.py": ("test_model.py -k counts", "test_training_objective.py"),
     "looptx_core/model/loop.py": ("test_model.py",),
@@ -136,9 +139,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="looptx-mutation-") as temporary:
         rows = tested(chosen, flags.jobs, Path(temporary))
     survivors = [row for row in rows if row["result"] == "passed"]
-    for row in survivors:
-        print(f"\nsurvived: {row['file']}:{row['line']}\n{row['shown']}")
-    print(f"\n{len(rows)} mutants, {len(rows) - len(survivors)} killed, {len(survivors)} survived")
+    print(f"{len(rows)} mutants, {len(rows) - len(survivors)} killed, {len(survivors)} survived")
     document = {
         "command": " ".join(["python", "benchmarks/mutation/run.py", *sys.argv[1:]]),
         "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
@@ -178,8 +179,9 @@ def tested(mutants: list[Mutant], jobs: int, folder: Path) -> list[dict[str, Any
 
     def one(mutant: Mutant) -> dict[str, Any]:
         result, seconds = in_a_copy(lambda copy: copy.test_mutant(mutant, limits[mutant.file]))
-        print(f"{result:>8} {seconds:4.0f} s  {mutant.file}:{mutant.line}", file=sys.stderr,
-              flush=True)  # fmt: skip
+        print(f"{result:>8} {seconds:4.0f} s  {mutant.file}:{mutant.line}", file=sys.stderr)
+        if result == "passed":  # at once: a long run may be cut short
+            print(f"survived: {mutant.file}:{mutant.line}\n{mutant.shown}\n", flush=True)
         return {**asdict(mutant), "result": result, "seconds": round(seconds, 1)}
 
     with ThreadPoolExecutor(jobs) as pool:

@@ -31,7 +31,7 @@ from looptx_core.inspection.frontier import choose, frontier, rule_depths
 from looptx_core.inspection.survey import Survey, survey_lines, together
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.calibration import calibrate
-from looptx_core.training.compiled import compile_moves
+from looptx_core.training.compiled import compile_forward
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.metrics import auroc, calibration_error, spearman
 from looptx_core.training.objective import loop_loss
@@ -78,7 +78,7 @@ def train(
     torch.manual_seed(settings.seed)
     model = LoopedTransformer(config).to(args.device).train()
     if args.compile:
-        compile_moves(model)
+        compile_forward(model)
     schedule = LoopSchedule(settings, config.max_loops)
     optimizer = build_optimizer(model, settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(settings))

@@ -27,8 +27,8 @@ from looptx_core.checkpoint.folder import LoadedModel, load_model
 from looptx_core.checkpoint.registry import bundled_model
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.generation.engine import Engine, MediaPrompt
-from looptx_core.media import MEDIA
 from looptx_core.media.batch import MediaItem, batch_items
+from looptx_core.media.registry import MEDIA
 from looptx_core.training.evaluate import evaluate_loops
 
 SEED = 0
@@ -118,13 +118,13 @@ def one_of_ten(
     with p(caption) the mean over the pictures `shown`. `over_no_picture`: p(caption) as a text.
     forms: the fields that hold a caption; of several, what each says is summed up.
     """
-    draw = random.Random(SEED)
+    reconstruct = random.Random(SEED)
     hits: dict[str, torch.Tensor] = {}
     usual = {form: typical(captions, sorted({r[form] for r in records}), shown) for form in forms}
     for record in records:
         others = [r for r in records if r["text"] != record["text"]]
         for _ in range(DRAWS):
-            choices = [record, *draw.sample(others, 9)]
+            choices = [record, *reconstruct.sample(others, 9)]
             ways: dict[str, torch.Tensor] = {}
             for form in forms:
                 texts = [choice[form] for choice in choices]
@@ -149,13 +149,13 @@ def one_of_ten(
 
 def cats(captions: Captions, engine: Engine, records: list[dict[str, Any]]) -> dict[str, Any]:
     """Greedy captions of 20 cats and 40 other pictures, in styles never trained on."""
-    draw = random.Random(SEED)
+    reconstruct = random.Random(SEED)
     named = [r for r in records if "cat" in r["text"].split()]
     others = [r for r in records if "cat" not in r["text"].split()]
     options = GenerationOptions(temperature=0, max_new_tokens=24)
     shares, said = [], {}
     for kind, pool, count in (("cats", named, 20), ("others", others, 40)):
-        chosen = draw.sample(pool, min(count, len(pool)))
+        chosen = reconstruct.sample(pool, min(count, len(pool)))
         prompts = [MediaPrompt("", (captions.picture(record),)) for record in chosen]
         found = engine.complete(prompts, options)
         shares.append(sum("cat" in g.text.split() for g in found) / len(chosen))
@@ -217,10 +217,10 @@ def main() -> int:
     engine = Engine(loaded.model, loaded.tokenizer, loaded.exit)
     records = list(map(json.loads, (folder / "all.jsonl").read_text("utf-8").splitlines()))
     new = [r for r in records if r["style"] in TEST]
-    few, draw = arguments.check, random.Random(SEED)
+    few, reconstruct = arguments.check, random.Random(SEED)
 
     def some(pool: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-        return draw.sample(pool, min(len(pool), 20 if few else count))
+        return reconstruct.sample(pool, min(len(pool), 20 if few else count))
 
     trained = some([r for r in records if r["style"] in TRAIN and not r["unseen"]], 100)
     seen = some([r for r in new if not r["unseen"]], 150)

@@ -128,11 +128,11 @@ def _differences(
     batches = list(data.val_dataloader())
     for batch in batches:
         tokens, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        around = exact.surroundings(tokens.shape[1], documents=batch["documents"])
-        each = zip(*(m.states(tokens, 10, around=around) for m in (exact, rounded)))
+        ctx = exact.context(tokens.shape[1], documents=batch["documents"])
+        each = zip(*(m.states(tokens, 10, ctx=ctx) for m in (exact, rounded)))
         for loop, (a, b) in enumerate(each):
             p, q = (
-                m.head(m.decode(state, around)).log_softmax(-1)
+                m.head(m.coda_hidden(state, ctx)).log_softmax(-1)
                 for m, state in ((exact, a), (rounded, b))
             )
             rise = (p - q).gather(-1, targets[..., None])

@@ -30,7 +30,7 @@ from looptx_core.errors import MissingError
 from looptx_core.model.attention import choose_backend
 from looptx_core.model.flops import parameter_count, token_flops
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.compiled import compile_moves
+from looptx_core.training.compiled import compile_forward
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import build_optimizer
@@ -69,7 +69,7 @@ def side(
         for block in (*model.prelude, *model.core, *model.coda):
             block.compile()
     elif compiled:
-        compile_moves(model)
+        compile_forward(model)
     config = TrainConfig(loop_schedule="fixed", loops=loops, loss_at="last", optimizer="adamw",
                          lr=3e-4)  # fmt: skip
     schedule, optimizer = LoopSchedule(config, shape.max_loops), build_optimizer(model, config)

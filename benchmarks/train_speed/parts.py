@@ -27,7 +27,7 @@ from looptx_core.data.datamodule import TokenData
 from looptx_core.data.shard_writer import tokenize_corpus
 from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.model import fused
-from looptx_core.model.attention import Attend, Packed, explicit, sdpa
+from looptx_core.model.attention import Attend, VarlenBatch, explicit, sdpa
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rope import rotary_tables
 from looptx_core.training.muon import orthogonal
@@ -119,13 +119,13 @@ def parts() -> dict[str, dict[str, float]]:
         "norm": lambda: block.mlp_norm(x).sum().backward(),
         "norm and RoPE of queries": lambda: block.attention.q_norm(heads, rotary).sum().backward(),
         "gate": lambda: (
-            fused.gelu_gate(wide, up) if fused.ready(wide) else F.gelu(wide) * up
+            fused.gelu_gate(wide, up) if fused.can_use_fused(wide) else F.gelu(wide) * up
         ).sum().backward(),
         "loss over 4,096 types": lambda: model.score(logits, targets)[0].sum().backward(),
     }  # fmt: skip
     found: dict[str, dict[str, float]] = {name: {} for name in steps}
     for way in ("plain", "fused"):  # the second stays on
-        fused.prepare(way == "fused")
+        fused.enable_fused(way == "fused")
         for name, step in steps.items():
             found[name][way] = milliseconds(step)
 
@@ -137,18 +137,18 @@ def parts() -> dict[str, dict[str, float]]:
         "apart": milliseconds(lambda: [plain @ part.T for part in rows]),
     }
 
-    documents = Packed.of((torch.arange(LENGTH) // 60).expand(ROWS, -1))
+    documents = VarlenBatch.of((torch.arange(LENGTH) // 60).expand(ROWS, -1))
 
-    def attention(attend: Attend, seen: Packed | torch.Tensor | None) -> Callable[[], object]:
+    def attention(attend: Attend, seen: VarlenBatch | torch.Tensor | None) -> Callable[[], object]:
         return lambda: attend(q, kv, kv, seen).sum().backward()
 
     for name, packed in (("attention", None), ("attention within documents of 60", documents)):
         found[name] = {"ours": milliseconds(attention(sdpa, packed))}
-        fused.prepare(False)
+        fused.enable_fused(False)
         mask = packed and packed.mask()  # which a model makes once for all of its blocks
         found[name]["torch's fused"] = milliseconds(attention(sdpa, mask))
         found[name]["products and softmax"] = milliseconds(attention(explicit, mask))
-        fused.prepare()
+        fused.enable_fused()
     matrices, coefficients = torch.randn(2, 256, 512), (3.4445, -4.775, 2.0315)
 
     def muon(dtype: torch.dtype) -> Callable[[], object]:
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    settings = {"kernels": fused.prepare()}
+    settings = {"kernels": fused.enable_fused()}
     odd = Where(length=LENGTH - 1)  # so that no number of tokens is the vocabulary's size
     shares = {THEIRS: profiled(theirs(where=odd))}
     with freed_memory_kept():

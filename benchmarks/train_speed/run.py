@@ -43,7 +43,7 @@ from looptx_core.model import fused
 from looptx_core.model.attention import choose_backend
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.compiled import compile_moves
+from looptx_core.training.compiled import compile_forward
 from looptx_core.training.kernel_trial import KernelChoice, choose
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
@@ -105,7 +105,7 @@ def ours(compiled: bool, where: Where = HERE, **settings: object) -> Callable[[i
     if device.type == "cuda":
         model.attend = choose_backend("auto", best_device(), torch.bfloat16).attend
     if compiled:
-        compile_moves(model)
+        compile_forward(model)
     config = TrainConfig(**settings)  # type: ignore[arg-type]
     schedule, optimizer = (
         LoopSchedule(config, where.model.max_loops),
@@ -208,7 +208,7 @@ def main() -> None:
     variant = [args.shape, f"{rows}x{length}", *(word for word, true in words.items() if true)]
     where = Where(torch.device(args.device), rows, length, args.shape)
     # Tried before the sides start, which find the result in the cache.
-    kernels = {} if on_gpu else {"kernels": fused.prepare() and str(_choice(where))}
+    kernels = {} if on_gpu else {"kernels": fused.enable_fused() and str(_choice(where))}
     ours = [side for side in SETTINGS if SETTINGS[side] is LAST or not args.last]
     sides = [*ours, THEIRS, THEIRS_KEPT]
     if args.device == "cuda":
@@ -233,9 +233,9 @@ def _sit(side: str, compiled: bool, threads: int, where: Where, orders: Connecti
     if side in (THEIRS, THEIRS_KEPT):
         step = theirs(compiled, where)
     else:
-        fused.prepare(not on_gpu and not compiled and side != PLAIN)
+        fused.enable_fused(not on_gpu and not compiled and side != PLAIN)
         if fused.is_prepared():  # those of them that `looptx train` takes here
-            fused.prepare(_choice(where).taken)
+            fused.enable_fused(_choice(where).taken)
         step = ours(compiled, where, **SETTINGS[side])
     with nullcontext() if on_gpu or side == THEIRS else freed_memory_kept():
         while (number := orders.recv()) is not None:
@@ -275,7 +275,7 @@ def timed(
     for line in lines.values():
         line.send(None)
     for seat in seats:
-        seat.join()
+        seat.fuse_projections()
 
     def ratios(times: dict[str, list[float]], to: str) -> dict[str, float]:
         """Medians over rounds, as such machines change their speed from one minute to the next."""

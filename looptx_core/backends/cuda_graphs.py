@@ -94,8 +94,8 @@ class GraphPass(Pass):
         self.embedding = torch.zeros_like(self.state)
         self.output = self.state.new_zeros(1, 1, model.config.vocab_size)
         self.head_output = self.state.new_zeros(3)
-        self.around = model.surroundings(1, self.view)
-        assert isinstance(self.around.mask, Tensor)
+        self.ctx = model.context(1, self.view)
+        assert isinstance(self.ctx.mask, Tensor)
         self._graphs: dict[tuple[str, int], Callable[[], object]] = {}
         self._pool = torch.cuda.graph_pool_handle() if weight.device.type == "cuda" else None
 
@@ -147,7 +147,7 @@ class GraphPass(Pass):
 
     def backfill(self, state: Tensor, embedding: Tensor, loops: Sequence[int]) -> None:
         self._load(state, embedding)
-        body = partial(self.model.backfill, self.state, self.embedding, loops[0], self.around)
+        body = partial(self.model.backfill, self.state, self.embedding, loops[0], self.ctx)
         self._run("backfill", loops[0], body)
 
     def _load(self, state: Tensor, embedding: Tensor | None = None) -> None:
@@ -163,17 +163,17 @@ class GraphPass(Pass):
     # What is recorded.
 
     def _set_position(self) -> None:
-        now = self.model.surroundings(1, self.view)
-        assert isinstance(now.mask, Tensor) and isinstance(self.around.mask, Tensor)
-        self.around.mask.copy_(now.mask)
-        for buffer, value in zip(self.around.rotary, now.rotary):
+        now = self.model.context(1, self.view)
+        assert isinstance(now.mask, Tensor) and isinstance(self.ctx.mask, Tensor)
+        self.ctx.mask.copy_(now.mask)
+        for buffer, value in zip(self.ctx.rotary, now.rotary):
             buffer.copy_(value)
 
     def _embed(self) -> None:
-        self.embedding.copy_(self.model.encode(self.token, self.around))
+        self.embedding.copy_(self.model.embed(self.token, self.ctx))
 
     def _step(self, loop: int, check: bool) -> None:
-        after = self.model.step(self.state, self.embedding, loop, self.around)
+        after = self.model.step(self.state, self.embedding, loop, self.ctx)
         if check:
             output, change = self.model.confidence(after, loop), relative_change(self.state, after)
             parts = [output.logit, output.gain, change.to(after)]
@@ -181,7 +181,7 @@ class GraphPass(Pass):
         self.state.copy_(after)
 
     def _logits(self) -> None:
-        self.output.copy_(self.model.head(self.model.decode(self.state, self.around)))
+        self.output.copy_(self.model.head(self.model.coda_hidden(self.state, self.ctx)))
 
     def _run(self, part: str, loop: int, body: Callable[[], object]) -> None:
         """Replay a part; at its first use run it as it is, and record it."""

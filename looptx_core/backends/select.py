@@ -5,12 +5,9 @@ from __future__ import annotations
 from looptx_core.backends import cuda_graphs
 from looptx_core.backends.base import Backend
 from looptx_core.backends.cpu.backend import CpuBackend
-from looptx_core.backends.cpu.bindings import (
-    PRECISIONS,
-    load_kernel,
-    rounded_copy,
-    unsupported_reason,
-)
+from looptx_core.backends.cpu.bindings import unsupported_reason
+from looptx_core.backends.cpu.rounding import rounded_copy
+from looptx_core.backends.cpu.structs import PRECISIONS, load_kernel
 from looptx_core.backends.cuda_graphs import CudaGraphBackend
 from looptx_core.backends.torch_backend import TorchBackend
 from looptx_core.errors import MissingError, UsageError
@@ -30,12 +27,12 @@ def select_backend(
     Raises `UsageError` for unknown names, `MissingError` where what was asked for can't be had.
     """
     if kernel not in KERNELS:
-        raise UsageError(f"--kernel {kernel}: not one of {', '.join(KERNELS)}")
+        raise UsageError(f"`kernel` {kernel}: not one of {', '.join(KERNELS)}")
     if precision not in PRECISIONS:
-        raise UsageError(f"--precision {precision}: not one of {', '.join(PRECISIONS)}")
+        raise UsageError(f"`precision` {precision}: not one of {', '.join(PRECISIONS)}")
     rounded = precision != "float32"
     if kernel in ("graph", "torch") and rounded:
-        raise UsageError(f"--precision {precision} needs the compiled kernel; leave out --kernel")
+        raise UsageError(f"`precision` {precision} needs the compiled kernel; leave out `kernel`")
     if kernel == "torch":
         return TorchBackend(model), "torch, asked for"
     on_gpu = model.norm.weight.device.type == "cuda"
@@ -44,7 +41,7 @@ def select_backend(
         if why is None:
             return CudaGraphBackend(model), "CUDA graphs, where one prompt is continued at a time"
         if kernel == "graph":
-            raise MissingError(f"CUDA graphs can't be recorded: {why}; leave out --kernel")
+            raise MissingError(f"CUDA graphs can't be recorded: {why}; leave out `kernel`")
         return TorchBackend(model), f"torch, {why}"
     why = unsupported_reason(model)
     if why is None:
@@ -55,6 +52,6 @@ def select_backend(
         except MissingError as error:
             why = str(error)
     if kernel == "native" or rounded:
-        way = "leave out --precision" if precision == "int8" else "use --kernel torch"
+        way = "leave out `precision`" if precision == "int8" else "use `kernel` torch"
         raise MissingError(f"the compiled kernel can't run here: {why}; {way}")
     return TorchBackend(model), f"torch, {why}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from looptx_core.backends.base import Backend, Pass
 from looptx_core.media.batch import Media
-from looptx_core.model.block import Surroundings
+from looptx_core.model.block import ForwardContext
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
 
@@ -34,9 +34,9 @@ class TorchPass(Pass):
     """See `Pass`."""
 
     def __init__(
-        self, model: LoopedTransformer, around: Surroundings, media: Media | None = None
+        self, model: LoopedTransformer, ctx: ForwardContext, media: Media | None = None
     ) -> None:
-        self.model, self.around, self.media = model, around, media
+        self.model, self.ctx, self.media = model, ctx, media
 
     @classmethod
     def of(
@@ -52,18 +52,18 @@ class TorchPass(Pass):
         layout = None
         if media and tokens is not None:
             layout = model.layout(tokens, media, cache.start if cache.padded else None)
-        around = model.surroundings(new, cache.view(new, rows), layout=layout)
-        return cls(model, around, media)
+        ctx = model.context(new, cache.view(new, rows), layout=layout)
+        return cls(model, ctx, media)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return self.model.encode(tokens, self.around, self.media)
+        return self.model.embed(tokens, self.ctx, self.media)
 
     def iterate(
         self, state: Tensor, embedding: Tensor, loops: Sequence[int], count: int = 1
     ) -> Tensor:
         if loops.count(loops[0]) == len(loops):
             span = range(loops[0], loops[0] + count)
-            for _, after in self.model.iterate(state, embedding, self.around, span):
+            for _, after in self.model.iterate(state, embedding, self.ctx, span):
                 state = after
             return state
         for more in range(count):
@@ -74,7 +74,7 @@ class TorchPass(Pass):
         """One loop of rows that are at different ones."""
         if self.model.enter_loop is None:
             index = torch.tensor(loops, device=state.device)
-            return self.model.step(state, embedding, index, self.around)
+            return self.model.step(state, embedding, index, self.ctx)
         after = torch.empty_like(state)  # loops with weights of their own go one by one
         for loop, which in _by_loop(loops):
             after[which] = self._subset(which).iterate(state[which], embedding[which], [loop])
@@ -82,14 +82,14 @@ class TorchPass(Pass):
 
     def _subset(self, which: list[int]) -> TorchPass:
         """The same pass for some of its rows."""
-        view = self.around.view
+        view = self.ctx.view
         assert view is not None
         if len(which) == len(view.rows):
             return self
         return TorchPass.of(self.model, view.cache, [view.rows[i] for i in which], view.new)
 
     def logits(self, state: Tensor, last: bool = False) -> Tensor:
-        hidden = self.model.decode(state, self.around)
+        hidden = self.model.coda_hidden(state, self.ctx)
         return self.model.head(hidden[:, -1:] if last else hidden)
 
     def confidence(self, state: Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
@@ -100,8 +100,8 @@ class TorchPass(Pass):
 
     def backfill(self, state: Tensor, embedding: Tensor, loops: Sequence[int]) -> None:
         for loop, which in _by_loop(loops):
-            around = self._subset(which).around
-            self.model.backfill(state[which], embedding[which], loop, around)
+            ctx = self._subset(which).ctx
+            self.model.backfill(state[which], embedding[which], loop, ctx)
 
 
 def _by_loop(loops: Sequence[int]) -> list[tuple[int, list[int]]]:

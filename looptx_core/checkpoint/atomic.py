@@ -3,7 +3,6 @@ place, brought to the disk, then renamed. What was there stays until then."""
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from looptx_core.errors import LooptxError
+from looptx_core.errors import LooptxError, remedy
 from looptx_core.outputs import put_in_place, temporary_beside
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -69,6 +68,4 @@ def _unwritable(path: Path, error: Exception) -> LooptxError:
     if number is None and (match := _OS_ERROR.search(str(error))):
         number = int(match[1])
     reason = os.strerror(number) if number else str(error).splitlines()[0]
-    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    mend = "free some space or choose another --out" if full else "choose another --out"
-    return LooptxError(f"cannot write {path}: {reason}; {mend}")
+    return LooptxError(f"cannot write {path}: {reason}; {remedy(number)}")

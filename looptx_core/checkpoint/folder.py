@@ -25,16 +25,17 @@ from torch import Tensor
 import looptx_core
 from looptx_core.checkpoint.atomic import write_file, write_folder
 from looptx_core.checkpoint.card import model_card
-from looptx_core.checkpoint.documents import read_json, to_json, typed
-from looptx_core.checkpoint.weights import load_weights, tensors_of
+from looptx_core.checkpoint.weights import check_size, load_weights, tensors_of
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import FIRST_FORMAT, FORMAT_VERSION, ModelConfig
-from looptx_core.data.tokenizer import fingerprint
+from looptx_core.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
+from looptx_core.documents import COPY_AGAIN, check_links, read_json, read_text, to_json
 from looptx_core.errors import DataError
+from looptx_core.model.empty_weights import init_empty_weights
 from looptx_core.model.flops import parameter_count
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.model.unset import unset_weights
 from looptx_core.outputs import check_model_target
+from looptx_core.schema import typed
 
 MODEL_TYPE = "looptx"
 _END_TOKENS = ("<|end|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -75,6 +76,7 @@ def save_model(
     max_shard_size: int | str = "5GB",
     dtype: torch.dtype | None = None,
     chat_template: str | None = None,
+    files: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model folder, whole or not at all.
 
@@ -84,6 +86,7 @@ def save_model(
         max_shard_size: bytes a file of weights, or text such as '5GB'.
         dtype: of the stored weights; absent: the model's own.
         chat_template: for tokenizer_config.json, as in `data.chat`.
+        files: more files by name, JSON documents or texts.
     Raises:
         UsageError: the folder exists and may not be replaced.
         DataError: the tokenizer has more tokens than the model.
@@ -91,9 +94,9 @@ def save_model(
     """
     folder = Path(folder)
     check_model_target(folder, overwrite)
-    weights, files = model_files(folder, model, tokenizer, exit_settings, facts, dtype,
-                                 chat_template)  # fmt: skip
-    write_model(folder, weights, files, max_shard_size)
+    weights, own = model_files(folder, model, tokenizer, exit_settings, facts, dtype,
+                               chat_template)  # fmt: skip
+    write_model(folder, weights, {**own, **(files or {})}, max_shard_size)
     return folder
 
 
@@ -172,10 +175,14 @@ def load_model(
     config, settings = _read_config(folder)
     tokenizer = read_tokenizer(folder, config, settings.get("tokenizer_fingerprint", ""))
     exit_settings = read_exit(folder)
-    with unset_weights():
+    check_size(config, folder)
+    with init_empty_weights():
         model = LoopedTransformer(config)
     load_weights(model, folder, device=device, dtype=dtype)
     facts = settings.get("facts") or {}
+    if not isinstance(facts, dict):
+        raise DataError(f"{folder / 'config.json'}: facts must hold keys of its own; copy the "
+                        "model again")  # fmt: skip
     return LoadedModel(
         model.eval(), config, tokenizer, exit_settings, facts, folder, read_chat_template(folder)
     )
@@ -198,7 +205,7 @@ def tokenizer_config(
 def read_chat_template(folder: Path) -> str | None:
     """The chat template of a model's or an adapter's tokenizer_config.json, or beside it."""
     if (apart := folder / "chat_template.jinja").is_file():  # as transformers saves it
-        return apart.read_text("utf-8")
+        return read_text(apart)
     file = folder / "tokenizer_config.json"
     found = read_json(file).get("chat_template") if file.is_file() else None
     return found if isinstance(found, str) else None
@@ -220,6 +227,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The shape and all of config.json."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such model folder; give a run or a model folder")
+    check_links(folder)
     file = folder / "config.json"
     settings = read_json(file)
     if (kind := settings.get("model_type")) != MODEL_TYPE:
@@ -247,17 +255,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
 def read_tokenizer(folder: Path, config: ModelConfig, expected: str | None = None) -> Tokenizer:
     """The folder's tokenizer, which must fit the model and have the fingerprint `expected`."""
     file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise DataError(f"{folder}: tokenizer.json is missing; copy the model again")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{file}: not a tokenizer ({reason}); copy the model again") from error
-    # '<|end|>' in a text is just these characters, and no call cuts or pads.
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = load_tokenizer(file, mend=COPY_AGAIN)
     _check_vocabulary(tokenizer, config, str(file))
     if expected is not None and expected != fingerprint(tokenizer):
         raise DataError(
@@ -268,7 +266,7 @@ def read_tokenizer(folder: Path, config: ModelConfig, expected: str | None = Non
 
 def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: str) -> None:
     """Ids must fit the embedding; a model may have more rows, to fill up to a round number."""
-    if (size := tokenizer.get_vocab_size()) > config.vocab_size:
+    if (size := vocabulary_size(tokenizer)) > config.vocab_size:
         raise DataError(
             f"{where} has {size} tokens, but the model has {config.vocab_size}; "
             "use the tokenizer that the model was trained with"
@@ -278,8 +276,6 @@ def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: str) -> 
 def read_exit(folder: Path) -> ExitSettings:
     file = folder / "generation_config.json"
     settings = read_json(file).get("exit", {})
-    if not isinstance(settings, dict):
-        raise DataError(f"{file}: exit must hold keys of its own; copy the model again")
     found = typed(ExitSettings, settings, f"{file}, exit")
     gains = {len(part) for part in (found.gain_slope, found.gain_power, found.gain_offset)}
     if len(found.stated) not in (0, 3) or len(gains) > 1:
@@ -287,8 +283,6 @@ def read_exit(folder: Path) -> ExitSettings:
             f"{file}, exit: stated has three numbers, and gain_slope as many as gain_power and "
             "gain_offset; copy the model again"
         )
-    if found.min_loops < 1:
-        raise DataError(f"{file}, exit: min_loops {found.min_loops}: a depth is at least 1")
     return found
 
 

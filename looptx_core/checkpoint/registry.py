@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.resources
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from looptx_core.checkpoint.header import read_header
+from looptx_core.documents import check_links, read_json
 from looptx_core.errors import DataError, LooptxError
-from looptx_core.media import MEDIA
+from looptx_core.media.registry import MEDIA
 from looptx_core.outputs import check_output
 
 RUNS = Path("runs")
@@ -50,15 +51,19 @@ def resolve_model(
         if lacking := need - abilities(found.folder):
             raise DataError(f"{path}: this model has no {', '.join(sorted(lacking))}; use another")
         return found
-    finished = [run for run in _runs(runs) if need <= abilities(run / "final")]
-    if finished:
-        newest = max(finished, key=lambda run: _settings(run / "final").stat().st_mtime_ns)
-        return _resolved(newest / "final", f"newest finished run under {runs}")
+    skipped: list[str] = []
+    for run in _runs(runs):
+        try:
+            if need <= _abilities(run / "final"):
+                return _resolved(run / "final", f"newest finished run under {runs}{_but(skipped)}")
+        except DataError as error:  # one damaged run must not hide the others
+            skipped.append(str(error))
     for bundled in bundled_models():
         if _is_model(bundled) and need <= abilities(bundled):
-            return ResolvedModel(bundled, f"bundled model, no finished run under {runs}")
+            why = f"bundled model, no finished run under {runs}{_but(skipped)}"
+            return ResolvedModel(bundled, why)
     wanted = f" with {', '.join(sorted(need))}" if need else ""
-    raise DataError(f"no model{wanted} under {runs}; train one by looptx train, or give --model")
+    raise DataError(f"no model{wanted} under {runs}; train one by looptx train, or give `model`")
 
 
 def resolve_adapter(path: str | Path, model: str | Path | None = None) -> ResolvedModel:
@@ -70,7 +75,7 @@ def resolve_adapter(path: str | Path, model: str | Path | None = None) -> Resolv
     path = Path(path)
     folder = next((f for f in (path, path / "final") if _is_adapter(f)), None)
     if folder is None:
-        raise DataError(f"{path}: no adapter or run that made one; check --adapter")
+        raise DataError(f"{path}: no adapter or run that made one; check `adapter`")
     if model is None:
         return _resolved(folder, "given")
     base = resolve_model(model, need=frozenset({"weights"}))
@@ -124,10 +129,10 @@ def take_number(command: str, runs: Path = RUNS) -> Path:
         except FileExistsError:
             if folder.is_dir():
                 continue  # another process was faster
-            raise LooptxError(f"cannot make {folder}: a file is there; choose --out") from None
+            raise LooptxError(f"cannot make {folder}: a file is there; choose `out`") from None
         except OSError as error:
             raise LooptxError(
-                f"cannot make {folder}: {error.strerror}; choose another place by --out"
+                f"cannot make {folder}: {error.strerror}; choose another place by `out`"
             ) from error
         return folder
 
@@ -154,13 +159,30 @@ def abilities(folder: Path) -> frozenset[str]:
     """What a model folder can do beyond text, an adapter by its base. An unreadable one can do
     nothing."""
     try:
-        if _is_adapter(folder):
-            return abilities(_base_of(folder)) - {"weights"}
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        media = (medium for medium in MEDIA.values() if medium.enabled(config))
-        return frozenset({"weights", *(medium.ability for medium in media)})
-    except (OSError, ValueError, AttributeError, TypeError, DataError):
+        return _abilities(folder)
+    except DataError:
         return frozenset()
+
+
+def _abilities(folder: Path) -> frozenset[str]:
+    """`abilities`, by headers alone. Raises `DataError` for a folder that can't be loaded."""
+    check_links(folder)
+    if _is_adapter(folder):
+        read_header(folder / "adapter_model.safetensors")
+        return _abilities(_base_of(folder)) - {"weights"}
+    config = read_json(folder / "config.json")
+    if (folder / "model.safetensors").is_file():
+        read_header(folder / "model.safetensors")
+    try:
+        media = [medium for medium in MEDIA.values() if medium.enabled(config)]
+    except (TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"{folder / 'config.json'}: {error}; copy the model again") from error
+    return frozenset({"weights", *(medium.ability for medium in media)})
+
+
+def _but(skipped: list[str]) -> str:
+    """What to say of runs that can't be loaded."""
+    return "".join(f"; left out: {reason}" for reason in skipped)
 
 
 def _given(path: Path) -> ResolvedModel:
@@ -170,19 +192,20 @@ def _given(path: Path) -> ResolvedModel:
         refuse_pickle(path)
         raise DataError(f"{path}: a file; give the folder of a run or of a model")
     if not path.exists():
-        raise DataError(f"{path}: no such run or model folder; check --model")
+        raise DataError(f"{path}: no such run or model folder; check `model`")
     if _is_model(path):
         return _resolved(path, "given")
     if _is_model(path / "final"):
         return _resolved(path / "final", "given run")
     if (path / "config.yaml").is_file():
         raise DataError(f"{path}: this run is not finished; resume it by looptx train --resume")
-    raise DataError(f"{path}: neither a run nor a model folder; check --model")
+    raise DataError(f"{path}: neither a run nor a model folder; check `model`")
 
 
 def _runs(runs: Path) -> list[Path]:
-    """Finished runs."""
-    return [p for p in _listing(runs) if (p / "config.yaml").is_file() and _is_model(p / "final")]
+    """Finished runs, the newest first."""
+    found = [p for p in _listing(runs) if (p / "config.yaml").is_file() and _is_model(p / "final")]
+    return sorted(found, key=lambda run: -_settings(run / "final").stat().st_mtime_ns)
 
 
 def _resolved(folder: Path, reason: str) -> ResolvedModel:
@@ -194,17 +217,18 @@ def _resolved(folder: Path, reason: str) -> ResolvedModel:
 
 def _base_of(adapter: Path) -> Path:
     """The base that an adapter names; a bundled one of another installation is this one's."""
-    try:
-        name = json.loads(_settings(adapter).read_text("utf-8"))["base_model_name_or_path"]
-        base = Path(name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{adapter}: names no base; give one by --model") from error
+    name = read_json(_settings(adapter)).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise DataError(f"{adapter}: names no base; give one by `model`")
+    base = Path(name)
+    if _is_adapter(base):  # which may be this one, or name it
+        raise DataError(f"{adapter}: its base {base} is an adapter too; merge that one first")
     if _is_model(base):
         return base
     for bundled in bundled_models():
         if base.parts[-3:] == bundled.parts[-3:]:
             return bundled
-    raise DataError(f"{adapter}: its base {base} is gone; give it by --model")
+    raise DataError(f"{adapter}: its base {base} is gone; give it by `model`")
 
 
 def _is_adapter(folder: Path) -> bool:

@@ -5,24 +5,33 @@ It marks the folder as the command's own, which alone may replace it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import looptx_core
 from looptx_core.checkpoint.atomic import write_file
-from looptx_core.checkpoint.documents import read_json, to_json
+from looptx_core.documents import read_json, to_json
+from looptx_core.errors import DataError
 
 FILE = "run.json"
 FORMAT_VERSION = 1
 
 
-def begin_run(folder: Path, command: str, target: Path | None = None) -> None:
-    """Write the facts of a new run. target: the folder whose place it takes once it is whole."""
+def begin_run(
+    folder: Path, command: str, target: Path | None = None, origin: Mapping[str, str] | None = None
+) -> None:
+    """Write the facts of a new run.
+
+    target: the folder whose place it takes once it is whole. origin: fingerprints of what it is
+    made from, by name, such as `data`.
+    """
     facts = {
         "command": command,
         "format_version": FORMAT_VERSION,
         "looptx_version": looptx_core.__version__,
         "replaces": target.resolve().name if target else None,
+        "origin": dict(origin or {}),
     }
     write_file(folder / FILE, to_json(facts))
 
@@ -43,3 +52,14 @@ def replaces(folder: Path) -> Path | None:
     if not isinstance(name, str) or here.name != f"{name}.new":
         return None
     return (folder if folder.name == here.name else here).with_name(name)
+
+
+def check_origin(folder: Path, origin: Mapping[str, str]) -> None:
+    """Raise `DataError` where a run was made from something else than what is there now."""
+    then = read_facts(folder).get("origin")
+    for name, value in origin.items():
+        if isinstance(then, dict) and then.get(name, value) != value:
+            raise DataError(
+                f"{folder}: the {name} is not what this run began with, so it can't go on; put "
+                f"the {name} of then back, or start a new run"
+            )

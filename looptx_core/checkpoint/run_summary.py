@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from looptx_core.checkpoint.documents import read_json
 from looptx_core.checkpoint.metrics_log import FILE as METRICS
 from looptx_core.checkpoint.metrics_log import read_metrics
 from looptx_core.checkpoint.registry import RUNS
@@ -18,6 +17,7 @@ from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.resolve import Resolved, read_resolved, recorded
 from looptx_core.config.run import TrainConfig
+from looptx_core.documents import read_json
 from looptx_core.errors import DataError, LooptxError
 from looptx_core.outputs import OUTPUTS
 
@@ -148,7 +148,7 @@ def _listed(facts: Mapping[str, Any] | None, key: str) -> list[Any]:
 def _numbers(values: Iterable[Any]) -> Iterable[float]:
     """Those that are finite numbers."""
     for value in values:
-        if isinstance(value, int | float) and math.isfinite(value):
+        if type(value) in (int, float) and math.isfinite(value):
             yield float(value)
 
 

@@ -6,15 +6,21 @@ Safetensors only: a pickle is refused, since reading one can run its code.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from looptx_core.checkpoint.documents import read_json, some
+from looptx_core.checkpoint.header import Stored, read_header, total_elements
+from looptx_core.config.model import ModelConfig
+from looptx_core.documents import read_json, short, some
 from looptx_core.errors import DataError
+from looptx_core.media.registry import media_for
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.schema import typed
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -50,17 +56,59 @@ def load_weights(
     assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()]), "a tensor is unset"
 
 
+@dataclass(frozen=True)
+class _Index:
+    """model.safetensors.index.json."""
+
+    weight_map: dict[str, str]
+    """The file of each tensor, by the tensor's name."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def check_size(config: ModelConfig, folder: Path) -> None:
+    """Raise `DataError` where a folder's weights are too few or too small for a shape.
+
+    Only headers are read, so this comes before a model of that shape is built: a config.json of
+    a few bytes can ask for millions of layers.
+    """
+    stored: dict[str, Stored] = {}
+    for file in weight_files(folder):
+        refuse_pickle(file)
+        stored |= read_header(file)
+    layers = config.prelude_layers + config.core_layers + config.coda_layers
+    layers += sum(medium.layers(config) for medium in media_for(config))
+    width = config.n_heads * config.head_dim
+    largest = config.d_model * max(config.vocab_size, config.d_ff, width, config.max_loops // 64)
+    # Packed ternary weights hold four in a byte.
+    if layers > len(stored) or largest > 4 * total_elements(stored):
+        raise DataError(
+            f"{folder}: config.json asks for {layers:,} layers of width {config.d_model:,}, and "
+            f"the weights hold {len(stored):,} tensors; they are another model's, so copy the "
+            "folder again"
+        )
+
+
+def check_finite(tensor: Tensor, name: str, file: Path) -> None:
+    """Raise `DataError` for a tensor that holds NaN or infinity."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    wide = tensor if tensor.element_size() > 1 else tensor.float()
+    if not all(torch.isfinite(end) for end in torch.aminmax(wide)):  # one pass, no copy
+        raise DataError(
+            f"{file}: {short(name)} holds NaN or infinity, so its training failed or the file is "
+            "damaged; use another checkpoint"
+        )
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The folder's safetensors files. Raises `DataError` where they are missing or pickles."""
     if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{folder / INDEX}: damaged; copy the model again") from error
-        for name in names:
+        file = folder / INDEX
+        index = typed(_Index, read_json(file), str(file), ignore_unknown=True)
+        for name in (names := sorted(set(index.weight_map.values()))):
             # A name from a file must not lead out of the folder.
             if Path(name).name != name or not (folder / name).is_file():
-                raise DataError(f"{folder}: {name} is missing; copy the model again")
+                raise DataError(f"{folder}: {short(name)} is missing; copy the model again")
         return [folder / name for name in names]
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -104,6 +152,7 @@ def _read_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of one file, by name; each must be expected, of its shape and a float."""
     refuse_pickle(file)
+    read_header(file)
     found: dict[str, Tensor] = {}
     try:
         with safe_open(file, framework="pt") as data:
@@ -125,6 +174,7 @@ def _read_tensors(
                         f"asks for {'floats' if floats else wanted.dtype} {list(wanted.shape)}; "
                         "copy the folder again"
                     )
+                check_finite(tensor, name, file)
                 # A copy: aligned, and independent of the file.
                 kind = (dtype if floats else None) or tensor.dtype
                 found[name] = tensor.to(device, kind, copy=True)

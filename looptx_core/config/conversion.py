@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from looptx_core.config.ranges import check_ranges
 from looptx_core.errors import UsageError
 
 
@@ -16,7 +17,7 @@ class ConvertConfig:
     model: str | None = None
     """A run or a model folder; absent: the newest finished run, else the bundled model."""
     from_hf: str | None = None
-    """Read this folder of Hugging Face's format: one of --to-hf, or a plain Llama or Qwen3."""
+    """Read this folder of Hugging Face's format: one of `to_hf`, or a plain Llama or Qwen3."""
     out: str | None = None
     """The new model folder; absent: the model's name with what was done, such as x-bitnet."""
 
@@ -31,13 +32,13 @@ class ConvertConfig:
     lr: float = 1e-2
     """to_bitnet: peak learning rate."""
     data: tuple[str, ...] = ()
-    """What to train on and to judge by: tokenised shards or raw text; absent: the model's own
-    data, else the bundled text."""
+    """What to train on and to judge by: tokenised shards, raw text, records as for finetune, or
+    records of media; absent: the model's own data."""
     seed: int = 0
     """to_bitnet: seed of the order of the data and of the depths."""
 
     adapter: str | None = None
-    """An adapter of looptx finetune, for --merge-adapter."""
+    """An adapter of looptx finetune, for `merge_adapter`."""
     merge_adapter: bool = False
     """Put the adapter into its base's weights."""
 
@@ -51,20 +52,18 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         if not (self.to_bitnet or self.to_hf or self.from_hf or self.dtype or self.merge_adapter):
             raise UsageError(
-                "nothing to convert to; pass --to-bitnet, --to-hf, --from-hf FOLDER, --dtype or "
-                "--adapter A --merge-adapter"
+                "nothing to convert to; pass `to_bitnet`, `to_hf`, `from_hf` FOLDER, `dtype` or "
+                "`adapter` A with `merge_adapter`"
             )
         if self.direct and not self.to_bitnet:
-            raise UsageError("--direct is a way of --to-bitnet; pass both")
+            raise UsageError("`direct` is a way of `to_bitnet`; pass both")
         if self.merge_adapter != bool(self.adapter):
-            raise UsageError("--adapter and --merge-adapter go together; pass both")
+            raise UsageError("`adapter` and `merge_adapter` go together; pass both")
         if self.from_hf and (self.model or self.adapter):
-            raise UsageError("--from-hf reads a folder of its own; leave --model and --adapter out")
+            raise UsageError("`from_hf` reads a folder of its own; leave `model` and `adapter` out")
         if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", self.shard_size):
             raise UsageError(f"shard_size must be such as 500MB or 5GB, not {self.shard_size!r}")
-        for name in ("finetune_steps", "max_minutes", "lr"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
+        check_ranges(self)
 
     @property
     def suffix(self) -> str:

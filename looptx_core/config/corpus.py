@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from looptx_core.config.ranges import check_ranges
+
 
 @dataclass(frozen=True)
 class TokenizeConfig:
@@ -24,3 +26,6 @@ class TokenizeConfig:
     """The key or column of the text in JSON lines and Parquet."""
     seed: int = 0
     """Seed of the split."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)

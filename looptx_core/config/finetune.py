@@ -67,24 +67,20 @@ class FinetuneConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lora_rank < 1:
-            raise UsageError(f"lora_rank must be at least 1, not {self.lora_rank}")
-        if not 0 < self.val_fraction < 1:
-            raise UsageError(f"val_fraction must lie between 0 and 1, not {self.val_fraction}")
         if self.qlora and self.sharding not in ("none", "ddp"):
             raise UsageError(
-                f"--qlora with {self.sharding} is refused: four-bit weights are packed bytes with "
-                "scales beside them, which sharding neither cuts nor casts rightly; use --lora"
+                f"`qlora` with {self.sharding} is refused: four-bit weights are packed bytes with "
+                "scales beside them, which sharding neither cuts nor casts rightly; use `lora`"
             )
         if self.sharding == "fsdp":
             raise UsageError(
-                "--strategy fsdp is for looptx train: its checkpoints hold what is frozen too; "
-                "use --zero3"
+                "`strategy` fsdp is for looptx train: its checkpoints hold what is frozen too; "
+                "use `zero3`"
             )
         if self.dora and self.lora_per_loop:
-            raise UsageError("--dora with --lora-per-loop is not supported; leave one out")
+            raise UsageError("`dora` with `lora_per_loop` is not supported; leave one out")
         if self.dora and self.qlora and self.quantization == "int8":
-            raise UsageError("--dora can't read int8 weights; use --quantization nf4")
+            raise UsageError("`dora` can't read int8 weights; use `quantization` nf4")
 
     @property
     def adapts(self) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from looptx_core.errors import UsageError
+
 EXIT_RULES = ("auto", "confidence", "gain", "kl", "entropy", "maxprob")
 ExitRule = Literal["auto", "confidence", "gain", "kl", "entropy", "maxprob"]
 
@@ -47,6 +49,12 @@ class ExitSettings:
     """What an early exit leaves in the deeper cache slots; see `looptx_core.model.cache`."""
     kv_type: str = "float"
     """How the cache holds its numbers: float, int8 or int4; see `looptx_core.model.rounding`."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UsageError(f"exit: temperature must be above 0, not {self.temperature}")
+        if self.min_loops < 1:
+            raise UsageError(f"exit: min_loops {self.min_loops}: a depth is at least 1")
 
 
 @dataclass(frozen=True)

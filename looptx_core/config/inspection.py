@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from looptx_core.config.ranges import check_ranges
 from looptx_core.errors import UsageError
+
+MEDIA_PATHS = ("image",)
+"""The settings that name files of media."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,9 @@ class InspectConfig:
     """Seed of the deletion test's random tokens."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "batch_size", "val_batches", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.decode_tokens < 0:
-            raise UsageError(f"--decode-tokens {self.decode_tokens}: 0 or more")
-        if self.max_loops is not None and self.max_loops < 1:
-            raise UsageError(f"--max-loops {self.max_loops}: a depth is at least 1")
+        check_ranges(self)
         if self.text is not None and self.prompt is not None:
-            raise UsageError("--text and --prompt: give one of them")
+            raise UsageError("`text` and `prompt`: give one of them")
         _ = self.allowed_increase
 
     @property
@@ -69,6 +67,6 @@ class InspectConfig:
             share = -1.0
         if not 0 <= share < 1:
             raise UsageError(
-                f"--target-loss-increase {self.target_loss_increase}: give a share such as 0.5%"
+                f"`target_loss_increase` {self.target_loss_increase}: give a share such as 0.5%"
             )
         return share

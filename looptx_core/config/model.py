@@ -14,6 +14,17 @@ FIRST_FORMAT = 3
 """The oldest format that is read: earlier ones were in no release."""
 
 
+MOST_PIXELS = 1 << 24
+"""Pixels of a picture as a model sees it, its patches together."""
+_MOST = {
+    **dict.fromkeys(("prelude_layers", "core_layers", "coda_layers", "vision_layers"), 10_000),
+    **dict.fromkeys(("d_model", "vision_width", "d_ff", "head_dim", "confidence_width"), 1 << 20),
+    **{"vocab_size": 1 << 24, "n_heads": 1 << 16, "max_loops": 1 << 16, "max_seq_len": 1 << 31},
+    **{"gain_width": 1 << 20, "patch_size": 1 << 12, "max_patches": 1 << 20},
+}
+"""What no model comes near, so that a damaged config.json asks for no more memory than there is."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a looped transformer: prelude, a core that is iterated, coda.
@@ -86,7 +97,7 @@ class ModelConfig:
     image_attention: Literal["both", "causal"] = "both"
     """Patches of a picture see each other, or only those before."""
     reconstruct: bool = False
-    """A head that draws hidden patches back; set by --mask-patches."""
+    """A head that draws hidden patches back; set by `mask_patches`."""
     media: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     """Settings of further media by name; each has a folder in `looptx_core.media`."""
 
@@ -100,6 +111,15 @@ class ModelConfig:
             need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("prelude_layers", "coda_layers", "confidence_width", "gain_width"):
             need(getattr(self, name) >= 0, f"{name} must not be negative")
+        for name, most in _MOST.items():
+            need(getattr(self, name) <= most, f"{name} is at most {most:,}, not "
+                                              f"{getattr(self, name):,}")  # fmt: skip
+        pixels = self.max_patches * self.patch_size**2
+        need(pixels <= MOST_PIXELS, f"max_patches x patch_size^2 is {pixels:,} pixels a picture, "
+                                    f"and the limit is {MOST_PIXELS:,}")  # fmt: skip
+        need(self.vision_layers == 0 or 0 <= self.image_token < self.vocab_size,
+             f"image_token {self.image_token} is no token of {self.vocab_size}")  # fmt: skip
+        need(self.norm_eps >= 0 and self.rope_theta > 0, "norm_eps and rope_theta must be above 0")
         need(
             self.n_heads % self.n_kv_heads == 0,
             f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})",

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import ast
 import inspect
-import math
 import os
-import types
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import yaml
 
@@ -23,19 +21,26 @@ from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.corpus import TokenizeConfig
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import GenerationOptions
-from looptx_core.config.inspection import InspectConfig
+from looptx_core.config.inspection import MEDIA_PATHS, InspectConfig
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import get_preset, suggestion
 from looptx_core.config.run import TrainConfig
-from looptx_core.errors import LooptxError, UsageError
+from looptx_core.config.yaml_file import Lines, read_yaml
+from looptx_core.documents import short
+from looptx_core.errors import DataError, LooptxError, UsageError, remedy
+from looptx_core.schema import coerce
 
 PREFIX = "LOOPTX_"
 ORIGINS = "origins"
-"""The key of a resolved file that says where its values came from; ignored in `--config`."""
+"""The key of a resolved file that says where its values came from; no setting when read again."""
 
 # Read elsewhere, so no typing mistakes: places and switches that are no key of a schema.
 _OTHER_VARIABLES = {"LOOPTX_CACHE", "LOOPTX_CONFIG", "LOOPTX_MODEL", "LOOPTX_DEBUG", "LOOPTX_RUN",
                     "LOOPTX_KERNELS"}  # fmt: skip
+
+# A `~` at the start of these is the home folder, in quotes and in files too.
+_PATHS = {"data", "out", "tokenizer", "model", "adapter", "from_hf", "nvme_path",
+          "deepspeed_config", *MEDIA_PATHS}  # fmt: skip
 
 T = TypeVar("T")
 Layer = tuple[Mapping[str, Any], Callable[[str], str]]
@@ -51,7 +56,7 @@ class Resolved:
 
     def build(self, schema: type[T], section: str = "") -> T:
         """The dataclass of a section ('' is the root). Raises what its own checks raise."""
-        return schema(**{f.name: self.values[_join(section, f.name)] for f in fields(schema)})  # type: ignore[arg-type]
+        return schema(**{f.name: self.values[_dotted(section, f.name)] for f in fields(schema)})  # type: ignore[arg-type]
 
     def given(self, key: str) -> bool:
         """Whether a flag, the environment or the file set this key."""
@@ -87,7 +92,8 @@ def resolve(
     assert not (unknown := given.keys() - hints), f"flags outside the schema: {unknown}"
     layers: list[Layer] = [(given, flag_name), (_environment(hints, env), _variable)]
     if file := config_file(config, env):
-        layers.append((_read_yaml(Path(file), hints, sections or {}), lambda key: str(file)))
+        settings = _settings_of(Path(at_home(str(file))), hints, sections or {})
+        layers.append((settings, lambda key: str(file)))
     if "preset" in hints:
         name, _ = _first("preset", hints, [*layers, (defaults, _default)])
         preset = get_preset(name)
@@ -97,7 +103,8 @@ def resolve(
 
     values, origins = {}, {}
     for key in hints:
-        values[key], origins[key] = _first(key, hints, layers)
+        found, origins[key] = _first(key, hints, layers)
+        values[key] = at_home(found) if key in _PATHS else found
     return Resolved(values, origins)
 
 
@@ -109,7 +116,7 @@ def config_file(
 
 
 def write_resolved(path: str | Path, resolved: Resolved, omit: Collection[str] = ()) -> None:
-    """Write settings and their origins as YAML that serves as `--config` again.
+    """Write settings and their origins as YAML, which `resolve` takes again as its `config`.
 
     Args:
         omit: keys to leave out, such as the folder that the file itself lies in.
@@ -124,16 +131,14 @@ def write_resolved(path: str | Path, resolved: Resolved, omit: Collection[str] =
             place = tree.setdefault(section, {}) if section else tree
             place[name] = list(value) if isinstance(value, tuple) else value
     tree[ORIGINS] = {key: o for key, o in resolved.origins.items() if key not in omit}
-    text = "# The settings of this run; use them again with --config.\n"
+    text = "# The settings of this run; give this file as `config` to use them again.\n"
     text += yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_text(text, "utf-8")
         temporary.replace(path)
     except OSError as error:
-        raise LooptxError(
-            f"cannot write {path}: {error.strerror}; free some space or choose another --out"
-        ) from error
+        raise LooptxError(f"cannot write {path}: {error.strerror}; {remedy(error)}") from error
 
 
 def read_resolved(
@@ -144,23 +149,42 @@ def read_resolved(
     Keys that the file lacks take their defaults; the environment is not read.
 
     Raises:
-        UsageError: no such file, or not of these schemas.
+        DataError: no such file, or not of these schemas.
     """
     path = Path(path)
-    resolved = resolve(schema, sections, config=path, env={})
-    written = _load_yaml(path)
-    recorded = written.get(ORIGINS) or {}
+    written, _ = read_yaml(path, DataError)
+    try:
+        resolved = resolve(schema, sections, config=path, env={})
+    except UsageError as error:  # of a file that a command wrote, not the user
+        raise DataError(str(error)) from error
+    recorded = written.get(ORIGINS)
+    recorded = recorded if isinstance(recorded, dict) else {}
     origins = {key: str(recorded.get(key, origin)) for key, origin in resolved.origins.items()}
     return Resolved(resolved.values, origins)
 
 
 def recorded(path: str | Path, key: str) -> Any:
-    """One value of what `write_resolved` wrote, whichever command did; None where it has none."""
-    return _load_yaml(Path(path)).get(key)
+    """One value of what `write_resolved` wrote, whichever command did; None where it has none.
+
+    Raises `DataError` for a file that can't be read.
+    """
+    value = read_yaml(Path(path), DataError)[0].get(key)
+    hints = get_type_hints(TrainConfig)
+    try:
+        return value if value is None else coerce(value, hints.get(key, Any), f"{path}: {key}")
+    except UsageError as error:
+        raise DataError(str(error)) from error
+
+
+def at_home(path: Any) -> Any:
+    """A path, or several, with the home folder for a `~` at the start; other values stay."""
+    if isinstance(path, tuple | list):
+        return type(path)(at_home(part) for part in path)
+    return os.path.expanduser(path) if isinstance(path, str) else path  # noqa: PTH111, keeps globs
 
 
 def flag_name(key: str) -> str:
-    """'flag --batch-size' for the key 'batch_size', 'flag --set model.d_model' for a section's."""
+    """'flag --set model.d_model' for the key 'model.d_model', without --set for a root's key."""
     return f"flag --set {key}" if "." in key else "flag --" + key.replace("_", "-")
 
 
@@ -180,83 +204,6 @@ def field_help(schema: type) -> dict[str, str]:
     return out
 
 
-def coerce(value: Any, hint: Any, where: str) -> Any:
-    """Bring a value to its annotated type, or raise `UsageError` that names `where`.
-
-    Strings are read as the type says: the environment has nothing else, and YAML reads 1e-3 as
-    a string.
-    """
-    try:
-        return _coerce(value, hint)
-    except (ValueError, TypeError, OverflowError, KeyError):
-        raise UsageError(f"{where}: expected {_describe(hint)}, not {value!r}") from None
-
-
-def _coerce(value: Any, hint: Any) -> Any:
-    """The value as `hint`; ValueError or TypeError where it is none."""
-    origin, choices = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        for choice in choices:
-            try:
-                return _coerce(value, choice)
-            except (ValueError, TypeError, OverflowError, KeyError):
-                continue
-        raise ValueError
-    if origin is Literal:
-        if value not in choices:
-            raise ValueError
-        return value
-    if origin is tuple:
-        parts = value if isinstance(value, list | tuple) else [value]
-        if len(choices) == 2 and choices[1] is ...:
-            return tuple(_coerce(part, choices[0]) for part in parts)
-        if len(parts) != len(choices):
-            raise ValueError
-        return tuple(_coerce(part, choice) for part, choice in zip(parts, choices))
-    if hint is types.NoneType:
-        if value is None or (isinstance(value, str) and value.lower() in ("", "none", "null")):
-            return None
-        raise ValueError
-    if hint is bool:
-        words = {"true": True, "yes": True, "on": True, "1": True}
-        words |= {"false": False, "no": False, "off": False, "0": False}
-        return value if isinstance(value, bool) else words[_text(value).lower()]
-    if isinstance(value, bool):
-        raise TypeError
-    if hint is int:
-        if isinstance(value, float) and not value.is_integer():
-            raise ValueError
-        return int(value)
-    if hint is float:
-        number = float(value)
-        if math.isnan(number):
-            raise ValueError
-        return number
-    if hint is str:
-        return _text(value)
-    return value
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, int | float):
-        return str(value)
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def _describe(hint: Any) -> str:
-    origin, choices = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(choice) for choice in choices)
-    if origin is Literal:
-        return " or ".join(str(choice) for choice in choices)
-    if origin is tuple:
-        return f"a list of {_describe(choices[0])}"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return "none" if hint is types.NoneType else names.get(hint, str(hint))
-
-
 def _first(key: str, hints: Mapping[str, Any], layers: Iterable[Layer]) -> tuple[Any, str]:
     """The value and origin of the first layer that has the key; the defaults have every key."""
     for values, origin in layers:
@@ -272,7 +219,7 @@ def _first(key: str, hints: Mapping[str, Any], layers: Iterable[Layer]) -> tuple
 def _keys(schemas: Mapping[str, type]) -> dict[str, Any]:
     """The annotation of each key of these schemas."""
     return {
-        _join(section, name): hint
+        _dotted(section, name): hint
         for section, schema in schemas.items()
         for name, hint in get_type_hints(schema).items()
     }
@@ -283,7 +230,7 @@ def _defaults(schemas: Mapping[str, type]) -> dict[str, Any]:
     for section, schema in schemas.items():
         for f in fields(schema):
             made = f.default_factory() if f.default_factory is not MISSING else f.default
-            out[_join(section, f.name)] = made
+            out[_dotted(section, f.name)] = made
     return out
 
 
@@ -309,49 +256,47 @@ def _environment(hints: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, 
     return values
 
 
-def _read_yaml(
+def _settings_of(
     path: Path, hints: Mapping[str, Any], sections: Mapping[str, type]
 ) -> dict[str, Any]:
-    """The keys of a file, dotted. Raises `UsageError` for one that no schema has."""
-    flat: dict[str, Any] = {}
-    for key, value in _load_yaml(path).items():
-        if key in sections:
+    """The settings in a file, by dotted key, each of its key's type.
+
+    Raises `UsageError`, with the line, for a key that no schema has and for another type.
+    """
+    tree, lines = read_yaml(path)
+    flat: dict[str, tuple[Any, str]] = {}
+    for name, value in tree.items():
+        where = _line(path, lines, str(name))
+        if name in sections:
             if not isinstance(value, dict | None):
-                raise UsageError(f"{path}: {key} must hold keys of its own, not {value!r}")
-            flat |= _flat(str(key), value or {})
-        elif key != ORIGINS:
-            flat[str(key)] = value
-    for key in flat:
+                held = short(repr(value))
+                raise UsageError(f"{where}: {name} must hold keys of its own, not {held}")
+            for key, inner in (value or {}).items():
+                flat[_dotted(str(name), str(key))] = inner, _line(path, lines, str(name), str(key))
+        elif name != ORIGINS:
+            flat[str(name)] = value, where
+    for key, (_, where) in flat.items():
         if key not in hints:
             near = suggestion(key, hints) or suggestion(key, _short_names(hints))
-            raise UsageError(f"{path}: unknown key '{key}'{near or '; remove it'}")
-    return flat
+            raise UsageError(f"{where}: unknown key '{short(key)}'{near or '; remove it'}")
+    return {
+        key: coerce(value, hints[key], f"{where}: {key}") for key, (value, where) in flat.items()
+    }
+
+
+def _line(path: Path, lines: Lines, *key: str) -> str:
+    return f"{path}, line {lines[key]}" if key in lines else str(path)
 
 
 def _short_names(hints: Mapping[str, Any]) -> dict[str, str]:
     return {key.rpartition(".")[2]: key for key in hints}
 
 
-def _load_yaml(path: Path) -> dict[Any, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot read the configuration ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not UTF-8 text"
-        raise UsageError(f"{path}{line}: not valid YAML ({problem}); correct it") from error
-    if not isinstance(tree, dict | None):
-        raise UsageError(f"{path}: expected keys and values, as in 'lr: 0.001'")
-    return tree or {}
-
-
 def _flat(section: str, values: Mapping[Any, Any]) -> dict[str, Any]:
-    return {_join(section, str(key)): value for key, value in values.items()}
+    return {_dotted(section, str(key)): value for key, value in values.items()}
 
 
-def _join(section: str, name: str) -> str:
+def _dotted(section: str, name: str) -> str:
     return f"{section}.{name}" if section else name
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from looptx_core.config.ranges import check_ranges
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -48,7 +50,7 @@ class RunConfig:
     beta2: float = 0.95
     """AdamW's second decay."""
     clip: float = 1.0
-    """Largest norm of the gradient, of the trunk and of the confidence head apart."""
+    """Largest norm of the gradient, of the trunk and of the confidence head apart; 0: any."""
 
     loop_schedule: Literal["loss", "sampled", "fixed"] = "loss"
     """How deep each sequence goes in training; see `looptx_core.training.loop_schedule`."""
@@ -90,7 +92,7 @@ class RunConfig:
     DeepSpeed. zero3: the weights too. fsdp: the same cut as zero3, by PyTorch. auto: ddp where
     there is more than one process."""
     zero3: bool = False
-    """The same as --strategy zero3."""
+    """The same as `strategy` zero3."""
     offload: Literal["none", "auto", "cpu", "nvme"] | None = None
     """Under ZeRO: keep weights and optimizer in memory, or swap them to a disk, between their uses.
     auto: what does not fit; absent: auto under ZeRO."""
@@ -113,39 +115,35 @@ class RunConfig:
     def __post_init__(self) -> None:
         from looptx_core.errors import UsageError
 
-        for name in ("steps", "seq_len", "batch_size", "devices", "nodes", "save_every", "keep",
-                     "val_every", "val_batches", "log_every"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.batch_size % (self.rows * self.world_size):
+        check_ranges(self)
+        if self.batch_size % (self.micro_batch_size * self.world_size):
             raise UsageError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch x devices "
-                f"({self.rows} x {self.world_size}); pass --micro-batch {self._fitting_micro()}"
+                f"({self.micro_batch_size} x {self.world_size}); "
+                f"pass `micro_batch` {self._fitting_micro()}"
             )
         self._check_strategy()
-        if not self.lr > 0:
-            raise UsageError(f"lr must be above 0, not {self.lr}")
 
     def _check_strategy(self) -> None:
         from looptx_core.errors import UsageError
 
         if self.zero3 and self.strategy not in ("auto", "zero3"):
-            raise UsageError(f"--zero3 contradicts --strategy {self.strategy}; leave one out")
+            raise UsageError(f"`zero3` contradicts `strategy` {self.strategy}; leave one out")
         zero = self.sharding.startswith("zero")
         if self.offload not in (None, "none") and not zero:
-            raise UsageError(f"--offload {self.offload} needs ZeRO; add --zero3")
+            raise UsageError(f"`offload` {self.offload} needs ZeRO; add `zero3`")
         if self.deepspeed_config and not zero:
-            raise UsageError("--deepspeed-config needs ZeRO; add --zero3")
+            raise UsageError("`deepspeed_config` needs ZeRO; add `zero3`")
         if self.offload == "nvme" and self.sharding == "zero2":
-            raise UsageError("--offload nvme needs --zero3; ZeRO-2 offloads to the CPU alone")
+            raise UsageError("`offload` nvme needs `zero3`; ZeRO-2 offloads to the CPU alone")
         if self.nvme_path and self.offload not in ("nvme", "auto", None):
-            raise UsageError(f"--nvme-path does nothing under --offload {self.offload}")
+            raise UsageError(f"`nvme_path` does nothing under `offload` {self.offload}")
         if self.nvme_path and not zero:
-            raise UsageError("--nvme-path needs ZeRO; add --zero3 --offload nvme")
+            raise UsageError("`nvme_path` needs ZeRO; add `zero3` and `offload` nvme")
 
     def _fitting_micro(self) -> int:
         per_device = max(1, self.batch_size // self.world_size)
-        limit = min(self.rows, per_device)
+        limit = min(self.micro_batch_size, per_device)
         fits = [m for m in range(1, limit + 1) if self.batch_size % (m * self.world_size) == 0]
         return fits[-1] if fits else 1
 
@@ -164,7 +162,7 @@ class RunConfig:
         return self.strategy
 
     @property
-    def rows(self) -> int:
+    def micro_batch_size(self) -> int:
         """Sequences a forward pass on one device."""
         return self.micro_batch or max(1, self.batch_size // self.world_size)
 
@@ -176,7 +174,7 @@ class RunConfig:
     @property
     def accumulation(self) -> int:
         """Forward passes of one optimizer step."""
-        return self.batch_size // (self.rows * self.world_size)
+        return self.batch_size // (self.micro_batch_size * self.world_size)
 
 
 @dataclass(frozen=True)
@@ -197,17 +195,7 @@ class TrainConfig(RunConfig):
     @property
     def weights(self) -> tuple[float, float]:
         """`mix` as the weights of text and of records of media. Raises `UsageError`."""
-        from looptx_core.errors import UsageError
-
-        try:
-            text, records = (float(part) for part in self.mix.split(":"))
-        except ValueError:
-            text = records = -1.0
-        if not (0 <= text < 1e6 and 0 < records < 1e6):
-            raise UsageError(
-                f"--mix {self.mix}: give the weights of text and of pictures, as 1:1 or 0:1"
-            )
-        return text, records
+        return parse_mix(self.mix)
 
     @property
     def hidden_shares(self) -> Mapping[str, float]:
@@ -219,6 +207,19 @@ class TrainConfig(RunConfig):
 
         if not 0 <= self.mask_patches < 1 or (self.mask_patches and not media):
             raise UsageError(
-                f"--mask-patches {self.mask_patches}: a share below 1 of the patches of pictures; "
-                "give pictures with texts too, as --data pairs.jsonl"
+                f"`mask_patches` {self.mask_patches}: a share below 1 of the patches of pictures; "
+                "give pictures with texts too, as `data` pairs.jsonl"
             )
+
+
+def parse_mix(text: str) -> tuple[float, float]:
+    """'2:1' as the weights of text and of records of media. Raises `UsageError`."""
+    from looptx_core.errors import UsageError
+
+    try:
+        texts, records = (float(part) for part in text.split(":"))
+    except ValueError:
+        texts = records = -1.0
+    if not (0 <= texts < 1e6 and 0 < records < 1e6):
+        raise UsageError(f"`mix` {text}: give the weights of text and of pictures, as 1:1 or 0:1")
+    return texts, records

@@ -6,6 +6,7 @@ made relative, since transformers looks for them in one flat folder.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from collections.abc import Mapping
@@ -16,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from looptx_core.checkpoint.documents import read_json, typed
 from looptx_core.checkpoint.folder import MODEL_TYPE, LoadedModel, read_tokenizer
 from looptx_core.checkpoint.weights import load_weights
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
+from looptx_core.documents import read_json
 from looptx_core.errors import DataError
+from looptx_core.model.empty_weights import init_empty_weights
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.model.unset import unset_weights
+from looptx_core.schema import typed
 
 ENTRY = "looptx_core.conversion.modeling_looptx"
 CLASS = "LooptxForCausalLM"
@@ -91,9 +93,10 @@ def exported_sources() -> dict[str, str]:
             continue
         spec = importlib.util.find_spec(module)
         assert spec and spec.origin
-        # `from looptx_core.model import x` would find nothing in a flat folder.
-        assert not spec.submodule_search_locations, f"{module} is a package; import from its files"
         text = Path(spec.origin).read_text("utf-8")
+        # `from looptx_core.model import loop` would find nothing in a flat folder.
+        empty = spec.submodule_search_locations and len(ast.parse(text).body) < 2
+        assert not empty, f"{module} is a package without names of its own; import from its files"
         waiting += [match[2] for match in _IMPORT.finditer(text)]
         found[name] = _IMPORT.sub(lambda match: f"{match[1]}from .{_flat(match[2])} import", text)
     entry = _flat(ENTRY) + ".py"
@@ -104,7 +107,7 @@ def exported_sources() -> dict[str, str]:
 
 
 def from_huggingface(folder: Path) -> LoadedModel:
-    """Read what `--to-hf` wrote, as it is or saved again by transformers; or a Llama or Qwen3.
+    """Read what `to_hf` wrote, as it is or saved again by transformers; or a Llama or Qwen3.
 
     A Llama or Qwen3 of n layers becomes a model of one loop, its middle half in the core, with
     a confidence head that is yet to be trained.
@@ -112,20 +115,20 @@ def from_huggingface(folder: Path) -> LoadedModel:
     Raises `DataError` for other folders, and for what a looped model has no place for.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; check --from-hf")
+        raise DataError(f"{folder}: no such folder; check `from_hf`")
     settings = read_json(folder / "config.json")
     kind = settings.get("model_type")
     if kind in ("llama", "qwen3"):
         return _from_plain(folder, settings)
     if kind != MODEL_TYPE or settings.get("architectures") != [CLASS]:
         raise DataError(
-            f"{folder}: model_type {kind!r}; --from-hf reads what --to-hf wrote, llama and qwen3"
+            f"{folder}: model_type {kind!r}; `from_hf` reads what `to_hf` wrote, llama and qwen3"
         )
     shape = {f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}
     config = typed(ModelConfig, shape, str(folder / "config.json"))
     known = {field.name for field in fields(ExitSettings)}
     rule = {k: v for k, v in (settings.get("exit") or {}).items() if k in known}
-    with unset_weights():
+    with init_empty_weights():
         model = LoopedTransformer(config)
 
     def rename(name: str) -> str | None:
@@ -211,7 +214,7 @@ def _from_plain(folder: Path, settings: Mapping[str, Any]) -> LoadedModel:
             return name  # and is refused as unexpected
         return f"{places[int(match[1])]}.{_BLOCK.get(match[2], match[2])}.{match[3]}"
 
-    with unset_weights():
+    with init_empty_weights():
         model = LoopedTransformer(config)
     torch.manual_seed(0)
     model.confidence = type(model.confidence)(config)

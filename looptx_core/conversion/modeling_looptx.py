@@ -1,7 +1,7 @@
 """A looped model as transformers' AutoModelForCausalLM opens it.
 
-This file and those that it imports are the model's own sources; `--to-hf` copies them beside the
-weights, so that the folder needs no other package than torch and transformers.
+This file and those that it imports are the model's own sources; `looptx convert --to-hf` copies
+them beside the weights, so that the folder needs no other package than torch and transformers.
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
     model(input_ids, loops=4).logits            absent: the depth that config.json has as `loops`
@@ -66,7 +66,8 @@ class LooptxConfig(PretrainedConfig):
         self.exit = exit or {}
 
     def shape(self) -> ModelConfig:
-        return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig)})
+        names = [field.name for field in fields(ModelConfig)]
+        return ModelConfig(**{name: getattr(self, name) for name in names if hasattr(self, name)})
 
     def exit_settings(self) -> ExitSettings:
         known = {field.name for field in fields(ExitSettings)}
@@ -101,10 +102,11 @@ class LooptxCache(Cache):
         rows = torch.arange(len(self.loop_cache.start), device=self.loop_cache.start.device)
         self.loop_cache.select_rows(rows.repeat_interleave(repeats))
 
-    def crop(self, max_length: int) -> None:
-        """Keep so many columns, or, below 0, drop so many."""
-        length = self.loop_cache.length
-        self.loop_cache.truncate(-max_length if max_length < 0 else max(0, length - max_length))
+    def crop(self, columns: int) -> None:
+        """Below 0: drop so many columns. 0: drop none. Above, as versions before 5.23 ask: keep
+        so many."""
+        kept = self.loop_cache.length - columns
+        self.loop_cache.truncate(-columns if columns <= 0 else max(0, kept))
 
 
 @dataclass
@@ -149,12 +151,16 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: LooptxCache | None = None,
         labels: Tensor | None = None,
         loops: int | str | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **_: Any,
     ) -> Any:
         """input_ids, labels: (batch, new). attention_mask: (batch, seen), 0 for padding.
 
+        logits_to_keep: of so many last places, of all for 0, or of these places, (places,).
+        num_items_in_batch: targets of all the batches that a step accumulates, as Trainer counts
+        them; their losses then add up to the mean. Absent: the mean over this batch.
         loops: absent: the configuration's `loops`. 'auto' needs the cache that `generate` makes;
         without one, and for a prompt, it is the maximum.
         """
@@ -167,29 +173,42 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
             logits, depths = self._cached(input_ids, cache, loops, logits_to_keep)
         loss = None
         if labels is not None:
-            flat = logits[:, :-1].float().flatten(0, 1)
-            loss = F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=-100)
+            flat, targets = logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
+            if num_items_in_batch is None:
+                loss = F.cross_entropy(flat, targets, ignore_index=-100)
+            else:
+                loss = F.cross_entropy(flat, targets, ignore_index=-100, reduction="sum")
+                loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device)
         out = LooptxOutput(loss=loss, logits=logits, past_key_values=past_key_values, loops=depths)
         return out if return_dict is not False else out.to_tuple()
 
     def _uncached(
-        self, tokens: Tensor, mask: Tensor | None, loops: int | str | None, keep: int
+        self, tokens: Tensor, mask: Tensor | None, loops: int | str | None, keep: int | Tensor
     ) -> tuple[Tensor, Tensor]:
         # Padding is a document of its own: nobody else looks at it.
         padded = mask is not None and not bool(mask.all())
-        around = self.model.surroundings(
+        ctx = self.model.context(
             tokens.shape[1], documents=mask.long() if padded and mask is not None else None
         )
-        return self._fixed(tokens, self._depth(loops), around, keep)
+        return self._fixed(tokens, self._depth(loops), ctx, keep)
 
     def _cached(
-        self, tokens: Tensor, cache: LoopCache, loops: int | str | None, keep: int
+        self, tokens: Tensor, cache: LoopCache, loops: int | str | None, keep: int | Tensor
     ) -> tuple[Tensor, Tensor]:
         new = tokens.shape[1]
+        # Drafts that transformers has verified are tokens like those without: each by the rule.
+        drafts = keep - (cache.length == 0) if isinstance(keep, int) and keep > 1 else 0
+        if loops == "auto" and 0 < drafts <= new:
+            found = []
+            if new > drafts:
+                found.append(self._cached(tokens[:, : new - drafts], cache, loops, 1))
+            for place in range(new - drafts, new):
+                found.append(self._cached(tokens[:, place : place + 1], cache, loops, 1))
+            return torch.cat([logits for logits, _ in found], 1), found[-1][1]
         if loops != "auto" or new > 1 or cache.length == 0:  # a prompt, or more of it
             view = cache.view(new)
-            around = self.model.surroundings(new, view)
-            logits, depths = self._fixed(tokens, self._depth(loops), around, keep)
+            ctx = self.model.context(new, view)
+            logits, depths = self._fixed(tokens, self._depth(loops), ctx, keep)
             view.advance()
             return logits, depths
         settings = self.config.exit_settings()
@@ -203,13 +222,18 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
         logits = torch.cat([output.logits for output in outputs])
         return logits[order][:, None], loops_by_row[order.cpu()]
 
-    def _fixed(self, tokens: Tensor, loops: int, around: Any, keep: int) -> tuple[Tensor, Tensor]:
-        state = embedding = self.model.encode(tokens, around)
-        for _, after in self.model.iterate(embedding, embedding, around, range(1, loops + 1)):
+    def _fixed(
+        self, tokens: Tensor, loops: int, ctx: Any, keep: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        state = embedding = self.model.embed(tokens, ctx)
+        for _, after in self.model.iterate(embedding, embedding, ctx, range(1, loops + 1)):
             state = after
-        if around.view is not None and around.view.cache.needs_backfill(loops):
-            self.model.backfill(state, embedding, loops, around)
-        logits = self.model.head(self.model.decode(state, around)[:, -keep:])
+        if ctx.view is not None and ctx.view.cache.needs_backfill(loops):
+            self.model.backfill(state, embedding, loops, ctx)
+        hidden = self.model.coda_hidden(state, ctx)
+        logits = self.model.head(
+            hidden[:, keep if isinstance(keep, Tensor) else slice(-keep, None)]
+        )
         return logits, torch.full((len(tokens),), loops)
 
     def _depth(self, loops: int | str | None) -> int:
@@ -242,10 +266,13 @@ class LooptxForCausalLM(PreTrainedModel, GenerationMixin):
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         settings = self.config.exit_settings()
         fixed = isinstance(loops, int)
+        # An assistant's cache serves all its drafts, and the first tells nothing of the last.
+        drafts = bool(getattr(generation_config, "is_assistant", False))
+        capacity = self.model.config.max_seq_len if drafts else max_cache_length + 1
         model_kwargs["past_key_values"] = LooptxCache(
             self.model.new_cache(
                 batch=batch_size * copies,
-                capacity=max_cache_length + 1,
+                capacity=capacity,
                 loops=self._depth(loops or "auto"),
                 policy="fill" if fixed else settings.kv_policy,
                 kind=settings.kv_type,

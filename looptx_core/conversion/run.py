@@ -1,4 +1,4 @@
-"""One conversion: read a model, change it as asked, judge it before and after, write it."""
+"""One conversion: read a model, change it as asked, evaluate it before and after, write it."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ from looptx_core.conversion.ternary import (
     running_bytes,
     to_ternary,
 )
-from looptx_core.data.bundled import bundled_shards
-from looptx_core.data.datamodule import TokenData
-from looptx_core.data.own import own_text
-from looptx_core.data.resolve import resolve_data
+from looptx_core.data.datamodule import Batches
+from looptx_core.data.own import FILE as OWN_DATA
+from looptx_core.data.own import OwnData, given_data, open_data, own_data
 from looptx_core.errors import Interrupted, UsageError
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.outputs import check_output
@@ -65,6 +64,10 @@ class ConvertResult:
     seconds: float
     steps: int = 0
     """Of training through the rounding."""
+    judged_by: str = ""
+    """The data of the losses, in words."""
+    own: bool = True
+    """Whether that is what the model was made for."""
 
     @property
     def rise(self) -> float:
@@ -110,10 +113,12 @@ def convert(
     if there := check_output(out, "convert", overwrite=overwrite, inputs=inputs):
         report(f"replaces {out}: {there}, once the new one is whole")
     if config.to_bitnet and source.config.linear == "packed":
-        raise UsageError(f"{source.folder}: its weights are ternary already; leave --to-bitnet out")
+        raise UsageError(f"{source.folder}: its weights are ternary already; leave `to_bitnet` out")
     stored = source.model.embedding.weight.dtype
     model = source.model.float()
-    batches = _batches(config, source, report)
+    trains = config.to_bitnet and not config.direct and source.config.linear == "float"
+    held_out = _evaluation_data(config, source, trains, report)
+    batches = held_out.batches
     memory_before = running_bytes(model)
     before = _evaluate(model, batches)
     bytes_before = _folder_bytes(source.folder)
@@ -122,7 +127,7 @@ def convert(
     if config.to_bitnet:
         if model.config.linear == "float":
             model = to_ternary(model, [next(iter(batches.train_dataloader()))])
-            if not config.direct:
+            if trains:
                 steps = _finetune(model, batches, config, out, callbacks, report)
         model = pack_model(model)
     dtype = DTYPES[config.dtype] if config.dtype else stored
@@ -144,6 +149,8 @@ def convert(
         out, model, source.tokenizer, exit_settings, facts,
         chat_template=read_chat_template(source.folder),
     )  # fmt: skip
+    if held_out.note is not None and not config.to_hf:  # which goes to others, without our paths
+        files[OWN_DATA] = held_out.note.to_dict()
     if config.to_hf:
         weights, files = to_huggingface(weights, files, asdict(exit_settings))
     files["config.json"]["command"] = "convert"
@@ -160,6 +167,8 @@ def convert(
         loss_by_loop=after.loss_by_loop,
         seconds=time.monotonic() - started,
         steps=steps,
+        judged_by=held_out.name,
+        own=held_out.own,
     )
 
 
@@ -182,38 +191,63 @@ def _read(
     return load_model(found.folder), [found.folder]
 
 
-def _batches(
-    config: ConvertConfig, source: LoadedModel, report: Callable[[str], object]
-) -> TokenData:
-    """Of the data that is given, else the model's own, else the bundled text."""
-    data, tokenizer = config.data, source.tokenizer
-    if not data and (own := own_text(source.folder)):
-        data = own if all(Path(name).exists() for name in own) else ()
-        report(f"data: the model's own, {', '.join(own)}{'' if data else ', which is gone'}")
-    if not data:
-        report("data: the bundled text")
-    shards = (
-        resolve_data(list(data), tokenizer=tokenizer)
-        if data
-        else bundled_shards(tokenizer.get_vocab_size(), tokenizer)
-    )
-    return TokenData(
-        shards,
-        seq_len=min(_SEQ_LEN, source.config.max_seq_len),
-        micro_batch=_BATCH,
+@dataclass
+class _EvaluationData:
+    """What a conversion trains on and judges by. note: of the data, where it is the model's."""
+
+    batches: Batches
+    name: str
+    """For people."""
+    own: bool
+    note: OwnData | None
+
+
+def _evaluation_data(
+    config: ConvertConfig, source: LoadedModel, trains: bool, report: Callable[[str], object]
+) -> _EvaluationData:
+    """By the data that is given, else by the model's own.
+
+    Where it has none, the bundled text judges, and nothing is trained on it: `UsageError`.
+    """
+    own = own_data(source.folder, source.facts)
+    data = given_data(config.data) if config.data else own
+    lack = ""
+    if data is None:
+        lack = "what this model was trained on is not known"
+    elif not config.data and (gone := data.missing):
+        lack = f"what this model was trained on, {', '.join(gone)}, is gone"
+    if lack and trains:
+        raise UsageError(
+            f"{source.folder}: {lack}; give such data by `data`, or pass `direct`, which only "
+            "rounds"
+        )
+    mine = not lack and data is not None and own is not None and data.same_inputs(own)
+    if lack or data is None:
+        data, name = OwnData("text"), "the bundled text, which is not this model's own"
+    else:
+        name = data.name if config.data else f"the model's own data, {data.name}"
+    report(f"data: {name}")
+    batches = open_data(
+        data,
+        source.tokenizer,
+        source.config,
+        seq_len=_SEQ_LEN,
+        rows=_BATCH,
         batches=config.finetune_steps,
         val_batches=_VAL_BATCHES,
         seed=config.seed,
+        report=report,
     )
+    return _EvaluationData(batches, name, mine, data if trains else own)
 
 
-def _evaluate(model: LoopedTransformer, batches: TokenData) -> LoopEvaluation:
+def _evaluate(model: LoopedTransformer, batches: Batches) -> LoopEvaluation:
     return evaluate_all(model, batches.val_dataloader(), model.config.max_loops)
 
 
 def _finetune(
     model: LoopedTransformer,
-    batches: TokenData,
+    batches: Batches,
     config: ConvertConfig,
     out: Path,
     callbacks: Sequence[L.Callback],
@@ -226,7 +260,7 @@ def _finetune(
         max_minutes=config.max_minutes,
         lr=config.lr,
         seed=config.seed,
-        batch_size=_BATCH,
+        batch_size=batches.micro_batch,
         seq_len=min(_SEQ_LEN, model.config.max_seq_len),
         save_every=steps + 1,
         val_every=steps,
@@ -235,16 +269,16 @@ def _finetune(
     with tempfile.TemporaryDirectory(prefix="looptx-") as folder:
         try:
             _, done = fit(
-                model, batches, settings, folder=Path(folder), command="convert",
+                model, batches, settings, folder=Path(folder), advice="run it again",
                 callbacks=[WarmUp(round(_WARM_UP * steps)), *callbacks], report=report,
             )  # fmt: skip
         except Interrupted as error:
             raise Interrupted(
-                f"stopped, and {out} was not written; run it again, with fewer --finetune-steps "
+                f"stopped, and {out} was not written; run it again, with fewer `finetune_steps` "
                 "for a shorter run"
             ) from error
     if done < steps:
-        report(f"stopped after {done} of {steps} steps, as --max-minutes says")
+        report(f"stopped after {done} of {steps} steps, as `max_minutes` says")
     return done
 
 

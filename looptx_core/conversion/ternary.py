@@ -14,9 +14,9 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from looptx_core.model.bitnet import BitLinear, PackedBitLinear, pack, ternary
+from looptx_core.model.bitnet import BitLinear, TernaryLinear, pack, ternary
+from looptx_core.model.empty_weights import init_empty_weights
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.model.unset import unset_weights
 from looptx_core.training.evaluate import evaluate_batch
 
 
@@ -50,7 +50,7 @@ def bits_per_weight(model: LoopedTransformer) -> float:
     """Stored bits of a weight in the blocks' linear layers, scales included."""
     bits = weights = 0
     for layer in model.modules():
-        if isinstance(layer, PackedBitLinear):
+        if isinstance(layer, TernaryLinear):
             bits += 8 * layer.packed.numel() + 8 * layer.scale.element_size()
             weights += layer.in_features * layer.out_features
     if not weights:
@@ -62,7 +62,7 @@ def bits_per_weight(model: LoopedTransformer) -> float:
 def running_bytes(model: nn.Module) -> int:
     """Bytes of the weights in memory as they run; packed ones have a byte each beside them."""
     tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
-    packed = [layer for layer in model.modules() if isinstance(layer, PackedBitLinear)]
+    packed = [layer for layer in model.modules() if isinstance(layer, TernaryLinear)]
     products = sum(layer.out_features * (layer.in_features + 4) for layer in packed)
     return sum(t.numel() * t.element_size() for t in tensors.values()) + products
 
@@ -95,8 +95,14 @@ def _gains(model: LoopedTransformer, batches: Iterable[Mapping[str, Tensor]]) ->
     squares: dict[str, list[Tensor]] = {}
     widths: dict[str, int] = {}
     hooks = []
+    # The encoders of media stay as they are.
+    kept = {layer for encoder in model.encoders().values() for layer in encoder.modules()}
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and name.endswith(("o_proj", "down_proj")):
+        if (
+            isinstance(layer, nn.Linear)
+            and layer not in kept
+            and name.endswith(("o_proj", "down_proj"))
+        ):
             seen = squares.setdefault(name, [])
             widths[name] = layer.in_features
             hooks.append(
@@ -113,7 +119,7 @@ def _gains(model: LoopedTransformer, batches: Iterable[Mapping[str, Tensor]]) ->
 
 
 def _empty(model: LoopedTransformer, linear: str) -> LoopedTransformer:
-    with unset_weights():
+    with init_empty_weights():
         return LoopedTransformer(replace(model.config, linear=linear))  # type: ignore[arg-type]
 
 

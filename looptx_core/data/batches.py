@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -110,7 +111,7 @@ def text_windows(
         if not len(windows):
             raise DataError(
                 f"{folder}: the {split} split has {len(windows.tokens)} tokens, fewer than one "
-                f"sequence of {seq_len}; add text or pass a smaller --seq-len"
+                f"sequence of {seq_len}; add text or pass a smaller `seq_len`"
             )
         parts.append(windows)
     return parts
@@ -124,6 +125,14 @@ def held_out(val: Sequences, count: int, rows: int, **how: Any) -> DataLoader[di
     return loader(subset, batch_size=rows, **how)
 
 
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A signal to the whole group would end the workers under a run that is about to save; they
+    end with it."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if number := getattr(signal, name, None):
+            signal.signal(number, signal.SIG_IGN)
+
+
 def loader(
     dataset: Dataset[dict[str, Tensor]], *, workers: int = 0, seed: int = 0, **how: Any
 ) -> DataLoader[dict[str, Tensor]]:
@@ -133,6 +142,7 @@ def loader(
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=_leave_signals_to_the_run,
         # Workers read files only; the seed is given, so that the main generator is untouched.
         generator=torch.Generator().manual_seed(seed),
         **how,

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.errors import UsageError
-from looptx_core.media import MEDIA
+from looptx_core.media.registry import MEDIA
 
 
 class Item(Protocol):
@@ -29,7 +29,7 @@ class Decoded(Item, Protocol):
 T = TypeVar("T", bound=Item)
 
 
-def place(text: str, items: Sequence[T]) -> list[str | T]:
+def insert_items(text: str, items: Sequence[T]) -> list[str | T]:
     """A text and its items in their order.
 
     An item stands where its medium's marker is written. Items of a medium whose marker is not
@@ -77,6 +77,6 @@ def content_ids(
     items: Sequence[Decoded] = (),
     config: ModelConfig | None = None,
 ) -> list[int]:
-    """The ids of a text with its items placed; arguments and errors as for `place`."""
-    parts = encode_parts(place(text, items), tokenizer, config, lambda item: item.length)
+    """The ids of a text with its items placed; arguments and errors as for `insert_items`."""
+    parts = encode_parts(insert_items(text, items), tokenizer, config, lambda item: item.length)
     return [token for ids, _ in parts for token in ids]

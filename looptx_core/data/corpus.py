@@ -8,7 +8,7 @@ tokens of the whole.
 
 from __future__ import annotations
 
-import codecs
+import contextlib
 import errno
 import glob
 import hashlib
@@ -19,38 +19,21 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from looptx_core.errors import DataError, LooptxError, MissingError
-from looptx_core.media import media_of_file
+from looptx_core.data.tables import CHUNK, KINDS, Source, decoded, rows, texts
+from looptx_core.documents import check_inside
+from looptx_core.errors import DataError, LooptxError, MissingError, remedy
+from looptx_core.machine.scratch import scratch_folder
+from looptx_core.media.registry import media_of_file
 
-PIECE = 1 << 16  # the most characters in a piece, and the bytes read at a time
-RECORD_LIMIT = 200 << 20  # the most bytes in one JSON line: it must be parsed in one go
-_BATCH_BYTES = 16 << 20  # about as much of a Parquet column is decoded at a time
-
+PIECE = CHUNK  # the most characters in a piece
 # Only ASCII whitespace starts a piece: Python and the tokenizer's regex agree on it.
 _BOUNDARY = re.compile(r"[\s\S]+(?<=\S)(?=[ \t\n\r])")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _HUB = "hf:"  # what a name for the package datasets begins with
-T = TypeVar("T")
-_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-
-
-class Source(NamedTuple):
-    """One input file: where its bytes are, what the user calls it, and how to read it."""
-
-    path: Path
-    name: str
-    kind: str  # text | jsonl | parquet
-    size: int  # bytes
-
-    @property
-    def folder(self) -> Path:
-        """Where the paths in it start: beside it, or here for what has no place of its own."""
-        return self.path.parent if str(self.path) == self.name else Path()
 
 
 class Document(NamedTuple):
@@ -102,7 +85,8 @@ class Corpus:
 
     def __init__(self, inputs: Sequence[str | os.PathLike[str]], text_key: str = "text") -> None:
         self.text_key = text_key
-        self._spool: tempfile.TemporaryDirectory[str] | None = None
+        self._spool: Path | None = None
+        self._held = contextlib.ExitStack()
         try:
             found = chain.from_iterable(self._resolve(os.fspath(item)) for item in inputs)
             # A file that is named twice counts once, lest it end up on both sides of a split.
@@ -123,8 +107,7 @@ class Corpus:
 
     def close(self) -> None:
         """Remove what was spooled."""
-        if self._spool:
-            self._spool.cleanup()
+        self._held.close()
 
     def documents(self) -> Iterator[Document]:
         """Every document that holds any text, in order.
@@ -152,14 +135,12 @@ class Corpus:
             yield from self.records_of(source)
 
     def records_of(self, source: Source) -> Iterator[tuple[str, Any]]:
-        """`records` of one of the sources."""
+        """`records` of one of the sources; a key whose value is null is as if it were absent."""
         try:
-            if source.kind == "jsonl":
-                yield from _jsonl(source, lambda line, where: (where, _json(line, where)))
-            elif source.kind == "parquet":
-                yield from _parquet_rows(source)
+            if source.kind == "text":
+                yield source.name, {"text": "".join(decoded(source))}
             else:
-                yield source.name, {"text": "".join(_decoded(source))}
+                yield from rows(source)
         except OSError as error:
             raise _unreadable(source.name, error) from error
 
@@ -182,7 +163,7 @@ class Corpus:
         elif item == "-":
             yield self._spooled(None, "standard input")
         elif path.is_dir():
-            yield from _sources(_visible_files(path), f"{item}: the folder holds no files")
+            yield from _sources(visible_files(path), f"{item}: the folder holds no files")
         elif path.is_file():
             yield from _sources([path], item)
         elif path.exists():  # a pipe or the like, which can be read only once
@@ -196,8 +177,8 @@ class Corpus:
 
     def _spooled(self, path: Path | None, name: str) -> Source:
         try:
-            self._spool = self._spool or tempfile.TemporaryDirectory(prefix="looptx-")
-            copy = Path(self._spool.name) / hashlib.sha256(name.encode()).hexdigest()
+            self._spool = self._spool or self._held.enter_context(scratch_folder())
+            copy = self._spool / hashlib.sha256(name.encode()).hexdigest()
             if not copy.exists():
                 with copy.open("wb") as target:
                     if path is None:
@@ -220,8 +201,8 @@ class Corpus:
             ) from error
         name, _, split = item.removeprefix(_HUB).partition(":")
         name, _, config = name.partition("@")
-        self._spool = self._spool or tempfile.TemporaryDirectory(prefix="looptx-")
-        copy = Path(self._spool.name) / f"{hashlib.sha256(item.encode()).hexdigest()}.jsonl"
+        self._spool = self._spool or self._held.enter_context(scratch_folder())
+        copy = self._spool / f"{hashlib.sha256(item.encode()).hexdigest()}.jsonl"
         try:
             rows = datasets.load_dataset(
                 name, config or None, split=split or "train", streaming=True
@@ -237,12 +218,9 @@ class Corpus:
         return Source(copy, item, "jsonl", copy.stat().st_size)
 
     def _read(self, source: Source) -> Iterator[Iterator[str]]:
-        if source.kind == "jsonl":
-            texts = _jsonl(source, lambda line, where: _json_text(line, self.text_key, where))
-            return (cut_pieces([text]) for text in texts)
-        if source.kind == "parquet":
-            return _parquet(source, self.text_key)
-        return iter([cut_pieces(_decoded(source))])
+        if source.kind == "text":
+            return iter([cut_pieces(decoded(source))])
+        return (cut_pieces([text]) for text in texts(source, self.text_key))
 
 
 def documents(
@@ -254,18 +232,26 @@ def documents(
 
 
 def _unreadable(name: str, error: OSError) -> LooptxError:
-    if error.errno == errno.ENOSPC:  # while spooling
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.EFBIG):
+        return LooptxError(f"{name}: {error.strerror}; {remedy(error)}")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):  # while spooling
         folder = tempfile.gettempdir()
         return LooptxError(f"{name}: no space left in {folder} for a copy; set TMPDIR elsewhere")
     return DataError(f"{name}: cannot be read ({error.strerror or error}); check the file")
 
 
-def _visible_files(folder: Path) -> list[Path]:
-    """Files below `folder`, sorted, without hidden ones and hidden folders."""
+def visible_files(folder: Path) -> list[Path]:
+    """Files below `folder`, sorted, without hidden ones and hidden folders.
+
+    Raises `DataError` for a link that leads out of the folder.
+    """
     found = []
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(root, name) for name in files if not name.startswith(".")]
+    for file in found:
+        if file.is_symlink():
+            check_inside(file, folder)
     return sorted(file for file in found if file.is_file())
 
 
@@ -278,126 +264,5 @@ def _sources(files: Sequence[Path], if_none: str) -> Iterator[Source]:
                 f"{file}: a {medium.noun}; {medium.plural} with their texts are not tokenised "
                 "ahead, give them to looptx train --data as they are"
             )
-        kind = _KINDS.get(file.suffix.lower(), "text")
+        kind = KINDS.get(file.suffix.lower(), "text")
         yield Source(file, str(file), kind, file.stat().st_size)
-
-
-def _decoded(source: Source) -> Iterator[str]:
-    """The text of a file, a chunk at a time, byte for byte except for a leading BOM."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
-    with source.path.open("rb") as file:
-        while True:
-            raw = file.read(PIECE)
-            pending = len(decoder.getstate()[0])
-            try:
-                text = decoder.decode(raw, final=not raw)
-            except UnicodeDecodeError as error:
-                at = offset - pending + error.start
-                raise DataError(f"{source.name}: {_INVALID.format(at)}") from error
-            yield text if offset else text.removeprefix("\ufeff")
-            if not raw:
-                return
-            offset += len(raw)
-
-
-_INVALID = "invalid UTF-8 at byte {}; convert the file to UTF-8 or name the text files by a glob"
-
-
-def _jsonl(source: Source, parse: Callable[[str, str], T]) -> Iterator[T]:
-    """`parse` of each line and of where it stands."""
-    offset = 0
-    number = 0
-    with source.path.open("rb") as file:
-        while raw := file.readline(RECORD_LIMIT + 1):
-            number += 1
-            where = f"{source.name}, line {number}"
-            if len(raw) > RECORD_LIMIT:
-                most = RECORD_LIMIT >> 20
-                raise DataError(f"{where}: longer than {most} MiB; give such text as a .txt file")
-            start, offset = offset, offset + len(raw)
-            try:
-                line = raw.decode()
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: {_INVALID.format(start + error.start)}") from error
-            del raw  # a line may be huge: hold it once
-            if start == 0:
-                line = line.removeprefix("\ufeff")
-            if line.isspace() or not line:
-                continue
-            parsed = parse(line, where)
-            del line
-            yield parsed
-            del parsed
-
-
-def _json(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
-        raise DataError(f"{where}: not valid JSON ({reason}); write one object a line") from error
-
-
-def _json_text(line: str, key: str, where: str) -> str:
-    record = _json(line, where)
-    if not isinstance(record, dict) or key not in record:
-        raise DataError(f"{where}: no key '{key}'; name the text's key with --text-key")
-    return _checked(record[key], key, where)
-
-
-def _checked(text: object, key: str, where: str) -> str:
-    if not isinstance(text, str):
-        kind = type(text).__name__
-        raise DataError(f"{where}: '{key}' is {kind}, not text; mend or drop this record")
-    if _SURROGATE.search(text):
-        raise DataError(f"{where}: '{key}' holds half a surrogate pair; mend or drop this record")
-    return text
-
-
-def _parquet(source: Source, key: str) -> Iterator[Iterator[str]]:
-    import pyarrow as pa  # here, since it takes a while to import
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:
-            if key not in file.schema_arrow.names:
-                names = ", ".join(file.schema_arrow.names)
-                raise DataError(
-                    f"{source.name}: no column '{key}' for --text-key; there are: {names}"
-                )
-            row = 0
-            for group in range(file.num_row_groups):
-                facts = file.metadata.row_group(group)
-                columns = (facts.column(place) for place in range(facts.num_columns))
-                sizes = [c.total_uncompressed_size for c in columns if c.path_in_schema == key]
-                rows = _BATCH_BYTES * facts.num_rows // max(sum(sizes), 1)
-                rows = max(1, min(4096, rows))
-                batches = file.iter_batches(rows, row_groups=[group], columns=[key])
-                for value in (value for batch in batches for value in batch.column(0)):
-                    row += 1
-                    yield cut_pieces([_parquet_text(value, key, f"{source.name}, row {row}")])
-    except pa.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{source.name}: not a readable Parquet file ({reason})") from error
-
-
-def _parquet_rows(source: Source) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(source.path) as file:
-            rows = (row for batch in file.iter_batches(256) for row in batch.to_pylist())
-            for number, row in enumerate(rows, start=1):
-                yield f"{source.name}, row {number}", row
-    except pa.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{source.name}: not a readable Parquet file ({reason})") from error
-
-
-def _parquet_text(value: object, key: str, where: str) -> str:
-    try:
-        return _checked(value.as_py(), key, where)  # type: ignore[attr-defined]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: {_INVALID.format(error.start)}") from error

@@ -8,6 +8,7 @@ all of a text; items of media that are read never do.
 from __future__ import annotations
 
 import bisect
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +24,11 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.data.chat import encode_turns
 from looptx_core.data.datamodule import Batches
 from looptx_core.data.records import MediaFile, Record, Turn, parse, raw_records
+from looptx_core.data.split import hold_out
 from looptx_core.data.tokenizer import PAD, end_id
 from looptx_core.errors import DataError, UsageError
-from looptx_core.media import MEDIA, media_for, writers
 from looptx_core.media.batch import batch_items, to_entries
+from looptx_core.media.registry import MEDIA, media_for, writers
 
 
 class Example(NamedTuple):
@@ -118,8 +120,8 @@ def read_examples(
                 found.dropped += 1
     if long and too_long == "error":
         raise UsageError(
-            f"{first}: longer than --seq-len {seq_len}, as are {long} examples in all, the longest "
-            f"of {longest} tokens; pass --seq-len {longest}, or --too-long drop or truncate"
+            f"{first}: longer than `seq_len` {seq_len}, as are {long} examples in all, the longest "
+            f"of {longest} tokens; pass `seq_len` {longest}, or `too_long` drop or truncate"
         )
     if len(found.kept) < 2:
         raise DataError(
@@ -169,7 +171,7 @@ class _Encoder:
             return [writer.opens, *writer.encode(file.path, name)]
         if self.config is None or medium not in media_for(self.config):
             raise DataError(
-                f"{where}: has a {medium.noun}, and this model reads none; give one by --model "
+                f"{where}: has a {medium.noun}, and this model reads none; give one by `model` "
                 f"that was trained on {medium.plural}"
             )
         grid = medium.measure(file.path, self.config, name)
@@ -248,15 +250,15 @@ def padding_id(tokenizer: Tokenizer) -> int:
     return end_id(tokenizer) if padding is None else padding
 
 
-class Packed(Dataset[dict[str, Tensor]]):
+class PackedExamples(Dataset[dict[str, Tensor]]):
     """Examples packed into sequences of `seq_len` inputs, each example to itself.
 
     An example attends within itself only, and its first token is no target, which the example
     before would have to predict. RoPE sees distances alone, so positions need not start anew.
     Items of media are decoded here, in the loader's workers.
 
-    config: of the model that reads the items. draw: a seed to draw each example's text, in each
-    epoch; absent: its longest. augment: draw each item anew too.
+    config: of the model that reads the items. seed: for choosing one text of each example in each
+    epoch; absent: its longest. augment: vary each item in each epoch too.
     """
 
     def __init__(
@@ -265,11 +267,11 @@ class Packed(Dataset[dict[str, Tensor]]):
         seq_len: int,
         padding: int,
         config: ModelConfig | None = None,
-        draw: int | None = None,
+        seed: int | None = None,
         augment: bool = False,
     ) -> None:
         self.examples, self.seq_len, self.padding = examples, seq_len, padding
-        self.config, self.draw, self.augment = config, draw, augment
+        self.config, self.seed, self.augment = config, seed, augment
         self.rows = pack([len(example.ids) for example in examples], seq_len + 1)
         counted = sum(int(example.counted[1:].sum()) for example in examples)
         self._weight = seq_len * len(self.rows) / max(1, counted)
@@ -290,13 +292,13 @@ class Packed(Dataset[dict[str, Tensor]]):
         epoch, index = divmod(index, len(self))
         texts, items = [], []
         for number in self.rows[index]:
-            example, draw = self.examples[number], None
-            if self.draw is not None and (example.files or example.others):
-                draw = np.random.default_rng((self.draw, epoch, number))
+            example, rng = self.examples[number], None
+            if self.seed is not None and (example.files or example.others):
+                rng = np.random.default_rng((self.seed, epoch, number))
                 if example.others:
-                    example = example.ways[int(draw.integers(len(example.ways)))]
+                    example = example.ways[int(rng.integers(len(example.ways)))]
             texts.append((number, example))
-            how = draw if self.augment else None
+            how = rng if self.augment else None
             for file in self.examples[number].files:
                 assert self.config is not None, "items come with the configuration of their reader"
                 items.append(MEDIA[file.medium].read(file.path, self.config, augment=how))
@@ -323,11 +325,52 @@ class Packed(Dataset[dict[str, Tensor]]):
         }
 
 
+def split_packed(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    *,
+    seq_len: int,
+    val_fraction: float,
+    seed: int,
+    augment: bool = False,
+) -> tuple[PackedExamples, PackedExamples]:
+    """Examples to train on and to judge by, packed.
+
+    seed: of the choice, and of what is drawn anew in each epoch of training.
+    """
+    # A few examples many times over are a finetuning too, which needs some of each.
+    grouped = any(example.group is not None for example in examples)
+    keys = [_key(example) for example in examples]
+    train, val = (
+        [examples[i] for i in part] for part in hold_out(keys, val_fraction, seed, whole=grouped)
+    )
+    shape = (seq_len, padding_id(tokenizer), config)
+    return PackedExamples(train, *shape, seed, augment), PackedExamples(val, *shape)
+
+
+def _key(example: Example) -> bytes:
+    """What an example is held out by: its group, else all that it holds."""
+    if example.group is not None:
+        return example.group.encode()
+    return example.ids.tobytes() + repr([file.identity for file in example.files]).encode()
+
+
 class ExampleData(Batches):
     """Batches of packed examples; the other arguments are those of `Batches`."""
 
-    train: Packed
-    val: Packed
+    train: PackedExamples
+    val: PackedExamples
 
-    def __init__(self, train: Packed, val: Packed, **how: Any) -> None:
+    def __init__(self, train: PackedExamples, val: PackedExamples, **how: Any) -> None:
         super().__init__(train, val, **how)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all examples, those that are held out too."""
+        digest = hashlib.sha256()
+        for example in [*self.train.examples, *self.val.examples]:
+            files = repr([file.identity for file in example.files]).encode()
+            for way in example.ways:
+                digest.update(way.ids.tobytes() + way.counted.tobytes() + files)
+        return digest.hexdigest()

@@ -12,6 +12,7 @@ layer follows one arrow, so the loops that a query needs are its distance from t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -80,3 +81,28 @@ def hop_questions(seed: int, count: int, stream: int = 2) -> Iterator[dict[str, 
             (f"The way from {letter}", " ".join(path[1:])),
         ][int(rng.integers(3))]
         yield {"prompt": f"{table} {question}", "response": f" {answer}"}
+
+
+def check_answers(prompt: str, continuation: str) -> tuple[int, int] | None:
+    """(right answers, answers) that a continuation gives to a prompt that begins with a table.
+
+    None where the prompt has no table, or the continuation no answer.
+    """
+    table = re.match(r"\s*map ((?:[a-z]{2} )*[a-z]{2}):", prompt)
+    if not table:
+        return None
+    arrows = {arrow[0]: arrow[1] for arrow in table[1].split()}
+
+    def end(letter: str) -> str:
+        for _ in arrows:  # so many steps are enough, and a cycle has no end
+            letter = arrows.get(letter, "")
+        return letter if arrows.get(letter) == letter else ""
+
+    text = prompt + continuation
+    given = [
+        (answer[1], answer[2])
+        for answer in re.finditer(r" ([a-z]) ([A-Z])\b", text[table.end() :])
+        if table.end() + answer.end() > len(prompt)
+    ]
+    right = sum(end(letter).upper() == answer for letter, answer in given)
+    return (right, len(given)) if given else None

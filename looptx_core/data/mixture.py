@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from looptx_core.config.model import ModelConfig
 from looptx_core.data.batches import Sequences, text_windows
 from looptx_core.data.datamodule import Batches
-from looptx_core.data.examples import Example, Packed, encode_record, padding_id
+from looptx_core.data.examples import Example, PackedExamples, encode_record, padding_id
 from looptx_core.data.records import Records
 from looptx_core.data.shards import open_shards
 from looptx_core.data.split import hold_out
@@ -43,8 +43,8 @@ def record_examples(
             if len(example.ids) > seq_len + 1:
                 what = " and ".join(medium.plural for medium in records.media)
                 raise DataError(
-                    f"{record.where}: {len(example.ids)} tokens with its {what}, over --seq-len "
-                    f"{seq_len}; raise --seq-len, or pass --skip-bad"
+                    f"{record.where}: {len(example.ids)} tokens with its {what}, over `seq_len` "
+                    f"{seq_len}; raise `seq_len`, or pass `skip_bad`"
                 )
         except DataError:
             if not skip_bad:
@@ -120,9 +120,9 @@ class MixedData(Batches):
         text = text_windows(folder, self.shards, seq_len, document_mask)
         self.val_parts: dict[str, Sequences] = {
             TEXT: text[1],
-            RECORDS: Packed([examples[i] for i in sorted(held)], *how_packed),
+            RECORDS: PackedExamples([examples[i] for i in sorted(held)], *how_packed),
         }
-        trained = Packed([examples[i] for i in sorted(train)], *how_packed, seed, augment)
+        trained = PackedExamples([examples[i] for i in sorted(train)], *how_packed, seed, augment)
         kinds: list[Sequences] = [text[0], trained]
         used = [(kind, weight) for kind, weight in zip(kinds, mix) if weight]
         mixture = Mixture([kind for kind, _ in used], [weight for _, weight in used], seed)

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
+from looptx_core.documents import read_json_lines
 from looptx_core.errors import DataError
+from looptx_core.schema import typed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,10 +44,14 @@ def read_probes(folder: Path) -> list[Probe]:
     file = folder / FILE
     if not file.exists():
         return []
-    try:
-        return [Probe(**json.loads(line)) for line in file.read_text("utf-8").splitlines()]
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{file}: damaged ({error}); remove it") from error
+    probes = []
+    for where, value in read_json_lines(file, mend="remove the file"):
+        probe = typed(Probe, value, where, mend="remove the file")
+        for start, end in probe.answers:
+            if not 0 <= start < end <= len(probe.text):
+                raise DataError(f"{where}: an answer is outside of the text; remove the file")
+        probes.append(probe)
+    return probes
 
 
 def probe_batches(

@@ -14,17 +14,21 @@ are relative to the file.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from looptx_core.data.chat import check_messages
-from looptx_core.data.content import place
-from looptx_core.data.corpus import Corpus
+from looptx_core.data.content import insert_items
+from looptx_core.data.corpus import Corpus, visible_files
+from looptx_core.documents import check_characters, read_text
 from looptx_core.errors import DataError, UsageError
-from looptx_core.media import MEDIA, Medium, media_of_file
+from looptx_core.media.base import Medium
+from looptx_core.media.registry import MEDIA, media_of_file
 
 _FORMS = '{"prompt", "response"}, {"messages"} or {"text"}'
 
@@ -36,6 +40,11 @@ class MediaFile(NamedTuple):
     path: Path
     written: bool = False
     """Whether the model learns to write it, rather than reads it."""
+
+    @property
+    def identity(self) -> tuple[str, str, int, bool]:
+        """The medium, the file's name and its size in bytes, wherever it lies, and the use."""
+        return self.medium, self.path.name, self.path.stat().st_size, self.written
 
 
 Part = MediaFile | tuple[str, ...]
@@ -83,6 +92,18 @@ class Records:
         named = {file.medium for record in self.records for file in record.files}
         return [medium for name, medium in MEDIA.items() if name in named]
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the texts and of the items' names and sizes, wherever they lie."""
+        digest = hashlib.sha256()
+        for record in self.records:
+            turns = [
+                (turn.role, [p.identity if isinstance(p, MediaFile) else p for p in turn.content])
+                for turn in record.turns
+            ]
+            digest.update(json.dumps([record.form, record.group, turns]).encode())
+        return digest.hexdigest()
+
 
 def read_records(inputs: Sequence[str | Path], skip_bad: bool = False) -> Records:
     """Read records of media with texts; files are looked for and not opened yet.
@@ -126,7 +147,7 @@ def media_named(inputs: Sequence[str | Path]) -> frozenset[str]:
     found: set[str] = set()
     for item in map(Path, inputs):
         files = _media_files(item)
-        found |= {medium.name for medium in map(_medium_of, files) if medium}
+        found |= {medium.name for file in files if (medium := media_of_file(file.suffix))}
         if files or not (item.is_file() or item.is_dir()):
             continue
         try:
@@ -143,8 +164,10 @@ def media_named(inputs: Sequence[str | Path]) -> frozenset[str]:
 def parse(record: Any, where: str, folder: Path) -> Record:
     """A record from what was written. folder: where its paths start.
 
-    Raises `DataError` for a record of another form or with a missing file.
+    Raises `DataError` for a record of another form, with half a surrogate pair or with a missing
+    file.
     """
+    check_characters(record, where, mend="mend it, or pass `skip_bad`")
     group = record.get("group") if isinstance(record, dict) else None
     form: Literal["text", "prompt", "messages"]
     match record:
@@ -192,14 +215,14 @@ def _with_media(raw: Any, where: str, folder: Path) -> Record:
         medium = MEDIA[min(_named(raw) or {next(iter(MEDIA))})]
         raise DataError(
             f'{where}: needs a {medium.noun} and a text, as {{"{medium.name}": path, '
-            '"text": ...}; mend it, or pass --skip-bad'
+            '"text": ...}; mend it, or pass `skip_bad`'
         )
     return record
 
 
 def _content(text: str, files: tuple[MediaFile, ...], where: str) -> tuple[Part, ...]:
     try:
-        parts = place(text, files)
+        parts = insert_items(text, files)
     except UsageError as error:
         raise DataError(f"{where}: {error}") from error
     return tuple((part,) if isinstance(part, str) else part for part in parts)
@@ -233,7 +256,7 @@ def _files(record: Any, where: str, folder: Path) -> tuple[MediaFile, ...]:
 
 def _found(medium: Medium, path: str, where: str, folder: Path, written: bool = False) -> MediaFile:
     if not (folder / path).is_file():
-        raise DataError(f"{where}: no {medium.noun} {path}; mend the path, or pass --skip-bad")
+        raise DataError(f"{where}: no {medium.noun} {path}; mend the path, or pass `skip_bad`")
     return MediaFile(medium.name, folder / path, written)
 
 
@@ -260,25 +283,16 @@ def _are_texts(texts: Any) -> bool:
     return good and all(isinstance(text, str) and text.strip() for text in texts)
 
 
-def _medium_of(file: Path) -> Medium | None:
-    return None if file.name.startswith(".") else media_of_file(file.suffix)
-
-
 def _media_files(folder: Path) -> list[Path]:
-    """The media below a folder, sorted; none for what is no folder."""
+    """The visible media below a folder, sorted; none for what is no folder."""
     if not folder.is_dir():
         return []
-    return [file for file in sorted(folder.rglob("*")) if _medium_of(file)]
+    return [file for file in visible_files(folder) if media_of_file(file.suffix)]
 
 
 def _folder(folder: Path) -> Iterator[tuple[str, Path, Any]]:
     for file in _media_files(folder):
-        medium, text = _medium_of(file), file.with_suffix(".txt")
+        medium, text = media_of_file(file.suffix), file.with_suffix(".txt")
         assert medium is not None
-        try:
-            words = text.read_text("utf-8").strip()
-        except FileNotFoundError:
-            words = None
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{text}: not readable as UTF-8; convert the file") from error
+        words = read_text(text, mend="convert it").strip() if text.exists() else None
         yield str(file), file.parent, {medium.name: str(file.resolve()), "text": words}

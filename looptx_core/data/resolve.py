@@ -1,4 +1,4 @@
-"""What `--data` means: shards, or raw text that becomes shards in the user's cache."""
+"""What `data` means: shards, or raw text that becomes shards in the user's cache."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from looptx_core.data.shards import SCHEMA_VERSION, Manifest, open_shards
 from looptx_core.data.split import Progress
 from looptx_core.data.tokenizer import fingerprint
 from looptx_core.errors import DataError, LooptxError, UsageError
+from looptx_core.machine.scratch import user_cache
 
 
 def cached_shards(
@@ -65,7 +66,7 @@ def resolve_data(
     text_key: str = "text",
     on_progress: Progress | None = None,
 ) -> Path:
-    """The folder of shards that `--data` means: itself, or raw text through the cache.
+    """The folder of shards that `data` means: itself, or raw text through the cache.
 
     Args:
         data: one folder of shards, or inputs as for `Corpus`; None is the bundled text.
@@ -94,7 +95,7 @@ def cache_folder() -> Path:
     """Where derived files are kept: `$LOOPTX_CACHE`, else looptx in the user's cache folder."""
     if own := os.environ.get("LOOPTX_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "looptx"
+    return user_cache()
 
 
 def _opens(folder: Path) -> bool:

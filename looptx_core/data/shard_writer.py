@@ -17,8 +17,14 @@ from tokenizers import Tokenizer
 from looptx_core.data.corpus import Corpus
 from looptx_core.data.shards import SPLITS, Counts, Manifest, Shard
 from looptx_core.data.split import Census, Progress, Splitter
-from looptx_core.data.tokenizer import check_vocab_size, end_id, fingerprint, train_tokenizer
-from looptx_core.errors import DataError, LooptxError, UsageError
+from looptx_core.data.tokenizer import (
+    check_vocab_size,
+    end_id,
+    fingerprint,
+    train_tokenizer,
+    vocabulary_size,
+)
+from looptx_core.errors import DataError, LooptxError, UsageError, remedy
 from looptx_core.outputs import check_output, put_in_place, temporary_beside
 
 VOCAB_SIZE = 4096
@@ -84,9 +90,7 @@ def tokenize_corpus(
                 shutil.rmtree(temporary, ignore_errors=True)
         except OSError as error:
             reason = error.strerror or error
-            raise LooptxError(
-                f"cannot write {target}: {reason}; free some space or choose another --out"
-            ) from error
+            raise LooptxError(f"cannot write {target}: {reason}; {remedy(error)}") from error
     return manifest
 
 
@@ -148,7 +152,7 @@ def _write(
     progress: Progress,
 ) -> Manifest:
     """Fill an empty folder; the manifest comes last."""
-    vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have holes
+    vocab_size = vocabulary_size(tokenizer)
     dtype = "<u2" if vocab_size <= 2**16 else "<u4"
     end = end_id(tokenizer)
     writers = {split: _Writer(folder, split, dtype, shard_tokens) for split in SPLITS}

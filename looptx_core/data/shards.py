@@ -19,11 +19,21 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from looptx_core.data.tokenizer import fingerprint, load_tokenizer
+from looptx_core.data.tokenizer import (
+    MOST_TOKENS,
+    check_ids,
+    fingerprint,
+    load_tokenizer,
+    vocabulary_size,
+)
+from looptx_core.documents import check_links, read_json, short
 from looptx_core.errors import DataError, UsageError
+from looptx_core.schema import typed
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val")
+_AGAIN = "tokenise the text again"
+_DAMAGED = f"it is damaged, so {_AGAIN}"
 
 
 @dataclass(frozen=True)
@@ -84,59 +94,76 @@ class Manifest:
             DataError: it is missing, damaged or of another version.
         """
         file = Path(folder) / "manifest.json"
-        try:
-            facts = json.loads(file.read_text("utf-8"))
-            version = facts["schema_version"]
-        except OSError as error:
+        if not file.exists():
+            raise DataError(f"{folder}: no tokenised data; make some by looptx tokenize")
+        facts = read_json(file, mend=_DAMAGED)
+        if (version := facts.get("schema_version")) != SCHEMA_VERSION:
             raise DataError(
-                f"{folder}: no tokenised data ({error.strerror}); make some by looptx tokenize"
-            ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{file}: damaged; tokenise the text again") from error
-        if version != SCHEMA_VERSION:
-            raise DataError(
-                f"{file}: schema version {version}, but this looptx reads {SCHEMA_VERSION}; "
-                "tokenise the text again"
+                f"{file}: schema version {short(version)}, but this looptx reads {SCHEMA_VERSION}; "
+                f"{_AGAIN}"
             )
-        try:
-            facts.pop("command", None)  # marks the folder for `looptx_core.outputs`
-            facts["splits"] = {name: Counts(**facts["splits"][name]) for name in SPLITS}
-            facts["split"] = Split(**facts["split"])
-            facts["shards"] = [Shard(**shard) for shard in facts["shards"]]
-            return cls(**facts)
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{file}: damaged ({error}); tokenise the text again") from error
+        facts.pop("command", None)  # marks the folder for `looptx_core.outputs`
+        found = typed(cls, facts, str(file), mend=_DAMAGED)
+        found._check(file)
+        return found
+
+    def _check(self, file: Path) -> None:
+        """Raise `DataError` for facts that no folder of shards can have."""
+
+        def need(ok: bool, what: str) -> None:
+            if not ok:
+                raise DataError(f"{file}: {what}; {_DAMAGED}")
+
+        need(set(self.splits) == set(SPLITS), f"the splits are not {' and '.join(SPLITS)}")
+        need(1 <= self.vocab_size <= MOST_TOKENS, f"vocab_size {self.vocab_size:,} is no size")
+        need(0 <= self.end_id < self.vocab_size, f"end_id {self.end_id:,} is no token")
+        need(self.dtype in ("<u2", "<u4"), f"unknown dtype {short(self.dtype)}")
+        need(0 < self.split.val_fraction < 1, f"val_fraction {self.split.val_fraction} is no share")
+        counts = [n for part in self.splits.values() for n in (part.bytes, part.tokens)]
+        need(min(counts) >= 1, "a split is empty")
+        for shard in self.shards:
+            need(Path(shard.file).name == shard.file, f"{short(shard.file)} is no file beside it")
+            need(shard.tokens >= 1, f"{shard.file} holds {shard.tokens} tokens")
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokens, whatever they are called and wherever they lie."""
+        tokens = [(shard.split, shard.tokens, shard.sha256) for shard in self.shards]
+        return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
 class Tokens:
     """The tokens of one split, read by memory map across files. Pickles as its paths."""
 
-    def __init__(self, files: Sequence[Path], dtype: str) -> None:
-        self._files, self._dtype = files, dtype
+    def __init__(self, files: Sequence[Path], dtype: str, vocab_size: int) -> None:
+        self._files, self._dtype, self._vocab_size = files, dtype, vocab_size
         self._maps = [np.memmap(file, np.dtype(dtype), "r") for file in files]
         self._starts = list(accumulate((len(part) for part in self._maps), initial=0))
 
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def __reduce__(self) -> tuple[type[Tokens], tuple[Sequence[Path], str]]:
-        return Tokens, (self._files, self._dtype)
+    def __reduce__(self) -> tuple[type[Tokens], tuple[Sequence[Path], str, int]]:
+        return Tokens, (self._files, self._dtype, self._vocab_size)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int64 of shape (stop - start,).
 
         Raises:
             IndexError: not 0 <= start <= stop <= len(self).
+            DataError: a token id beyond the vocabulary.
         """
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start} to {stop} of {len(self)}")
         out = np.empty(stop - start, np.int64)
         first = bisect.bisect_right(self._starts, start) - 1
-        for part, origin in zip(self._maps[first:], self._starts[first:]):
+        held = zip(self._files[first:], self._maps[first:], self._starts[first:])
+        for file, part, origin in held:
             if origin >= stop:
                 break
             low, high = max(start, origin), min(stop, origin + len(part))
             out[low - start : high - start] = part[low - origin : high - origin]
+            check_ids(out[low - start : high - start], self._vocab_size, str(file))
         return out
 
 
@@ -153,7 +180,7 @@ class Shards:
         if split not in SPLITS:
             raise UsageError(f"no split '{split}'; choose from {', '.join(SPLITS)}")
         files = [self.folder / shard.file for shard in self.manifest.shards if shard.split == split]
-        return Tokens(files, self.manifest.dtype)
+        return Tokens(files, self.manifest.dtype, self.manifest.vocab_size)
 
 
 def open_shards(folder: str | os.PathLike[str], verify: bool = False) -> Shards:
@@ -164,14 +191,15 @@ def open_shards(folder: str | os.PathLike[str], verify: bool = False) -> Shards:
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
+    check_links(folder)
     tokenizer = load_tokenizer(folder)
     if fingerprint(tokenizer) != manifest.tokenizer:
         raise DataError(
             f"{folder}: tokenizer.json is not the one that made these shards; "
             "put it back or tokenise the text again"
         )
-    if manifest.dtype not in ("<u2", "<u4"):
-        raise DataError(f"{folder}: unknown dtype {manifest.dtype}; tokenise the text again")
+    if vocabulary_size(tokenizer) > manifest.vocab_size:
+        raise DataError(f"{folder}: manifest.json contradicts the tokenizer; {_AGAIN}")
     for shard in manifest.shards:
         file = folder / shard.file
         expected = shard.tokens * np.dtype(manifest.dtype).itemsize

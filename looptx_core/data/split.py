@@ -63,7 +63,7 @@ class Census:
             self.documents += 1
             if number < _FEW:
                 self.sizes.append(self.bytes - before)
-            place = (_place(self.seed, number), number)
+            place = (_position(self.seed, number), number)
             self.lowest = min(self.lowest, place)
             self.highest = max(self.highest, place)
         if self.chars < 2:  # one character cannot be split
@@ -71,7 +71,7 @@ class Census:
             raise DataError(f"{names}: empty; give files that hold some text")
 
 
-def _place(seed: int, number: int) -> float:
+def _position(seed: int, number: int) -> float:
     """A document's place in [0, 1), fixed by seed and number."""
     digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
@@ -115,14 +115,14 @@ class Splitter:
         # At least one document on each side.
         if number in (self._census.lowest[1], self._census.highest[1]):
             return number == self._census.lowest[1]
-        return _place(self._census.seed, number) < self._fraction
+        return _position(self._census.seed, number) < self._fraction
 
     def _hold_out_few(self) -> set[int]:
         sizes = self._census.sizes
         wanted = self._fraction * sum(sizes)
         chosen: set[int] = set()
         held = 0
-        for number in sorted(range(len(sizes)), key=lambda n: _place(self._census.seed, n)):
+        for number in sorted(range(len(sizes)), key=lambda n: _position(self._census.seed, n)):
             if held >= wanted or len(chosen) + 1 == len(sizes):
                 break
             if held + sizes[number] <= 2 * wanted:  # else too little would be left to train on

@@ -10,8 +10,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from looptx_core.documents import read_text
 from looptx_core.errors import DataError, UsageError
 
 END, PAD, IMAGE = "<|end|>", "<|pad|>", "<|image|>"
@@ -24,6 +26,10 @@ SPECIAL_TOKENS = (
 MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
 _FOREIGN_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # GPT-2, Llama, Gemma
 
+MOST_TOKENS = 1 << 24
+"""Token ids of a tokenizer; the largest vocabularies in use have some 2^18."""
+_LARGEST_FILE = 256 << 20
+"""Bytes of a tokenizer.json; Gemma 3's has 33 million."""
 SAMPLE_BYTES = 64 << 20  # the most text that the trainer sees
 SAMPLE_UNIQUE = 8 << 20  # bytes of different words: the trainer's memory is some 60 times that
 _LONGEST_WORD = 256  # characters; the trainer's time is quadratic in a word's length
@@ -71,7 +77,7 @@ def train_tokenizer(
     if (largest := tokenizer.get_vocab_size()) < vocab_size:
         raise DataError(
             f"the text supports a vocabulary of at most {largest} tokens, not {vocab_size}; "
-            f"use --vocab-size {largest} or give more text"
+            f"use `vocab_size` {largest} or give more text"
         )
     return _plain(tokenizer)
 
@@ -80,7 +86,7 @@ def check_vocab_size(vocab_size: int) -> None:
     """Raise UsageError for a vocabulary too small to hold all bytes and the special tokens."""
     if vocab_size < MIN_VOCAB:
         raise UsageError(
-            f"--vocab-size {vocab_size} is too small; 256 bytes and {len(SPECIAL_TOKENS)} "
+            f"`vocab_size` {vocab_size} is too small; 256 bytes and {len(SPECIAL_TOKENS)} "
             f"special tokens need at least {MIN_VOCAB}"
         )
 
@@ -121,8 +127,10 @@ def spread_sample(
     return sample
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+def load_tokenizer(path: str | os.PathLike[str], mend: str = "give a tokenizer.json") -> Tokenizer:
     """Read a `tokenizer.json`, or the one in a folder.
+
+    mend: the remedy, the end of an error's line.
 
     Raises:
         DataError: there is none, or it is something else.
@@ -130,19 +138,37 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     file = Path(path)
     if file.is_dir():
         file /= "tokenizer.json"
-    try:
-        text = file.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not a tokenizer; give a tokenizer.json") from error
-    except OSError as error:
-        reason = error.strerror or error
-        raise DataError(f"{file}: no tokenizer ({reason}); give a tokenizer.json") from error
+    if not file.exists():
+        raise DataError(f"{file.parent}: no tokenizer, {file.name} is missing; {mend}")
+    text = read_text(file, most=_LARGEST_FILE, mend=mend)
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing narrower
         reason = str(error).splitlines()[0]
-        raise DataError(f"{file}: not a tokenizer ({reason}); give a tokenizer.json") from error
+        raise DataError(f"{file}: not a tokenizer ({reason}); {mend}") from error
+    if (size := vocabulary_size(tokenizer)) > MOST_TOKENS:
+        raise DataError(f"{file}: its largest token id is {size - 1:,}, and the limit is "
+                        f"{MOST_TOKENS - 1:,}; {mend}")  # fmt: skip
     return _plain(tokenizer)
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """The largest token id and 1, which is more than the tokens where ids have holes."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int, where: str) -> None:
+    """Raise `DataError` for a token id outside of a vocabulary: nothing may look such a one up."""
+    if not len(ids):
+        return
+    array = np.asarray(ids, np.int64)
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise DataError(
+            f"{where}: the token id {wrong} is not below {vocab_size}, the size of the vocabulary; "
+            "use the tokenizer and the data that belong to the model"
+        )
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -169,11 +195,18 @@ def end_id(tokenizer: Tokenizer) -> int:
 class StreamDecoder:
     """Turns token ids into text one at a time; the joined parts equal `decode` of all ids.
 
+    context: ids that stand before them, whose text is not repeated: the text of both joined equals
+    `decode` of both. It matters for tokenizers that drop the space before the first word.
     A token that completes no character gives '', and the one that completes it the whole.
     The library's own `DecodeStream` holds back bytes that are no UTF-8 and has no flush.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        context: Sequence[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
         self._special = {
@@ -183,8 +216,9 @@ class StreamDecoder:
         }
         self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._ids: list[int] = []  # of a foreign decoder, which has no state of its own
-        self._given = 0
+        # A foreign decoder has no state of its own: the last ids, and how many of them were given.
+        self._ids = [] if self._byte_level else list(context)
+        self._given = len(self._ids)
 
     def step(self, token_id: int) -> str:
         """The text that this token completes."""
@@ -199,18 +233,21 @@ class StreamDecoder:
         """What remains at the end: U+FFFD for a character that was never completed."""
         if self._byte_level:
             return self._utf8.decode(b"", final=True)
-        return self._decoded()[self._given :]
+        return self._decode(self._ids)[len(self._decode(self._ids[: self._given])) :]
 
-    def _decoded(self) -> str:
-        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip_special)
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special)
 
     def _foreign(self, token_id: int) -> str:
         self._ids.append(token_id)
-        text = self._decoded()
+        before, text = self._decode(self._ids[: self._given]), self._decode(self._ids)
         if text.endswith("\ufffd"):
             return ""
-        given, self._given = self._given, len(text)
-        return text[given:]
+        # The next ids need some text before them, and no more than that.
+        if self._decode(self._ids[self._given :]):
+            del self._ids[: self._given]
+        self._given = len(self._ids)
+        return text[len(before) :]
 
 
 def token_bytes(token: str) -> bytes:

@@ -16,29 +16,32 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors import safe_open
 from torch import nn
 
 from looptx_core.checkpoint.atomic import write_folder
-from looptx_core.checkpoint.documents import read_json
 from looptx_core.checkpoint.folder import (
     LoadedModel,
     read_chat_template,
     read_exit,
     tokenizer_config,
 )
-from looptx_core.checkpoint.weights import refuse_pickle
+from looptx_core.checkpoint.header import read_header
+from looptx_core.checkpoint.weights import check_finite, refuse_pickle, weight_files
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import ExitSettings
+from looptx_core.documents import check_links, read_json
 from looptx_core.errors import DataError, UsageError
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.schema import typed
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "looptx.json"
 _SHARED = "default"
@@ -69,7 +72,7 @@ def attach(model: LoopedTransformer, config: FinetuneConfig) -> PeftModel:
         return get_peft_model(model, lora(config.target_modules, ["confidence"]))
     inside = [name for name in layers if name.startswith("core.")]
     if not inside:
-        raise UsageError("--lora-per-loop: no target lies in the loop; leave it out")
+        raise UsageError("`lora_per_loop`: no target lies in the loop; leave it out")
     outside = [name for name in layers if name not in inside]
     peft = get_peft_model(model, lora(outside or DUMMY_TARGET_MODULES, ["confidence"]))
     for name in _loop_names(model.config.max_loops):
@@ -97,10 +100,10 @@ def targets(model: LoopedTransformer, names: Sequence[str]) -> list[str]:
         matched = {name for name in linear if f".{name}".endswith(f".{target}")}
         if not matched:
             there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise UsageError(f"--target-modules {target}: matches no layer; there are {there}")
+            raise UsageError(f"`target_modules` {target}: matches no layer; there are {there}")
         if "head" in matched and model.config.tie_embeddings:
             raise UsageError(
-                "--target-modules head: it shares its weights with the embedding, which an "
+                "`target_modules` head: it shares its weights with the embedding, which an "
                 "adapter can't change apart; leave it out"
             )
         found |= matched
@@ -133,8 +136,12 @@ def save_adapter(
     exit_settings: ExitSettings,
     facts: Mapping[str, Any],
     chat_template: str | None = None,
+    files: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Write an adapter folder, whole or not at all; one that is there is replaced."""
+    """Write an adapter folder, whole or not at all; one that is there is replaced.
+
+    files: more JSON documents, by name.
+    """
     name = base.folder.resolve()
     for settings in peft.peft_config.values():
         settings.base_model_name_or_path = str(name)
@@ -153,6 +160,7 @@ def save_adapter(
             (FACTS, own),
             ("generation_config.json", generation),
             ("tokenizer_config.json", tokens),
+            *(files or {}).items(),
         ):
             (place / file).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
@@ -179,7 +187,7 @@ def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> L
             peft = PeftModel.from_pretrained(base.model, str(folder), local_files_only=True)
             for name in names[1:]:
                 peft.load_adapter(str(folder / name), name, local_files_only=True)
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+    except Exception as error:  # PEFT and its parts raise many kinds for what doesn't fit
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"{folder}: this adapter doesn't fit {base.folder} ({reason}); give its own base"
@@ -204,7 +212,7 @@ def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> L
 def loops_of(folder: Path) -> int:
     """How many loops have an adapter of their own; 0 for a shared one."""
     if not (folder / CONFIG).is_file():
-        raise DataError(f"{folder}: no adapter ({CONFIG} is missing); check --adapter")
+        raise DataError(f"{folder}: no adapter ({CONFIG} is missing); check `adapter`")
     count = 0
     while (folder / f"loop_{count + 1}" / CONFIG).is_file():
         count += 1
@@ -213,16 +221,13 @@ def loops_of(folder: Path) -> int:
 
 def fingerprint(folder: Path) -> str:
     """What tells a base from another, whatever its number type: names, shapes, some values."""
-    from safetensors import safe_open
-
-    from looptx_core.checkpoint.weights import weight_files
-
     total: dict[str, bytes] = {}
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as data:
             for name in data.keys():  # noqa: SIM118, it is no mapping
                 tensor = data.get_tensor(name)
-                places = torch.linspace(0, tensor.numel() - 1, _PROBED).long()
+                last = tensor.numel() - 1  # float32 rounds it up in a tensor of over 2^24 values
+                places = torch.linspace(0, last, _PROBED).long().clamp(max=last)
                 values = tensor.flatten()[places].to(torch.bfloat16).view(torch.int16)
                 shape = f"{name} {list(tensor.shape)}".encode()
                 total[name] = shape + values.numpy().tobytes()
@@ -240,13 +245,45 @@ def _check_base(base: LoadedModel, folder: Path) -> None:
 
 
 def _check_files(place: Path) -> None:
-    read_json(place / CONFIG)
+    check_links(place)
+    file = place / CONFIG
+    settings = typed(_AdapterSettings, read_json(file), str(file), ignore_unknown=True)
     if (place / WEIGHTS).is_file():
-        refuse_pickle(place / WEIGHTS)
+        _check_weights(place / WEIGHTS, settings)
         return
     for file in sorted(place.glob("adapter_model.*")):
         refuse_pickle(file)
     raise DataError(f"{place}: {WEIGHTS} is missing; copy the adapter again")
+
+
+@dataclass(frozen=True)
+class _AdapterSettings:
+    """What adapter_config.json must hold for PEFT to make layers of a bearable size."""
+
+    peft_type: Literal["LORA"]
+    r: int
+    lora_alpha: float
+    target_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    base_model_name_or_path: str | None = None
+
+
+def _check_weights(file: Path, settings: _AdapterSettings) -> None:
+    """Raise `DataError` for a file that is damaged, holds NaN, or is of another rank."""
+    refuse_pickle(file)
+    header = read_header(file)
+    largest = max((max(stored.shape, default=0) for stored in header.values()), default=0)
+    ranks = (settings.r, *settings.rank_pattern.values())
+    if header and not 1 <= min(ranks) <= max(ranks) <= largest:
+        raise DataError(
+            f"{file}: holds no matrices of rank {max(ranks):,}, which {CONFIG} asks for; "
+            "copy the adapter again"
+        )
+    with safe_open(file, framework="pt") as data:
+        for name in header:
+            check_finite(data.get_tensor(name), name, file)
 
 
 def _loop_names(loops: int) -> list[str]:

@@ -32,6 +32,6 @@ def merge(base_folder: str | Path, adapter_folder: str | Path) -> LoadedModel:
     if loops := loops_of(adapter):
         raise UsageError(
             f"{adapter}: has an adapter for each of {loops} loops, and one set of weights serves "
-            "all loops; run it by looptx generate --adapter, or train one without --lora-per-loop"
+            "all loops; run it by looptx generate --adapter, or train one without `lora_per_loop`"
         )
     return load_adapter(load_model(base_folder, dtype=torch.float32), adapter)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looptx_core.errors import MissingError
+from looptx_core.model.empty_weights import init_empty_weights
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.model.unset import unset_weights
 
 
 def quantise(model: LoopedTransformer, kind: str) -> None:
@@ -53,7 +53,7 @@ class _NarrowHead(nn.Linear):
 def _narrow(model: LoopedTransformer) -> None:
     embedding, head = model.embedding, model.head
     tied = head.weight is embedding.weight
-    with unset_weights():
+    with init_empty_weights():
         model.embedding = _NarrowEmbedding(embedding.num_embeddings, embedding.embedding_dim)
         model.head = _NarrowHead(head.in_features, head.out_features, bias=False)
     narrow = [nn.Parameter(layer.weight.detach().bfloat16(), requires_grad=False)
@@ -98,12 +98,12 @@ def _check(kind: str) -> None:
         assert found.isfinite().all()
     except ImportError as error:
         raise MissingError(
-            "--qlora needs bitsandbytes, which can't be imported here "
-            f"({str(error).splitlines()[0]}); pip install bitsandbytes, or use --lora"
+            "`qlora` needs bitsandbytes, which can't be imported here "
+            f"({str(error).splitlines()[0]}); pip install bitsandbytes, or use `lora`"
         ) from error
     except Exception as error:  # what a missing kernel raises depends on the platform
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MissingError(
-            f"--qlora: bitsandbytes can't run {kind} here ({reason}); "
-            "install a build for this machine, or use --lora"
+            f"`qlora`: bitsandbytes can't run {kind} here ({reason}); "
+            "install a build for this machine, or use `lora`"
         ) from error

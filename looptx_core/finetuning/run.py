@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -22,20 +21,17 @@ from looptx_core.checkpoint.folder import (
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.processes import is_first
+from looptx_core.data.bundled import bundled_questions
 from looptx_core.data.chat import TEMPLATE
-from looptx_core.data.examples import (
-    Example,
-    ExampleData,
-    Packed,
-    padding_id,
-    read_examples,
-)
-from looptx_core.data.split import hold_out
+from looptx_core.data.examples import ExampleData, read_examples, split_packed
+from looptx_core.data.own import FILE as OWN_DATA
+from looptx_core.data.own import OwnData
+from looptx_core.data.tokenizer import fingerprint as tokenizer_fingerprint
 from looptx_core.errors import UsageError
-from looptx_core.finetuning.adapters import attach, load_adapter, save_adapter, targets
+from looptx_core.finetuning.adapters import attach, fingerprint, load_adapter, save_adapter, targets
 from looptx_core.finetuning.quantise import quantise, stored_bytes
 from looptx_core.machine.device import on_best_device
-from looptx_core.media import MEDIA
+from looptx_core.media.registry import MEDIA
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.stopping.calibration import reported_confidence
 from looptx_core.training.calibration import calibrate, fit_odds
@@ -44,7 +40,7 @@ from looptx_core.training.curves import plot_run
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.metrics import calibration_error
-from looptx_core.training.run import fit
+from looptx_core.training.run import fit, resuming
 
 
 @dataclass
@@ -97,6 +93,15 @@ class Prepared:
     base_bytes: int
 
     @property
+    def origin(self) -> dict[str, str]:
+        """Fingerprints of what the run is made from."""
+        return {
+            "data": self.batches.fingerprint,
+            "model": fingerprint(self.base.folder),
+            "tokenizer": tokenizer_fingerprint(self.base.tokenizer),
+        }
+
+    @property
     def loops(self) -> int:
         return self.config.max_loops or self.base.config.max_loops
 
@@ -106,11 +111,12 @@ def prepare(
     *,
     base: Path,
     data: Sequence[str],
+    until: int | None = None,
     report: Callable[[str], object] = lambda line: None,
 ) -> Prepared:
     """Read the model folder `base` and the examples, and make the model ready to train.
 
-    data: as for `read_examples`. report: called with lines of one fact each.
+    data: as for `read_examples`. until: as for `fit`. report: called with lines of one fact each.
 
     Raises `MissingError` where bitsandbytes can't run, `UsageError` for a target module that
     matches nothing, a model that is ternary or examples that are too long, `DataError` for
@@ -120,7 +126,7 @@ def prepare(
     model = loaded.model
     if config.seq_len > loaded.config.max_seq_len:
         raise UsageError(
-            f"--seq-len {config.seq_len} exceeds the model's context ({loaded.config.max_seq_len})"
+            f"`seq_len` {config.seq_len} exceeds the model's context ({loaded.config.max_seq_len})"
         )
     kind = loaded.config.linear
     if kind == "packed" or (kind == "ternary" and config.adapts):
@@ -134,7 +140,7 @@ def prepare(
     parameters = sum(p.numel() for p in model.trunk_parameters())
     if config.adapts:
         targets(model, config.target_modules)
-    batches, chat_template = _data(config, loaded, data, report)
+    batches, chat_template = _data(config, loaded, data, until or config.steps, report)
     before = _measured(model, batches, schedule.max_loops)
     torch.manual_seed(config.seed)
     if config.qlora:
@@ -164,6 +170,7 @@ def finetune(
     *,
     folder: Path,
     resume: bool = False,
+    until: int | None = None,
     callbacks: Sequence[L.Callback] = (),
     report: Callable[[str], object] = lambda line: None,
     watch: Callable[[str], object] | None = None,
@@ -178,8 +185,8 @@ def finetune(
     config, loaded, batches = prepared.config, prepared.base, prepared.batches
     model, peft, loops = loaded.model, prepared.peft, prepared.loops
     _, steps = fit(
-        model, batches, config, folder=folder, command="finetune", resume=resume,
-        callbacks=callbacks, report=report, watch=watch,
+        model, batches, config, folder=folder, advice=resuming("finetune", folder), resume=resume,
+        until=until, callbacks=callbacks, report=report, watch=watch,
     )  # fmt: skip
     if not is_first():
         return None
@@ -190,6 +197,9 @@ def finetune(
         "steps": steps,
         "seed": config.seed,
     }
+    bundled = list(prepared.data) == [str(bundled_questions())]
+    own = OwnData.of("records", () if bundled else prepared.data, asdict(config))
+    files = {OWN_DATA: own.to_dict()}
     final = folder / "final"
     quantised_loss = None
     trained = model
@@ -197,7 +207,7 @@ def finetune(
         if config.qlora:
             quantised_loss = _measured(model, batches, loops).loss_by_loop[-1]
         save_adapter(final, peft, loaded, exit_settings=loaded.exit, facts=facts,
-                     chat_template=prepared.chat_template)  # fmt: skip
+                     chat_template=prepared.chat_template, files=files)  # fmt: skip
         # As it will run: on the full-precision base, merged where it can be.
         trained = load_adapter(load_model(loaded.folder, dtype=torch.float32), final).model
     after = _measured(trained, batches, loops)
@@ -208,7 +218,7 @@ def finetune(
         update_generation_config(final, exit_settings)
     else:
         save_model(final, trained, loaded.tokenizer, exit_settings=exit_settings, facts=facts,
-                   overwrite=True, chat_template=prepared.chat_template)  # fmt: skip
+                   overwrite=True, chat_template=prepared.chat_template, files=files)  # fmt: skip
     plot_run(read_metrics(folder / "metrics.jsonl"), {}, folder / "curves.png")
     return FinetuneResult(
         folder=folder,
@@ -247,6 +257,7 @@ def _data(
     config: FinetuneConfig,
     loaded: LoadedModel,
     data: Sequence[str],
+    steps: int,
     report: Callable[[str], object],
 ) -> tuple[ExampleData, str | None]:
     """Batches, and the chat template to store."""
@@ -259,48 +270,30 @@ def _data(
         skip_bad=config.skip_bad,
         config=loaded.config,
     )
-    keys = [_key(example) for example in examples.kept]
-    # A few examples many times over are a finetuning too, which needs some of each.
-    grouped = any(example.group is not None for example in examples.kept)
-    train, val = (
-        [examples.kept[i] for i in part]
-        for part in hold_out(keys, config.val_fraction, config.seed, whole=grouped)
+    train, val = split_packed(
+        examples.kept,
+        loaded.tokenizer,
+        loaded.config,
+        seq_len=config.seq_len,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        augment=config.augment,
     )
-    how: dict[str, Any] = {
-        "micro_batch": config.rows,
-        "batches": config.steps * config.accumulation,
-        "val_batches": config.val_batches,
-        "seed": config.seed,
-        "workers": config.workers,
-    }
     batches = ExampleData(
-        _packed(train, config, loaded, config.seed), _packed(val, config, loaded), **how
+        train,
+        val,
+        micro_batch=config.micro_batch_size,
+        batches=steps * config.accumulation,
+        val_batches=config.val_batches,
+        seed=config.seed,
+        workers=config.workers,
     )
     lost = f"; dropped {examples.dropped}, truncated {examples.truncated} as too long"
     report(
-        f"examples: {len(train):,} to train on, {len(val):,} held out, packed into "
-        f"{len(batches.train):,} sequences, {batches.train.fill:.0%} full"
+        f"examples: {len(train.examples):,} to train on, {len(val.examples):,} held out, packed "
+        f"into {len(train):,} sequences, {train.fill:.0%} full"
         + "".join(f"; {count:,} {MEDIA[name].plural}" for name, count in examples.media.items())
         + (lost if examples.dropped or examples.truncated else "")
         + (f"; left out {examples.skipped} that can't be used" if examples.skipped else "")
     )
     return batches, TEMPLATE if examples.chat else read_chat_template(loaded.folder)
-
-
-def _packed(
-    examples: Sequence[Example],
-    config: FinetuneConfig,
-    loaded: LoadedModel,
-    seed: int | None = None,
-) -> Packed:
-    """seed: for what is drawn anew in each epoch; None for what is held out."""
-    padding = padding_id(loaded.tokenizer)
-    augment = config.augment and seed is not None
-    return Packed(examples, config.seq_len, padding, loaded.config, seed, augment)
-
-
-def _key(example: Example) -> bytes:
-    """What an example is held out by: its group, else all that it holds."""
-    if example.group is not None:
-        return example.group.encode()
-    return example.ids.tobytes() + "".join(str(file.path) for file in example.files).encode()

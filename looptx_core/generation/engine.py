@@ -24,7 +24,7 @@ from looptx_core.backends.select import select_backend
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.data.chat import chat_prompt
 from looptx_core.data.content import content_ids
-from looptx_core.data.tokenizer import end_id
+from looptx_core.data.tokenizer import check_ids, end_id, vocabulary_size
 from looptx_core.errors import UsageError
 from looptx_core.generation.request import (
     ChatPrompt,
@@ -39,7 +39,8 @@ from looptx_core.generation.sampling import check
 from looptx_core.generation.scheduler import serve
 from looptx_core.generation.speculative import speculate
 from looptx_core.generation.text import TextStream
-from looptx_core.media import MEDIA, Writer, writers
+from looptx_core.media.base import Writer
+from looptx_core.media.registry import MEDIA, writers
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer
@@ -86,7 +87,7 @@ class Engine:
         precision: str = "float32",
     ) -> None:
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
-        model.join()
+        model.fuse_projections()
         self.exit_settings = exit_settings or ExitSettings()
         self.batch_size = batch_size
         self.end = end_id(tokenizer)
@@ -243,6 +244,7 @@ class Engine:
     def _request(self, index: int, prompt: Prompt, options: GenerationOptions) -> Request:
         check(options)
         config, tokens = self.model.config, self._encode(prompt)
+        check_ids(tokens, config.vocab_size, f"prompt {index + 1}")
         if len(tokens) >= config.max_seq_len:
             raise UsageError(
                 f"prompt {index + 1} has {len(tokens)} tokens and the model's context holds "
@@ -251,19 +253,22 @@ class Engine:
         own = resolve_exit(self.exit_settings, options, config)
         if options.speculate and not self.model.new_cache(1, 1, 1).can_roll_back:
             raise UsageError(
-                "--speculate: drafted tokens have to be taken back, and this model's layers can't "
-                "take back what they remember; leave out --speculate"
+                "`speculate`: drafted tokens have to be taken back, and this model's layers can't "
+                "take back what they remember; leave out `speculate`"
             )
         return Request(
             index=index,
             options=options,
             exit=own,
             prompt_exit=fixed_exit(options.prompt_loops or own.max_loops, own.settings),
-            text=TextStream(self.tokenizer, options.stop),
+            # An answer in a chat is a text of its own.
+            text=TextStream(
+                self.tokenizer, options.stop, () if isinstance(prompt, ChatPrompt) else tokens
+            ),
             seen=tokens,
             limit=min(len(tokens) + options.max_new_tokens, config.max_seq_len),
             end=self.end,
-            known=self.tokenizer.get_vocab_size(),
+            known=vocabulary_size(self.tokenizer),
             media=getattr(prompt, "media", ()),
             writers=self.writers,
             generator=torch.Generator().manual_seed(options.seed),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from looptx_core.media import Writer
+from looptx_core.media.base import Writer
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from torch import Tensor
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.generation.outputs import Output, open_item
 from looptx_core.generation.running_batch import StepOutput
-from looptx_core.generation.sampling import chances, draw
+from looptx_core.generation.sampling import chances, sample
 from looptx_core.generation.text import TextStream
-from looptx_core.media import Writer
+from looptx_core.media.base import Writer
 from looptx_core.media.batch import MediaItem
-from looptx_core.model.confidence import sharpness
+from looptx_core.model.confidence import top_log_odds
 from looptx_core.stopping.calibration import reported_confidence
 from looptx_core.stopping.rule import Exit
 
@@ -137,7 +137,7 @@ class Request:
     began: float = field(default_factory=time.perf_counter)
     done: bool = False
 
-    def draw(self, logits: Tensor, best: int) -> int:
+    def sample(self, logits: Tensor, best: int) -> int:
         """The next token, by logits (vocab_size,); best: the most likely one."""
         if self.forced_tokens:
             self.likeliest.append(best)
@@ -146,7 +146,7 @@ class Request:
         if greedy and not open_item(self.writers, self.seen):
             return best
         seen = torch.tensor(self.seen, device=logits.device)
-        return draw(self._possible(logits, self.seen), self.options, seen, self.generator)
+        return sample(self._possible(logits, self.seen), self.options, seen, self.generator)
 
     def chances(self, logits: Tensor, seen: Sequence[int]) -> Tensor:
         """Each token's chance after these, by logits (vocab_size,): (known,), or within an item
@@ -183,7 +183,7 @@ def next_tokens(requests: Sequence[Request], output: StepOutput) -> list[Step]:
     """Draw each request's next token from what its row predicts."""
     logits = at_least_float(output.logits)
     best = logits[:, : requests[0].known].argmax(-1).tolist()
-    ids = [request.draw(*given) for request, *given in zip(requests, logits, best)]
+    ids = [request.sample(*given) for request, *given in zip(requests, logits, best)]
     return record(requests, ids, output)
 
 
@@ -194,7 +194,7 @@ def record(requests: Sequence[Request], ids: Sequence[int], output: StepOutput) 
     chosen = torch.tensor(ids, device=logits.device)[:, None]
     logs = logits.log_softmax(-1)
     logprobs = logs.gather(1, chosen)[:, 0].tolist()
-    top_logits = sharpness(logs).tolist()
+    top_logits = top_log_odds(logs).tolist()
     now = time.perf_counter()
     columns = (requests, ids, output.loops, output.log_odds, top_logits, logprobs)
     steps = []

@@ -13,11 +13,13 @@ class TextStream:
     """Text of a growing list of tokens; what may begin a stop string is held back.
 
     A piece that was held comes with the token that shows it to be harmless, so the joined pieces
-    are the text, whatever straddles the tokens.
+    are the text, whatever straddles the tokens. context: the ids of the prompt that it continues.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._decoder = StreamDecoder(tokenizer)
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), context: Sequence[int] = ()
+    ) -> None:
+        self._decoder = StreamDecoder(tokenizer, context=context)
         self._stop = stop
         self._held = ""
         self.stopped = False

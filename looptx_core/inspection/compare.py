@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from looptx_core.checkpoint.atomic import write_file
-from looptx_core.checkpoint.documents import read_json
 from looptx_core.checkpoint.run_summary import RunDetails, read_run
+from looptx_core.documents import read_json
 from looptx_core.errors import LooptxError, UsageError
 from looptx_core.inspection.tables import Table
 
@@ -184,7 +184,7 @@ def draw(document: Document, file: Path) -> None:
     Raises `UsageError` for another suffix, `LooptxError` where it can't be written.
     """
     if file.suffix.lower() not in FIGURES:
-        raise UsageError(f"{file}: a figure is one of {', '.join(FIGURES)}; choose another --out")
+        raise UsageError(f"{file}: a figure is one of {', '.join(FIGURES)}; choose another `out`")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -58,11 +58,11 @@ def influence(model: LoopedTransformer, tokens: Tensor, depths: Tensor) -> Tenso
 def _influence_at(model: LoopedTransformer, tokens: Tensor, places: Tensor, depth: int) -> Tensor:
     """Relevance of all tokens for some positions at one depth, (places, length)."""
     recording = model.attend = Recording()
-    around = model.surroundings(len(tokens))
+    ctx = model.context(len(tokens))
     batch = tokens.expand(len(places), -1)
-    *_, state = model.states(batch, depth, around)
+    *_, state = model.states(batch, depth, ctx)
     at = (torch.arange(len(places), device=tokens.device), places.to(tokens.device))
-    told = model.head(model.decode(state, around)[at]).float().log_softmax(-1)
+    told = model.head(model.coda_hidden(state, ctx)[at]).float().log_softmax(-1)
     weights = recording.weights
     gradients = torch.autograd.grad(told.amax(-1).sum(), weights)
     weights = [weight.detach() for weight in weights]
@@ -94,9 +94,9 @@ def without(model: LoopedTransformer, tokens: Tensor, removed: Tensor, loops: in
     causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
     own = torch.eye(length, dtype=torch.bool, device=tokens.device)
     mask = (causal & ~removed[:, None, :]) | own
-    around = replace(model.surroundings(length), mask=mask[:, None])
-    *_, state = model.states(tokens.expand(len(removed), -1), loops, around)
-    return model.head(model.decode(state, around)).float().log_softmax(-1)
+    ctx = replace(model.context(length), mask=mask[:, None])
+    *_, state = model.states(tokens.expand(len(removed), -1), loops, ctx)
+    return model.head(model.coda_hidden(state, ctx)).float().log_softmax(-1)
 
 
 @dataclass(frozen=True)

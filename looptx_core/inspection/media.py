@@ -16,8 +16,8 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.data.tokenizer import end_id
 from looptx_core.generation.engine import Engine
 from looptx_core.generation.request import MediaPrompt
-from looptx_core.media import MEDIA
 from looptx_core.media.batch import MediaItem, batch_items, to_device
+from looptx_core.media.registry import MEDIA
 
 
 def inspect_media(
@@ -70,6 +70,6 @@ class _Walk:
         if hidden is not None:
             name, batch = self.medium.name, self.media[self.medium.name]
             media = {name: replace(batch, hidden=hidden.to(tokens.device))}
-        around = model.surroundings(tokens.shape[1], layout=model.layout(tokens, media))
-        for state in model.states(tokens, self.loops, around=around, media=media):
-            yield state[0, 1:], model.decode(state, around)[0, 1:]
+        ctx = model.context(tokens.shape[1], layout=model.layout(tokens, media))
+        for state in model.states(tokens, self.loops, ctx=ctx, media=media):
+            yield state[0, 1:], model.coda_hidden(state, ctx)[0, 1:]

@@ -5,100 +5,160 @@ from __future__ import annotations
 import base64
 import html
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from looptx_core.media import MEDIA
+from looptx_core.inspection.browser import STYLE, TIPS, TOKENS
+from looptx_core.inspection.charts import charts, threshold_text
+from looptx_core.inspection.stops import stops
+from looptx_core.inspection.svg import svg
+from looptx_core.media.registry import MEDIA
 
 Document = dict[str, Any]
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-img { max-width: 100% } table { border-collapse: collapse; margin: 1rem 0 }
-th, td { padding: .15rem .7rem; text-align: right; border-bottom: 1px solid #8884 }
-th:first-child, td:first-child { text-align: left }
-#text { font: 15px/2 ui-monospace, monospace; white-space: pre-wrap }
-#text span { border-radius: 3px; padding: .1rem 0; cursor: pointer; outline-offset: -1px }
-#panel { position: sticky; bottom: 0; background: Canvas; border-top: 1px solid #8888;
-  min-height: 15rem; font: 13px/1.4 ui-monospace, monospace; padding: .5rem 0; overflow-x: auto }
-#panel td { white-space: pre } .flip { font-weight: bold; color: #c30 }
-"""
-
-_SCRIPT = """
-const data = JSON.parse(document.getElementById('trace').textContent);
-const text = document.getElementById('text'), panel = document.getElementById('panel');
-const deepest = data.tokens[0].top.length;
-const depth = (loops) => `hsl(${210 - 210 * (loops - 1) / Math.max(1, deepest - 1)} 90% 60% / .35)`;
-const spans = data.tokens.map((token, place) => {
-  const span = document.createElement('span');
-  span.textContent = token.text; span.tabIndex = 0;
-  span.style.background = depth(token.loops);
-  span.onmouseenter = span.onfocus = () => show(place);
-  text.append(span); return span;
-});
-function cell(row, content, style) {
-  const td = row.insertCell(); td.textContent = content; if (style) td.className = style;
+TERMS = {
+    "loops": "How often the model ran its core block for a token. More loops compute more with "
+    "the same parameters.",
+    "exit": "The rule by which a token stops looping before the last loop.",
+    "full depth": "Every token runs all loops.",
+    "held-out": "Text that the model was not trained on.",
+    "confidence": "The probability, as the model states it, that its likeliest next token is "
+    "right.",
+    "gain": "By how many nats the model expects one more loop to lower its loss.",
+    "calibrated": "Of all tokens that are stated with 80 % confidence, 80 % are right.",
+    "ECE": "Expected calibration error: how far the stated confidence and the share of right "
+    "answers are apart on average, over 15 bins of equal size. 0 is perfect.",
+    "AUROC": "The probability that a right answer has a higher confidence than a wrong one. 1 is "
+    "perfect, 0.5 is chance.",
+    "bits per byte": "The loss in bits, for each byte of text: comparable between tokenizers. "
+    "Smaller is better.",
+    "loss": "The mean of -log of the probability that the model gave to the token that came, in "
+    "nats.",
+    "nats": "Units of information by the natural logarithm; one is 1.44 bits.",
+    "oracle": "A rule that sees the answer, and thus the fewest loops that could do.",
+    "cache": "What is kept of earlier tokens, so that they are not computed again.",
 }
-function show(place) {
-  const token = data.tokens[place];
-  spans.forEach((span) => { span.style.outline = ''; span.style.background = depth(
-    data.tokens[spans.indexOf(span)].loops); });
-  spans[place].style.outline = '2px solid';
-  const most = Math.max(...token.influences.map((pair) => pair[1]));
-  for (const [where, share] of token.influences)
-    if (where !== place) spans[where].style.outline = `${1 + 2 * share / most}px solid #c30`;
-  panel.replaceChildren();
-  const line = document.createElement('div');
-  line.textContent = `after ${JSON.stringify(token.text)}: ${token.loops} loops, confidence ` +
-    `${(100 * token.confidence).toFixed(1)} %, then came ${JSON.stringify(token.next)}`;
-  const table = document.createElement('table');
-  token.top.forEach((tops, loop) => {
-    const row = table.insertRow();
-    cell(row, `loop ${loop + 1}${loop + 1 === token.loops ? ' (exit)' : ''}`);
-    tops.forEach(([word, share], rank) => cell(row, `${JSON.stringify(word)} ` +
-      `${(100 * share).toFixed(1)}%`, rank === 0 && token.flips.includes(loop + 1) ? 'flip' : ''));
-  });
-  panel.append(line, table);
-}
-show(data.tokens.length - 1);
-"""
+"""What a page explains where a word is pointed at."""
+_PERCENT = "\u00a0%"  # a number and its sign stay on one line
+_WORD = re.compile(
+    r"(?<![\w-])(?:" + "|".join(sorted(TERMS, key=len, reverse=True)) + r")(?![\w-])"
+)
 
 
 def page(document: Document, figures: Mapping[str, Path]) -> str:
-    """The page's text. figures: PNG files by title."""
-    sections = [_summary(document)]
-    for title, file in figures.items():
-        content = base64.b64encode(file.read_bytes()).decode()
-        sections.append(
-            f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" '
-            f'src="data:image/png;base64,{content}">'
-        )
+    """The page's text. figures: PNG files by title; what a chart draws is drawn as SVG instead."""
+    drawn = charts(document)
+    sections = [_opening(document), _figure("What each loop brings", drawn), _by_loop(document)]
+    sections += [_figure(title, drawn) for title in list(drawn)[1:]]
+    trace = document["trace"] or document["sample"]
+    if trace:
+        sections.append(_trace(document, trace))
     sections.append(_policies(document["kv_policies"]))
-    if document["trace"]:
-        sections.append(_trace(document["trace"]))
+    for title, file in figures.items():
+        if title not in drawn:
+            content = base64.b64encode(file.read_bytes()).decode()
+            sections.append(
+                f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" '
+                f'src="data:image/png;base64,{content}">'
+            )
+    terms = "".join(f"<dt><b>{word}</b></dt><dd>{text}</dd>" for word, text in TERMS.items())
+    sections.append(f"<h2>Glossary</h2><details><summary>All terms</summary><dl>{terms}</dl>")
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>looptx: {html.escape(document['model'])}</title>"
-        f"<style>{_STYLE}</style><h1>What the loops do</h1>{''.join(sections)}</html>\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>looptx: {html.escape(str(document['facts']['name']))}</title>"
+        f"<style>{STYLE}</style><body>{''.join(sections)}</details>"
+        f"<script>{TIPS}</script>{_script(document, trace) if trace else ''}</body></html>\n"
     )
 
 
-def _summary(document: Document) -> str:
-    lines = [
-        f"Model {document['model']}, {document['tokens']:,} held-out tokens; calibrated on "
-        f"{document['tokens_to_calibrate']:,} others.",
-        *sentences(document),
-    ]
+def headline(document: Document) -> str:
+    """What a report comes to, in one sentence."""
+    choice, loops = document["choice"], document["loops"]
+    within = f"{100 * choice['target_loss_increase']:g}{_PERCENT}"
+    if choice["rule"] is None:
+        return (
+            f"On held-out text no exit keeps the loss within {within} of full depth: let every "
+            f"token run all {loops} loops."
+        )
+    if choice["loss_increase"] <= choice["target_loss_increase"]:
+        told = f"keeps the loss within {within} of full depth"
+    else:
+        told = (
+            f"raises the loss by {100 * choice['loss_increase']:.2f}{_PERCENT}, more than {within},"
+        )
+    return (
+        f"On held-out text the exit at {threshold_text(choice)} {told} with "
+        f"{choice['mean_loops']:.1f} loops a token instead of {loops}, "
+        f"{100 * (1 - choice['flops']):.0f}{_PERCENT} less computing."
+    )
+
+
+def _opening(document: Document) -> str:
+    facts = document["facts"]
+    layers = [facts[f"{part}_layers"] for part in ("prelude", "core", "coda")]
+    rows = {
+        "model": facts["name"],
+        "parameters": f"{facts['parameters']:,}",
+        "layers": f"{layers[0]} + {layers[1]} x {facts['max_loops']} loops + {layers[2]}",
+        "width": f"{facts['d_model']}, {facts['n_heads']} heads",
+        "vocabulary, context": f"{facts['vocab_size']:,} ids, {facts['max_seq_len']:,} tokens",
+        "trained on": _listed(facts.get("data")),
+        "steps": _counted(facts.get("steps")) + _counted(facts.get("tokens"), " ({} tokens)"),
+        "measured on": f"{document['tokens']:,} held-out tokens",
+    }
+    boxes = "".join(
+        f"<div><dt>{name}</dt><dd>{html.escape(str(value))}</dd></div>"
+        for name, value in rows.items()
+        if value
+    )
+    told = "".join(f"<p>{_explained(line)}</p>" for line in sentences(document))
+    return (
+        f'<p class="source">looptx inspect-loops, {html.escape(document["model"])}</p>'
+        f'<h1>{_explained(headline(document))}</h1><dl class="facts">{boxes}</dl>{told}'
+        f"<p>Thresholds and calibration come from {document['tokens_to_calibrate']:,} other "
+        "tokens.</p>"
+    )
+
+
+def _listed(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
+
+
+def _counted(value: object, form: str = "{}") -> str:
+    return form.format(f"{value:,}") if isinstance(value, int | float) else ""
+
+
+def _explained(text: str) -> str:
+    """Escaped, with the first place of each term explained."""
+    seen: set[str] = set()
+
+    def explain(found: re.Match[str]) -> str:
+        word = found[0]
+        if word in seen:
+            return word
+        seen.add(word)
+        return f'<dfn tabindex="0" data-tip="{html.escape(TERMS[word])}">{word}</dfn>'
+
+    return _WORD.sub(explain, html.escape(text))
+
+
+def _figure(title: str, drawn: Mapping[str, Any]) -> str:
+    name, made = drawn[title]
+    parts = "".join(svg(chart, f"{name}-{n}") for n, chart in enumerate(made))
+    return f'<section id="{name}"><h2>{title}</h2><div class="row">{parts}</div></section>'
+
+
+def _by_loop(document: Document) -> str:
     rows = [
         (loop, f"{bits:.4f}", f"{accuracy:.1%}")
         for loop, (bits, accuracy) in enumerate(
             zip(document["bits_per_byte_by_loop"], document["accuracy_by_loop"]), start=1
         )
     ]
-    told = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
-    return told + _table(("loop", "bits per byte", "accuracy"), rows)
+    return _table(("loops", "bits per byte", "accuracy"), rows)
 
 
 def sentences(document: Document) -> list[str]:
@@ -163,21 +223,36 @@ def _policies(rows: Sequence[Document]) -> str:
     return title + _table(head, body)
 
 
-def _trace(trace: Document) -> str:
-    data = json.dumps(trace, ensure_ascii=False).replace("<", "\\u003c")
+def _trace(document: Document, trace: Document) -> str:
+    whose = "" if document["trace"] else "A held-out text, as none was given. "
     return (
-        "<h2>Token by token</h2><p>Point at a token: what each loop would have said after it, and "
-        "outlined the earlier tokens that moved it. Blue left the loop early, red late.</p>"
-        f'<div id="text"></div><div id="panel"></div>'
-        f'<script type="application/json" id="trace">{data}</script><script>{_SCRIPT}</script>'
+        f"<section><h2>Token by token</h2><p>{whose}The colours tell how many loops each token "
+        "runs. Move the threshold of the exit to see who would stop when. Point at a token: what "
+        "each loop would have said after it, and outlined in red the earlier tokens that moved it."
+        '</p><div class="controls"><label>exit by <select id="rule"></select></label>'
+        '<span class="slide"><label for="threshold">fewer loops</label>'
+        '<input type="range" id="threshold" min="0" value="0" aria-label="threshold of the exit">'
+        '<span>more</span></span><button id="back">picked</button></div>'
+        '<p id="said" aria-live="polite"></p><div class="key" id="key"></div>'
+        '<div class="tokens"><div id="text"></div><div id="panel"></div></div></section>'
     )
 
 
-def _table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
-    def line(tag: str, cells: Iterable[object]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
+def _script(document: Document, trace: Document) -> str:
+    found = stops(document, trace)
+    stored = document["exit"]["rule"]
+    first = document["choice"]["rule"] or (stored if stored in found else next(iter(found)))
+    told = {"tokens": trace["tokens"], "stops": found, "first": first}
+    data = json.dumps(told, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json" id="trace">{data}</script><script>{TOKENS}</script>'
 
-    return f"<table>{line('th', head)}{''.join(line('td', row) for row in rows)}</table>"
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    def line(cells: Iterable[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line((html.escape(str(cell)) for cell in row), "td") for row in rows)
+    return f'<div class="wide"><table>{line(map(_explained, head), "th")}{body}</table></div>'
 
 
 def _number(value: float | None) -> str:

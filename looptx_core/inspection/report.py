@@ -19,7 +19,6 @@ from looptx_core.config.inspection import InspectConfig
 from looptx_core.data.batches import held_out, text_windows
 from looptx_core.data.probes import probe_batches, read_probes
 from looptx_core.data.shards import Shards, open_shards
-from looptx_core.data.tokenizer import end_id
 from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine
 from looptx_core.inspection.frontier import (
@@ -31,9 +30,17 @@ from looptx_core.inspection.frontier import (
 )
 from looptx_core.inspection.media import inspect_media
 from looptx_core.inspection.survey import Survey, survey_lines, two_surveys
+from looptx_core.inspection.texts import (
+    PROMPT,
+    TEXT_TOKENS,
+    asked_text,
+    held_out_pieces,
+    sample,
+)
 from looptx_core.inspection.trace import trace_text
-from looptx_core.media import MEDIA
+from looptx_core.media.registry import MEDIA
 from looptx_core.model.cache import POLICIES
+from looptx_core.stopping.rule import Exit
 from looptx_core.training import metrics
 from looptx_core.training.calibration import calibrate
 from looptx_core.training.evaluate import evaluate_loops
@@ -41,8 +48,6 @@ from looptx_core.training.evaluate import evaluate_loops
 SCHEMA_VERSION = 1
 SHOWN_INCREASE = 0.005
 """The rise of the loss at which rules are compared where none is asked for."""
-_DECODED_TEXT = 128  # tokens of one text, prompt included
-_PROMPT = 16
 _LEVEL = 1e-3  # a share of the loss, below which what is smaller or simpler is worth more
 _POINTS = 5e-3  # of the accuracy, the same
 _NEXT = 0.1  # of a loop, which deciding when to stop may cost
@@ -66,13 +71,13 @@ def inspect_loops(
     loops = config.max_loops or model.config.max_loops
     if config.seq_len > model.config.max_seq_len:
         raise UsageError(
-            f"--seq-len {config.seq_len}: the model's context holds {model.config.max_seq_len}"
+            f"`seq_len` {config.seq_len}: the model's context holds {model.config.max_seq_len}"
         )
     shards = open_shards(data)
     _, val = text_windows(data, shards, config.seq_len)
     count = min(len(val), config.val_batches * config.batch_size)
     if count < 2:
-        raise UsageError(f"{data}: one held-out sequence is too few; pass a smaller --seq-len")
+        raise UsageError(f"{data}: one held-out sequence is too few; pass a smaller `seq_len`")
     report("measuring every loop")
     fit, shown = two_surveys(model, held_out(val, count, config.batch_size), loops)
     settings = calibrate(stored, fit.evaluation)
@@ -86,6 +91,7 @@ def inspect_loops(
     document: Document = {
         "schema_version": SCHEMA_VERSION,
         "model": str(loaded.folder),
+        "facts": _facts(loaded),
         "data": str(data),
         "tokens": shown.evaluation.tokens,
         "tokens_to_calibrate": fit.evaluation.tokens,
@@ -94,10 +100,12 @@ def inspect_loops(
         **_confidence(shown, stored, settings),
         "frontier": [asdict(point) for point in frontier(shown, settings, model.config, context)],
         "choice": _chosen(shown, settings, choice, increase, model.config, context),
+        "exit": Exit(min(settings.min_loops, loops), loops, settings, settings.rule).describe(),
         "tasks": _tasks(loaded, data, shards, settings, loops),
         "kv_policies": [],
         "as_good": None,
         "trace": None,
+        "sample": None,
         **{medium.plural: [] for medium in MEDIA.values()},
     }
     if config.decode_tokens:
@@ -113,10 +121,11 @@ def inspect_loops(
         if choice is not None and config.allowed_increase is not None:
             settings = replace(settings, kv_policy=_policy(found))
         document["as_good"] = _as_good(found, settings.kv_policy, document["tasks"])
-    if config.text is not None or config.prompt is not None:
-        report("tracing")
-        tokens = _text(loaded, settings, config)
-        document["trace"] = trace_text(
+    asked = config.text is not None or config.prompt is not None
+    tokens = asked_text(loaded, settings, config) if asked else sample(loaded, shards)
+    if tokens:
+        report("tracing a text" if asked else "tracing a held-out text")
+        document["trace" if asked else "sample"] = trace_text(
             model, loaded.tokenizer, tokens, settings, loops, config.seed
         )
     if config.media:
@@ -127,16 +136,34 @@ def inspect_loops(
 
 def write_report(document: Document, folder: Path) -> None:
     """report.json, the figures, and report.html with all of it inside, whole or not at all."""
-    from looptx_core.inspection.figures import draw
+    from looptx_core.inspection.figures import plot_figures
     from looptx_core.inspection.page import page
 
     def write(place: Path) -> None:
         marked = {**document, "command": "inspect-loops"}
         (place / "report.json").write_text(json.dumps(marked, indent=1) + "\n", "utf-8")
-        figures = draw(document, place)
+        figures = plot_figures(document, place)
         (place / "report.html").write_text(page(document, figures), "utf-8")
 
     write_folder(folder, write)
+
+
+def _facts(loaded: LoadedModel) -> Document:
+    """What a reader should know of the model, from its folder."""
+    config, facts = loaded.config, loaded.facts
+    return {
+        "name": loaded.name,
+        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        "prelude_layers": config.prelude_layers,
+        "core_layers": config.core_layers,
+        "coda_layers": config.coda_layers,
+        "max_loops": config.max_loops,
+        "d_model": config.d_model,
+        "n_heads": config.n_heads,
+        "vocab_size": config.vocab_size,
+        "max_seq_len": config.max_seq_len,
+        **{key: facts[key] for key in ("data", "steps", "tokens") if key in facts},
+    }
 
 
 def _by_loop(survey: Survey, tokens_per_byte: float) -> Document:
@@ -164,7 +191,7 @@ def _confidence(survey: Survey, stored: ExitSettings, settings: ExitSettings) ->
     `before`: as the head says it. `head`: calibrated on the other half, which the exit rests on.
     Without a suffix: as it is stated with a token, which reads the logits too.
     """
-    raw, told = survey.evaluation.logit.sigmoid(), survey.stated(settings)
+    raw, told = survey.evaluation.logit.sigmoid(), survey.reported_confidence(settings)
     signals = survey.signals(settings)
     head, sharp = signals["confidence"], signals["maxprob"]
     place = rule_depths(survey, settings)[None] - 1
@@ -278,19 +305,19 @@ def _policies(
     """
     model, deepest = loaded.model, loaded.model.config.max_loops
     engine = Engine(model, loaded.tokenizer, settings)
-    texts = _pieces(shards, tokens, min(_DECODED_TEXT, model.config.max_seq_len))
+    texts = held_out_pieces(shards, tokens, min(TEXT_TOKENS, model.config.max_seq_len))
     if not texts:
         return []
     seen = [evaluate_loops(model, text[None], deepest) for text in texts]
 
     def decode(policy: str, depth: int | None) -> Document:
         options = GenerationOptions(loops=depth or "auto", prompt_loops=deepest, kv_policy=policy)
-        engine.score_forced(texts[0][None], _PROMPT, options)  # graphs are recorded at first use
-        walked = [engine.score_forced(text[None], _PROMPT, options) for text in texts]
+        engine.score_forced(texts[0][None], PROMPT, options)  # graphs are recorded at first use
+        walked = [engine.score_forced(text[None], PROMPT, options) for text in texts]
         losses, hits = (torch.cat([part[0] for part in w]) for w in zip(*(w[:2] for w in walked)))
 
         def exact(by_loop: Sequence[Tensor]) -> float:
-            parts = (values[:, _PROMPT - 1 :].gather(0, w.loops - 1)
+            parts = (values[:, PROMPT - 1 :].gather(0, w.loops - 1)
                      for values, w in zip(by_loop, walked))  # fmt: skip
             return _mean(torch.cat([part[0] for part in parts]))
 
@@ -340,43 +367,6 @@ def _as_good(found: list[Document], policy: str, tasks: list[Document]) -> Docum
         for task in tasks
     )
     return simple if answers and simple["loss"] <= own["loss"] * (1 + _LEVEL) else None
-
-
-def _pieces(shards: Shards, wanted: int, length: int) -> list[Tensor]:
-    """Pieces of held-out documents, spread over the split, with about so many tokens after their
-    prompts; each (length,) or, where a document ends, shorter."""
-    if length <= _PROMPT + 1:
-        return []
-    end = end_id(shards.tokenizer)
-    tokens = shards.tokens("val")
-    stream = torch.from_numpy(tokens.read(0, len(tokens)))
-    starts = torch.cat([torch.zeros(1, dtype=torch.long), (stream == end).nonzero()[:, 0] + 1])
-    found: dict[int, Tensor] = {}
-    places = torch.linspace(0, len(stream) - 1, max(4, 4 * wanted // (length - _PROMPT)))
-    for place in places.long().tolist():
-        document = int(torch.searchsorted(starts, place, right=True)) - 1
-        begin = int(starts[document])
-        begin += (place - begin) // length * length
-        stop = int(starts[document + 1]) if document + 1 < len(starts) else len(stream)
-        text = stream[begin : min(begin + length, stop)]
-        if len(text) > _PROMPT + 1:  # the first of them is the prompt's
-            found.setdefault(begin, text)
-    there = sum(len(text) - _PROMPT for text in found.values())
-    return list(found.values())[:: max(1, math.ceil(there / wanted))]
-
-
-def _text(loaded: LoadedModel, settings: ExitSettings, config: InspectConfig) -> list[int]:
-    """The tokens to trace, a prompt with its greedy continuation."""
-    text = config.text if config.text is not None else config.prompt
-    assert text is not None
-    tokens = loaded.tokenizer.encode(text, add_special_tokens=False).ids
-    if config.prompt is not None:
-        options = GenerationOptions(temperature=0, max_new_tokens=config.max_new_tokens)
-        engine = Engine(loaded.model, loaded.tokenizer, settings)
-        tokens = tokens + [step.id for step in engine.generate([tokens], options)]
-    if len(tokens) < 2:
-        raise UsageError("--text: has fewer than two tokens; give a longer one")
-    return tokens[: loaded.model.config.max_seq_len]
 
 
 def _mean(values: Tensor) -> float:

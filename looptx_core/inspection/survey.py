@@ -41,7 +41,7 @@ class Survey:
     def loops(self) -> int:
         return len(self.loss)
 
-    def stated(self, settings: ExitSettings) -> Tensor:
+    def reported_confidence(self, settings: ExitSettings) -> Tensor:
         """The confidence told with a token that stops there, (loops, tokens)."""
         return reported_confidence(self.evaluation.logit, self.evaluation.sharp, settings)
 
@@ -100,11 +100,11 @@ def two_surveys(
             if len(half["tokens"]):
                 documents = half.get("documents")
                 part.append(survey_lines(model, half["tokens"], loops, documents=documents))
-    fit, report = (together(part) for part in parts)
+    fit, report = (merge_surveys(part) for part in parts)
     return fit, report
 
 
-def together(parts: list[Survey]) -> Survey:
+def merge_surveys(parts: list[Survey]) -> Survey:
     """One survey of all their tokens."""
     total = parts[0].evaluation
     for part in parts[1:]:

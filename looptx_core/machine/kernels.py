@@ -6,16 +6,15 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
-import tempfile
 import threading
 from pathlib import Path
 
 from looptx_core.errors import MissingError
 from looptx_core.machine.compiler import compiler_words
+from looptx_core.machine.scratch import is_ours, scratch_folder, user_cache
 
 _BUILDING = threading.Lock()
 _FLAGS = (
@@ -47,7 +46,7 @@ def build_ahead(source: Path, *more: str) -> bool:
         with contextlib.suppress(MissingError):  # who needs it will be told
             build(source, *more)
 
-    if library_path(source, *more).exists():
+    if _is_sound(library_path(source, *more)):
         return False
     threading.Thread(target=quietly, daemon=True).start()
     return True
@@ -57,8 +56,19 @@ def library_path(source: Path, *more: str) -> Path:
     """Where the library of this file, these flags, this compiler and processor stands."""
     recipe = "\0".join((source.read_text("utf-8"), *compiler_words(), *_FLAGS, *more, _processor()))
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:16]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "looptx" / f"{source.stem}-{digest}.so"
+    return user_cache() / f"{source.stem}-{digest}.so"
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether a kept library is whole and nobody else's: it is run as soon as it is loaded."""
+    try:
+        wanted = path.with_suffix(".sha256").read_text("ascii").strip()
+        if not (is_ours(path) and is_ours(path.parent)):
+            return False
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == wanted
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def build(source: Path, *more: str) -> Path:
@@ -66,16 +76,24 @@ def build(source: Path, *more: str) -> Path:
     words, path = compiler_words(), library_path(source, *more)
     try:
         with _BUILDING:
-            if path.exists():
+            if _is_sound(path):
                 return path
             if not words or shutil.which(words[0]) is None:
                 raise MissingError(f"no C++ compiler ({' '.join(words) or '$CXX is empty'})")
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not is_ours(path.parent):
+                path.parent.chmod(0o700)  # refused where it is another user's
             # Others may build the same: each in a folder of its own, and a rename is atomic.
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                made = Path(folder) / path.name
+            with scratch_folder(path.parent) as folder:
+                made = folder / path.name
                 command = [*words, *_FLAGS, *more, str(source), "-o", str(made)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
+                made.chmod(0o700)
+                with made.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                told = made.with_suffix(".sha256")
+                told.write_text(digest + "\n", "ascii")
+                told.replace(path.with_suffix(".sha256"))
                 made.replace(path)
         return path
     except subprocess.CalledProcessError as error:

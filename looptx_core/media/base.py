@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor, nn
 
     from looptx_core.config.model import ModelConfig
@@ -127,13 +126,14 @@ class Medium:
         source: Source,
         config: ModelConfig,
         where: str | None = None,
-        augment: np.random.Generator | None = None,
+        augment: Any = None,
     ) -> MediaItem:
         """Decode one item within limits that no small file can break.
 
         Args:
             where: what errors call it; absent: its path.
-            augment: draws changes of the item, for training; None changes nothing.
+            augment: a `numpy.random.Generator` that draws changes of the item, for training; None
+                changes nothing.
         Raises:
             DataError: unreadable, damaged or too large.
         """
@@ -171,6 +171,10 @@ class Medium:
     def encoder(self, config: ModelConfig) -> nn.Module | None:
         """A module from a `MediaBatch` to (tokens of all items, d_model); None: nothing is read."""
         return None
+
+    def layers(self, config: ModelConfig) -> int:
+        """The encoder's layers, each with tensors of its own."""
+        return 0
 
     def head(self, config: ModelConfig) -> nn.Module | None:
         """A module for the medium's own objective; None: there is none."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.model import ModelConfig
-from looptx_core.media import MEDIA, Grid, Medium, media_for
+from looptx_core.media.base import Grid, Medium
+from looptx_core.media.registry import MEDIA, media_for
 
 _PREFIX = "media."
 

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looptx_core.errors import MissingError, UsageError
-from looptx_core.model.fused import causal_attention, ready
+from looptx_core.model.fused import can_use_fused, causal_attention
 
 
 @dataclass(frozen=True)
-class Packed:
+class VarlenBatch:
     """Documents that follow each other in a batch's rows, for back ends that need no mask.
 
     documents: (rows, length), numbers; a token attends to those of its own document, up to itself.
@@ -34,13 +34,13 @@ class Packed:
     """How many documents stand in each row and those above it."""
 
     @staticmethod
-    def of(documents: Tensor) -> Packed:
+    def of(documents: Tensor) -> VarlenBatch:
         """From the documents' numbers, (rows, length)."""
         new = torch.ones_like(documents, dtype=torch.bool)
         new[:, 1:] = documents[:, 1:] != documents[:, :-1]
         starts = F.pad(new.flatten().nonzero().flatten(), (0, 1), value=documents.numel())
         counts = tuple(new.sum(1).cumsum(0).tolist())
-        return Packed(documents, starts.to(torch.int32), documents.shape[1], counts)
+        return VarlenBatch(documents, starts.to(torch.int32), documents.shape[1], counts)
 
     @cached_property
     def first(self) -> Tensor:
@@ -50,11 +50,13 @@ class Packed:
         marks[flat] = flat % self.documents.shape[1]
         return marks.view_as(self.documents).cummax(1).values.to(torch.int32)
 
-    def __getitem__(self, rows: Tensor | slice) -> Packed:
+    def __getitem__(self, rows: Tensor | slice) -> VarlenBatch:
         if isinstance(rows, slice) and not rows.start and rows.step is None and rows.stop:
             counts = self.counts[rows]  # the first rows: without a look at the device
-            return Packed(self.documents[rows], self.starts[: counts[-1] + 1], self.length, counts)
-        return Packed.of(self.documents[rows])
+            return VarlenBatch(
+                self.documents[rows], self.starts[: counts[-1] + 1], self.length, counts
+            )
+        return VarlenBatch.of(self.documents[rows])
 
     def mask(self) -> Tensor:
         """The same as a mask, (rows, 1, length, length)."""
@@ -70,21 +72,23 @@ def within_documents(documents: Tensor) -> Tensor:
     return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | Packed | None"], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | VarlenBatch | None"], Tensor]
 """(queries, keys, values, mask) -> output.
 
 queries (batch, heads, new, head_dim); keys and values (batch, kv_heads, seen, head_dim);
 mask (batch or 1, 1, new, seen), True where a query may look, or None: causal when new > 1,
-everything when new == 1; or documents, to a back end that says so by `packs`. The output has the
-queries' shape.
+everything when new == 1; or documents, to a back end that says so by `takes_varlen`. The output
+has the queries' shape.
 """
 
 
-def sdpa(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Packed | None) -> Tensor:
+def sdpa(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | VarlenBatch | None
+) -> Tensor:
     """torch's fused attention; runs everywhere, in training on a CPU by a kernel of our own."""
-    if _trains(queries, keys, values) and (isinstance(mask, Packed) or mask is None):
+    if _trains(queries, keys, values) and (isinstance(mask, VarlenBatch) or mask is None):
         return causal_attention(queries, keys, values, None if mask is None else mask.first)
-    mask = mask.mask() if isinstance(mask, Packed) else mask
+    mask = mask.mask() if isinstance(mask, VarlenBatch) else mask
     batch, heads, new, width = queries.shape
     if new == 1 and keys.shape[1] != heads:
         # A single token's query heads of one key head do as well for rows of a sequence.
@@ -104,16 +108,19 @@ def sdpa(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Packed | 
 def _trains(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether the kernel takes these; its threads share out rows and key heads."""
     return (
-        ready(queries, keys, values, operation="attention")
+        can_use_fused(queries, keys, values, operation="attention")
         and queries.shape[2] == keys.shape[2] > 1
         and keys.shape[0] * keys.shape[1] >= torch.get_num_threads()
     )
 
 
 def takes_documents(attend: Attend, like: Tensor) -> bool:
-    """Whether a back end does better with `Packed` than with its mask. like: a tensor to attend."""
+    """Whether a back end does better with a `VarlenBatch` than with its mask.
+
+    like: a tensor to attend.
+    """
     return getattr(attend, "packs", False) or (
-        attend is sdpa and ready(like, operation="attention")
+        attend is sdpa and can_use_fused(like, operation="attention")
     )
 
 
@@ -128,15 +135,15 @@ class Flash:
     Plain causal attention is SDPA's, which runs the same kernels; masks and float32 are, too.
     """
 
-    packs = True
+    takes_varlen = True
 
     def __init__(self, varlen: Varlen) -> None:
         self.varlen = varlen
 
     def __call__(
-        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Packed | None
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | VarlenBatch | None
     ) -> Tensor:
-        if not isinstance(mask, Packed) or values.dtype not in _HALVES:
+        if not isinstance(mask, VarlenBatch) or values.dtype not in _HALVES:
             return sdpa(queries, keys, values, mask)
         rows, _, length, _ = queries.shape
         # Under autocast a norm leaves queries and keys in float32.
@@ -204,9 +211,9 @@ FLASH_KINDS = (
 """The newest first."""
 
 
-def attention_weights(queries: Tensor, keys: Tensor, mask: Tensor | Packed | None) -> Tensor:
+def attention_weights(queries: Tensor, keys: Tensor, mask: Tensor | VarlenBatch | None) -> Tensor:
     """The attention's probabilities, (batch, heads, new, seen), by the explicit formula."""
-    mask = mask.mask() if isinstance(mask, Packed) else mask
+    mask = mask.mask() if isinstance(mask, VarlenBatch) else mask
     _, heads, new, width = queries.shape
     keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)
     scores = queries @ keys.transpose(-1, -2) / math.sqrt(width)
@@ -217,7 +224,9 @@ def attention_weights(queries: Tensor, keys: Tensor, mask: Tensor | Packed | Non
     return scores.softmax(dim=-1)
 
 
-def explicit(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Packed | None) -> Tensor:
+def explicit(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | VarlenBatch | None
+) -> Tensor:
     """Attention as the textbook writes it, the reference for the others."""
     return _weighed(attention_weights(queries, keys, mask), values)
 
@@ -236,7 +245,9 @@ class Recording:
     def __init__(self) -> None:
         self.weights: list[Tensor] = []
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Packed | None) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | VarlenBatch | None
+    ) -> Tensor:
         self.weights.append(attention_weights(q, k, mask))
         return _weighed(self.weights[-1], v)
 
@@ -260,7 +271,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backe
     if name == "explicit":
         return Backend("explicit", explicit, "asked for")
     if name not in ("auto", "flash"):
-        raise UsageError(f"--attention {name}: not one of auto, sdpa, flash, explicit")
+        raise UsageError(f"`attention` {name}: not one of auto, sdpa, flash, explicit")
     obstacle = _why_no_flash(device, dtype)
     if obstacle is None:
         chosen = choose_flash(torch.cuda.get_device_capability(device)[0], device, dtype)
@@ -268,7 +279,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backe
             return chosen
         obstacle = chosen
     if name == "flash":
-        raise MissingError(f"--attention flash: {obstacle}")
+        raise MissingError(f"`attention` flash: {obstacle}")
     return Backend("sdpa", sdpa, f"no flash-attn: {obstacle}")
 
 
@@ -317,7 +328,7 @@ def trial_error(attend: Attend, device: torch.device, dtype: torch.dtype) -> flo
     found = []
     for function, kind in ((attend, dtype), (explicit, torch.float32)):
         inputs = [x.detach().to(kind).requires_grad_() for x in plain]
-        packed = Packed.of(documents)
+        packed = VarlenBatch.of(documents)
         mask = packed if function is attend else packed.mask()
         out = function(inputs[0], inputs[1], inputs[2], mask)
         gradients = torch.autograd.grad(out.float().square().sum(), inputs)
@@ -344,5 +355,5 @@ def _why_no_flash(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"it needs a CUDA GPU and the model is on {device.type}"
     if dtype not in _HALVES:
-        return f"it needs bfloat16 or float16, not {dtype}; pass --precision bf16"
+        return f"it needs bfloat16 or float16, not {dtype}; pass `precision` bf16"
     return None

@@ -8,7 +8,7 @@
   and values do, take that norm for theirs.
 
 `BitLinear` trains latent float weights with gradients straight through the rounding.
-`PackedBitLinear` holds four ternary weights in a byte, and multiplies in whole numbers.
+`TernaryLinear` holds four ternary weights in a byte, and multiplies in whole numbers.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class BitLinear(nn.Linear):
         return x + error
 
 
-class PackedBitLinear(nn.Module):
+class TernaryLinear(nn.Module):
     """`BitLinear` to run: `packed`, (out, ceil(in / 4)) uint8, and `scale`, a scalar.
 
     For products each weight takes a byte, made at the first use; no float weights are ever made
@@ -103,7 +103,7 @@ class PackedBitLinear(nn.Module):
             self._product = IntegerProduct([self])
         return self._product(x)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedBitLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TernaryLinear:
         self._product = None
         return super()._apply(fn, recurse)
 
@@ -114,7 +114,7 @@ class PackedBitLinear(nn.Module):
 class IntegerProduct:
     """The product of int8 activations with the ternary rows of layers that read one input."""
 
-    def __init__(self, layers: Sequence[PackedBitLinear]) -> None:
+    def __init__(self, layers: Sequence[TernaryLinear]) -> None:
         with torch.inference_mode(False):
             parts = [unpack(layer.packed, layer.in_features) for layer in layers]
             scales = [layer.scale.expand(layer.out_features) for layer in layers]

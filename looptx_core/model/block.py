@@ -11,25 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
-from looptx_core.model.attention import Attend, Packed, sdpa
-from looptx_core.model.bitnet import BitLinear, IntegerProduct, PackedBitLinear
+from looptx_core.model.attention import Attend, VarlenBatch, sdpa
+from looptx_core.model.bitnet import BitLinear, IntegerProduct, TernaryLinear
 from looptx_core.model.cache import CacheView, LayerView
-from looptx_core.model.fused import gelu_gate, products, ready
+from looptx_core.model.fused import can_use_fused, gelu_gate, multi_linear
 from looptx_core.model.norm import HeadNorm, RMSNorm
 from looptx_core.model.rope import Rotary, Rotate
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class ForwardContext:
     """What every block of one forward pass shares, beside the state itself."""
 
     rotary: Rotary
-    mask: Tensor | Packed | None = None
+    mask: Tensor | VarlenBatch | None = None
     attend: Attend = sdpa
     view: CacheView | None = None
     """Where in a cache these tokens stand; None without one."""
 
-    def rows(self, index: Tensor | slice) -> Surroundings:
+    def rows(self, index: Tensor | slice) -> ForwardContext:
         """The same for some of the batch's rows; index is a slice or (rows,). Without a cache."""
 
         def pick(x: Tensor) -> Tensor:
@@ -38,42 +38,42 @@ class Surroundings:
         cos, sin = self.rotary
         mask = self.mask
         if mask is not None:
-            mask = mask[index] if isinstance(mask, Packed) else pick(mask)
-        return Surroundings((pick(cos), pick(sin)), mask, self.attend)
+            mask = mask[index] if isinstance(mask, VarlenBatch) else pick(mask)
+        return ForwardContext((pick(cos), pick(sin)), mask, self.attend)
 
 
-class SideBySide(nn.Module):
-    """A module whose linear layers `beside` read the same input.
+class FusedProjection(nn.Module):
+    """A module whose linear layers `fused_layers` read the same input.
 
     They stay apart in training, as the backward of a split copies its parts, and under their
     usual names; `join` lays their weights in one matrix, for one product where no gradient is
     asked for.
     """
 
-    beside: tuple[str, ...]
-    _joined: Callable[[Tensor], Tensor] | None = None
+    fused_layers: tuple[str, ...]
+    _fused: Callable[[Tensor], Tensor] | None = None
 
     def project(self, x: Tensor) -> Sequence[Tensor]:
         """Each layer's output."""
-        if self._joined is None or torch.is_grad_enabled():
-            layers = [self.get_submodule(name) for name in self.beside]
+        if self._fused is None or torch.is_grad_enabled():
+            layers = [self.get_submodule(name) for name in self.fused_layers]
             if all(type(layer) is nn.Linear for layer in layers):
-                if ready(x, operation="products") and not any(map(_hooked, layers)):
-                    return products(x, *map(_weight, layers))
+                if can_use_fused(x, operation="products") and not any(map(_hooked, layers)):
+                    return multi_linear(x, *map(_weight, layers))
                 if torch.is_autocast_enabled(x.device.type):
                     x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not for each of them
             return [layer(x) for layer in layers]
-        return self._joined(x).split(self._widths, dim=-1)
+        return self._fused(x).split(self._widths, dim=-1)
 
     @torch.no_grad()
-    def join(self) -> None:
+    def fuse_projections(self) -> None:
         """The weights become rows of one matrix; values, names and memory stay the same."""
-        layers = [self.get_submodule(name) for name in self.beside]
-        packed = [layer for layer in layers if type(layer) is PackedBitLinear]
+        layers = [self.get_submodule(name) for name in self.fused_layers]
+        packed = [layer for layer in layers if type(layer) is TernaryLinear]
         weights = [layer.weight for layer in layers if type(layer) is nn.Linear]
         if len(packed) == len(layers):
             self._widths = [layer.out_features for layer in packed]
-            self._joined = IntegerProduct(packed)
+            self._fused = IntegerProduct(packed)
         elif len(weights) == len(layers):  # an adapter's layer does more than a product
             self._widths = [len(weight) for weight in weights]
             if _end_to_end(weights):  # already: what others made of them stays right
@@ -83,10 +83,10 @@ class SideBySide(nn.Module):
                 joined = torch.cat(weights)
                 for weight, rows in zip(weights, joined.split(self._widths)):
                     weight.data = rows
-            self._joined = partial(F.linear, weight=joined)
+            self._fused = partial(F.linear, weight=joined)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SideBySide:
-        self._joined = None  # a move or a cast gives each weight its own memory again
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedProjection:
+        self._fused = None  # a move or a cast gives each weight its own memory again
         return super()._apply(fn, recurse)
 
 
@@ -118,13 +118,13 @@ def linear(config: ModelConfig, width: int, out: int, normed: bool = True) -> nn
     if config.linear == "float":
         return nn.Linear(width, out, bias=False)
     norm = nn.Identity() if normed else RMSNorm(width, config.norm_eps)
-    return (BitLinear if config.linear == "ternary" else PackedBitLinear)(width, out, norm)
+    return (BitLinear if config.linear == "ternary" else TernaryLinear)(width, out, norm)
 
 
-class Attention(SideBySide):
+class Attention(FusedProjection):
     """Grouped-query attention (arXiv 2305.13245) with RoPE."""
 
-    beside = ("q_proj", "k_proj", "v_proj")
+    fused_layers = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -136,32 +136,32 @@ class Attention(SideBySide):
         self.o_proj = linear(config, width, config.d_model, normed=False)
         self.q_norm, self.k_norm = _before_products(config), _before_products(config)
 
-    def forward(self, x: Tensor, around: Surroundings, memory: LayerView | None) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext, memory: LayerView | None) -> Tensor:
         batch, length, _ = x.shape
         queries, keys, values = (
             part.view(batch, length, -1, self.head_dim) for part in self.project(x)
         )
-        queries = self.q_norm(queries, around.rotary).transpose(1, 2)
-        keys = self.k_norm(keys, around.rotary).transpose(1, 2)
+        queries = self.q_norm(queries, ctx.rotary).transpose(1, 2)
+        keys = self.k_norm(keys, ctx.rotary).transpose(1, 2)
         values = values.transpose(1, 2)
-        mask = around.mask
+        mask = ctx.mask
         if memory is not None:
             keys, values, mask = memory.update(keys, values, mask)
-        out = around.attend(queries, keys, values, mask)
+        out = ctx.attend(queries, keys, values, mask)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
 
-    def entries(self, x: Tensor, around: Surroundings) -> tuple[Tensor, Tensor]:
+    def entries(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """The keys and values that `forward` writes, (batch, kv_heads, length, head_dim)."""
         keys, values = (
             layer(x).view(*x.shape[:2], -1, self.head_dim) for layer in (self.k_proj, self.v_proj)
         )
-        return self.k_norm(keys, around.rotary).transpose(1, 2), values.transpose(1, 2)
+        return self.k_norm(keys, ctx.rotary).transpose(1, 2), values.transpose(1, 2)
 
 
-class GeGLU(SideBySide):
+class GeGLU(FusedProjection):
     """down(gelu(gate(x)) * up(x)), arXiv 2002.05202; SwiGLU where the activation is silu."""
 
-    beside = ("gate_proj", "up_proj")
+    fused_layers = ("gate_proj", "up_proj")
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class GeGLU(SideBySide):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.project(x)
-        if self.activation is F.gelu and ready(gate, up, operation="gate"):
+        if self.activation is F.gelu and can_use_fused(gate, up, operation="gate"):
             return self.down_proj(gelu_gate(gate, up))
         return self.down_proj(self.activation(gate) * up)
 
@@ -189,9 +189,9 @@ class Block(nn.Module):
         self.mlp = GeGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, around: Surroundings, memory: LayerView | None = None) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext, memory: LayerView | None = None) -> Tensor:
         """x: (batch, length, d_model), and so the result. memory: what the layer remembers."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), around, memory))
+        x = x + self.dropout(self.attention(self.attention_norm(x), ctx, memory))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.model import ModelConfig
-from looptx_core.model.attention import Packed
+from looptx_core.model.attention import VarlenBatch
 from looptx_core.model.layer_state import POLICIES, Attended, KVState, LayerState, StateSpec
 
 __all__ = ["POLICIES", "CacheView", "FixedCacheView", "LayerView", "LoopCache"]
@@ -27,7 +27,7 @@ class LayerView(NamedTuple):
     view: CacheView
     loop: int | Tensor
 
-    def update(self, keys: Tensor, values: Tensor, mask: Tensor | Packed | None) -> Attended:
+    def update(self, keys: Tensor, values: Tensor, mask: Tensor | VarlenBatch | None) -> Attended:
         """Write the new entries and return what attention reads, see `LayerState.update`."""
         return self.state.update(self.view, self.loop, keys, values, mask)
 

@@ -30,7 +30,7 @@ class Confidence(NamedTuple):
     gain: Tensor
 
 
-def sharpness(log_probs: Tensor) -> Tensor:
+def top_log_odds(log_probs: Tensor) -> Tensor:
     """The log-odds of the most likely token's own probability.
 
     log_probs: (..., vocab_size), nats. Returns (...), at most about 16, as float32 tells no surer.

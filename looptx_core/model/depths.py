@@ -8,7 +8,7 @@ _SPREAD = 0.5  # sigma of the log-normal rate, Huginn's
 _TRIES = 1000  # then the least depth: so far from the mean nearly all draws would be that
 
 
-def draw_depth(rng: np.random.Generator, mean: float, low: int, high: int) -> int:
+def sample_depth(rng: np.random.Generator, mean: float, low: int, high: int) -> int:
     """One depth from low to high; truncation by rejection keeps the distribution's shape."""
     for _ in range(_TRIES):
         rate = np.exp(rng.normal(np.log(mean) - _SPREAD**2 / 2, _SPREAD))
@@ -18,7 +18,7 @@ def draw_depth(rng: np.random.Generator, mean: float, low: int, high: int) -> in
     return low
 
 
-def draw_depths(
+def sample_depths(
     rng: np.random.Generator, number: int, mean: float, low: int, high: int
 ) -> np.ndarray:
     """`number` depths of the same distribution at once, (number,)."""

@@ -53,10 +53,10 @@ def token_flops(config: ModelConfig, context: float) -> TokenFlops:
 
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of a model of this shape, tied ones once, without building its tensors."""
+    from looptx_core.model.empty_weights import init_empty_weights
     from looptx_core.model.loop import LoopedTransformer
-    from looptx_core.model.unset import unset_weights
 
     if config.linear == "packed":  # whose weights are no parameters of torch's
         config = replace(config, linear="ternary")
-    with unset_weights():
+    with init_empty_weights():
         return sum(p.numel() for p in LoopedTransformer(config).parameters())

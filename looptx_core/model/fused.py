@@ -1,10 +1,9 @@
 """What stands between a training step's matrix products on a CPU, each in one pass over memory.
 
 `fused.cpp` has the forward and backward of RMSNorm, of RMSNorm with RoPE, of GeGLU's gate, of
-causal attention and of the cross-entropy; `products` adds up gradients within torch's products. The
-modules say what is computed, and take these where `ready` says so: training has asked for the
-operation by `prepare`, and gradients of plain float32 are wanted. A gradient of a gradient is
-refused.
+causal attention and of the cross-entropy; `multi_linear` accumulates the gradient of the input
+inside the matmuls. Modules use these kernels when they are enabled (`enable_fused`) and the inputs
+are float32 CPU tensors that need gradients (`can_use_fused`). A gradient of a gradient is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _library: ctypes.CDLL | None = None
 _taken: frozenset[str] = frozenset()
 
 
-def prepare(on: bool | Collection[str] = True) -> str:
+def enable_fused(on: bool | Collection[str] = True) -> str:
     """Take the kernels from here on, or no longer; one line on which and why.
 
     on: all of `OPERATIONS` or none, or the names of some.
@@ -51,7 +50,7 @@ def is_prepared() -> bool:
     return _library is not None
 
 
-def ready(*tensors: Tensor, operation: str | None = None) -> bool:
+def can_use_fused(*tensors: Tensor, operation: str | None = None) -> bool:
     """Whether the kernels take these, for one of `OPERATIONS` or, without it, for some."""
     return (
         _library is not None
@@ -247,7 +246,7 @@ def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
     return _GeluGate.apply(gate, up)
 
 
-def products(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+def multi_linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """x (..., d_in) by each weight (d_out, d_in), as by linear layers: (..., d_out) each.
 
     What the weights pull at x is added up within their products, not after them.

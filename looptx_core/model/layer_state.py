@@ -32,7 +32,7 @@ from looptx_core.errors import UsageError
 from looptx_core.model.rounding import KINDS
 
 if TYPE_CHECKING:
-    from looptx_core.model.attention import Packed
+    from looptx_core.model.attention import VarlenBatch
     from looptx_core.model.cache import CacheView
 
 POLICIES = ("fill", "last")
@@ -65,7 +65,7 @@ class Attended(NamedTuple):
 
     keys: Tensor
     values: Tensor
-    mask: Tensor | Packed | None
+    mask: Tensor | VarlenBatch | None
 
 
 class LayerState(ABC):
@@ -86,7 +86,7 @@ class LayerState(ABC):
         loop: int | Tensor,
         keys: Tensor,
         values: Tensor,
-        mask: Tensor | Packed | None,
+        mask: Tensor | VarlenBatch | None,
     ) -> Attended:
         """Write new entries, (rows, kv_heads, new, head_dim), and return what attention reads.
 
@@ -178,7 +178,7 @@ class KVState(LayerState):
         loop: int | Tensor,
         keys: Tensor,
         values: Tensor,
-        mask: Tensor | Packed | None,
+        mask: Tensor | VarlenBatch | None,
     ) -> Attended:
         slot = self.slot(loop)
         keys = self._store(view, slot, self.keys, self.key_scales, keys)

@@ -26,19 +26,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
-from looptx_core.media import MEDIA, media_for
 from looptx_core.media.batch import Layout, Media, lay_out
+from looptx_core.media.registry import MEDIA, media_for
 from looptx_core.model.attention import (
     Attend,
-    Packed,
+    VarlenBatch,
     sdpa,
     takes_documents,
     within_documents,
 )
-from looptx_core.model.block import Block, SideBySide, Surroundings
+from looptx_core.model.block import Block, ForwardContext, FusedProjection
 from looptx_core.model.cache import CacheView, LoopCache
 from looptx_core.model.confidence import Confidence, ConfidenceHead
-from looptx_core.model.fused import cross_entropy, ready
+from looptx_core.model.fused import can_use_fused, cross_entropy
 from looptx_core.model.layer_state import KVState, LayerState, StateSpec
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_tables
@@ -63,7 +63,7 @@ class LoopOutput(NamedTuple):
     confidence: Confidence
 
 
-Step = Callable[[Tensor, Tensor, int, Surroundings], Tensor]
+Step = Callable[[Tensor, Tensor, int, ForwardContext], Tensor]
 """(state, embedding, loop, context) -> the state after that loop."""
 
 
@@ -146,13 +146,13 @@ class LoopedTransformer(nn.Module):
 
     # The moves of a forward pass. The engine and the trainer use them one by one.
 
-    def surroundings(
+    def context(
         self,
         length: int,
         view: CacheView | None = None,
         documents: Tensor | None = None,
         layout: Layout | None = None,
-    ) -> Surroundings:
+    ) -> ForwardContext:
         """Positions and mask for `length` tokens of a batch, or for a view of a cache.
 
         documents: (batch, length), numbers; a token attends within its own document only. RoPE
@@ -160,13 +160,13 @@ class LoopedTransformer(nn.Module):
         the tokens, by `lay_out`; with a cache these are its first tokens.
         """
         weight = self.norm.weight  # of the activations' type, where a quantised matrix is not
-        mask: Tensor | Packed | None = None
+        mask: Tensor | VarlenBatch | None = None
         if view is None:
             positions = torch.arange(length, device=weight.device)[None, None]
             # A batch of one document a row needs no mask, and causal attention is half the work.
             if documents is not None and bool((documents != documents[:, :1]).any()):
-                packs = layout is None and takes_documents(self.attend, weight)
-                mask = Packed.of(documents) if packs else within_documents(documents)
+                takes_varlen = layout is None and takes_documents(self.attend, weight)
+                mask = VarlenBatch.of(documents) if takes_varlen else within_documents(documents)
         else:
             positions, mask = view.positions()[None], view.mask()
         if layout is not None:
@@ -174,14 +174,14 @@ class LoopedTransformer(nn.Module):
             if view is not None:
                 view.set_positions(layout.ends)
             if layout.groups is not None:
-                assert not isinstance(mask, Packed)
+                assert not isinstance(mask, VarlenBatch)
                 mask = _with_groups(mask, layout.groups)
         rotary = rotary_tables(
             positions, self.config.head_dim, self.config.rope_theta, _compute_dtype(weight)
         )
-        return Surroundings(rotary, mask, self.attend, view)
+        return ForwardContext(rotary, mask, self.attend, view)
 
-    def encode(self, tokens: Tensor, around: Surroundings, media: Media | None = None) -> Tensor:
+    def embed(self, tokens: Tensor, ctx: ForwardContext, media: Media | None = None) -> Tensor:
         """tokens (batch, length) -> the prelude's output (batch, length, d_model).
 
         Encoded items of media take the places of their placeholder tokens, in their order.
@@ -191,13 +191,13 @@ class LoopedTransformer(nn.Module):
             read = self.encoders()[name](batch)
             places = tokens == MEDIA[name].token(self.config)
             x = x.masked_scatter(places[..., None], read.to(x.dtype))
-        view = around.view
+        view = ctx.view
         for layer, block in enumerate(self.prelude):
-            x = block(x, around, view and view.prelude(layer))
+            x = block(x, ctx, view and view.prelude(layer))
         return x
 
     def step(
-        self, state: Tensor, embedding: Tensor, loop: int | Tensor, around: Surroundings
+        self, state: Tensor, embedding: Tensor, loop: int | Tensor, ctx: ForwardContext
     ) -> Tensor:
         """One iteration of the core: the state after `loop`, counted from 1.
 
@@ -207,16 +207,16 @@ class LoopedTransformer(nn.Module):
         if self.enter_loop:
             assert isinstance(loop, int), "loops with weights of their own are run one by one"
             self.enter_loop(loop)
-        x, view = self.injection(state, embedding), around.view
+        x, view = self.injection(state, embedding), ctx.view
         for layer, block in enumerate(self.core):
-            x = block(x, around, view and view.core(layer, loop))
+            x = block(x, ctx, view and view.core(layer, loop))
         return x
 
     def iterate(
         self,
         state: Tensor,
         embedding: Tensor,
-        around: Surroundings,
+        ctx: ForwardContext,
         loops: range,
         step: Step | None = None,
         running: Callable[[int], int] | None = None,
@@ -231,19 +231,19 @@ class LoopedTransformer(nn.Module):
         for loop in loops:
             if running is not None:
                 rows = slice(running(loop))
-                state, embedding, around = state[rows], embedding[rows], around.rows(rows)
-            state = step(state, embedding, loop, around)
+                state, embedding, ctx = state[rows], embedding[rows], ctx.rows(rows)
+            state = step(state, embedding, loop, ctx)
             yield loop, state
 
-    def backfill(self, state: Tensor, embedding: Tensor, loop: int, around: Surroundings) -> None:
+    def backfill(self, state: Tensor, embedding: Tensor, loop: int, ctx: ForwardContext) -> None:
         """These tokens exit after `loop`: write the keys and values that deeper, later tokens
         will attend to. Only where `LoopCache.needs_backfill` says so."""
-        assert around.view is not None
+        assert ctx.view is not None
         if self.enter_loop:
             self.enter_loop(loop + 1)
         first, x = self.core[0], self.injection(state, embedding)
         assert isinstance(first, Block)
-        around.view.backfill(loop, first.attention.entries(first.attention_norm(x), around))
+        ctx.view.backfill(loop, first.attention.entries(first.attention_norm(x), ctx))
 
     def new_layer_state(self, spec: StateSpec) -> LayerState:
         """What a layer remembers while decoding: here keys and values."""
@@ -266,17 +266,17 @@ class LoopedTransformer(nn.Module):
             new_state=self.new_layer_state,
         )
 
-    def decode(self, state: Tensor, around: Surroundings) -> Tensor:
+    def coda_hidden(self, state: Tensor, ctx: ForwardContext) -> Tensor:
         """A loop's state -> what the head reads, (batch, length, d_model)."""
-        view = around.view
+        view = ctx.view
         for layer, block in enumerate(self.coda):
-            state = block(state, around, view and view.coda(layer))
+            state = block(state, ctx, view and view.coda(layer))
         return self.norm(state)
 
     def score(self, decoded: Tensor, targets: Tensor) -> Score:
         """What the head makes of (tokens, d_model), of targets (tokens,)."""
         logits = self.head(decoded).float()
-        if ready(logits, operation="loss"):
+        if can_use_fused(logits, operation="loss"):
             return Score(*cross_entropy(logits, targets))
         losses = F.cross_entropy(logits, targets, reduction="none")
         most, top = logits.detach().max(-1)
@@ -287,13 +287,13 @@ class LoopedTransformer(nn.Module):
         self,
         tokens: Tensor,
         loops: int,
-        around: Surroundings | None = None,
+        ctx: ForwardContext | None = None,
         media: Media | None = None,
     ) -> Iterator[Tensor]:
         """The state after each of the loops 1..loops."""
-        around = around or self.surroundings(tokens.shape[1])
-        embedding = self.encode(tokens, around, media)
-        for _, state in self.iterate(embedding, embedding, around, range(1, loops + 1)):
+        ctx = ctx or self.context(tokens.shape[1])
+        embedding = self.embed(tokens, ctx, media)
+        for _, state in self.iterate(embedding, embedding, ctx, range(1, loops + 1)):
             yield state
 
     def forward(
@@ -312,11 +312,11 @@ class LoopedTransformer(nn.Module):
         assert loops >= 1, "at least one loop"
         view = None if cache is None else cache.view(tokens.shape[1])
         layout = self.layout(tokens, media)
-        around = self.surroundings(tokens.shape[1], view, layout=layout)
-        state = embedding = self.encode(tokens, around, media)
-        for _, after in self.iterate(state, embedding, around, range(1, loops + 1)):
+        ctx = self.context(tokens.shape[1], view, layout=layout)
+        state = embedding = self.embed(tokens, ctx, media)
+        for _, after in self.iterate(state, embedding, ctx, range(1, loops + 1)):
             state = after
-        logits = self.head(self.decode(state, around))
+        logits = self.head(self.coda_hidden(state, ctx))
         if view is not None:
             view.advance()
         return LoopOutput(logits, state, self.confidence(state, loops))
@@ -339,11 +339,11 @@ class LoopedTransformer(nn.Module):
         found = {m.name: self._modules.get(getattr(m, role)) for m in self.media}
         return {name: module for name, module in found.items() if module is not None}
 
-    def join(self) -> None:
+    def fuse_projections(self) -> None:
         """Make ready for decoding: projections of the same input in one product each."""
         for module in self.modules():
-            if isinstance(module, SideBySide):
-                module.join()
+            if isinstance(module, FusedProjection):
+                module.fuse_projections()
 
     def trunk_parameters(self) -> list[nn.Parameter]:
         """All parameters but the confidence head's."""

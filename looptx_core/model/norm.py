@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from looptx_core.model.fused import norm_and_rotate, ready, rms_norm
+from looptx_core.model.fused import can_use_fused, norm_and_rotate, rms_norm
 from looptx_core.model.rope import Rotary, rotate
 
 
@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        if ready(x, self.weight, operation="norm"):
+        if can_use_fused(x, self.weight, operation="norm"):
             return rms_norm(x, self.weight, self.eps)
         if x.device.type != "cpu" or x.element_size() < 4:
             # A weight of another type would take the fused kernel away, and autocast the type.
@@ -38,6 +38,6 @@ class HeadNorm(RMSNorm):
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:  # type: ignore[override]
         """x: (batch, length, heads, head_dim)."""
-        if ready(x, self.weight, *rotary, operation="norm and RoPE"):
+        if can_use_fused(x, self.weight, *rotary, operation="norm and RoPE"):
             return norm_and_rotate(x, self.weight, self.eps, *rotary)
         return rotate(super().forward(x), rotary)

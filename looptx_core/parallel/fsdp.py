@@ -15,12 +15,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from looptx_core.model.empty_weights import init_empty_weights
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.model.unset import unset_weights
-from looptx_core.parallel.ranks import EndsTogether
+from looptx_core.parallel.ranks import BarrierAtTeardown
 
 
-class FsdpStrategy(EndsTogether, ModelParallelStrategy):
+class FsdpStrategy(BarrierAtTeardown, ModelParallelStrategy):
     """Over all processes. advice: how to go on where one of them is lost."""
 
     def __init__(self, world_size: int, *, on_gpu: bool, advice: str) -> None:
@@ -67,7 +67,7 @@ class Gathered(L.Callback):
 
     def model(self, like: LoopedTransformer) -> LoopedTransformer:
         """A model that is not cut, with these weights; in the other processes without any."""
-        with unset_weights():
+        with init_empty_weights():
             plain = LoopedTransformer(like.config)
         plain.attend = like.attend
         if self.weights:

@@ -18,7 +18,7 @@ import numpy as np
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import RunConfig
 from looptx_core.machine.heap import KEPT_BLOCK
-from looptx_core.model.depths import draw_depths
+from looptx_core.model.depths import sample_depths
 from looptx_core.model.flops import parameter_count
 
 # DeepSpeed's own sizes, in elements.
@@ -40,7 +40,7 @@ Kind = Literal["none", "ddp", "zero2", "zero3", "fsdp"]
 
 
 @dataclass(frozen=True)
-class Spread:
+class ParallelLayout:
     """How a run lies over processes.
 
     kind: 'none', 'ddp', 'zero2', 'zero3' or 'fsdp'. world: processes in all; local: on one machine.
@@ -51,9 +51,9 @@ class Spread:
     local: int = 1
 
     @staticmethod
-    def of(config: RunConfig) -> Spread:
+    def of(config: RunConfig) -> ParallelLayout:
         """As the settings say."""
-        return Spread(cast(Kind, config.sharding), config.world_size, config.devices)
+        return ParallelLayout(cast(Kind, config.sharding), config.world_size, config.devices)
 
     @property
     def stage(self) -> int:
@@ -62,7 +62,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryEstimate:
     """Bytes of one process, by what they are for; each is counted where it is largest."""
 
     weights: int
@@ -210,7 +210,7 @@ def deepest_rows(model: ModelConfig, config: RunConfig, rows: int) -> list[int]:
         return [rows] * (config.loops or most)
     low = min((config.loops or 1) + (config.loop_schedule == "loss"), most)
     rng = np.random.default_rng(0)
-    depths = draw_depths(rng, 1000 * rows, config.mean_loops, low, most).reshape(1000, rows)
+    depths = sample_depths(rng, 1000 * rows, config.mean_loops, low, most).reshape(1000, rows)
     sums = depths.sum(1)
     chosen = depths[sums.argsort()[math.ceil(_RARE * 1000) - 1]]
     return [int((chosen >= loop).sum()) for loop in range(1, int(chosen.max()) + 1)]
@@ -219,11 +219,11 @@ def deepest_rows(model: ModelConfig, config: RunConfig, rows: int) -> list[int]:
 def rank_need(
     model: ModelConfig,
     config: RunConfig,
-    spread: Spread,
+    spread: ParallelLayout,
     rows: int,
     bf16: bool = False,
     heap: bool = False,
-) -> Need:
+) -> MemoryEstimate:
     """What one process holds at its peak, with nothing offloaded. heap: on the CPU."""
     counts = count(model)
     activations = count_activations(model, config, rows, bf16)
@@ -246,7 +246,7 @@ def rank_need(
         # On a CPU its pieces are large, and fresh, while activations stay with the allocator.
         overlap = max(overlap, step - (0 if heap else activations.total))
     small = 4 * max(model.d_ff, model.n_heads * model.head_dim) * model.d_model < KEPT_BLOCK
-    return Need(
+    return MemoryEstimate(
         weights=each * (share if cut else whole),
         masters=4 * share if spread.stage else 0,
         moments=moments,
@@ -267,7 +267,7 @@ def rank_need(
     )
 
 
-def _buffers(counts: Counts, spread: Spread, each: int, bf16: bool) -> int:
+def _buffers(counts: Counts, spread: ParallelLayout, each: int, bf16: bool) -> int:
     if spread.kind == "none":
         return 2 * counts.matrices if bf16 else 0
     if spread.kind == "ddp":  # gradients in buckets beside the gradients

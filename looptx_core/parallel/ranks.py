@@ -49,7 +49,7 @@ class Launcher(_SubprocessScriptLauncher):
         return function(*args, **kwargs)
 
 
-class EndsTogether:
+class BarrierAtTeardown:
     """For a Lightning strategy: its processes by `Launcher`. advice: how to go on."""
 
     advice: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from looptx_core.config.processes import RUN, is_first_here, starter
 from looptx_core.config.run import RunConfig
+from looptx_core.documents import read_json
 from looptx_core.errors import UsageError
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.parallel.ranks import EndsTogether
+from looptx_core.parallel.ranks import BarrierAtTeardown
 
 Report = Callable[[str], object]
 
@@ -41,7 +41,7 @@ class Swapped:
     read: int
 
 
-class _Ddp(EndsTogether, DDPStrategy):
+class _Ddp(BarrierAtTeardown, DDPStrategy):
     """Lightning's, which names the process that was lost."""
 
     def __init__(self, advice: str, **how: Any) -> None:
@@ -74,7 +74,7 @@ def choose_strategy(
         from looptx_core.parallel.fsdp import FsdpStrategy
 
         return FsdpStrategy(config.world_size, on_gpu=on_gpu, advice=advice)
-    place = _place(model, config, folder, bf16, report)
+    place = _offload_plan(model, config, folder, bf16, report)
     return _zero(model, config, place, folder, on_gpu, report, advice)
 
 
@@ -89,11 +89,11 @@ def check_strategy(config: RunConfig, folder: Path) -> None:
     if config.sharding not in ("zero2", "zero3"):
         return
     from looptx_core.parallel.deepspeed.library import check_version
-    from looptx_core.parallel.deepspeed.nvme import check_place
+    from looptx_core.parallel.deepspeed.nvme import check_swap_folder
 
     check_version()
     if config.offload == "nvme":
-        check_place(Path(config.nvme_path) if config.nvme_path else None, folder)
+        check_swap_folder(Path(config.nvme_path) if config.nvme_path else None, folder)
     if config.deepspeed_config:
         _own_settings({}, config.deepspeed_config)
 
@@ -103,7 +103,7 @@ def _check_world(config: RunConfig) -> None:
     count = os.environ.get({"torchrun": "WORLD_SIZE", "slurm": "SLURM_NTASKS"}.get(by, ""))
     if count is not None and int(count) != config.world_size:
         raise UsageError(
-            f"{by} started {count} processes, and --devices {config.devices} x --nodes "
+            f"{by} started {count} processes, and `devices` {config.devices} x `nodes` "
             f"{config.nodes} are {config.world_size}; make them agree"
         )
 
@@ -137,7 +137,7 @@ def _zero(
     report(f"offload: optimizer {place.optimizer}, weights {place.weights}")
     chosen = settings(
         3 if config.sharding == "zero3" else 2,
-        rows=config.rows,
+        rows=config.micro_batch_size,
         clip=config.clip,
         parameters=sum(trained),
         largest=max(
@@ -155,7 +155,7 @@ def _zero(
     return ZeroStrategy(chosen, on_gpu=on_gpu, swap=swap, advice=advice)
 
 
-def _place(
+def _offload_plan(
     model: LoopedTransformer, config: RunConfig, folder: Path, bf16: bool, report: Report
 ) -> Placement:
     """What was asked for, or by default the smallest set that makes the run fit."""
@@ -166,11 +166,14 @@ def _place(
         both = config.sharding == "zero3"
         return Placement(config.offload, config.offload if both else "none")
     machine = this_machine(config.nvme_path or folder)
-    plan = plan_offload(model.config, config, machine, rows=config.rows, bf16=bf16)
+    plan = plan_offload(model.config, config, machine, rows=config.micro_batch_size, bf16=bf16)
     for reason in plan.reasons:
         report(f"offload: {reason}")
     if not plan.fits:
-        report("offload: by this estimate the run does not fit; --dry-run shows the arithmetic")
+        report(
+            "offload: by this estimate the run does not fit; looptx train --dry-run shows "
+            "the arithmetic"
+        )
     return Placement(plan.optimizer, plan.parameters)
 
 
@@ -199,16 +202,8 @@ def _own_settings(chosen: dict[str, Any], name: str) -> dict[str, Any]:
     """DeepSpeed's settings with those of a user's file over them."""
     from looptx_core.parallel.deepspeed.settings import override
 
-    file = Path(name)
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise UsageError(f"--deepspeed-config {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"--deepspeed-config {file}: not valid JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"--deepspeed-config {file}: expected keys and values")
-    return override(chosen, found, str(file))
+    found = read_json(Path(name), mend="mend `deepspeed_config`", error=UsageError)
+    return override(chosen, found, name)
 
 
 def _processes(config: RunConfig) -> str:

@@ -19,22 +19,22 @@ def resolve_exit(settings: ExitSettings, options: GenerationOptions, config: Mod
     Raises `UsageError` for unknown names and depths below 1 or in the wrong order.
     """
     if options.prompt_loops is not None and options.prompt_loops < 1:
-        raise UsageError(f"--prompt-loops {options.prompt_loops}: a depth is at least 1")
+        raise UsageError(f"`prompt_loops` {options.prompt_loops}: a depth is at least 1")
     rule = options.exit or settings.rule
     policy = options.kv_policy or settings.kv_policy
     kind = options.kv_type or settings.kv_type
     if rule not in RULES:
-        raise UsageError(f"--exit {rule}: not one of {', '.join(EXIT_RULES)}")
+        raise UsageError(f"`exit` {rule}: not one of {', '.join(EXIT_RULES)}")
     if policy not in POLICIES:
-        raise UsageError(f"--kv-policy {policy}: not one of {', '.join(POLICIES)}")
+        raise UsageError(f"`kv_policy` {policy}: not one of {', '.join(POLICIES)}")
     if kind not in KINDS:
-        raise UsageError(f"--kv-type {kind}: not one of {', '.join(KINDS)}")
+        raise UsageError(f"`kv_type` {kind}: not one of {', '.join(KINDS)}")
     settings = replace(settings, rule=rule, kv_policy=policy, kv_type=kind)
     if options.threshold is not None:
         threshold: dict[str, Any] = {"confidence" if rule == "auto" else rule: options.threshold}
         settings = replace(settings, **threshold)
     if options.loops != "auto" and options.loops < 1:
-        raise UsageError(f"--loops {options.loops}: a depth is at least 1, or 'auto'")
+        raise UsageError(f"`loops` {options.loops}: a depth is at least 1, or 'auto'")
     if options.speculate:
         return _full_depth(settings, options, config)
     if options.loops != "auto":
@@ -43,7 +43,7 @@ def resolve_exit(settings: ExitSettings, options: GenerationOptions, config: Mod
     least = min(settings.min_loops, deepest) if options.min_loops is None else options.min_loops
     if not 1 <= least <= deepest:
         raise UsageError(
-            f"--min-loops {least} --max-loops {deepest}: need 1 <= --min-loops <= --max-loops"
+            f"`min_loops` {least} `max_loops` {deepest}: need 1 <= `min_loops` <= `max_loops`"
         )
     return Exit(least, deepest, settings, rule)
 
@@ -64,11 +64,11 @@ def _full_depth(settings: ExitSettings, options: GenerationOptions, config: Mode
     shallow = draft_loops(options, verified)
     if not 1 <= shallow < full:
         raise UsageError(
-            f"--draft-loops {shallow}: drafts of 1 to {full - 1} loops go with a depth of {full}"
+            f"`draft_loops` {shallow}: drafts of 1 to {full - 1} loops go with a depth of {full}"
         )
     if options.kv_policy not in (None, "fill"):
         raise UsageError(
-            f"--speculate with --kv-policy {options.kv_policy}: drafts would overwrite what "
-            "full depth needs; add --kv-policy fill"
+            f"`speculate` with `kv_policy` {options.kv_policy}: drafts would overwrite what "
+            "full depth needs; add `kv_policy` fill"
         )
     return replace(verified, settings=replace(settings, kv_policy="fill"))

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
+from looptx_core.checkpoint.atomic import write_file
 from looptx_core.checkpoint.metrics_log import read_metrics
 from looptx_core.errors import DataError
 from looptx_core.parallel.deepspeed import checkpoint as fragments
@@ -52,6 +54,9 @@ class JsonLines(Logger):
                 record.setdefault(f"{base}_by_loop", []).append(value)
             elif name not in ("epoch", "flops_epoch"):
                 record[name] = value
+        self._write(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
         line = json.dumps(record) + "\n"
         with self.file.open("a") as out:
             out.write(line)
@@ -63,7 +68,13 @@ class JsonLines(Logger):
         if not self.file.exists():
             return
         kept = [record for record in read_metrics(self.file) if record["step"] <= step]
-        self.file.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        write_file(self.file, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def mark_stretch(self, begin: int, end: int, lr: float) -> None:
+        """Note where a finished run goes on, once."""
+        mark = {"step": begin, "stretch": {"from": begin, "to": end, "lr": lr}}
+        if mark not in read_metrics(self.file):
+            self._write(mark)
 
 
 class Checkpoints(ModelCheckpoint):
@@ -83,8 +94,13 @@ class Checkpoints(ModelCheckpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         # Lightning would save the step of a resume again, amid the next one's micro-batches.
-        if not trainer.fit_loop._should_accumulate():
-            super().on_train_batch_end(trainer, *args, **kwargs)
+        if trainer.fit_loop._should_accumulate():
+            return
+        every = self._every_n_train_steps
+        if trainer.global_step >= trainer.max_steps:
+            self._every_n_train_steps = 1  # the last step too, for a run that is to go on
+        super().on_train_batch_end(trainer, *args, **kwargs)
+        self._every_n_train_steps = every
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -128,9 +144,10 @@ class Begin(L.Callback):
 
 
 class StopCleanly(L.Callback):
-    """Ends a run between two optimizer steps: on Ctrl-C or SIGTERM, or when its time is up.
+    """Ends a run between two optimizer steps: on Ctrl-C, SIGTERM or SIGHUP, when its time is up,
+    or when a process that reads data was killed.
 
-    After the run `reason` is None, 'interrupted' or 'time'; the state is saved either way.
+    After the run `reason` is None, 'interrupted', 'time' or 'worker'; the state is always saved.
     """
 
     def __init__(self, folder: Path, max_minutes: float | None) -> None:
@@ -143,8 +160,29 @@ class StopCleanly(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.begun = time.monotonic()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._on_signal)
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)
+                # What nohup ignores stays ignored.
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                    self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def on_exception(
+        self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """When a worker was killed, save if that was noticed between two steps, where the state
+        is whole; torch may tell in the midst of one, and then the last checkpoint counts."""
+        if not lost_worker(exception):
+            return
+        self.reason = "worker"
+        frames = traceback.extract_tb(exception.__traceback__)
+        waiting = any("dataloader" in frame.filename for frame in frames)
+        if waiting and trainer.global_step and not trainer.fit_loop._should_accumulate():
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        path = self.folder / f"step-{trainer.global_step:07d}.ckpt"
+        if not path.exists():
+            trainer.save_checkpoint(path)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.reason = "interrupted"
@@ -155,14 +193,14 @@ class StopCleanly(L.Callback):
             self.reason = "time"
         if trainer.fit_loop._should_accumulate():
             return
+        if trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True  # so that Lightning validates the last step
         device = trainer.strategy.root_device
         for reason in ("interrupted", "time"):  # of any process, so that all stop here
             if any_rank(self.reason == reason, device):
                 self.reason = reason
         if self.reason:
-            path = self.folder / f"step-{trainer.global_step:07d}.ckpt"
-            if not path.exists():
-                trainer.save_checkpoint(path)
+            self._save(trainer)
             trainer.should_stop = True
 
     def teardown(self, *_: Any, **__: Any) -> None:
@@ -171,15 +209,34 @@ class StopCleanly(L.Callback):
         self._handlers = {}
 
 
-def resume_point(folder: Path, metrics: Path, log_every: int, val_every: int) -> Path | None:
-    """The last checkpoint to go on from without a gap in the log.
+def lost_worker(error: BaseException) -> bool:
+    """Whether an error, or one that it came from, says that one of the loader's processes ended.
+
+    Torch says so when the signal arrives, in the midst of whatever runs, which may wrap the error;
+    a connection that breaks may be noticed before.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, RuntimeError) and "DataLoader worker" in str(found):
+            return True
+        frames = traceback.extract_tb(found.__traceback__)
+        broken = isinstance(found, OSError | EOFError)
+        if broken and any("multiprocessing" in frame.filename for frame in frames):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
+
+
+def resume_point(
+    folder: Path, metrics: Path, *, log_every: int, val_every: int, save_every: int, last_step: int
+) -> tuple[Path | None, bool]:
+    """The checkpoint to go on from, and whether the log has all records up to it.
 
     Lightning saves a step before it logs and validates it; a kill in between leaves a checkpoint
-    ahead of its records, and the one before it serves.
+    ahead of its records, and the one before it serves, or the start before the first one. Where
+    the log lost more than that, the newest checkpoint serves all the same.
     """
     found = sorted(folder.glob("step-*.ckpt"), reverse=True)
-    if not metrics.exists():
-        return found[0] if found else None
     trained: set[int] = set()
     validated: set[int] = set()
     for record in read_metrics(metrics):
@@ -187,9 +244,15 @@ def resume_point(folder: Path, metrics: Path, log_every: int, val_every: int) ->
     for file in found:
         step = step_of(file)
         logged = step % log_every or step in trained
-        if logged and (step % val_every or step in validated):
-            return file
-    return None
+        judged = (step % val_every and step != last_step) or step in validated
+        if logged and judged:
+            return file, True
+    if not found:
+        return None, True
+    before = range(log_every, step_of(found[-1]), log_every)
+    if step_of(found[-1]) <= save_every and trained.issuperset(before) and metrics.exists():
+        return None, True
+    return found[0], False
 
 
 def processes_of(checkpoint: Path) -> int | None:

@@ -14,23 +14,23 @@ import torch
 
 from looptx_core.model.loop import LoopedTransformer
 
-_MOVES = ("encode", "step", "decode", "score")
+_PARTS = ("embed", "step", "coda_hidden", "score")
 
 
-def compile_moves(model: LoopedTransformer, backend: str = "inductor") -> None:
+def compile_forward(model: LoopedTransformer, backend: str = "inductor") -> None:
     """From here on the model's moves are compiled, at their first use, where gradients are asked
     for."""
     # Batches with documents and without, all rows, some and one, loops with adapters of their own.
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     # Items' sizes differ from batch to batch, and each would be a graph of its own.
-    for name in _MOVES[1:] if model.encoders() else _MOVES:
+    for name in _PARTS[1:] if model.encoders() else _PARTS:
         setattr(model, name, _WhereItLearns(getattr(model, name), backend))
 
 
-def plain_moves(model: LoopedTransformer) -> None:
+def uncompile_forward(model: LoopedTransformer) -> None:
     """As they were."""
-    for name in _MOVES:
+    for name in _PARTS:
         if isinstance(vars(model).get(name), _WhereItLearns):
             delattr(model, name)
 

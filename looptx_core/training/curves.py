@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from looptx_core.documents import printable
+
 
 def verdict(loss_by_loop: list[float], noise: float = 0.001) -> str:
     """One sentence on held-out loss by loop; differences below `noise` (0.1 %) count as none."""
@@ -30,6 +32,7 @@ def plot_run(records: list[dict[str, Any]], probes: dict[str, list[float]], file
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
     from matplotlib import pyplot as plt
 
     train = [(r["step"], r["train_loss"]) for r in records if "train_loss" in r]
@@ -37,19 +40,21 @@ def plot_run(records: list[dict[str, Any]], probes: dict[str, list[float]], file
     figure, axes = plt.subplots(1, 2 + bool(probes), figsize=(5 * (2 + bool(probes)), 4))
     over, by_loop = axes[0], axes[1]
     if train:
-        over.plot(*zip(*train), color="0.7", label="training, last loop")
+        over.plot(*zip(*train), color="0.7", label="training, last loop", marker=_marker(train))
     if val:
-        steps = [step for step, *_ in val]
-        over.plot(steps, [losses[0] for *_, losses in val], label="validation, loop 1")
-        over.plot(steps, [loss for _, loss, _ in val], label=f"validation, loop {len(val[-1][2])}")
+        steps, mark = [step for step, *_ in val], _marker(val)
+        over.plot(steps, [losses[0] for *_, losses in val], label="validation, loop 1", marker=mark)
+        label = f"validation, loop {len(val[-1][2])}"
+        over.plot(steps, [loss for _, loss, _ in val], label=label, marker=mark)
         last = val[-1][2]
         by_loop.plot(range(1, len(last) + 1), last, marker="o")
     over.set(xlabel="step", ylabel="loss (nats a token)", title="Loss")
-    over.legend(frameon=False)
+    if train or val:
+        over.legend(frameon=False)
     by_loop.set(xlabel="loop", ylabel="loss (nats a token)", title="Held-out text, by loop")
     if probes:
         for name, accuracy in probes.items():
-            axes[2].plot(range(1, len(accuracy) + 1), accuracy, marker="o", label=name)
+            axes[2].plot(range(1, len(accuracy) + 1), accuracy, marker="o", label=printable(name))
         axes[2].set(xlabel="loop", ylabel="accuracy", title="Lines that need depth", ylim=(0, 1))
         axes[2].legend(frameon=False)
     for axis in axes:
@@ -59,3 +64,8 @@ def plot_run(records: list[dict[str, Any]], probes: dict[str, list[float]], file
     figure.savefig(partial, dpi=120)
     partial.replace(file)
     plt.close(figure)
+
+
+def _marker(points: list[Any]) -> str | None:
+    """A line through a single point is nothing to be seen."""
+    return "o" if len(points) == 1 else None

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looptx_core.media.batch import Media, from_entries, to_device
-from looptx_core.model.confidence import Confidence, relative_change, sharpness
+from looptx_core.model.confidence import Confidence, relative_change, top_log_odds
 from looptx_core.model.loop import LoopedTransformer
 
 Observe = Callable[[int, Tensor, Tensor, Confidence], object]
@@ -104,15 +104,15 @@ def evaluate_loops(
     inputs, targets = inputs_and_targets(tokens, targets)
     counted = torch.ones_like(targets, dtype=torch.bool) if counted is None else counted
     layout = model.layout(inputs, media)
-    around = model.surroundings(targets.shape[1], documents=documents, layout=layout)
+    ctx = model.context(targets.shape[1], documents=documents, layout=layout)
     losses, hits, norms, logits, gains, changes, sharp = [], [], [], [], [], [], []
-    before = embedding = model.encode(inputs, around, media=media)
-    for loop, state in model.iterate(embedding, embedding, around, range(1, loops + 1)):
-        predicted = model.head(model.decode(state, around)).float()
+    before = embedding = model.embed(inputs, ctx, media=media)
+    for loop, state in model.iterate(embedding, embedding, ctx, range(1, loops + 1)):
+        predicted = model.head(model.coda_hidden(state, ctx)).float()
         loss = F.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="none")
         losses.append(loss.view(targets.shape)[counted])
         hits.append((predicted.argmax(-1) == targets)[counted])
-        sharp.append(sharpness(predicted[counted].log_softmax(-1)))
+        sharp.append(top_log_odds(predicted[counted].log_softmax(-1)))
         norms.append(state.float().square().mean(-1).sqrt()[counted].double().sum())
         judged = model.confidence(state, loop)
         logits.append(judged.logit.float()[counted])

@@ -27,7 +27,7 @@ from looptx_core.config.run import RunConfig
 from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.machine.kernels import library_path
 from looptx_core.model import fused
-from looptx_core.model.attention import Packed, sdpa
+from looptx_core.model.attention import VarlenBatch, sdpa
 from looptx_core.model.block import Block
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rope import rotary_tables
@@ -65,7 +65,7 @@ def enable_kernels(
     cannot be used, `LooptxError` where it cannot be written, `UsageError` for a value of
     $LOOPTX_KERNELS that is unknown.
     """
-    said = fused.prepare(wanted)
+    said = fused.enable_fused(wanted)
     if not fused.is_prepared():
         return said
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
@@ -79,12 +79,12 @@ def enable_kernels(
     elif asked == "all":
         choice = KernelChoice(fused.OPERATIONS, {})
     else:
-        choice = choose(model, config.rows, config.seq_len)
+        choice = choose(model, config.micro_batch_size, config.seq_len)
     try:
         _write(file, choice)
     except OSError as error:
         raise LooptxError(f"cannot write {file}: {error.strerror or error}") from error
-    fused.prepare(choice.taken)
+    fused.enable_fused(choice.taken)
     return str(choice)
 
 
@@ -121,41 +121,41 @@ def measure(config: ModelConfig, rows: int, length: int) -> dict[str, tuple[floa
             best = {(): float("inf"), (name,): float("inf")}
             for number in range(_ROUNDS + 1):
                 for taken in best:
-                    fused.prepare(taken)
+                    fused.enable_fused(taken)
                     started = time.perf_counter()
                     step()
                     if number:  # the first round warms up
                         best[taken] = min(best[taken], time.perf_counter() - started)
             plain, own = (round(1e3 * seconds, 4) for seconds in best.values())
             found[name] = (plain, own)
-    fused.prepare()
+    fused.enable_fused()
     return found
 
 
 def _steps(config: ModelConfig, rows: int, length: int) -> dict[str, Callable[[], object]]:
     """A forward and backward pass of each operation, by the modules that use it."""
 
-    def draw(*shape: int) -> Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(shape, requires_grad=True)
 
     block = Block(config)
     width, heads, kv = config.head_dim, config.n_heads, config.n_kv_heads
-    x, inner = draw(rows, length, config.d_model), draw(rows, length, config.d_ff)
-    up, parts = draw(rows, length, config.d_ff), draw(rows, length, heads, width)
-    queries, keys, values = (draw(rows, n, length, width) for n in (heads, kv, kv))
+    x, inner = normal(rows, length, config.d_model), normal(rows, length, config.d_ff)
+    up, parts = normal(rows, length, config.d_ff), normal(rows, length, heads, width)
+    queries, keys, values = (normal(rows, n, length, width) for n in (heads, kv, kv))
     rotary = rotary_tables(torch.arange(length)[None, None], width, config.rope_theta, x.dtype)
-    documents = Packed.of((torch.arange(length) * 2 // length).expand(rows, -1))
-    logits = draw(rows * length, config.vocab_size)
+    documents = VarlenBatch.of((torch.arange(length) * 2 // length).expand(rows, -1))
+    logits = normal(rows * length, config.vocab_size)
     targets = torch.randint(0, config.vocab_size, (rows * length,))
     reader = cast(Any, SimpleNamespace(head=nn.Identity()))
     mask = documents.mask()  # made once for all blocks and loops
 
     def attend() -> Tensor:
-        packed = fused.ready(queries, operation="attention")
+        packed = fused.can_use_fused(queries, operation="attention")
         return sdpa(queries, keys, values, documents if packed else mask)
 
     def gate() -> Tensor:
-        own = fused.ready(inner, up, operation="gate")
+        own = fused.can_use_fused(inner, up, operation="gate")
         return fused.gelu_gate(inner, up) if own else F.gelu(inner) * up
 
     forward: dict[str, Callable[[], Tensor]] = {

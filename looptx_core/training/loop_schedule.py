@@ -23,7 +23,7 @@ from torch import Tensor
 
 from looptx_core.config.run import RunConfig
 from looptx_core.errors import UsageError
-from looptx_core.model.depths import draw_depth
+from looptx_core.model.depths import sample_depth
 
 _THRESHOLD_MEMORY = 0.9  # of the running quantile: the last ten steps, as losses fall fast
 
@@ -40,11 +40,11 @@ class LoopSchedule(torch.nn.Module):
         self.max_loops = config.max_loops or model_max_loops
         if self.max_loops > model_max_loops:
             raise UsageError(
-                f"--max-loops {self.max_loops} exceeds the model's max_loops ({model_max_loops})"
+                f"`max_loops` {self.max_loops} exceeds the model's max_loops ({model_max_loops})"
             )
         self.base = config.loops or (self.max_loops if self.kind == "fixed" else 1)
         if self.base > self.max_loops:
-            raise UsageError(f"--loops {self.base} exceeds max_loops ({self.max_loops})")
+            raise UsageError(f"`loops` {self.base} exceeds max_loops ({self.max_loops})")
         self.mean_loops = config.mean_loops
         self.by = config.deeper_by
         self.fixed_threshold = config.loss_threshold
@@ -79,7 +79,7 @@ class LoopSchedule(torch.nn.Module):
         return {"last": self.base, "pair": max(1, self.base - 1), "all": 1}[loss_at]
 
     def _depth(self, rng: np.random.Generator, low: int) -> int:
-        return draw_depth(rng, self.mean_loops, low, self.max_loops)
+        return sample_depth(rng, self.mean_loops, low, self.max_loops)
 
     def _above_threshold(self, values: Tensor) -> Tensor:
         if self.fixed_threshold is not None:

@@ -46,6 +46,7 @@ class LoopedLM(L.LightningModule):
         self.schedule = LoopSchedule(config, model.config.max_loops)
         self.evaluation: LoopEvaluation | None = None
         self.swapped: Swapped | None = None
+        self.begun_at = 0  # the step that a resumed run went on from
         self.flops: Tensor
         self.register_buffer("flops", torch.zeros((), dtype=torch.float64))
         self._parts: list[LoopEvaluation] = []
@@ -189,7 +190,7 @@ class NotFinite(LooptxError):
     def __init__(self, step: int) -> None:
         super().__init__(
             f"the loss is not finite at step {step}; checkpoints before it are kept; start "
-            "a new run with a lower --lr or another --seed"
+            "a new run with a lower `lr` or another `seed`"
         )
         self.step = step
 

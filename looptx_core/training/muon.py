@@ -36,10 +36,10 @@ class Muon(torch.optim.Muon):
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for same in by_shape.values():
-                self._step_together(same, group)
+                self._step_stacked(same, group)
         return loss
 
-    def _step_together(self, same: list[Tensor], group: dict[str, Any]) -> None:
+    def _step_stacked(self, same: list[Tensor], group: dict[str, Any]) -> None:
         momentum, lr = group["momentum"], float(group["lr"])
         updates = []
         for parameter in same:

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from looptx_core.media import MEDIA
 from looptx_core.media.batch import Media, hidden_numbers
-from looptx_core.model.block import Surroundings
+from looptx_core.media.registry import MEDIA
+from looptx_core.model.block import ForwardContext
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer, Score
 from looptx_core.training.evaluate import inputs_and_targets
@@ -56,7 +56,7 @@ class LoopLoss:
 
 
 @dataclass
-class _Readouts:
+class _ReadoutBatch:
     """States gathered for one pass through coda and head."""
 
     states: list[Tensor] = field(default_factory=list)
@@ -98,27 +98,27 @@ def loop_loss(
     inputs, wanted = inputs_and_targets(tokens, targets)
     batch, length = inputs.shape
     layout = model.layout(inputs, media)
-    around = model.surroundings(length, documents=documents, layout=layout)
+    ctx = model.context(length, documents=documents, layout=layout)
 
     run = partial(checkpoint, model.step, use_reentrant=False) if recompute else model.step
-    state = embedding = model.encode(inputs, around, media=media)
+    state = embedding = model.embed(inputs, ctx, media=media)
     # The states of the loops that every sequence runs, before depths are known.
     first_loops = range(1, schedule.base + 1 if schedule.kind == "loss" else 1)
-    before = [after for _, after in model.iterate(state, embedding, around, first_loops, run)]
+    before = [after for _, after in model.iterate(state, embedding, ctx, first_loops, run)]
     state = before[-1] if before else state
     depths = schedule.depths(
-        step, ids, lambda by: _measured(model, state, schedule.base, wanted, around, by, weights)
+        step, ids, lambda by: _measured(model, state, schedule.base, wanted, ctx, by, weights)
     )
 
     # Deepest first: the sequences still in the loop are then a prefix, and no row is gathered.
     order = depths.argsort(descending=True, stable=True)
     depths = depths[order]
     on_device = order.to(state.device)
-    state, embedding, around = state[on_device], embedding[on_device], around.rows(on_device)
+    state, embedding, ctx = state[on_device], embedding[on_device], ctx.rows(on_device)
     wanted = wanted[on_device]
     weights = None if weights is None else weights[on_device]
     before = [earlier[on_device] for earlier in before]
-    read = _Readouts()
+    read = _ReadoutBatch()
     core_rows = batch * len(before)
 
     def rows_at(loop: int) -> int:
@@ -132,7 +132,7 @@ def loop_loss(
     further = range(len(before) + 1, deepest + 1)
     states = itertools.chain(
         enumerate(before, start=1),
-        model.iterate(state, embedding, around, further, run, running),
+        model.iterate(state, embedding, ctx, further, run, running),
     )
     for loop, after in itertools.islice(states, deepest):
         state, here = after, rows_at(loop)
@@ -144,7 +144,7 @@ def loop_loss(
             "all": 0,
         }[loss_at]
         read.add(state[first:here], list(range(first, here)), loop)
-    scored = _score(model, read, wanted, weights, around)
+    scored = _score(model, read, wanted, weights, ctx)
     state = _with_what_others_use(model, state, media)
     result = _combine(model, scored, depths, loss_prior, keep_in_step=state, core_rows=core_rows)
     for name, items in (media or {}).items():
@@ -166,14 +166,14 @@ def _measured(
     state: Tensor,
     loop: int,
     targets: Tensor,
-    around: Surroundings,
+    ctx: ForwardContext,
     by: str,
     weights: Tensor | None,
 ) -> Tensor:
     """What the choice of going deeper rests on, nats a token, (batch,)."""
     if by == "gain":
         return _average(model.confidence(state, loop).gain.float(), weights, 1)
-    scored = model.score(model.decode(state, around).flatten(0, 1), targets.flatten())
+    scored = model.score(model.coda_hidden(state, ctx).flatten(0, 1), targets.flatten())
     return _average(scored.loss.view(targets.shape), weights, 1)
 
 
@@ -195,16 +195,16 @@ class _Scored:
 
 def _score(
     model: LoopedTransformer,
-    read: _Readouts,
+    read: _ReadoutBatch,
     targets: Tensor,
     weights: Tensor | None,
-    around: Surroundings,
+    ctx: ForwardContext,
 ) -> _Scored:
     states = torch.cat(read.states)
     rows = torch.tensor(read.rows, device=targets.device)
     targets = targets[rows]
     weights = None if weights is None else weights[rows]
-    decoded = model.decode(states, around.rows(rows))
+    decoded = model.coda_hidden(states, ctx.rows(rows))
     read_out, wanted, counted = decoded.flatten(0, 1), targets.flatten(), None
     if weights is not None and bool((weights == 0).any()):
         # A product with the vocabulary only where a target counts, which no placeholder does.

@@ -15,7 +15,7 @@ from looptx_core.training.hardware import choose_precision
 from looptx_core.training.muon import Muon
 
 
-class Together(torch.optim.Optimizer):
+class ChainedOptimizer(torch.optim.Optimizer):
     """Several optimizers as one, for a trainer that steps a single one.
 
     Each keeps its own parameters and state; schedulers see the groups of all.
@@ -68,7 +68,7 @@ def build_optimizer(model: LoopedTransformer, config: RunConfig) -> torch.optim.
         weight_decay=config.weight_decay,
         products=torch.bfloat16 if precision == "bf16" else torch.float32,
     )
-    return Together(muon, adamw)
+    return ChainedOptimizer(muon, adamw)
 
 
 def build_adamw(model: LoopedTransformer, config: RunConfig) -> torch.optim.AdamW:
@@ -111,8 +111,9 @@ def learning_rate_factor(config: RunConfig) -> Callable[[int], float]:
 def clip_by_part(model: LoopedTransformer, limit: float) -> torch.Tensor:
     """Clip the trunk's and the confidence head's gradients apart; return the trunk's norm.
 
-    A common norm would let the head's gradient scale the trunk's steps.
+    A common norm would let the head's gradient scale the trunk's steps. limit: 0 clips nothing.
     """
+    limit = limit or math.inf
     torch.nn.utils.clip_grad_norm_(model.confidence.parameters(), limit)
     norm = torch.nn.utils.clip_grad_norm_(model.trunk_parameters(), limit)
     # Over cut gradients it is a part of the whole until it is asked for.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,74 +14,44 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 
-from looptx_core.checkpoint.folder import save_model
-from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.processes import is_first
 from looptx_core.config.run import RunConfig, TrainConfig
 from looptx_core.data.datamodule import TokenData
-from looptx_core.data.mixture import RECORDS, TEXT, MixedData
-from looptx_core.data.probes import probe_batches, read_probes
+from looptx_core.data.mixture import MixedData
 from looptx_core.data.records import read_records
-from looptx_core.errors import Interrupted, LooptxError, UsageError
-from looptx_core.machine.device import best_device, on_best_device
+from looptx_core.errors import Interrupted, LooptxError, UsageError, remedy
+from looptx_core.machine.device import best_device
 from looptx_core.machine.heap import freed_memory_kept
-from looptx_core.media import MEDIA, media_for
+from looptx_core.media.registry import MEDIA, media_for
 from looptx_core.model import fused
 from looptx_core.model.attention import choose_backend
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.parallel.deepspeed.checkpoint import Checkpoint, sweep
+from looptx_core.parallel.deepspeed.checkpoint import Checkpoint, remove_partial
 from looptx_core.parallel.ranks import lost_peer
 from looptx_core.parallel.strategy import (
     AtTheEnd,
-    Swapped,
     check_strategy,
     choose_strategy,
     own_environment,
     shards_optimizer,
 )
-from looptx_core.training.calibration import calibrate
 from looptx_core.training.callbacks import (
     Begin,
     Checkpoints,
     JsonLines,
     StopCleanly,
     WholeFiles,
+    lost_worker,
     processes_of,
-    read_metrics,
     resume_point,
     step_of,
 )
-from looptx_core.training.compiled import compile_moves, plain_moves
-from looptx_core.training.curves import plot_run, verdict
-from looptx_core.training.evaluate import LoopEvaluation, evaluate_all, evaluate_loops
+from looptx_core.training.compiled import compile_forward, uncompile_forward
+from looptx_core.training.finish import TrainResult, finish_training
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.kernel_trial import enable_kernels
 from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
-
-
-@dataclass
-class TrainResult:
-    """What a finished run has to show."""
-
-    folder: Path
-    model_folder: Path
-    steps: int
-    seconds: float
-    tokens: int
-    loss_by_loop: list[float]
-    """Held-out nats a token."""
-    bits_per_byte_by_loop: list[float]
-    accuracy_by_loop: list[float]
-    probes: dict[str, list[float]] = field(default_factory=dict)
-    """Accuracy by loop on generated lines that need depth, by name."""
-    temperature: float = 1.0
-    flops: float = 0.0
-    verdict: str = ""
-    caption_loss_by_loop: list[float] = field(default_factory=list)
-    """Held-out nats a token of texts beside items of media."""
-    swapped: Swapped | None = None
-    """Under NVMe offload: the swap files and what was moved, in bytes."""
 
 
 def fit_vocabulary(model: ModelConfig, vocab_size: int, asked: bool) -> ModelConfig:
@@ -98,7 +66,7 @@ def fit_vocabulary(model: ModelConfig, vocab_size: int, asked: bool) -> ModelCon
     if asked and model.vocab_size != size:
         raise UsageError(
             f"model.vocab_size {model.vocab_size} is not the tokenizer's {size}; "
-            "leave it out, or tokenise again with --vocab-size"
+            "leave it out, or tokenise again by looptx tokenize --vocab-size N"
         )
     return replace(model, vocab_size=size)
 
@@ -111,6 +79,7 @@ def train(
     records: Sequence[str | Path] = (),
     folder: Path,
     resume: bool = False,
+    until: int | None = None,
     callbacks: Sequence[L.Callback] = (),
     report: Callable[[str], object] = lambda line: None,
     watch: Callable[[str], object] | None = None,
@@ -128,13 +97,13 @@ def train(
     config.check_hidden_shares(bool(records))
     if config.seq_len > model_config.max_seq_len:
         raise UsageError(
-            f"--seq-len {config.seq_len} exceeds the model's max_seq_len "
+            f"`seq_len` {config.seq_len} exceeds the model's max_seq_len "
             f"({model_config.max_seq_len}); set model.max_seq_len in the config"
         )
     how: dict[str, Any] = {
         "seq_len": config.seq_len,
-        "micro_batch": config.rows,
-        "batches": config.steps * config.accumulation,
+        "micro_batch": config.micro_batch_size,
+        "batches": (until or config.steps) * config.accumulation,
         "val_batches": config.val_batches,
         "seed": config.seed,
         "workers": config.workers,
@@ -159,12 +128,14 @@ def train(
     torch.manual_seed(config.seed)
     model = LoopedTransformer(model_config)
     module, steps = fit(
-        model, batches, config, folder=folder, command="train", resume=resume,
-        callbacks=callbacks, report=report, watch=watch,
+        model, batches, config, folder=folder, advice=resuming("train", folder), resume=resume,
+        until=until, callbacks=callbacks, report=report, watch=watch,
     )  # fmt: skip
     if not is_first():
         return None
-    return _finish(module.model, module, batches, config, data, records, folder, steps, started)
+    return finish_training(
+        module.model, module, batches, config, data, records, folder, steps, started
+    )
 
 
 def check(config: RunConfig, folder: Path) -> None:
@@ -178,14 +149,20 @@ def check(config: RunConfig, folder: Path) -> None:
     check_strategy(config, folder)
 
 
+def resuming(command: str, folder: Path) -> str:
+    """How to go on with a run that was stopped."""
+    return f"go on with looptx {command} --resume {folder}"
+
+
 def fit(
     model: LoopedTransformer,
     batches: L.LightningDataModule,
     config: RunConfig,
     *,
     folder: Path,
-    command: str,
+    advice: str,
     resume: bool = False,
+    until: int | None = None,
     callbacks: Sequence[L.Callback] = (),
     report: Callable[[str], object] = lambda line: None,
     watch: Callable[[str], object] | None = None,
@@ -196,8 +173,10 @@ def fit(
     FSDP, ends in evaluation mode on the CPU, whole in the run's first process. `loops` of its
     configuration becomes the deepest depth that was trained.
 
-    command: what `--resume` goes on with, for messages. callbacks: Lightning's, for progress
-    displays and the like. report: called with lines of one choice each ("attention: sdpa, ...").
+    advice: how to go on after a stop, for messages. until: the last step where a finished run goes
+    on beyond the steps of its settings, at its last learning rate. callbacks: Lightning's, for
+    progress displays and the like. report: called with lines of one choice each
+    ("attention: sdpa, ...").
     watch: called with each line of metrics.jsonl.
 
     Raises `Interrupted` after a Ctrl-C (saved), `NotFinite` for a loss of NaN, `DataError` for
@@ -209,6 +188,7 @@ def fit(
         log_every=min(config.log_every, config.steps),
         val_every=min(config.val_every, config.steps),
     )
+    last_step = until or config.steps
     device = best_device()
     precision, why = choose_precision(config.precision, device)
     report(f"precision: {precision}, {why}")
@@ -229,8 +209,16 @@ def fit(
     checkpoints, metrics = folder / "checkpoints", JsonLines(folder / "metrics.jsonl", watch)
     start_from = None
     if resume:
-        start_from = resume_point(checkpoints, metrics.file, config.log_every, config.val_every)
-    advice = f"go on with looptx {command} --resume {folder}"
+        start_from, logged = resume_point(
+            checkpoints,
+            metrics.file,
+            log_every=config.log_every,
+            val_every=config.val_every,
+            save_every=config.save_every,
+            last_step=last_step,
+        )
+        if not logged:
+            report(f"resumed: {metrics.file.name} lost records, so it has a gap")
     strategy = choose_strategy(
         model,
         config,
@@ -253,40 +241,48 @@ def fit(
     def begin() -> None:
         if resume:
             metrics.cut_back(begin_at)
-        sweep(checkpoints)
+        if config.steps <= begin_at < last_step:
+            metrics.mark_stretch(begin_at, last_step, config.lr * config.min_lr)
+        remove_partial(checkpoints)
 
     stop, end = StopCleanly(checkpoints, config.max_minutes), AtTheEnd(checkpoints)
     last = [gathered] if gathered else [end] if sharded else []
     every = [*callbacks, Begin(begin), stop, *last]
     with quiet_lightning(), own_environment(folder):
-        trainer = _trainer(config, folder, precision, device, strategy, every, metrics)
+        trainer = _trainer(config, last_step, folder, precision, device, strategy, every, metrics)
         if device.type == "cpu":
             wanted = precision == "float32" and not config.compile
             report(f"kernels: {enable_kernels(model.config, config, folder, wanted, resume)}")
         if config.compile:
-            compile_moves(model)
+            compile_forward(model)
         try:
             with freed_memory_kept() if device.type == "cpu" else nullcontext():
                 trainer.fit(module, datamodule=batches, ckpt_path=start_from, weights_only=True)
-        except OSError as error:
-            raise LooptxError(
-                f"cannot save to {checkpoints}: {error.strerror or error}; free some space and "
-                f"{advice}"
-            ) from error
-        except RuntimeError as error:
+        except Exception as error:
+            if stop.reason == "worker" or lost_worker(error):
+                saved = max((step_of(file) for file in checkpoints.glob("step-*.ckpt")), default=0)
+                raise Interrupted(
+                    f"a process that reads data was killed (no memory left?); saved at step "
+                    f"{saved} of {config.steps}; {advice}"
+                ) from error
+            if isinstance(error, OSError):
+                raise LooptxError(
+                    f"cannot save to {checkpoints}: {error.strerror or error}; {remedy(error)}, "
+                    f"and {advice}"
+                ) from error
             if lost_peer(error):
                 raise LooptxError(f"another process of this run is gone; {advice}") from error
             raise
         finally:
             if swap := getattr(strategy, "swap", None):
                 swap.close()
-            fused.prepare(False)
-            plain_moves(model)
+            fused.enable_fused(False)
+            uncompile_forward(model)
     if stop.reason == "interrupted":
-        left = (config.steps - trainer.global_step) * (time.monotonic() - stop.begun)
+        left = (last_step - trainer.global_step) * (time.monotonic() - stop.begun)
         left /= max(1, trainer.global_step - begin_at)
         raise Interrupted(
-            f"stopped and saved at step {trainer.global_step} of {config.steps}; {advice} "
+            f"stopped and saved at step {trainer.global_step} of {last_step}; {advice} "
             f"(about {left / 60:.1f} minutes left)"
         )
     if end.saved is not None and trainer.is_global_zero:
@@ -297,7 +293,7 @@ def fit(
         model = module.model = gathered.model(model)
     else:
         model.to(torch.device("cpu"))
-    module.swapped = end.swapped
+    module.swapped, module.begun_at = end.swapped, begin_at
     model.config = replace(model.config, loops=module.schedule.deepest)
     model.eval()
     return module, trainer.global_step
@@ -317,6 +313,7 @@ def _tell_of_other_ranks(
 
 def _trainer(
     config: RunConfig,
+    last_step: int,
     folder: Path,
     precision: str,
     device: torch.device,
@@ -330,7 +327,7 @@ def _trainer(
         num_nodes=config.nodes,
         strategy=strategy,
         precision="bf16-mixed" if precision == "bf16" else "32-true",
-        max_steps=config.steps,
+        max_steps=last_step,
         accumulate_grad_batches=config.accumulation,
         gradient_clip_val=config.clip,
         val_check_interval=config.val_every * config.accumulation,
@@ -351,78 +348,3 @@ def _trainer(
             TensorBoardLogger(folder, name=None, version="tensorboard"),
         ],
     )
-
-
-def _finish(
-    model: LoopedTransformer,
-    module: LoopedLM,
-    batches: TokenData | MixedData,
-    config: TrainConfig,
-    data: Path,
-    records: Sequence[str | Path],
-    folder: Path,
-    steps: int,
-    started: float,
-) -> TrainResult:
-    loops = module.schedule.max_loops
-
-    def measure() -> tuple[dict[str, LoopEvaluation], dict[str, list[float]]]:
-        parts = {
-            name: evaluate_all(model, batches.held_out(part), loops)
-            for name, part in batches.val_parts.items()
-        }
-        lines = probe_batches(read_probes(data), batches.shards.tokenizer)
-        return parts, {
-            name: evaluate_loops(model, tokens, loops, counted).accuracy_by_loop
-            for name, tokens, counted in lines
-        }
-
-    by_part, probes = on_best_device(model, measure)
-    evaluation = by_part[TEXT]
-    earliest = ExitSettings(min_loops=module.schedule.first_read(config.loss_at))
-    exit_settings = calibrate(earliest, functools.reduce(operator.add, by_part.values()))
-    counts = batches.shards.manifest.splits["val"]
-    bits = [loss / 0.6931471805599453 * counts.tokens / counts.bytes
-            for loss in evaluation.loss_by_loop]  # fmt: skip
-    metrics = read_metrics(folder / "metrics.jsonl")
-    result = TrainResult(
-        folder=folder,
-        model_folder=folder / "final",
-        steps=steps,
-        seconds=time.monotonic() - started,
-        tokens=steps * config.batch_size * config.seq_len,
-        loss_by_loop=evaluation.loss_by_loop,
-        bits_per_byte_by_loop=bits,
-        accuracy_by_loop=evaluation.accuracy_by_loop,
-        probes=probes,
-        temperature=exit_settings.temperature,
-        flops=float(module.flops),
-        verdict=verdict(evaluation.loss_by_loop),
-        caption_loss_by_loop=by_part[RECORDS].loss_by_loop if records else [],
-        swapped=module.swapped,
-    )
-    plot_run(metrics, probes, folder / "curves.png")
-    save_model(
-        result.model_folder,
-        model,
-        batches.shards.tokenizer,
-        exit_settings=exit_settings,
-        facts={
-            "data": [Path(item["name"]).name for item in batches.shards.manifest.inputs]
-            + [Path(item).name for item in records],
-            "steps": result.steps,
-            "tokens": result.tokens,
-            "seed": config.seed,
-            "loop_schedule": config.loop_schedule,
-            "loss_by_loop": [round(loss, 4) for loss in result.loss_by_loop],
-            "bits_per_byte_by_loop": [round(value, 4) for value in bits],
-            "training_flops": result.flops,
-            **(
-                {"caption_loss_by_loop": [round(loss, 4) for loss in result.caption_loss_by_loop]}
-                if records
-                else {}
-            ),
-        },
-        overwrite=True,
-    )
-    return result

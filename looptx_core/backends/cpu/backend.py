@@ -9,7 +9,8 @@ from functools import cached_property
 from torch import Tensor
 
 from looptx_core.backends.base import Backend, LoopResult, Pass
-from looptx_core.backends.cpu.bindings import KernelCache, KernelModel, KernelRows, StopCondition
+from looptx_core.backends.cpu.bindings import KernelModel
+from looptx_core.backends.cpu.structs import KernelCache, KernelRows, StopCondition
 from looptx_core.backends.torch_backend import TorchPass
 from looptx_core.media.batch import Media
 from looptx_core.model.cache import LoopCache

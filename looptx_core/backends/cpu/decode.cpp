@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -65,6 +66,7 @@ class Pool {
         if (asleep.load()) wake_all();
         while (piece(ticket.load()) == TAKEN) {}
         while (done.load(std::memory_order_acquire) < count) relax();
+        if (failed.exchange(false)) throw std::bad_alloc();  // of whichever thread
     }
 
   private:
@@ -81,7 +83,11 @@ class Pool {
         // If the ticket is still the same, so is all that was read above.
         if (!ticket.compare_exchange_strong(now, now + size)) return TAKEN;
         const int to = std::min((int)from + size, limit);
-        run(with, (int)from, to);
+        try {
+            run(with, (int)from, to);
+        } catch (...) {
+            failed.store(true);
+        }
         done.fetch_add(to - (int)from, std::memory_order_release);
         return TAKEN;
     }
@@ -114,7 +120,7 @@ class Pool {
     std::atomic<int> done{0}, end{0}, step{1}, asleep{0};
     std::atomic<void (*)(void*, int, int)> task{nullptr};
     std::atomic<void*> context{nullptr};
-    std::atomic<bool> leaving{false};
+    std::atomic<bool> leaving{false}, failed{false};
 };
 
 // ---------------------------------------------------------------- products
@@ -332,7 +338,7 @@ void ternary_dots(const uint8_t* w, const int8_t* x, int width, int32_t* out) {
 
 extern "C" {
 
-constexpr int32_t LOOPTX_ABI_VERSION = 2;  // bindings.py has it too
+constexpr int32_t LOOPTX_ABI_VERSION = 3;  // structs.py has it too
 
 enum Kind : int32_t { FLOAT, BFLOAT, BYTES, TERNARY };
 
@@ -839,9 +845,52 @@ struct Runner {
     }
 };
 
+namespace {
+
+// What a call returns in place of 0; the Python side has a sentence for each.
+enum Error : int32_t { BAD_TOKEN = -1, BAD_PLACE = -2, BAD_LOOP = -3, NO_MEMORY = -4, FAILED = -5 };
+
+struct Refused {
+    Error error;
+};
+
+// A call's work, with no exception that leaves through C: it would end the process.
+template <class Work> int32_t guarded(Work&& work) {
+    try {
+        return work();
+    } catch (const Refused& refused) {
+        return refused.error;
+    } catch (const std::bad_alloc&) {
+        return NO_MEMORY;
+    } catch (...) {
+        return FAILED;
+    }
+}
+
+// Nothing is read or written beyond the cache.
+void check(const Runner& r, const Rows& rows, const Cache& cache) {
+    const int64_t batch = cache.depth / std::max<int64_t>(cache.row, 1);
+    const int64_t capacity = cache.head / r.model.head_dim;
+    for (int n = 0; n < rows.count; ++n)
+        if (rows.row[n] < 0 || rows.row[n] >= batch || rows.start[n] < 0 ||
+            rows.start[n] > rows.column[n] || rows.column[n] >= capacity || rows.position[n] < 0)
+            throw Refused{BAD_PLACE};
+}
+
+void check_loops(const int32_t* loops, int count) {
+    for (int n = 0; n < count; ++n)
+        if (loops[n] < 1) throw Refused{BAD_LOOP};
+}
+
+}  // namespace
+
 extern "C" {
 
-Runner* looptx_new(const Model* model, int32_t threads) { return new Runner(*model, threads); }
+Runner* looptx_new(const Model* model, int32_t threads) {
+    Runner* made = nullptr;
+    guarded([&] { return made = new Runner(*model, threads), 0; });
+    return made;
+}
 
 void looptx_free(Runner* runner) { delete runner; }
 
@@ -852,39 +901,68 @@ void looptx_layout(int32_t* out) {
     memcpy(out, found, sizeof(found));
 }
 
-void looptx_embed(Runner* r, const int64_t* tokens, float* at, const Rows* rows,
-                  const Cache* cache) {
-    r->make_room(rows->count);
-    r->embed(tokens, at, *rows, *cache);
+int32_t looptx_embed(Runner* r, const int64_t* tokens, float* at, const Rows* rows,
+                     const Cache* cache) {
+    return guarded([&] {
+        check(*r, *rows, *cache);
+        for (int n = 0; n < rows->count; ++n)
+            if (tokens[n] < 0 || tokens[n] >= r->model.vocab) throw Refused{BAD_TOKEN};
+        r->make_room(rows->count);
+        r->embed(tokens, at, *rows, *cache);
+        return 0;
+    });
 }
 
-void looptx_iterate(Runner* r, float* at, const float* words, const int32_t* loop, int32_t passes,
-                    const Rows* rows, const Cache* cache) {
-    r->make_room(rows->count);
-    r->iterate(at, words, loop, passes, *rows, *cache);
+int32_t looptx_iterate(Runner* r, float* at, const float* words, const int32_t* loop,
+                       int32_t passes, const Rows* rows, const Cache* cache) {
+    return guarded([&] {
+        check(*r, *rows, *cache);
+        check_loops(loop, rows->count);
+        r->make_room(rows->count);
+        r->iterate(at, words, loop, passes, *rows, *cache);
+        return 0;
+    });
 }
 
 int32_t looptx_until_exit(Runner* r, float* at, const float* words, const int32_t* loop,
                           const StopCondition* stop, const Rows* rows, const Cache* cache,
                           float* out) {
-    r->make_room(rows->count);
-    return r->until_exit(at, words, loop, *stop, *rows, *cache, out);
+    return guarded([&] {
+        check(*r, *rows, *cache);
+        check_loops(loop, rows->count);
+        r->make_room(rows->count);
+        return (int)r->until_exit(at, words, loop, *stop, *rows, *cache, out);
+    });
 }
 
-void looptx_logits(Runner* r, float* at, float* out, const Rows* rows, const Cache* cache) {
-    r->make_room(rows->count);
-    r->logits(at, out, *rows, *cache);
+int32_t looptx_logits(Runner* r, float* at, float* out, const Rows* rows, const Cache* cache) {
+    return guarded([&] {
+        check(*r, *rows, *cache);
+        r->make_room(rows->count);
+        r->logits(at, out, *rows, *cache);
+        return 0;
+    });
 }
 
-void looptx_backfill(Runner* r, const float* at, const float* words, const int32_t* loops,
-                     const Rows* rows, const Cache* cache) {
-    r->make_room(rows->count);
-    r->backfill(at, words, loops, *rows, *cache);
+int32_t looptx_backfill(Runner* r, const float* at, const float* words, const int32_t* loops,
+                        const Rows* rows, const Cache* cache) {
+    return guarded([&] {
+        check(*r, *rows, *cache);
+        check_loops(loops, rows->count);
+        r->make_room(rows->count);
+        r->backfill(at, words, loops, *rows, *cache);
+        return 0;
+    });
 }
 
-void looptx_confidence(Runner* r, const float* at, const int32_t* loops, int32_t count, float* out) {
-    r->make_room(count);
-    r->confidence(at, loops, 0, count, true, true, out, 2);
+int32_t looptx_confidence(Runner* r, const float* at, const int32_t* loops, int32_t count,
+                          float* out) {
+    return guarded([&] {
+        check_loops(loops, count);
+        r->make_room(count);
+        r->confidence(at, loops, 0, count, true, true, out, 2);
+        return 0;
+    });
 }
 
 }  // extern "C"

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.media.batch import MediaBatch
-from looptx_core.model.block import Block, Surroundings
+from looptx_core.model.block import Block, ForwardContext
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_tables
 
@@ -58,11 +58,11 @@ class VisionEncoder(nn.Module):
             weight.dtype,
         )
         # A mask even where nothing is padded: without one attention would be causal.
-        around = Surroundings(rotary, there[:, None, None, :].expand(-1, 1, x.shape[1], -1))
+        ctx = ForwardContext(rotary, there[:, None, None, :].expand(-1, 1, x.shape[1], -1))
         x = self.patch(x)
         if images.hidden is not None and self.unknown is not None:
             hidden = pad_sequence(images.hidden.split(sizes), batch_first=True)
             x = torch.where(hidden[..., None], self.unknown.to(x.dtype), x)
         for block in self.blocks:
-            x = block(x, around)
+            x = block(x, ctx)
         return self.project(self.norm(x))[there]

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from looptx_core.documents import printable
 from looptx_core.media.base import Figure, Walk
 from looptx_core.media.batch import MediaBatch, MediaItem
-from looptx_core.media.image.masked import draw
+from looptx_core.media.image.masked import reconstruct
 
 _SHOWN = 4  # loops of an image that are plotted
 
@@ -94,7 +95,7 @@ def _plot(
     """The image, and a map for each loop from `first` on."""
     axes = axes if hasattr(axes, "__len__") else [axes]
     axes[0].imshow(found["shown"])
-    axes[0].set(title=found["caption"][:40], xticks=[], yticks=[])
+    axes[0].set(title=printable(found["caption"][:40]), xticks=[], yticks=[])
     for loop, (axis, grid) in enumerate(zip(axes[1:], maps), start=first):
         drawn = axis.imshow(grid, vmin=0, vmax=most, cmap="viridis")
         axis.set(title=f"loop {loop}", xticks=[], yticks=[])
@@ -128,7 +129,7 @@ def _restored(walk: Walk, item: MediaItem) -> dict[str, Any]:
                     error.append(torch.zeros(count))
                 there = numbers.to(decoded.device)
                 batch = MediaBatch(item.features.to(decoded.device), torch.tensor([item.grid]))
-                drawn = draw(walk.head, decoded[None], there[None], batch)
+                drawn = reconstruct(walk.head, decoded[None], there[None], batch)
                 sure[loop][hidden] = drawn.logit.float().sigmoid().cpu()
                 error[loop][hidden] = drawn.error.float().cpu()
     return {

@@ -23,7 +23,7 @@ GOOD = 0.5
 _FLAT = 1e-2  # added to the variance, so that noise on an even patch is not blown up
 
 
-class Drawn(NamedTuple):
+class Reconstruction(NamedTuple):
     """error: (...,), of each hidden patch; logit: of a good one."""
 
     error: Tensor
@@ -42,7 +42,9 @@ class PatchHead(nn.Module):
         )
 
 
-def draw(head: nn.Module, decoded: Tensor, numbers: Tensor, images: MediaBatch) -> Drawn:
+def reconstruct(
+    head: nn.Module, decoded: Tensor, numbers: Tensor, images: MediaBatch
+) -> Reconstruction:
     """What the head makes of hidden patches, against what was there.
 
     decoded: (rows, length, d_model), what the output head reads. numbers: (rows, length), which
@@ -55,10 +57,10 @@ def draw(head: nn.Module, decoded: Tensor, numbers: Tensor, images: MediaBatch) 
     spread, mean = torch.var_mean(wanted, -1, keepdim=True, correction=0)
     wanted = (wanted - mean) / (spread + _FLAT).sqrt()
     error = (head.pixels(seen) - wanted).square().mean(-1)
-    return Drawn(error, head.sure(seen.detach()).squeeze(-1))
+    return Reconstruction(error, head.sure(seen.detach()).squeeze(-1))
 
 
-def drawing_losses(drawn: Drawn) -> MediumLosses:
+def reconstruction_losses(drawn: Reconstruction) -> MediumLosses:
     """The mean error, and the cost of the confidence; no hidden patch costs nothing."""
     if not len(drawn.error):
         return MediumLosses(drawn.error.sum(), drawn.logit.sum())

@@ -10,6 +10,7 @@ import contextlib
 import io
 import math
 import os
+import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +24,14 @@ from looptx_core.errors import DataError
 from looptx_core.media.base import Source
 from looptx_core.media.batch import MediaItem
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What Pillow may open: its other readers run programs (EPS) or are little tested."""
 MOST_PIXELS = 64_000_000
 """Of a picture that is decoded; a small file can claim far more (a decompression bomb)."""
+MOST_BYTES = 256 << 20
+"""Of a picture's file."""
+_LARGE = 16_000_000  # pixels of a picture that is not made smaller before all else
+_PNG = b"\x89PNG\r\n\x1a\n"
 LEAST_SIDE = 4
 WHITE = (255, 255, 255)
 """What lies under a transparent picture."""
@@ -69,7 +76,7 @@ def read_picture(
     """
     with _reading(source, where) as found:
         rows, columns = _grid(found, config)
-        image = ImageOps.exif_transpose(found).convert("RGBA")
+        image = _colours(ImageOps.exif_transpose(found), _name(source, where))
     size = (columns * config.patch_size, rows * config.patch_size)
     if augment:
         pixels = _augmented(image, size, augment)
@@ -107,7 +114,10 @@ def _reading(source: Source, where: str | None) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            raw = _bytes_of(source)
+            if len(raw) > MOST_BYTES:
+                raise DataError(f"{name}: over {MOST_BYTES:,} bytes; scale it down first")
+            image = Image.open(io.BytesIO(_without_texts(raw)), formats=FORMATS)
         with image:
             _check_size(*image.size, name)
             yield image
@@ -115,13 +125,62 @@ def _reading(source: Source, where: str | None) -> Iterator[Image.Image]:
         raise DataError(f"{name}: no such picture; check the path") from error
     except (UnidentifiedImageError, IsADirectoryError) as error:
         raise DataError(
-            f"{name}: not a picture that can be read; give PNG, JPEG, WebP, GIF or BMP"
+            f"{name}: not a picture that can be read; give PNG, JPEG, WebP, GIF, BMP or TIFF"
         ) from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{name}: far too many pixels; {_TOO_LARGE}") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error, IndexError,
+            KeyError, TypeError, ZeroDivisionError, OverflowError) as error:  # fmt: skip
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{name}: a damaged picture ({reason}); save it again") from error
+
+
+def _colours(image: Image.Image, name: str) -> Image.Image:
+    """A picture in 8 bits a channel, with alpha; a large one is made smaller at once.
+
+    Deeper greys are scaled, which Pillow would cut: 16 bits are 0 to 65535, also in a file whose
+    header says 32 of them, and floats are 0 to 1.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        grey = np.asarray(image, np.float32)
+        low, high = float(grey.min()), float(grey.max())
+        top = 1.0 if image.mode == "F" else 65535.0
+        vague = image.mode == "I" and image.format != "PNG" and 0 < high < 256
+        if not 0 <= low <= high <= top or vague:
+            raise DataError(
+                f"{name}: grey values from {low:g} to {high:g} in {image.mode}, whose scale is not "
+                "known; save it with 8 bits a channel"
+            )
+        image = Image.fromarray((grey * (255 / top)).round().astype(np.uint8), "L")
+    if image.mode in ("P", "PA", "1"):
+        image = image.convert("RGBA")
+    width, height = image.size
+    factor = 1 + math.isqrt((width * height - 1) // _LARGE)
+    if factor > 1:  # a picture of the most pixels would take a gigabyte in what follows
+        image = image.reduce((min(factor, width), min(factor, height)))
+    return image.convert("RGBA")
+
+
+def _without_texts(raw: bytes) -> bytes:
+    """A PNG without its chunks of text, which Pillow would unpack: 1 KB may hold gigabytes."""
+    if not raw.startswith(_PNG):
+        return raw
+    kept, place = [_PNG], len(_PNG)
+    while place + 8 <= len(raw):
+        end = place + 12 + int.from_bytes(raw[place : place + 4], "big")
+        kind = raw[place + 4 : place + 8]
+        plain = kind == b"iTXt" and raw[place + 8 :].startswith(b"XML:com.adobe.xmp\0\0")
+        if plain or kind not in (b"zTXt", b"tEXt", b"iTXt"):
+            kept.append(raw[place:end])
+        place = end
+    return b"".join(kept)
+
+
+def _bytes_of(source: Source) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    with Path(source).open("rb") as file:
+        return file.read(MOST_BYTES + 1)
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -144,11 +203,11 @@ def _flat(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     return Image.alpha_composite(under, image).convert("RGB")
 
 
-def _augmented(image: Image.Image, size: tuple[int, int], draw: np.random.Generator) -> np.ndarray:
+def _augmented(image: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Shifted, scaled and turned a little, in other colours: (height, width, 3), -1 to 1."""
     background = WHITE
-    if draw.random() < 0.4:
-        red, green, blue = draw.integers(0, 256, 3).tolist()
+    if rng.random() < 0.4:
+        red, green, blue = rng.integers(0, 256, 3).tolist()
         background = (red, green, blue)
     # What follows looks at single pixels, so a large picture is scaled down first.
     image = image.resize(
@@ -156,8 +215,8 @@ def _augmented(image: Image.Image, size: tuple[int, int], draw: np.random.Genera
         Image.Resampling.BOX,
     )
     flat = _flat(image, background)
-    angle, shift = np.deg2rad(draw.uniform(-15, 15)), draw.uniform(-0.1, 0.1, 2)
-    scale = np.exp(draw.uniform(-0.25, 0.25) + draw.uniform(-0.08, 0.08, 2))
+    angle, shift = np.deg2rad(rng.uniform(-15, 15)), rng.uniform(-0.1, 0.1, 2)
+    scale = np.exp(rng.uniform(-0.25, 0.25) + rng.uniform(-0.08, 0.08, 2))
     # Columns: where a step to the right and a step down lead, in the picture's own pixels.
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * scale
     step = turn / np.array(size) * np.array(flat.size)[:, None]
@@ -171,10 +230,10 @@ def _augmented(image: Image.Image, size: tuple[int, int], draw: np.random.Genera
     )
     pixels = np.asarray(flat, np.float32) / 127.5 - 1
     grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
-    colour = 0 if draw.random() < 0.1 else draw.uniform(0.5, 1.5)
+    colour = 0 if rng.random() < 0.1 else rng.uniform(0.5, 1.5)
     pixels = grey[..., None] + np.float32(colour) * (pixels - grey[..., None])
-    contrast = draw.uniform(0.7, 1.3) * np.exp(draw.uniform(-0.15, 0.15, 3))
-    changed = pixels * contrast.astype(np.float32) + np.float32(draw.uniform(-0.15, 0.15))
+    contrast = rng.uniform(0.7, 1.3) * np.exp(rng.uniform(-0.15, 0.15, 3))
+    changed = pixels * contrast.astype(np.float32) + np.float32(rng.uniform(-0.15, 0.15))
     return np.clip(changed, -1, 1)
 
 

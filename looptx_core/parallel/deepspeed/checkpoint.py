@@ -34,7 +34,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
-class Piece:
+class TensorShard:
     """A contiguous part of a flattened parameter. tensors: by '', 'exp_avg' and 'exp_avg_sq'."""
 
     name: str
@@ -46,7 +46,7 @@ class Piece:
 class Group:
     """Pieces that are in memory together, and how often their optimizer stepped."""
 
-    pieces: list[Piece]
+    pieces: list[TensorShard]
     step: int = 0
 
 
@@ -173,7 +173,7 @@ class Checkpoint:
                     yield file, name, offset, length, int(metadata["step"])
 
 
-def sweep(checkpoints: Path) -> None:
+def remove_partial(checkpoints: Path) -> None:
     """Remove what a kill left half-written."""
     for partial in checkpoints.glob("*.partial"):
         if partial.is_dir():

@@ -52,7 +52,7 @@ class SwapFolder:
         name = f"looptx-{digest}-{machine()}"  # machines may see the same folder
         self.folder, self._lock = self.parent / name, self.parent / (name + ".lock")
         self._own_parent = path is None
-        check_place(path, run)
+        check_swap_folder(path, run)
         self.needed, self.by_libaio = needed, by_libaio
         self._held: int | None = None
 
@@ -76,7 +76,7 @@ class SwapFolder:
             if free < self.needed:
                 raise LooptxError(
                     f"{self.parent} has {free / 1e9:.1f} GB free, and swapping takes "
-                    f"{self.needed / 1e9:.1f} GB; free some space or choose another --nvme-path"
+                    f"{self.needed / 1e9:.1f} GB; free some space or choose another `nvme_path`"
                 )
         except BaseException:
             self.close()
@@ -115,10 +115,10 @@ def clear_stale(parent: Path) -> list[Path]:
     return gone
 
 
-def check_place(path: Path | None, run: Path) -> None:
+def check_swap_folder(path: Path | None, run: Path) -> None:
     """Raise `UsageError` where a run can't swap to `path`, or without one to its own folder."""
     if path is not None and not path.is_dir():
-        raise UsageError(f"--nvme-path {path}: no such folder; make it, or choose another")
+        raise UsageError(f"`nvme_path` {path}: no such folder; make it, or choose another")
     refuse_memory(path or run)
 
 
@@ -127,7 +127,7 @@ def refuse_memory(path: Path) -> None:
     kind = filesystem(path)
     if is_memory(kind):
         raise UsageError(
-            f"--nvme-path {path} is in memory ({kind}), where swapping saves nothing; "
+            f"`nvme_path` {path} is in memory ({kind}), where swapping saves nothing; "
             "give a folder on a disk"
         )
 
@@ -181,7 +181,7 @@ def _check_direct(folder: Path) -> None:
             os.close(file)
     except OSError as error:
         raise UsageError(
-            f"--nvme-path {folder.parent}: cannot write there directly ({error.strerror}); give a "
+            f"`nvme_path` {folder.parent}: cannot write there directly ({error.strerror}); give a "
             "folder on a local disk"
         ) from error
     finally:

@@ -13,15 +13,15 @@ from typing import Literal
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import RunConfig
 from looptx_core.machine.facts import Machine
-from looptx_core.parallel.memory import Need, Spread, rank_need
+from looptx_core.parallel.memory import MemoryEstimate, ParallelLayout, rank_need
 
-Place = Literal["none", "cpu", "nvme"]
+OffloadTarget = Literal["none", "cpu", "nvme"]
 
 # Of each place, what is left to the system, the allocator's gaps and the data.
 _USABLE = {"gpu": 0.9, "ram": 0.85, "disk": 0.95}
 _SWAP_BUFFERS = 5  # of one update's share each, in RAM, where the optimizer lies on a disk
 # The smaller set first; a set to RAM before the same one to disk.
-_CHOICES: tuple[tuple[Place, Place], ...] = (
+_CHOICES: tuple[tuple[OffloadTarget, OffloadTarget], ...] = (
     ("none", "none"),
     ("cpu", "none"),
     ("nvme", "none"),
@@ -32,7 +32,7 @@ _CHOICES: tuple[tuple[Place, Place], ...] = (
 
 
 @dataclass(frozen=True)
-class Hold:
+class MemoryUse:
     """What lies in one place, in bytes by what it is for, and what the place has for it."""
 
     place: Literal["gpu", "ram", "disk"]
@@ -54,12 +54,12 @@ class Hold:
 class Offload:
     """Where DeepSpeed keeps the optimizer and the weights between their uses, and why."""
 
-    optimizer: Place
-    parameters: Place
+    optimizer: OffloadTarget
+    parameters: OffloadTarget
     fits: bool
     reasons: tuple[str, ...]
     """One line for each set that was tried, the chosen one last."""
-    arithmetic: tuple[Hold, ...]
+    arithmetic: tuple[MemoryUse, ...]
 
 
 def plan_offload(
@@ -67,23 +67,23 @@ def plan_offload(
     config: RunConfig,
     machine: Machine,
     *,
-    spread: Spread | None = None,
+    spread: ParallelLayout | None = None,
     rows: int | None = None,
     bf16: bool = False,
     asked: str = "auto",
 ) -> Offload:
-    """Choose what `--offload auto` does, or count what an asked `none`, `cpu` or `nvme` takes.
+    """Choose what an `offload` of auto does, or count what an asked `none`, `cpu` or `nvme` takes.
 
     A pure function: the same arguments, the same plan. rows: sequences a forward pass on one
     device. Where nothing fits, the largest set is returned with `fits` False.
     """
-    spread = spread or Spread.of(config)
-    rows = rows or config.rows
+    spread = spread or ParallelLayout.of(config)
+    rows = rows or config.micro_batch_size
     need = rank_need(model, config, spread, rows, bf16, heap=not machine.gpu_memory)
     choices = _allowed(spread, machine, asked)
     reasons: list[str] = []
     for optimizer, parameters in choices:
-        holds = _place(need, optimizer, parameters, spread, machine)
+        holds = _offload_plan(need, optimizer, parameters, spread, machine)
         wrong = [hold for hold in holds if not hold.fits]
         name = _name(optimizer, parameters)
         if not wrong:
@@ -95,12 +95,14 @@ def plan_offload(
     return Offload(optimizer, parameters, False, tuple(reasons), holds)
 
 
-def _allowed(spread: Spread, machine: Machine, asked: str) -> list[tuple[Place, Place]]:
+def _allowed(
+    spread: ParallelLayout, machine: Machine, asked: str
+) -> list[tuple[OffloadTarget, OffloadTarget]]:
     """The sets to try, in their order."""
     if spread.stage == 0 or asked == "none":
         return [("none", "none")]
     if asked in ("cpu", "nvme"):
-        place: Place = "cpu" if asked == "cpu" else "nvme"
+        place: OffloadTarget = "cpu" if asked == "cpu" else "nvme"
         return [(place, place if spread.stage == 3 else "none")]
     found = [choice for choice in _CHOICES if spread.stage == 3 or choice[1] == "none"]
     if spread.stage == 2:  # whose optimizer DeepSpeed offloads to RAM alone
@@ -112,9 +114,13 @@ def _allowed(spread: Spread, machine: Machine, asked: str) -> list[tuple[Place, 
     return found
 
 
-def _place(
-    need: Need, optimizer: Place, parameters: Place, spread: Spread, machine: Machine
-) -> tuple[Hold, ...]:
+def _offload_plan(
+    need: MemoryEstimate,
+    optimizer: OffloadTarget,
+    parameters: OffloadTarget,
+    spread: ParallelLayout,
+    machine: Machine,
+) -> tuple[MemoryUse, ...]:
     """Who lies where. The process's own memory is a GPU's, or RAM without one."""
     own: dict[str, int] = {}
     ram: dict[str, int] = {}
@@ -146,19 +152,19 @@ def _place(
     holds = []
     if machine.gpu_memory:
         usable = int(min(machine.gpu_memory) * _USABLE["gpu"])
-        holds.append(Hold("gpu", "each process", own, usable))
+        holds.append(MemoryUse("gpu", "each process", own, usable))
     else:
         for name, size in own.items():
             shared[name] = shared.get(name, 0) + size * here
     if shared:
-        holds.append(Hold("ram", "each machine", shared, int(machine.ram * _USABLE["ram"])))
+        holds.append(MemoryUse("ram", "each machine", shared, int(machine.ram * _USABLE["ram"])))
     if disk:
         sizes = {name: size * here for name, size in disk.items()}
-        holds.append(Hold("disk", "each machine", sizes, int(machine.disk * _USABLE["disk"])))
+        holds.append(MemoryUse("disk", "each machine", sizes, int(machine.disk * _USABLE["disk"])))
     return tuple(holds)
 
 
-def _name(optimizer: Place, parameters: Place) -> str:
+def _name(optimizer: OffloadTarget, parameters: OffloadTarget) -> str:
     if optimizer == "none":
         return "nothing offloaded"
     if parameters == "none":

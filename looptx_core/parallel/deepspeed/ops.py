@@ -26,10 +26,10 @@ from looptx_core.machine.facts import filesystem, is_shared
 from looptx_core.parallel.deepspeed.library import version_obstacle
 
 OPS = {
-    "pin_memory": "memory that disks read into, for --offload nvme",
-    "async_io": "tensors to and from disk, for --offload nvme",
-    "cpu_adam": "AdamW in RAM, for --offload cpu and nvme",
-    "deepspeed_shm_comm": "sums over the processes of one machine, for --devices above 1 on CPUs",
+    "pin_memory": "memory that disks read into, for `offload` nvme",
+    "async_io": "tensors to and from disk, for `offload` nvme",
+    "cpu_adam": "AdamW in RAM, for `offload` cpu and nvme",
+    "deepspeed_shm_comm": "sums over the processes of one machine, for `devices` above 1 on CPUs",
 }
 """Names as DeepSpeed's, in the order in which they are built, with what each is for."""
 
@@ -190,7 +190,7 @@ def build_op(
             start_new_session=True,
         )  # fmt: skip
         try:
-            _follow(child, output.fileno(), name, begun, report, every)
+            _show_progress(child, output.fileno(), name, begun, report, every)
         finally:
             if child.poll() is None:
                 _stop(child)
@@ -249,7 +249,7 @@ def _environment() -> dict[str, str]:
     return {**kind, **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
-def _follow(
+def _show_progress(
     child: subprocess.Popen[bytes],
     output: int,
     name: str,

@@ -11,14 +11,14 @@ from looptx_core.errors import UsageError
 from looptx_core.parallel.deepspeed.checkpoint import MOMENTS
 from looptx_core.parallel.memory import SPARE_BUFFERS
 
-# What looptx sets by flags of its own.
+# What looptx sets by parameters of its own.
 _OURS = {
-    "optimizer": "--lr and the like",
-    "scheduler": "--warmup and --min-lr",
-    "train_batch_size": "--batch-size",
-    "train_micro_batch_size_per_gpu": "--micro-batch",
-    "gradient_accumulation_steps": "--micro-batch",
-    "gradient_clipping": "--clip",
+    "optimizer": "`lr` and the like",
+    "scheduler": "`warmup` and `min_lr`",
+    "train_batch_size": "`batch_size`",
+    "train_micro_batch_size_per_gpu": "`micro_batch`",
+    "gradient_accumulation_steps": "`micro_batch`",
+    "gradient_clipping": "`clip`",
     "checkpoint": "looptx itself",
 }
 _SUB_GROUPS = 8
@@ -85,7 +85,7 @@ def settings(
 
 
 def override(config: dict[str, Any], own: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """The settings with a user's own over them. Raises `UsageError` for what has a flag."""
+    """The settings with a user's own over them. Raises `UsageError` for what a parameter sets."""
     for key in own:
         if key in _OURS:
             raise UsageError(f"{file}: {key} is set by {_OURS[key]}; remove it from the file")

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from looptx_core.config.processes import is_first_here
 from looptx_core.errors import UsageError
 from looptx_core.parallel.deepspeed import checkpoint as fragments
-from looptx_core.parallel.deepspeed.checkpoint import MOMENTS, Checkpoint, Group, Piece
+from looptx_core.parallel.deepspeed.checkpoint import MOMENTS, Checkpoint, Group, TensorShard
 from looptx_core.parallel.deepspeed.library import noise_to_stderr, prepare_deepspeed, restore_torch
 from looptx_core.parallel.deepspeed.nvme import SwapFolder, Traffic, count_traffic
 from looptx_core.parallel.deepspeed.plain_files import plain_files
-from looptx_core.parallel.ranks import EndsTogether, any_rank
+from looptx_core.parallel.ranks import BarrierAtTeardown, any_rank
 
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -37,7 +37,7 @@ _HOOKS = (
 _HELD = -1  # no module's number
 
 
-class ZeroStrategy(EndsTogether, DeepSpeedStrategy):
+class ZeroStrategy(BarrierAtTeardown, DeepSpeedStrategy):
     """See the module's docstring. advice: how to go on where a process is lost."""
 
     def __init__(
@@ -222,16 +222,16 @@ class ZeroStrategy(EndsTogether, DeepSpeedStrategy):
         """Write `fragments` by all ranks, whole or not at all. Raises `OSError` on all of them."""
         folder = Path(self.broadcast(str(filepath)))
         partial = folder.with_name(folder.name + ".partial")
-        with self._together():
+        with self._all_ranks():
             if self.is_global_zero:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-        with self._together(partial):
+        with self._all_ranks(partial):
             names = self._names()
             elements = sum(math.prod(shape) for shape in self._shapes().values())
             needed = 4 * (1 + len(MOMENTS)) * elements // self.world_size
             fragments.write(partial, self.global_rank, self._groups(names), needed)
-        with self._together(partial):
+        with self._all_ranks(partial):
             if self.is_global_zero:
                 left_out = ("state_dict", "optimizer_states")
                 common = {key: v for key, v in checkpoint.items() if key not in left_out}
@@ -255,7 +255,7 @@ class ZeroStrategy(EndsTogether, DeepSpeedStrategy):
         return common
 
     @contextlib.contextmanager
-    def _together(self, partial: Path | None = None) -> Iterator[None]:
+    def _all_ranks(self, partial: Path | None = None) -> Iterator[None]:
         """Do this on all ranks; where one fails all do, and what was written goes."""
         failed: OSError | None = None
         try:
@@ -295,7 +295,7 @@ class ZeroStrategy(EndsTogether, DeepSpeedStrategy):
                 for key in MOMENTS:
                     whole.setdefault(key, torch.zeros_like(flat))
                 pieces = [
-                    Piece(names[id(p)], start,
+                    TensorShard(names[id(p)], start,
                           {key: t.narrow(0, place, size) for key, t in whole.items()})
                     for p, start, place, size in self._cuts(number)
                 ]  # fmt: skip

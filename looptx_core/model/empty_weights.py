@@ -11,13 +11,13 @@ from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
-def unset_weights() -> Iterator[None]:
+def init_empty_weights() -> Iterator[None]:
     """Within, modules are made on the meta device: weights take no memory and are not drawn."""
-    with torch.device("meta"), _Undrawn():
+    with torch.device("meta"), _NoInit():
         yield
 
 
-class _Undrawn(TorchFunctionMode):
+class _NoInit(TorchFunctionMode):
     """Leaves out `nn.init`: its draws import torch's compiler even where there is nothing to
     fill, which takes as long as torch's own import."""
 

@@ -1,0 +1,66 @@
+"""Weights as the kernel holds them: rounded, and what they take."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from looptx_core.model.bitnet import TernaryLinear
+from looptx_core.model.block import Block
+from looptx_core.model.loop import LoopedTransformer
+
+_LEVELS = 127
+
+
+def rounded_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(whole numbers from -127 to 127, as floats; the rows' scales (rows, 1)), by largest value."""
+    scale = weight.detach().abs().amax(1, keepdim=True).clamp(min=1e-12) / _LEVELS
+    return (weight.detach() / scale).round(), scale
+
+
+@torch.no_grad()
+def round_weights(model: LoopedTransformer, precision: str) -> None:
+    """Give the model the values that the kernel will hold, so that both compute the same."""
+    layers = [layer for block in all_blocks(model) for layer in block_layers(block)]
+    for layer in (*layers, model.head):
+        if not isinstance(layer, nn.Linear):
+            continue
+        if precision == "bf16":
+            layer.weight.copy_(layer.weight.bfloat16())
+        elif precision == "int8":
+            values, scale = rounded_rows(layer.weight)
+            layer.weight.copy_(values * scale)
+
+
+def rounded_copy(model: LoopedTransformer, precision: str) -> LoopedTransformer:
+    """A copy with the values that the kernel will hold; in float32 the model itself."""
+    if precision == "float32":
+        return model
+    copied = copy.deepcopy(model)
+    copied.fuse_projections()  # the copied projections were still those of the model
+    round_weights(copied, precision)
+    return copied
+
+
+def all_blocks(model: LoopedTransformer) -> list[Block]:
+    return [*model.prelude, *model.core, *model.coda]
+
+
+def block_layers(block: Block) -> list[nn.Module]:
+    a, m = block.attention, block.mlp
+    return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
+
+
+def held_bytes(model: LoopedTransformer, precision: str = "float32") -> int:
+    """Bytes of weights that decoding a token reads, each once, as the kernel holds them."""
+    width = {"float32": 4, "bf16": 2, "int8": 1}[precision]
+    total = model.head.weight.numel() * width
+    for block in all_blocks(model):
+        for layer in block_layers(block):
+            if isinstance(layer, TernaryLinear):
+                total += layer.packed.nbytes
+            elif isinstance(layer, nn.Linear):
+                total += layer.weight.numel() * width
+    return total

@@ -1,0 +1,127 @@
+"""The medium of images: what the rest of the package asks of them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from looptx_core.media.base import Grid, Medium, MediumLosses, Source
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from looptx_core.config.model import ModelConfig
+    from looptx_core.media.base import Walk
+    from looptx_core.media.batch import MediaBatch, MediaItem
+
+DEFAULT_LAYERS = 4
+"""Blocks of the encoder that a model gets when its data has images and nothing else is said."""
+
+
+def _file(name: str) -> Any:
+    """A file of this folder, by name: an exported model takes along its encoder, but no reader."""
+    return importlib.import_module(f"looptx_core.media.image.{name}")
+
+
+class Image(Medium):
+    """Images, upright and in their own proportions, as patches in one group of attention."""
+
+    name, noun, plural = "image", "picture", "pictures"
+    marker, ability = "<|image|>", "vision"
+    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+    grid_names = ("rows", "columns")
+    axes = 2
+    encoder_name, head_name = "vision", "patch_head"
+    size_key = "model.vision_layers"
+
+    def enabled(self, settings: Mapping[str, Any]) -> bool:
+        return settings.get("vision_layers", 0) > 0
+
+    def enable(self, config: ModelConfig) -> ModelConfig:
+        return replace(config, vision_layers=DEFAULT_LAYERS)
+
+    def enable_head(self, config: ModelConfig) -> ModelConfig:
+        return replace(config, reconstruct=True)
+
+    def token(self, config: ModelConfig) -> int:
+        return config.image_token
+
+    def describe(self, config: ModelConfig) -> str:
+        return f"an encoder of {config.vision_layers} blocks"
+
+    def files(self, config: ModelConfig) -> dict[str, Any]:
+        return {"preprocessor_config.json": _file("read").preprocessor(config)}
+
+    def measure(self, source: Source, config: ModelConfig, where: str | None = None) -> Grid:
+        return _file("read").measure(source, config, where)
+
+    def read(
+        self,
+        source: Source,
+        config: ModelConfig,
+        where: str | None = None,
+        augment: Any = None,
+    ) -> MediaItem:
+        return _file("read").read_picture(source, config, where, augment)
+
+    def positions(self, grid: Grid, axes: int) -> Tensor:
+        """Row and column are the last two coordinates; any before them, such as time, stand."""
+        import torch
+
+        rows, columns = grid
+        found = torch.zeros(axes, rows * columns, dtype=torch.long)
+        found[-2] = torch.arange(rows).repeat_interleave(columns)
+        found[-1] = torch.arange(columns).repeat(rows)
+        return found
+
+    def span(self, grid: Grid) -> int:
+        """The text goes on at the largest position plus one (M-RoPE, arXiv 2409.12191)."""
+        return max(grid)
+
+    def groups(self, grid: Grid, config: ModelConfig) -> Tensor | None:
+        import torch
+
+        if config.image_attention == "causal":
+            return None
+        return torch.zeros(self.length(grid), dtype=torch.long)
+
+    def encoder(self, config: ModelConfig) -> nn.Module:
+        from looptx_core.media.image.encoder import VisionEncoder
+
+        return VisionEncoder(config)
+
+    def layers(self, config: ModelConfig) -> int:
+        return config.vision_layers
+
+    def head(self, config: ModelConfig) -> nn.Module | None:
+        from looptx_core.media.image.masked import PatchHead
+
+        return PatchHead(config) if config.reconstruct else None
+
+    def flops(self, config: ModelConfig) -> int:
+        """Of one patch beside `max_patches` others."""
+        width = config.vision_width
+        block = 2 * (4 * width**2 + 9 * width**2 + 2 * config.max_patches * width)
+        ends = 2 * width * (3 * config.patch_size**2 + config.d_model)
+        return config.vision_layers * block + ends
+
+    def losses(
+        self, head: nn.Module, states: Tensor, numbers: Tensor, batch: MediaBatch
+    ) -> MediumLosses:
+        from looptx_core.media.image.masked import reconstruct, reconstruction_losses
+
+        return reconstruction_losses(reconstruct(head, states, numbers, batch))
+
+    def inspect(self, walk: Walk, item: MediaItem) -> dict[str, Any]:
+        return _file("maps").inspect(walk, item)
+
+    def sentences(self, found: Mapping[str, Any]) -> list[str]:
+        return _file("maps").sentences(found)
+
+    def lines(self, found: Mapping[str, Any]) -> list[str]:
+        return _file("maps").lines(found)
+
+    def figures(self, found: Mapping[str, Any], number: int) -> dict[str, Any]:
+        return _file("maps").figures(found, number)

@@ -1,0 +1,30 @@
+"""The media that there are, by name: one line each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from looptx_core.media.base import Medium, Writer
+from looptx_core.media.image.medium import Image
+
+if TYPE_CHECKING:
+    from looptx_core.config.model import ModelConfig
+
+MEDIA: dict[str, Medium] = {medium.name: medium for medium in (Image(),)}
+"""Every known medium by name. The names are the keys of records and of batches."""
+
+
+def media_for(config: ModelConfig) -> tuple[Medium, ...]:
+    """The media that a model of this configuration has, in the registry's order."""
+    return tuple(medium for medium in MEDIA.values() if medium.enabled(vars(config)))
+
+
+def writers(config: ModelConfig) -> dict[str, Writer]:
+    """The media that a model of this configuration writes, by name."""
+    found = {medium.name: medium.writer(config) for medium in media_for(config)}
+    return {name: writer for name, writer in found.items() if writer is not None}
+
+
+def media_of_file(suffix: str) -> Medium | None:
+    """The medium of files with this suffix ('.png'), in any case; None for text."""
+    return next((m for m in MEDIA.values() if suffix.lower() in m.suffixes), None)
