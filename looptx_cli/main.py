@@ -161,7 +161,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
             return 3, f"the package {name} is not installed; pip install looptx again, or {name}"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             where = f" while writing {error.filename}" if error.filename else ""
-            return 1, f"the disk is full{where}; free some space or choose another --out"
+            return 1, f"the disk is full{where}; free some space or write to another disk"
         case OSError(strerror=str(reason), filename=filename) if filename:
             return 1, f"{filename}: {reason}; {remedy(error, 'check the path')}"
         case OSError(strerror=str(reason)) if remedy(error, ""):
