@@ -42,7 +42,10 @@ def write_file(file: Path, content: str | bytes) -> None:
     """Put a text or bytes in place of what is there."""
     temporary = temporary_beside(file)
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        if isinstance(content, str):
+            temporary.write_text(content, "utf-8")
+        else:
+            temporary.write_bytes(content)
         _sync(temporary)
         temporary.replace(file)
         _sync(file.parent)
