@@ -9,7 +9,6 @@ written here, by the function `NAME`. Everything else on a page is written by ha
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 import sys
@@ -19,8 +18,10 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import typer
+
 from looptx_cli.console import flags_of, with_flags
-from looptx_cli.main import load_command
+from looptx_cli.main import command_function, load_command
 from looptx_core import errors
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.corpus import TokenizeConfig
@@ -41,6 +42,7 @@ SCHEMAS: dict[str, type] = {
     "finetune": FinetuneConfig,
     "convert": ConvertConfig,
     "generate": GenerationOptions,
+    "chat": GenerationOptions,
     "inspect-loops": InspectConfig,
     "model": ModelConfig,
     "exit": ExitSettings,
@@ -50,7 +52,9 @@ SCHEMAS: dict[str, type] = {
 
 def flags(command: str) -> str:
     """All flags of a command, one table for each panel of its --help."""
-    parameters = [p for p in load_command(command).params if p.name != "help"]
+    loaded = load_command(command)
+    shown = loaded.get_params(typer.Context(loaded))
+    parameters = [p for p in shown if p.name != "help"]
     rows = {
         panel: [_flag(p, command) for p in parameters if _panel(p) == panel]
         for panel in dict.fromkeys(_panel(p) for p in parameters)
@@ -139,8 +143,7 @@ def _panel(parameter: Any) -> str | None:
 
 def _annotations(command: str) -> dict[str, Any]:
     """The types of a command's own parameters, those beside its schema."""
-    name = command.replace("-", "_")
-    return get_type_hints(getattr(importlib.import_module(f"looptx_cli.{name}"), name))
+    return get_type_hints(command_function(command))
 
 
 def _helps(schema: type) -> dict[str, str]:

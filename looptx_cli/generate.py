@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from looptx_cli.console import is_plain, note, shown, stdout
+from looptx_cli.console import note, shown, stdout
+from looptx_cli.conversation import Conversation
 from looptx_cli.imports import large_imports
+from looptx_cli.model_options import (
+    Adapter,
+    Attention,
+    Config,
+    Image,
+    Kernel,
+    Model,
+    Precision,
+    ShowIterations,
+)
 from looptx_cli.options import with_fields
+from looptx_cli.streaming import print_now, read_items, stream
 from looptx_core.api import load
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.resolve import resolve
@@ -29,7 +41,7 @@ from looptx_core.errors import DataError, UsageError
 from looptx_core.media.registry import MEDIA
 
 if TYPE_CHECKING:
-    from looptx_core.generation.engine import ChatPrompt, Engine, Generation, Prompt, Step
+    from looptx_core.generation.engine import ChatPrompt, Engine, Generation, Prompt
     from looptx_core.media.batch import MediaItem
 
 SCHEMA_VERSION = 1
@@ -44,39 +56,20 @@ def generate(
     prompts_file: Annotated[
         Path | None, typer.Option(help="A prompt a line, or JSON lines with `prompt`.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            envvar="LOOPTX_MODEL", help="A run or a model folder; absent: the newest run."
-        ),
-    ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="An adapter, or the run that made it, on its own base.")
-    ] = None,
-    image: Annotated[
-        list[Path] | None,
-        typer.Option(help="A picture, before the prompt or at its <|image|>; may be repeated."),
-    ] = None,
+    model: Model = None,
+    adapter: Adapter = None,
+    image: Image = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="A prompt is a turn of a chat, which the model answers.")
     ] = False,
-    show_iterations: Annotated[
-        bool, typer.Option("--show-iterations", help="Show each token's loops and confidence.")
-    ] = False,
+    show_iterations: ShowIterations = False,
     compare_loops: Annotated[
         str | None, typer.Option(help="Depths to show side by side, as 1,4,10.")
     ] = None,
-    attention: Annotated[str, typer.Option(help="auto, sdpa, flash or explicit.")] = "auto",
-    precision: Annotated[
-        str, typer.Option(help="float32, bf16, or int8 (weights; on a CPU).")
-    ] = "float32",
-    kernel: Annotated[
-        str,
-        typer.Option(
-            help="auto, native (compiled, on a CPU), graph (recorded, on a GPU) or torch."
-        ),
-    ] = "auto",
-    config: Annotated[Path | None, typer.Option(help="A YAML file of these settings.")] = None,
+    attention: Attention = "auto",
+    precision: Precision = "float32",
+    kernel: Kernel = "auto",
+    config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No notes.")] = False,
 ) -> None:
@@ -121,30 +114,24 @@ def generate(
             "--chat: this model was not finetuned on chats (looptx finetune, with messages as "
             "data); leave it out, or give --model or --adapter"
         )
-    items = _read_items(engine, files)
+    items = read_items(engine, files)
     if chat:
         texts = [_message(str(text), items) for text in texts]
     elif items and not talk:
         texts = [_with_items(str(texts[0]), items)]
     if talk:
-        _chat(engine, options, quiet, templated, items)
+        Conversation(engine, options, templated, items, show_iterations, quiet).run()
     elif depths:
         _compare(engine, texts, options, depths, as_json)
     elif as_json:
         results = [result.to_dict() for result in engine.complete(texts, options)]
         document = results[0] if len(results) == 1 else {"results": results}
-        _print(json.dumps({"schema_version": SCHEMA_VERSION, **document}) + "\n")
+        print_now(json.dumps({"schema_version": SCHEMA_VERSION, **document}) + "\n")
     elif len(texts) == 1:
         _stream(engine, texts[0], options, show_iterations, quiet)
     else:
         for text, result in zip(texts, engine.complete(texts, options)):
             _show(engine, text, result, show_iterations, quiet)
-
-
-def _read_items(engine: Engine, files: Mapping[str, Sequence[Path]]) -> tuple[MediaItem, ...]:
-    """The files of each medium, decoded."""
-    config = engine.model.config
-    return tuple(MEDIA[name].read(file, config) for name, some in files.items() for file in some)
 
 
 def _with_items(text: str, items: tuple[MediaItem, ...]) -> Prompt:
@@ -206,35 +193,8 @@ def _from_stdin() -> str:
 def _stream(
     engine: Engine, prompt: Prompt, options: GenerationOptions, iterations: bool, quiet: bool
 ) -> None:
-    """Print a continuation as it comes; with `iterations` in colours over its figures."""
-    from looptx_cli.render import TokenDisplay, answers_told, legend, token_line
-
-    plain = is_plain(sys.stdout)
-    deepest = engine.model.config.max_loops
-    out = stdout()
-    display = TokenDisplay(out, deepest, _before(engine, prompt))
-
-    begun = False
-
-    def watch(step: Step) -> None:
-        nonlocal begun
-        if not begun and not (iterations and plain):
-            _print(shown(_before(engine, prompt)))  # only now: refused settings print nothing
-        begun = True
-        if not iterations:
-            _print(shown(step.text))
-        elif plain:
-            _print(token_line(step) + "\n")
-        else:
-            display.add(step)
-
-    (result,) = engine.complete([prompt], options, watch)
-    display.close()
-    _print("" if iterations else "\n")
-    if iterations and not plain:
-        out.print(legend(result, deepest))
-    if iterations and (told := answers_told(_before(engine, prompt), result.text)):
-        note(told, quiet) if plain else out.print(told)
+    """Print a continuation as it comes, and its figures."""
+    result = stream(engine, prompt, options, iterations, quiet, _before(engine, prompt))
     _summarise(engine, result, iterations, quiet)
 
 
@@ -251,9 +211,9 @@ def _show(
     """One of several finished requests."""
     from looptx_cli.render import token_line
 
-    _print(shown(f"{_before(engine, prompt)}{result.text}\n"))
+    print_now(shown(f"{_before(engine, prompt)}{result.text}\n"))
     if iterations:
-        _print("".join(token_line(step) + "\n" for step in result.tokens))
+        print_now("".join(token_line(step) + "\n" for step in result.tokens))
         _summarise(engine, result, iterations, quiet)
 
 
@@ -269,7 +229,7 @@ def _summarise(engine: Engine, result: Generation, iterations: bool, quiet: bool
         f"{result.tokens_per_second:.0f} tokens/s, {saved}"
     )
     if iterations:
-        _print(line + "\n")
+        print_now(line + "\n")
         note(f"try next: --compare-loops 1,4,{deepest}, or --exit gain", quiet)
     else:
         note(line, quiet)
@@ -292,77 +252,9 @@ def _compare(
     }
     if as_json:
         results = [r.to_dict() | {"loops": n} for n, each in found.items() for r in each]
-        _print(json.dumps({"schema_version": SCHEMA_VERSION, "results": results}) + "\n")
+        print_now(json.dumps({"schema_version": SCHEMA_VERSION, "results": results}) + "\n")
         return
     for number, prompt in enumerate(prompts):
         stdout().print(
             comparison(engine.text_of(prompt), {n: each[number] for n, each in found.items()})
         )
-
-
-def _chat(
-    engine: Engine,
-    options: GenerationOptions,
-    quiet: bool,
-    templated: bool,
-    items: tuple[MediaItem, ...],
-) -> None:
-    """Lines in, answers or continuations out; what was said so far is before the next.
-
-    templated: by turns, for a model that was finetuned on chats; another one goes on with the text.
-    """
-    kind = "A chat" if templated else "The model was not finetuned on chats and continues the text"
-    note(f"{kind}: /loops N sets the depth, /new starts afresh, Ctrl-D ends.", quiet)
-    said: list[dict[str, str]] = []
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            _print("\n")
-            return
-        if line == "/new":
-            said = []
-        elif line.startswith("/loops"):
-            asked = line.removeprefix("/loops").strip()
-            options = replace(options, loops=int(asked) if asked.isdigit() else "auto")
-        elif line:
-            said.append({"role": "user", "content": line})
-            prompt = _conversation(engine, said, options.max_new_tokens, templated, items)
-            try:
-                (result,) = engine.complete(
-                    [prompt], options, lambda step: _print(shown(step.text))
-                )
-            except UsageError as error:  # too long a line, or a depth that is not there
-                note(f"looptx: {error}", False)
-                said.pop()
-                continue
-            _print("\n")
-            said.append({"role": "assistant", "content": result.text})
-
-
-def _conversation(
-    engine: Engine,
-    said: list[dict[str, str]],
-    new: int,
-    templated: bool,
-    items: tuple[MediaItem, ...],
-) -> Prompt:
-    """What was said, as a prompt that leaves room for `new` tokens; the oldest turns give way."""
-    from looptx_core.generation.engine import ChatPrompt
-
-    room = max(1, engine.model.config.max_seq_len - new)
-    if not templated:
-        text = "".join(turn["content"] + "\n" * (turn["role"] == "assistant") for turn in said)
-        if items:
-            return _with_items(text, items)
-        return engine.tokenizer.encode(text, add_special_tokens=False).ids[-room:]
-    while True:
-        prompt = ChatPrompt(tuple(said), items)
-        if len(said) < 3 or engine.length(prompt) <= room:
-            return prompt
-        del said[:2]
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -18,31 +18,44 @@ from typer.core import TyperGroup
 
 from looptx_cli.console import is_plain, know_flags, with_flags
 from looptx_cli.imports import large_imports
+from looptx_cli.panels import PanelledCommand
+from looptx_cli.synonyms import command_hint, flag_hint
 from looptx_core import __version__
 from looptx_core.documents import has_half, printable
 from looptx_core.errors import Interrupted, LooptxError, UsageError, remedy
 
-# A command is a function of the module of the same name, with '_' for '-'.
+# A command is a function of the module of the same name, with '_' for '-', but for `_MODULES`.
 COMMANDS = {
     "tokenize": "Turn text into tokens.",
     "train": "Train a looped model.",
     "finetune": "Teach a trained model a task.",
     "convert": "Make a model smaller, or one for other tools.",
     "generate": "Write text, each token as deep as it needs.",
+    "chat": "Talk with a model.",
     "inspect-loops": "See what each loop brings, and when to stop.",
+    "runs": "List the runs, and how far they came.",
+    "compare": "Compare runs side by side.",
     "doctor": "See what this machine has, and what is missing.",
 }
+
+_MODULES = {"runs": "list_runs"}
 
 # Typer may bring its own copy of Click, so take the base class from a public subclass.
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
 
+def command_function(name: str) -> Any:
+    """The function of a command, whose module is imported for it."""
+    function_name = name.replace("-", "_")
+    module = importlib.import_module(f"looptx_cli.{_MODULES.get(name, function_name)}")
+    return getattr(module, function_name)
+
+
 def load_command(name: str) -> Any:
     """Import a command's module and make it a command of Click's."""
-    function_name = name.replace("-", "_")
-    function = getattr(importlib.import_module(f"looptx_cli.{function_name}"), function_name)
     alone = typer.Typer(add_completion=False)
-    alone.command(name, epilog="--debug shows the traceback of an error.")(function)
+    epilog = "--debug shows the traceback of an error."
+    alone.command(name, cls=PanelledCommand, epilog=epilog)(command_function(name))
     return typer.main.get_command(alone)
 
 
@@ -50,6 +63,8 @@ class LazyGroup(TyperGroup):
     """Lists commands by name and summary only, and imports the one that is called."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in COMMANDS and (hint := command_hint(args[0], COMMANDS)):
+            raise UsageError(f"no command '{args[0]}'; use {hint}")
         name, _, rest = super().resolve_command(ctx, args)
         command = load_command(str(name))
         options = [p for p in command.params if p.opts[0].startswith("--")]
@@ -138,14 +153,15 @@ def _explain(error: BaseException) -> tuple[int, str]:
         case LooptxError():
             return error.exit_code, with_flags(str(error))
         case _ClickException():
-            return 2, f"{error.format_message()} (--help shows all options)"  # type: ignore[attr-defined]
+            line = _unknown_flag(error) or error.format_message()  # type: ignore[attr-defined]
+            return 2, f"{line} (--help shows all options)"
         case KeyboardInterrupt() | typer.Abort():
             return Interrupted.exit_code, "interrupted"
         case ModuleNotFoundError(name=str(name)) if not name.startswith("looptx"):
             return 3, f"the package {name} is not installed; pip install looptx again, or {name}"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             where = f" while writing {error.filename}" if error.filename else ""
-            return 1, f"the disk is full{where}; free some space or choose another --out"
+            return 1, f"the disk is full{where}; free some space or write to another disk"
         case OSError(strerror=str(reason), filename=filename) if filename:
             return 1, f"{filename}: {reason}; {remedy(error, 'check the path')}"
         case OSError(strerror=str(reason)) if remedy(error, ""):
@@ -158,6 +174,21 @@ def _explain(error: BaseException) -> tuple[int, str]:
             return 1, f"no thread can be started; {remedy(errno.EAGAIN)}"
     what = f"{type(error).__name__}: {error}"
     return 1, f"internal error, {what}; run again with --debug and report it"
+
+
+def _unknown_flag(error: Any) -> str | None:
+    """What to type in place of a flag that a command does not have, where it is known."""
+    if not hasattr(error, "possibilities"):  # as Click's NoSuchOption has, and no other
+        return None
+    flag = error.option_name
+    command = str(error.ctx.command.name) if error.ctx else ""
+    all_flags = {
+        name: [own for p in load_command(name).params for own in (*p.opts, *p.secondary_opts)]
+        for name in COMMANDS
+    }
+    hint = flag_hint(flag, command, all_flags)
+    here = f"looptx {command}" if command in COMMANDS else "looptx"
+    return hint and f"{here} has no {flag}; {hint}"
 
 
 _MEMORY = re.compile("can't allocate memory|out of memory|not enough memory|Cannot allocate")

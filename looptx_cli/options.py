@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -13,6 +14,7 @@ import typer
 
 from looptx_cli.console import flags_of, with_flags
 from looptx_core.config.resolve import at_home, field_help
+from looptx_core.errors import UsageError
 
 
 def with_fields(schema: type, skip: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Any]:
@@ -37,7 +39,10 @@ def with_fields(schema: type, skip: tuple[str, ...] = ()) -> Callable[[Callable[
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
-                annotation=Annotated[_flag_type(hints[name]), typer.Option(help=helps.get(name))],
+                annotation=Annotated[
+                    _flag_type(hints[name]),
+                    typer.Option(help=helps.get(name), metavar=_metavar(hints[name])),
+                ],
             )
             for name in names
         ]
@@ -52,6 +57,31 @@ def with_fields(schema: type, skip: tuple[str, ...] = ()) -> Callable[[Callable[
         return run
 
     return decorate
+
+
+def with_set(
+    flags: Mapping[str, Any], pairs: Sequence[str] | None, sections: Mapping[str, type]
+) -> dict[str, Any]:
+    """The flags of a command, joined by what `--set KEY=VALUE` gives.
+
+    sections: the schemas of dotted keys, by section; the root's keys are those of `flags`.
+
+    Raises `UsageError` for a key that is unknown or given twice.
+    """
+    short = {f.name: f"{name}.{f.name}" for name, part in sections.items() for f in fields(part)}
+    known, joined = {*flags, *short.values()}, dict(flags)
+    for pair in pairs or ():
+        key, sign, value = (part.strip() for part in pair.partition("="))
+        if not sign or not key:
+            raise UsageError(f"--set {pair}: give a key and its value, as model.d_model=256")
+        if key not in known:
+            near = get_close_matches(key, [*known, *short], n=1)
+            hint = f", did you mean '{short.get(near[0], near[0])}'?" if near else "; leave it out"
+            raise UsageError(f"--set {pair}: unknown key '{key}'{hint}")
+        if joined.get(key) not in (None, [], ()):
+            raise UsageError(f"--set {pair}: {key} is given twice; leave one out")
+        joined[key] = value
+    return joined
 
 
 def _at_home(name: str, value: Any) -> Any:
@@ -73,3 +103,14 @@ def _flag_type(hint: Any) -> Any:
     if get_origin(hint) is tuple:
         return list[str] | None
     return hint | None
+
+
+def _metavar(hint: Any) -> str | None:
+    """What --help shows where a field's values are words of a list; None leaves it to Typer."""
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, types.UnionType):
+        kinds = [kind for kind in get_args(hint) if kind is not types.NoneType]
+        if any(map(_metavar, kinds)):
+            return " | ".join(_metavar(kind) or kind.__name__ for kind in kinds)
+    return None

@@ -55,9 +55,9 @@ def resumed(
     sharded = resolved.build(schema).sharding not in ("none", "ddp")
     may_change = {"max_minutes", "steps", *(_SPREAD if sharded else ())}
     if other := given.keys() - may_change:
-        name = sorted(other)[0].replace("_", "-")
+        name = flag_name(sorted(other)[0]).removeprefix("flag ")
         raise UsageError(
-            f"--{name} can't change on --resume, which repeats the run exactly; "
+            f"{name} can't change on --resume, which repeats the run exactly; "
             "leave it out, or start a new run"
         )
     hints = get_type_hints(schema)

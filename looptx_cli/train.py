@@ -11,7 +11,7 @@ import typer
 
 from looptx_cli.console import note, stdout, with_flags
 from looptx_cli.imports import large_imports
-from looptx_cli.options import with_fields
+from looptx_cli.options import with_fields, with_set
 from looptx_cli.runs import (
     SCHEMA_VERSION,
     last_step,
@@ -35,6 +35,14 @@ SECTIONS = {"model": ModelConfig}
 @with_fields(TrainConfig)
 def train(
     flags: dict[str, Any],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any key of the configuration, as model.d_model=256; may be repeated.",
+        ),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of these settings.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with this run, exactly.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
@@ -49,10 +57,12 @@ def train(
     looptx train
     looptx train --data my.txt --steps 2000 --out runs/mine
     looptx train --data data --preset small --max-minutes 60
+    looptx train --set model.d_model=256 --set model.core_layers=4
     looptx train --resume runs/mine
     looptx train --zero3 --offload nvme
     looptx train --preset 1b --dry-run
     """
+    flags = with_set(flags, set_, SECTIONS)
     if resume is not None:
         resolved = resumed(resume, flags, "train", TrainConfig, SECTIONS, config)
     else:

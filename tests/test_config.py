@@ -90,7 +90,7 @@ def test_nested_environment_and_dotted_flags() -> None:
     resolved = merge({"model.d_ff": 512}, LOOPTX_MODEL_D_MODEL="64", LOOPTX_DATA="a.txt,b.txt")
     assert resolved.values["model.d_model"] == 64
     assert resolved.origins["model.d_model"] == "LOOPTX_MODEL_D_MODEL"
-    assert resolved.origins["model.d_ff"] == "flag --d-ff"
+    assert resolved.origins["model.d_ff"] == "flag --set model.d_ff"
     assert resolved.values["data"] == ("a.txt", "b.txt")
 
 

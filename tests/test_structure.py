@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for name in ("looptx_core", "looptx_cli") for p in (ROOT / name).rglob("*.py"))
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
-# The flags of each command, in the order of its help. A flag is an interface: scripts break when
+# The flags of each command, in the order of its code. A flag is an interface: scripts break when
 # one goes. Changed on purpose? Paste what the failing test prints.
 OPTIONS = {
     "inspect-loops": """
@@ -62,6 +62,18 @@ OPTIONS = {
     "doctor": """
         --build --path --json --quiet
     """,
+    "chat": """
+        --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
+        --kv-policy --kv-type --speculate --draft-loops --temperature --top-k --top-p --min-p
+        --repetition-penalty --seed --stop --ignore-eos --no-ignore-eos --model --adapter --image
+        --system --show-iterations --attention --precision --kernel --config --quiet
+    """,
+    "compare": """
+        --format --out --overwrite --json --quiet
+    """,
+    "runs": """
+        --json --quiet
+    """,
     "train": """
         --data --out --seed --steps --max-minutes --seq-len --batch-size --micro-batch --workers
         --augment --no-augment --skip-bad --no-skip-bad --lr --min-lr --warmup --weight-decay
@@ -72,7 +84,7 @@ OPTIONS = {
         --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every --keep
         --val-every --val-batches --log-every --preset --document-mask
         --no-document-mask --mix --mask-patches --bitnet
-        --no-bitnet --config --resume --overwrite --dry-run --force --json
+        --no-bitnet --set --config --resume --overwrite --dry-run --force --json
         --quiet
     """,
 }
@@ -105,7 +117,7 @@ COMMAND = re.compile(
     r"""(?: --[a-z-]+(?: [^\s-]\S*)?)+"""
 )
 FLAGS = {
-    ("config/resolve.py", "--d-model"): "the origin of a value, as the command line gave it",
+    ("config/resolve.py", "--set"): "the origin of a value, as the command line gave it",
     ("machine/compiler.py", "--version"): "an option of C++ compilers",
 }
 """The flags that looptx_core spells outside whole commands, and why."""

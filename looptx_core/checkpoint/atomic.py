@@ -38,11 +38,14 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         raise _unwritable(folder, error) from error
 
 
-def write_file(file: Path, text: str) -> None:
-    """Put a text in place of what is there."""
+def write_file(file: Path, content: str | bytes) -> None:
+    """Put a text or bytes in place of what is there."""
     temporary = temporary_beside(file)
     try:
-        temporary.write_text(text, "utf-8")
+        if isinstance(content, str):
+            temporary.write_text(content, "utf-8")
+        else:
+            temporary.write_bytes(content)
         _sync(temporary)
         temporary.replace(file)
         _sync(file.parent)

@@ -184,8 +184,8 @@ def at_home(path: Any) -> Any:
 
 
 def flag_name(key: str) -> str:
-    """'flag --d-model' for the key 'model.d_model'."""
-    return "flag --" + key.rpartition(".")[2].replace("_", "-")
+    """'flag --set model.d_model' for the key 'model.d_model', without --set for a root's key."""
+    return f"flag --set {key}" if "." in key else "flag --" + key.replace("_", "-")
 
 
 def field_help(schema: type) -> dict[str, str]:

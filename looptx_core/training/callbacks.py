@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -21,6 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from looptx_core.checkpoint.atomic import write_file
+from looptx_core.checkpoint.metrics_log import read_metrics
 from looptx_core.errors import DataError
 from looptx_core.parallel.deepspeed import checkpoint as fragments
 from looptx_core.parallel.ranks import any_rank
@@ -75,18 +75,6 @@ class JsonLines(Logger):
         mark = {"step": begin, "stretch": {"from": begin, "to": end, "lr": lr}}
         if mark not in read_metrics(self.file):
             self._write(mark)
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a line that a kill left half-written is none."""
-    records = []
-    text = file.read_text("utf-8", errors="replace") if file.exists() else ""
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                records.append(record)
-    return records
 
 
 class Checkpoints(ModelCheckpoint):

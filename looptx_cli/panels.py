@@ -1,0 +1,95 @@
+"""The panels of --help: which flag is shown where, for all commands in one place."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from typer.core import TyperCommand
+
+MOST_USED = "Most used"
+OUTPUT = "Output"
+
+_MOST_USED = {
+    "train": "data out preset set steps max_minutes batch_size lr resume config",
+    "finetune": "model data out lora qlora lora_rank steps lr batch_size resume",
+    "generate": "model adapter image chat max_new_tokens loops exit temperature seed "
+    "show_iterations",
+    "chat": "model adapter image system max_new_tokens loops exit temperature show_iterations",
+    "inspect-loops": "model data out prompt text image calibrate target_loss_increase max_loops",
+    "convert": "model out to_bitnet to_hf from_hf dtype adapter merge_adapter direct data",
+    "tokenize": "data out vocab_size tokenizer text_key",
+    "doctor": "build path",
+    "compare": "out format",
+}
+"""The flags that matter first, at most ten a command."""
+
+_PANELS = {
+    "Data": """
+        seq_len batch_size micro_batch workers augment skip_bad document_mask mix mask_patches
+        val_fraction val_batches train_on_prompt too_long prompts_file data text_key seed
+    """,
+    "Model and depth": """
+        model loop_schedule loops min_loops max_loops mean_loops deeper_by loss_threshold
+        deeper_share explore loss_at loss_prior bitnet exit threshold prompt_loops draft_loops
+        speculate compare_loops kv_policy kv_type decode_tokens
+    """,
+    "Adapters": """
+        adapter quantization dora lora_per_loop lora_alpha lora_dropout rslora target_modules
+    """,
+    "Sampling": """
+        max_new_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos
+    """,
+    "Optimiser": """
+        steps finetune_steps max_minutes lr min_lr warmup weight_decay optimizer beta2 clip
+    """,
+    "Hardware": """
+        precision attention kernel compile grad_checkpointing devices nodes strategy zero3 offload
+        nvme_path deepspeed_config
+    """,
+    "Checkpoints": "save_every keep val_every shard_size",
+    OUTPUT: "config overwrite dry_run force log_every json as_json quiet help",
+}
+"""The panels below it, in their order, each with its flags by parameter name."""
+
+NAMES = (MOST_USED, *_PANELS)
+
+_PANEL_OF = {flag: panel for panel, flags in _PANELS.items() for flag in flags.split()}
+
+
+def panel_of(command: str, parameter: str) -> str | None:
+    """The panel of a command's flag, by the name of its parameter; None where no panel has it."""
+    name = parameter.rstrip("_")
+    if name in _MOST_USED.get(command, "").split():
+        return MOST_USED
+    return _PANEL_OF.get(name)
+
+
+class PanelledCommand(TyperCommand):
+    """A command whose --help shows its flags in panels, the most used first."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        parameters: list[Any] = super().get_params(ctx)
+        for parameter in parameters:
+            if parameter.param_type_name == "option":
+                parameter.rich_help_panel = panel_of(str(self.name), parameter.name)
+        return sorted(parameters, key=self._place)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """As Typer does, with one line on the `--no-` forms, whose column is wider than a screen
+        has room for."""
+        shown = copy.copy(self)
+        shown.params = [copy.copy(parameter) for parameter in self.params]
+        if any(parameter.secondary_opts for parameter in shown.params):
+            shown.epilog = f"--no-x turns a switch --x off. {self.epilog or ''}".strip()
+        for parameter in shown.params:
+            parameter.secondary_opts = []
+        TyperCommand.format_help(shown, ctx, formatter)
+
+    def _place(self, parameter: Any) -> tuple[int, int]:
+        """Arguments, then the panels in order; the most used in the order of their list."""
+        panel = getattr(parameter, "rich_help_panel", None)
+        if panel == MOST_USED:
+            most_used = _MOST_USED[str(self.name)].split()
+            return NAMES.index(panel), most_used.index(parameter.name.rstrip("_"))
+        return NAMES.index(panel) if panel in NAMES else -1, 0

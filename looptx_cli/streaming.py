@@ -1,0 +1,72 @@
+"""Text of a model as it comes, on stdout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from looptx_cli.console import is_plain, note, shown, stdout
+from looptx_core.media.registry import MEDIA
+
+if TYPE_CHECKING:
+    from looptx_core.config.generation import GenerationOptions
+    from looptx_core.generation.engine import Engine, Generation, Prompt, Step
+    from looptx_core.media.batch import MediaItem
+
+
+def print_now(text: str) -> None:
+    """Text to stdout, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def stream(
+    engine: Engine,
+    prompt: Prompt,
+    options: GenerationOptions,
+    iterations: bool,
+    quiet: bool,
+    before: str = "",
+) -> Generation:
+    """Print a continuation as it comes, and end its line.
+
+    iterations: in the colours of the depths over their figures, with the legend; where there are
+    no colours, a line with the figures for each token. before: what stands before it.
+    """
+    from looptx_cli.render import TokenDisplay, answers_told, legend, token_line
+
+    plain = is_plain(sys.stdout)
+    deepest = engine.model.config.max_loops
+    out = stdout()
+    display = TokenDisplay(out, deepest, before)
+
+    begun = False
+
+    def watch(step: Step) -> None:
+        nonlocal begun
+        if not begun and not (iterations and plain):
+            print_now(shown(before))  # only now: refused settings print nothing
+        begun = True
+        if not iterations:
+            print_now(shown(step.text))
+        elif plain:
+            print_now(token_line(step) + "\n")
+        else:
+            display.add(step)
+
+    (result,) = engine.complete([prompt], options, watch)
+    display.close()
+    print_now("" if iterations else "\n")
+    if iterations and not plain:
+        out.print(legend(result, deepest))
+    if iterations and (told := answers_told(before, result.text)):
+        note(told, quiet) if plain else out.print(told)
+    return result
+
+
+def read_items(engine: Engine, files: Mapping[str, Sequence[Path]]) -> tuple[MediaItem, ...]:
+    """The files of each medium, decoded."""
+    config = engine.model.config
+    return tuple(MEDIA[name].read(file, config) for name, some in files.items() for file in some)

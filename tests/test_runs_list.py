@@ -1,0 +1,125 @@
+"""looptx runs: each run with its figures, damaged ones among them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from looptx_cli.main import main
+from looptx_core.checkpoint.run_facts import begin_run, update_facts
+from looptx_core.checkpoint.run_summary import list_runs, read_run
+from looptx_core.config.finetune import FinetuneConfig
+from looptx_core.config.model import ModelConfig
+from looptx_core.config.resolve import resolve, write_resolved
+from looptx_core.config.run import TrainConfig
+from looptx_core.errors import DataError
+
+pytestmark = pytest.mark.fast
+
+
+def make_run(folder: Path, finished: bool = True, **flags: object) -> Path:
+    """A run's small files, as `train` leaves them."""
+    folder.mkdir(parents=True)
+    begin_run(folder, "train")
+    flags = {"steps": 20, "data": ["a/b.txt"], **flags}
+    resolved = resolve(TrainConfig, {"model": ModelConfig}, flags=flags, env={})
+    write_resolved(folder / "config.yaml", resolved, omit={"out", "max_minutes"})
+    records = [
+        {"step": 10, "train_loss": 3.0, "tokens_per_second": 100.0},
+        {"step": 10, "val_loss": 2.5, "val_loss_by_loop": [2.75, 2.5]},
+        {"step": 20 if finished else 15, "train_loss": 2.0, "tokens_per_second": 140.0},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    if finished:
+        (folder / "final").mkdir()
+        facts = {"steps": 20, "tokens": 640, "training_flops": 1e9,
+                 "loss_by_loop": [2.5, 2.25], "bits_per_byte_by_loop": [2.0, 1.8]}  # fmt: skip
+        config = {"model_type": "looptx", "facts": facts}
+        (folder / "final/config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_figures_of_a_run(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs/a")
+    make_run(tmp_path / "runs/b", finished=False)
+    found = {run.name: run for run in list_runs(tmp_path / "runs")}
+    a, b = found["a"], found["b"]
+    assert (a.state, a.command, a.data) == ("finished", "train", ("a/b.txt",))
+    assert (a.steps, a.planned_steps, a.best_loss, a.best_bits_per_byte) == (20, 20, 2.25, 1.8)
+    files = [file for file in (tmp_path / "runs/a").rglob("*") if file.is_file()]
+    assert a.bytes == sum(file.stat().st_size for file in files)
+    assert (b.state, b.steps, b.planned_steps) == ("unfinished", 15, 20)
+    assert (b.best_loss, b.best_bits_per_byte) == (2.5, None)
+
+
+def test_a_run_that_is_to_go_on_is_not_finished(tmp_path: Path) -> None:
+    update_facts(make_run(tmp_path / "a"), finished=20, until=40)
+    summary = read_run(tmp_path / "a").summary
+    assert (summary.state, summary.planned_steps) == ("unfinished", 40)
+
+
+def test_an_adapter_is_a_run_of_finetune(tmp_path: Path) -> None:
+    (tmp_path / "f/final").mkdir(parents=True)
+    settings = resolve(FinetuneConfig, flags={"model": "base", "lora": True}, env={})
+    write_resolved(tmp_path / "f/config.yaml", settings)
+    (tmp_path / "f/final/adapter_config.json").write_text("{}")
+    (tmp_path / "f/final/looptx.json").write_text('{"facts": {"steps": 400}}')
+    summary = read_run(tmp_path / "f").summary
+    assert (summary.command, summary.state, summary.data) == ("finetune", "finished", ())
+
+
+DAMAGE = {
+    "nothing": lambda run: [shutil.rmtree(run), run.mkdir()],
+    "no settings": lambda run: (run / "config.yaml").unlink(),
+    "settings cut": lambda run: (run / "config.yaml").write_text("steps: [1"),
+    "settings of bytes": lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe\x00"),
+    "settings of no schema": lambda run: (run / "config.yaml").write_text("stepz: 4\n"),
+    "facts cut": lambda run: (run / "run.json").write_text('{"command": "tr'),
+    "model cut": lambda run: (run / "final/config.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_runs_are_listed(
+    damage: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(Path("runs/good"))
+    DAMAGE[damage](make_run(Path("runs/bad")))
+    with pytest.raises((DataError, ValueError)):
+        read_run(Path("runs/bad"))
+    assert main(["runs", "--json"]) == 0
+    states = {run["name"]: run for run in json.loads(capsys.readouterr().out)["runs"]}
+    assert states["good"]["state"] == "finished"
+    assert states["bad"]["state"] == "damaged" and states["bad"]["problem"]
+    assert main(["runs"]) == 0
+    out, err = capsys.readouterr()
+    assert "damaged" in out and "runs/bad is damaged" in err
+
+
+def test_wrong_values_are_no_error(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    (run / "metrics.jsonl").write_text('5\n{"step": "x"}\n{"step": 3, "val_loss": "low"}\n{"st')
+    (run / "final/config.json").write_text('{"facts": {"loss_by_loop": [null, true, "x"]}}')
+    summary = read_run(run).summary
+    assert (summary.steps, summary.best_loss, summary.best_bits_per_byte) == (3, None, None)
+
+
+def test_the_table(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs"]) == 0
+    assert "looptx train" in capsys.readouterr().err
+    make_run(Path("runs/train-1"))
+    make_run(Path("runs/train-2"), finished=False)
+    Path("runs/tokenize-1").mkdir()
+    Path("runs/tokenize-1/manifest.json").write_text("{}")
+    Path("runs/notes.txt").write_text("mine")
+    assert main(["runs"]) == 0
+    out, err = capsys.readouterr()
+    first, second = sorted(line.split() for line in out.splitlines()[1:])
+    assert first[:6] == ["train-1", "train", "b.txt", "20", "1.800", "bits/byte"]
+    assert second[:6] == ["train-2", "train", "b.txt", "15/20", "2.500", "nats"]
+    assert "finished" in first and "unfinished" in second
+    assert max(map(len, out.splitlines())) <= 80
+    assert "\x1b" not in out and "compare" not in err  # one finished run alone
