@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -180,8 +181,17 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def end_id(tokenizer: Tokenizer) -> int:
-    """The id of the token that ends a document.
+def opening_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids that the tokenizer's post-processor puts before a text, such as its BOS."""
+    if not tokenizer.num_special_tokens_to_add(False):
+        return []
+    found = tokenizer.encode("a")
+    ours = itertools.takewhile(lambda pair: pair[1], zip(found.ids, found.special_tokens_mask))
+    return [token for token, _ in ours]
+
+
+def end_id(tokenizer: Tokenizer, ends: Sequence[int] = ()) -> int:
+    """The id of the token that ends a document. ends: others that a model's texts end with.
 
     Raises:
         DataError: the tokenizer has none that we know.
@@ -189,6 +199,8 @@ def end_id(tokenizer: Tokenizer) -> int:
     for name in (END, *_FOREIGN_ENDS):
         if (found := tokenizer.token_to_id(name)) is not None:
             return int(found)
+    if ends:
+        return ends[0]
     raise DataError(f"the tokenizer has no token that ends a document; add '{END}' to it")
 
 

@@ -147,7 +147,7 @@ def save_adapter(
         settings.base_model_name_or_path = str(name)
     own = {"format_version": 1, "base": fingerprint(base.folder), "facts": dict(facts)}
     generation = {"exit": asdict(exit_settings)}
-    tokens = tokenizer_config(base.tokenizer, base.config.max_seq_len, chat_template)
+    tokens = tokenizer_config(base.special, base.config.max_seq_len, chat_template)
     card = _card(folder, base.name, facts)
 
     def write(place: Path) -> None:
