@@ -5,6 +5,7 @@
     tokenizer.json          and tokenizer_config.json
     generation_config.json  end and padding ids; under `exit` the model's own exit rule
     ...                     what the model's media store, such as preprocessor_config.json
+    digests.json            SHA-256 of the files of weights
     README.md               the model card
 
 A folder appears whole or not at all (`atomic.py`); its weights are read by `weights.py`.
@@ -32,6 +33,7 @@ from looptx_core.config.model import FIRST_FORMAT, FORMAT_VERSION, ModelConfig
 from looptx_core.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from looptx_core.documents import COPY_AGAIN, check_links, read_json, read_text, to_json
 from looptx_core.errors import DataError
+from looptx_core.machine.integrity import check_folder, write_digests
 from looptx_core.model.empty_weights import init_empty_weights
 from looptx_core.model.flops import parameter_count
 from looptx_core.model.loop import LoopedTransformer
@@ -158,6 +160,7 @@ def write_model(
         for name, content in files.items():
             text = content if isinstance(content, str) else to_json(content)
             (place / name).write_text(text, "utf-8")
+        write_digests(place)
 
     write_folder(folder, write)
 
@@ -171,7 +174,7 @@ def load_model(
         dtype: of the weights in memory; absent: as stored.
     Raises:
         DataError: a file is missing, damaged, of a newer format or not of this model, or the
-            weights are a pickle.
+            weights are a pickle, or not those that the folder was written with.
     """
     folder = Path(folder)
     config, settings = _read_config(folder)
@@ -181,6 +184,7 @@ def load_model(
     with init_empty_weights():
         model = LoopedTransformer(config)
     load_weights(model, folder, device=device, dtype=dtype)
+    check_folder(folder)
     facts = settings.get("facts") or {}
     if not isinstance(facts, dict):
         raise DataError(f"{folder / 'config.json'}: facts must hold keys of its own; copy the "

@@ -16,7 +16,7 @@ from looptx_core.data.shards import SCHEMA_VERSION, Manifest, open_shards
 from looptx_core.data.split import Progress
 from looptx_core.data.tokenizer import fingerprint
 from looptx_core.errors import DataError, LooptxError, UsageError
-from looptx_core.machine.scratch import user_cache
+from looptx_core.machine.scratch import cache_folder
 
 
 def cached_shards(
@@ -89,13 +89,6 @@ def resolve_data(
             "tokenise the text again with the model's"
         )
     return folders[0]
-
-
-def cache_folder() -> Path:
-    """Where derived files are kept: `$LOOPTX_CACHE`, else looptx in the user's cache folder."""
-    if own := os.environ.get("LOOPTX_CACHE"):
-        return Path(own)
-    return user_cache()
 
 
 def _opens(folder: Path) -> bool:
