@@ -14,7 +14,7 @@ from looptx_core.data.corpus import Corpus, bundled_text
 from looptx_core.data.shard_writer import VOCAB_SIZE, tokenize_corpus
 from looptx_core.data.shards import SCHEMA_VERSION, Manifest, open_shards
 from looptx_core.data.split import Progress
-from looptx_core.data.tokenizer import fingerprint
+from looptx_core.data.tokenizer import SmallTextError, fingerprint
 from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.machine.scratch import cache_folder
 
@@ -51,6 +51,12 @@ def cached_shards(
                 check=False,
                 on_progress=on_progress,
             )
+        except SmallTextError as error:  # whoever trains has no flag for it
+            mend = (
+                f"give more text, or train on shards of a smaller vocabulary: looptx tokenize "
+                f"--vocab-size {error.largest}"
+            )
+            raise SmallTextError(error.largest, error.asked, mend) from error
         except LooptxError:
             if not _opens(folder):  # else another process was faster
                 raise

@@ -39,6 +39,17 @@ _WORD = re.compile(rf"\s?\S{{1,{_LONGEST_WORD - 1}}}|\s{{1,{_LONGEST_WORD}}}")
 _LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD}}}|\s{{{_LONGEST_WORD}}}")
 
 
+class SmallTextError(DataError):
+    """A text does not support so large a vocabulary. largest: the one that it does, tokens."""
+
+    def __init__(self, largest: int, asked: int, mend: str = "") -> None:
+        self.largest, self.asked = largest, asked
+        mend = mend or f"use --vocab-size {largest} or give more text"
+        super().__init__(
+            f"the text supports a vocabulary of at most {largest} tokens, not {asked}; {mend}"
+        )
+
+
 def train_tokenizer(
     pieces: Iterable[str],
     vocab_size: int,
@@ -54,7 +65,7 @@ def train_tokenizer(
         sample_bytes, sample_unique: bounds of the sample; see `spread_sample`.
     Raises:
         UsageError: `vocab_size` has no room for all bytes and the special tokens.
-        DataError: the text does not support so large a vocabulary.
+        SmallTextError: the text does not support so large a vocabulary.
     """
     check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
@@ -76,10 +87,7 @@ def train_tokenizer(
     sample = spread_sample(pieces, sample_bytes, sample_unique)
     tokenizer.train_from_iterator(_without_long_words(sample), trainer)
     if (largest := tokenizer.get_vocab_size()) < vocab_size:
-        raise DataError(
-            f"the text supports a vocabulary of at most {largest} tokens, not {vocab_size}; "
-            f"use --vocab-size {largest} or give more text"
-        )
+        raise SmallTextError(largest, vocab_size)
     return _plain(tokenizer)
 
 
