@@ -80,6 +80,7 @@ def load(
         loaded.model,
         loaded.tokenizer,
         loaded.exit,
+        ends=loaded.special.ends,
         name=loaded.name,
         batch_size=batch_size,
         kernel=kernel,

@@ -28,7 +28,7 @@ _MODEL = (
     "data.json",
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
     *("adapter_config.json", "adapter_model.safetensors", "looptx.json", "loop_*/adapter_*"),
-    *("loop_*/README.md", "codec-*/*.json", "codec-*/*.safetensors"),
+    *("loop_*/README.md", "codec-*/*.json", "codec-*/*.safetensors", "digests.json"),
 )
 # An export holds sources of this package, each named by its own package and its module.
 _EXPORT = (

@@ -1,8 +1,9 @@
-"""Paths are printed as they are, and LOOPTX_MODEL is followed."""
+"""Paths are printed as they are, LOOPTX_MODEL is followed, and flags that are named exist."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,15 @@ def test_the_model_of_the_environment(tiny: Path, workplace: Path, capsys, monke
         assert "nowhere: no such run or model folder" in capsys.readouterr().err
     assert main(["generate", "a", "--max-new-tokens", "1", "--json", "--model", "mine"]) == 0
     assert json.loads(capsys.readouterr().out)["model"] == "tiny", "a flag wins"
+
+
+def test_a_small_text_names_a_flag_that_there_is(workplace: Path, capsys) -> None:
+    Path("small.txt").write_text("A whale, a sea and a ship. " * 40, "utf-8")
+    assert main(["train", "--data", "small.txt", *QUICK]) == 4
+    error = capsys.readouterr().err
+    command = re.search(r"looptx tokenize --vocab-size \d+", error)
+    assert command and error.count("--vocab-size") == 1
+    made = command[0].split()[1:]
+    assert main([*made, "small.txt", "--val-fraction", "0.5", "--out", "shards", "--quiet"]) == 0
+    assert main(["tokenize", "small.txt", "--vocab-size", "900"]) == 4
+    assert "; use --vocab-size" in capsys.readouterr().err

@@ -5,6 +5,7 @@
     tokenizer.json          and tokenizer_config.json
     generation_config.json  end and padding ids; under `exit` the model's own exit rule
     ...                     what the model's media store, such as preprocessor_config.json
+    digests.json            SHA-256 of the files of weights
     README.md               the model card
 
 A folder appears whole or not at all (`atomic.py`); its weights are read by `weights.py`.
@@ -13,7 +14,7 @@ A folder appears whole or not at all (`atomic.py`); its weights are read by `wei
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from torch import Tensor
 import looptx_core
 from looptx_core.checkpoint.atomic import write_file, write_folder
 from looptx_core.checkpoint.card import model_card
+from looptx_core.checkpoint.special_tokens import SpecialTokens
 from looptx_core.checkpoint.weights import check_size, load_weights, tensors_of
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import FIRST_FORMAT, FORMAT_VERSION, ModelConfig
 from looptx_core.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from looptx_core.documents import COPY_AGAIN, check_links, read_json, read_text, to_json
 from looptx_core.errors import DataError
+from looptx_core.machine.integrity import check_folder, write_digests
 from looptx_core.model.empty_weights import init_empty_weights
 from looptx_core.model.flops import parameter_count
 from looptx_core.model.loop import LoopedTransformer
@@ -38,7 +41,6 @@ from looptx_core.outputs import check_model_target
 from looptx_core.schema import typed
 
 MODEL_TYPE = "looptx"
-_END_TOKENS = ("<|end|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _NOT_SHAPE = {
     *("model_type", "architectures", "format_version", "torch_dtype", "looptx_version"),
     *("tokenizer_fingerprint", "facts", "command"),
@@ -57,6 +59,8 @@ class LoadedModel:
     folder: Path
     chat_template: str | None = None
     """Of a model that was finetuned on chats; `data.chat` has ours."""
+    special: SpecialTokens = field(default_factory=SpecialTokens)
+    """What begins and ends its texts."""
 
     @property
     def name(self) -> str:
@@ -77,6 +81,7 @@ def save_model(
     dtype: torch.dtype | None = None,
     chat_template: str | None = None,
     files: Mapping[str, Any] | None = None,
+    special: SpecialTokens | None = None,
 ) -> Path:
     """Write a model folder, whole or not at all.
 
@@ -87,6 +92,7 @@ def save_model(
         dtype: of the stored weights; absent: the model's own.
         chat_template: for tokenizer_config.json, as in `data.chat`.
         files: more files by name, JSON documents or texts.
+        special: what begins and ends texts; absent: the tokens of the tokenizer with usual names.
     Raises:
         UsageError: the folder exists and may not be replaced.
         DataError: the tokenizer has more tokens than the model.
@@ -95,7 +101,7 @@ def save_model(
     folder = Path(folder)
     check_model_target(folder, overwrite)
     weights, own = model_files(folder, model, tokenizer, exit_settings, facts, dtype,
-                               chat_template)  # fmt: skip
+                               chat_template, special)  # fmt: skip
     write_model(folder, weights, {**own, **(files or {})}, max_shard_size)
     return folder
 
@@ -108,6 +114,7 @@ def model_files(
     facts: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     chat_template: str | None = None,
+    special: SpecialTokens | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_model` writes: tensors by name, and files by name, JSON documents or texts."""
     _check_vocabulary(tokenizer, model.config, "the tokenizer")
@@ -123,16 +130,13 @@ def model_files(
         "tokenizer_fingerprint": fingerprint(tokenizer),
         "facts": dict(facts),
     }
-    end, pad = _token_id(tokenizer, *_END_TOKENS), _token_id(tokenizer, "<|pad|>", "<pad>")
+    special = special or SpecialTokens.known(tokenizer)
     name = folder.resolve().parent.name if folder.name == "final" else folder.name
     return weights, {
         "tokenizer.json": tokenizer.to_str(),
-        "tokenizer_config.json": tokenizer_config(
-            tokenizer, model.config.max_seq_len, chat_template
-        ),
+        "tokenizer_config.json": tokenizer_config(special, model.config.max_seq_len, chat_template),
         "generation_config.json": {
-            "eos_token_id": end,
-            "pad_token_id": pad,
+            **special.ids(tokenizer),
             "exit": asdict(exit_settings),
         },
         "README.md": model_card(
@@ -156,6 +160,7 @@ def write_model(
         for name, content in files.items():
             text = content if isinstance(content, str) else to_json(content)
             (place / name).write_text(text, "utf-8")
+        write_digests(place)
 
     write_folder(folder, write)
 
@@ -169,7 +174,7 @@ def load_model(
         dtype: of the weights in memory; absent: as stored.
     Raises:
         DataError: a file is missing, damaged, of a newer format or not of this model, or the
-            weights are a pickle.
+            weights are a pickle, or not those that the folder was written with.
     """
     folder = Path(folder)
     config, settings = _read_config(folder)
@@ -179,25 +184,31 @@ def load_model(
     with init_empty_weights():
         model = LoopedTransformer(config)
     load_weights(model, folder, device=device, dtype=dtype)
+    check_folder(folder)
     facts = settings.get("facts") or {}
     if not isinstance(facts, dict):
         raise DataError(f"{folder / 'config.json'}: facts must hold keys of its own; copy the "
                         "model again")  # fmt: skip
     return LoadedModel(
-        model.eval(), config, tokenizer, exit_settings, facts, folder, read_chat_template(folder)
+        model.eval(),
+        config,
+        tokenizer,
+        exit_settings,
+        facts,
+        folder,
+        read_chat_template(folder),
+        SpecialTokens.read(folder, tokenizer),
     )
 
 
 def tokenizer_config(
-    tokenizer: Tokenizer, length: int, chat_template: str | None = None
+    special: SpecialTokens, length: int, chat_template: str | None = None
 ) -> dict[str, Any]:
     """What tokenizer_config.json holds. length: the model's context, tokens."""
-    end, pad = _token_id(tokenizer, *_END_TOKENS), _token_id(tokenizer, "<|pad|>", "<pad>")
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": length,
-        "eos_token": tokenizer.id_to_token(end) if end is not None else None,
-        "pad_token": tokenizer.id_to_token(pad) if pad is not None else None,
+        **special.names(),
         **({"chat_template": chat_template} if chat_template else {}),
     }
 
@@ -284,9 +295,3 @@ def read_exit(folder: Path) -> ExitSettings:
             "gain_offset; copy the model again"
         )
     return found
-
-
-def _token_id(tokenizer: Tokenizer, *names: str) -> int | None:
-    """The id of the first of these tokens that the tokenizer has."""
-    found = (tokenizer.token_to_id(name) for name in names)
-    return next((token for token in found if token is not None), None)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from looptx_core.checkpoint.folder import MODEL_TYPE, LoadedModel, read_tokenizer
+from looptx_core.checkpoint.special_tokens import SpecialTokens
 from looptx_core.checkpoint.weights import load_weights
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
@@ -136,13 +137,15 @@ def from_huggingface(folder: Path) -> LoadedModel:
         return None if name == "head.weight" and config.tie_embeddings else name
 
     load_weights(model, folder, rename=rename)
+    tokenizer = read_tokenizer(folder, config)
     return LoadedModel(
         model.eval(),
         config,
-        read_tokenizer(folder, config),
+        tokenizer,
         typed(ExitSettings, rule, f"{folder / 'config.json'}, exit"),
         settings.get("facts") or {},
         folder,
+        special=SpecialTokens.read(folder, tokenizer),
     )
 
 
@@ -222,7 +225,10 @@ def _from_plain(folder: Path, settings: Mapping[str, Any]) -> LoadedModel:
     model.confidence.to(model.embedding.weight.dtype)
     facts = {"from": f"{settings['model_type']} {folder.resolve().name}"}
     tokenizer = read_tokenizer(folder, config)
-    return LoadedModel(model.eval(), config, tokenizer, ExitSettings(), facts, folder)
+    special = SpecialTokens.read(folder, tokenizer)
+    return LoadedModel(
+        model.eval(), config, tokenizer, ExitSettings(), facts, folder, special=special
+    )
 
 
 def _flat(module: str) -> str:

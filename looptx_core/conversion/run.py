@@ -147,7 +147,7 @@ def convert(
         facts["ternary"] = f"trained {steps} steps" if steps else "rounded"
     weights, files = model_files(
         out, model, source.tokenizer, exit_settings, facts,
-        chat_template=read_chat_template(source.folder),
+        chat_template=read_chat_template(source.folder), special=source.special,
     )  # fmt: skip
     if held_out.note is not None and not config.to_hf:  # which goes to others, without our paths
         files[OWN_DATA] = held_out.note.to_dict()

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer
 from looptx_core.data.corpus import bundled_text
 from looptx_core.data.hops import hop_lines, hop_probes
 from looptx_core.data.probes import FILE, write_probes
-from looptx_core.data.resolve import cache_folder, cached_shards
+from looptx_core.data.resolve import cached_shards
 from looptx_core.data.split import Progress
+from looptx_core.machine.scratch import cache_folder
 
 _LINES = 20_000
 _PROBES = 200

@@ -76,7 +76,7 @@ class TokenData(Batches):
         document_mask: bool = True,
         **how: Any,
     ) -> None:
-        self.shards: Shards = open_shards(folder)
+        self.shards: Shards = open_shards(folder, verify=True)
         train, val = text_windows(folder, self.shards, seq_len, document_mask)
         self.val_parts: dict[str, Sequences] = {"text": val}
         super().__init__(train, val, **how)

@@ -107,7 +107,7 @@ class MixedData(Batches):
         seed: int = 0,
         **how: Any,
     ) -> None:
-        self.shards = open_shards(folder)
+        self.shards = open_shards(folder, verify=True)
         tokenizer = self.shards.tokenizer
         examples = record_examples(records, tokenizer, config, seq_len, skip_bad)
         if len(examples) < 2:

@@ -14,9 +14,9 @@ from looptx_core.data.corpus import Corpus, bundled_text
 from looptx_core.data.shard_writer import VOCAB_SIZE, tokenize_corpus
 from looptx_core.data.shards import SCHEMA_VERSION, Manifest, open_shards
 from looptx_core.data.split import Progress
-from looptx_core.data.tokenizer import fingerprint
+from looptx_core.data.tokenizer import SmallTextError, fingerprint
 from looptx_core.errors import DataError, LooptxError, UsageError
-from looptx_core.machine.scratch import user_cache
+from looptx_core.machine.scratch import cache_folder
 
 
 def cached_shards(
@@ -51,6 +51,12 @@ def cached_shards(
                 check=False,
                 on_progress=on_progress,
             )
+        except SmallTextError as error:  # whoever trains has no flag for it
+            mend = (
+                f"give more text, or train on shards of a smaller vocabulary: looptx tokenize "
+                f"--vocab-size {error.largest}"
+            )
+            raise SmallTextError(error.largest, error.asked, mend) from error
         except LooptxError:
             if not _opens(folder):  # else another process was faster
                 raise
@@ -89,13 +95,6 @@ def resolve_data(
             "tokenise the text again with the model's"
         )
     return folders[0]
-
-
-def cache_folder() -> Path:
-    """Where derived files are kept: `$LOOPTX_CACHE`, else looptx in the user's cache folder."""
-    if own := os.environ.get("LOOPTX_CACHE"):
-        return Path(own)
-    return user_cache()
 
 
 def _opens(folder: Path) -> bool:

@@ -28,6 +28,7 @@ from looptx_core.data.tokenizer import (
 )
 from looptx_core.documents import check_links, read_json, short
 from looptx_core.errors import DataError, UsageError
+from looptx_core.machine.integrity import check_digest
 from looptx_core.schema import typed
 
 SCHEMA_VERSION = 1
@@ -184,7 +185,7 @@ class Shards:
 
 
 def open_shards(folder: str | os.PathLike[str], verify: bool = False) -> Shards:
-    """Open what `tokenize_corpus` wrote; `verify` also hashes every shard.
+    """Open what `tokenize_corpus` wrote; verify: hash each shard too, once.
 
     Raises:
         DataError: no such folder, another version, or files that are not the manifest's.
@@ -210,9 +211,7 @@ def open_shards(folder: str | os.PathLike[str], verify: bool = False) -> Shards:
                     f"{file}: {size} bytes instead of {expected}; tokenise the text again"
                 )
             if verify:
-                with file.open("rb") as data:
-                    if hashlib.file_digest(data, "sha256").hexdigest() != shard.sha256:
-                        raise DataError(f"{file}: its hash is wrong; tokenise the text again")
+                check_digest(file, shard.sha256, _AGAIN)
         except OSError as error:
             raise DataError(f"{file}: {error.strerror}; tokenise the text again") from error
     for name in SPLITS:

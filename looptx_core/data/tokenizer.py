@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -38,6 +39,17 @@ _WORD = re.compile(rf"\s?\S{{1,{_LONGEST_WORD - 1}}}|\s{{1,{_LONGEST_WORD}}}")
 _LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD}}}|\s{{{_LONGEST_WORD}}}")
 
 
+class SmallTextError(DataError):
+    """A text does not support so large a vocabulary. largest: the one that it does, tokens."""
+
+    def __init__(self, largest: int, asked: int, mend: str = "") -> None:
+        self.largest, self.asked = largest, asked
+        mend = mend or f"use `vocab_size` {largest} or give more text"
+        super().__init__(
+            f"the text supports a vocabulary of at most {largest} tokens, not {asked}; {mend}"
+        )
+
+
 def train_tokenizer(
     pieces: Iterable[str],
     vocab_size: int,
@@ -53,7 +65,7 @@ def train_tokenizer(
         sample_bytes, sample_unique: bounds of the sample; see `spread_sample`.
     Raises:
         UsageError: `vocab_size` has no room for all bytes and the special tokens.
-        DataError: the text does not support so large a vocabulary.
+        SmallTextError: the text does not support so large a vocabulary.
     """
     check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
@@ -75,10 +87,7 @@ def train_tokenizer(
     sample = spread_sample(pieces, sample_bytes, sample_unique)
     tokenizer.train_from_iterator(_without_long_words(sample), trainer)
     if (largest := tokenizer.get_vocab_size()) < vocab_size:
-        raise DataError(
-            f"the text supports a vocabulary of at most {largest} tokens, not {vocab_size}; "
-            f"use `vocab_size` {largest} or give more text"
-        )
+        raise SmallTextError(largest, vocab_size)
     return _plain(tokenizer)
 
 
@@ -180,8 +189,17 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def end_id(tokenizer: Tokenizer) -> int:
-    """The id of the token that ends a document.
+def opening_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids that the tokenizer's post-processor puts before a text, such as its BOS."""
+    if not tokenizer.num_special_tokens_to_add(False):
+        return []
+    found = tokenizer.encode("a")
+    ours = itertools.takewhile(lambda pair: pair[1], zip(found.ids, found.special_tokens_mask))
+    return [token for token, _ in ours]
+
+
+def end_id(tokenizer: Tokenizer, ends: Sequence[int] = ()) -> int:
+    """The id of the token that ends a document. ends: others that a model's texts end with.
 
     Raises:
         DataError: the tokenizer has none that we know.
@@ -189,6 +207,8 @@ def end_id(tokenizer: Tokenizer) -> int:
     for name in (END, *_FOREIGN_ENDS):
         if (found := tokenizer.token_to_id(name)) is not None:
             return int(found)
+    if ends:
+        return ends[0]
     raise DataError(f"the tokenizer has no token that ends a document; add '{END}' to it")
 
 

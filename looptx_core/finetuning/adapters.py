@@ -40,6 +40,7 @@ from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import ExitSettings
 from looptx_core.documents import check_links, read_json
 from looptx_core.errors import DataError, UsageError
+from looptx_core.machine.integrity import check_folder, write_digests
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.schema import typed
 
@@ -147,7 +148,7 @@ def save_adapter(
         settings.base_model_name_or_path = str(name)
     own = {"format_version": 1, "base": fingerprint(base.folder), "facts": dict(facts)}
     generation = {"exit": asdict(exit_settings)}
-    tokens = tokenizer_config(base.tokenizer, base.config.max_seq_len, chat_template)
+    tokens = tokenizer_config(base.special, base.config.max_seq_len, chat_template)
     card = _card(folder, base.name, facts)
 
     def write(place: Path) -> None:
@@ -163,6 +164,7 @@ def save_adapter(
             *(files or {}).items(),
         ):
             (place / file).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        write_digests(place)
 
     write_folder(folder, write)
 
@@ -192,6 +194,7 @@ def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> L
         raise DataError(
             f"{folder}: this adapter doesn't fit {base.folder} ({reason}); give its own base"
         ) from error
+    check_folder(folder)
     model = base.model
     if loops:
         follow_loops(model, loops, trainable=False)

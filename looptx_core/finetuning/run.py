@@ -218,7 +218,8 @@ def finetune(
         update_generation_config(final, exit_settings)
     else:
         save_model(final, trained, loaded.tokenizer, exit_settings=exit_settings, facts=facts,
-                   overwrite=True, chat_template=prepared.chat_template, files=files)  # fmt: skip
+                   overwrite=True, chat_template=prepared.chat_template, files=files,
+                   special=loaded.special)  # fmt: skip
     plot_run(read_metrics(folder / "metrics.jsonl"), {}, folder / "curves.png")
     return FinetuneResult(
         folder=folder,

@@ -24,7 +24,7 @@ from looptx_core.backends.select import select_backend
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.data.chat import chat_prompt
 from looptx_core.data.content import content_ids
-from looptx_core.data.tokenizer import check_ids, end_id, vocabulary_size
+from looptx_core.data.tokenizer import check_ids, end_id, opening_ids, vocabulary_size
 from looptx_core.errors import UsageError
 from looptx_core.generation.request import (
     ChatPrompt,
@@ -72,6 +72,8 @@ class Engine:
 
     Puts the model into evaluation mode and joins its projections. `batch_size`: the most
     prompts that run at once; more wait, and join as others finish. `counters` count what was done.
+    ends: ids at any of which a text ends; absent: the token that ends the tokenizer's documents.
+    A prompt that is text begins as the tokenizer's post-processor says.
     kernel, precision: see `select_backend`; `kernel` then says what was chosen, and why.
     """
 
@@ -81,6 +83,7 @@ class Engine:
         tokenizer: Tokenizer,
         exit_settings: ExitSettings | None = None,
         *,
+        ends: Sequence[int] = (),
         name: str = "model",
         batch_size: int = 32,
         kernel: str = "auto",
@@ -90,7 +93,8 @@ class Engine:
         model.fuse_projections()
         self.exit_settings = exit_settings or ExitSettings()
         self.batch_size = batch_size
-        self.end = end_id(tokenizer)
+        self.end = end_id(tokenizer, ends)
+        self.ends, self.opening = tuple(ends), opening_ids(tokenizer)
         self.writers = writers(model.config)
         self.backend, self.kernel = select_backend(model, kernel, precision)
         self.counters = WorkCounters()
@@ -217,7 +221,8 @@ class Engine:
         if isinstance(prompt, MediaPrompt | ChatPrompt):
             return self._encode_media(prompt)
         if isinstance(prompt, str):
-            prompt = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+            ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+            prompt = [*self.opening, *ids]
         # A document's start looks like the end of the one before.
         return list(prompt) or [self.end]
 
@@ -267,7 +272,7 @@ class Engine:
             ),
             seen=tokens,
             limit=min(len(tokens) + options.max_new_tokens, config.max_seq_len),
-            end=self.end,
+            ends=frozenset(self.ends or (self.end,)),
             known=vocabulary_size(self.tokenizer),
             media=getattr(prompt, "media", ()),
             writers=self.writers,

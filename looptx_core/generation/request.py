@@ -122,8 +122,8 @@ class Request:
     seen: list[int]
     limit: int
     """Tokens to stop at, prompt included."""
-    end: int
-    """The token that ends documents."""
+    ends: frozenset[int]
+    """The tokens that end a text."""
     known: int
     """Tokens that can be drawn: a model may have rows for more, to fill up to a round number."""
     media: tuple[MediaItem, ...] = ()
@@ -168,7 +168,7 @@ class Request:
         self.seen.append(token)
         text = "" if item else self.text.push(token)
         reason = None
-        if token == self.end and not item and not self.options.ignore_eos:
+        if token in self.ends and not item and not self.options.ignore_eos:
             reason = "end"
         elif len(self.seen) == self.limit:
             reason = "length"

@@ -30,7 +30,7 @@ def inspect_media(
 
     Raises `DataError` for a file that can't be read.
     """
-    engine = Engine(loaded.model, loaded.tokenizer, settings)
+    engine = Engine(loaded.model, loaded.tokenizer, settings, ends=loaded.special.ends)
     options = GenerationOptions(temperature=0, max_new_tokens=40)
     found: dict[str, list[dict[str, Any]]] = {}
     for name, some in files.items():

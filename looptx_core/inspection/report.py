@@ -73,7 +73,7 @@ def inspect_loops(
         raise UsageError(
             f"`seq_len` {config.seq_len}: the model's context holds {model.config.max_seq_len}"
         )
-    shards = open_shards(data)
+    shards = open_shards(data, verify=True)
     _, val = text_windows(data, shards, config.seq_len)
     count = min(len(val), config.val_batches * config.batch_size)
     if count < 2:

@@ -11,7 +11,7 @@ from looptx_core.checkpoint.folder import LoadedModel
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.inspection import InspectConfig
 from looptx_core.data.shards import Shards
-from looptx_core.data.tokenizer import end_id
+from looptx_core.data.tokenizer import end_id, opening_ids
 from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine
 
@@ -54,10 +54,11 @@ def asked_text(loaded: LoadedModel, settings: ExitSettings, config: InspectConfi
     """The tokens to trace, a prompt with its greedy continuation."""
     text = config.text if config.text is not None else config.prompt
     assert text is not None
-    tokens = loaded.tokenizer.encode(text, add_special_tokens=False).ids
+    ids = loaded.tokenizer.encode(text, add_special_tokens=False).ids
+    tokens = [*opening_ids(loaded.tokenizer), *ids]
     if config.prompt is not None:
         options = GenerationOptions(temperature=0, max_new_tokens=config.max_new_tokens)
-        engine = Engine(loaded.model, loaded.tokenizer, settings)
+        engine = Engine(loaded.model, loaded.tokenizer, settings, ends=loaded.special.ends)
         tokens = tokens + [step.id for step in engine.generate([tokens], options)]
     if len(tokens) < 2:
         raise UsageError("`text`: has fewer than two tokens; give a longer one")

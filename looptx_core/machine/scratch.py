@@ -28,6 +28,13 @@ def user_cache() -> Path:
     return own
 
 
+def cache_folder() -> Path:
+    """Where derived files are kept: `$LOOPTX_CACHE`, else looptx in the user's cache folder."""
+    if own := os.environ.get("LOOPTX_CACHE"):
+        return Path(own)
+    return user_cache()
+
+
 def is_ours(path: Path) -> bool:
     """Whether nobody but this user, or the system's, can have written to a file or folder."""
     facts = path.resolve().stat()

@@ -1,0 +1,73 @@
+"""Digests of large files: a flipped bit is found before anything is made of it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+from looptx_core.documents import COPY_AGAIN, read_json, short
+from looptx_core.errors import DataError
+from looptx_core.machine.scratch import cache_folder
+
+FILE = "digests.json"
+_PATTERN = "*.safetensors"
+_SETTLED = 2.0  # seconds; a file that changed just now may change again within its time stamp
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def check_digest(file: Path, expected: str, mend: str = COPY_AGAIN) -> None:
+    """Raise `DataError` for a file whose bytes are not those of a SHA-256.
+
+    A file is read once: that it was right is remembered in the user's cache, for as long as its
+    size, its times and its place on the disk stay the same.
+    """
+    facts = file.stat()
+    known = [expected, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
+    name = hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:32]
+    memory = cache_folder() / "verified" / f"{name}.json"
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(memory.read_text("utf-8")) == known:
+            return
+    if sha256_of(file) != expected:
+        raise DataError(f"{file}: its hash is wrong, so it changed since it was written; {mend}")
+    if time.time() - max(facts.st_mtime, facts.st_ctime) < _SETTLED:
+        return
+    with contextlib.suppress(OSError):  # a cache that can't be written costs time alone
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = memory.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(known), "utf-8")
+        temporary.replace(memory)
+
+
+def write_digests(folder: Path) -> None:
+    """Note the digests of the weights in a folder, those of its folders included."""
+    found = {str(file.relative_to(folder)): sha256_of(file) for file in folder.rglob(_PATTERN)}
+    text = json.dumps({"sha256": dict(sorted(found.items()))}, indent=2) + "\n"
+    (folder / FILE).write_text(text, "utf-8")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `DataError` for weights that are not those that a folder was written with.
+
+    A folder without a note of its digests, such as other tools', is not checked.
+    """
+    if not (folder / FILE).is_file():
+        return
+    noted = read_json(folder / FILE).get("sha256")
+    if not isinstance(noted, dict):
+        raise DataError(f"{folder / FILE}: sha256 must name files; {COPY_AGAIN}")
+    for file in sorted(folder.rglob(_PATTERN)):
+        name = str(file.relative_to(folder))
+        if name in noted:
+            check_digest(file, noted[name])
+        else:
+            raise DataError(f"{folder / FILE}: lacks {short(name)}; {COPY_AGAIN}")
