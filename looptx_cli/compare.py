@@ -39,7 +39,7 @@ def compare(
 
     Frontiers of early exits are drawn for the runs that inspect-loops has measured.
     """
-    from looptx_core.inspection.compare import FIGURES, compare, draw, table
+    from looptx_core.inspection.compare import FIGURES, compare, plot_comparison, table
     from looptx_core.inspection.tables import FORMATS
 
     if format is not None and format not in FORMATS:
@@ -55,7 +55,7 @@ def compare(
             raise UsageError(f"--out {out}: there is no folder {out.parent}; make it first")
     document = compare(runs)
     if out is not None:
-        draw(document, out)
+        plot_comparison(document, out)
     if as_json:
         sys.stdout.write(json.dumps(document) + "\n")
     elif format:

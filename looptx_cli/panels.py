@@ -73,7 +73,7 @@ class PanelledCommand(TyperCommand):
         for parameter in parameters:
             if parameter.param_type_name == "option":
                 parameter.rich_help_panel = panel_of(str(self.name), parameter.name)
-        return sorted(parameters, key=self._place)
+        return sorted(parameters, key=self._order)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """As Typer does, with one line on the `--no-` forms, whose column is wider than a screen
@@ -86,7 +86,7 @@ class PanelledCommand(TyperCommand):
             parameter.secondary_opts = []
         TyperCommand.format_help(shown, ctx, formatter)
 
-    def _place(self, parameter: Any) -> tuple[int, int]:
+    def _order(self, parameter: Any) -> tuple[int, int]:
         """Arguments, then the panels in order; the most used in the order of their list."""
         panel = getattr(parameter, "rich_help_panel", None)
         if panel == MOST_USED:

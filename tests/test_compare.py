@@ -13,7 +13,7 @@ from test_runs_list import make_run
 
 from looptx_cli.main import main
 from looptx_core.errors import DataError, UsageError
-from looptx_core.inspection.compare import compare, draw, table
+from looptx_core.inspection.compare import compare, plot_comparison, table
 from looptx_core.inspection.tables import as_csv, as_latex, as_markdown
 
 FRONTIER = [
@@ -96,7 +96,7 @@ MAGIC = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
 @pytest.mark.parametrize("end", MAGIC)
 def test_figures(end: str, runs: list[Path]) -> None:
     file = Path(f"figure{end}")
-    draw(compare(runs), file)
+    plot_comparison(compare(runs), file)
     content = file.read_bytes()
     assert content.startswith(MAGIC[end])
     if end == ".svg":  # as texts, each run in the legend, and the three panels
@@ -108,13 +108,13 @@ def test_figures(end: str, runs: list[Path]) -> None:
 def test_a_run_without_records_is_drawn(workplace: Path) -> None:
     run = make_run(Path("a"), finished=False)
     (run / "metrics.jsonl").unlink()
-    draw(compare([run]), Path("a.svg"))
+    plot_comparison(compare([run]), Path("a.svg"))
     assert Path("a.svg").stat().st_size > 0
 
 
 def test_another_suffix(runs: list[Path]) -> None:
     with pytest.raises(UsageError, match=r"figure\.gif"):
-        draw(compare(runs), Path("figure.gif"))
+        plot_comparison(compare(runs), Path("figure.gif"))
 
 
 def test_the_command(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,6 +118,8 @@ COMMAND = re.compile(
 )
 FLAGS = {
     ("config/resolve.py", "--set"): "the origin of a value, as the command line gave it",
+    ("inspection/browser.py", "--c"): "a variable of a style sheet",
+    ("inspection/browser.py", "--d"): "a variable of a style sheet",
     ("machine/compiler.py", "--version"): "an option of C++ compilers",
 }
 """The flags that looptx_core spells outside whole commands, and why."""

@@ -176,7 +176,7 @@ def _frontier(report: Document) -> list[Document] | None:
     return [point for point in kept if None not in point.values()] or None
 
 
-def draw(document: Document, file: Path) -> None:
+def plot_comparison(document: Document, file: Path) -> None:
     """Curves over the steps, held-out loss by loop and frontiers, one colour a run.
 
     file: its suffix, one of `FIGURES`, says the format. What is there is replaced.
