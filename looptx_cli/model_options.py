@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str | None, typer.Option(help="A run or a model folder; absent: the newest run.")]
+Model = Annotated[
+    str | None,
+    typer.Option(envvar="LOOPTX_MODEL", help="A run or a model folder; absent: the newest run."),
+]
 Adapter = Annotated[
     str | None, typer.Option(help="An adapter, or the run that made it, on its own base.")
 ]

@@ -82,6 +82,7 @@ def train(
     if dry_run:
         _show_plan(plan(model_config, settings), as_json)
         return
+    settings.check_context(model_config.max_seq_len)
     if not force:
         check_memory(model_config, settings)
 

@@ -104,12 +104,12 @@ def test_peft_opens_the_folder(run, tiny: Path) -> None:
     ctx = theirs.context(ids.shape[1])
     with torch.no_grad():
         peft.set_adapter("default")
-        state = embedding = theirs.encode(ids, ctx)
+        state = embedding = theirs.embed(ids, ctx)
         for loop in (1, 2, 3):
             peft.base_model.set_adapter(f"loop_{loop}")
             state = theirs.step(state, embedding, loop, ctx)
         peft.base_model.set_adapter("default")
-        explicit = theirs.head(theirs.decode(state, ctx))
+        explicit = theirs.head(theirs.coda_hidden(state, ctx))
     assert torch.allclose(explicit, logits(ours, ids), atol=1e-6)
 
 

@@ -24,10 +24,10 @@ from looptx_core.data.hops import hop_lines
 from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine
 from looptx_core.inspection.charts import Chart, Series, charts
+from looptx_core.inspection.decoding import as_good, better_policy
 from looptx_core.inspection.frontier import choose, frontier, rule_depths
 from looptx_core.inspection.influence import deletion_test, influence, relevance, without
 from looptx_core.inspection.page import headline, page
-from looptx_core.inspection.report import _as_good, _policy
 from looptx_core.inspection.stops import stops
 from looptx_core.inspection.survey import Survey, survey_lines, two_surveys
 from looptx_core.inspection.svg import svg
@@ -100,7 +100,7 @@ def small_survey() -> Survey:
 def test_the_cache_policy_by_hand():
     def found(fill, last):
         rows = ("fill", None, fill), ("fill", 3, 1.0), ("last", None, last)
-        return _policy([dict(zip(("policy", "fixed", "loss"), row)) for row in rows])
+        return better_policy([dict(zip(("policy", "fixed", "loss"), row)) for row in rows])
 
     assert found(fill=1.3, last=1.28) == "last"
     assert found(fill=1.3, last=1.301) == "last"  # it takes a part of the memory
@@ -111,7 +111,7 @@ def test_a_fixed_depth_as_good_as_the_exit_by_hand():
     def found(loops, deeper, tasks=()):
         rows = ("last", None, 2.0, loops), ("last", 1, 2.1, 1), ("last", 2, deeper, 2)
         keys = "policy", "fixed", "loss", "mean_loops"
-        return _as_good(
+        return as_good(
             [dict(zip(keys, row)) for row in (*rows, ("fill", 2, 1.0, 2))], "last", tasks
         )
 

@@ -158,8 +158,8 @@ def test_the_doctor_says_which_kernels_win(times, monkeypatch):
     from looptx_core.doctor import _kernels
 
     use = _kernels()
-    assert use.can_use_fused and "plain torch, which is faster here: attention" in use.uses
+    assert use.ready and "plain torch, which is faster here: attention" in use.uses
     assert "attention 1 and 2" in use.why
     assert not fused.is_prepared()
-    monkeypatch.setattr(fused, "prepare", lambda on=True: "plain torch: no C++ compiler")
+    monkeypatch.setattr(fused, "enable_fused", lambda on=True: "plain torch: no C++ compiler")
     assert _kernels().uses == "plain torch" and _kernels().why == "no C++ compiler"

@@ -102,5 +102,5 @@ def test_finetuning_by_fsdp_is_refused() -> None:
 
 def test_batches_over_processes() -> None:
     config = TrainConfig(batch_size=32, devices=2, nodes=2)
-    assert (config.rows, config.world_size, config.accumulation) == (8, 4, 1)
+    assert (config.micro_batch_size, config.world_size, config.accumulation) == (8, 4, 1)
     assert config.sharding == "ddp" and TrainConfig(zero3=True).sharding == "zero3"

@@ -124,6 +124,16 @@ class RunConfig:
             )
         self._check_strategy()
 
+    def check_context(self, holds: int) -> None:
+        """Raise `UsageError` for sequences longer than a model's context, which holds so many."""
+        from looptx_core.errors import UsageError
+
+        if self.seq_len > holds:
+            raise UsageError(
+                f"`seq_len` {self.seq_len} exceeds the model's max_seq_len ({holds}); set "
+                "model.max_seq_len in the config"
+            )
+
     def _check_strategy(self) -> None:
         from looptx_core.errors import UsageError
 

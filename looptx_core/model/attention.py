@@ -119,7 +119,7 @@ def takes_documents(attend: Attend, like: Tensor) -> bool:
 
     like: a tensor to attend.
     """
-    return getattr(attend, "packs", False) or (
+    return getattr(attend, "takes_varlen", False) or (
         attend is sdpa and can_use_fused(like, operation="attention")
     )
 

@@ -44,9 +44,8 @@ def shard(model: LoopedTransformer, mesh: DeviceMesh | None) -> None:
     for block in (*model.prelude, *model.coda):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    # The first move of every pass; the others find the weights there, until the backward pass is
-    # over.
-    register_fsdp_forward_method(model, "encode")
+    # The first part of every pass gathers the weights, which stay until the backward pass is over.
+    register_fsdp_forward_method(model, "embed")
 
 
 class Gathered(L.Callback):

@@ -95,11 +95,7 @@ def train(
     """
     started = time.monotonic()
     config.check_hidden_shares(bool(records))
-    if config.seq_len > model_config.max_seq_len:
-        raise UsageError(
-            f"`seq_len` {config.seq_len} exceeds the model's max_seq_len "
-            f"({model_config.max_seq_len}); set model.max_seq_len in the config"
-        )
+    config.check_context(model_config.max_seq_len)
     how: dict[str, Any] = {
         "seq_len": config.seq_len,
         "micro_batch": config.micro_batch_size,
