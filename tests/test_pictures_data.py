@@ -345,5 +345,5 @@ def test_texts_that_belong_to_no_image_are_not_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("black")
     assert len(read_records([tmp_path]).records) == 1
     (tmp_path / "essay.txt").write_text("a text of its own")
-    with pytest.raises(DataError, match="essay.txt"):
+    with pytest.raises(DataError, match=r"essay\.txt"):
         read_records([tmp_path], skip_bad=True)
