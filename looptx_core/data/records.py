@@ -302,7 +302,7 @@ def _folder(folder: Path) -> Iterator[tuple[str, Path, Any]]:
         assert medium is not None
         raise DataError(
             f"{folder}: holds {medium.plural}, and {left[0].name}, which is no text of one of "
-            "them; give texts and files of records as a `data` of their own, in a folder of their own"
+            "them; give texts and files of records as a `data` of their own, elsewhere"
         )
     for file in files:
         medium, text = media_of_file(file.suffix), file.with_suffix(".txt")
