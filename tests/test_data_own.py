@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,46 @@ def test_records_of_media_are_no_text(colours: Path, shards: Path) -> None:
     assert kept.missing == [] and text_shards(kept, open_shards(shards).tokenizer) == shards
     (colours / "pairs.jsonl").unlink()
     assert kept.missing == [media[1]]
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"seq_len": "abc"}, "seq_len: expected a whole number"),
+        ({"val_fraction": 7}, "`val_fraction` must lie between 0 and 1"),
+        ({"batch_size": -3}, "`batch_size` must be at least 1"),
+        ({"too_long": "shrink"}, "too_long: expected error or drop or truncate"),
+        ({"mix": "much"}, "`mix` much"),
+        ({"depth": 3}, "unknown depth"),
+        ([3], "expected keys and values"),
+    ],
+)
+def test_damaged_settings_of_a_note_are_one_line(settings, says: str, tmp_path: Path) -> None:
+    note = OwnData("text").to_dict() | {"settings": settings}
+    (tmp_path / FILE).write_text(json.dumps(note))
+    with pytest.raises(DataError, match=re.escape(says)) as caught:
+        own_data(tmp_path, {})
+    assert str(caught.value).startswith(f"{tmp_path / FILE}, settings: ")
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("{", "not valid JSON"),
+        ("[]", "expected a JSON object"),
+        ("{}", "of another format"),
+        ('{"format_version": 1, "kind": "text"}', "inputs, media is missing"),
+        ('{"format_version": 1, "kind": "sound", "inputs": [], "media": []}', "kind: expected"),
+    ],
+)
+def test_a_damaged_note_is_one_line(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(text)
+    with pytest.raises(DataError, match=says):
+        own_data(tmp_path, {})
+
+
+def test_a_folder_in_place_of_a_note(tmp_path: Path) -> None:
+    (tmp_path / FILE).mkdir()
+    with pytest.raises(DataError, match="cannot be read"):
+        own_data(tmp_path, {})

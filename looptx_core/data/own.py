@@ -7,15 +7,15 @@ a model is trained further and judged by what it was made for.
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
 from looptx_core.config.model import ModelConfig
+from looptx_core.config.ranges import check_ranges
 from looptx_core.config.run import parse_mix
 from looptx_core.data.bundled import bundled_corpus, bundled_questions, bundled_shards
 from looptx_core.data.corpus import Corpus
@@ -26,15 +26,38 @@ from looptx_core.data.records import media_named, read_records
 from looptx_core.data.resolve import resolve_data
 from looptx_core.data.shards import Manifest
 from looptx_core.data.tokenizer import fingerprint
+from looptx_core.documents import read_json, some
 from looptx_core.errors import DataError
 from looptx_core.media.registry import MEDIA, media_for
+from looptx_core.schema import typed
 
 FILE = "data.json"
 FORMAT_VERSION = 1
-_SETTINGS = {
-    *("seed", "seq_len", "batch_size", "mix", "document_mask", "augment", "skip_bad"),
-    *("val_fraction", "too_long", "train_on_prompt"),
-}
+_MEND = "remove it, or copy the model again"
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The settings of a run that choose and cut its data; absent ones are the reader's choice."""
+
+    seed: int | None = None
+    seq_len: int | None = None
+    batch_size: int | None = None
+    mix: str | None = None
+    document_mask: bool | None = None
+    augment: bool | None = None
+    skip_bad: bool | None = None
+    val_fraction: float | None = None
+    too_long: Literal["error", "drop", "truncate"] | None = None
+    train_on_prompt: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.mix is not None:
+            parse_mix(self.mix)
+
+
+_SETTINGS = {setting.name for setting in fields(_Settings)}
 
 
 @dataclass(frozen=True)
@@ -101,20 +124,19 @@ def own_data(folder: Path, facts: Mapping[str, Any]) -> OwnData | None:
 
     Raises `DataError` for a damaged note.
     """
-    try:
-        found = json.loads((folder / FILE).read_text("utf-8"))
-        if found.pop("format_version") != FORMAT_VERSION:
-            raise DataError(f"{folder / FILE}: of another format; upgrade looptx")
-        found |= {key: tuple(map(str, found[key])) for key in ("inputs", "media")}
-        made = OwnData(**found)
-    except FileNotFoundError:
+    file = folder / FILE
+    if not file.exists():
         # A model of the bundled text needs no note.
         return OwnData("text") if facts.get("data") == [bundled_corpus().name] else None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{folder / FILE}: damaged; remove it, or copy the model again") from error
-    if made.kind not in ("text", "records") or not isinstance(made.settings, dict):
-        raise DataError(f"{folder / FILE}: damaged; remove it, or copy the model again")
-    return made
+    found = read_json(file, mend=_MEND)
+    if found.pop("format_version", None) != FORMAT_VERSION:
+        raise DataError(f"{file}: of another format; upgrade looptx")
+    if missing := {"inputs", "media"} - found.keys():
+        raise DataError(f"{file}: {some(sorted(missing))} is missing; {_MEND}")
+    own = typed(OwnData, found, str(file), mend=_MEND)
+    settings = typed(_Settings, own.settings, f"{file}, settings", mend=_MEND)
+    given = {key: getattr(settings, key) for key in own.settings}
+    return replace(own, settings={key: v for key, v in given.items() if v is not None})
 
 
 def given_data(inputs: Sequence[str]) -> OwnData:
