@@ -151,6 +151,8 @@ class Model:
 
         from looptx_core.training.evaluate import evaluate_loops
 
+        if loops is not None and loops < 1:
+            raise UsageError(f"`loops` {loops}: at least 1")
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         most = model.config.max_seq_len + 1
         found: LoopEvaluation | None = None

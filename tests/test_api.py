@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import looptx
+from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine
 
 
@@ -53,6 +54,18 @@ def test_evaluate_tells_of_each_loop(model: looptx.Model) -> None:
     assert len(found.loss_by_loop) == 3
     with pytest.raises(looptx.LooptxError, match="two tokens"):
         model.evaluate("")
+
+
+@pytest.mark.parametrize("loops", [0, -1])
+def test_evaluate_refuses_a_depth_below_one(loops: int, model: looptx.Model) -> None:
+    with pytest.raises(UsageError, match=f"`loops` {loops}: at least 1"):
+        model.evaluate("Call me Ishmael.", loops=loops)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_no_prompts_is_refused(batch_size: int) -> None:
+    with pytest.raises(UsageError, match=f"`batch_size` {batch_size}: at least 1"):
+        looptx.load(batch_size=batch_size)
 
 
 def test_bad_names_are_one_line(model: looptx.Model) -> None:

@@ -45,7 +45,7 @@ def test_every_number_has_a_range(schema: type) -> None:
         wrong += [high] if RANGES[name][-1] == ")" else []
         wrong += [math.nan]
         for value in wrong:
-            with pytest.raises(UsageError, match=f"^{name} must "):
+            with pytest.raises(UsageError, match=f"^`{name}` must "):
                 schema(**SCHEMAS[schema], **{name: value})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -62,4 +64,12 @@ def test_what_no_draw_can_follow_is_refused():
     ):  # fmt: skip
         (name,) = bad
         with pytest.raises(UsageError, match=f"`{name}` "):
+            check(GenerationOptions(**bad))
+    for bad in (
+        dict(seed=-1), dict(seed=2**63), dict(threshold=math.nan), dict(threshold=math.inf),
+        dict(loops=0), dict(max_loops=-1), dict(temperature=math.inf),
+        dict(repetition_penalty=math.inf),
+    ):  # fmt: skip
+        (name,) = bad
+        with pytest.raises(UsageError, match=f"^`{name}` must be"):
             check(GenerationOptions(**bad))

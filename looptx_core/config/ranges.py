@@ -14,14 +14,18 @@ _AT_LEAST_1 = (
 )
 RANGES = {
     **dict.fromkeys(_AT_LEAST_1, "[1, inf)"),
-    **dict.fromkeys(("workers", "decode_tokens", "weight_decay", "clip"), "[0, inf)"),
-    **dict.fromkeys(("lr", "max_minutes", "mean_loops", "lora_alpha"), "(0, inf)"),
+    **dict.fromkeys(
+        ("workers", "decode_tokens", "weight_decay", "clip", "temperature"), "[0, inf)"
+    ),
+    **dict.fromkeys(
+        ("lr", "max_minutes", "mean_loops", "lora_alpha", "repetition_penalty"), "(0, inf)"
+    ),
     "finetune_steps": "(0, inf)",
     **dict.fromkeys(("min_lr", "warmup", "deeper_share", "explore"), "[0, 1]"),
     **dict.fromkeys(("beta2", "lora_dropout", "mask_patches"), "[0, 1)"),
     "val_fraction": "(0, 1)",
     "loss_prior": "(-100, 100)",
-    "loss_threshold": "(-inf, inf)",
+    **dict.fromkeys(("loss_threshold", "threshold"), "(-inf, inf)"),
     "seed": "[0, 9223372036854775808)",
 }
 """As in mathematics: a square bracket takes the bound in."""
@@ -32,7 +36,7 @@ def check_ranges(settings: Any) -> None:
     for name, text in RANGES.items():
         value = getattr(settings, name, None)
         if isinstance(value, int | float) and not _inside(value, text):
-            raise UsageError(f"{name} must {_phrase(text)}, not {value}")
+            raise UsageError(f"`{name}` must {_phrase(text)}, not {value}")
 
 
 def _inside(value: float, text: str) -> bool:

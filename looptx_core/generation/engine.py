@@ -75,6 +75,8 @@ class Engine:
     ends: ids at any of which a text ends; absent: the token that ends the tokenizer's documents.
     A prompt that is text begins as the tokenizer's post-processor says.
     kernel, precision: see `select_backend`; `kernel` then says what was chosen, and why.
+
+    Raises `UsageError` for a `batch_size` below 1 and for an unknown kernel or precision.
     """
 
     def __init__(
@@ -89,6 +91,8 @@ class Engine:
         kernel: str = "auto",
         precision: str = "float32",
     ) -> None:
+        if batch_size < 1:
+            raise UsageError(f"`batch_size` {batch_size}: at least 1 prompt runs at once")
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
         model.fuse_projections()
         self.exit_settings = exit_settings or ExitSettings()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.generation import GenerationOptions
+from looptx_core.config.ranges import check_ranges
 from looptx_core.errors import UsageError
 
 
@@ -26,6 +27,7 @@ def check(options: GenerationOptions) -> None:
     ):
         if not ok:
             raise UsageError(what)
+    check_ranges(options)
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
