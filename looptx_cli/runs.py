@@ -50,6 +50,11 @@ def resumed(
     file = folder / "config.yaml"
     if not file.is_file():
         raise DataError(f"{folder}: not a run of looptx {command} (no config.yaml); check --resume")
+    if (made_by := read_facts(folder).get("command") or command) != command:
+        raise UsageError(
+            f"{folder}: a run of looptx {made_by}; go on with it by looptx {made_by} "
+            f"--resume {folder}"
+        )
     given = {key: value for key, value in flags.items() if value not in (None, [], ())}
     resolved = read_resolved(file, schema, sections)
     sharded = resolved.build(schema).sharding not in ("none", "ddp")
@@ -121,7 +126,6 @@ class RunFolder:
                     update_facts(self.folder, until=self.until)
                 return self.folder
             if self.target is not None:
-                _check_waiting(self.folder, self.target)
                 _empty(self.folder)  # of what began to take this place, and did not end
             elif (self.folder / "config.yaml").exists():
                 raise UsageError(f"{self.folder} exists; choose another --out")
@@ -135,7 +139,7 @@ class RunFolder:
 
     def finish(self, result: Any) -> Any:
         """Note that a run is whole and let it take its place; returns the result with the folders
-        where it stands then."""
+        of then."""
         assert self.folder is not None
         update_facts(self.folder, finished=result.steps)
         if self.target is None:
@@ -160,19 +164,6 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             self._lock.release()
-
-
-def _check_waiting(folder: Path, target: Path) -> None:
-    """Raise `UsageError` for a folder that holds something else than what began to take a target's
-    place and did not end."""
-    if not folder.is_dir() or not {path.name for path in folder.iterdir()} - {LOCK}:
-        return
-    place = replaces(folder)
-    if place is None or place.resolve() != target.resolve():
-        raise UsageError(
-            f"{folder} is there already, and the new run would be written to it before it takes "
-            f"the place of {target}; move it away, or choose another --out"
-        )
 
 
 def _empty(folder: Path) -> None:
@@ -247,7 +238,6 @@ def run_folder(
         else:
             refuse_if_running(target)
         if beside != target and os.path.lexists(beside):
-            _check_waiting(beside, target)
             check_output(beside, command, overwrite=True, inputs=inputs)
     elif not overwrite:
         beside = target

@@ -218,3 +218,12 @@ def test_adapters_that_name_each_other(tiny: Path, tmp_path: Path) -> None:
     edit("adapter_config.json", base_model_name_or_path="a\0b")(one)
     with pytest.raises(DataError, match="names no base"):
         resolve_adapter(one)
+
+
+def test_a_damaged_model_that_is_named_is_not_said_to_lack_weights(
+    tiny: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model/config.json").write_text("{")
+    with pytest.raises(DataError, match=r"config\.json: not valid JSON"):
+        resolve_model(tmp_path / "model", need=frozenset({"weights"}))

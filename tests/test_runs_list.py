@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
 from looptx_cli.main import main
+from looptx_core.checkpoint.registry import resolve_model
 from looptx_core.checkpoint.run_facts import begin_run, update_facts
 from looptx_core.checkpoint.run_summary import list_runs, read_run
 from looptx_core.config.finetune import FinetuneConfig
@@ -72,7 +72,8 @@ def test_an_adapter_is_a_run_of_finetune(tmp_path: Path) -> None:
 
 
 DAMAGE = {
-    "nothing": lambda run: [shutil.rmtree(run), run.mkdir()],
+    "facts of wrong types": lambda run: update_facts(run, finished="x"),
+    "facts out of range": lambda run: update_facts(run, until=-2),
     "no settings": lambda run: (run / "config.yaml").unlink(),
     "settings cut": lambda run: (run / "config.yaml").write_text("steps: [1"),
     "settings of bytes": lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe\x00"),
@@ -97,6 +98,30 @@ def test_damaged_runs_are_listed(
     assert main(["runs"]) == 0
     out, err = capsys.readouterr()
     assert "damaged" in out and "runs/bad is damaged" in err
+
+
+def test_a_folder_without_settings_and_facts_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/todo.txt").write_text("words")
+    (tmp_path / "empty").mkdir()
+    make_run(tmp_path / "a")
+    assert [run.name for run in list_runs(tmp_path)] == ["a"]
+
+
+def test_an_unfinished_run_is_resumed_by_the_command_that_began_it(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path("runs/f")
+    run.mkdir(parents=True)
+    begin_run(run, "finetune")
+    write_resolved(run / "config.yaml", resolve(FinetuneConfig, env={}))
+    assert main(["train", "--resume", "runs/f"]) == 2
+    err = capsys.readouterr().err
+    assert "runs/f: a run of looptx finetune" in err and "looptx finetune --resume runs/f" in err
+    with pytest.raises(DataError, match="not finished; resume it by looptx finetune --resume"):
+        resolve_model(run)
+    with pytest.raises(DataError, match="not finished; resume it by looptx train --resume"):
+        resolve_model(make_run(Path("runs/t"), finished=False))
 
 
 def test_wrong_values_are_no_error(tmp_path: Path) -> None:

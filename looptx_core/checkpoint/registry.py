@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from looptx_core.checkpoint.header import read_header
+from looptx_core.checkpoint.run_facts import run_command
 from looptx_core.documents import check_links, read_json
 from looptx_core.errors import DataError, LooptxError
 from looptx_core.media.registry import MEDIA
@@ -48,13 +49,13 @@ def resolve_model(
                 f"{path}: an adapter, which has no weights of its own; merge it first by "
                 f"looptx convert --adapter {path} --merge-adapter"
             )
-        if lacking := need - abilities(found.folder):
+        if need and (lacking := need - abilities(found.folder)):
             raise DataError(f"{path}: this model has no {', '.join(sorted(lacking))}; use another")
         return found
     skipped: list[str] = []
     for run in _runs(runs):
         try:
-            if need <= _abilities(run / "final"):
+            if need <= abilities(run / "final"):
                 return _resolved(run / "final", f"newest finished run under {runs}{_but(skipped)}")
         except DataError as error:  # one damaged run must not hide the others
             skipped.append(str(error))
@@ -156,20 +157,14 @@ def numbered(out: Path | str | None, command: str, runs: Path = RUNS) -> Iterato
 
 
 def abilities(folder: Path) -> frozenset[str]:
-    """What a model folder can do beyond text, an adapter by its base. An unreadable one can do
-    nothing."""
-    try:
-        return _abilities(folder)
-    except DataError:
-        return frozenset()
+    """What a model folder can do beyond text, by headers alone; an adapter by its base.
 
-
-def _abilities(folder: Path) -> frozenset[str]:
-    """`abilities`, by headers alone. Raises `DataError` for a folder that can't be loaded."""
+    Raises `DataError` for a folder that can't be loaded.
+    """
     check_links(folder)
     if _is_adapter(folder):
         read_header(folder / "adapter_model.safetensors")
-        return _abilities(_base_of(folder)) - {"weights"}
+        return abilities(_base_of(folder)) - {"weights"}
     config = read_json(folder / "config.json")
     if (folder / "model.safetensors").is_file():
         read_header(folder / "model.safetensors")
@@ -198,7 +193,9 @@ def _given(path: Path) -> ResolvedModel:
     if _is_model(path / "final"):
         return _resolved(path / "final", "given run")
     if (path / "config.yaml").is_file():
-        raise DataError(f"{path}: this run is not finished; resume it by looptx train --resume")
+        raise DataError(
+            f"{path}: this run is not finished; resume it by looptx {run_command(path)} --resume"
+        )
     raise DataError(f"{path}: neither a run nor a model folder; check `model`")
 
 

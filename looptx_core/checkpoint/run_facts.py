@@ -6,16 +6,40 @@ It marks the folder as the command's own, which alone may replace it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import looptx_core
 from looptx_core.checkpoint.atomic import write_file
+from looptx_core.config.resolve import recorded
 from looptx_core.documents import read_json, to_json
-from looptx_core.errors import DataError
+from looptx_core.errors import DataError, UsageError
+from looptx_core.schema import typed
 
 FILE = "run.json"
 FORMAT_VERSION = 1
+_MEND = "restore it, or start a new run"
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """The types of what `run.json` holds."""
+
+    command: str | None = None
+    format_version: int | None = None
+    looptx_version: str | None = None
+    replaces: str | None = None
+    origin: dict[str, str] = field(default_factory=dict)
+    until: int | None = None
+    """The last step of a run that goes on beyond its settings."""
+    finished: int | None = None
+    """The steps of a whole run."""
+
+    def __post_init__(self) -> None:
+        for name, steps in (("until", self.until), ("finished", self.finished)):
+            if steps is not None and steps < 0:
+                raise UsageError(f"{name}: expected a number of steps, not {steps}")
 
 
 def begin_run(
@@ -38,7 +62,24 @@ def begin_run(
 
 def read_facts(folder: Path) -> dict[str, Any]:
     """A run's facts; none where it has no `run.json`. Raises `DataError` for a damaged one."""
-    return read_json(folder / FILE) if (folder / FILE).is_file() else {}
+    file = folder / FILE
+    if not file.is_file():
+        return {}
+    found = read_json(file, mend=_MEND)
+    facts = asdict(typed(_Facts, found, str(file), mend=_MEND, ignore_unknown=True))
+    return found | {key: value for key, value in facts.items() if key in found}
+
+
+def run_command(folder: Path) -> str:
+    """The command, 'train' or 'finetune', that made a run, which has a `config.yaml`.
+
+    Raises `DataError` for a damaged `run.json` or `config.yaml`.
+    """
+    command = read_facts(folder).get("command")
+    if command in ("train", "finetune"):
+        return str(command)
+    # Only a finetuning names its model; a training describes it.
+    return "finetune" if isinstance(recorded(folder / "config.yaml", "model"), str) else "train"
 
 
 def update_facts(folder: Path, **facts: Any) -> None:
@@ -61,5 +102,5 @@ def check_origin(folder: Path, origin: Mapping[str, str]) -> None:
         if isinstance(then, dict) and then.get(name, value) != value:
             raise DataError(
                 f"{folder}: the {name} is not what this run began with, so it can't go on; put "
-                f"the {name} of then back, or start a new run"
+                f"back the {name} it began with, or start a new run"
             )

@@ -12,17 +12,16 @@ from typing import Any, Literal
 from looptx_core.checkpoint.metrics_log import FILE as METRICS
 from looptx_core.checkpoint.metrics_log import read_metrics
 from looptx_core.checkpoint.registry import RUNS
-from looptx_core.checkpoint.run_facts import read_facts
+from looptx_core.checkpoint.run_facts import FILE as RUN_FACTS
+from looptx_core.checkpoint.run_facts import read_facts, run_command
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.model import ModelConfig
-from looptx_core.config.resolve import Resolved, read_resolved, recorded
+from looptx_core.config.resolve import Resolved, read_resolved
 from looptx_core.config.run import TrainConfig
 from looptx_core.documents import read_json
 from looptx_core.errors import DataError, LooptxError
-from looptx_core.outputs import OUTPUTS
 
 State = Literal["finished", "unfinished", "damaged"]
-_TRAINS = ("train", "finetune")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,8 @@ class RunDetails:
 def list_runs(runs: Path = RUNS) -> list[RunSummary]:
     """The runs of `train` and `finetune` in a folder, the newest first.
 
-    A run that can't be read is listed as damaged; what other commands wrote there is no run.
+    A run that can't be read is listed as damaged. A folder with neither `config.yaml` nor
+    `run.json` is no run.
 
     Raises `DataError` where `runs` is there and can't be listed.
     """
@@ -77,7 +77,7 @@ def list_runs(runs: Path = RUNS) -> list[RunSummary]:
         folders = [path for path in runs.iterdir() if path.is_dir() and path.name[0] != "."]
     except OSError as error:
         raise DataError(f"{runs}: cannot be listed ({error.strerror}); give another one") from error
-    found = [_summary_of(folder) for folder in folders if not _of_another_command(folder)]
+    found = [_summary_of(folder) for folder in folders if _is_run(folder)]
     return sorted(found, key=lambda run: (run.updated or "", run.name), reverse=True)
 
 
@@ -87,9 +87,7 @@ def read_run(folder: Path) -> RunDetails:
     if not file.is_file():
         raise DataError(f"{folder}: no config.yaml, so not a run of looptx; check the path")
     facts = read_facts(folder)
-    command = facts.get("command")
-    if command not in _TRAINS:
-        command = "finetune" if isinstance(recorded(file, "model"), str) else "train"
+    command = run_command(folder)
     if command == "finetune":
         settings = read_resolved(file, FinetuneConfig)
     else:
@@ -125,10 +123,8 @@ def _summary_of(folder: Path) -> RunSummary:
         return RunSummary(folder.name, folder, "damaged", problem, **_on_disk(folder))
 
 
-def _of_another_command(folder: Path) -> bool:
-    others = [kind.marker for name, kind in OUTPUTS.items() if name not in _TRAINS]
-    is_run = (folder / "config.yaml").is_file() or (folder / "run.json").is_file()
-    return not is_run and any((folder / marker).is_file() for marker in others)
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() or (folder / RUN_FACTS).is_file()
 
 
 def _model_facts(final: Path) -> dict[str, Any] | None:
