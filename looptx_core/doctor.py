@@ -21,7 +21,7 @@ from looptx_core.machine.compiler import compiler, libaio_obstacle, ninja_obstac
 from looptx_core.machine.disk import disk_speed
 from looptx_core.machine.facts import Machine, free_ram, is_memory, this_machine
 from looptx_core.parallel.deepspeed.library import version_obstacle
-from looptx_core.parallel.deepspeed.ops import OPS, TRIAL, Op, inspect_op, op_obstacle
+from looptx_core.parallel.deepspeed.ops import OPS, TRIAL, Op, inspect_op
 
 SCHEMA_VERSION = 1
 _MARK = "looptx-found:"
@@ -294,8 +294,3 @@ def _devices(machine: Machine) -> tuple[str, str]:
         count = len(machine.gpu_memory)
         return "NCCL", f"{count} GPU{'s' if count > 1 else ''} here"
     return "gloo", "processes on the CPU, to try out what is sent to GPUs"
-
-
-def unbuilt(ops: Iterable[Op]) -> list[str]:
-    """Names of the ops that are still to build; those that can't be built are left out."""
-    return [op.name for op in ops if op.state != "built" and op_obstacle(op.name) is None]

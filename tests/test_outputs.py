@@ -190,14 +190,3 @@ def test_a_link_is_no_way_around(tmp_path: Path) -> None:
     (tmp_path / "out" / "mine").symlink_to(tmp_path / "real")
     with pytest.raises(UsageError, match="mine"):
         check_output(tmp_path / "out", "train", overwrite=True)
-
-
-def test_a_run_that_waits_for_another_place_is_never_emptied(place: Path, capsys) -> None:
-    """`run.new` is a finished run of its own, not what began to take the place of `run`."""
-    for out in ("run", "run.new"):
-        assert main([*COMMANDS["train"], "--out", out]) == 0
-    before = contents(Path("run.new"))
-    capsys.readouterr()
-    assert main([*COMMANDS["train"], "--out", "run", "--overwrite"]) == 2
-    assert "run.new is there already" in capsys.readouterr().err
-    assert contents(Path("run.new")) == before

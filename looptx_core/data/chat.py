@@ -4,7 +4,7 @@
 
 The markers are tokens of their own, so that a user's text that spells '<|assistant|>' is just
 these characters. `TEMPLATE` says the same for Hugging Face's tokenizers. Items of media stand in
-their message's text as in `content.place`.
+their message's text as in `content.insert_items`.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from looptx_core.checkpoint.folder import (
     save_model,
     update_generation_config,
 )
+from looptx_core.checkpoint.metrics_log import read_metrics
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.processes import is_first
@@ -35,7 +36,6 @@ from looptx_core.media.registry import MEDIA
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.stopping.calibration import reported_confidence
 from looptx_core.training.calibration import calibrate, fit_odds
-from looptx_core.training.callbacks import read_metrics
 from looptx_core.training.curves import plot_run
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all
 from looptx_core.training.loop_schedule import LoopSchedule

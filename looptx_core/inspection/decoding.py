@@ -48,7 +48,7 @@ def decode_policies(
         def exact(by_loop: Sequence[Tensor]) -> float:
             parts = (values[:, PROMPT - 1 :].gather(0, w.loops - 1)
                      for values, w in zip(by_loop, walked))  # fmt: skip
-            return _mean(torch.cat([part[0] for part in parts]))
+            return mean(torch.cat([part[0] for part in parts]))
 
         return {
             "policy": policy,
@@ -56,11 +56,11 @@ def decode_policies(
             "fixed": depth,
             "prompt_loops": deepest,
             "tokens": len(losses),
-            "loss": _mean(losses),
+            "loss": mean(losses),
             "loss_with_full_cache": exact([part.each for part in seen]),
-            "accuracy": _mean(hits),
+            "accuracy": mean(hits),
             "accuracy_with_full_cache": exact([part.hit for part in seen]),
-            "mean_loops": _mean(torch.cat([w.loops[0, 1:] for w in walked])),
+            "mean_loops": mean(torch.cat([w.loops[0, 1:] for w in walked])),
             "bytes_per_token": walked[0].bytes_per_token,
             "tokens_per_second": len(losses) / sum(w.seconds for w in walked),
         }
@@ -98,5 +98,6 @@ def as_good(found: list[Document], policy: str, tasks: list[Document]) -> Docume
     return simple if answers and simple["loss"] <= own["loss"] * (1 + _LEVEL) else None
 
 
-def _mean(values: Tensor) -> float:
+def mean(values: Tensor) -> float:
+    """The mean of values of any shape, summed in double precision."""
     return float(values.double().mean())

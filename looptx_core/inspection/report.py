@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -15,10 +15,11 @@ from looptx_core.checkpoint.atomic import write_folder
 from looptx_core.checkpoint.folder import LoadedModel
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.inspection import InspectConfig
+from looptx_core.data.batches import held_out, text_windows
 from looptx_core.data.probes import probe_batches, read_probes
-from looptx_core.data.shards import Shards
+from looptx_core.data.shards import Shards, open_shards
 from looptx_core.errors import UsageError
-from looptx_core.inspection.decoding import as_good, better_policy, decode_policies
+from looptx_core.inspection.decoding import as_good, better_policy, decode_policies, mean
 from looptx_core.inspection.frontier import (
     Point,
     cheapest_fixed,
@@ -26,18 +27,17 @@ from looptx_core.inspection.frontier import (
     frontier,
     rule_depths,
 )
-from looptx_core.inspection.measure import measure_records, measure_text
 from looptx_core.inspection.media import inspect_media
-from looptx_core.inspection.survey import Survey, survey_lines
-from looptx_core.inspection.texts import asked_text, sample
+from looptx_core.inspection.survey import Survey, survey_lines, two_surveys
+from looptx_core.inspection.texts import (
+    asked_text,
+    sample,
+)
 from looptx_core.inspection.trace import trace_text
 from looptx_core.media.registry import MEDIA
 from looptx_core.stopping.rule import Exit
 from looptx_core.training import metrics
 from looptx_core.training.calibration import calibrate
-
-if TYPE_CHECKING:  # looking at text needs no trainer
-    from looptx_core.data.datamodule import Batches
 
 SCHEMA_VERSION = 1
 SHOWN_INCREASE = 0.005
@@ -47,14 +47,12 @@ Document = dict[str, Any]
 
 def inspect_loops(
     loaded: LoadedModel,
-    data: Path | Batches,
+    data: Path,
     config: InspectConfig,
     report: Callable[[str], object] = lambda line: None,
-    name: str = "",
 ) -> tuple[Document, ExitSettings]:
-    """Measure a model on the held-out split of shards, or of its own records.
+    """Measure a model on the held-out split of shards.
 
-    name: of records, for the document. Cache policies and lines that need depth come with shards.
     Returns the document, and the model's exit settings, calibrated on one half of the sequences,
     with the picked rule and, if texts are decoded, the better cache policy where
     `target_loss_increase` asks for one. All figures come from the other half.
@@ -65,42 +63,42 @@ def inspect_loops(
         raise UsageError(
             f"`seq_len` {config.seq_len}: the model's context holds {model.config.max_seq_len}"
         )
+    shards = open_shards(data, verify=True)
+    _, val = text_windows(data, shards, config.seq_len)
+    count = min(len(val), config.val_batches * config.batch_size)
+    if count < 2:
+        raise UsageError(f"{data}: one held-out sequence is too few; pass a smaller `seq_len`")
     report("measuring every loop")
-    shards, tasks = None, []
-    if isinstance(data, Path):
-        fit, shown, tokens_per_byte, shards = measure_text(loaded, data, config, loops)
-    else:
-        fit, shown, tokens_per_byte = measure_records(loaded, data, config, loops)
+    fit, shown = two_surveys(model, held_out(val, count, config.batch_size), loops)
     settings = calibrate(stored, fit.evaluation)
     context = config.seq_len / 2
     to_choose = frontier(fit, settings, model.config, context)
     increase = SHOWN_INCREASE if config.allowed_increase is None else config.allowed_increase
-    choice = choose(to_choose, _mean(fit.loss[-1]), increase)
+    choice = choose(to_choose, mean(fit.loss[-1]), increase)
     if choice is not None and config.allowed_increase is not None:
         settings = choice.settings(settings)
-    if isinstance(data, Path) and shards is not None:
-        tasks = _tasks(loaded, data, shards, settings, loops)
+    counts = shards.manifest.splits["val"]
     document: Document = {
         "schema_version": SCHEMA_VERSION,
         "model": str(loaded.folder),
         "facts": _facts(loaded),
-        "data": name or str(data),
+        "data": str(data),
         "tokens": shown.evaluation.tokens,
         "tokens_to_calibrate": fit.evaluation.tokens,
         "loops": loops,
-        **_by_loop(shown, tokens_per_byte),
+        **_by_loop(shown, counts.tokens / counts.bytes),
         **_confidence(shown, stored, settings),
         "frontier": [asdict(point) for point in frontier(shown, settings, model.config, context)],
         "choice": _chosen(shown, settings, choice, increase, model.config, context),
         "exit": Exit(min(settings.min_loops, loops), loops, settings, settings.rule).describe(),
-        "tasks": tasks,
+        "tasks": _tasks(loaded, data, shards, settings, loops),
         "kv_policies": [],
         "as_good": None,
         "trace": None,
         "sample": None,
         **{medium.plural: [] for medium in MEDIA.values()},
     }
-    if config.decode_tokens and shards is not None:
+    if config.decode_tokens:
         report("decoding with real exits, for each cache policy")
         document["kv_policies"] = decode_policies(
             loaded,
@@ -114,10 +112,7 @@ def inspect_loops(
             settings = replace(settings, kv_policy=better_policy(found))
         document["as_good"] = as_good(found, settings.kv_policy, document["tasks"])
     asked = config.text is not None or config.prompt is not None
-    if asked:
-        tokens = asked_text(loaded, settings, config)
-    else:
-        tokens = [] if shards is None else sample(loaded, shards)
+    tokens = asked_text(loaded, settings, config) if asked else sample(loaded, shards)
     if tokens:
         report("tracing a text" if asked else "tracing a held-out text")
         document["trace" if asked else "sample"] = trace_text(
@@ -239,7 +234,7 @@ def _chosen(
     context: float,
 ) -> Document:
     """The rule that was picked on the calibrating half, and what it does on the other."""
-    full = _mean(shown.loss[-1])
+    full = mean(shown.loss[-1])
     points = frontier(shown, settings, config, context)
     fixed = cheapest_fixed(points, full, increase)
     oracle = min(
@@ -258,12 +253,12 @@ def _chosen(
         return found
     own = choice.settings(settings)
     place = rule_depths(shown, own)[None] - 1
-    loss = _mean(shown.loss.gather(0, place))
+    loss = mean(shown.loss.gather(0, place))
     return found | {
         "rule": choice.rule,
         "threshold": choice.threshold,
         "confidence": choice.confidence,
-        "mean_loops": _mean(place + 1),
+        "mean_loops": mean(place + 1),
         "loss": loss,
         "loss_increase": loss / full - 1,
         "flops": choice.flops,
@@ -282,12 +277,8 @@ def _tasks(
             {
                 "name": name,
                 "accuracy_by_loop": survey.evaluation.accuracy_by_loop,
-                "accuracy": _mean(survey.hit.gather(0, place)),
-                "mean_loops": _mean(place + 1),
+                "accuracy": mean(survey.hit.gather(0, place)),
+                "mean_loops": mean(place + 1),
             }
         )
     return found
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.double().mean())

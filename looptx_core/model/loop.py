@@ -144,7 +144,7 @@ class LoopedTransformer(nn.Module):
             self.confidence.out.bias.zero_()[0] = -3.0
             self.confidence.gain.bias.zero_()
 
-    # The moves of a forward pass. The engine and the trainer use them one by one.
+    # The parts of a forward pass. The engine and the trainer use them one by one.
 
     def context(
         self,
@@ -353,11 +353,11 @@ class LoopedTransformer(nn.Module):
 
 def _with_groups(mask: Tensor | None, groups: Tensor) -> Tensor:
     """The mask, with tokens of the same group, (batch, length), open to each other."""
-    together = (groups[:, :, None] == groups[:, None, :]) & (groups >= 0)[:, None, :]
+    same = (groups[:, :, None] == groups[:, None, :]) & (groups >= 0)[:, None, :]
     if mask is None:
         length = groups.shape[1]
         mask = torch.ones(length, length, dtype=torch.bool, device=groups.device).tril()
-    return mask | together[:, None]
+    return mask | same[:, None]
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

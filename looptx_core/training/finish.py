@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from looptx_core.checkpoint.folder import save_model
+from looptx_core.checkpoint.metrics_log import read_metrics
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.bundled import bundled_corpus
@@ -20,13 +21,8 @@ from looptx_core.data.own import OwnData
 from looptx_core.data.probes import probe_batches, read_probes
 from looptx_core.machine.device import on_best_device
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.parallel.strategy import (
-    Swapped,
-)
+from looptx_core.parallel.strategy import Swapped
 from looptx_core.training.calibration import calibrate
-from looptx_core.training.callbacks import (
-    read_metrics,
-)
 from looptx_core.training.curves import plot_run, verdict
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all, evaluate_loops
 from looptx_core.training.module import LoopedLM

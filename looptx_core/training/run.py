@@ -259,7 +259,7 @@ def fit(
                 saved = max((step_of(file) for file in checkpoints.glob("step-*.ckpt")), default=0)
                 raise Interrupted(
                     f"a process that reads data was killed (no memory left?); saved at step "
-                    f"{saved} of {config.steps}; {advice}"
+                    f"{saved} of {last_step}; {advice}"
                 ) from error
             if isinstance(error, OSError):
                 raise LooptxError(
