@@ -30,11 +30,14 @@ _MODEL = (
     *("adapter_config.json", "adapter_model.safetensors", "looptx.json", "loop_*/adapter_*"),
     *("loop_*/README.md", "codec-*/*.json", "codec-*/*.safetensors", "digests.json"),
 )
-# An export holds sources of this package, each named by its own package and its module.
+_CORE = Path(__file__).parent
+# An export holds modules of this package, each named by where it stands.
 _EXPORT = (
-    *("modeling_looptx.py", "errors.py", "__pycache__/*"),
-    *(f"{part.name}_*.py" for part in sorted(Path(__file__).parent.iterdir()) if part.is_dir()),
+    *("modeling_looptx.py", "__pycache__/*.pyc"),
+    *("_".join(module.relative_to(_CORE).parts) for module in sorted(_CORE.rglob("*.py"))),
 )
+# What a writer that was killed left: a name that `_own_name` made.
+_LEFT = re.compile(r"\..+\.[0-9a-f]{8}-\d+-[0-9a-f]{8}\.(tmp|old)")
 _RUN = (
     *(
         "run.json",
@@ -45,7 +48,8 @@ _RUN = (
         "curves.png",
         "curves.partial.png",
     ),
-    *("checkpoints/step-*", "csv/*", "tensorboard/*", "swap/*", ".*.tmp", "*/.*.tmp"),
+    *("config.yaml.tmp", "kernels.json.*.tmp", "csv/*", "tensorboard/*", "swap/**"),
+    *("checkpoints/step-[0-9]*", "checkpoints/step-[0-9]*/**", "checkpoints/.*.tmp"),
     *(f"final/{name}" for name in _MODEL),
 )
 
@@ -53,7 +57,8 @@ _RUN = (
 @dataclass(frozen=True)
 class Output:
     """What a command leaves. noun: for messages. marker: the document that names the command.
-    holds: patterns of all its files, relative to the folder."""
+    holds: patterns of all its files, relative to the folder: `*` within a name, `**` at the end for
+    whatever is below."""
 
     noun: str
     marker: str
@@ -70,7 +75,12 @@ OUTPUTS = {
         ("manifest.json", "tokenizer.json", "probes.jsonl", "train-*.bin", "val-*.bin"),
     ),
     "inspect-loops": Output(
-        "report of looptx inspect-loops", "report.json", ("report.json", "report.html", "*.png")
+        "report of looptx inspect-loops",
+        "report.json",
+        (
+            *("report.json", "report.html", "loops.png", "frontier.png", "confidence.png"),
+            *("tasks.png", "*-[0-9]*.png"),  # the latter are of the media that were looked at
+        ),
     ),
 }
 
@@ -119,7 +129,9 @@ def describe_contents(folder: Path, holds: Iterable[str]) -> str:
     holds, count, size = tuple(holds), 0, 0
     for file in _files(folder):
         name = file.relative_to(folder).as_posix()
-        if not any(fnmatchcase(name, pattern) for pattern in holds):
+        if not any(_LEFT.fullmatch(part) for part in name.split("/")) and not any(
+            _matches(name, pattern) for pattern in holds
+        ):
             raise UsageError(
                 f"{folder} holds {name}, which looptx did not make, so it is not replaced; move "
                 "it away or choose another `out`"
@@ -127,6 +139,15 @@ def describe_contents(folder: Path, holds: Iterable[str]) -> str:
         count += 1
         size += file.lstat().st_size
     return f"{count:,} file{'s' if count > 1 else ''} of {size / 1e6:,.1f} MB"
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a relative path is of a pattern, part by part."""
+    parts, wanted = name.split("/"), pattern.split("/")
+    if wanted[-1] == "**" and len(parts) >= len(wanted):
+        wanted = wanted[:-1]
+        parts = parts[: len(wanted)]
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
 
 def check_model_target(folder: Path, overwrite: bool) -> None:
@@ -159,7 +180,9 @@ def temporary_beside(target: Path) -> Path:
     of `put_in_place`, the former folder is put back.
     """
     for left in target.parent.glob(f".{glob.escape(target.name)}.*"):
-        if not _writer_is_gone(left):
+        # A name such as .y.new.<writer>.old is another target's.
+        own = left.name.removeprefix(f".{target.name}")
+        if not _LEFT.fullmatch(f".y{own}") or own.count(".") != 2 or not _writer_is_gone(left):
             continue
         if left.suffix == ".old" and not os.path.lexists(target):
             left.rename(target)

@@ -14,7 +14,14 @@ from test_training_runs import SETTINGS
 
 from looptx_cli.main import main
 from looptx_core.errors import UsageError
-from looptx_core.outputs import OUTPUTS, check_output, put_in_place, temporary_beside
+from looptx_core.outputs import (
+    OUTPUTS,
+    _machine,
+    _matches,
+    check_output,
+    put_in_place,
+    temporary_beside,
+)
 
 SHORT = ["--precision", "float32", "--steps", "2", "--seq-len", "32", "--batch-size", "2",
          "--val-batches", "1", "--quiet"]  # fmt: skip
@@ -190,3 +197,31 @@ def test_a_link_is_no_way_around(tmp_path: Path) -> None:
     (tmp_path / "out" / "mine").symlink_to(tmp_path / "real")
     with pytest.raises(UsageError, match="mine"):
         check_output(tmp_path / "out", "train", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "foreign"),
+    [
+        ("train", "checkpoints/step-notes/diary.txt"),
+        ("train", "csv/deep/er.txt"),
+        ("convert", "data_prep.py"),
+        ("inspect-loops", "photos/cat.png"),
+        ("inspect-loops", "mine.png"),
+    ],
+)
+def test_what_looptx_did_not_make_is_told_by_each_part(kind: str, foreign: str) -> None:
+    holds = OUTPUTS[kind].holds
+    assert not any(_matches(foreign, pattern) for pattern in holds)
+    for own in ("checkpoints/step-00000002.ckpt", "checkpoints/step-00000002/rank0/x.safetensors"):
+        assert any(_matches(own, pattern) for pattern in OUTPUTS["train"].holds)
+    assert any(_matches("model_loop.py", pattern) for pattern in OUTPUTS["convert"].holds)
+    assert any(_matches("patches-1.png", pattern) for pattern in OUTPUTS["inspect-loops"].holds)
+
+
+def test_another_targets_leftovers_stay(tmp_path: Path) -> None:
+    other = tmp_path / f".y.new.{_machine()}-999999-0123abcd.old"
+    other.mkdir()
+    temporary_beside(tmp_path / "y")
+    assert other.exists() and not (tmp_path / "y").exists()
+    temporary_beside(tmp_path / "y.new")
+    assert (tmp_path / "y.new").exists()
