@@ -19,6 +19,7 @@ from looptx_core.media.registry import MEDIA
 
 if TYPE_CHECKING:
     from looptx_core.checkpoint.folder import LoadedModel
+    from looptx_core.data.datamodule import Batches
 
 
 @with_fields(InspectConfig)
@@ -68,9 +69,9 @@ def inspect_loops(
 
     loaded = load_resolved(found, device=best_device())
     own = found.adapter or found.folder
-    data = _data(settings, loaded, own, quiet)
+    data, name = _data(settings, loaded, own, quiet)
     document, exit_settings = inspect_loops(
-        loaded, data, settings, report=lambda line: note(line, quiet)
+        loaded, data, settings, report=lambda line: note(line, quiet), name=name
     )
     with numbered(settings.out, "inspect-loops") as folder:
         write_report(document, folder)
@@ -99,19 +100,34 @@ def inspect_loops(
         note(f"try next: looptx inspect-loops{given} --target-loss-increase 0.5%", quiet)
 
 
-def _data(settings: InspectConfig, loaded: LoadedModel, folder: Path, quiet: bool) -> Path:
-    """Shards by the model's tokenizer: what was asked for, the model's own text, or the bundled."""
-    from looptx_core.data.own import OwnData, own_data, text_shards
+def _data(
+    settings: InspectConfig, loaded: LoadedModel, folder: Path, quiet: bool
+) -> tuple[Path | Batches, str]:
+    """What was asked for, else the model's own data, text or records, else the bundled text; and
+    the name of records."""
+    from looptx_core.data.own import OwnData, open_data, own_data, text_shards
     from looptx_core.data.resolve import resolve_data
 
     if settings.data:
-        return resolve_data(list(settings.data), tokenizer=loaded.tokenizer)
+        return resolve_data(list(settings.data), tokenizer=loaded.tokenizer), ""
     own = own_data(folder, loaded.facts)
-    if own is None or own.kind != "text" or not own.inputs:
-        note("data: the bundled text's validation split", quiet)
-        return text_shards(OwnData("text"), loaded.tokenizer)
-    note(f"data: the model's own validation split, {', '.join(own.inputs)}", quiet)
-    return text_shards(own, loaded.tokenizer)
+    if own is not None and not own.missing:
+        if own.kind == "records" or own.media:
+            note(f"data: the model's own held-out records, {own.name}", quiet)
+            batches = open_data(
+                own, loaded.tokenizer, loaded.config, seq_len=settings.seq_len,
+                rows=settings.batch_size, batches=1, val_batches=settings.val_batches,
+                report=lambda line: note(line, quiet),
+            )  # fmt: skip
+            return batches, own.name
+        what = ", ".join(own.inputs)
+        mine = f"the model's own validation split, {what}"
+        split = mine if what else "the bundled text's validation split"
+        note(f"data: {split}", quiet)
+        return text_shards(own, loaded.tokenizer), ""
+    lack = "are not known" if own is None else f"are gone: {', '.join(own.missing)}"
+    note(f"data: the bundled text's validation split; this model's own data {lack}", quiet)
+    return text_shards(OwnData("text"), loaded.tokenizer), ""
 
 
 def _show(document: dict[str, Any]) -> None:

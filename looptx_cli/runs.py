@@ -126,6 +126,7 @@ class RunFolder:
                     update_facts(self.folder, until=self.until)
                 return self.folder
             if self.target is not None:
+                _check_waiting(self.folder, self.target)
                 _empty(self.folder)  # of what began to take this place, and did not end
             elif (self.folder / "config.yaml").exists():
                 raise UsageError(f"{self.folder} exists; choose another --out")
@@ -139,7 +140,7 @@ class RunFolder:
 
     def finish(self, result: Any) -> Any:
         """Note that a run is whole and let it take its place; returns the result with the folders
-        of then."""
+        where it stands then."""
         assert self.folder is not None
         update_facts(self.folder, finished=result.steps)
         if self.target is None:
@@ -164,6 +165,19 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             self._lock.release()
+
+
+def _check_waiting(folder: Path, target: Path) -> None:
+    """Raise `UsageError` for a folder that holds something else than what began to take a target's
+    place and did not end."""
+    if not folder.is_dir() or not {path.name for path in folder.iterdir()} - {LOCK}:
+        return
+    place = replaces(folder)
+    if place is None or place.resolve() != target.resolve():
+        raise UsageError(
+            f"{folder} is there already, and the new run would be written to it before it takes "
+            f"the place of {target}; move it away, or choose another --out"
+        )
 
 
 def _empty(folder: Path) -> None:
@@ -238,6 +252,7 @@ def run_folder(
         else:
             refuse_if_running(target)
         if beside != target and os.path.lexists(beside):
+            _check_waiting(beside, target)
             check_output(beside, command, overwrite=True, inputs=inputs)
     elif not overwrite:
         beside = target

@@ -225,3 +225,14 @@ def test_another_targets_leftovers_stay(tmp_path: Path) -> None:
     assert other.exists() and not (tmp_path / "y").exists()
     temporary_beside(tmp_path / "y.new")
     assert (tmp_path / "y.new").exists()
+
+
+def test_a_run_that_waits_for_another_place_is_never_emptied(place: Path, capsys) -> None:
+    """`run.new` is a finished run of its own, not what began to take the place of `run`."""
+    for out in ("run", "run.new"):
+        assert main([*COMMANDS["train"], "--out", out]) == 0
+    before = contents(Path("run.new"))
+    capsys.readouterr()
+    assert main([*COMMANDS["train"], "--out", "run", "--overwrite"]) == 2
+    assert "run.new is there already" in capsys.readouterr().err
+    assert contents(Path("run.new")) == before

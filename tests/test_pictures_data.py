@@ -338,3 +338,12 @@ def test_held_out_texts_are_not_trained_on(colours: Path, colour_shards: Path) -
     texts = [{e.ids[e.counted].tobytes() for e in part} for part in (train, held)]
     assert texts[0] and texts[1] and not texts[0] & texts[1]
     assert len(train) + len(held) == 12
+
+
+def test_texts_that_belong_to_no_image_are_not_left_out(tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("black")
+    assert len(read_records([tmp_path]).records) == 1
+    (tmp_path / "essay.txt").write_text("a text of its own")
+    with pytest.raises(DataError, match=r"essay\.txt"):
+        read_records([tmp_path], skip_bad=True)

@@ -353,7 +353,7 @@ def _key(example: Example) -> bytes:
     """What an example is held out by: its group, else all that it holds."""
     if example.group is not None:
         return example.group.encode()
-    return example.ids.tobytes() + repr([file.identity for file in example.files]).encode()
+    return example.ids.tobytes() + "".join(repr(file.identity) for file in example.files).encode()
 
 
 class ExampleData(Batches):

@@ -290,8 +290,21 @@ def _media_files(folder: Path) -> list[Path]:
     return [file for file in visible_files(folder) if media_of_file(file.suffix)]
 
 
+_TEXTS = {".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"}
+
+
 def _folder(folder: Path) -> Iterator[tuple[str, Path, Any]]:
-    for file in _media_files(folder):
+    files = _media_files(folder)
+    texts = {file.with_suffix(".txt") for file in files}
+    left = [f for f in visible_files(folder) if f.suffix.lower() in _TEXTS and f not in texts]
+    if left:
+        medium = media_of_file(files[0].suffix)
+        assert medium is not None
+        raise DataError(
+            f"{folder}: holds {medium.plural}, and {left[0].name}, which is no text of one of "
+            "them; give texts and files of records as a `data` of their own, elsewhere"
+        )
+    for file in files:
         medium, text = media_of_file(file.suffix), file.with_suffix(".txt")
         assert medium is not None
         words = read_text(text, mend="convert it").strip() if text.exists() else None

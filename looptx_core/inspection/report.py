@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,9 +15,8 @@ from looptx_core.checkpoint.atomic import write_folder
 from looptx_core.checkpoint.folder import LoadedModel
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.inspection import InspectConfig
-from looptx_core.data.batches import held_out, text_windows
 from looptx_core.data.probes import probe_batches, read_probes
-from looptx_core.data.shards import Shards, open_shards
+from looptx_core.data.shards import Shards
 from looptx_core.errors import UsageError
 from looptx_core.inspection.decoding import as_good, better_policy, decode_policies, mean
 from looptx_core.inspection.frontier import (
@@ -27,17 +26,18 @@ from looptx_core.inspection.frontier import (
     frontier,
     rule_depths,
 )
+from looptx_core.inspection.measure import measure_records, measure_text
 from looptx_core.inspection.media import inspect_media
-from looptx_core.inspection.survey import Survey, survey_lines, two_surveys
-from looptx_core.inspection.texts import (
-    asked_text,
-    sample,
-)
+from looptx_core.inspection.survey import Survey, survey_lines
+from looptx_core.inspection.texts import asked_text, sample
 from looptx_core.inspection.trace import trace_text
 from looptx_core.media.registry import MEDIA
 from looptx_core.stopping.rule import Exit
 from looptx_core.training import metrics
 from looptx_core.training.calibration import calibrate
+
+if TYPE_CHECKING:  # looking at text needs no trainer
+    from looptx_core.data.datamodule import Batches
 
 SCHEMA_VERSION = 1
 SHOWN_INCREASE = 0.005
@@ -47,12 +47,14 @@ Document = dict[str, Any]
 
 def inspect_loops(
     loaded: LoadedModel,
-    data: Path,
+    data: Path | Batches,
     config: InspectConfig,
     report: Callable[[str], object] = lambda line: None,
+    name: str = "",
 ) -> tuple[Document, ExitSettings]:
-    """Measure a model on the held-out split of shards.
+    """Measure a model on the held-out split of shards, or of its own records.
 
+    name: of records, for the document. Cache policies and lines that need depth come with shards.
     Returns the document, and the model's exit settings, calibrated on one half of the sequences,
     with the picked rule and, if texts are decoded, the better cache policy where
     `target_loss_increase` asks for one. All figures come from the other half.
@@ -63,13 +65,12 @@ def inspect_loops(
         raise UsageError(
             f"`seq_len` {config.seq_len}: the model's context holds {model.config.max_seq_len}"
         )
-    shards = open_shards(data, verify=True)
-    _, val = text_windows(data, shards, config.seq_len)
-    count = min(len(val), config.val_batches * config.batch_size)
-    if count < 2:
-        raise UsageError(f"{data}: one held-out sequence is too few; pass a smaller `seq_len`")
     report("measuring every loop")
-    fit, shown = two_surveys(model, held_out(val, count, config.batch_size), loops)
+    shards, tasks = None, []
+    if isinstance(data, Path):
+        fit, shown, tokens_per_byte, shards = measure_text(loaded, data, config, loops)
+    else:
+        fit, shown, tokens_per_byte = measure_records(loaded, data, config, loops)
     settings = calibrate(stored, fit.evaluation)
     context = config.seq_len / 2
     to_choose = frontier(fit, settings, model.config, context)
@@ -77,28 +78,29 @@ def inspect_loops(
     choice = choose(to_choose, mean(fit.loss[-1]), increase)
     if choice is not None and config.allowed_increase is not None:
         settings = choice.settings(settings)
-    counts = shards.manifest.splits["val"]
+    if isinstance(data, Path) and shards is not None:
+        tasks = _tasks(loaded, data, shards, settings, loops)
     document: Document = {
         "schema_version": SCHEMA_VERSION,
         "model": str(loaded.folder),
         "facts": _facts(loaded),
-        "data": str(data),
+        "data": name or str(data),
         "tokens": shown.evaluation.tokens,
         "tokens_to_calibrate": fit.evaluation.tokens,
         "loops": loops,
-        **_by_loop(shown, counts.tokens / counts.bytes),
+        **_by_loop(shown, tokens_per_byte),
         **_confidence(shown, stored, settings),
         "frontier": [asdict(point) for point in frontier(shown, settings, model.config, context)],
         "choice": _chosen(shown, settings, choice, increase, model.config, context),
         "exit": Exit(min(settings.min_loops, loops), loops, settings, settings.rule).describe(),
-        "tasks": _tasks(loaded, data, shards, settings, loops),
+        "tasks": tasks,
         "kv_policies": [],
         "as_good": None,
         "trace": None,
         "sample": None,
         **{medium.plural: [] for medium in MEDIA.values()},
     }
-    if config.decode_tokens:
+    if config.decode_tokens and shards is not None:
         report("decoding with real exits, for each cache policy")
         document["kv_policies"] = decode_policies(
             loaded,
@@ -112,7 +114,10 @@ def inspect_loops(
             settings = replace(settings, kv_policy=better_policy(found))
         document["as_good"] = as_good(found, settings.kv_policy, document["tasks"])
     asked = config.text is not None or config.prompt is not None
-    tokens = asked_text(loaded, settings, config) if asked else sample(loaded, shards)
+    if asked:
+        tokens = asked_text(loaded, settings, config)
+    else:
+        tokens = [] if shards is None else sample(loaded, shards)
     if tokens:
         report("tracing a text" if asked else "tracing a held-out text")
         document["trace" if asked else "sample"] = trace_text(

@@ -16,7 +16,7 @@ from looptx_core.model.confidence import Confidence
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.stopping.calibration import calibrated, reported_confidence
 from looptx_core.stopping.rule import SIGNALS, ExitSignals
-from looptx_core.training.evaluate import LoopEvaluation, evaluate_loops
+from looptx_core.training.evaluate import LoopEvaluation, evaluate_batch, evaluate_loops
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,11 @@ class _Observer:
         self.loops.append({name: value.cpu() for name, value in seen.items()})
         self._logits = logits
 
+    @property
+    def read(self) -> dict[str, Tensor]:
+        """Each signal, (loops, tokens)."""
+        return {name: torch.stack([seen[name] for seen in self.loops]) for name in self.loops[0]}
+
 
 def survey_lines(
     model: LoopedTransformer,
@@ -83,10 +88,7 @@ def survey_lines(
     """Shapes as in `evaluate_loops`."""
     observer = _Observer()
     evaluation = evaluate_loops(model, tokens, loops, counted, documents, observer, targets)
-    read = {
-        name: torch.stack([seen[name] for seen in observer.loops]) for name in observer.loops[0]
-    }
-    return Survey(evaluation, read)
+    return Survey(evaluation, observer.read)
 
 
 def two_surveys(
@@ -100,6 +102,20 @@ def two_surveys(
             if len(half["tokens"]):
                 documents = half.get("documents")
                 part.append(survey_lines(model, half["tokens"], loops, documents=documents))
+    fit, report = (merge_surveys(part) for part in parts)
+    return fit, report
+
+
+def alternate_surveys(
+    model: LoopedTransformer, batches: Iterable[Mapping[str, Tensor]], loops: int
+) -> tuple[Survey, Survey]:
+    """To calibrate on and to report on: every other one of two batches or more, with their media
+    and without the targets that don't count."""
+    parts: tuple[list[Survey], list[Survey]] = ([], [])
+    for number, batch in enumerate(batches):
+        observer = _Observer()
+        evaluation = evaluate_batch(model, batch, loops, observer)
+        parts[number % 2].append(Survey(evaluation, observer.read))
     fit, report = (merge_surveys(part) for part in parts)
     return fit, report
 

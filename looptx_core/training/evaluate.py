@@ -137,13 +137,16 @@ def evaluate_loops(
 
 
 def evaluate_batch(
-    model: LoopedTransformer, batch: Mapping[str, Tensor], loops: int
+    model: LoopedTransformer,
+    batch: Mapping[str, Tensor],
+    loops: int,
+    observe: Observe | None = None,
 ) -> LoopEvaluation:
     """`evaluate_loops` on a batch of the data module; targets of weight 0 don't count."""
     weights = batch.get("weights")
     counted = None if weights is None else weights > 0
     media, documents = from_entries(batch), batch.get("documents")
-    return evaluate_loops(model, batch["tokens"], loops, counted, documents, media=media)
+    return evaluate_loops(model, batch["tokens"], loops, counted, documents, observe, media=media)
 
 
 def evaluate_all(
