@@ -24,7 +24,7 @@ def measure_text(
     _, val = text_windows(data, shards, config.seq_len)
     count = min(len(val), config.val_batches * config.batch_size)
     if count < 2:
-        raise UsageError(f"{data}: one held-out sequence is too few; pass a smaller --seq-len")
+        raise UsageError(f"{data}: one held-out sequence is too few; pass a smaller `seq_len`")
     fit, shown = two_surveys(loaded.model, held_out(val, count, config.batch_size), loops)
     counts = shards.manifest.splits["val"]
     return fit, shown, counts.tokens / counts.bytes, shards
@@ -36,7 +36,7 @@ def measure_records(
     """Surveys of records, by every other batch, and the tokens a byte of the answers."""
     count = min(len(data.val), config.val_batches * config.batch_size)
     if count < 2:
-        raise UsageError("one held-out sequence of records is too few; give others by --data")
+        raise UsageError("one held-out sequence of records is too few; give others by `data`")
     rows = min(config.batch_size, count // 2)
     tokens = size = 0
     for batch in held_out(data.val, count, rows):
