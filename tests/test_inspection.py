@@ -375,5 +375,5 @@ def test_bad_input(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "runs").exists()
     with pytest.raises(UsageError):
         InspectConfig(max_loops=0)
-    with pytest.raises(UsageError, match="decode_tokens must"):
+    with pytest.raises(UsageError, match="decode_tokens` must"):
         InspectConfig(decode_tokens=-5)
