@@ -65,7 +65,7 @@ BAD_INPUT = {
     "too long": (["--seq-len", "8"], 2, "--too-long drop or truncate"),
     "beyond the context": (["--seq-len", "500"], 2, "exceeds the model's context"),
     "beyond the loops": (["--max-loops", "9"], 2, "exceeds the model's max_loops"),
-    "rank": (["--lora-rank", "0"], 2, "lora_rank"),
+    "rank": (["--lora-rank", "0"], 2, "--lora-rank must be at least 1"),
     "both": (["--dora", "--lora-per-loop"], 2, "leave one out"),
     "int8 and DoRA": (["--dora", "--qlora", "--quantization", "int8"], 2, "use --quantization nf4"),
     "no data": (["--data", "none.jsonl"], 4, "none.jsonl: no such file"),
