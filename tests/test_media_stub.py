@@ -58,9 +58,9 @@ class Tones(Medium):
             tones = tones + torch.from_numpy(augment.normal(0, 0.01, tones.shape)).float()
         return MediaItem(self.name, tones, (len(tones),))
 
-    def positions(self, grid: Grid, axes: int) -> Tensor:
+    def positions(self, grid: Grid) -> Tensor:
         """Time is the first coordinate; the others stand."""
-        found = torch.zeros(axes, grid[0], dtype=torch.long)
+        found = torch.zeros(self.axes, grid[0], dtype=torch.long)
         found[0] = torch.arange(grid[0])
         return found
 
@@ -285,8 +285,8 @@ def test_melodies_are_looked_into(run: Path, melodies: Path) -> None:
     assert MEDIA["tones"].sentences(entry) == ["1.tones, 4 tones: high"]
 
 
-def test_positions_have_time_as_a_third_axis(cat: Path) -> None:
-    """Beside images, which keep row and column on the last two."""
+def test_each_medium_is_turned_by_axes_of_its_own(cat: Path) -> None:
+    """Three beside the two of images: six coordinates, of which each medium has its own pattern."""
     config = MEDIA["tones"].enable(replace(SHAPE, vision_layers=1, vision_width=24, max_patches=6))
     assert [medium.name for medium in media_for(config)] == ["image", "tones"]
     picture = read_picture(cat, config)
@@ -296,14 +296,17 @@ def test_positions_have_time_as_a_third_axis(cat: Path) -> None:
     tokens = torch.tensor([[9, READ, READ, READ, 8, *patches, 8]])
     media = batch_items([picture, melody])
     found = lay_out(tokens, media, config)
-    time, row, column = found.positions[:, 0].tolist()
     corner = 5
     after = corner + max(rows, columns)
-    assert time == [0, 1, 2, 3, 4, *[corner] * picture.length, after]
-    assert row[:5] == column[:5] == [0, 1, 1, 1, 4]
-    assert row[5:-1] == [corner + r for r in range(rows) for _ in range(columns)]
-    assert column[5:-1] == [corner + c for _ in range(rows) for c in range(columns)]
-    assert row[-1] == column[-1] == after
+    by_row = [corner + r for r in range(rows) for _ in range(columns)]
+    by_column = [corner + c for _ in range(rows) for c in range(columns)]
+    assert len(found.positions) == 6
+    for number, axis in enumerate(found.positions[:, 0].tolist()):
+        assert axis[:5] == ([0, 1, 2, 3, 4] if number % 3 == 0 else [0, 1, 1, 1, 4])
+        assert axis[5:-1] == (by_column if number % 2 else by_row)
+        assert axis[-1] == after
+    alone = lay_out(tokens[:, 4:], batch_items([picture]), replace(config, media={}))
+    assert torch.equal(alone.positions.repeat(3, 1, 1) + 4, found.positions[..., 4:])
     assert found.groups is not None
     assert found.groups[0].tolist() == [-1] * 5 + [0] * picture.length + [-1]
     torch.manual_seed(0)

@@ -21,6 +21,8 @@ Source = str | os.PathLike[str] | bytes
 """A file, by its path or by its content."""
 Grid = tuple[int, ...]
 """The extents of an item along its own axes, such as rows and columns of patches."""
+POSITION = 0.08
+"""Seconds that one position of time stands for, in every medium that has time."""
 
 
 class MediumLosses(NamedTuple):
@@ -77,7 +79,9 @@ class Medium:
     grid_names: tuple[str, ...] = ("length",)
     """What the extents of a grid are called in a report."""
     axes: int = 1
-    """The number of coordinates that a position needs, 3 for time, row and column."""
+    """The coordinates by which this medium's tokens are turned: 1 for time, 2 for row and column, 3
+    for all three. They belong to the medium, so that a model keeps what it learned of one when it
+    gets another."""
     encoder_name: str = ""
     """The name of the encoder among the model's modules, and thus in its weights' names."""
     head_name: str = ""
@@ -145,15 +149,15 @@ class Medium:
         """The tokens that an item takes."""
         return math.prod(grid)
 
-    def positions(self, grid: Grid, axes: int) -> Tensor:
+    def positions(self, grid: Grid) -> Tensor:
         """Each token's coordinates from the item's first one, (axes, length).
 
-        axes: of the model, at least this medium's own. By default all coordinates are equal, as
-        those of text.
+        By default all coordinates are equal, as those of text. One position of time is `POSITION`
+        seconds.
         """
         import torch
 
-        return torch.arange(self.length(grid)).expand(axes, -1)
+        return torch.arange(self.length(grid)).expand(self.axes, -1)
 
     def span(self, grid: Grid) -> int:
         """The positions after which the following token stands."""

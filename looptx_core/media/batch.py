@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -117,9 +118,9 @@ def hidden_numbers(tokens: Tensor, token: int, hidden: Tensor) -> Tensor:
 class Layout:
     """Where the tokens of a batch stand.
 
-    positions: (axes, batch, length). groups: (batch, length), tokens of one number attend to each
-    other both ways, -1: to earlier ones only; None: all to earlier ones only. ends: (batch,), the
-    position that follows.
+    positions: (axes, batch, length), see `position_axes`. groups: (batch, length), tokens of one
+    number attend to each other both ways, -1: to earlier ones only; None: all to earlier ones only.
+    ends: (batch,), the position that follows.
     """
 
     positions: Tensor
@@ -128,8 +129,13 @@ class Layout:
 
 
 def position_axes(config: ModelConfig) -> int:
-    """The coordinates of a position in a model, as many as its richest medium needs."""
-    return max((medium.axes for medium in media_for(config)), default=1)
+    """The coordinates of a position in a model: frequency i of RoPE turns by coordinate i modulo
+    this number.
+
+    It is the least common multiple of the media's own axes. Coordinate i holds a medium's own
+    coordinate i modulo `Medium.axes`, so that each medium is turned as if it were the only one.
+    """
+    return math.lcm(*(medium.axes for medium in media_for(config)))
 
 
 def lay_out(
@@ -155,7 +161,8 @@ def lay_out(
         for grid, row, here in _runs(tokens, medium, batch, config):
             step[row, here] = 0
             step[row, here.stop - 1] = medium.span(grid)
-            offsets[:, row, here] = medium.positions(grid, axes).to(tokens.device)
+            own_axis = torch.arange(axes) % medium.axes
+            offsets[:, row, here] = medium.positions(grid)[own_axis].to(tokens.device)
             if (own := medium.groups(grid, config)) is not None:
                 groups[row, here] = own.to(tokens.device) + count
                 count += int(own.max()) + 1

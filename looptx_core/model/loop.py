@@ -157,7 +157,7 @@ class LoopedTransformer(nn.Module):
 
         documents: (batch, length), numbers; a token attends within its own document only. RoPE
         sees distances alone, so positions need not start anew. layout: where media are among
-        the tokens, by `lay_out`; with a cache these are its first tokens.
+        the tokens, by `lay_out`; with a cache they go on where its rows stand.
         """
         weight = self.norm.weight  # of the activations' type, where a quantised matrix is not
         mask: Tensor | VarlenBatch | None = None
@@ -170,9 +170,10 @@ class LoopedTransformer(nn.Module):
         else:
             positions, mask = view.positions()[None], view.mask()
         if layout is not None:
-            positions = layout.positions
+            before = positions[..., :1]  # of the first new token
+            positions = layout.positions if view is None else layout.positions + before
             if view is not None:
-                view.set_positions(layout.ends)
+                view.set_positions(layout.ends + before[0, :, 0])
             if layout.groups is not None:
                 assert not isinstance(mask, VarlenBatch)
                 mask = _with_groups(mask, layout.groups)
@@ -352,12 +353,15 @@ class LoopedTransformer(nn.Module):
 
 
 def _with_groups(mask: Tensor | None, groups: Tensor) -> Tensor:
-    """The mask, with tokens of the same group, (batch, length), open to each other."""
+    """The mask, with tokens of the same group, (batch, length), open to each other.
+
+    A mask over a cache has columns of earlier tokens before those of these.
+    """
     same = (groups[:, :, None] == groups[:, None, :]) & (groups >= 0)[:, None, :]
+    length = groups.shape[1]
     if mask is None:
-        length = groups.shape[1]
         mask = torch.ones(length, length, dtype=torch.bool, device=groups.device).tril()
-    return mask | same[:, None]
+    return mask | F.pad(same, (mask.shape[-1] - length, 0))[:, None]
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

@@ -2,8 +2,8 @@
 
 Selective: a position has one coordinate or several, such as time, row and column, and
 frequency i turns by coordinate i modulo their number, so that each coordinate has high and low
-ones (the interleaved layout of M-RoPE, arXiv 2409.12191). Text stands at the same place on every
-axis, for which this is ordinary RoPE.
+ones (M-RoPE, arXiv 2409.12191, interleaved as in arXiv 2510.23095). Text stands at the same place
+on every axis, for which this is ordinary RoPE.
 """
 
 from __future__ import annotations

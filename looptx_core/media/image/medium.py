@@ -66,15 +66,11 @@ class Image(Medium):
     ) -> MediaItem:
         return _file("read").read_picture(source, config, where, augment)
 
-    def positions(self, grid: Grid, axes: int) -> Tensor:
-        """Row and column are the last two coordinates; any before them, such as time, stand."""
+    def positions(self, grid: Grid) -> Tensor:
+        """Row and column."""
         import torch
 
-        rows, columns = grid
-        found = torch.zeros(axes, rows * columns, dtype=torch.long)
-        found[-2] = torch.arange(rows).repeat_interleave(columns)
-        found[-1] = torch.arange(columns).repeat(rows)
-        return found
+        return torch.cartesian_prod(*map(torch.arange, grid)).view(-1, 2).T
 
     def span(self, grid: Grid) -> int:
         """The text goes on at the largest position plus one (M-RoPE, arXiv 2409.12191)."""
