@@ -14,7 +14,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -73,18 +73,20 @@ def examples(command: str) -> str:
 
 def keys(name: str) -> str:
     """All keys of a dataclass."""
-    schema = SCHEMAS[name]
-    hints, helps = get_type_hints(schema), _helps(schema)
-    rows = [
-        (
-            f"`{field.name}`",
-            _values(hints[field.name]),
-            _shown(_default(field)),
-            _as_text(helps[field.name]),
-        )
-        for field in fields(schema)
-    ]
-    return _table(("Key", "Values", "Default", "Meaning"), rows)
+    return _table(("Key", "Values", "Default", "Meaning"), _key_rows(SCHEMAS[name]))
+
+
+def _key_rows(schema: type, above: str = "") -> list[tuple[str, str, str, str]]:
+    """A row for each key, those of a section after one another."""
+    hints, helps, rows = get_type_hints(schema), _helps(schema), []
+    for field in fields(schema):
+        key, hint = above + field.name, hints[field.name]
+        if is_dataclass(hint):
+            rows += _key_rows(hint, f"{key}.")
+            continue
+        meaning = _as_text(helps[field.name])
+        rows.append((f"`{key}`", _values(hint), _shown(_default(field)), meaning))
+    return rows
 
 
 def presets() -> str:

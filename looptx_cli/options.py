@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 
 from looptx_cli.console import flags_of, with_flags
-from looptx_core.config.resolve import at_home, field_help
+from looptx_core.config.resolve import at_home, field_help, keys_of
 from looptx_core.errors import UsageError
 
 
@@ -68,8 +68,9 @@ def with_set(
 
     Raises `UsageError` for a key that is unknown or given twice.
     """
-    short = {f.name: f"{name}.{f.name}" for name, part in sections.items() for f in fields(part)}
-    known, joined = {*flags, *short.values()}, dict(flags)
+    keys = keys_of(sections)
+    short = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    known, joined = {*flags, *keys}, dict(flags)
     for pair in pairs or ():
         key, sign, value = (part.strip() for part in pair.partition("="))
         if not sign or not key:

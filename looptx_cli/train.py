@@ -22,7 +22,7 @@ from looptx_cli.runs import (
     write_line,
 )
 from looptx_core.config.model import ModelConfig
-from looptx_core.config.resolve import Resolved, config_file, resolve
+from looptx_core.config.resolve import Resolved, config_file, dotted, resolve
 from looptx_core.config.run import TrainConfig
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def train(
         model_config, Manifest.read(shards).vocab_size, resolved.given("model.vocab_size")
     )
     check(settings, run.where)
-    shape = {f"model.{key}": value for key, value in model_config.to_dict().items()}
+    shape = dotted(model_config.to_dict(), "model")
     manifest = Manifest.read(shards)
     origin = {"data": manifest.fingerprint, "tokenizer": manifest.tokenizer}
     if records:

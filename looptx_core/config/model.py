@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from looptx_core.config.media import AudioConfig
 from looptx_core.errors import UsageError
+from looptx_core.schema import typed
 
 FORMAT_VERSION = 3
 """Of the model folders that are written."""
@@ -23,6 +25,8 @@ _MOST = {
     **{"gain_width": 1 << 20, "patch_size": 1 << 12, "max_patches": 1 << 20},
 }
 """What no model comes near, so that a damaged config.json asks for no more memory than there is."""
+SECTIONS: dict[str, type] = {"audio": AudioConfig}
+"""The media whose settings are a section, by its key."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +102,19 @@ class ModelConfig:
     """Patches of a picture see each other, or only those before."""
     reconstruct: bool = False
     """A head that draws hidden patches back; set by `mask_patches`."""
+    audio: AudioConfig = AudioConfig()
+    """How the model hears."""
     media: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     """Settings of further media by name; each has a folder in `looptx_core.media`."""
 
     def __post_init__(self) -> None:
+        for name, section in SECTIONS.items():  # as a file has them
+            given = getattr(self, name)
+            if not isinstance(given, section):
+                where = f"model configuration: {name}"
+                made: Any = typed(section, given, where, mend="mend it", error=UsageError)
+                object.__setattr__(self, name, made)
+
         def need(ok: bool, what: str) -> None:
             if not ok:
                 raise UsageError(f"model configuration: {what}")
@@ -153,6 +166,12 @@ class ModelConfig:
             f"image_attention must be both or causal, not {self.image_attention!r}",
         )
         need(
+            not self.audio.layers
+            or (self.audio.width % self.head_dim == 0 and self.audio.token < self.vocab_size),
+            f"audio.width ({self.audio.width}) must be a multiple of head_dim ({self.head_dim}), "
+            f"and audio.token ({self.audio.token}) a token of {self.vocab_size}",
+        )
+        need(
             isinstance(self.media, Mapping)
             and all(isinstance(section, Mapping) for section in self.media.values()),
             "media must hold a section of settings for each medium",
@@ -174,10 +193,11 @@ class ModelConfig:
         return self.prelude_layers + loops * self.core_layers + self.coda_layers
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of config.json."""
+        """The keys of config.json; media that the model has not have none."""
         found = asdict(self)
-        if not self.media:
-            del found["media"]
+        absent = [name for name, part in SECTIONS.items() if getattr(self, name) == part()]
+        for name in (*absent, *(() if self.media else ("media",))):
+            del found[name]
         return found
 
     @classmethod

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeGuard, TypeVar, get_origin, get_type_hints
 
 import yaml
 
@@ -42,6 +42,8 @@ _OTHER_VARIABLES = {"LOOPTX_CACHE", "LOOPTX_CONFIG", "LOOPTX_MODEL", "LOOPTX_DEB
 _PATHS = {"data", "out", "tokenizer", "model", "adapter", "from_hf", "nvme_path",
           "deepspeed_config", *MEDIA_PATHS}  # fmt: skip
 
+_SCHEMAS: dict[str, type] = {"model": ModelConfig}
+
 T = TypeVar("T")
 Layer = tuple[Mapping[str, Any], Callable[[str], str]]
 """Values by key, and the origin to report for a key."""
@@ -56,7 +58,11 @@ class Resolved:
 
     def build(self, schema: type[T], section: str = "") -> T:
         """The dataclass of a section ('' is the root). Raises what its own checks raise."""
-        return schema(**{f.name: self.values[_dotted(section, f.name)] for f in fields(schema)})  # type: ignore[arg-type]
+        made = {}
+        for name, hint in get_type_hints(schema).items():
+            key = _dotted(section, name)
+            made[name] = self.build(hint, key) if _is_section(hint) else self.values[key]
+        return schema(**made)
 
     def given(self, key: str) -> bool:
         """Whether a flag, the environment or the file set this key."""
@@ -85,7 +91,7 @@ def resolve(
         UsageError: an unknown key, preset or a value of the wrong type, in any layer.
     """
     env = os.environ if env is None else env
-    hints = _keys({"": schema, **(sections or {})})
+    hints = keys_of({"": schema, **(sections or {})})
     defaults = _defaults({"": schema, **(sections or {})})
 
     given = {key: value for key, value in (flags or {}).items() if value not in (None, (), [])}
@@ -97,7 +103,7 @@ def resolve(
     if "preset" in hints:
         name, _ = _first("preset", hints, [*layers, (defaults, _default)])
         preset = get_preset(name)
-        flat = {**preset.get(preset_keys, {}), **_flat("model", preset["model"])}
+        flat = {**preset.get(preset_keys, {}), **dotted(preset["model"], "model")}
         layers.append(({k: v for k, v in flat.items() if k in hints}, lambda key: f"preset {name}"))
     layers.append((defaults, _default))
 
@@ -127,8 +133,10 @@ def write_resolved(path: str | Path, resolved: Resolved, omit: Collection[str] =
     tree: dict[str, Any] = {}
     for key, value in resolved.values.items():
         if key not in omit:
-            section, _, name = key.rpartition(".")
-            place = tree.setdefault(section, {}) if section else tree
+            *sections, name = key.split(".")
+            place = tree
+            for section in sections:
+                place = place.setdefault(section, {})
             place[name] = list(value) if isinstance(value, tuple) else value
     tree[ORIGINS] = {key: o for key, o in resolved.origins.items() if key not in omit}
     text = "# The settings of this run; give this file as `config` to use them again.\n"
@@ -176,6 +184,17 @@ def recorded(path: str | Path, key: str) -> Any:
         raise DataError(str(error)) from error
 
 
+def dotted(values: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """The values of a section, and of the sections inside it, by dotted key."""
+    known = keys_of({section: _SCHEMAS[section]})
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        key = _dotted(section, name)
+        inner = isinstance(value, Mapping) and key not in known
+        found |= {_dotted(key, k): v for k, v in value.items()} if inner else {key: value}
+    return found
+
+
 def at_home(path: Any) -> Any:
     """A path, or several, with the home folder for a `~` at the start; other values stay."""
     if isinstance(path, tuple | list):
@@ -198,7 +217,7 @@ def field_help(schema: type) -> dict[str, str]:
         for field, doc in zip(body.body, body.body[1:]):
             match field, doc:
                 case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
-                    default = defaults[name]
+                    default = defaults.get(name)  # a section has none of its own
                     shown = "" if default in (None, (), "") else f" (default {default})"
                     out[name] = " ".join(text.split()) + shown
     return out
@@ -216,32 +235,38 @@ def _first(key: str, hints: Mapping[str, Any], layers: Iterable[Layer]) -> tuple
     raise AssertionError(f"no default for {key}")
 
 
-def _keys(schemas: Mapping[str, type]) -> dict[str, Any]:
-    """The annotation of each key of these schemas."""
-    return {
-        _dotted(section, name): hint
-        for section, schema in schemas.items()
-        for name, hint in get_type_hints(schema).items()
-    }
+def keys_of(schemas: Mapping[str, type]) -> dict[str, Any]:
+    """The annotation of each key of these schemas, and of the sections inside them."""
+    found: dict[str, Any] = {}
+    for section, schema in schemas.items():
+        for name, hint in get_type_hints(schema).items():
+            key = _dotted(section, name)
+            found |= keys_of({key: hint}) if _is_section(hint) else {key: hint}
+    return found
 
 
 def _defaults(schemas: Mapping[str, type]) -> dict[str, Any]:
-    out = {}
+    out: dict[str, Any] = {}
     for section, schema in schemas.items():
         for f in fields(schema):
             made = f.default_factory() if f.default_factory is not MISSING else f.default
-            out[_dotted(section, f.name)] = made
+            key = _dotted(section, f.name)
+            out |= _defaults({key: type(made)}) if is_dataclass(made) else {key: made}
     return out
+
+
+def _is_section(hint: Any) -> TypeGuard[type]:
+    return isinstance(hint, type) and is_dataclass(hint)
 
 
 def _environment(hints: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, Any]:
     """This schema's values in the environment; a list is separated by commas."""
     ours = {_variable(key): key for key in hints}
     # A variable of another command is fine here, a name that no command has is a mistake.
-    known = {_variable(key) for key in _keys({"": TrainConfig, "model": ModelConfig})}
+    known = {_variable(key) for key in keys_of({"": TrainConfig, "model": ModelConfig})}
     others = (TokenizeConfig, FinetuneConfig, ConvertConfig, GenerationOptions, InspectConfig)
     for other in others:
-        known |= {_variable(key) for key in _keys({"": other})}
+        known |= {_variable(key) for key in keys_of({"": other})}
     known |= ours.keys() | _OTHER_VARIABLES
     values: dict[str, Any] = {}
     for name, text in env.items():
@@ -265,16 +290,21 @@ def _settings_of(
     """
     tree, lines = read_yaml(path)
     flat: dict[str, tuple[Any, str]] = {}
-    for name, value in tree.items():
-        where = _line(path, lines, str(name))
-        if name in sections:
-            if not isinstance(value, dict | None):
-                held = short(repr(value))
-                raise UsageError(f"{where}: {name} must hold keys of its own, not {held}")
-            for key, inner in (value or {}).items():
-                flat[_dotted(str(name), str(key))] = inner, _line(path, lines, str(name), str(key))
-        elif name != ORIGINS:
-            flat[str(name)] = value, where
+    above = {*sections, *(key.rpartition(".")[0] for key in hints)} - {""}
+
+    def flatten(tree: Mapping[Any, Any], *place: str) -> None:
+        for name, value in tree.items():
+            here = (*place, str(name))
+            key, where = ".".join(here), _line(path, lines, *here)
+            if key in above:
+                if not isinstance(value, dict | None):
+                    held = short(repr(value))
+                    raise UsageError(f"{where}: {key} must hold keys of its own, not {held}")
+                flatten(value or {}, *here)
+            elif key != ORIGINS:
+                flat[key] = value, where
+
+    flatten(tree)
     for key, (_, where) in flat.items():
         if key not in hints:
             near = suggestion(key, hints) or suggestion(key, _short_names(hints))
@@ -290,10 +320,6 @@ def _line(path: Path, lines: Lines, *key: str) -> str:
 
 def _short_names(hints: Mapping[str, Any]) -> dict[str, str]:
     return {key.rpartition(".")[2]: key for key in hints}
-
-
-def _flat(section: str, values: Mapping[Any, Any]) -> dict[str, Any]:
-    return {_dotted(section, str(key)): value for key, value in values.items()}
 
 
 def _dotted(section: str, name: str) -> str:

@@ -18,12 +18,13 @@ from looptx_core.errors import LooptxError, UsageError
 
 MOST_BYTES = 512 << 10
 """Of a YAML file: PyYAML reads some 100 KB a second."""
+_LEVELS = 3  # that settings have, as in model: {audio: {layers: 4}}
 Lines = dict[tuple[str, ...], int]
 """The line of each key, by its path from the root."""
 
 
 def read_yaml(file: Path, error: type[LooptxError] = UsageError) -> tuple[dict[Any, Any], Lines]:
-    """The keys and values of a YAML file, and the line of each key of the first two levels.
+    """The keys and values of a YAML file, and the line of each key of the first levels.
 
     Raises `error` for a file that cannot be read, breaks a limit or holds no keys.
     """
@@ -105,9 +106,14 @@ _Loader.add_implicit_resolver(
 
 def _lines(node: Any) -> Lines:
     found: Lines = {}
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        found[(str(key.value),)] = key.start_mark.line + 1
-        for inner, _ in value.value if isinstance(value, yaml.MappingNode) else ():
-            if isinstance(inner, yaml.ScalarNode):
-                found[str(key.value), str(inner.value)] = inner.start_mark.line + 1
+
+    def look(node: Any, *above: str) -> None:
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode):
+                here = (*above, str(key.value))
+                found[here] = key.start_mark.line + 1
+                if len(here) < _LEVELS:
+                    look(value, *here)
+
+    look(node)
     return found

@@ -25,6 +25,15 @@ POSITION = 0.08
 """Seconds that one position of time stands for, in every medium that has time."""
 
 
+class Encoded(NamedTuple):
+    """What an encoder made of a batch."""
+
+    vectors: Tensor
+    """(tokens of all items, d_model), in the order of their places."""
+    loss: Tensor | None = None
+    """Scalar: of an objective that the encoder has by itself, on the batch's labels."""
+
+
 class MediumLosses(NamedTuple):
     """A medium's own objective on the hidden tokens of a batch. Scalars."""
 
@@ -64,7 +73,7 @@ class Medium:
     """
 
     name: str
-    """The key of records, batches and `ModelConfig.media`."""
+    """The key of records and batches, and of its section in a `ModelConfig`."""
     noun: str
     """What messages call one item, as in 'a picture'."""
     plural: str
@@ -88,6 +97,8 @@ class Medium:
     """The same of the head for the medium's own objective."""
     size_key: str = ""
     """The key of a configuration that sets the encoder's size."""
+    labelled: bool = False
+    """Whether an item may have a label; see `label`."""
 
     # Configuration
 
@@ -120,6 +131,15 @@ class Medium:
         return {}
 
     # Reading
+
+    def longest(self, grid: Grid) -> int:
+        """The most tokens that an item takes once it is changed for training."""
+        return self.length(grid)
+
+    def blank(self, grid: Grid, config: ModelConfig, draw: Any) -> MediaItem | None:
+        """Now and then an item without content, from which a model learns to say nothing; most
+        often None. draw: a `numpy.random.Generator`."""
+        return None
 
     def measure(self, source: Source, config: ModelConfig, where: str | None = None) -> Grid:
         """An item's grid, from the file's header alone. Errors: those of `read`."""
@@ -175,6 +195,19 @@ class Medium:
     def encoder(self, config: ModelConfig) -> nn.Module | None:
         """A module from a `MediaBatch` to (tokens of all items, d_model); None: nothing is read."""
         return None
+
+    def encode(self, encoder: nn.Module, batch: MediaBatch) -> Encoded:
+        """What the encoder makes of a batch, with its own loss where the batch has labels."""
+        return Encoded(encoder(batch))
+
+    def label(self, text: str, grid: Grid) -> Tensor | None:
+        """What an item says, (length,) integers, for the encoder's own loss; None: it has none, or
+        the text is too long for the item."""
+        return None
+
+    def loss_weight(self, config: ModelConfig, progress: float) -> float:
+        """What the encoder's own loss counts. progress: the share of the training that is done."""
+        return 0.0
 
     def layers(self, config: ModelConfig) -> int:
         """The encoder's layers, each with tensors of its own."""

@@ -15,6 +15,7 @@ from looptx_core.media.base import Grid, Medium
 from looptx_core.media.registry import MEDIA, media_for
 
 _PREFIX = "media."
+_ENTRIES = ("features", "grids", "labels", "label_lengths")
 
 
 class MediaItem(NamedTuple):
@@ -25,6 +26,8 @@ class MediaItem(NamedTuple):
     features: Tensor
     """(rows, values), what the encoder reads; for images a patch a row, -1 to 1."""
     grid: Grid
+    label: Tensor | None = None
+    """(length,), what it says, for the encoder's own loss; see `Medium.label`."""
 
     @property
     def length(self) -> int:
@@ -37,17 +40,22 @@ class MediaBatch:
     """The items of one medium in a batch, in the order of their placeholder tokens.
 
     features: (rows of all items, values). grids: (items, axes of a grid), integers. hidden: (rows
-    of all items,) bool, the rows that the encoder must do without; None: none.
+    of all items,) bool, the rows that the encoder must do without; None: none. labels: those of
+    all items after one another, and label_lengths: (items,), how long each is, -1 where an item
+    has none; both None: the batch has none.
     """
 
     features: Tensor
     grids: Tensor
     hidden: Tensor | None = None
+    labels: Tensor | None = None
+    label_lengths: Tensor | None = None
 
     def to(self, device: torch.device) -> MediaBatch:
-        """Moved to a device; the grids stay, as shapes are made of them."""
+        """Moved to a device; grids and lengths stay, as shapes are made of them."""
         hidden = None if self.hidden is None else self.hidden.to(device)
-        return MediaBatch(self.features.to(device), self.grids, hidden)
+        labels = None if self.labels is None else self.labels.to(device)
+        return replace(self, features=self.features.to(device), hidden=hidden, labels=labels)
 
 
 Media = Mapping[str, MediaBatch]
@@ -59,12 +67,18 @@ def batch_items(items: Iterable[MediaItem]) -> dict[str, MediaBatch]:
     by_medium: dict[str, list[MediaItem]] = {}
     for item in items:
         by_medium.setdefault(item.medium, []).append(item)
-    return {
-        name: MediaBatch(
-            torch.cat([i.features for i in some]), torch.tensor([i.grid for i in some])
-        )
-        for name, some in by_medium.items()
-    }
+    return {name: _batch(MEDIA[name], some) for name, some in by_medium.items()}
+
+
+def _batch(medium: Medium, items: list[MediaItem]) -> MediaBatch:
+    features = torch.cat([item.features for item in items])
+    grids = torch.tensor([item.grid for item in items])
+    if not medium.labelled:
+        return MediaBatch(features, grids)
+    nothing = torch.zeros(0, dtype=torch.long)
+    labels = torch.cat([nothing if i.label is None else i.label for i in items])
+    lengths = torch.tensor([-1 if i.label is None else len(i.label) for i in items])
+    return MediaBatch(features, grids, labels=labels, label_lengths=lengths)
 
 
 def to_device(media: Media, device: torch.device) -> dict[str, MediaBatch]:
@@ -74,9 +88,10 @@ def to_device(media: Media, device: torch.device) -> dict[str, MediaBatch]:
 def to_entries(media: Media) -> dict[str, Tensor]:
     """As entries of a sample, which collate by concatenation."""
     return {
-        f"{_PREFIX}{name}.{part}": getattr(batch, part)
+        f"{_PREFIX}{name}.{part}": value
         for name, batch in media.items()
-        for part in ("features", "grids")
+        for part in _ENTRIES
+        if (value := getattr(batch, part)) is not None
     }
 
 
@@ -87,11 +102,11 @@ def is_entry(key: str) -> bool:
 
 def from_entries(batch: Mapping[str, Tensor]) -> dict[str, MediaBatch]:
     """The media of a collated batch."""
-    names = [key.split(".")[1] for key in batch if is_entry(key) and key.endswith(".features")]
-    return {
-        name: MediaBatch(batch[f"{_PREFIX}{name}.features"], batch[f"{_PREFIX}{name}.grids"])
-        for name in names
-    }
+    found: dict[str, dict[str, Tensor]] = {}
+    for key in filter(is_entry, batch):
+        _, name, part = key.split(".")
+        found.setdefault(name, {})[part] = batch[key]
+    return {name: MediaBatch(**parts) for name, parts in found.items()}
 
 
 def hide(media: Media, shares: Mapping[str, float]) -> dict[str, MediaBatch]:

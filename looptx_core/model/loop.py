@@ -18,7 +18,7 @@ and no coda the whole stack is looped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
+from looptx_core.media.base import Encoded
 from looptx_core.media.batch import Layout, Media, lay_out
+from looptx_core.media.encoder import Encoder
 from looptx_core.media.registry import MEDIA, media_for
 from looptx_core.model.attention import (
     Attend,
@@ -137,6 +139,9 @@ class LoopedTransformer(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth))
             elif parameter.dim() >= 2:
                 nn.init.normal_(parameter, std=0.02)
+        for encoder in self.encoders().values():
+            if isinstance(encoder, Encoder):
+                encoder.reset_stem()
         # A halting bias starts low: unsure until shown otherwise (ACT, arXiv 1603.08983).
         nn.init.zeros_(self.confidence.hidden.bias)
         nn.init.ones_(self.confidence.gate.bias)
@@ -182,16 +187,27 @@ class LoopedTransformer(nn.Module):
         )
         return ForwardContext(rotary, mask, self.attend, view)
 
-    def embed(self, tokens: Tensor, ctx: ForwardContext, media: Media | None = None) -> Tensor:
+    def encode(self, media: Media | None) -> dict[str, Encoded]:
+        """What the encoder of each medium makes of its items."""
+        encoders = self.encoders()
+        return {name: MEDIA[name].encode(encoders[name], b) for name, b in (media or {}).items()}
+
+    def embed(
+        self,
+        tokens: Tensor,
+        ctx: ForwardContext,
+        media: Media | None = None,
+        encoded: Mapping[str, Encoded] | None = None,
+    ) -> Tensor:
         """tokens (batch, length) -> the prelude's output (batch, length, d_model).
 
         Encoded items of media take the places of their placeholder tokens, in their order.
+        encoded: by `encode`, where that was done before.
         """
         x = self.embedding(tokens)
-        for name, batch in (media or {}).items():
-            read = self.encoders()[name](batch)
+        for name, read in (self.encode(media) if encoded is None else encoded).items():
             places = tokens == MEDIA[name].token(self.config)
-            x = x.masked_scatter(places[..., None], read.to(x.dtype))
+            x = x.masked_scatter(places[..., None], read.vectors.to(x.dtype))
         view = ctx.view
         for layer, block in enumerate(self.prelude):
             x = block(x, ctx, view and view.prelude(layer))

@@ -1,0 +1,54 @@
+"""Sections of a model's configuration, one for each medium that has its settings in one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from looptx_core.errors import UsageError
+
+_MOST = {"layers": 10_000, "width": 1 << 20, "max_seconds": 3600.0, "token": 1 << 24,
+         "frames": 1 << 16, "ctc_weight": 100.0, "fps": 1000.0}  # fmt: skip
+"""What no model comes near, so that a damaged config.json asks for no more memory than there is."""
+
+
+def _check(settings: Any, section: str) -> None:
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        most = _MOST.get(field.name)
+        if most is not None and not 0 <= value <= most:
+            raise UsageError(
+                f"model configuration: {section}.{field.name} must lie between 0 and {most:g}, "
+                f"not {value}"
+            )
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """How a model hears. Raises `UsageError` for values that fit no model."""
+
+    layers: int = 0
+    """Blocks of the encoder of recordings; 0: the model hears nothing."""
+    width: int = 128
+    """Width of that encoder, a multiple of head_dim."""
+    max_seconds: float = 30.0
+    """The longest recording that is heard at once, seconds."""
+    token: int = 6
+    """The token whose place 80 ms of sound take."""
+    attention: Literal["causal", "both"] = "causal"
+    """Whether the decoder's tokens of a recording see those before, or all of them."""
+    ctc_weight: float = 0.3
+    """What the encoder's own loss, CTC over the bytes of the text, counts at first; it falls to a
+    third of this. 0: there is none."""
+
+    def __post_init__(self) -> None:
+        _check(self, "audio")
+        if self.attention not in ("causal", "both"):
+            raise UsageError(
+                f"model configuration: audio.attention must be causal or both, not "
+                f"{self.attention!r}"
+            )
+        if self.layers and (self.width < 1 or self.max_seconds < 1):
+            raise UsageError(
+                "model configuration: audio.width and audio.max_seconds must be at least 1"
+            )
