@@ -12,6 +12,7 @@ from looptx_cli.imports import large_imports
 from looptx_cli.model_options import (
     Adapter,
     Attention,
+    Audio,
     Config,
     Image,
     Kernel,
@@ -20,7 +21,7 @@ from looptx_cli.model_options import (
     ShowIterations,
 )
 from looptx_cli.options import with_fields
-from looptx_cli.streaming import read_items
+from looptx_cli.streaming import given_media, read_items
 from looptx_core.api import load
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.resolve import resolve
@@ -33,6 +34,7 @@ def chat(
     model: Model = None,
     adapter: Adapter = None,
     image: Image = None,
+    audio: Audio = None,
     system: Annotated[str, typer.Option(help="What the model is told before the chat.")] = "",
     show_iterations: ShowIterations = False,
     attention: Attention = "auto",
@@ -50,7 +52,7 @@ def chat(
     echo "Who are you?" | looptx chat --quiet
     """
     options = resolve(GenerationOptions, flags=flags, config=config).build(GenerationOptions)
-    files = {"image": image} if image else {}
+    files = given_media(image=image, audio=audio)
     with large_imports():
         loaded = load(
             model, adapter=adapter, attention=attention, precision=precision, kernel=kernel,

@@ -17,6 +17,7 @@ from looptx_cli.imports import large_imports
 from looptx_cli.model_options import (
     Adapter,
     Attention,
+    Audio,
     Config,
     Image,
     Kernel,
@@ -25,7 +26,7 @@ from looptx_cli.model_options import (
     ShowIterations,
 )
 from looptx_cli.options import with_fields
-from looptx_cli.streaming import print_now, read_items, stream
+from looptx_cli.streaming import given_media, print_now, read_items, stream
 from looptx_core.api import load
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.resolve import resolve
@@ -59,6 +60,7 @@ def generate(
     model: Model = None,
     adapter: Adapter = None,
     image: Image = None,
+    audio: Audio = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="A prompt is a turn of a chat, which the model answers.")
     ] = False,
@@ -80,6 +82,7 @@ def generate(
     looptx generate "Call me" --model runs/a --show-iterations
     looptx generate "Call me" --compare-loops 1,4,10
     looptx generate --image cat.png --show-iterations
+    looptx generate --audio hello.wav
     looptx generate "Call me" --adapter runs/finetune-1
     looptx generate --chat "Who are you?" --adapter runs/finetune-1
     looptx generate "Call me" --json | jq .tokens[0]
@@ -90,9 +93,11 @@ def generate(
     options = resolved.build(GenerationOptions)
     depths = _depths(compare_loops)
     texts: list[Prompt] = [*(prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
-    if image and len(texts) > 1:
-        raise UsageError("--image goes with one prompt; give one, or none for a caption")
-    if image and not texts and not chat:
+    files = given_media(image=image, audio=audio)
+    if files and len(texts) > 1:
+        flag = f"--{next(iter(files))}"
+        raise UsageError(f"{flag} goes with one prompt; give one, or none for a caption")
+    if files and not texts and not chat:
         texts = [""]
     for text in texts:
         if has_half(str(text)):
@@ -101,7 +106,6 @@ def generate(
     if not texts and not talk:
         texts = [_from_stdin()]
 
-    files = {"image": image} if image else {}
     need = frozenset(MEDIA[name].ability for name in files)
     with large_imports():
         loaded = load(

@@ -44,6 +44,7 @@ def inspect_loops(
     looptx inspect-loops --model runs/a --calibrate --target-loss-increase 0.5%
     looptx inspect-loops --prompt "Call me"
     looptx inspect-loops --image cat.png
+    looptx inspect-loops --audio hello.wav
     """
     settings = resolve(InspectConfig, flags=flags, config=config).build(InspectConfig)
 
@@ -55,7 +56,8 @@ def inspect_loops(
     next_run_dir(
         settings.out, "inspect-loops", overwrite,
         inputs=(
-            *settings.data, *settings.image, model, found.folder, found.adapter, config_file(config)
+            *settings.data, *(file for files in settings.media.values() for file in files), model,
+            found.folder, found.adapter, config_file(config),
         ),
         report=lambda line: note(line, quiet),
     )  # fmt: skip

@@ -18,6 +18,10 @@ Image = Annotated[
     list[Path] | None,
     typer.Option(help="A picture, before the prompt or at its <|image|>; may be repeated."),
 ]
+Audio = Annotated[
+    list[Path] | None,
+    typer.Option(help="A recording, before the prompt or at its <|audio|>; may be repeated."),
+]
 ShowIterations = Annotated[
     bool, typer.Option("--show-iterations", help="Show each token's loops and confidence.")
 ]

@@ -13,10 +13,12 @@ OUTPUT = "Output"
 _MOST_USED = {
     "train": "data out preset set steps max_minutes batch_size lr resume config",
     "finetune": "model data out lora qlora lora_rank steps lr batch_size resume",
-    "generate": "model adapter image chat max_new_tokens loops exit temperature seed "
+    "generate": "model adapter image audio chat max_new_tokens loops exit temperature seed "
     "show_iterations",
-    "chat": "model adapter image system max_new_tokens loops exit temperature show_iterations",
-    "inspect-loops": "model data out prompt text image calibrate target_loss_increase max_loops",
+    "chat": "model adapter image audio system max_new_tokens loops exit temperature "
+    "show_iterations",
+    "inspect-loops": "model data out prompt text image audio calibrate target_loss_increase "
+    "max_loops",
     "convert": "model out to_bitnet to_hf from_hf dtype adapter merge_adapter direct data",
     "tokenize": "data out vocab_size tokenizer text_key",
     "doctor": "build path",

@@ -66,6 +66,11 @@ def stream(
     return result
 
 
+def given_media(**files: Sequence[Path] | None) -> dict[str, Sequence[Path]]:
+    """The files of each medium that were given."""
+    return {name: some for name, some in files.items() if some}
+
+
 def read_items(engine: Engine, files: Mapping[str, Sequence[Path]]) -> tuple[MediaItem, ...]:
     """The files of each medium, decoded."""
     config = engine.model.config

@@ -151,11 +151,12 @@ def train(
     if as_json:
         write_line(summary(result))
         return
-    _show_result(result)
+    used = [name for name in MEDIA if any(name in some for some in named.values())]
+    _show_result(result, " and ".join(MEDIA[name].plural for name in used))
     if settings.bitnet:
         note(f"pack it: looptx convert --to-bitnet --model {folder}", quiet)
-    if any("image" in some for some in named.values()):
-        note(f"try next: looptx generate --image FILE --model {folder} --show-iterations", quiet)
+    for name in used:
+        note(f"try next: looptx generate --{name} FILE --model {folder} --show-iterations", quiet)
     note(f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet)
 
 
@@ -171,7 +172,8 @@ def _to_try_swapping(flags: dict[str, Any], config: Path | None) -> Resolved:
     return settle(resolved, mine, _TRIAL)
 
 
-def _show_result(result: TrainResult) -> None:
+def _show_result(result: TrainResult, beside: str) -> None:
+    """beside: the media of the data, in words."""
     from rich.table import Table
 
     out = stdout()
@@ -191,7 +193,7 @@ def _show_result(result: TrainResult) -> None:
     out.print(table)
     if result.caption_loss_by_loop:
         losses = "  ".join(f"{loss:.3f}" for loss in result.caption_loss_by_loop)
-        out.print(f"Texts beside pictures, held-out nats a token by loop: {losses}", soft_wrap=True)
+        out.print(f"Texts beside {beside}, held-out nats a token by loop: {losses}", soft_wrap=True)
     rate = result.tokens / max(result.seconds, 1e-9)
     before = result.steps_before
     now = f", {result.steps - before:,} of them now:" if before else ","

@@ -143,8 +143,17 @@ def model_files(
             name, model.config, parameter_count(model.config), exit_settings, facts
         ),
         "config.json": config,
-        **{k: v for medium in model.media for k, v in medium.files(model.config).items()},
+        **_media_files(model),
     }
+
+
+def _media_files(model: LoopedTransformer) -> dict[str, Any]:
+    """What the media store, by name; several may have keys in one document."""
+    found: dict[str, Any] = {}
+    for medium in model.media:
+        for name, content in medium.files(model.config).items():
+            found[name] = {**found.get(name, {}), **content}
+    return found
 
 
 def write_model(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from looptx_core.config.ranges import check_ranges
 from looptx_core.errors import UsageError
 
-MEDIA_PATHS = ("image",)
+MEDIA_PATHS = ("image", "audio")
 """The settings that name files of media."""
 
 
@@ -37,6 +37,8 @@ class InspectConfig:
     """Trace this prompt and what the model makes of it."""
     image: tuple[str, ...] = ()
     """Map how far the loops move the patches of this picture."""
+    audio: tuple[str, ...] = ()
+    """Map how far the loops move each moment of this recording."""
     max_new_tokens: int = 40
     """prompt: tokens to generate."""
     decode_tokens: int = 1920
@@ -53,7 +55,7 @@ class InspectConfig:
     @property
     def media(self) -> dict[str, tuple[str, ...]]:
         """Files to look at, by medium."""
-        return {"image": self.image} if self.image else {}
+        return {name: files for name in MEDIA_PATHS if (files := getattr(self, name))}
 
     @property
     def allowed_increase(self) -> float | None:

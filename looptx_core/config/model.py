@@ -102,7 +102,7 @@ class ModelConfig:
     """Patches of a picture see each other, or only those before."""
     reconstruct: bool = False
     """A head that draws hidden patches back; set by `mask_patches`."""
-    audio: AudioConfig = AudioConfig()
+    audio: AudioConfig = field(default_factory=AudioConfig)
     """How the model hears."""
     media: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     """Settings of further media by name; each has a folder in `looptx_core.media`."""

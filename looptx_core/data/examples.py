@@ -27,7 +27,8 @@ from looptx_core.data.records import MediaFile, Record, Turn, parse, raw_records
 from looptx_core.data.split import hold_out
 from looptx_core.data.tokenizer import PAD, end_id
 from looptx_core.errors import DataError, UsageError
-from looptx_core.media.batch import batch_items, to_entries
+from looptx_core.media.base import Grid
+from looptx_core.media.batch import MediaItem, batch_items, to_entries
 from looptx_core.media.registry import MEDIA, media_for, writers
 
 
@@ -42,6 +43,10 @@ class Example(NamedTuple):
     """The same record with its other texts, none longer; each epoch draws one of all."""
     group: str | None = None
     """What it is held out with."""
+    grids: tuple[Grid, ...] = ()
+    """Of the items that are read, as their headers have it."""
+    said: str | None = None
+    """What its only item says, where the record is nothing but an item and its text."""
 
     @property
     def ways(self) -> tuple[Example, ...]:
@@ -50,6 +55,31 @@ class Example(NamedTuple):
     def cut(self, start: int, stop: int) -> Example:
         """A part of it, without its items."""
         return Example(self.ids[start:stop], self.counted[start:stop])
+
+    def without_text(self) -> Example:
+        """The same item with nothing said: what counts is the end alone."""
+        kept = ~self.counted
+        kept[-1] = True
+        return self._replace(ids=self.ids[kept], counted=self.counted[kept], said="")
+
+    def fitted(self, items: Sequence[MediaItem], config: ModelConfig) -> Example:
+        """With as many placeholders as its decoded items take, which may differ from what their
+        headers say."""
+        times = np.ones(len(self.ids), np.int64)
+        places = {
+            name: (self.ids == MEDIA[name].token(config)).nonzero()[0].tolist()
+            for name in {file.medium for file in self.files}
+        }
+        for file, grid, item in zip(self.files, self.grids, items):
+            measured = MEDIA[file.medium].length(grid)
+            own, places[file.medium] = (
+                places[file.medium][:measured], places[file.medium][measured:],
+            )  # fmt: skip
+            times[own[item.length :]] = 0
+            times[own[0]] += max(0, item.length - measured)
+        if (times == 1).all():
+            return self
+        return self._replace(ids=self.ids.repeat(times), counted=self.counted.repeat(times))
 
 
 @dataclass
@@ -158,6 +188,7 @@ class _Encoder:
         self.tokenizer, self.config, self.record = tokenizer, config, record
         self.files = tuple(file for file in record.files if not file.written)
         self.placeholders: list[int] = []
+        self.grids: list[Grid] = []
         self.items = [self._item(file) for file in record.files]
 
     def _item(self, file: MediaFile) -> list[int]:
@@ -175,6 +206,7 @@ class _Encoder:
                 f"that was trained on {medium.plural}"
             )
         grid = medium.measure(file.path, self.config, name)
+        self.grids.append(grid)
         self.placeholders.append(medium.token(self.config))
         return self.placeholders[-1:] * medium.length(grid)
 
@@ -198,7 +230,17 @@ class _Encoder:
         tokens = np.array(ids, np.int32)
         learned = np.ones(len(ids), bool) if all_count else np.array(counted)
         learned &= ~np.isin(tokens, self.placeholders)
-        return Example(tokens, learned, self.files, group=self.record.group)
+        return Example(
+            tokens, learned, self.files, (), self.record.group, tuple(self.grids), self._said(way)
+        )
+
+    def _said(self, way: int) -> str | None:
+        match self.record.turns[0].content:
+            case (MediaFile(medium, _, False), tuple() as texts) if (
+                self.record.form == "text" and MEDIA[medium].labelled
+            ):
+                return str(texts[way % len(texts)])
+        return None
 
     def _content(self, turn: Turn, way: int, items: Iterator[list[int]]) -> list[int]:
         ids: list[int] = []
@@ -217,7 +259,17 @@ def _truncated(example: Example, seq_len: int, config: ModelConfig | None) -> Ex
     read = [MEDIA[file.medium].token(config) for file in example.files] if config else []
     if not short.counted.any() or np.isin(example.ids[seq_len:], read).any():
         return None
-    return short._replace(files=example.files, group=example.group)
+    return short._replace(files=example.files, group=example.group, grids=example.grids)
+
+
+def unlabelled(examples: Iterable[Example]) -> Counter[str]:
+    """By medium, the examples whose text is too long for the encoder's own loss on their item."""
+    return Counter(
+        example.files[0].medium
+        for example in examples
+        if example.said is not None
+        and MEDIA[example.files[0].medium].label(example.said, example.grids[0]) is None
+    )
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -272,7 +324,7 @@ class PackedExamples(Dataset[dict[str, Tensor]]):
     ) -> None:
         self.examples, self.seq_len, self.padding = examples, seq_len, padding
         self.config, self.seed, self.augment = config, seed, augment
-        self.rows = pack([len(example.ids) for example in examples], seq_len + 1)
+        self.rows = pack([self._room(example) for example in examples], seq_len + 1)
         counted = sum(int(example.counted[1:].sum()) for example in examples)
         self._weight = seq_len * len(self.rows) / max(1, counted)
         """Of a target that counts: 1 in the mean over all targets, padding included."""
@@ -297,12 +349,42 @@ class PackedExamples(Dataset[dict[str, Tensor]]):
                 rng = np.random.default_rng((self.seed, epoch, number))
                 if example.others:
                     example = example.ways[int(rng.integers(len(example.ways)))]
+            if example.files:
+                example, read = self._decoded(example, rng if self.augment else None)
+                items += read
             texts.append((number, example))
-            how = rng if self.augment else None
-            for file in self.examples[number].files:
-                assert self.config is not None, "items come with the configuration of their reader"
-                items.append(MEDIA[file.medium].read(file.path, self.config, augment=how))
         return self.sequence(index, texts) | to_entries(batch_items(items))
+
+    def _room(self, example: Example) -> int:
+        """The tokens that it may take once its items are changed for training."""
+        more = 0
+        for file, grid in zip(example.files, example.grids):
+            medium = MEDIA[file.medium]
+            more += medium.longest(grid) - medium.length(grid) if self.augment else 0
+        return min(len(example.ids) + more, max(len(example.ids), self.seq_len + 1))
+
+    def _decoded(
+        self, example: Example, draw: np.random.Generator | None
+    ) -> tuple[Example, list[MediaItem]]:
+        """An example that fits its items, and these, with their labels. draw: changes of them."""
+        assert self.config is not None, "items come with the configuration of their reader"
+        items: list[MediaItem] = []
+        room = self._room(example)
+        for file, grid in zip(example.files, example.grids):
+            medium, blank = MEDIA[file.medium], None
+            if draw is not None and example.said is not None:
+                blank = medium.blank(grid, self.config, draw)
+            if blank is not None:
+                example = example.without_text()
+            items.append(blank or medium.read(file.path, self.config, augment=draw))
+        fitted = example.fitted(items, self.config)
+        if len(fitted.ids) > room:
+            assert draw is not None, "an item is no longer than it was measured"
+            return self._decoded(example, None)
+        if example.said is not None:
+            label = MEDIA[items[0].medium].label(example.said, items[0].grid)
+            items = [items[0]._replace(label=label)]
+        return fitted, items
 
     def sequence(self, index: int, examples: Iterable[tuple[int, Example]]) -> dict[str, Tensor]:
         """These numbered examples side by side, as sequence `index`."""

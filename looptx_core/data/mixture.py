@@ -14,7 +14,13 @@ from torch.utils.data import ConcatDataset, Dataset
 from looptx_core.config.model import ModelConfig
 from looptx_core.data.batches import Sequences, text_windows
 from looptx_core.data.datamodule import Batches
-from looptx_core.data.examples import Example, PackedExamples, encode_record, padding_id
+from looptx_core.data.examples import (
+    Example,
+    PackedExamples,
+    encode_record,
+    padding_id,
+    unlabelled,
+)
 from looptx_core.data.records import Records
 from looptx_core.data.shards import open_shards
 from looptx_core.data.split import hold_out
@@ -118,6 +124,7 @@ class MixedData(Batches):
         )
         how_packed = (seq_len, padding_id(tokenizer), config)
         text = text_windows(folder, self.shards, seq_len, document_mask)
+        self.unlabelled = unlabelled(examples)
         self.val_parts: dict[str, Sequences] = {
             TEXT: text[1],
             RECORDS: PackedExamples([examples[i] for i in sorted(held)], *how_packed),

@@ -24,7 +24,7 @@ from looptx_core.config.generation import ExitSettings
 from looptx_core.config.processes import is_first
 from looptx_core.data.bundled import bundled_questions
 from looptx_core.data.chat import TEMPLATE
-from looptx_core.data.examples import ExampleData, read_examples, split_packed
+from looptx_core.data.examples import ExampleData, read_examples, split_packed, unlabelled
 from looptx_core.data.own import FILE as OWN_DATA
 from looptx_core.data.own import OwnData
 from looptx_core.data.tokenizer import fingerprint as tokenizer_fingerprint
@@ -40,7 +40,7 @@ from looptx_core.training.curves import plot_run
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.metrics import calibration_error
-from looptx_core.training.run import fit, resuming
+from looptx_core.training.run import fit, report_unlabelled, resuming
 
 
 @dataclass
@@ -289,6 +289,7 @@ def _data(
         seed=config.seed,
         workers=config.workers,
     )
+    report_unlabelled(unlabelled(examples.kept), report)
     lost = f"; dropped {examples.dropped}, truncated {examples.truncated} as too long"
     report(
         f"examples: {len(train.examples):,} to train on, {len(val.examples):,} held out, packed "

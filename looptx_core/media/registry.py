@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from looptx_core.media.audio.medium import Audio
 from looptx_core.media.base import Medium, Writer
 from looptx_core.media.image.medium import Image
 
 if TYPE_CHECKING:
     from looptx_core.config.model import ModelConfig
 
-MEDIA: dict[str, Medium] = {medium.name: medium for medium in (Image(),)}
+MEDIA: dict[str, Medium] = {medium.name: medium for medium in (Image(), Audio())}
 """Every known medium by name. The names are the keys of records and of batches."""
 
 

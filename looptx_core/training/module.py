@@ -97,6 +97,7 @@ class LoopedLM(L.LightningModule):
             loss_at=self.config.loss_at,
             loss_prior=self.config.loss_prior,
             recompute=self.config.grad_checkpointing,
+            progress=self.global_step / max(1, self.config.steps),
         )
         loss = result.loss + result.confidence_loss
         if not math.isfinite(loss.item()):
@@ -109,6 +110,8 @@ class LoopedLM(L.LightningModule):
         self._of_this_step.append(torch.tensor([float(value) for value in found]))
         if result.restored is not None:
             self.log("restored", result.restored, sync_dist=True)
+        for name, value in result.by_labels.items():
+            self.log(f"{name}_loss", value, sync_dist=True)
         names = ("train_loss", "mean_loops", "confidence_error")
         means = torch.stack(self._of_this_step).mean(0).to(self.device)
         self.log_dict(dict(zip(names, means)), prog_bar=True, sync_dist=True)

@@ -53,6 +53,8 @@ class LoopLoss:
     """Of the forward and backward passes: three times the forward ones."""
     restored: Tensor | None = None
     """Scalar, detached: the media's own loss on hidden rows, of which `loss` has its part."""
+    by_labels: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars, detached, by medium: its encoder's own loss, of which `loss` has a share."""
 
 
 @dataclass
@@ -84,6 +86,7 @@ def loop_loss(
     loss_at: str = "pair",
     loss_prior: float = 0.0,
     recompute: bool = False,
+    progress: float = 0.0,
 ) -> LoopLoss:
     """The objective on a batch.
 
@@ -93,7 +96,8 @@ def loop_loss(
     length), what each target counts, about 1 in the mean over all batches; all 1 by default.
     media: of the placeholder tokens; those with hidden rows have an objective of their own.
     loss_prior: where a sequence is read after several loops, loop t counts t to this power.
-    recompute: trade time for memory by running each loop again in the backward pass.
+    recompute: trade time for memory by running each loop again in the backward pass. progress: the
+    share of the training that is done, by which the encoders' own losses fall.
     """
     inputs, wanted = inputs_and_targets(tokens, targets)
     batch, length = inputs.shape
@@ -101,7 +105,8 @@ def loop_loss(
     ctx = model.context(length, documents=documents, layout=layout)
 
     run = partial(checkpoint, model.step, use_reentrant=False) if recompute else model.step
-    state = embedding = model.embed(inputs, ctx, media=media)
+    encoded = model.encode(media)
+    state = embedding = model.embed(inputs, ctx, encoded=encoded)
     # The states of the loops that every sequence runs, before depths are known.
     first_loops = range(1, schedule.base + 1 if schedule.kind == "loss" else 1)
     before = [after for _, after in model.iterate(state, embedding, ctx, first_loops, run)]
@@ -157,6 +162,10 @@ def loop_loss(
             before_it = 0.0 if result.restored is None else result.restored
             result.loss, result.restored = result.loss + own.loss, before_it + own.loss.detach()
             result.confidence_loss = result.confidence_loss + own.confidence_loss
+        if (by_labels := encoded[name].loss) is not None:
+            share = medium.loss_weight(model.config, progress)
+            result.loss = result.loss + share * by_labels
+            result.by_labels[name] = by_labels.detach()
     return result
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +117,7 @@ def train(
         left_out = f", {read.skipped} left out" if config.skip_bad else ""
         what = ", ".join(medium.plural for medium in read.media)
         report(f"{what}: {len(read.records)} records{left_out}")
+        report_unlabelled(batches.unlabelled, report)
     else:
         batches = TokenData(data, **how)
     if config.bitnet:
@@ -132,6 +133,13 @@ def train(
     return finish_training(
         module.model, module, batches, config, data, records, folder, steps, started
     )
+
+
+def report_unlabelled(counts: Mapping[str, int], report: Callable[[str], object]) -> None:
+    """Tell of items that the encoders' own losses leave out. counts: by medium."""
+    for name, count in counts.items():
+        what = f"the texts of {count} are too long for the encoder's own loss"
+        report(f"{MEDIA[name].plural}: {what}")
 
 
 def check(config: RunConfig, folder: Path) -> None:

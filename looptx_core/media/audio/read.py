@@ -1,0 +1,256 @@
+"""Recordings to samples at 16 kHz, one channel: as a stream, so that no length fills the memory.
+
+WAV, FLAC, OGG, MP3 and AIFF are read by libsndfile; the sound of MP4, WebM and the like by PyAV,
+which is an extra.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from looptx_core.config.model import ModelConfig
+from looptx_core.errors import DataError, MissingError
+from looptx_core.media.audio.augment import changed, masked
+from looptx_core.media.audio.features import RATE, STEP, log_mels
+from looptx_core.media.base import Source
+from looptx_core.media.batch import MediaItem
+
+FORMATS = "WAV, FLAC, OGG, MP3 or AIFF"
+_BLOCK = 1 << 20
+"""Values that are decoded at once, of all channels together."""
+_RATES = range(1_000, 1_000_001)
+_TRUNCATED = 0.9
+"""The share of what a header claims that a file must hold."""
+
+
+class Header(NamedTuple):
+    """What a file says of itself."""
+
+    seconds: float
+    """0 where the file does not say."""
+    rate: int
+    channels: int
+
+
+def measure(source: Source, config: ModelConfig, where: str | None = None) -> tuple[int]:
+    """The tokens of a recording, by its header. Errors: `read_recording`'s."""
+    name = _name(source, where)
+    return (_tokens(_checked(read_header(source, name), config, name), config),)
+
+
+def read_recording(
+    source: Source,
+    config: ModelConfig,
+    where: str | None = None,
+    augment: np.random.Generator | None = None,
+) -> MediaItem:
+    """Decode a recording, a file or its bytes, to log-mels, 80 ms a row.
+
+    Args:
+        where: what to call it in errors; absent: its path.
+        augment: draws speed, loudness, noise, bandwidth and gaps, for training.
+    Raises:
+        DataError: not a recording, without samples, truncated, with samples that are no numbers,
+            or longer than `audio.max_seconds`.
+        MissingError: the sound of a video, without PyAV.
+    """
+    name = _name(source, where)
+    claimed = _checked(read_header(source, name), config, name)
+    most = round((claimed or config.audio.max_seconds) * RATE)
+    parts, count = [], 0
+    for block in stream(source, name):
+        if not claimed and count + len(block) > most:
+            raise _too_long((count + len(block)) / RATE, config, name)
+        parts.append(block[: most - count])
+        count += len(parts[-1])
+        if count >= most:
+            break
+    samples = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    return item_of(samples, augment)
+
+
+def item_of(samples: np.ndarray, augment: np.random.Generator | None = None) -> MediaItem:
+    """Samples at 16 kHz, (n,) float32, as an item."""
+    if augment is not None:
+        samples = changed(samples, augment)
+    rows = log_mels(torch.from_numpy(np.ascontiguousarray(samples, np.float32)))
+    if augment is not None:
+        rows = masked(rows, augment)
+    return MediaItem("audio", rows, (len(rows),))
+
+
+def read_header(source: Source, name: str) -> Header:
+    """What a file says of itself. Raises `DataError`."""
+    if _needs_av(source, name):
+        with _av_sound(source, name) as (container, sound):
+            length = sound.duration * sound.time_base if sound.duration else 0
+            seconds = float(length) or (container.duration or 0) / 1e6
+            return _plausible(Header(seconds, sound.rate, sound.channels), name)
+    with _sound_file(source, name) as file:
+        header = Header(file.frames / max(1, file.samplerate), file.samplerate, file.channels)
+        return _plausible(header, name)
+
+
+def stream(source: Source, name: str) -> Iterator[np.ndarray]:
+    """The samples at 16 kHz, one channel, (n,) float32 blocks of bounded size.
+
+    Raises `DataError` for no samples, for less than the header claims, for NaN and infinity.
+    """
+    import soxr
+
+    header = read_header(source, name)
+    resample = soxr.ResampleStream(header.rate, RATE, 1, dtype="float32")
+    blocks = _decoded_by_av(source, name) if _needs_av(source, name) else _decoded(source, name)
+    count = 0
+    for block in blocks:
+        if not np.isfinite(block).all():
+            raise DataError(f"{name}: has samples that are no numbers (NaN or infinity); "
+                            "record or save it again")  # fmt: skip
+        count += len(block)
+        yield resample.resample_chunk(block)
+    seconds = count / header.rate
+    if count == 0:
+        raise DataError(f"{name}: a recording without samples; give another")
+    if seconds < _TRUNCATED * header.seconds:
+        raise DataError(
+            f"{name}: holds {seconds:.1f} s of the {header.seconds:.1f} s that its header claims; "
+            "it is truncated or damaged, so save it again"
+        )
+    yield resample.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def _plausible(header: Header, name: str) -> Header:
+    if header.rate not in _RATES or header.channels < 1:
+        raise DataError(
+            f"{name}: {header.channels} channels at {header.rate} samples a second are no "
+            "recording; save it again"
+        )
+    return header
+
+
+def _checked(header: Header, config: ModelConfig, name: str) -> float:
+    """The seconds that a header claims, which the model must be able to hear at once."""
+    if header.seconds > config.audio.max_seconds + 1e-3:
+        raise _too_long(header.seconds, config, name)
+    return header.seconds
+
+
+def _too_long(seconds: float, config: ModelConfig, name: str) -> DataError:
+    return DataError(
+        f"{name}: {clock(seconds)} long or more, and this model hears "
+        f"{config.audio.max_seconds:g} s at once; cut it, or hear it in pieces by `timestamps`"
+    )
+
+
+def clock(seconds: float) -> str:
+    """As '1:02:03.5', or '2:03.5'."""
+    minutes, rest = divmod(round(seconds, 1), 60)
+    hours, minutes = divmod(int(minutes), 60)
+    return f"{hours}:{minutes:02}:{rest:04.1f}" if hours else f"{minutes}:{rest:04.1f}"
+
+
+def _tokens(seconds: float, config: ModelConfig) -> int:
+    return max(1, math.ceil(round((seconds or config.audio.max_seconds) * RATE) / STEP))
+
+
+def _decoded(source: Source, name: str) -> Iterator[np.ndarray]:
+    """Blocks of one channel at the file's own rate, (n,)."""
+    import soundfile
+
+    with _sound_file(source, name) as file:
+        frames = max(1, _BLOCK // file.channels)
+        while True:
+            try:
+                block = file.read(frames, dtype="float32", always_2d=True)
+            except (soundfile.SoundFileError, RuntimeError) as error:
+                raise _damaged(name, error) from error
+            if not len(block):
+                return
+            yield block.mean(1)
+
+
+def _sound_file(source: Source, name: str) -> Any:
+    import soundfile
+
+    try:
+        content = io.BytesIO(source) if isinstance(source, bytes) else str(Path(source))
+        return soundfile.SoundFile(content)
+    except (soundfile.SoundFileError, RuntimeError, OSError, ValueError) as error:
+        raise _damaged(name, error) from error
+
+
+def _damaged(name: str, error: Exception) -> DataError:
+    reason = str(error).rpartition(": ")[2].strip().rstrip(".") or type(error).__name__
+    return DataError(f"{name}: not a recording that can be read ({reason.lower()}); give {FORMATS}")
+
+
+def _needs_av(source: Source, name: str) -> bool:
+    """Whether it is a container of videos, by its first bytes."""
+    try:
+        head = source[:12] if isinstance(source, bytes) else _first_bytes(Path(source))
+    except FileNotFoundError as error:
+        raise DataError(f"{name}: no such recording; check the path") from error
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror}); check the file") from error
+    return head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3"
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(12)
+
+
+class _av_sound:
+    """A container of videos, opened, with its first stream of sound."""
+
+    def __init__(self, source: Source, name: str) -> None:
+        self.source, self.name = source, name
+
+    def __enter__(self) -> tuple[Any, Any]:
+        try:
+            import av
+        except ImportError as error:
+            raise MissingError(
+                f"{self.name}: the sound of a video needs PyAV; pip install 'looptx[video]'"
+            ) from error
+        source = io.BytesIO(self.source) if isinstance(self.source, bytes) else str(self.source)
+        try:
+            self.container = av.open(source)
+        except (av.FFmpegError, ValueError, OSError) as error:
+            raise _damaged(self.name, error) from error
+        sounds = self.container.streams.audio
+        if not sounds:
+            self.container.close()
+            raise DataError(f"{self.name}: has no sound; give another")
+        return self.container, sounds[0]
+
+    def __exit__(self, *_: object) -> None:
+        self.container.close()
+
+
+def _decoded_by_av(source: Source, name: str) -> Iterator[np.ndarray]:
+    with _av_sound(source, name) as (container, sound):
+        import av
+
+        plain = av.AudioResampler("fltp", "mono", sound.rate)
+        try:
+            for frame in container.decode(sound):
+                for part in plain.resample(frame):
+                    yield part.to_ndarray()[0]
+            for part in plain.resample(None):
+                yield part.to_ndarray()[0]
+        except (av.FFmpegError, ValueError) as error:
+            raise _damaged(name, error) from error
+
+
+def _name(source: Source, where: str | None) -> str:
+    if where is not None:
+        return where
+    return "the recording" if isinstance(source, bytes) else str(source)
