@@ -64,6 +64,12 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="A prompt is a turn of a chat, which the model answers.")
     ] = False,
+    timestamps: Annotated[
+        bool,
+        typer.Option(
+            "--timestamps", help="Hear a recording of any length in pieces, each with its times."
+        ),
+    ] = False,
     show_iterations: ShowIterations = False,
     compare_loops: Annotated[
         str | None, typer.Option(help="Depths to show side by side, as 1,4,10.")
@@ -83,6 +89,7 @@ def generate(
     looptx generate "Call me" --compare-loops 1,4,10
     looptx generate --image cat.png --show-iterations
     looptx generate --audio hello.wav
+    looptx generate --audio talk.mp3 --timestamps
     looptx generate "Call me" --adapter runs/finetune-1
     looptx generate --chat "Who are you?" --adapter runs/finetune-1
     looptx generate "Call me" --json | jq .tokens[0]
@@ -94,6 +101,8 @@ def generate(
     depths = _depths(compare_loops)
     texts: list[Prompt] = [*(prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
     files = given_media(image=image, audio=audio)
+    if timestamps and (len(audio or ()) != 1 or len(files) > 1 or texts or chat or compare_loops):
+        raise UsageError("--timestamps goes with one --audio and nothing else to read")
     if files and len(texts) > 1:
         flag = f"--{next(iter(files))}"
         raise UsageError(f"{flag} goes with one prompt; give one, or none for a caption")
@@ -118,6 +127,9 @@ def generate(
             "--chat: this model was not finetuned on chats (looptx finetune, with messages as "
             "data); leave it out, or give --model or --adapter"
         )
+    if timestamps:
+        _transcribe(engine, files["audio"][0], options, as_json)
+        return
     items = read_items(engine, files)
     if chat:
         texts = [_message(str(text), items) for text in texts]
@@ -136,6 +148,23 @@ def generate(
     else:
         for text, result in zip(texts, engine.complete(texts, options)):
             _show(engine, text, result, show_iterations, quiet)
+
+
+def _transcribe(engine: Engine, file: Path, options: GenerationOptions, as_json: bool) -> None:
+    """What is said when, a line a piece, as it is heard."""
+    from looptx_core.generation.transcribe import joined, transcribe
+    from looptx_core.media.base import clock
+
+    segments = []
+    for segment in transcribe(engine, str(file), options):
+        segments.append(segment)
+        if not as_json:
+            start, end = clock(segment.start), clock(segment.end)
+            print_now(shown(f"[{start} - {end}] {segment.text}\n"))
+    if as_json:
+        document = joined(segments).to_dict()
+        document["segments"] = [segment.to_dict() for segment in segments]
+        print_now(json.dumps({"schema_version": SCHEMA_VERSION, **document}) + "\n")
 
 
 def _with_items(text: str, items: tuple[MediaItem, ...]) -> Prompt:

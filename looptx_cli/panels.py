@@ -13,10 +13,9 @@ OUTPUT = "Output"
 _MOST_USED = {
     "train": "data out preset set steps max_minutes batch_size lr resume config",
     "finetune": "model data out lora qlora lora_rank steps lr batch_size resume",
-    "generate": "model adapter image audio chat max_new_tokens loops exit temperature seed "
+    "generate": "model adapter image chat max_new_tokens loops exit temperature seed "
     "show_iterations",
-    "chat": "model adapter image audio system max_new_tokens loops exit temperature "
-    "show_iterations",
+    "chat": "model adapter image system max_new_tokens loops exit temperature show_iterations",
     "inspect-loops": "model data out prompt text image audio calibrate target_loss_increase "
     "max_loops",
     "convert": "model out to_bitnet to_hf from_hf dtype adapter merge_adapter direct data",
@@ -29,7 +28,8 @@ _MOST_USED = {
 _PANELS = {
     "Data": """
         seq_len batch_size micro_batch workers augment skip_bad document_mask mix mask_patches
-        val_fraction val_batches train_on_prompt too_long prompts_file data text_key seed
+        val_fraction val_batches train_on_prompt too_long prompts_file data text_key seed audio
+        timestamps
     """,
     "Model and depth": """
         model loop_schedule loops min_loops max_loops mean_loops deeper_by loss_threshold

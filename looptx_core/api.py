@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from looptx_core.checkpoint.folder import LoadedModel
     from looptx_core.generation.engine import Engine
     from looptx_core.generation.request import Generation, Prompt, Step
+    from looptx_core.generation.transcribe import Segment
+    from looptx_core.media.base import Source
     from looptx_core.training.evaluate import LoopEvaluation
 
 Report = Callable[[str], object]
@@ -124,6 +126,16 @@ class Model:
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[Step]:
         """Continue a prompt, a token at a time: `text`, `loops`, `confidence`, `logprob`."""
         return self.engine.generate([prompt], _options(options))
+
+    def transcribe(self, recording: Source, **options: Any) -> list[Segment]:
+        """What is said in a recording of any length, a file or its bytes, with times in seconds.
+
+        Raises `DataError` for a recording that can't be read, `UsageError` for a model that can't
+        hear.
+        """
+        from looptx_core.generation.transcribe import transcribe
+
+        return list(transcribe(self.engine, recording, _options(options)))
 
     def chat(self, messages: str | Sequence[Mapping[str, str]], **options: Any) -> Generation:
         """Answer a message, or a conversation of `{"role": …, "content": …}`.

@@ -51,8 +51,8 @@ OPTIONS = {
         --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
         --kv-policy --kv-type --speculate --draft-loops --temperature --top-k --top-p --min-p
         --repetition-penalty --seed --stop --ignore-eos --no-ignore-eos --prompts-file --model
-        --adapter --image --audio --chat --show-iterations --compare-loops --attention --precision
-        --kernel --config --json --quiet
+        --adapter --image --audio --chat --timestamps --show-iterations --compare-loops --attention
+        --precision --kernel --config --json --quiet
     """,
     "convert": """
         --model --from-hf --out --to-bitnet --no-to-bitnet --direct --no-direct --finetune-steps

@@ -48,7 +48,7 @@ class AudioConfig:
                 f"model configuration: audio.attention must be causal or both, not "
                 f"{self.attention!r}"
             )
-        if self.layers and (self.width < 1 or self.max_seconds < 1):
+        if self.layers and (self.width < 1 or self.max_seconds < 2):
             raise UsageError(
-                "model configuration: audio.width and audio.max_seconds must be at least 1"
+                "model configuration: audio.width must be at least 1, audio.max_seconds at least 2"
             )

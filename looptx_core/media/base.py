@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from looptx_core.errors import UsageError
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -25,6 +27,13 @@ POSITION = 0.08
 """Seconds that one position of time stands for, in every medium that has time."""
 
 
+def clock(seconds: float) -> str:
+    """As '1:02:03.5', or '2:03.5'."""
+    minutes, rest = divmod(round(seconds, 1), 60)
+    hours, minutes = divmod(int(minutes), 60)
+    return f"{hours}:{minutes:02}:{rest:04.1f}" if hours else f"{minutes}:{rest:04.1f}"
+
+
 class Encoded(NamedTuple):
     """What an encoder made of a batch."""
 
@@ -32,6 +41,16 @@ class Encoded(NamedTuple):
     """(tokens of all items, d_model), in the order of their places."""
     loss: Tensor | None = None
     """Scalar: of an objective that the encoder has by itself, on the batch's labels."""
+
+
+class Piece(NamedTuple):
+    """A part of an item that is too long to be read at once."""
+
+    start: float
+    """Seconds from the item's beginning, without the overlap with the piece before."""
+    end: float
+    """The same of its end."""
+    item: MediaItem
 
 
 class MediumLosses(NamedTuple):
@@ -162,6 +181,15 @@ class Medium:
             DataError: unreadable, damaged or too large.
         """
         raise NotImplementedError
+
+    def pieces(
+        self, source: Source, config: ModelConfig, where: str | None = None
+    ) -> Iterator[Piece]:
+        """An item of any length as overlapping pieces that a model can read at once, in order.
+
+        Raises the errors of `read`, and `UsageError` for a medium that has no length in time.
+        """
+        raise UsageError(f"{self.plural} have no length in time, so none is read in pieces")
 
     # Layout
 

@@ -28,21 +28,25 @@ def changed(samples: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     wanted = power * 10 ** (-draw.uniform(5, 40) / 10)
     changed = changed + noise(len(changed), draw) * np.float32(np.sqrt(wanted))
     if draw.random() < 0.5:
-        spectrum = np.fft.rfft(changed)
-        spectrum[round(len(changed) * _TELEPHONE / RATE) :] = 0
-        changed = np.fft.irfft(spectrum, len(changed))
+        size = _fast(len(changed))
+        spectrum = np.fft.rfft(changed, size)
+        spectrum[round(size * _TELEPHONE / RATE) :] = 0
+        changed = np.fft.irfft(spectrum, size)[: len(changed)]
     return changed.astype(np.float32)
 
 
 def noise(count: int, draw: np.random.Generator) -> np.ndarray:
     """Noise of unit power, (count,), white to brown."""
-    white = draw.standard_normal(count).astype(np.float32)
-    if count < 2:
-        return white
-    spectrum = np.fft.rfft(white)
+    size = _fast(count)
+    spectrum = np.fft.rfft(draw.standard_normal(size, np.float32))
     tilt = draw.uniform(0, 1.0)
-    coloured = np.fft.irfft(spectrum / np.arange(1, len(spectrum) + 1) ** tilt, count)
+    coloured = np.fft.irfft(spectrum / np.arange(1, len(spectrum) + 1) ** tilt, size)[:count]
     return (coloured / (np.sqrt(np.mean(coloured**2)) + 1e-9)).astype(np.float32)
+
+
+def _fast(count: int) -> int:
+    """The next power of two, of which a Fourier transform is fast."""
+    return 1 << max(1, count - 1).bit_length()
 
 
 def quiet(count: int, draw: np.random.Generator) -> np.ndarray:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from looptx_core.media.base import Encoded, Grid, Medium, Source
+from looptx_core.media.base import Encoded, Grid, Medium, Piece, Source
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -84,6 +84,11 @@ class Audio(Medium):
         augment: Any = None,
     ) -> MediaItem:
         return _file("read").read_recording(source, config, where, augment)
+
+    def pieces(
+        self, source: Source, config: ModelConfig, where: str | None = None
+    ) -> Iterator[Piece]:
+        return _file("read").pieces(source, config, where)
 
     def longest(self, grid: Grid) -> int:
         """At the slowest speed."""

@@ -19,12 +19,14 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.errors import DataError, MissingError
 from looptx_core.media.audio.augment import changed, masked
 from looptx_core.media.audio.features import RATE, STEP, log_mels
-from looptx_core.media.base import Source
+from looptx_core.media.base import Piece, Source, clock
 from looptx_core.media.batch import MediaItem
 
 FORMATS = "WAV, FLAC, OGG, MP3 or AIFF"
 _BLOCK = 1 << 20
 """Values that are decoded at once, of all channels together."""
+_OVERLAP = 0.4
+"""Seconds on either side of a cut that both pieces have."""
 _RATES = range(1_000, 1_000_001)
 _TRUNCATED = 0.9
 """The share of what a header claims that a file must hold."""
@@ -74,6 +76,36 @@ def read_recording(
             break
     samples = np.concatenate(parts) if parts else np.zeros(0, np.float32)
     return item_of(samples, augment)
+
+
+def pieces(source: Source, config: ModelConfig, where: str | None = None) -> Iterator[Piece]:
+    """A recording of any length, cut where it is quiet into pieces that overlap a little.
+
+    A piece and a block are in memory at a time. Errors: `read_recording`'s, but for the length.
+    """
+    name = _name(source, where)
+    window, overlap = round(config.audio.max_seconds * RATE), round(_OVERLAP * RATE)
+    held, begin, own = np.zeros(0, np.float32), 0, 0
+    for block in stream(source, name):
+        held = np.concatenate([held, block])
+        while len(held) > window:
+            cut = _quietest(held[: window - overlap], own)
+            item = item_of(held[: cut + overlap])
+            yield Piece((begin + own) / RATE, (begin + cut) / RATE, item)
+            held, begin, own = held[cut - overlap :], begin + cut - overlap, overlap
+    yield Piece((begin + own) / RATE, (begin + len(held)) / RATE, item_of(held))
+
+
+def _quietest(samples: np.ndarray, own: int) -> int:
+    """Where to cut: the middle of the quietest fifth of a second in the last half.
+
+    own: samples at the start that the piece before has, too.
+    """
+    first = max(len(samples) // 2, own + STEP)
+    steps = (len(samples) - first) // STEP
+    power = (samples[first : first + steps * STEP].reshape(steps, STEP) ** 2).mean(1)
+    smooth = np.convolve(power, np.ones(3) / 3, "same") if steps > 3 else power
+    return first + int(smooth.argmin()) * STEP + STEP // 2
 
 
 def item_of(samples: np.ndarray, augment: np.random.Generator | None = None) -> MediaItem:
@@ -147,13 +179,6 @@ def _too_long(seconds: float, config: ModelConfig, name: str) -> DataError:
         f"{name}: {clock(seconds)} long or more, and this model hears "
         f"{config.audio.max_seconds:g} s at once; cut it, or hear it in pieces by `timestamps`"
     )
-
-
-def clock(seconds: float) -> str:
-    """As '1:02:03.5', or '2:03.5'."""
-    minutes, rest = divmod(round(seconds, 1), 60)
-    hours, minutes = divmod(int(minutes), 60)
-    return f"{hours}:{minutes:02}:{rest:04.1f}" if hours else f"{minutes}:{rest:04.1f}"
 
 
 def _tokens(seconds: float, config: ModelConfig) -> int:
