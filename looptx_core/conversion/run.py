@@ -152,6 +152,9 @@ def convert(
     if held_out.note is not None and not config.to_hf:  # which goes to others, without our paths
         files[OWN_DATA] = held_out.note.to_dict()
     if config.to_hf:
+        if read := [medium.plural for medium in model.media]:
+            kept = f"its encoder of {' and '.join(read)} stays in the folder for `from_hf`"
+            report(f"transformers: the export takes text alone; {kept}")
         weights, files = to_huggingface(weights, files, asdict(exit_settings))
     files["config.json"]["command"] = "convert"
     check_output(out, "convert", overwrite=overwrite, inputs=inputs)
