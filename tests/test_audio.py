@@ -17,7 +17,8 @@ from audio_cases import HEARING, RATE, mels, spoken, write_recordings
 from looptx_core.backends.select import select_backend
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
-from looptx_core.data.examples import Example, PackedExamples, read_examples, unlabelled
+from looptx_core.data.example import Example, unlabelled
+from looptx_core.data.examples import PackedExamples, read_examples
 from looptx_core.errors import DataError, MissingError, UsageError
 from looptx_core.media.audio.features import log_mels
 from looptx_core.media.batch import MediaItem, batch_items, lay_out

@@ -14,12 +14,11 @@ from torch.utils.data import ConcatDataset, Dataset
 from looptx_core.config.model import ModelConfig
 from looptx_core.data.batches import Sequences, text_windows
 from looptx_core.data.datamodule import Batches
+from looptx_core.data.example import Example, unlabelled
 from looptx_core.data.examples import (
-    Example,
     PackedExamples,
     encode_record,
     padding_id,
-    unlabelled,
 )
 from looptx_core.data.records import Records
 from looptx_core.data.shards import open_shards

@@ -24,7 +24,8 @@ from looptx_core.config.generation import ExitSettings
 from looptx_core.config.processes import is_first
 from looptx_core.data.bundled import bundled_questions
 from looptx_core.data.chat import TEMPLATE
-from looptx_core.data.examples import ExampleData, read_examples, split_packed, unlabelled
+from looptx_core.data.example import unlabelled
+from looptx_core.data.examples import ExampleData, read_examples, split_packed
 from looptx_core.data.own import FILE as OWN_DATA
 from looptx_core.data.own import OwnData
 from looptx_core.data.tokenizer import fingerprint as tokenizer_fingerprint
