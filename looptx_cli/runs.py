@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from looptx_core.atomic import put_in_place
 from looptx_core.checkpoint.registry import RUNS, next_run_dir, take_number
 from looptx_core.checkpoint.run_facts import (
     begin_run,
@@ -24,7 +25,7 @@ from looptx_core.checkpoint.run_lock import RunLock, refuse_if_running
 from looptx_core.config.processes import RUN, is_first, starter
 from looptx_core.config.resolve import Resolved, flag_name, read_resolved, write_resolved
 from looptx_core.errors import DataError, LooptxError, UsageError
-from looptx_core.outputs import check_output, put_in_place
+from looptx_core.outputs import check_output
 from looptx_core.schema import coerce
 
 SCHEMA_VERSION = 1

@@ -13,14 +13,12 @@ import pytest
 from test_training_runs import SETTINGS
 
 from looptx_cli.main import main
+from looptx_core.atomic import _machine, put_in_place, temporary_beside
 from looptx_core.errors import UsageError
 from looptx_core.outputs import (
     OUTPUTS,
-    _machine,
     _matches,
     check_output,
-    put_in_place,
-    temporary_beside,
 )
 
 SHORT = ["--precision", "float32", "--steps", "2", "--seq-len", "32", "--batch-size", "2",

@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from tokenizers import Tokenizer
 
+from looptx_core.atomic import put_in_place, temporary_beside
 from looptx_core.data.corpus import Corpus
 from looptx_core.data.shards import SPLITS, Counts, Manifest, Shard
 from looptx_core.data.split import Census, Progress, Splitter
@@ -25,7 +26,7 @@ from looptx_core.data.tokenizer import (
     vocabulary_size,
 )
 from looptx_core.errors import DataError, LooptxError, UsageError, remedy
-from looptx_core.outputs import check_output, put_in_place, temporary_beside
+from looptx_core.outputs import check_output
 
 VOCAB_SIZE = 4096
 _BATCH_CHARS = 1 << 20  # text encoded at a time
