@@ -152,8 +152,10 @@ def main() -> int:
 def reasons() -> dict[tuple[str, str], str]:
     """Why a mutant is equivalent, by its file and its lines as they are shown."""
     known = yaml.safe_load(Path(__file__).with_name("equivalent.yaml").read_text("utf-8"))
-    return {(each["file"], f"- {each['before']}\n+ {each['after']}"): " ".join(each["reason"].split())
-            for each in known}  # fmt: skip
+    return {
+        (each["file"], f"- {each['before']}\n+ {each['after']}"): each["reason"].strip()
+        for each in known
+    }
 
 
 def tested(mutants: list[Mutant], jobs: int, folder: Path) -> list[dict[str, Any]]:
