@@ -74,8 +74,10 @@ def test_the_stated_confidence_weighs_head_and_readout() -> None:
 
 
 def test_the_log_odds_of_the_best_by_hand() -> None:
-    logs = torch.tensor([[0.75, 0.25], [0.5, 0.5], [1.0, 0.0]]).log()
-    odds = top_log_odds(logs[:, None])[:, 0]
+    logs = torch.tensor([[0.25, 0.75], [0.5, 0.5], [0.0, 1.0]]).log()
+    odds = top_log_odds(logs[:, None])  # of one token each
+    assert odds.shape == (3, 1)
+    odds = odds[:, 0]
     assert odds[:2].tolist() == pytest.approx([math.log(3), 0.0], abs=1e-6)
     assert 15 < odds[2] < 17
 
