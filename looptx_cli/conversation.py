@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from looptx_cli.console import is_plain, note
 from looptx_cli.streaming import print_now, stream
-from looptx_core.errors import UsageError
+from looptx_core.documents import printable
+from looptx_core.errors import LooptxError, UsageError
 
 if TYPE_CHECKING:
     from looptx_core.config.generation import GenerationOptions
@@ -69,8 +70,11 @@ class Conversation:
                 return
             try:
                 self.take(line)
-            except UsageError as error:  # too long a line, or a depth that is not there
-                note(f"looptx: {error}")
+            except LooptxError as error:  # too long a line, a file that can't be read
+                note(f"looptx: {printable(str(error))}")
+            except KeyboardInterrupt:
+                print_now("\n")
+                note("looptx: interrupted; the chat goes on without this answer")
 
     def take(self, line: str) -> None:
         """Answer a message, or do what a command says.

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from looptx_core.atomic import finish_replacement, put_in_place
 from looptx_core.checkpoint.registry import RUNS, next_run_dir, take_number
 from looptx_core.checkpoint.run_facts import (
     begin_run,
@@ -24,7 +25,7 @@ from looptx_core.checkpoint.run_lock import RunLock, refuse_if_running
 from looptx_core.config.processes import RUN, is_first, starter
 from looptx_core.config.resolve import Resolved, flag_name, read_resolved, write_resolved
 from looptx_core.errors import DataError, LooptxError, UsageError
-from looptx_core.outputs import check_output, put_in_place
+from looptx_core.outputs import check_output
 from looptx_core.schema import coerce
 
 SCHEMA_VERSION = 1
@@ -47,6 +48,8 @@ def resumed(
             "--config has no effect on --resume, which takes the run's own config.yaml; "
             "leave one out"
         )
+    if is_first():
+        finish_replacement(folder)
     file = folder / "config.yaml"
     if not file.is_file():
         raise DataError(f"{folder}: not a run of looptx {command} (no config.yaml); check --resume")
@@ -234,6 +237,8 @@ def run_folder(
         return RunFolder(command, Path(os.environ[RUN]), None, is_first(), resumed=True)
     inputs = tuple(inputs)
     if resume is not None:
+        if is_first() and (taken := replaces(resume)):
+            finish_replacement(taken)
         return RunFolder(command, resume, replaces(resume), is_first(), True, inputs=inputs)
     several = bool(starter())
     if several and out is None:
@@ -246,6 +251,7 @@ def run_folder(
     beside = beside.with_name(f"{beside.name}.new")
     # Processes that start together must agree, whichever of them looks first.
     if is_first():
+        finish_replacement(target)
         next_run_dir(out, command, overwrite, inputs=inputs, report=report)
         if not os.path.lexists(target) or not any(target.iterdir()):
             beside = beside if several and overwrite else target

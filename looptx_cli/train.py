@@ -87,11 +87,13 @@ def train(
         check_memory(model_config, settings)
 
     with large_imports():
+        from looptx_cli.progress import train_progress
         from looptx_core.data.bundled import bundled_shards
         from looptx_core.data.records import media_named, read_records
         from looptx_core.data.resolve import resolve_data
         from looptx_core.data.shards import Manifest
         from looptx_core.media.registry import MEDIA, media_for
+        from looptx_core.training.run import check, fit_vocabulary, train
 
     inputs = (*settings.data, config_file(config), settings.deepspeed_config)
     run = run_folder(
@@ -100,6 +102,7 @@ def train(
     quiet, as_json = quiet or not run.first, as_json and run.first
     if resolved.origins["steps"] == _TRIAL:
         note("a trial of swapping: preset small for 20 steps; --preset and --steps set them", quiet)
+    check(settings, run.where)
     named = {item: media_named([item]) for item in settings.data}
     records = [item for item in settings.data if named[item]]
     texts = [item for item in settings.data if not named[item]]
@@ -114,14 +117,9 @@ def train(
         note("text: the bundled one, Moby Dick, and generated lines that need depth", quiet)
         shards = bundled_shards(model_config.vocab_size)
 
-    with large_imports():
-        from looptx_cli.progress import train_progress
-        from looptx_core.training.run import check, fit_vocabulary, train
-
     model_config = fit_vocabulary(
         model_config, Manifest.read(shards).vocab_size, resolved.given("model.vocab_size")
     )
-    check(settings, run.where)
     shape = dotted(model_config.to_dict(), "model")
     manifest = Manifest.read(shards)
     origin = {"data": manifest.fingerprint, "tokenizer": manifest.tokenizer}

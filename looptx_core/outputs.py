@@ -8,19 +8,15 @@ command, and never while it holds an input of the new one.
 from __future__ import annotations
 
 import glob
-import json
 import os
-import re
-import shutil
-import socket
-import uuid
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from looptx_core.errors import UsageError
+from looptx_core.atomic import is_temporary
+from looptx_core.documents import read_json
+from looptx_core.errors import DataError, UsageError
 
 _MODEL = (
     *("config.json", "generation_config.json", "model.safetensors.index.json"),
@@ -36,8 +32,6 @@ _EXPORT = (
     *("modeling_looptx.py", "__pycache__/*.pyc"),
     *("_".join(module.relative_to(_CORE).parts) for module in sorted(_CORE.rglob("*.py"))),
 )
-# What a writer that was killed left: a name that `_own_name` made.
-_LEFT = re.compile(r"\..+\.[0-9a-f]{8}-\d+-[0-9a-f]{8}\.(tmp|old)")
 _RUN = (
     *(
         "run.json",
@@ -45,11 +39,11 @@ _RUN = (
         "config.yaml",
         "metrics.jsonl",
         "kernels.json",
+        "kernels-[0-9]*.json",  # of further processes
         "curves.png",
-        "curves.partial.png",
     ),
-    *("config.yaml.tmp", "kernels.json.*.tmp", "csv/*", "tensorboard/*", "swap/**"),
-    *("checkpoints/step-[0-9]*", "checkpoints/step-[0-9]*/**", "checkpoints/.*.tmp"),
+    *("csv/*", "tensorboard/*", "swap/**"),
+    *("checkpoints/step-[0-9]*", "checkpoints/step-[0-9]*/**"),
     *(f"final/{name}" for name in _MODEL),
 )
 
@@ -129,7 +123,7 @@ def describe_contents(folder: Path, holds: Iterable[str]) -> str:
     holds, count, size = tuple(holds), 0, 0
     for file in _files(folder):
         name = file.relative_to(folder).as_posix()
-        if not any(_LEFT.fullmatch(part) for part in name.split("/")) and not any(
+        if not any(map(is_temporary, name.split("/"))) and not any(
             _matches(name, pattern) for pattern in holds
         ):
             raise UsageError(
@@ -173,52 +167,12 @@ def made_by(folder: Path, marker: str) -> str | None:
     return command if isinstance(command, str) and command in OUTPUTS else None
 
 
-def temporary_beside(target: Path) -> Path:
-    """A name beside `target` that no other writer uses.
-
-    What a writer that was killed left there is removed; where it was killed between the renames
-    of `put_in_place`, the former folder is put back.
-    """
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*"):
-        # A name such as .y.new.<writer>.old is another target's.
-        own = left.name.removeprefix(f".{target.name}")
-        if not _LEFT.fullmatch(f".y{own}") or own.count(".") != 2 or not _writer_is_gone(left):
-            continue
-        if left.suffix == ".old" and not os.path.lexists(target):
-            left.rename(target)
-        elif left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
-    return _own_name(target, "tmp")
-
-
-def put_in_place(new: Path, target: Path) -> None:
-    """Rename a finished folder to `target`; what was there is removed only once it is there.
-
-    Raises `OSError`; what was there is back in its place then.
-    """
-    old = _own_name(target, "old")
-    try:
-        target.rename(old)
-    except FileNotFoundError:
-        new.rename(target)
-        return
-    try:
-        new.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _document(file: Path) -> dict[str, object]:
     """A JSON document; an unreadable one is empty."""
     try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_json(file)
+    except DataError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _paths(name: str | Path | None) -> Iterator[Path]:
@@ -238,29 +192,3 @@ def _files(folder: Path) -> Iterator[Path]:
     for root, folders, files in os.walk(folder):
         for name in sorted(files) + [n for n in folders if (Path(root) / n).is_symlink()]:
             yield Path(root) / name
-
-
-def _own_name(target: Path, end: str) -> Path:
-    own = f"{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    return target.with_name(f".{target.name}.{own}.{end}")
-
-
-def _machine() -> str:
-    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
-
-
-def _writer_is_gone(path: Path) -> bool:
-    """Whether a name that `_own_name` made is of a process of this machine that has ended."""
-    found = re.search(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.(tmp|old)$", path.name)
-    return found is not None and found[1] == _machine() and not is_running(int(found[2]))
-
-
-def is_running(process: int) -> bool:
-    """Whether a process of this machine runs, by its number."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # another user's
-    return True

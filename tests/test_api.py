@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,3 +90,21 @@ def test_a_plain_call_runs_the_stored_depth(model: looptx.Model) -> None:
         plain, deep = model.loaded.model(ids), model.loaded.model(ids, 10)
     assert model.loaded.config.loops == 10
     assert torch.equal(plain.logits, deep.logits)
+
+
+def test_an_engine_gives_the_model_back_in_its_mode(tiny: Path) -> None:
+    from looptx_core.checkpoint.folder import load_model
+    from looptx_core.generation.engine import Engine
+
+    loaded = load_model(tiny)
+    model = loaded.model.train()
+    model.confidence.eval()
+    modes = [module.training for module in model.modules()]
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    steps = Engine(model, loaded.tokenizer, kernel="torch").generate(["map"])
+    assert [module.training for module in model.modules()] == modes
+    next(steps)
+    assert not any(module.training for module in model.modules())
+    list(steps)
+    assert [module.training for module in model.modules()] == modes
+    assert all(weights[name].equal(tensor) for name, tensor in model.state_dict().items())

@@ -16,7 +16,7 @@ import pytest
 from looptx_cli.conversation import HELP, Conversation
 from looptx_cli.main import main
 from looptx_core.config.generation import GenerationOptions
-from looptx_core.errors import UsageError
+from looptx_core.errors import DataError, UsageError
 from looptx_core.generation.engine import ChatPrompt
 
 
@@ -108,6 +108,42 @@ def test_what_is_refused_changes_nothing(talk: Conversation) -> None:
     talk.take("/loops")
     talk.take("More")
     assert talk.engine.loops == ["auto", 3, "auto"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (DataError("cat.png: not a picture"), "looptx: cat.png: not a picture\n"),
+        (KeyboardInterrupt(), "looptx: interrupted; the chat goes on without this answer\n"),
+    ],
+)
+def test_a_turn_that_fails_is_one_line_and_the_chat_goes_on(
+    talk: Conversation,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    said: str,
+) -> None:
+    talk.quiet = True
+    lines = iter(["Hello", "Fail", "More"])
+    answer = talk.engine.complete
+
+    def complete(prompts: list[Any], *how: Any) -> list:
+        if prompts[0].messages[-1]["content"] == "Fail":
+            raise error
+        return answer(prompts, *how)
+
+    def typed(prompt: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(talk.engine, "complete", complete)
+    monkeypatch.setattr("builtins.input", typed)
+    talk.run()
+    assert capsys.readouterr().err == said
+    assert [turn["content"] for turn in talk.said] == ["Hello", "answer 1", "More", "answer 2"]
 
 
 def test_help_names_each_command(talk: Conversation, capsys: pytest.CaptureFixture[str]) -> None:

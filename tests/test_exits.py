@@ -102,3 +102,41 @@ def test_a_predicted_gain_is_bounded_by_what_a_token_can_lose():
         alone = calibrated(0.0, said, 1.0, 1, steep)[1]
         many = calibrated(*torch.tensor([[0.0], [said], [1.0]]), 1, steep)[1]
         assert alone == pytest.approx(nats) and float(many) == pytest.approx(nats)
+
+
+def test_which_loops_are_checked_by_hand():
+    ruled, fixed = Exit(3, 10, SETTINGS, "auto"), Exit(4, 4, SETTINGS)
+    assert [e.first_check for e in (ruled, fixed, Exit(5, 3, SETTINGS, "gain"))] == [3, 4, 3]
+    assert [ruled.next_check(loop) for loop in (0, 1, 2, 3, 9)] == [3, 3, 3, 4, 10]
+    assert [fixed.next_check(loop) for loop in (0, 3, 4)] == [4, 4, 5]
+    assert Exit(3, 10, SETTINGS, "kl").next_check(0) == 1  # the second is compared with the first
+    assert [ruled.checks(0, after) for after in (2, 3, 5)] == [0, 1, 3]
+    assert [ruled.checks(before, 5) for before in (2, 3, 4, 5)] == [3, 2, 1, 0]
+
+
+def test_thresholds_for_kernels_by_hand():
+    settings = replace(SETTINGS, confidence_offset=0.5)
+    odds, nats = (math.log(0.93 / 0.07) - 0.5) * 2 - 1e-4, 0.1 + 1e-5
+    far = 1e30
+    for rule, expected in (
+        ("auto", (odds, nats)), ("confidence", (odds, -far)), ("gain", (far, nats)),
+        ("kl", (far, -far)), (None, (far, -far)),
+    ):  # fmt: skip
+        found = Exit(1, 10, settings, rule).kernel_thresholds()
+        assert found == pytest.approx(expected, abs=1e-9)
+    for always, sign in (1.0, 1), (0.0, -1):  # which have no log-odds
+        own = replace(SETTINGS, confidence=always, temperature=1.0)
+        found = Exit(1, 10, own, "confidence").kernel_thresholds()[0]
+        assert found == pytest.approx(sign * math.log(1e15), rel=1e-2)
+
+
+def test_depths_of_many_tokens_by_hand():
+    sure = torch.tensor([[0.95, 0.1, 0.1], [0.95, 0.95, 0.1], [0.1, 0.95, 0.1], [0.99] * 3])
+    for least, most, expected in (1, 3, [1, 2, 3]), (2, 3, [2, 2, 3]), (3, 4, [4, 3, 4]):
+        own = Exit(least, most, SETTINGS, "confidence")
+        assert own.depths({"confidence": sure}).tolist() == expected
+        # One loop after the other decides the same.
+        for token, depth in enumerate(expected):
+            told = [bool(own.stops(loop, ExitSignals(float(sure[loop - 1, token]), 9.0)))
+                    for loop in range(1, most + 1)]  # fmt: skip
+            assert told.index(True) + 1 == depth

@@ -25,7 +25,7 @@ from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine
 from looptx_core.inspection.charts import Chart, Series, charts
 from looptx_core.inspection.decoding import as_good, better_policy
-from looptx_core.inspection.frontier import choose, frontier, rule_depths
+from looptx_core.inspection.frontier import cheapest_fixed, choose, frontier, rule_depths
 from looptx_core.inspection.influence import deletion_test, influence, relevance, without
 from looptx_core.inspection.page import headline, page
 from looptx_core.inspection.stops import stops
@@ -131,6 +131,10 @@ def test_frontier_by_hand():
     points = frontier(survey, settings, config, context=64)
     fixed = [(p.threshold, p.mean_loops, p.loss) for p in points if p.rule == "fixed"]
     assert fixed == [(1, 1, 2.0), (2, 2, 1.0), (3, 3, 1.0)]
+    assert [p.accuracy for p in points if p.rule == "fixed"] == [0.5, 1, 1]
+    assert {p.confidence for p in points if p.rule == "auto"} == {0.7, 0.8, 0.9, 0.95, 0.99}
+    assert cheapest_fixed(points, full_loss=1.0, increase=0.005).threshold == 2
+    assert cheapest_fixed(points, full_loss=0.5, increase=0.005).threshold == 3  # as none is
     assert next(p.flops for p in points if p.rule == "fixed" and p.threshold == 3) == 1
     best = min(
         (p for p in points if p.rule == "oracle" and p.loss == 1), key=lambda p: p.mean_loops

@@ -13,14 +13,12 @@ import pytest
 from test_training_runs import SETTINGS
 
 from looptx_cli.main import main
+from looptx_core.atomic import _machine, put_in_place, temporary_beside
 from looptx_core.errors import UsageError
 from looptx_core.outputs import (
     OUTPUTS,
-    _machine,
     _matches,
     check_output,
-    put_in_place,
-    temporary_beside,
 )
 
 SHORT = ["--precision", "float32", "--steps", "2", "--seq-len", "32", "--batch-size", "2",
@@ -236,3 +234,16 @@ def test_a_run_that_waits_for_another_place_is_never_emptied(place: Path, capsys
     assert main([*COMMANDS["train"], "--out", "run", "--overwrite"]) == 2
     assert "run.new is there already" in capsys.readouterr().err
     assert contents(Path("run.new")) == before
+
+
+def test_a_kill_between_two_renames_is_mended_at_the_next_start(place: Path, capsys) -> None:
+    """The run that was moved away is back, and the new one takes its place."""
+    for out in ("run", "run.new"):
+        assert main([*COMMANDS["train"], "--out", out]) == 0
+    facts = json.loads(Path("run.new/run.json").read_text())
+    Path("run.new/run.json").write_text(json.dumps({**facts, "replaces": "run"}))
+    Path("run.new/mark").touch()
+    Path("run").rename(f".run.{_machine()}-999999-0123abcd.old")
+    assert main(["train", "--resume", "run.new", "--quiet"]) == 0, capsys.readouterr().err
+    assert Path("run/mark").exists() and not Path("run.new").exists()
+    assert not [name for name in names() if name.startswith(".run")]

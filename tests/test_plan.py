@@ -228,6 +228,37 @@ def test_what_makes_a_run_larger_and_smaller() -> None:
     assert on_cpu.gaps > 0 and on_cpu.total > total()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_peak_by_hand(tied: bool) -> None:
+    """With a vocabulary that dwarfs the rest, in a pass that is long and in one that is short."""
+    model = ModelConfig(
+        vocab_size=100_000, d_model=64, d_ff=64, n_heads=2, n_kv_heads=1, head_dim=32,
+        tie_embeddings=tied,
+    )  # fmt: skip
+    counts = count(model)
+    # Weights and AdamW's two numbers each, then what the backward pass holds beside them.
+    for length, rows in (256, 4), (1, 1):
+        config = TrainConfig(
+            loop_schedule="fixed", loops=2, optimizer="adamw", batch_size=rows, seq_len=length
+        )
+        kept = count_activations(model, config, rows)
+        logits = kept.total + kept.logits  # when their gradients come, and no others are there
+        # When the embedding's own gradient comes, beside the blocks' and the head's.
+        last = 4 * (counts.prelude + counts.core + counts.coda + 2 * counts.embedding)
+        assert (logits > last) == (length > 1)
+        need = rank_need(model, config, ParallelLayout(), rows)
+        assert need.total == 12 * counts.all + max(logits, last)
+
+
+@pytest.mark.parametrize(("loops", "readouts"), [(1, (1, 1, 1)), (2, (1, 2, 2)), (3, (1, 2, 3))])
+def test_readouts_by_hand(loops: int, readouts: tuple[int, ...]) -> None:
+    model = ModelConfig()
+    for loss_at, times in zip(("last", "pair", "all"), readouts, strict=True):
+        config = TrainConfig(loop_schedule="fixed", loops=loops, loss_at=loss_at, seq_len=32)
+        found = count_activations(model, config, 5).logits
+        assert found == 4 * 32 * 5 * model.vocab_size * times  # bytes
+
+
 def test_the_deepest_batch_of_a_thousand() -> None:
     model = ModelConfig()
     assert deepest_rows(model, TrainConfig(loop_schedule="fixed", loops=3), 5) == [5, 5, 5]

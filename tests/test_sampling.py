@@ -62,8 +62,9 @@ def test_what_no_draw_can_follow_is_refused():
         dict(top_p=1.01), dict(min_p=-0.01), dict(min_p=1.01), dict(repetition_penalty=0),
         dict(speculate=-1), dict(stop=("a", "")),
     ):  # fmt: skip
-        (name,) = bad
-        with pytest.raises(UsageError, match=f"`{name}` "):
+        ((name, value),) = bad.items()
+        said = "''" if name == "stop" else f"must .*, not {value}$"
+        with pytest.raises(UsageError, match=f"^`{name}` {said}"):
             check(GenerationOptions(**bad))
     for bad in (
         dict(seed=-1), dict(seed=2**63), dict(threshold=math.nan), dict(threshold=math.inf),

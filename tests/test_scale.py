@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from looptx_core.config.model import ModelConfig
+from looptx_core.config.run import TrainConfig
 from looptx_core.errors import DataError
 
 if sys.platform != "linux":
     pytest.skip("DeepSpeed runs on Linux", allow_module_level=True)
 
+from looptx_core.parallel.deepspeed import ops
 from looptx_core.parallel.deepspeed.checkpoint import Checkpoint
 from looptx_core.training.callbacks import processes_of
+from looptx_core.training.run import train
 
 ROOT = Path(__file__).parent.parent
 MODEL = {
@@ -41,54 +48,70 @@ LARGE = {  # of which DeepSpeed swaps the blocks' matrices; not what is smaller,
 DROPOUT = {**MODEL, "dropout": 0.1}
 OUTSIDE = ("resume", "dies_at", "lacks_libaio")  # of a run's settings: what PROGRAM makes of it
 
-# Trainings in one process, given as JSON; one that `dies_at` a step is killed there.
-PROGRAM = """
-import json, os, signal, sys
-from pathlib import Path
-import lightning as L
-from looptx_core.config.model import ModelConfig
-from looptx_core.config.run import TrainConfig
-from looptx_core.training.run import train
+# Each training process is forked from one that has imported what all need: that takes seconds.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["lightning", "deepspeed", "looptx_core.training.run"])
+
 
 class Dies(L.Callback):
-    def __init__(self, step):
+    """Kills its process at the end of a step."""
+
+    def __init__(self, step: int) -> None:
         self.step = step
-    def on_train_batch_end(self, trainer, *_):
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-for run in json.loads(sys.argv[1]):
-    if run.get("lacks_libaio"):
-        from looptx_core.parallel.deepspeed import ops
-        ops.libaio_obstacle = lambda: "no libaio.h; apt install libaio-dev"
-    folder = Path(run["folder"])
-    folder.mkdir(exist_ok=True)
-    result = train(
-        TrainConfig(**run["settings"]), ModelConfig(**run["model"]), data=Path(run["data"]),
-        folder=folder, resume=run.get("resume", False), report=lambda line: print(line, flush=True),
-        callbacks=[Dies(run["dies_at"])] if "dies_at" in run else [],
-    )
-    if result is not None and result.swapped:
-        io = dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())
-        moved = {**vars(result.swapped), "system_written": int(io["write_bytes"])}
-        print(json.dumps(moved), flush=True)
-"""
+
+def say(line: str) -> None:
+    os.write(1, f"{line}\n".encode())
 
 
-def start(runs: list[dict[str, Any]], **env: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, json.dumps(runs)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def train_all(runs: list[dict[str, Any]], said: str, env: dict[str, str]) -> None:
+    """Trainings in one process, one after another; one that `dies_at` a step is killed there."""
+    os.environ |= env
+    with Path(said).open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for run in runs:
+        if run.get("lacks_libaio"):
+            ops.libaio_obstacle = lambda: "no libaio.h; apt install libaio-dev"
+        folder = Path(run["folder"])
+        folder.mkdir(exist_ok=True)
+        result = train(
+            TrainConfig(**run["settings"]), ModelConfig(**run["model"]), data=Path(run["data"]),
+            folder=folder, resume=run.get("resume", False),
+            report=say,
+            callbacks=[Dies(run["dies_at"])] if "dies_at" in run else [],
+        )  # fmt: skip
+        if result is not None and result.swapped:
+            io = Path("/proc/self/io").read_text().splitlines()
+            written = int(dict(line.split(": ") for line in io)["write_bytes"])
+            say(json.dumps({**vars(result.swapped), "system_written": written}))
 
 
-def finish(*processes: subprocess.Popen[str], code: int = 0) -> str:
-    said = [process.communicate(timeout=1000)[0] for process in processes]
-    assert all(process.returncode == code for process in processes), "\n".join(said)[-4000:]
-    return said[0]
+class Started:
+    """A process at work and the file of what it says."""
+
+    def __init__(self, runs: list[dict[str, Any]], **env: str) -> None:
+        handle, self.said = tempfile.mkstemp(suffix=".log")
+        os.close(handle)
+        self.process = FORKS.Process(target=train_all, args=(runs, self.said, env))
+        self.process.start()
+
+    def end(self) -> tuple[int | None, str]:
+        """The exit code, negative for a signal, and the text."""
+        self.process.join(1000)
+        text = Path(self.said).read_text()
+        Path(self.said).unlink()
+        return self.process.exitcode, text
+
+
+def finish(*processes: Started, code: int = 0) -> str:
+    ended = [process.end() for process in processes]
+    assert all(status == code for status, _ in ended), "\n".join(text for _, text in ended)[-4000:]
+    return ended[0][1]
 
 
 def run(
@@ -101,7 +124,7 @@ def run(
     }  # fmt: skip
 
 
-def two_nodes(runs: list[dict[str, Any]]) -> list[subprocess.Popen[str]]:
+def two_nodes(runs: list[dict[str, Any]]) -> list[Started]:
     """One process on each of two machines, as torchrun starts them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -110,7 +133,7 @@ def two_nodes(runs: list[dict[str, Any]]) -> list[subprocess.Popen[str]]:
         "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "2", "LOCAL_RANK": "0",
     }  # fmt: skip
-    return [start(runs, **shared, RANK=str(n), GROUP_RANK=str(n)) for n in range(2)]
+    return [Started(runs, **shared, RANK=str(n), GROUP_RANK=str(n)) for n in range(2)]
 
 
 def losses(folder: Path) -> list[float]:
@@ -155,7 +178,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     """Runs of 20 steps of the same settings, in five ways; and two that were killed."""
     top = tmp_path_factory.mktemp("scale")
     finish(
-        start([
+        Started([
             run(top / "plain", shards),
             run(top / "zero3", shards, zero3=True),
             run(top / "zero3-cpu", shards, zero3=True, offload="cpu", grad_checkpointing=True),
@@ -194,14 +217,14 @@ def test_the_model_folder_holds_the_master_weights(trained: Path) -> None:
 
 def test_a_killed_run_goes_on_bit_for_bit(trained: Path, shards: Path) -> None:
     """By one process to the end; and by one where two had saved, from the same place."""
-    died = start([run(trained / "killed", shards, DROPOUT, zero3=True, dies_at=12)])
+    died = Started([run(trained / "killed", shards, DROPOUT, zero3=True, dies_at=12)])
     finish(died, code=-signal.SIGKILL)
     fewer = trained / "fewer"
     (fewer / "checkpoints").mkdir(parents=True)
     checkpoint = trained / "nodes/checkpoints/step-0000016.ckpt"
     checkpoint.rename(fewer / "checkpoints" / checkpoint.name)
     (fewer / "metrics.jsonl").write_text((trained / "nodes/metrics.jsonl").read_text())
-    said = finish(start([
+    said = finish(Started([
         run(trained / "killed", shards, DROPOUT, zero3=True, resume=True),
         run(fewer, shards, strategy="zero2", resume=True),
     ]))  # fmt: skip
@@ -237,7 +260,7 @@ def test_a_killed_fsdp_run_goes_on(trained: Path, shards: Path) -> None:
     (fewer / "checkpoints").mkdir(parents=True)
     (fewer / last).write_bytes((whole / last).read_bytes())
     (fewer / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
-    said = finish(start([run(fewer, shards, strategy="fsdp", resume=True)]))
+    said = finish(Started([run(fewer, shards, strategy="fsdp", resume=True)]))
     assert "2 processes saved and 1 go on" in said and "resumed: at step 16" in said
     assert_equal_runs(whole, fewer)
 
@@ -282,7 +305,7 @@ def test_swapping_by_plain_files(tmp_path: Path, shards: Path) -> None:
     a killed run goes on bit for bit."""
     how = {"zero3": True, "steps": 6, "save_every": 2, "lacks_libaio": True}
     nvme = {**how, "offload": "nvme"}
-    said = finish(start([
+    said = finish(Started([
         run(tmp_path / "ram", shards, LARGE, **how, offload="cpu"),
         run(tmp_path / "disk", shards, LARGE, **nvme),
     ]))  # fmt: skip
@@ -295,11 +318,11 @@ def test_swapping_by_plain_files(tmp_path: Path, shards: Path) -> None:
     assert counted["written"] > 6 * 4 * large and counted["read"] > 6 * 4 * large
     assert not (tmp_path / "disk/swap").exists()
 
-    died = start([run(tmp_path / "killed", shards, LARGE, **nvme, dies_at=5)])
+    died = Started([run(tmp_path / "killed", shards, LARGE, **nvme, dies_at=5)])
     finish(died, code=-signal.SIGKILL)
     left = {file.name: file.stat().st_size for file in (tmp_path / "killed/swap").rglob("*.swp")}
     assert len(left) >= 15 and min(left.values()) >= 1 << 20
-    said = finish(start([run(tmp_path / "killed", shards, LARGE, **nvme, resume=True)]))
+    said = finish(Started([run(tmp_path / "killed", shards, LARGE, **nvme, resume=True)]))
     assert "resumed: at step 4" in said and not (tmp_path / "killed/swap").exists()
     assert_same_bits(tmp_path / "disk", tmp_path / "killed", "step-0000006.ckpt")
 
@@ -311,7 +334,7 @@ def test_swapping_to_a_disk(tmp_path: Path, shards: Path) -> None:
     swap = tmp_path / "swap"
     swap.mkdir()
     nvme = {"zero3": True, "offload": "nvme", "nvme_path": str(swap)}
-    said = finish(start([
+    said = finish(Started([
         run(tmp_path / "plain", shards, LARGE),
         run(tmp_path / "one", shards, LARGE, **nvme),
     ]))  # fmt: skip
@@ -324,14 +347,14 @@ def test_swapping_to_a_disk(tmp_path: Path, shards: Path) -> None:
     assert counted["written"] > 20 * 4 * large and counted["read"] > 20 * 4 * large
     assert counted["written"] <= counted["system_written"]
 
-    died = start([run(tmp_path / "killed", shards, LARGE, **nvme, dies_at=12)])
+    died = Started([run(tmp_path / "killed", shards, LARGE, **nvme, dies_at=12)])
     finish(died, code=-signal.SIGKILL)
     left = list(swap.rglob("*.swp"))
     assert {f.name.split("_")[0] for f in left} & {"exp"} and len(left) >= 15
     # Another run may swap there at the same time; it clears what the dead one left.
     said = finish(*two_nodes([run(tmp_path / "two", shards, LARGE, **nvme, nodes=2)]))
     assert_equal_runs(tmp_path / "plain", tmp_path / "two")
-    said = finish(start([run(tmp_path / "killed", shards, LARGE, **nvme, resume=True)]))
+    said = finish(Started([run(tmp_path / "killed", shards, LARGE, **nvme, resume=True)]))
     assert "resumed: at step 8" in said and list(swap.iterdir()) == []
     assert_same_bits(tmp_path / "one", tmp_path / "killed")
 

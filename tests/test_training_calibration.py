@@ -32,7 +32,9 @@ def test_the_heads_confidence_becomes_true() -> None:
     # Of a head that tells nothing, or the opposite, the share of hits is left.
     for nothing in (torch.zeros(20_000), -said):
         temperature, offset = fit_confidence(nothing, hit)
-        assert 0 < temperature < 8 and math.isfinite(offset)
+        assert temperature == pytest.approx(math.e**2) and math.isfinite(offset)
+    # A head that is never wrong has no slope either: the steepest is taken.
+    assert fit_confidence(0.01 * (2 * hit - 1), hit)[0] == pytest.approx(math.e**-2)
 
 
 def test_what_may_not_stop_is_not_calibrated_on() -> None:
@@ -72,8 +74,10 @@ def test_the_stated_confidence_weighs_head_and_readout() -> None:
 
 
 def test_the_log_odds_of_the_best_by_hand() -> None:
-    logs = torch.tensor([[0.75, 0.25], [0.5, 0.5], [1.0, 0.0]]).log()
-    odds = top_log_odds(logs)
+    logs = torch.tensor([[0.25, 0.75], [0.5, 0.5], [0.0, 1.0]]).log()
+    odds = top_log_odds(logs[:, None])  # of one token each
+    assert odds.shape == (3, 1)
+    odds = odds[:, 0]
     assert odds[:2].tolist() == pytest.approx([math.log(3), 0.0], abs=1e-6)
     assert 15 < odds[2] < 17
 
@@ -95,6 +99,11 @@ def test_predicted_gains_become_true_ones() -> None:
     assert (slope[3], power[3]) == (0.0, 0.0)
     assert offset[:2] == pytest.approx((math.log(0.2), math.log(0.1)), abs=0.06)
     assert offset[3] == pytest.approx(math.log(1e-6))
+    # In other units of the head and of the change the same gains are predicted.
+    scaled = fit_gain(4 * predicted, change**2, loss)
+    assert scaled[0] == pytest.approx([part / 4 for part in slope], abs=1e-6)
+    assert scaled[1] == pytest.approx([part / 2 for part in power], abs=1e-6)
+    assert scaled[2] == pytest.approx(offset, abs=1e-5)
     told = ExitSettings(gain_slope=slope, gain_power=power, gain_offset=offset)
     for loop in (1, 2):
         logit = torch.zeros(40_000)

@@ -161,9 +161,18 @@ def test_the_score_of_a_read_out(kernel: bool) -> None:
     fused.enable_fused(False)
 
 
+@pytest.mark.parametrize("can", [True, False])
+def test_a_score_takes_the_kernel_where_it_can(monkeypatch: pytest.MonkeyPatch, can: bool) -> None:
+    taken = (torch.ones(3), torch.zeros(3), torch.ones(3))
+    monkeypatch.setattr("looptx_core.model.loop.cross_entropy", lambda *_: taken)
+    monkeypatch.setattr("looptx_core.model.loop.can_use_fused", lambda *_, **__: can)
+    score = model().score(torch.ones(3, 32), torch.arange(3))
+    assert all(a is b for a, b in zip(score, taken)) == can
+
+
 def test_targets_of_weight_zero_cost_no_product_and_change_nothing() -> None:
     tokens, ids = batch()
-    weights = torch.ones(6, 16)
+    weights = torch.full((6, 16), 16 / 7)
     weights[:, :9] = 0
     found = []
     for other in (False, True):
@@ -180,6 +189,39 @@ def test_targets_of_weight_zero_cost_no_product_and_change_nothing() -> None:
     assert torch.equal(found[0].loss, found[1].loss)
     whole = loop_loss(model(), tokens, schedule(), 0, ids)
     assert found[0].flops < whole.flops
+
+
+def test_weights_count_in_every_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the losses by the product; in what is only read by the weighted mean."""
+    net, (tokens, ids) = model(), batch()
+    weights = torch.rand(6, 16, generator=torch.Generator().manual_seed(0)) * 2 + 0.1
+    wanted, measured = tokens[:, 1:], {}
+    rule = schedule(loop_schedule="loss", loops=1)
+
+    def depths(step, ids, measure):
+        measured.update({by: measure(by) for by in ("gain", "loss")})
+        return torch.full(ids.shape, 2)
+
+    monkeypatch.setattr(rule, "depths", depths)
+    found = loop_loss(net, tokens, rule, 0, ids, weights=weights)
+    with torch.no_grad():
+        first, _ = outputs = [net(tokens[:, :-1], loops) for loops in (1, 2)]
+        losses = torch.stack([-o.logits.log_softmax(-1).gather(-1, wanted[..., None])[..., 0]
+                              for o in outputs])  # fmt: skip
+        hits = torch.stack([(o.logits.argmax(-1) == wanted).float() for o in outputs])
+        tops = torch.stack([o.logits.softmax(-1).amax(-1) for o in outputs])
+        sure = torch.stack([o.confidence.logit for o in outputs]).sigmoid()
+        judged = -(tops * sure.log() + (1 - tops) * (1 - sure).log()) * weights
+        errors = (first.confidence.gain - (losses[0] - losses[1])).square() * weights
+    for by, values in ("gain", first.confidence.gain), ("loss", losses[0]):
+        assert torch.allclose(measured[by], (values * weights).sum(1) / weights.sum(1), atol=1e-5)
+    for name, expected in {
+        "loss": (losses * weights).mean(),
+        "confidence_loss": judged.mean() + errors.mean(),
+        "deepest": (losses[1] * weights).sum() / weights.sum(),
+        "confidence_error": ((sure - hits).abs() * weights).sum() / (2 * weights.sum()),
+    }.items():
+        assert float(getattr(found, name).detach()) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_recomputing_gives_the_same_gradients() -> None:

@@ -9,7 +9,12 @@ from test_training_objective import batch, model, schedule
 from looptx_core.config.run import TrainConfig
 from looptx_core.training.muon import Muon, orthogonal
 from looptx_core.training.objective import loop_loss
-from looptx_core.training.optimizer import build_adamw, build_optimizer, learning_rate_factor
+from looptx_core.training.optimizer import (
+    build_adamw,
+    build_optimizer,
+    clip_by_part,
+    learning_rate_factor,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -112,3 +117,71 @@ def test_weight_decay_is_for_matrices_alone(build, kind: str) -> None:
     for name, parameter in net.named_parameters():
         expected = 0.95 if parameter.dim() >= 2 else 1.0
         assert torch.allclose(parameter, torch.tensor(expected)), name
+
+
+@pytest.mark.parametrize("build", [build_optimizer, build_adamw])
+def test_adamws_first_steps_are_torchs(build) -> None:
+    """By the momenta that the settings and the documentation name."""
+    config = TrainConfig(lr=0.01, weight_decay=0.1, optimizer="adamw", beta2=0.8)
+    net, plain = model(), model()
+    optimizer = build(net, config)
+    matrices = [p for p in plain.parameters() if p.dim() >= 2]
+    vectors = [p for p in plain.parameters() if p.dim() < 2]
+    reference = torch.optim.AdamW(
+        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+        lr=0.01, betas=(0.9, 0.8), weight_decay=0.1,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+            ours.grad = torch.randn(ours.shape, generator=generator)
+            theirs.grad = ours.grad.clone()
+        optimizer.step()
+        reference.step()
+    for (name, ours), theirs in zip(net.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6), name
+
+
+def test_trunk_and_head_are_clipped_apart() -> None:
+    net = model()
+
+    def norms() -> list[float]:
+        parts = net.trunk_parameters(), list(net.confidence.parameters())
+        return [float(torch.cat([p.grad.flatten() for p in part]).norm()) for part in parts]
+
+    for limit, expected in (0.0, None), (1e6, None), (0.5, 0.5):
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        before = norms()
+        assert float(clip_by_part(net, limit)) == pytest.approx(before[0])
+        assert norms() == pytest.approx(before if expected is None else [expected] * 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("width", [63, 64, 96])
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_wide_matrices_are_multiplied_once(width: int, products: torch.dtype) -> None:
+    """FLOPs by hand for five steps on n rows: a product of n x n by n x w costs 2 n n w.
+
+    Plainly a step takes the Gram matrix, its square, and the product with the matrix. From twice as
+    wide as high float32 takes one Gram matrix and one last product; between are only squares: one a
+    step for the bracket, and from one step to the next one for the whole and two for the Gram.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    n = 32
+    with FlopCounterMode(display=False) as counter:
+        orthogonal(torch.ones(1, n, width, dtype=products), (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    square, wide = 2 * n**3, 2 * n * n * width
+    is_short = products == torch.float32 and width >= 2 * n
+    expected = 2 * wide + (5 + 3 * 4) * square if is_short else 5 * (2 * wide + square)
+    assert counter.get_total_flops() == expected
+
+
+def test_a_matrix_that_is_alone_of_its_shape_is_stepped() -> None:
+    start = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    weight, still = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.ones(3, 3))
+    weight.grad = start.flip(1)
+    Muon([weight, still], 0.1, 0.5, torch.float32).step()
+    turned = orthogonal(weight.grad[None], (3.4445, -4.7750, 2.0315), 5, 1e-7)[0]
+    assert torch.allclose(weight, 0.95 * start - 0.1 * 0.2 * 10**0.5 * turned, atol=1e-4)
+    assert torch.equal(still, torch.ones(3, 3))  # which has no gradient

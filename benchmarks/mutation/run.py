@@ -1,21 +1,19 @@
 """Would a test notice? One-line mutants of the code, each against the tests of its own file.
 
-    python benchmarks/mutation/run.py --count 150 --jobs 2
-    python benchmarks/mutation/run.py --files looptx_core/training/optimizer.py --count 10
-    python benchmarks/mutation/run.py --mutant FILE OLD NEW [--mutant FILE OLD NEW]
+    python -m benchmarks.mutation.run --count 150 --jobs 2
+    python -m benchmarks.mutation.run --files looptx_core/training/optimizer.py --count 10
+    python -m benchmarks.mutation.run --mutant FILE OLD NEW [--mutant FILE OLD NEW]
 
 Mutants are drawn by a seed, from each file alike. Every job works on a copy of the tree. A mutant
 is killed where a test fails or the tests take too long; survivors are printed with the line before
-and after. Some change nothing that can be seen: read them, and write a test for the others.
+and after. Read them: `equivalent.yaml` has the reason for those that change nothing that can be
+seen, and the others want a test. A run over all files writes the record.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import queue
 import random
 import shutil
@@ -24,13 +22,13 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mutants import Mutant, mutants_of, one_mutant
+import yaml
 
-ROOT = Path(__file__).parent.parent.parent
+from benchmarks.common.record import ROOT, write
+from benchmarks.mutation.mutants import Mutant, mutants_of, one_mutant
 
 # A source file, and the tests that own it: they take seconds.
 TESTS: dict[str, tuple[str, ...]] = {
@@ -49,8 +47,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "looptx_core/inspection/frontier.py": ("test_inspection.py -k by_hand",),
     "looptx_core/model/flops.py": ("test_model.py -k counts", "test_training_objective.py"),
-    "looptx_core/model/loop.py": ("test_model.py",),
-    "looptx_core/model/confidence.py": ("test_model.py", "test_training_objective.py"),
+    "looptx_core/model/loop.py": ("test_model.py", "test_training_objective.py -k score"),
+    "looptx_core/model/confidence.py": (
+        "test_model.py",
+        "test_training_objective.py",
+        "test_training_calibration.py -k log_odds",
+    ),
     "looptx_core/backends/cpu/decode.cpp": ("test_cpu_kernel.py",),
 }
 LEAST_TIMEOUT = 60.0  # seconds, beside four times what the unchanged code takes
@@ -125,7 +127,6 @@ def main() -> int:
     parser.add_argument("--mutant", nargs=3, action="append", metavar=("FILE", "OLD", "NEW"),
                         help="this very change instead; may be repeated")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="show the mutants, test none")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench-results" / "mutation.json")
     flags = parser.parse_args()
 
     if flags.mutant:
@@ -138,19 +139,23 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="looptx-mutation-") as temporary:
         rows = tested(chosen, flags.jobs, Path(temporary))
-    survivors = [row for row in rows if row["result"] == "passed"]
+    survivors = [row for row in rows if row["result"] == "survived"]
     print(f"{len(rows)} mutants, {len(rows) - len(survivors)} killed, {len(survivors)} survived")
-    document = {
-        "command": " ".join(["python", "benchmarks/mutation/run.py", *sys.argv[1:]]),
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
-                                 capture_output=True).stdout.strip(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{platform.system()}, {platform.machine()}, {os.cpu_count()} cores",
-        "rows": rows,
-    }  # fmt: skip
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_text(json.dumps(document, indent=1) + "\n")
+    if not flags.mutant and flags.files == list(TESTS):
+        what = "One-line mutants of the code, each against the tests of its own file."
+        variant = f"seed-{flags.seed}" if flags.seed else ""
+        settings = {"seed": flags.seed, "jobs": flags.jobs}
+        write("mutation.run", what, rows, variant=variant, settings=settings, threads=1)
     return 0
+
+
+def reasons() -> dict[tuple[str, str], str]:
+    """Why a mutant is equivalent, by its file and its lines as they are shown."""
+    known = yaml.safe_load(Path(__file__).with_name("equivalent.yaml").read_text("utf-8"))
+    return {
+        (each["file"], f"- {each['before']}\n+ {each['after']}"): each["reason"].strip()
+        for each in known
+    }
 
 
 def tested(mutants: list[Mutant], jobs: int, folder: Path) -> list[dict[str, Any]]:
@@ -159,6 +164,7 @@ def tested(mutants: list[Mutant], jobs: int, folder: Path) -> list[dict[str, Any
     for number in range(jobs):
         copies.put(Copy(folder / str(number)))
     limits: dict[str, float] = {}
+    known = reasons()
 
     def in_a_copy(work: Any) -> Any:
         copy = copies.get()
@@ -182,7 +188,13 @@ def tested(mutants: list[Mutant], jobs: int, folder: Path) -> list[dict[str, Any
         print(f"{result:>8} {seconds:4.0f} s  {mutant.file}:{mutant.line}", file=sys.stderr)
         if result == "passed":  # at once: a long run may be cut short
             print(f"survived: {mutant.file}:{mutant.line}\n{mutant.shown}\n", flush=True)
-        return {**asdict(mutant), "result": result, "seconds": round(seconds, 1)}
+        before, after = (line[2:] for line in mutant.shown.split("\n"))
+        reason = known.get((mutant.file, mutant.shown), "") if result == "passed" else ""
+        return {
+            "file": mutant.file, "line": mutant.line, "before": before, "after": after,
+            "result": {"passed": "survived", "failed": "killed"}.get(result, result),
+            "seconds": round(seconds, 1), "reason": reason,
+        }  # fmt: skip
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(baseline, dict.fromkeys(mutant.file for mutant in mutants)))

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import looptx_core
-from looptx_core.checkpoint.atomic import write_file, write_folder
+from looptx_core.atomic import write_file, write_folder
 from looptx_core.checkpoint.card import model_card
 from looptx_core.checkpoint.special_tokens import SpecialTokens
 from looptx_core.checkpoint.weights import check_size, load_weights, tensors_of

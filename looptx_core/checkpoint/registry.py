@@ -200,7 +200,11 @@ def _given(path: Path) -> ResolvedModel:
 
 
 def _runs(runs: Path) -> list[Path]:
-    """Finished runs, the newest first."""
+    """Runs that have a model, the newest first.
+
+    `run_summary` asks for more of a finished run, all of its steps: one that was stopped by its
+    time, or that goes on beyond its first end, has a whole model to use nonetheless.
+    """
     found = [p for p in _listing(runs) if (p / "config.yaml").is_file() and _is_model(p / "final")]
     return sorted(found, key=lambda run: -_settings(run / "final").stat().st_mtime_ns)
 

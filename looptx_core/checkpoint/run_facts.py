@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import looptx_core
-from looptx_core.checkpoint.atomic import write_file
+from looptx_core.atomic import write_file
 from looptx_core.config.resolve import recorded
 from looptx_core.documents import read_json, to_json
 from looptx_core.errors import DataError, UsageError

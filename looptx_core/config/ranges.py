@@ -10,18 +10,23 @@ from looptx_core.errors import UsageError
 _AT_LEAST_1 = (
     *("steps", "seq_len", "batch_size", "micro_batch", "devices", "nodes", "save_every", "keep"),
     *("val_every", "val_batches", "log_every", "loops", "max_loops", "lora_rank", "vocab_size"),
-    "max_new_tokens",
+    *("max_new_tokens", "min_loops", "prompt_loops", "shard_tokens"),
 )
 RANGES = {
     **dict.fromkeys(_AT_LEAST_1, "[1, inf)"),
     **dict.fromkeys(
-        ("workers", "decode_tokens", "weight_decay", "clip", "temperature"), "[0, inf)"
+        (
+            *("workers", "decode_tokens", "weight_decay", "clip", "temperature", "top_k"),
+            "speculate",
+        ),
+        "[0, inf)",
     ),
     **dict.fromkeys(
         ("lr", "max_minutes", "mean_loops", "lora_alpha", "repetition_penalty"), "(0, inf)"
     ),
     "finetune_steps": "(0, inf)",
-    **dict.fromkeys(("min_lr", "warmup", "deeper_share", "explore"), "[0, 1]"),
+    **dict.fromkeys(("min_lr", "warmup", "deeper_share", "explore", "min_p"), "[0, 1]"),
+    "top_p": "(0, 1]",
     **dict.fromkeys(("beta2", "lora_dropout", "mask_patches"), "[0, 1)"),
     "val_fraction": "(0, 1)",
     "loss_prior": "(-100, 100)",
@@ -33,10 +38,14 @@ RANGES = {
 
 def check_ranges(settings: Any) -> None:
     """Raise `UsageError` for a number of a dataclass of settings that is out of its range."""
-    for name, text in RANGES.items():
-        value = getattr(settings, name, None)
-        if isinstance(value, int | float) and not _inside(value, text):
-            raise UsageError(f"`{name}` must {_phrase(text)}, not {value}")
+    for name in RANGES:
+        check_range(name, getattr(settings, name, None))
+
+
+def check_range(name: str, value: Any) -> None:
+    """Raise `UsageError` for a number that is out of the range of `name`."""
+    if isinstance(value, int | float) and not _inside(value, RANGES[name]):
+        raise UsageError(f"`{name}` must {_phrase(RANGES[name])}, not {value}")
 
 
 def _inside(value: float, text: str) -> bool:
@@ -59,4 +68,4 @@ def _phrase(text: str) -> str:
         return f"{least} and finite"
     if text[0] + text[-1] in ("[]", "()"):
         return f"lie between {low:g} and {high:g}"
-    return f"{least} and below {high:g}"
+    return f"{least} and {'at most' if text[-1] == ']' else 'below'} {high:g}"

@@ -17,6 +17,7 @@ from typing import Any, TypeGuard, TypeVar, get_origin, get_type_hints
 
 import yaml
 
+from looptx_core.atomic import write_file
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.corpus import TokenizeConfig
 from looptx_core.config.finetune import FinetuneConfig
@@ -27,7 +28,7 @@ from looptx_core.config.presets import get_preset, suggestion
 from looptx_core.config.run import TrainConfig
 from looptx_core.config.yaml_file import Lines, read_yaml
 from looptx_core.documents import short
-from looptx_core.errors import DataError, LooptxError, UsageError, remedy
+from looptx_core.errors import DataError, UsageError
 from looptx_core.schema import coerce
 
 PREFIX = "LOOPTX_"
@@ -141,12 +142,7 @@ def write_resolved(path: str | Path, resolved: Resolved, omit: Collection[str] =
     tree[ORIGINS] = {key: o for key, o in resolved.origins.items() if key not in omit}
     text = "# The settings of this run; give this file as `config` to use them again.\n"
     text += yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, "utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise LooptxError(f"cannot write {path}: {error.strerror}; {remedy(error)}") from error
+    write_file(path, text)
 
 
 def read_resolved(

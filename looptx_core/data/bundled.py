@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from looptx_core.atomic import write_file
 from looptx_core.data.corpus import bundled_text
 from looptx_core.data.hops import hop_lines, hop_probes
 from looptx_core.data.probes import FILE, write_probes
@@ -29,10 +30,7 @@ def bundled_corpus() -> Path:
     text = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
     file = cache_folder() / "bundled" / "moby-dick-and-hops.jsonl"
     if not file.exists() or file.read_text("utf-8") != text:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(text, "utf-8")
-        partial.replace(file)
+        write_file(file, text, parents=True)
     return file
 
 

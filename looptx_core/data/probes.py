@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
+from looptx_core.atomic import write_file
 from looptx_core.documents import read_json_lines
 from looptx_core.errors import DataError
 from looptx_core.schema import typed
@@ -35,8 +36,11 @@ class Probe:
 
 
 def write_probes(folder: Path, probes: Iterable[Probe]) -> None:
-    lines = [json.dumps(asdict(probe)) + "\n" for probe in probes]
-    (folder / FILE).write_text("".join(lines), "utf-8")
+    """Write the probes of a data folder, in place of those that are there.
+
+    Raises `LooptxError` where they can't be written.
+    """
+    write_file(folder / FILE, "".join(json.dumps(asdict(probe)) + "\n" for probe in probes))
 
 
 def read_probes(folder: Path) -> list[Probe]:

@@ -14,6 +14,8 @@ from typing import BinaryIO
 import numpy as np
 from tokenizers import Tokenizer
 
+from looptx_core.atomic import put_in_place, temporary_beside
+from looptx_core.config.ranges import check_range
 from looptx_core.data.corpus import Corpus
 from looptx_core.data.shards import SPLITS, Counts, Manifest, Shard
 from looptx_core.data.split import Census, Progress, Splitter
@@ -24,8 +26,8 @@ from looptx_core.data.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
-from looptx_core.errors import DataError, LooptxError, UsageError, remedy
-from looptx_core.outputs import check_output, put_in_place, temporary_beside
+from looptx_core.errors import DataError, LooptxError, remedy
+from looptx_core.outputs import check_output
 
 VOCAB_SIZE = 4096
 _BATCH_CHARS = 1 << 20  # text encoded at a time
@@ -62,10 +64,8 @@ def tokenize_corpus(
     """
     if tokenizer is None:
         check_vocab_size(vocab_size)
-    if not 0 < val_fraction < 1:
-        raise UsageError(f"the validation share {val_fraction} must lie between 0 and 1")
-    if shard_tokens < 1:
-        raise UsageError(f"{shard_tokens} tokens a shard is too few; give at least 1")
+    check_range("val_fraction", val_fraction)
+    check_range("shard_tokens", shard_tokens)
     target = Path(out).resolve()
     if check:
         check_output(target, "tokenize", overwrite=overwrite)

@@ -26,6 +26,9 @@ def hold_out(
 
     keys: what each example says. whole: hold out all examples of an equal key, beyond the share
     if need be, as far as one example is left to train on; else one key may be on both sides.
+    Mixing keeps equal texts together, so that no caption is both learnt and judged. Finetuning
+    does so for named groups only: its data may be a few examples repeated many times, and holding
+    out every copy would leave nothing of some of them to learn.
     """
     hashes = [hashlib.sha256(f"{seed}:".encode() + key).digest() for key in keys]
     order = sorted(range(len(keys)), key=hashes.__getitem__)

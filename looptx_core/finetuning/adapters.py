@@ -27,7 +27,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import safe_open
 from torch import nn
 
-from looptx_core.checkpoint.atomic import write_folder
+from looptx_core.atomic import write_folder
 from looptx_core.checkpoint.folder import (
     LoadedModel,
     read_chat_template,

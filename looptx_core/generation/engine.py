@@ -70,8 +70,10 @@ class ForcedScores(NamedTuple):
 class Engine:
     """Generates with one model; `exit_settings` are the model's own, stored beside it.
 
-    Puts the model into evaluation mode and joins its projections. `batch_size`: the most
-    prompts that run at once; more wait, and join as others finish. `counters` count what was done.
+    The model is in evaluation mode while it generates and then in its own mode again. Its weights
+    keep their values, but projections of one input share storage from then on.
+    `batch_size`: the most prompts that run at once; more wait, and join as others finish.
+    `counters` count what was done.
     ends: ids at any of which a text ends; absent: the token that ends the tokenizer's documents.
     A prompt that is text begins as the tokenizer's post-processor says.
     kernel, precision: see `select_backend`; `kernel` then says what was chosen, and why.
@@ -93,14 +95,15 @@ class Engine:
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"`batch_size` {batch_size}: at least 1 prompt runs at once")
-        self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+        self.model, self.tokenizer, self.name = model, tokenizer, name
         model.fuse_projections()
         self.exit_settings = exit_settings or ExitSettings()
         self.batch_size = batch_size
         self.end = end_id(tokenizer, ends)
         self.ends, self.opening = tuple(ends), opening_ids(tokenizer)
         self.writers = writers(model.config)
-        self.backend, self.kernel = select_backend(model, kernel, precision)
+        with _evaluation_mode(model):  # a back end may copy the model
+            self.backend, self.kernel = select_backend(model, kernel, precision)
         self.counters = WorkCounters()
         self._spare: LoopCache | None = None
 
@@ -175,7 +178,8 @@ class Engine:
         loops = max(max(r.exit.max_loops, r.prompt_exit.max_loops) for r in requests)
         cache = self._cache(requests[0].exit.settings, rows, needed, loops)
         try:
-            yield RunningBatch(self.backend, cache, self.counters)
+            with _evaluation_mode(self.model):
+                yield RunningBatch(self.backend, cache, self.counters)
         finally:
             if self.backend.reuses_cache and rows == 1:
                 self._spare = cache
@@ -298,6 +302,18 @@ class Engine:
             group = list(alike)
             with self._batch(group, min(len(group), self.batch_size)) as batch:
                 yield from serve(batch, group)
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: LoopedTransformer) -> Iterator[None]:
+    """The model without dropout; afterwards each of its modules is in its former mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _for_each(

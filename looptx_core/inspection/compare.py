@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from looptx_core.checkpoint.atomic import write_file
+from looptx_core.atomic import write_file
 from looptx_core.checkpoint.run_summary import RunDetails, read_run
 from looptx_core.documents import read_json
 from looptx_core.errors import LooptxError, UsageError

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from looptx_core.checkpoint.atomic import write_folder
+from looptx_core.atomic import write_folder
 from looptx_core.checkpoint.folder import LoadedModel
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.inspection import InspectConfig

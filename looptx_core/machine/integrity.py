@@ -9,8 +9,9 @@ import os
 import time
 from pathlib import Path
 
+from looptx_core.atomic import write_file
 from looptx_core.documents import COPY_AGAIN, read_json, short
-from looptx_core.errors import DataError
+from looptx_core.errors import DataError, LooptxError
 from looptx_core.machine.scratch import cache_folder
 
 FILE = "digests.json"
@@ -31,21 +32,19 @@ def check_digest(file: Path, expected: str, mend: str = COPY_AGAIN) -> None:
     size, its times and its place on the disk stay the same.
     """
     facts = file.stat()
-    known = [expected, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
+    known = {"sha256": expected, "size": facts.st_size, "modified": facts.st_mtime_ns,
+             "changed": facts.st_ctime_ns, "inode": facts.st_ino}  # fmt: skip
     name = hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:32]
     memory = cache_folder() / "verified" / f"{name}.json"
-    with contextlib.suppress(OSError, ValueError):
-        if json.loads(memory.read_text("utf-8")) == known:
+    with contextlib.suppress(DataError):
+        if read_json(memory) == known:
             return
     if sha256_of(file) != expected:
         raise DataError(f"{file}: its hash is wrong, so it changed since it was written; {mend}")
     if time.time() - max(facts.st_mtime, facts.st_ctime) < _SETTLED:
         return
-    with contextlib.suppress(OSError):  # a cache that can't be written costs time alone
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = memory.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(known), "utf-8")
-        temporary.replace(memory)
+    with contextlib.suppress(LooptxError):  # a cache that can't be written costs time alone
+        write_file(memory, json.dumps(known), parents=True)
 
 
 def write_digests(folder: Path) -> None:

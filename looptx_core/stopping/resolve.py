@@ -7,6 +7,7 @@ from typing import Any
 
 from looptx_core.config.generation import EXIT_RULES, ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
+from looptx_core.config.ranges import check_ranges
 from looptx_core.errors import UsageError
 from looptx_core.model.layer_state import POLICIES
 from looptx_core.model.rounding import KINDS
@@ -16,10 +17,9 @@ from looptx_core.stopping.rule import RULES, Exit, fixed_exit
 def resolve_exit(settings: ExitSettings, options: GenerationOptions, config: ModelConfig) -> Exit:
     """A request's exit: the model's own settings where the options say nothing.
 
-    Raises `UsageError` for unknown names and depths below 1 or in the wrong order.
+    Raises `UsageError` for unknown names, depths in the wrong order, and numbers out of range.
     """
-    if options.prompt_loops is not None and options.prompt_loops < 1:
-        raise UsageError(f"`prompt_loops` {options.prompt_loops}: a depth is at least 1")
+    check_ranges(options)
     rule = options.exit or settings.rule
     policy = options.kv_policy or settings.kv_policy
     kind = options.kv_type or settings.kv_type
@@ -33,8 +33,6 @@ def resolve_exit(settings: ExitSettings, options: GenerationOptions, config: Mod
     if options.threshold is not None:
         threshold: dict[str, Any] = {"confidence" if rule == "auto" else rule: options.threshold}
         settings = replace(settings, **threshold)
-    if options.loops != "auto" and options.loops < 1:
-        raise UsageError(f"`loops` {options.loops}: a depth is at least 1, or 'auto'")
     if options.speculate:
         return _full_depth(settings, options, config)
     if options.loops != "auto":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 import time
@@ -19,7 +18,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
-from looptx_core.checkpoint.atomic import write_file
+from looptx_core.atomic import replacing, write_file
 from looptx_core.checkpoint.metrics_log import read_metrics
 from looptx_core.errors import DataError
 from looptx_core.parallel.deepspeed import checkpoint as fragments
@@ -116,20 +115,12 @@ class WholeFiles(TorchCheckpointIO):
         """Write beside the final name, then rename. Raises `OSError`."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
         try:
-            with partial.open("wb") as file:
+            with replacing(path) as temporary, temporary.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
         except RuntimeError as error:  # of torch's writer, on ending a file cut short
-            partial.unlink(missing_ok=True)
             cause = error.__context__
             raise (cause if isinstance(cause, OSError) else error) from None
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
 
 
 class Begin(L.Callback):

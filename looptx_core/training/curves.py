@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from looptx_core.atomic import replacing
 from looptx_core.documents import printable
 
 
@@ -60,9 +61,8 @@ def plot_run(records: list[dict[str, Any]], probes: dict[str, list[float]], file
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    partial = file.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=120)
-    partial.replace(file)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
     plt.close(figure)
 
 

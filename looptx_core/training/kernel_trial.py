@@ -22,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from looptx_core.atomic import write_file
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import RunConfig
+from looptx_core.documents import read_json, some, to_json
 from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.machine.kernels import library_path
 from looptx_core.model import fused
@@ -31,6 +33,7 @@ from looptx_core.model.attention import VarlenBatch, sdpa
 from looptx_core.model.block import Block
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rope import rotary_tables
+from looptx_core.schema import typed
 
 SCHEMA_VERSION = 1
 FILE = "kernels.json"
@@ -38,6 +41,7 @@ VARIABLE = "LOOPTX_KERNELS"
 """`all` takes every kernel untried, so that machines and versions can be compared bit for bit."""
 _TOKENS = 4096  # at most, of a trial's step
 _ROUNDS = 5
+_MEND = "remove it, and the run takes all kernels and may differ in the last bits"
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,7 @@ def enable_kernels(
         choice = KernelChoice(fused.OPERATIONS, {})
     else:
         choice = choose(model, config.micro_batch_size, config.seq_len)
-    try:
-        _write(file, choice)
-    except OSError as error:
-        raise LooptxError(f"cannot write {file}: {error.strerror or error}") from error
+    _write(file, choice)
     fused.enable_fused(choice.taken)
     return str(choice)
 
@@ -98,11 +99,11 @@ def choose(config: ModelConfig, rows: int, length: int, again: bool = False) -> 
     digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
     cached = kernels.with_name(f"{kernels.stem}-{digest}.json")
     if not again:
-        with contextlib.suppress(OSError, DataError):
+        with contextlib.suppress(DataError):
             return _read(cached)
     found = measure(config, rows, length)
     choice = KernelChoice(tuple(name for name, (plain, own) in found.items() if own < plain), found)
-    with contextlib.suppress(OSError):  # the cache only spares the next trial
+    with contextlib.suppress(LooptxError):  # the cache only spares the next trial
         _write(cached, choice)
     return choice
 
@@ -174,22 +175,14 @@ def _steps(config: ModelConfig, rows: int, length: int) -> dict[str, Callable[[]
 
 def _write(file: Path, choice: KernelChoice) -> None:
     document = {"schema_version": SCHEMA_VERSION, **asdict(choice)}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
-    scratch.replace(file)
+    write_file(file, to_json(document), parents=True)
 
 
 def _read(file: Path) -> KernelChoice:
-    try:
-        document = json.loads(file.read_text("utf-8"))
-        taken = tuple(document["taken"])
-        found = {str(k): (float(a), float(b)) for k, (a, b) in document["milliseconds"].items()}
-        if document["schema_version"] != SCHEMA_VERSION or not {*taken} <= {*fused.OPERATIONS}:
-            raise ValueError("unknown content")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{file}: not a record of the kernels that a run takes ({error}); without the file the "
-            "run takes all of them, and may differ in the last bits"
-        ) from error
-    return KernelChoice(taken, found)
+    document = read_json(file, mend=_MEND)
+    if document.pop("schema_version", None) != SCHEMA_VERSION:
+        raise DataError(f"{file}: of another format; {_MEND}")
+    choice = typed(KernelChoice, document, str(file), mend=_MEND)
+    if unknown := {*choice.taken} - {*fused.OPERATIONS}:
+        raise DataError(f"{file}: no kernel is named {some(sorted(unknown))}; {_MEND}")
+    return choice

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 
+from looptx_core.atomic import remove_partial
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.processes import is_first
 from looptx_core.config.run import RunConfig, TrainConfig
@@ -27,7 +28,7 @@ from looptx_core.media.registry import MEDIA, media_for
 from looptx_core.model import fused
 from looptx_core.model.attention import choose_backend
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.parallel.deepspeed.checkpoint import Checkpoint, remove_partial
+from looptx_core.parallel.deepspeed.checkpoint import Checkpoint
 from looptx_core.parallel.ranks import lost_peer
 from looptx_core.parallel.strategy import (
     AtTheEnd,

@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from looptx_core.atomic import as_os_error, put_in_place, to_disk
+from looptx_core.documents import read_json, short
 from looptx_core.errors import DataError
+from looptx_core.schema import typed
 
 FORMAT_VERSION = 1
+_MEND = "remove the checkpoint to go on from the one before"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` holds. shapes: of each parameter."""
+
+    format_version: int
+    step: int
+    world_size: int
+    shapes: dict[str, list[int]]
 
 
 @dataclass
@@ -68,8 +81,8 @@ def write(partial: Path, rank: int, groups: Iterable[Group], needed: int) -> Non
         try:
             save_file(tensors, file, {"offsets": json.dumps(offsets), "step": str(group.step)})
         except SafetensorError as error:
-            raise _as_os_error(error) from error
-        _to_disk(file)
+            raise as_os_error(error) from error
+        to_disk(file)
 
 
 def commit(
@@ -78,16 +91,11 @@ def commit(
 ) -> None:  # fmt: skip
     """What all ranks share, then the checkpoint's name: it is whole from here on."""
     torch.save(common, partial / "common.ckpt")
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "step": int(common["global_step"]),
-        "world_size": world_size,
-        "shapes": shapes,
-    }
-    (partial / "manifest.json").write_text(json.dumps(manifest))
-    for name in ("common.ckpt", "manifest.json"):
-        _to_disk(partial / name)
-    partial.replace(folder)
+    manifest = Manifest(FORMAT_VERSION, int(common["global_step"]), world_size, shapes)
+    (partial / "manifest.json").write_text(json.dumps(asdict(manifest)), "utf-8")
+    for path in (partial / "common.ckpt", partial / "manifest.json", partial):
+        to_disk(path)
+    put_in_place(partial, folder)
 
 
 @dataclass
@@ -95,30 +103,23 @@ class Checkpoint:
     """A checkpoint to read from. Raises `DataError` for one that is not whole."""
 
     folder: Path
-    manifest: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        try:
-            self.manifest = json.loads((self.folder / "manifest.json").read_text())
-            version, self._where = self.manifest["format_version"], self._index()
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        file = self.folder / "manifest.json"
+        found = read_json(file, mend=_MEND)
+        if (version := found.get("format_version")) != FORMAT_VERSION:
             raise DataError(
-                f"{self.folder}: not a whole checkpoint of a sharded run ({error}); remove it to "
-                "go on from the one before"
-            ) from error
-        if version != FORMAT_VERSION:
-            raise DataError(
-                f"{self.folder}: a checkpoint of format {version}, and this looptx reads "
+                f"{self.folder}: a checkpoint of format {short(version)}, and this looptx reads "
                 f"{FORMAT_VERSION}; update looptx"
             )
-
-    @property
-    def world_size(self) -> int:
-        return int(self.manifest["world_size"])
-
-    @property
-    def shapes(self) -> dict[str, list[int]]:
-        return dict(self.manifest["shapes"])
+        manifest = typed(Manifest, found, str(file), mend=_MEND)
+        self.world_size, self.shapes = manifest.world_size, manifest.shapes
+        try:
+            self._where = self._index()
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise DataError(
+                f"{self.folder}: not a whole checkpoint of a sharded run ({error}); {_MEND}"
+            ) from error
 
     @property
     def step(self) -> int:
@@ -149,8 +150,7 @@ class Checkpoint:
                     out[first - start : last - start] = piece[first - offset : last - offset]
                 found += last - first
         if found != max(0, min(stop, size) - start):
-            raise DataError(f"{self.folder}: lacks a part of {name}; remove it to go on from the "
-                            "one before")  # fmt: skip
+            raise DataError(f"{self.folder}: lacks a part of {name}; {_MEND}")
         return out
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -173,25 +173,5 @@ class Checkpoint:
                     yield file, name, offset, length, int(metadata["step"])
 
 
-def remove_partial(checkpoints: Path) -> None:
-    """Remove what a kill left half-written."""
-    for partial in checkpoints.glob("*.partial"):
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-
-
 def _key(name: str, kind: str) -> str:
     return f"{name}|{kind}" if kind else name
-
-
-def _to_disk(file: Path) -> None:
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _as_os_error(error: SafetensorError) -> Exception:
-    full = "os error 28" in str(error)
-    return OSError(errno.ENOSPC if full else errno.EIO, str(error))

@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
+from looptx_core.atomic import temporary_beside
 from looptx_core.config.processes import is_first_here
 from looptx_core.errors import UsageError
 from looptx_core.parallel.deepspeed import checkpoint as fragments
@@ -221,11 +222,12 @@ class ZeroStrategy(BarrierAtTeardown, DeepSpeedStrategy):
     ) -> None:
         """Write `fragments` by all ranks, whole or not at all. Raises `OSError` on all of them."""
         folder = Path(self.broadcast(str(filepath)))
-        partial = folder.with_name(folder.name + ".partial")
+        temporary = folder
         with self._all_ranks():
             if self.is_global_zero:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+                temporary = temporary_beside(folder)
+                temporary.mkdir(parents=True)
+        partial = Path(self.broadcast(str(temporary)))  # one folder for all ranks
         with self._all_ranks(partial):
             names = self._names()
             elements = sum(math.prod(shape) for shape in self._shapes().values())
@@ -238,7 +240,6 @@ class ZeroStrategy(BarrierAtTeardown, DeepSpeedStrategy):
                 module = self._module
                 common["buffers"] = {name: b.detach().cpu() for name, b in module.named_buffers()}
                 common["lr"] = [group["lr"] for group in self._zero.optimizer.param_groups]
-                shutil.rmtree(folder, ignore_errors=True)
                 fragments.commit(partial, folder, common, self._shapes(), self.world_size)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: Any = None) -> dict[str, Any]:
