@@ -71,6 +71,7 @@ class AudioEncoder(Encoder):
         """Nats a byte, over the recordings that have a label."""
         labels, lengths = recordings.labels, recordings.label_lengths
         assert self.ctc is not None and labels is not None and lengths is not None
+        lengths, sizes = lengths.cpu(), recordings.grids[:, 0].cpu()
         known = (lengths >= 0).nonzero()[:, 0]
         scores = self.ctc(x[known.to(x.device)]).float()
         if not len(known):
@@ -78,7 +79,7 @@ class AudioEncoder(Encoder):
         losses = F.ctc_loss(
             scores.log_softmax(-1).transpose(0, 1),
             labels + 1,
-            ROWS * recordings.grids[known, 0],
+            ROWS * sizes[known],
             lengths[known],
             blank=BLANK,
             reduction="sum",
