@@ -19,6 +19,7 @@ from looptx_cli.model_options import (
     Model,
     Precision,
     ShowIterations,
+    Video,
 )
 from looptx_cli.options import with_fields
 from looptx_cli.streaming import given_media, read_items
@@ -35,6 +36,7 @@ def chat(
     adapter: Adapter = None,
     image: Image = None,
     audio: Audio = None,
+    video: Video = None,
     system: Annotated[str, typer.Option(help="What the model is told before the chat.")] = "",
     show_iterations: ShowIterations = False,
     attention: Attention = "auto",
@@ -52,7 +54,7 @@ def chat(
     echo "Who are you?" | looptx chat --quiet
     """
     options = resolve(GenerationOptions, flags=flags, config=config).build(GenerationOptions)
-    files = given_media(image=image, audio=audio)
+    files = given_media(image=image, audio=audio, video=video)
     with large_imports():
         loaded = load(
             model, adapter=adapter, attention=attention, precision=precision, kernel=kernel,

@@ -24,6 +24,7 @@ from looptx_cli.model_options import (
     Model,
     Precision,
     ShowIterations,
+    Video,
 )
 from looptx_cli.options import with_fields
 from looptx_cli.streaming import given_media, print_now, read_items, stream
@@ -61,6 +62,7 @@ def generate(
     adapter: Adapter = None,
     image: Image = None,
     audio: Audio = None,
+    video: Video = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="A prompt is a turn of a chat, which the model answers.")
     ] = False,
@@ -90,6 +92,7 @@ def generate(
     looptx generate --image cat.png --show-iterations
     looptx generate --audio hello.wav
     looptx generate --audio talk.mp3 --timestamps
+    looptx generate --video wave.webp
     looptx generate "Call me" --adapter runs/finetune-1
     looptx generate --chat "Who are you?" --adapter runs/finetune-1
     looptx generate "Call me" --json | jq .tokens[0]
@@ -100,7 +103,7 @@ def generate(
     options = resolved.build(GenerationOptions)
     depths = _depths(compare_loops)
     texts: list[Prompt] = [*(prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
-    files = given_media(image=image, audio=audio)
+    files = given_media(image=image, audio=audio, video=video)
     if timestamps and (len(audio or ()) != 1 or len(files) > 1 or texts or chat or compare_loops):
         raise UsageError("--timestamps goes with one --audio and nothing else to read")
     if files and len(texts) > 1:

@@ -22,6 +22,10 @@ Audio = Annotated[
     list[Path] | None,
     typer.Option(help="A recording, before the prompt or at its <|audio|>; may be repeated."),
 ]
+Video = Annotated[
+    list[Path] | None,
+    typer.Option(help="A clip, before the prompt or at its <|video|>; may be repeated."),
+]
 ShowIterations = Annotated[
     bool, typer.Option("--show-iterations", help="Show each token's loops and confidence.")
 ]

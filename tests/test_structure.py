@@ -26,8 +26,8 @@ UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "
 OPTIONS = {
     "inspect-loops": """
         --data --out --seq-len --batch-size --val-batches --max-loops --calibrate --no-calibrate
-        --target-loss-increase --text --prompt --image --audio --max-new-tokens --decode-tokens
-        --seed --model --config --overwrite --json --quiet
+        --target-loss-increase --text --prompt --image --audio --video --max-new-tokens
+        --decode-tokens --seed --model --config --overwrite --json --quiet
     """,
     "tokenize": """
         --data --out --vocab-size --tokenizer --val-fraction --text-key --seed --config --overwrite
@@ -51,8 +51,8 @@ OPTIONS = {
         --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
         --kv-policy --kv-type --speculate --draft-loops --temperature --top-k --top-p --min-p
         --repetition-penalty --seed --stop --ignore-eos --no-ignore-eos --prompts-file --model
-        --adapter --image --audio --chat --timestamps --show-iterations --compare-loops --attention
-        --precision --kernel --config --json --quiet
+        --adapter --image --audio --video --chat --timestamps --show-iterations --compare-loops
+        --attention --precision --kernel --config --json --quiet
     """,
     "convert": """
         --model --from-hf --out --to-bitnet --no-to-bitnet --direct --no-direct --finetune-steps
@@ -66,7 +66,7 @@ OPTIONS = {
         --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
         --kv-policy --kv-type --speculate --draft-loops --temperature --top-k --top-p --min-p
         --repetition-penalty --seed --stop --ignore-eos --no-ignore-eos --model --adapter --image
-        --audio --system --show-iterations --attention --precision --kernel --config --quiet
+        --audio --video --system --show-iterations --attention --precision --kernel --config --quiet
     """,
     "compare": """
         --format --out --overwrite --json --quiet

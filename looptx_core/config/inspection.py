@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from looptx_core.config.ranges import check_ranges
 from looptx_core.errors import UsageError
 
-MEDIA_PATHS = ("image", "audio")
+MEDIA_PATHS = ("image", "audio", "video")
 """The settings that name files of media."""
 
 
@@ -39,6 +39,8 @@ class InspectConfig:
     """Map how far the loops move the patches of this picture."""
     audio: tuple[str, ...] = ()
     """Map how far the loops move each moment of this recording."""
+    video: tuple[str, ...] = ()
+    """Map how far the loops move each step of time of this clip."""
     max_new_tokens: int = 40
     """prompt: tokens to generate."""
     decode_tokens: int = 1920

@@ -52,3 +52,23 @@ class AudioConfig:
             raise UsageError(
                 "model configuration: audio.width must be at least 1, audio.max_seconds at least 2"
             )
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """How a model watches. Raises `UsageError` for values that fit no model."""
+
+    frames: int = 0
+    """The most frames of a clip that are seen, in pairs; 0: the model sees no clips."""
+    max_patches: int = 16
+    """A frame is scaled, in its own proportions, to as many patches as fit in this number."""
+    token: int = 7
+    """The token whose place a patch of two frames takes."""
+
+    def __post_init__(self) -> None:
+        _check(self, "video")
+        if self.frames == 1 or not 1 <= self.max_patches <= 1 << 16:
+            raise UsageError(
+                "model configuration: video.frames must be 0 or at least 2, video.max_patches at "
+                "least 1"
+            )

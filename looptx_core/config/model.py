@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from looptx_core.config.media import AudioConfig
+from looptx_core.config.media import AudioConfig, VideoConfig
 from looptx_core.errors import UsageError
 from looptx_core.schema import typed
 
@@ -25,7 +25,7 @@ _MOST = {
     **{"gain_width": 1 << 20, "patch_size": 1 << 12, "max_patches": 1 << 20},
 }
 """What no model comes near, so that a damaged config.json asks for no more memory than there is."""
-SECTIONS: dict[str, type] = {"audio": AudioConfig}
+SECTIONS: dict[str, type] = {"audio": AudioConfig, "video": VideoConfig}
 """The media whose settings are a section, by its key."""
 
 
@@ -104,6 +104,8 @@ class ModelConfig:
     """A head that draws hidden patches back; set by `mask_patches`."""
     audio: AudioConfig = field(default_factory=AudioConfig)
     """How the model hears."""
+    video: VideoConfig = field(default_factory=VideoConfig)
+    """How the model watches."""
     media: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     """Settings of further media by name; each has a folder in `looptx_core.media`."""
 
@@ -170,6 +172,12 @@ class ModelConfig:
             or (self.audio.width % self.head_dim == 0 and self.audio.token < self.vocab_size),
             f"audio.width ({self.audio.width}) must be a multiple of head_dim ({self.head_dim}), "
             f"and audio.token ({self.audio.token}) a token of {self.vocab_size}",
+        )
+        need(
+            not self.video.frames
+            or (self.vision_layers > 0 and self.video.token < self.vocab_size),
+            "video.frames needs the encoder of pictures, vision_layers, and video.token a token "
+            f"of {self.vocab_size}",
         )
         need(
             isinstance(self.media, Mapping)

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from looptx_core.media.audio.medium import Audio
 from looptx_core.media.base import Medium, Writer
 from looptx_core.media.image.medium import Image
+from looptx_core.media.video.medium import Video
 
 if TYPE_CHECKING:
     from looptx_core.config.model import ModelConfig
 
-MEDIA: dict[str, Medium] = {medium.name: medium for medium in (Image(), Audio())}
+MEDIA: dict[str, Medium] = {medium.name: medium for medium in (Image(), Audio(), Video())}
 """Every known medium by name. The names are the keys of records and of batches."""
 
 

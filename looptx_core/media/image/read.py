@@ -56,7 +56,7 @@ def grid_of(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
 
 def measure(source: Source, config: ModelConfig, where: str | None = None) -> tuple[int, int]:
     """Rows and columns of a picture's patches, by its header alone. Errors: `read_picture`'s."""
-    with _reading(source, where) as image:
+    with opened(source, where) as image:
         return _grid(image, config)
 
 
@@ -74,7 +74,7 @@ def read_picture(
     Raises:
         DataError: not a picture, truncated, under 4 pixels a side or over 64 million.
     """
-    with _reading(source, where) as found:
+    with opened(source, where) as found:
         rows, columns = _grid(found, config)
         image = _colours(ImageOps.exif_transpose(found), _name(source, where))
     size = (columns * config.patch_size, rows * config.patch_size)
@@ -108,7 +108,7 @@ def preprocessor(config: ModelConfig) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _reading(source: Source, where: str | None) -> Iterator[Image.Image]:
+def opened(source: Source, where: str | None) -> Iterator[Image.Image]:
     """An opened picture of a bearable size; what goes wrong while it is read is a `DataError`."""
     name = _name(source, where)
     try:
@@ -119,7 +119,7 @@ def _reading(source: Source, where: str | None) -> Iterator[Image.Image]:
                 raise DataError(f"{name}: over {MOST_BYTES:,} bytes; scale it down first")
             image = Image.open(io.BytesIO(_without_texts(raw)), formats=FORMATS)
         with image:
-            _check_size(*image.size, name)
+            check_size(*image.size, name)
             yield image
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such picture; check the path") from error
@@ -183,7 +183,7 @@ def _bytes_of(source: Source) -> bytes:
         return file.read(MOST_BYTES + 1)
 
 
-def _check_size(width: int, height: int, name: str) -> None:
+def check_size(width: int, height: int, name: str) -> None:
     if width * height > MOST_PIXELS:
         raise DataError(f"{name}: {width}x{height} pixels; {_TOO_LARGE}")
     if min(width, height) < LEAST_SIDE:
@@ -196,6 +196,11 @@ def _grid(image: Image.Image, config: ModelConfig) -> tuple[int, int]:
     if image.getexif().get(_ORIENTATION) in _TRANSPOSED:
         width, height = height, width
     return grid_of(height, width, config.patch_size, config.max_patches)
+
+
+def opaque(image: Image.Image, size: tuple[int, int], name: str) -> Image.Image:
+    """A picture on white, in red, green and blue, at this width and height."""
+    return _flat(_colours(image, name), WHITE).resize(size, Image.Resampling.BICUBIC)
 
 
 def _flat(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

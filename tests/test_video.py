@@ -1,0 +1,209 @@
+"""Clips: frames by their time within limits, tubelets, and states that depend on no later frame."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from audio_cases import SHAPE
+from PIL import Image
+
+from looptx_cli.main import main
+from looptx_core.config.media import AudioConfig, VideoConfig
+from looptx_core.config.model import ModelConfig
+from looptx_core.errors import DataError, MissingError, UsageError
+from looptx_core.media.batch import MediaItem, batch_items, lay_out
+from looptx_core.media.image.read import read_picture
+from looptx_core.media.registry import MEDIA
+from looptx_core.media.video.read import tubelets
+from looptx_core.model.loop import LoopedTransformer
+
+VIDEO = MEDIA["video"]
+WATCHING = replace(
+    SHAPE, vision_layers=1, vision_width=24, patch_size=4, max_patches=4,
+    video=VideoConfig(frames=8, max_patches=4),
+)  # fmt: skip
+TOKEN = WATCHING.video.token
+
+
+def clip(shades: list[int], durations: Any = 80, form: str = "WEBP", side: int = 8) -> bytes:
+    """Even frames of these shades of grey."""
+    frames = [Image.new("RGB", (side, side), (shade,) * 3) for shade in shades]
+    file = io.BytesIO()
+    more = {"save_all": True, "append_images": frames[1:], "duration": durations}
+    more |= {"lossless": True} if form == "WEBP" else {}
+    frames[0].save(file, form, **more)
+    return file.getvalue()
+
+
+def shades(item: MediaItem) -> list[int]:
+    """The shade of each frame of an item."""
+    steps, rows, columns, _ = item.grid
+    frames = item.features.view(steps, rows * columns, 2, -1).mean((1, 3)).flatten()
+    return ((frames + 1) * 127.5).round().int().tolist()
+
+
+def model_of(config: ModelConfig = WATCHING) -> LoopedTransformer:
+    torch.manual_seed(0)
+    model = LoopedTransformer(config).eval()
+    torch.nn.init.normal_(model.encoders()["video"].later.weight, std=0.1)
+    return model.double()
+
+
+def drawn(steps: int, seed: int = 0) -> MediaItem:
+    draw = np.random.default_rng(seed)
+    return tubelets(draw.integers(0, 256, (2 * steps, 8, 8, 3)), 0.16, WATCHING)
+
+
+@pytest.mark.parametrize("form", ["WEBP", "GIF", "PNG"])
+def test_frames_are_taken_by_their_time(form: str) -> None:
+    """A frame that is shown three times as long counts three times."""
+    item = VIDEO.read(clip([0, 80, 240, 160], [80, 240, 80, 80], form), WATCHING)
+    assert item.grid == (4, 2, 2, 2)
+    found = shades(item)
+    assert all(abs(a - b) <= 2 for a, b in zip(found, [0, 0, 80, 80, 80, 80, 240, 160]))
+
+
+def test_one_frame_and_a_long_clip() -> None:
+    still = VIDEO.read(clip([80]), WATCHING)
+    assert still.grid[0] == 1 and len(set(shades(still))) == 1
+    long = VIDEO.read(clip([n % 2 * 9 + n // 2 for n in range(400)], 100, "GIF"), WATCHING)
+    assert long.grid == (4, 2, 2, 125)
+    assert shades(long) == sorted(shades(long)) and long.features.shape[0] == 16
+
+
+def test_a_video_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    av = pytest.importorskip("av")
+    file = tmp_path / "clip.mp4"
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for number, pts in enumerate((0, 1, 2, 9)):  # a variable rate: the third lasts longest
+            picture = Image.new("RGB", (64, 64), (number * 60,) * 3)
+            frame = av.VideoFrame.from_image(picture)
+            frame.pts = pts
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    item = VIDEO.read(file, WATCHING)
+    found = shades(item)
+    assert item.grid[0] == 4 and abs(found[0]) < 12 and abs(found[-1] - 180) < 12
+    assert sum(abs(shade - 120) < 12 for shade in found) >= 5
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(DataError, match="damaged"):
+        VIDEO.read(damaged, WATCHING)
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    with pytest.raises(MissingError, match=r"pip install 'looptx\[video\]'"):
+        VIDEO.read(file, WATCHING)
+
+
+def test_bad_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = io.BytesIO()
+    Image.new("1", (20_000, 4)).save(wide, "PNG")
+    assert VIDEO.read(wide.getvalue(), WATCHING).grid[:3] == (1, 1, 4)
+    for content, says in ((b"nothing", "not a picture"), (clip([1, 2])[:60], "damaged|not a pic")):
+        with pytest.raises(DataError, match=says):
+            VIDEO.read(content, WATCHING)
+    with pytest.raises(DataError, match="no such clip"):
+        VIDEO.read(tmp_path / "none.webp", WATCHING)
+    monkeypatch.setattr("looptx_core.media.video.read.MOST_FRAMES", 2)
+    with pytest.raises(DataError, match="over 2 frames"):
+        VIDEO.read(clip([1, 60, 120]), WATCHING)
+    with pytest.raises(UsageError, match=r"video\.frames needs the encoder of pictures"):
+        replace(SHAPE, video=VideoConfig(frames=8))
+
+
+def test_a_clip_in_pieces_has_the_states_of_the_whole() -> None:
+    """Through the cache, with a text before, between no frames, and after."""
+    model, item = model_of(), drawn(5)
+    each = item.grid[1] * item.grid[2]
+    tokens = torch.tensor([[20, *[TOKEN] * item.length, 21, 22]])
+    features = item.features.double()
+    whole = model(tokens, 3, media=batch_items([item._replace(features=features)]))
+    cache, states, logits = model.new_cache(1, 64, 3), [], []
+
+    def feed(ids: list[int], piece: MediaItem | None = None) -> None:
+        media = batch_items([piece]) if piece else None
+        found = model(torch.tensor([ids]), 3, cache=cache, media=media)
+        states.append(found.state)
+        logits.append(found.logits)
+
+    feed([20])
+    for first, last in ((0, 1), (1, 3), (3, 5)):
+        part = features[first * each : last * each]
+        piece = MediaItem("video", part, (last - first, *item.grid[1:]))
+        feed([TOKEN] * piece.length, piece)
+    feed([21])
+    feed([22])
+    assert torch.allclose(torch.cat(states, 1), whole.state, atol=1e-9)
+    assert torch.allclose(torch.cat(logits, 1), whole.logits, atol=1e-9)
+
+
+def test_time_is_80_ms_in_sound_and_in_clips() -> None:
+    config = replace(WATCHING, audio=AudioConfig(layers=1, width=24))
+    sound, steps = config.audio.token, drawn(2)
+    tokens = torch.tensor([[9, *[sound] * 4, 8, *[TOKEN] * 8, 8]])
+    media = batch_items([MediaItem("audio", torch.zeros(4, 640), (4,)), steps])
+    places = lay_out(tokens, media, config).positions[:, 0]
+    assert len(places) == 6  # of three axes for clips and two for pictures
+    assert (places[:, :7] == torch.tensor([0, 1, 2, 3, 4, 5, 6])).all()
+    assert places[0, 6:].tolist() == [6, 6, 6, 6, 8, 8, 8, 8, 10]
+    assert places[1, 6:].tolist() == [6, 6, 7, 7, 8, 8, 9, 9, 10]
+    assert places[2, 6:].tolist() == [6, 7, 6, 7, 8, 9, 8, 9, 10]
+    assert torch.equal(places[3:], places[:3])
+
+
+def test_a_picture_model_keeps_what_it_knows(cat: Path) -> None:
+    """The first loss on pictures is the same, and a still clip is encoded as its picture is."""
+    pictures = replace(WATCHING, video=VideoConfig())
+    torch.manual_seed(1)
+    before = LoopedTransformer(pictures).eval()
+    after = LoopedTransformer(WATCHING).eval()
+    lacking = after.load_state_dict(before.state_dict(), strict=False)
+    assert lacking.missing_keys == ["vision.later.weight"] and not lacking.unexpected_keys
+    item = read_picture(cat, pictures)
+    tokens = torch.tensor([[0, *[pictures.image_token] * item.length, 20, 21]])
+    media = batch_items([item])
+    assert torch.equal(before(tokens, 3, media=media).logits, after(tokens, 3, media=media).logits)
+    still = MediaItem("video", item.features.repeat(1, 2), (1, *item.grid, 2))
+    encoder = after.encoders()["video"]
+    torch.nn.init.normal_(encoder.later.weight)
+    assert torch.equal(
+        encoder(batch_items([item])["image"]), encoder(batch_items([still])["video"])
+    )
+
+
+def test_commands(tmp_path: Path, colour_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run on clips with texts is trained, asked and looked into."""
+    for number in range(6):
+        (tmp_path / f"{number}.webp").write_bytes(clip([40 * number, 200, 100]))
+    lines = [{"video": f"{n}.webp", "text": f"clip {n % 3}"} for n in range(6)]
+    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    settings: dict[str, Any] = {
+        "seq_len": 40, "batch_size": 4, "val_batches": 1, "mix": "0:1",
+        "model": {"d_model": 48, "head_dim": 12, "d_ff": 64, "core_layers": 1, "coda_layers": 0,
+                  "max_loops": 2, "vision_layers": 1, "vision_width": 24, "patch_size": 4,
+                  "video": {"frames": 6, "max_patches": 4}},
+    }  # fmt: skip
+    (tmp_path / "c.yaml").write_text(json.dumps(settings))
+    run = ["--out", str(tmp_path / "run"), "--steps", "2", "--quiet"]
+    data = ["--data", str(colour_shards), "--data", str(tmp_path / "all.jsonl")]
+    assert main(["train", "--config", str(tmp_path / "c.yaml"), *data, *run]) == 0
+    assert "Texts beside clips" in capsys.readouterr().out
+    shared = ["--video", str(tmp_path / "1.webp"), "--model", str(tmp_path / "run"), "--quiet"]
+    assert main(["generate", *shared, "--max-new-tokens", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 1 + 3 * 4
+    report = ["--decode-tokens", "0", "--val-batches", "2", "--seq-len", "32"]
+    report += ["--out", str(tmp_path / "r")]
+    assert main(["inspect-loops", *shared, *report]) == 0
+    assert "how far a loop moves each step of time" in capsys.readouterr().out
+    (found,) = json.loads((tmp_path / "r" / "report.json").read_text())["clips"]
+    assert torch.tensor(found["change_by_loop"]).shape == (1, 3, 2, 2)
+    assert (tmp_path / "r" / "steps-1.png").exists()
