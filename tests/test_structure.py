@@ -161,6 +161,7 @@ def _texts(node: ast.AST) -> Iterator[str]:
 
 NAME_IMAGES = {
     "config/inspection.py": "the flag --image",
+    "config/media.py": "the keys of clips, whose frames are cut into patches",
     "config/model.py": "the keys of config.json, which are flat for images",
     "config/ranges.py": "the range of --mask-patches",
     "config/run.py": "the flags --mix, --mask-patches and --augment, and their messages",
