@@ -63,7 +63,7 @@ def arithmetic() -> Iterator[dict[str, Any]]:
 
 def text() -> Iterator[dict[str, Any]]:
     """Passages of the chapters that training on the bundled text holds out."""
-    yield from ({"text": passage} for passage in _passages(900))
+    yield from ({"text": passage} for passage in _passages(600))
 
 
 def continuation() -> Iterator[dict[str, Any]]:
@@ -93,10 +93,10 @@ def _passages(size: int) -> list[str]:
 
 LINES: dict[str, tuple[Callable[[], Iterator[dict[str, Any]]], int]] = {
     "hops": (hops, 400),
-    "p_hop": (p_hops, 200),
-    "arithmetic": (arithmetic, 100),
-    "text": (text, 40),
-    "continuation": (continuation, 120),
+    "p_hop": (p_hops, 120),
+    "arithmetic": (arithmetic, 60),
+    "text": (text, 30),
+    "continuation": (continuation, 50),
 }
 """By the name of the file: what makes its lines, and the most of them."""
 

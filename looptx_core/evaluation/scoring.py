@@ -136,9 +136,9 @@ class Scorer:
 
     def _decoded(self, lines: Sequence[Line]) -> list[TextScores]:
         prompts = [max(1, line.counted[0] - 1) for line in lines]
-        scored = self.engine.score_texts([line.tokens for line in lines], prompts, self.options)
+        decoded = self.engine.score_texts([line.tokens for line in lines], prompts, self.options)
         found = []
-        for line, prompt, scores in zip(lines, prompts, scores):
+        for line, prompt, scores in zip(lines, prompts, decoded):
             kept = [place - prompt for place in line.counted]
             found.append(TextScores(*([part[i] for i in kept] for part in scores)))
         return found
