@@ -29,7 +29,7 @@ _PANELS = {
     "Data": """
         seq_len batch_size micro_batch workers augment skip_bad document_mask mix mask_patches
         val_fraction val_batches train_on_prompt too_long prompts_file data text_key seed
-        limit include_path tasks eval_tasks
+        limit include_path tasks
     """,
     "Model and depth": """
         model loop_schedule loops min_loops max_loops mean_loops deeper_by loss_threshold
@@ -49,7 +49,7 @@ _PANELS = {
         precision attention kernel compile grad_checkpointing devices nodes strategy zero3 offload
         nvme_path deepspeed_config
     """,
-    "Checkpoints": "save_every keep val_every eval_every shard_size",
+    "Checkpoints": "save_every keep val_every shard_size",
     OUTPUT: "config overwrite dry_run force log_every json as_json quiet help",
 }
 """The panels below it, in their order, each with its flags by parameter name."""

@@ -48,15 +48,15 @@ class EvaluateConfig:
     @property
     def depths(self) -> tuple[Depth, ...]:
         """Fixed depths in increasing order, then auto. Raises `UsageError`."""
-        fixed, auto = set(), False
+        found: list[Depth] = []
         for text in _split(self.loops) or DEPTHS:
-            auto |= text == "auto"
             if text == "auto":
                 continue
             if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) < 10_000:
                 raise UsageError(f"`loops` {text}: give depths such as 1,2,4,auto")
-            fixed.add(int(text))
-        return (*sorted(fixed), *(["auto"] if auto else []))  # type: ignore[return-value]
+            found.append(int(text))
+        found = sorted(set(found), key=int)
+        return (*found, "auto") if "auto" in (_split(self.loops) or DEPTHS) else tuple(found)
 
 
 def _split(given: tuple[str, ...]) -> tuple[str, ...]:

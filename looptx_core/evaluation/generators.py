@@ -34,7 +34,7 @@ def hops() -> Iterator[dict[str, Any]]:
 
 
 def p_hops() -> Iterator[dict[str, Any]]:
-    """p-hop induction in letters: the symbol after p jumps back to the last one's earlier places."""
+    """p-hop induction in letters: the symbol that p jumps back lead to."""
     rng = np.random.default_rng((_SEED, 1))
     while True:
         hops, values = int(rng.integers(1, 5)), rng.integers(0, 4, 16)
@@ -53,7 +53,9 @@ def arithmetic() -> Iterator[dict[str, Any]]:
     def sum_of() -> tuple[str, str]:
         left, right = (int(value) for value in rng.integers(0, 100, 2))
         plus = bool(rng.integers(2))
-        return f"{left} {'+' if plus else '-'} {right} =", str(left + right if plus else left - right)
+        return f"{left} {'+' if plus else '-'} {right} =", str(
+            left + right if plus else left - right
+        )
 
     while True:
         shots = "".join(f"{question} {answer}\n" for question, answer in (sum_of() for _ in "abc"))

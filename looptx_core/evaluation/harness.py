@@ -1,11 +1,12 @@
 """looptx's models under lm-eval, and lm-eval's tasks under `looptx evaluate` (extra `eval`).
 
-    import looptx_core.evaluation.harness  # registers the model `looptx`
-    lm_eval.simple_evaluate("looptx", "model=runs/a,loops=auto", tasks=["arc_easy"])
+import looptx_core.evaluation.harness  # registers the model `looptx`
+lm_eval.simple_evaluate("looptx", "model=runs/a,loops=auto", tasks=["arc_easy"])
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Sequence
@@ -19,11 +20,15 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.tasks import TaskManager
 
+from looptx_core.checkpoint.folder import load_model
+from looptx_core.checkpoint.registry import resolve_model
 from looptx_core.config.evaluation import EvaluateConfig
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.evaluation.measure import Result
 from looptx_core.evaluation.scoring import Scorer
+from looptx_core.generation.engine import Engine
+from looptx_core.machine.device import best_device
 
 
 @register_model("looptx")
@@ -46,11 +51,13 @@ class LooptxLM(TemplateLM):
     ) -> None:
         super().__init__()
         if scorer is None:
-            from looptx_core.api import load
-
             depth = EvaluateConfig(loops=(str(loops),)).depths[0]
             rows = int(batch_size) if str(batch_size).isdigit() else 32
-            engine = load(model, batch_size=rows).engine
+            loaded = load_model(resolve_model(model).folder, device=best_device())
+            engine = Engine(
+                loaded.model, loaded.tokenizer, loaded.exit, ends=loaded.special.ends,
+                name=loaded.name, batch_size=rows,
+            )  # fmt: skip
             scorer = Scorer(engine, depth, GenerationOptions(), rows)
         self.scorer = scorer
 
@@ -98,7 +105,13 @@ class LooptxLM(TemplateLM):
 
 def known_tasks(include: str | None) -> list[str]:
     """The names of lm-eval's tasks and groups, those of a folder included."""
-    return TaskManager(include_path=include).all_tasks
+    return _manager(include).all_tasks
+
+
+@functools.cache
+def _manager(include: str | None) -> TaskManager:
+    """Reads the names of thousands of files, which takes seconds."""
+    return TaskManager(include_path=include)
 
 
 def run_harness(
@@ -111,7 +124,7 @@ def run_harness(
     rows: list[Result] = []
     better: dict[tuple[str, str], bool] = {}
     facts: dict[str, Any] = {}
-    manager = TaskManager(include_path=config.include_path)
+    manager = _manager(config.include_path)
     for name in names:
         scorer.reset()
         started = time.perf_counter()
@@ -134,11 +147,11 @@ def run_harness(
                 metric, _, kind = key.partition(",")
                 if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
                     continue
-                error = found.get(f"{metric}_stderr,{kind}")
+                deviation = found.get(f"{metric}_stderr,{kind}")
                 rows.append(
                     Result(
                         task, scorer.depth, scorer.mean_loops, metric, float(value),
-                        float(error) if isinstance(error, int | float) else None,
+                        float(deviation) if isinstance(deviation, int | float) else None,
                         scorer.flops_per_token, seconds,
                     )
                 )  # fmt: skip
@@ -147,4 +160,3 @@ def run_harness(
             count = done.get("n-samples", {}).get(task, {}).get("effective")
             facts[task] = {"metric": None, "lines": count, "chance": None}
     return rows, better, facts
-

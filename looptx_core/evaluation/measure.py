@@ -52,7 +52,7 @@ def _probes(task: Task, scorer: Scorer, lines: list[dict[str, Any]]) -> Tally:
     """Whether the most likely token is the answer's, by group; probes of one text are one line."""
     tally, opening = Tally(), list(scorer.engine.opening)
     asked: list[Line] = []
-    groups: list[list[tuple[str, int]]] = []
+    groups: list[list[tuple[int, str]]] = []
     for text, members in groupby((Probe(**line) for line in lines), key=lambda probe: probe.text):
         encoded = scorer.engine.tokenizer.encode(text, add_special_tokens=False)
         places: dict[int, str] = {}

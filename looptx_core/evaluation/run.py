@@ -112,7 +112,9 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
         by_depth = {row["loops"]: row for row in rows}
         text = f"{name}: nothing is gained beyond {_loops(depth)} ({_value(by_depth[depth])})"
         if depth == max(d for d in by_depth if d != "auto"):
-            text = f"{name}: still gains at {_loops(depth)}, the deepest ({_value(by_depth[depth])})"
+            text = (
+                f"{name}: still gains at {_loops(depth)}, the deepest ({_value(by_depth[depth])})"
+            )
         if "auto" in by_depth:
             own = by_depth["auto"]
             text += f"; auto has {own['value']:.3f} at {own['mean_loops']:.2f} loops"
@@ -122,7 +124,7 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
         found.append(
             f"By one standard error, no task gains beyond {_loops(deepest)}."
             if deepest < most
-            else f"By one standard error, a task still gains at {_loops(most)}, the deepest asked for."
+            else f"By one standard error, a task still gains at {_loops(most)}, the deepest."
         )
     return found
 

@@ -140,7 +140,8 @@ class Scorer:
         found = []
         for line, prompt, scores in zip(lines, prompts, decoded):
             kept = [place - prompt for place in line.counted]
-            found.append(TextScores(*([part[i] for i in kept] for part in scores)))
+            logprobs, hits, loops = ([part[i] for i in kept] for part in scores)
+            found.append(TextScores(logprobs, hits, loops))  # type: ignore[arg-type]
         return found
 
     @torch.inference_mode()

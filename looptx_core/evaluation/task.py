@@ -79,7 +79,7 @@ class Task:
             raise DataError(f"{where}: expected an object with the task's fields; {_MEND}")
         if self.kind == "probes":
             return vars(check_probe(value, where, _MEND))
-        wanted = {self.text: str, self.target: str}
+        wanted: dict[str, type] = {self.text: str, self.target: str}
         if self.kind == "multiple_choice":
             wanted = {self.text: str, self.choices: list, self.target: int}
         for name, kind in wanted.items():
@@ -96,7 +96,11 @@ class Task:
         return value
 
 
-_WORDS = {str: "a text", list: "a list of texts", int: "the number of a choice, from 0"}
+_WORDS: dict[type, str] = {
+    str: "a text",
+    list: "a list of texts",
+    int: "the number of a choice, from 0",
+}
 
 
 def read_task(file: Path) -> Task:
@@ -106,7 +110,7 @@ def read_task(file: Path) -> Task:
     that is wrong.
     """
     keys, _ = read_yaml(file, DataError)
-    kind = keys.get("output_type")
+    kind: Any = keys.get("output_type")
     if unknown := sorted(map(str, keys.keys() - _KEYS)):
         raise NeedsHarness(f"it has {unknown[0]}")
     if kind not in get_args(Kind):
