@@ -36,7 +36,7 @@ def evaluate(
     looptx evaluate --tasks mine --include-path my-tasks
     looptx evaluate --tasks arc_easy --loops 4,auto
 
-    looptx's own tasks need no network; those of lm-eval come with pip install 'looptx[eval]'.
+    Five tasks ship and need no network; those of lm-eval come with the extra `eval`.
     """
     settings = resolve(EvaluateConfig, flags=flags, config=config).build(EvaluateConfig)
     out = None if settings.out is None else Path(settings.out)
@@ -74,7 +74,7 @@ def _show(document: dict[str, Any]) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("task", overflow="fold")
     table.add_column("metric", overflow="fold")
-    for name in ("loops", "value", "± error", "mean loops", "FLOPs/token", "s"):
+    for name in ("loops", "value", "± error", "mean loops", "FLOPs", "s"):
         table.add_column(name, justify="right", no_wrap=True)
     before = None
     for row in document["results"]:

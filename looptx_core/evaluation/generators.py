@@ -97,8 +97,8 @@ LINES: dict[str, tuple[Callable[[], Iterator[dict[str, Any]]], int]] = {
     "hops": (hops, 400),
     "p_hop": (p_hops, 120),
     "arithmetic": (arithmetic, 60),
-    "text": (text, 30),
-    "continuation": (continuation, 50),
+    "text": (text, 60),
+    "continuation": (continuation, 120),
 }
 """By the name of the file: what makes its lines, and the most of them."""
 
