@@ -29,6 +29,10 @@ OPTIONS = {
         --target-loss-increase --text --prompt --image --max-new-tokens --decode-tokens --seed
         --model --config --overwrite --json --quiet
     """,
+    "evaluate": """
+        --tasks --loops --limit --include-path --out --batch-size --exit --threshold --model
+        --adapter --config --overwrite --json --quiet
+    """,
     "tokenize": """
         --data --out --vocab-size --tokenizer --val-fraction --text-key --seed --config --overwrite
         --json --quiet
