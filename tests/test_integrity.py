@@ -110,3 +110,22 @@ def test_a_damaged_note(
     damage(folder / integrity.FILE)
     with pytest.raises(DataError, match=told):
         load_model(folder)
+
+
+def test_a_flipped_bit_of_a_checkpoint(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Resuming refuses it, and goes on from the one before once it is gone."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--steps", "4", "--save-every", "2", "--batch-size", "2", "--seq-len",
+                 "16", "--val-batches", "1", "--data", str(shards), "--out", "run", "--quiet",
+                 "--set", "model.d_model=32"]) == 0  # fmt: skip
+    newest = tmp_path / "run/checkpoints/step-0000004.ckpt"
+    names = {file.name for file in newest.parent.iterdir()}
+    assert names == {f"step-000000{n}.ckpt{end}" for n in (2, 4) for end in ("", ".sha256")}
+    flip(newest, newest.stat().st_size // 2)
+    more = ["train", "--resume", "run", "--steps", "6"]
+    refused(more, newest.name, capsys)
+    newest.unlink()
+    assert main([*more, "--quiet"]) == 0

@@ -14,6 +14,8 @@ from looptx_core.errors import DataError
 from looptx_core.machine.scratch import cache_folder
 
 FILE = "digests.json"
+SUFFIX = ".sha256"
+"""Of the file beside a checkpoint's that holds its digest, in the form of sha256sum."""
 _PATTERN = "*.safetensors"
 _SETTLED = 2.0  # seconds; a file that changed just now may change again within its time stamp
 
@@ -46,6 +48,35 @@ def check_digest(file: Path, expected: str, mend: str = COPY_AGAIN) -> None:
         temporary = memory.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(known), "utf-8")
         temporary.replace(memory)
+
+
+def digest_file(file: Path) -> Path:
+    """Where the digest of a single file is kept."""
+    return file.with_name(file.name + SUFFIX)
+
+
+def note_digest(file: Path, digest: str | None = None) -> None:
+    """Write a file's digest beside it, whole or not at all. Raises `OSError`.
+
+    digest: where it is known already.
+    """
+    place = digest_file(file)
+    temporary = place.with_name(f"{place.name}.partial")
+    temporary.write_text(f"{digest or sha256_of(file)}  {file.name}\n", "utf-8")
+    temporary.replace(place)
+
+
+def check_noted(file: Path, mend: str = COPY_AGAIN) -> bool:
+    """Whether a file has a digest beside it. Raises `DataError` where the two don't agree."""
+    place = digest_file(file)
+    try:
+        noted = place.read_bytes()[:64].decode("ascii", "replace")
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise DataError(f"{place}: cannot be read ({error.strerror}); {mend}") from error
+    check_digest(file, noted, mend)
+    return True
 
 
 def write_digests(folder: Path) -> None:

@@ -22,8 +22,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from looptx_core.checkpoint.atomic import write_file
 from looptx_core.checkpoint.metrics_log import read_metrics
 from looptx_core.errors import DataError
+from looptx_core.machine.integrity import check_noted, digest_file, note_digest, sha256_of
 from looptx_core.parallel.deepspeed import checkpoint as fragments
 from looptx_core.parallel.ranks import any_rank
+
+GO_BACK = "remove it to go on from the one before"
 
 
 class JsonLines(Logger):
@@ -122,7 +125,11 @@ class WholeFiles(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
+            digest = sha256_of(partial)
+            # An older file's digest must not stand beside this one, not even after a kill.
+            digest_file(path).unlink(missing_ok=True)
             partial.replace(path)
+            note_digest(path, digest)
         except RuntimeError as error:  # of torch's writer, on ending a file cut short
             partial.unlink(missing_ok=True)
             cause = error.__context__
@@ -130,6 +137,11 @@ class WholeFiles(TorchCheckpointIO):
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint with its digest."""
+        super().remove_checkpoint(path)
+        digest_file(Path(path)).unlink(missing_ok=True)
 
 
 class Begin(L.Callback):
@@ -266,9 +278,22 @@ def processes_of(checkpoint: Path) -> int | None:
     except Exception as error:  # a file cut short has many ways to fail
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"{checkpoint}: not a whole checkpoint ({reason}); remove it to go on from the one "
-            "before"
+            f"{checkpoint}: not a whole checkpoint ({reason}); {GO_BACK}"
         ) from error
+
+
+def verify_checkpoint(checkpoint: Path) -> bool:
+    """Whether a checkpoint has digests, as those of older versions have not.
+
+    Raises `DataError` where it does not agree with them, or is not whole.
+    """
+    if checkpoint.is_dir():
+        files = fragments.Checkpoint(checkpoint).files
+    else:
+        files = [checkpoint]
+    noted = [check_noted(file, GO_BACK) for file in files]
+    processes_of(checkpoint)
+    return all(noted)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -46,6 +46,7 @@ from looptx_core.training.callbacks import (
     processes_of,
     resume_point,
     step_of,
+    verify_checkpoint,
 )
 from looptx_core.training.compiled import compile_forward, uncompile_forward
 from looptx_core.training.finish import TrainResult, finish_training
@@ -215,6 +216,8 @@ def fit(
         )
         if not logged:
             report(f"resumed: {metrics.file.name} lost records, so it has a gap")
+        if start_from is not None and is_first():  # others start later, or end with this one
+            verify_checkpoint(start_from)
     strategy = choose_strategy(
         model,
         config,

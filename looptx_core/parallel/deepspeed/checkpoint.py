@@ -4,6 +4,7 @@
         manifest.json              format_version, step, world size, shape of each parameter
         common.ckpt                what all ranks share: Lightning's counters, schedules, buffers
         rank-00000-group-000.safetensors ...
+        <file>.sha256              the digest of each of these
 
 A group's file holds, for each parameter `p`, a contiguous piece of its flattened float32 master
 weight under `p`, and of AdamW's moments under `p|exp_avg` and `p|exp_avg_sq`; the file's metadata
@@ -28,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from looptx_core.errors import DataError
+from looptx_core.machine.integrity import SUFFIX, note_digest
 
 FORMAT_VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -70,6 +72,7 @@ def write(partial: Path, rank: int, groups: Iterable[Group], needed: int) -> Non
         except SafetensorError as error:
             raise _as_os_error(error) from error
         _to_disk(file)
+        note_digest(file)
 
 
 def commit(
@@ -87,6 +90,7 @@ def commit(
     (partial / "manifest.json").write_text(json.dumps(manifest))
     for name in ("common.ckpt", "manifest.json"):
         _to_disk(partial / name)
+        note_digest(partial / name)
     partial.replace(folder)
 
 
@@ -111,6 +115,11 @@ class Checkpoint:
                 f"{self.folder}: a checkpoint of format {version}, and this looptx reads "
                 f"{FORMAT_VERSION}; update looptx"
             )
+
+    @property
+    def files(self) -> list[Path]:
+        """All files but the digests beside them."""
+        return sorted(file for file in self.folder.iterdir() if file.suffix != SUFFIX)
 
     @property
     def world_size(self) -> int:
