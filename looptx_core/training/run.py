@@ -139,7 +139,7 @@ def check(config: RunConfig, folder: Path) -> None:
     """Raise what `fit` would raise for want of a package or of hardware, or for a strategy that
     can't be, while the run has no folder yet."""
     device = best_device()
-    precision, _ = choose_precision(config.precision, device)
+    precision, _ = choose_precision(config.precision, device, config.sharding)
     choose_backend(
         config.attention, device, torch.bfloat16 if precision == "bf16" else torch.float32
     )
@@ -187,7 +187,7 @@ def fit(
     )
     last_step = until or config.steps
     device = best_device()
-    precision, why = choose_precision(config.precision, device)
+    precision, why = choose_precision(config.precision, device, config.sharding)
     report(f"precision: {precision}, {why}")
     backend = choose_backend(
         config.attention, device, torch.bfloat16 if precision == "bf16" else torch.float32
