@@ -28,6 +28,7 @@ from safetensors import safe_open
 from torch import nn
 
 from looptx_core.checkpoint.atomic import write_folder
+from looptx_core.checkpoint.card import lineage_table
 from looptx_core.checkpoint.folder import (
     LoadedModel,
     read_chat_template,
@@ -294,10 +295,12 @@ def _loop_names(loops: int) -> list[str]:
 
 
 def _card(folder: Path, base: str, facts: Mapping[str, Any]) -> str:
-    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    told = {key: value for key, value in facts.items() if key != "lineage"}
+    rows = "\n".join(f"| {key} | {value} |" for key, value in told.items())
+    lineage = lineage_table(facts.get("lineage"))
     return (
         "---\nlibrary_name: peft\ntags: [looptx, lora]\n---\n\n"
         f"# An adapter of {base}\n\nMade by `looptx finetune`; PEFT opens it.\n\n"
         f'```\nlooptx generate "..." --adapter PATH_OF_THIS_FOLDER\n```\n\n'
-        f"| fact | |\n| --- | --- |\n{rows}\n"
+        f"| fact | |\n| --- | --- |\n{rows}\n" + (f"\n{lineage}\n" if lineage else "")
     )

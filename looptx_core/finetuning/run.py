@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from peft import PeftModel
 
+from looptx_core.checkpoint.card import descended
 from looptx_core.checkpoint.folder import (
     LoadedModel,
     load_model,
@@ -190,13 +191,14 @@ def finetune(
     )  # fmt: skip
     if not is_first():
         return None
-    facts = {
-        "base": loaded.name,
-        "data": [Path(item).name for item in prepared.data],
-        "method": config.method,
-        "steps": steps,
-        "seed": config.seed,
-    }
+    facts = descended(
+        loaded.facts,
+        loaded.name,
+        data=[Path(item).name for item in prepared.data],
+        method=config.method,
+        steps=steps,
+        seed=config.seed,
+    )
     bundled = list(prepared.data) == [str(bundled_questions())]
     own = OwnData.of("records", () if bundled else prepared.data, asdict(config))
     files = {OWN_DATA: own.to_dict()}

@@ -277,9 +277,7 @@ def processes_of(checkpoint: Path) -> int | None:
         return saved["looptx"].get("processes")
     except Exception as error:  # a file cut short has many ways to fail
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"{checkpoint}: not a whole checkpoint ({reason}); {GO_BACK}"
-        ) from error
+        raise DataError(f"{checkpoint}: not a whole checkpoint ({reason}); {GO_BACK}") from error
 
 
 def verify_checkpoint(checkpoint: Path) -> bool:
