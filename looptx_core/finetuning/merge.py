@@ -39,12 +39,9 @@ def merge(base_folder: str | Path, adapter_folder: str | Path) -> LoadedModel:
         )
     base = load_model(base_folder, dtype=torch.float32)
     file = adapter / FACTS
-    own = read_json(file).get("facts") if file.is_file() else None  # PEFT's own has none
-    own = (
-        {key: value for key, value in own.items() if key not in ("base", "lineage")}
-        if isinstance(own, dict)
-        else {}
-    )
-    method = f"{own.pop('method', 'LoRA')}, merged"
-    facts = descended(base.facts, base.name, adapter=model_name(adapter), method=method, **own)
+    found = read_json(file).get("facts") if file.is_file() else None  # PEFT's own has none
+    found = found if isinstance(found, dict) else {}
+    told = {key: found[key] for key in ("data", "steps", "seed") if key in found}
+    method = f"{found.get('method', 'LoRA')}, merged"
+    facts = descended(base.facts, base.name, adapter=model_name(adapter), method=method, **told)
     return replace(load_adapter(base, adapter), facts=facts)
