@@ -182,8 +182,7 @@ def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> L
     loops = loops_of(folder)
     _check_base(base, folder)
     names = [_SHARED, *_loop_names(loops)]
-    for place in [folder, *(folder / name for name in names[1:])]:
-        _check_files(place)
+    _check_parts(folder, loops)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -211,6 +210,17 @@ def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> L
         folder=folder,
         chat_template=read_chat_template(folder) or base.chat_template,
     )
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise `DataError` for an adapter's folder that is damaged; its base need not be there."""
+    _check_parts(folder, loops_of(folder))
+    check_folder(folder)
+
+
+def _check_parts(folder: Path, loops: int) -> None:
+    for place in [folder, *(folder / name for name in _loop_names(loops))]:
+        _check_files(place)
 
 
 def loops_of(folder: Path) -> int:

@@ -86,12 +86,17 @@ def write_digests(folder: Path) -> None:
     (folder / FILE).write_text(text, "utf-8")
 
 
+def has_digests(folder: Path) -> bool:
+    """Whether a folder notes the digests of its weights."""
+    return (folder / FILE).is_file()
+
+
 def check_folder(folder: Path) -> None:
     """Raise `DataError` for weights that are not those that a folder was written with.
 
     A folder without a note of its digests, such as other tools', is not checked.
     """
-    if not (folder / FILE).is_file():
+    if not has_digests(folder):
         return
     noted = read_json(folder / FILE).get("sha256")
     if not isinstance(noted, dict):

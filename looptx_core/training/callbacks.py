@@ -285,10 +285,8 @@ def verify_checkpoint(checkpoint: Path) -> bool:
 
     Raises `DataError` where it does not agree with them, or is not whole.
     """
-    if checkpoint.is_dir():
-        files = fragments.Checkpoint(checkpoint).files
-    else:
-        files = [checkpoint]
+    sharded = checkpoint.is_dir()
+    files = fragments.Checkpoint(checkpoint).files if sharded else [checkpoint]
     noted = [check_noted(file, GO_BACK) for file in files]
     processes_of(checkpoint)
     return all(noted)
