@@ -172,6 +172,7 @@ def _show(document: dict[str, Any]) -> None:
             title, "policy", "exit", "loss", "with full cache", "accuracy", "with full cache",
             "loops", "bytes a token", "tokens/s",
         )  # fmt: skip
+        cache.columns[1].no_wrap = True  # "fixed at 2"
         for row in policies:
             cache.add_row(
                 row["policy"],

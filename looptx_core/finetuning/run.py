@@ -149,6 +149,9 @@ def prepare(
     base_bytes = stored_bytes(model)
     peft = attach(model, config) if config.adapts else None
     trainable = sum(p.numel() for p in model.trunk_parameters() if p.requires_grad)
+    rows = (until or config.steps) * config.batch_size
+    epochs = rows / len(batches.train)
+    report(f"epochs: {epochs:.2g}, {rows:,} sequences of the {len(batches.train):,} that there are")
     report(
         f"trained: {trainable:,} of {parameters:,} parameters ({trainable / parameters:.1%}), "
         "and the confidence head"
@@ -272,6 +275,7 @@ def _data(
         train_on_prompt=config.train_on_prompt,
         skip_bad=config.skip_bad,
         config=loaded.config,
+        columns=config.columns,
     )
     train, val = split_packed(
         examples.kept,
