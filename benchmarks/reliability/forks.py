@@ -7,6 +7,7 @@ a process that takes all memory ends the fork alone.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import pkgutil
@@ -56,6 +57,8 @@ def prepare() -> None:
         finally:
             os.dup2(saved, 2)
             os.close(saved)
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy every page
     assert threading.active_count() == 1, "a thread would be lost in every fork"
 
 
