@@ -54,6 +54,9 @@ def prepare() -> None:
             for command in COMMANDS:
                 load_command(command)
             _import_all("looptx_core")
+            for name in ("typer._adapters", "pydantic"):
+                with contextlib.suppress(ImportError):  # of some versions of Typer
+                    importlib.import_module(name)
         finally:
             os.dup2(saved, 2)
             os.close(saved)
