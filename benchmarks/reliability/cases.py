@@ -29,7 +29,8 @@ AREAS = {
         "generate a --model {} --max-new-tokens 3", f"generate a --model {{}} {SHORT} --chat",
         f"generate --model {{}} --image pictures/cat.png {SHORT}",
         f"generate a --model {{}} {SHORT} --speculate 2 --kv-type int8",
-        "convert --model {} --to-hf --out new", "convert --model {} --dtype bf16 --out new",
+        "convert --model {} --to-hf --data text.txt --out new",
+        "convert --model {} --dtype bf16 --data text.txt --out new",
         "convert --model {} --to-bitnet --direct --data shards --out new --json",
         "inspect-loops --model {} --data text.txt --val-batches 1 --batch-size 2 --seq-len 16 "
         "--decode-tokens 0 --out new", "finetune --model {} --data questions.jsonl --lora --steps 1 "
@@ -65,11 +66,12 @@ AREAS = {
     "adapters": Area(3, ("tuned/final",), (
         f"generate a --adapter {{}} --model run {SHORT}",
         f"generate a --adapter {{}} --model run {SHORT} --json --loops 2",
-        "convert --adapter {} --model run --merge-adapter --out new",
+        "convert --adapter {} --model run --merge-adapter --data text.txt --out new",
         f"generate a --model {{}} {SHORT}",
-    ), ("run",)),
-    "Hugging Face folders": Area(3, ("hf", "llama"), ("convert --from-hf {} --out new",
-                                                       "convert --from-hf {} --out new --json")),
+    ), ("run", "text.txt")),
+    "Hugging Face folders": Area(3, ("hf", "llama"), ("convert --from-hf {} --data text.txt --out new",
+                                                       "convert --from-hf {} --data text.txt --out new --json"),
+        ("text.txt",)),
     "YAML": Area(3, ("train.yaml", "generate.yaml"), (
         "train --config {} --data shards --dry-run", "train --config {} --data shards --dry-run --json",
         f"generate a --model run --config {{}} {SHORT}", "tokenize text.txt --config {} --out new",
@@ -103,6 +105,7 @@ _BASES = {
 _ENDS = {  # what keeps a command short, whatever was drawn
     "train": "--dry-run",
     "finetune": "--steps 1 --batch-size 1 --max-minutes 0.05",
+    "convert": "--data text.txt --direct --max-minutes 0.02",
     "generate": "--max-new-tokens 3 --speculate 0",
     "inspect-loops": "--val-batches 1 --batch-size 2 --decode-tokens 0 --max-new-tokens 2",
 }

@@ -38,6 +38,7 @@ class Outcome:
     out: str
     err: str
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
     """The largest resident size of it or of one of its processes."""
 
@@ -126,6 +127,7 @@ def run(
         out=out,
         err=err,
         seconds=time.monotonic() - began,
+        cpu_seconds=usage.ru_utime + usage.ru_stime,
         peak_bytes=max(peak, usage.ru_maxrss * 1024),
     )
 

@@ -37,7 +37,7 @@ def make(folder: Path) -> None:
     for command in (
         "tokenize text.txt --vocab-size 400 --out shards",
         "train --config train.yaml --data shards --out run",
-        "train --config train.yaml --data pairs.jsonl --data shards --out seeing "
+        "train --config train.yaml --data pairs.jsonl --data shards --out seeing --seq-len 32 "
         "--set model.vision_layers=1 --set model.patch_size=8 --set model.max_patches=16",
         "finetune --model run --data questions.jsonl --lora --steps 2 --batch-size 2 "
         "--seq-len 64 --out tuned --precision float32",
