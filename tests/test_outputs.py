@@ -236,3 +236,14 @@ def test_a_run_that_waits_for_another_place_is_never_emptied(place: Path, capsys
     assert main([*COMMANDS["train"], "--out", "run", "--overwrite"]) == 2
     assert "run.new is there already" in capsys.readouterr().err
     assert contents(Path("run.new")) == before
+
+
+def test_a_run_that_was_killed_before_it_began_takes_no_place(tmp_path: Path) -> None:
+    """Its folder has a lock without an owner, and perhaps half of a file."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.lock").write_text("{}")
+    (tmp_path / "run/.run.json.01234567-99-89abcdef.tmp").write_text("{")
+    assert check_output(tmp_path / "run", "train", overwrite=False) == ""
+    (tmp_path / "run/notes.txt").touch()
+    with pytest.raises(UsageError, match="exists"):
+        check_output(tmp_path / "run", "train", overwrite=False)
