@@ -188,5 +188,3 @@ def _options(rng: random.Random, sound: Path, folder: Path) -> Case:
         arguments = [name, *(a for a in arguments if a != name), *_ENDS.get(name, "").split()]
     stdin = rng.choice((b"", b"a\n", b"\xff\xfe", b"\0" * 100, b"x" * 100_000))
     return Case("options", " ".join(drawn)[:200], arguments, stdin)
-
-

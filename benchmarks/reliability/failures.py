@@ -128,7 +128,9 @@ def main() -> int:
     if flags.record:
         from benchmarks.common.record import write
 
-        write("reliability.failures", __doc__.splitlines()[0], rows, settings={"every": flags.every})
+        write(
+            "reliability.failures", __doc__.splitlines()[0], rows, settings={"every": flags.every}
+        )
     return 1 if any(row.get("wrong") for row in rows) else 0
 
 

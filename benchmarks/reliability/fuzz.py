@@ -158,7 +158,13 @@ def fuzz(fuzzer: Fuzzer, numbers: range, minutes: float | None) -> list[dict[str
         {"part": "areas", "area": area, **counts} for area, counts in sorted(ends.items())
     ]
     rows += [
-        {"part": "findings", "sort": sort, "where": where, "count": len(cases_), "replay": cases_[0]}
+        {
+            "part": "findings",
+            "sort": sort,
+            "where": where,
+            "count": len(cases_),
+            "replay": cases_[0],
+        }
         for (sort, where), cases_ in sorted(found.items())
     ]
     inputs = sum(counts["inputs"] for counts in ends.values())

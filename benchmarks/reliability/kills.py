@@ -84,9 +84,7 @@ def broken_off(trainings: Trainings, name: str, before: bytes | None) -> str:
     return ""
 
 
-def one_kill(
-    trainings: Trainings, whole: tuple[bytes, Any], moment: float, replacing: bool
-) -> str:
+def one_kill(trainings: Trainings, whole: tuple[bytes, Any], moment: float, replacing: bool) -> str:
     """What went wrong, in words; '' where the resumed run equals the whole one."""
     run = trainings.scratch / "killed"
     for left in [run, *run.parent.glob("killed.new"), *run.parent.glob(".killed.*")]:

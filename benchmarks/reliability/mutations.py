@@ -71,7 +71,8 @@ def _bytes(rng: random.Random, path: Path) -> str:
         case _:
             done = "made long"
             part = bytes(raw[at:end]) or b"a"
-            raw[at:at] = part * min(LONG // len(part), 500_000)
+            # One long line rather than a million prompts, which would be a long day's work by right.
+            raw[at:at] = part * (30 if b"\n" in part else LONG // len(part))
     path.write_bytes(raw)
     return done
 

@@ -14,9 +14,7 @@ SETTINGS = {
     "model": {"d_model": 32, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "d_ff": 32,
               "core_layers": 1, "max_loops": 3, "max_seq_len": 256},
 }  # fmt: skip
-QUESTIONS = [
-    {"prompt": f"What is {n} and {n}?", "response": f" It is {2 * n}."} for n in range(20)
-]
+QUESTIONS = [{"prompt": f"What is {n} and {n}?", "response": f" It is {2 * n}."} for n in range(20)]
 CHATS = [
     {"messages": [{"role": "user", "content": f"Say {n}."},
                   {"role": "assistant", "content": f"{n}"}]} for n in range(12)
