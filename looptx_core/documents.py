@@ -72,7 +72,7 @@ def known_kind(first: bytes) -> str | None:
     return next((kind for magic, kind in _KINDS.items() if first.startswith(magic)), None)
 
 
-def open_input(file: str | Path, *, pipes: bool = True) -> BinaryIO:
+def open_input(file: str | os.PathLike[str], *, pipes: bool = True) -> BinaryIO:
     """Open what a user named, so that reading it comes to an end.
 
     pipes: accept a pipe too, as a shell's `<(...)` is one, that somebody writes to.

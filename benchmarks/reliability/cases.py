@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """A case of the fuzz run: which inputs are spoilt, how, and which command reads them."""
 
 from __future__ import annotations

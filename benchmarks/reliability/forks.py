@@ -48,7 +48,7 @@ def prepare() -> None:
     from looptx_cli.main import COMMANDS, load_command
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with contextlib.redirect_stderr(None), open(os.devnull, "w") as null:
+    with contextlib.redirect_stderr(None), Path(os.devnull).open("w") as null:
         saved = os.dup(2)
         os.dup2(null.fileno(), 2)  # bitsandbytes writes there what it lacks
         try:

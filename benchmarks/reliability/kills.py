@@ -2,8 +2,8 @@
 
     python -m benchmarks.reliability.kills [--kills 100] [--workers 0 2] [--record]
 
-Weights and metrics (the clock's figures aside) must equal an uninterrupted run's bit for bit, and
-of what lay there before, a finished run that is to be replaced and checkpoints, nothing may be lost.
+Weights and metrics (the clock's figures aside) must equal an uninterrupted run's bit for bit. Of
+what lay there before, a finished run that is to be replaced and checkpoints, nothing may be lost.
 """
 
 from __future__ import annotations

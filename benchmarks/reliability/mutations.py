@@ -14,7 +14,7 @@ from typing import Any
 
 LONG = 2 << 20
 _PIECES = (
-    b"\0", b"\xff", b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\xc3", b"\r", b'"',
+    b"\0", b"\xff", b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\xc3", b"\r",
     b"\x1b[31m", b"\xe2\x80\xa8", b"{", b"[", b"]", b"}", b":", b",", b"\n", b"-", b"1e999", b"NaN",
     b"[" * 5000, b'{"a":' * 5000, b"\x1f\x8b\x08\0", b"PK\x03\x04", b"PAR1", b"&a [*a]", b"null",
 )  # fmt: skip
@@ -71,7 +71,7 @@ def _bytes(rng: random.Random, path: Path) -> str:
         case _:
             done = "made long"
             part = bytes(raw[at:end]) or b"a"
-            # One long line rather than a million prompts, which would be a long day's work by right.
+            # One long line rather than a million prompts, which would be work by right.
             raw[at:at] = part * (30 if b"\n" in part else LONG // len(part))
     path.write_bytes(raw)
     return done
