@@ -38,7 +38,7 @@ class FolderCheck:
         """The document that `looptx doctor --path FOLDER --json` prints."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self), "damaged": len(self.damaged)}
 
-    def look(self, path: Path, read: Callable[[], bool]) -> None:
+    def check(self, path: Path, read: Callable[[], bool]) -> None:
         """Note a part. read: whether it has digests; raises what is wrong with it."""
         try:
             self.parts.append(Part(str(path), "ok" if read() else "undigested"))
@@ -52,13 +52,13 @@ def examine_folder(folder: Path) -> FolderCheck | None:
         return _run(folder)
     if (folder / "adapter_config.json").is_file():
         found = FolderCheck(str(folder), "adapter")
-        found.look(folder, lambda: _adapter(folder))
+        found.check(folder, lambda: _adapter(folder))
     elif (folder / "config.json").is_file():
         found = FolderCheck(str(folder), "model")
-        found.look(folder, lambda: _model(folder))
+        found.check(folder, lambda: _model(folder))
     elif (folder / "manifest.json").is_file():
         found = FolderCheck(str(folder), "tokenised data")
-        found.look(folder, lambda: _shards(folder))
+        found.check(folder, lambda: _shards(folder))
     else:
         return None
     return found
@@ -74,14 +74,14 @@ def _run(folder: Path) -> FolderCheck:
         read_run(folder)
         return True
 
-    found.look(folder, settings)
+    found.check(folder, settings)
     for checkpoint in sorted(folder.glob("checkpoints/step-*.ckpt")):
-        found.look(checkpoint, lambda file=checkpoint: verify_checkpoint(file))  # type: ignore[misc]
+        found.check(checkpoint, lambda file=checkpoint: verify_checkpoint(file))  # type: ignore[misc]
     final = folder / "final"
     if (final / "adapter_config.json").is_file():
-        found.look(final, lambda: _adapter(final))
+        found.check(final, lambda: _adapter(final))
     elif final.is_dir():
-        found.look(final, lambda: _model(final))
+        found.check(final, lambda: _model(final))
     return found
 
 

@@ -189,6 +189,8 @@ def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> L
             peft = PeftModel.from_pretrained(base.model, str(folder), local_files_only=True)
             for name in names[1:]:
                 peft.load_adapter(str(folder / name), name, local_files_only=True)
+            if merge and not loops:
+                peft.merge_and_unload()
     except Exception as error:  # PEFT and its parts raise many kinds for what doesn't fit
         reason = " ".join(str(error).split())[:200]
         raise DataError(
@@ -199,7 +201,6 @@ def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> L
     if loops:
         follow_loops(model, loops, trainable=False)
     elif merge:
-        model = peft.merge_and_unload()
         model.requires_grad_(True)
     file = folder / "generation_config.json"
     exit_settings = read_exit(folder) if file.is_file() else base.exit
