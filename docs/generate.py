@@ -25,6 +25,7 @@ from looptx_cli.main import command_function, load_command
 from looptx_core import errors
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.corpus import TokenizeConfig
+from looptx_core.config.evaluation import EvaluateConfig
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.inspection import InspectConfig
@@ -44,6 +45,7 @@ SCHEMAS: dict[str, type] = {
     "generate": GenerationOptions,
     "chat": GenerationOptions,
     "inspect-loops": InspectConfig,
+    "evaluate": EvaluateConfig,
     "model": ModelConfig,
     "exit": ExitSettings,
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from looptx_cli.console import note, stdout
+from looptx_cli.options import check_figure
 from looptx_core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def compare(
 
     Frontiers of early exits are drawn for the runs that inspect-loops has measured.
     """
-    from looptx_core.inspection.compare import FIGURES, compare, plot_comparison, table
+    from looptx_core.inspection.compare import compare, plot_comparison, table
     from looptx_core.inspection.tables import FORMATS
 
     if format is not None and format not in FORMATS:
@@ -47,12 +47,7 @@ def compare(
     if format and as_json:
         raise UsageError("--format and --json: give one of them")
     if out is not None:
-        if out.suffix.lower() not in FIGURES:
-            raise UsageError(f"--out {out}: give a name that ends in {', '.join(FIGURES)}")
-        if os.path.lexists(out) and not (overwrite and out.is_file()):
-            raise UsageError(f"{out} exists; pass --overwrite or choose another --out")
-        if not out.parent.is_dir():
-            raise UsageError(f"--out {out}: there is no folder {out.parent}; make it first")
+        check_figure(out, overwrite)
     document = compare(runs)
     if out is not None:
         plot_comparison(document, out)

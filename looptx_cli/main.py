@@ -33,6 +33,7 @@ COMMANDS = {
     "generate": "Write text, each token as deep as it needs.",
     "chat": "Talk with a model.",
     "inspect-loops": "See what each loop brings, and when to stop.",
+    "evaluate": "Measure a model on tasks, by depth.",
     "runs": "List the runs, and how far they came.",
     "compare": "Compare runs side by side.",
     "doctor": "See what this machine has, and what is missing.",

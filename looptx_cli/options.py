@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -83,6 +84,18 @@ def with_set(
             raise UsageError(f"--set {pair}: {key} is given twice; leave one out")
         joined[key] = value
     return joined
+
+
+def check_figure(out: Path, overwrite: bool) -> None:
+    """Raise `UsageError` where a figure can't be drawn to."""
+    from looptx_core.inspection.figures import FIGURES
+
+    if out.suffix.lower() not in FIGURES:
+        raise UsageError(f"--out {out}: give a name that ends in {', '.join(FIGURES)}")
+    if os.path.lexists(out) and not (overwrite and out.is_file()):
+        raise UsageError(f"{out} exists; pass --overwrite or choose another --out")
+    if not out.parent.is_dir():
+        raise UsageError(f"--out {out}: there is no folder {out.parent}; make it first")
 
 
 def _at_home(name: str, value: Any) -> Any:

@@ -18,6 +18,7 @@ _MOST_USED = {
     "chat": "model adapter image system max_new_tokens loops exit temperature show_iterations",
     "inspect-loops": "model data out prompt text image audio calibrate target_loss_increase "
     "max_loops",
+    "evaluate": "model tasks loops limit out include_path",
     "convert": "model out to_bitnet to_hf from_hf dtype adapter merge_adapter direct data",
     "tokenize": "data out vocab_size tokenizer text_key",
     "doctor": "build path",
@@ -28,8 +29,8 @@ _MOST_USED = {
 _PANELS = {
     "Data": """
         seq_len batch_size micro_batch workers augment skip_bad document_mask mix mask_patches
-        val_fraction val_batches train_on_prompt too_long prompts_file data text_key seed audio
-        video timestamps
+        val_fraction val_batches train_on_prompt too_long prompts_file data text_key columns seed
+        audio video timestamps limit include_path tasks
     """,
     "Model and depth": """
         model loop_schedule loops min_loops max_loops mean_loops deeper_by loss_threshold

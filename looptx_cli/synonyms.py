@@ -8,9 +8,8 @@ from dataclasses import fields
 from looptx_core.config.model import ModelConfig
 
 COMMANDS = {
-    "eval": ("evaluate", "inspect-loops"),
-    "evaluate": ("inspect-loops",),
-    "benchmark": ("evaluate", "inspect-loops"),
+    "eval": ("evaluate",),
+    "benchmark": ("evaluate",),
     "inspect": ("inspect-loops",),
     "visualize": ("inspect-loops",),
     "infer": ("generate",),

@@ -22,6 +22,7 @@ SHORT = {
     "LOOPTX_MAX_NEW_TOKENS": "6",
     "LOOPTX_VAL_EVERY": "3",
     "LOOPTX_DECODE_TOKENS": "48",
+    "LOOPTX_LIMIT": "3",
 }
 
 
@@ -108,6 +109,14 @@ def test_bare_generate_takes_the_bundled_model(installed: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Call me") and len(done.stdout) > len("Call me\n")
     assert "bundled" in done.stderr and "try next" in done.stderr
+
+
+def test_bare_evaluate_takes_its_own_tasks(installed: Path, tmp_path: Path) -> None:
+    done = looptx("looptx evaluate", tmp_path, installed)
+    assert done.returncode == 0, done.stderr
+    assert "bundled" in done.stderr and "try next" in done.stderr
+    for task in ("hops", "p_hop", "arithmetic", "continuation", "text"):
+        assert re.search(rf"^{task} ", done.stdout, re.M)
 
 
 @pytest.mark.slow

@@ -29,6 +29,10 @@ OPTIONS = {
         --target-loss-increase --text --prompt --image --audio --video --max-new-tokens
         --decode-tokens --seed --model --config --overwrite --json --quiet
     """,
+    "evaluate": """
+        --tasks --loops --limit --include-path --out --batch-size --exit --threshold --model
+        --adapter --config --overwrite --json --quiet
+    """,
     "tokenize": """
         --data --out --vocab-size --tokenizer --val-fraction --text-key --seed --config --overwrite
         --json --quiet
@@ -43,7 +47,7 @@ OPTIONS = {
         --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every --keep
         --val-every --val-batches --log-every --model --lora --no-lora
         --qlora --no-qlora --quantization --dora --no-dora --lora-per-loop --no-lora-per-loop
-        --lora-rank --lora-alpha --lora-dropout --rslora --no-rslora --target-modules
+        --lora-rank --lora-alpha --lora-dropout --rslora --no-rslora --target-modules --columns
         --train-on-prompt --no-train-on-prompt --too-long --val-fraction --config --resume
         --overwrite --json --quiet
     """,

@@ -10,7 +10,7 @@ from looptx_core.errors import UsageError
 _AT_LEAST_1 = (
     *("steps", "seq_len", "batch_size", "micro_batch", "devices", "nodes", "save_every", "keep"),
     *("val_every", "val_batches", "log_every", "loops", "max_loops", "lora_rank", "vocab_size"),
-    *("max_new_tokens", "min_loops", "prompt_loops", "shard_tokens"),
+    *("max_new_tokens", "min_loops", "prompt_loops", "shard_tokens", "limit"),
 )
 RANGES = {
     **dict.fromkeys(_AT_LEAST_1, "[1, inf)"),

@@ -20,6 +20,7 @@ import yaml
 from looptx_core.atomic import write_file
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.corpus import TokenizeConfig
+from looptx_core.config.evaluation import EvaluateConfig
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.inspection import MEDIA_PATHS, InspectConfig
@@ -41,7 +42,7 @@ _OTHER_VARIABLES = {"LOOPTX_CACHE", "LOOPTX_CONFIG", "LOOPTX_MODEL", "LOOPTX_DEB
 
 # A `~` at the start of these is the home folder, in quotes and in files too.
 _PATHS = {"data", "out", "tokenizer", "model", "adapter", "from_hf", "nvme_path",
-          "deepspeed_config", *MEDIA_PATHS}  # fmt: skip
+          "deepspeed_config", "include_path", *MEDIA_PATHS}  # fmt: skip
 
 _SCHEMAS: dict[str, type] = {"model": ModelConfig}
 
@@ -260,7 +261,8 @@ def _environment(hints: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, 
     ours = {_variable(key): key for key in hints}
     # A variable of another command is fine here, a name that no command has is a mistake.
     known = {_variable(key) for key in keys_of({"": TrainConfig, "model": ModelConfig})}
-    others = (TokenizeConfig, FinetuneConfig, ConvertConfig, GenerationOptions, InspectConfig)
+    others = (TokenizeConfig, FinetuneConfig, ConvertConfig, GenerationOptions, InspectConfig,
+              EvaluateConfig)  # fmt: skip
     for other in others:
         known |= {_variable(key) for key in keys_of({"": other})}
     known |= ours.keys() | _OTHER_VARIABLES

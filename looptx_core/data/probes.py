@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from looptx_core.atomic import write_file
 from looptx_core.documents import read_json_lines
@@ -50,12 +50,26 @@ def read_probes(folder: Path) -> list[Probe]:
         return []
     probes = []
     for where, value in read_json_lines(file, mend="remove the file"):
-        probe = typed(Probe, value, where, mend="remove the file")
-        for start, end in probe.answers:
-            if not 0 <= start < end <= len(probe.text):
-                raise DataError(f"{where}: an answer is outside of the text; remove the file")
-        probes.append(probe)
+        probes.append(check_probe(value, where, "remove the file"))
     return probes
+
+
+def check_probe(value: Any, where: str, mend: str) -> Probe:
+    """A probe from a JSON value. Raises `DataError`, which ends in the remedy `mend`."""
+    probe = typed(Probe, value, where, mend=mend)
+    for start, end in probe.answers:
+        if not 0 <= start < end <= len(probe.text):
+            raise DataError(f"{where}: an answer is outside of the text; {mend}")
+    return probe
+
+
+def answer_tokens(probe: Probe, encoded: Encoding) -> list[int]:
+    """The places of the tokens that lie in an answer."""
+    return [
+        place
+        for place, (left, right) in enumerate(encoded.offsets)
+        if any(left < end and right > start for start, end in probe.answers)
+    ]
 
 
 def probe_batches(
@@ -75,8 +89,5 @@ def probe_batches(
         counted = torch.zeros(len(lines), length, dtype=torch.bool)
         for row, (line, item) in enumerate(zip(lines, encoded)):
             tokens[row, : len(item.ids)] = torch.tensor(item.ids)
-            for start, end in line.answers:
-                for place, (left, right) in enumerate(item.offsets):
-                    if left < end and right > start:
-                        counted[row, place] = True
+            counted[row, answer_tokens(line, item)] = True
         yield name, tokens, counted[:, 1:]

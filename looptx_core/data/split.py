@@ -80,6 +80,11 @@ def _position(seed: int, number: int) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
+def held_out_by_hash(seed: int, number: int, share: float) -> bool:
+    """Whether a corpus of many documents holds this one out."""
+    return _position(seed, number) < share
+
+
 class Splitter:
     """Gives each document, or the tail of the only one, to a split."""
 
@@ -118,7 +123,7 @@ class Splitter:
         # At least one document on each side.
         if number in (self._census.lowest[1], self._census.highest[1]):
             return number == self._census.lowest[1]
-        return _position(self._census.seed, number) < self._fraction
+        return held_out_by_hash(self._census.seed, number, self._fraction)
 
     def _hold_out_few(self) -> set[int]:
         sizes = self._census.sizes

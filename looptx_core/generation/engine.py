@@ -67,6 +67,17 @@ class ForcedScores(NamedTuple):
     """Of the cache, for one row."""
 
 
+class TextScores(NamedTuple):
+    """One text's tokens after its prompt, scored as if they were being generated."""
+
+    logprobs: list[float]
+    """Nats."""
+    hits: list[bool]
+    """Whether the most likely token is the text's."""
+    loops: list[int]
+    """The depth that predicted each."""
+
+
 class Engine:
     """Generates with one model; `exit_settings` are the model's own, stored beside it.
 
@@ -100,6 +111,7 @@ class Engine:
         self.exit_settings = exit_settings or ExitSettings()
         self.batch_size = batch_size
         self.end = end_id(tokenizer, ends)
+        self.known = vocabulary_size(tokenizer)
         self.ends, self.opening = tuple(ends), opening_ids(tokenizer)
         self.writers = writers(model.config)
         with _evaluation_mode(model):  # a back end may copy the model
@@ -147,29 +159,63 @@ class Engine:
         ]
 
     @torch.inference_mode()
-    def score_forced(self, tokens: Tensor, prompt: int, options: GenerationOptions) -> ForcedScores:
-        """Teacher-forced scoring by real decoding: with its exits, and with the cache they leave.
+    def score_texts(
+        self, texts: Sequence[Sequence[int]], prompts: Sequence[int], options: GenerationOptions
+    ) -> list[TextScores]:
+        """Score given texts by real decoding: with its exits, and with the cache they leave.
 
-        tokens: (batch, length) ids; the first `prompt` columns are the prompt. Only the options
-        of depth count.
+        texts: ids of each. prompts: how many of its first tokens, one at least and not all, are a
+        text's prompt. Only the options of depth count.
         """
-        new = tokens.shape[1] - prompt
-        options = replace(options, max_new_tokens=new, ignore_eos=True, stop=())
-        requests = []
-        for index, text in enumerate(tokens.tolist()):
-            requests.append(self._request(index, text[:prompt], options))
-            requests[-1].forced_tokens = text[prompt:]
-        with self._batch(requests, len(requests)) as batch:
-            steps = sorted(serve(batch, requests), key=lambda step: step.request)
-        seconds = [step.seconds for step in steps]
-        likeliest = torch.tensor([request.likeliest for request in requests])
-        return ForcedScores(
-            -torch.tensor([step.logprob for step in steps]).view(len(tokens), new),
-            (likeliest == tokens[:, prompt:].to(likeliest.device)).float(),
-            torch.tensor([step.loops for step in steps]).view(len(tokens), new),
-            max(seconds) - min(seconds),
-            batch.cache.bytes_per_token,
+        return [scores for scores, _ in self._walk(texts, prompts, options, self.batch_size)[0]]
+
+    @torch.inference_mode()
+    def score_forced(self, tokens: Tensor, prompt: int, options: GenerationOptions) -> ForcedScores:
+        """`score_texts` for texts of one length, all at once, with the time that it took.
+
+        tokens: (batch, length) ids; the first `prompt` columns are the prompt.
+        """
+        found, bytes_per_token = self._walk(
+            tokens.tolist(), [prompt] * len(tokens), options, len(tokens)
         )
+        seconds = [second for _, times in found for second in times]
+        return ForcedScores(
+            -torch.tensor([scores.logprobs for scores, _ in found]),
+            torch.tensor([scores.hits for scores, _ in found]).float(),
+            torch.tensor([scores.loops for scores, _ in found]),
+            max(seconds) - min(seconds),
+            bytes_per_token,
+        )
+
+    def _walk(
+        self,
+        texts: Sequence[Sequence[int]],
+        prompts: Sequence[int],
+        options: GenerationOptions,
+        rows: int,
+    ) -> tuple[list[tuple[TextScores, list[float]]], int]:
+        """Each text's scores, with the times of its tokens, and a row's bytes of cache a token."""
+        requests = []
+        for index, (text, prompt) in enumerate(zip(texts, prompts)):
+            own = replace(
+                options, max_new_tokens=len(text) - prompt, ignore_eos=True, stop=(), speculate=0
+            )
+            requests.append(self._request(index, list(text[:prompt]), own))
+            requests[-1].forced_tokens = text[prompt:]
+        steps: list[list[Step]] = [[] for _ in requests]
+        # Prompts of one length share a pass.
+        queue = sorted(requests, key=lambda request: len(request.seen))
+        with self._batch(queue, min(len(queue), rows)) as batch:
+            for step in serve(batch, queue):
+                steps[step.request].append(step)
+        found = []
+        for request, own_steps in zip(requests, steps):
+            hits = [best == id_ for best, id_ in zip(request.likeliest, request.forced_tokens)]
+            scores = TextScores(
+                [step.logprob for step in own_steps], hits, [step.loops for step in own_steps]
+            )
+            found.append((scores, [step.seconds for step in own_steps]))
+        return found, batch.cache.bytes_per_token
 
     @contextlib.contextmanager
     def _batch(self, requests: Sequence[Request], rows: int) -> Iterator[RunningBatch]:
@@ -281,7 +327,7 @@ class Engine:
             seen=tokens,
             limit=min(len(tokens) + options.max_new_tokens, config.max_seq_len),
             ends=frozenset(self.ends or (self.end,)),
-            known=vocabulary_size(self.tokenizer),
+            known=self.known,
             media=getattr(prompt, "media", ()),
             writers=self.writers,
             generator=torch.Generator().manual_seed(options.seed),

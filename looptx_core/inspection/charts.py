@@ -33,6 +33,8 @@ class Series:
     bars: bool = False
     tips: Sequence[str] = ()
     """What a point tells when pointed at, beside its series and numbers."""
+    errors: Sequence[float] = ()
+    """Half the length of each point's error bar, in a file's figure."""
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ from looptx_core.atomic import write_file
 from looptx_core.checkpoint.run_summary import RunDetails, read_run
 from looptx_core.documents import read_json
 from looptx_core.errors import LooptxError, UsageError
+from looptx_core.inspection.figures import FIGURES
 from looptx_core.inspection.tables import Table
 
 SCHEMA_VERSION = 1
-FIGURES = (".png", ".svg", ".pdf")
-"""The kinds of files that `draw` writes."""
 
 # Settings that make no difference to the result, and what the data decides.
 _NO_SETTINGS = {"out", "save_every", "keep", "log_every", "workers", "nvme_path",

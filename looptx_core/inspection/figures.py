@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from looptx_core.atomic import write_file
 from looptx_core.documents import printable
 from looptx_core.inspection.charts import COLOURS, Chart, charts
 from looptx_core.media.base import Figure
 from looptx_core.media.registry import MEDIA
 
 Document = dict[str, Any]
+FIGURES = (".png", ".svg", ".pdf")
+"""The kinds of files that charts are drawn to."""
+_ACROSS = 3  # charts side by side in a file of their own
 
 
 def plot_figures(document: Document, folder: Path) -> dict[str, Path]:
@@ -42,6 +48,32 @@ def plot_figures(document: Document, folder: Path) -> dict[str, Path]:
     return made
 
 
+def draw_charts(made: Sequence[Chart], file: Path) -> None:
+    """Charts in one figure, whose kind the file's ending tells; replaces the file.
+
+    Raises `LooptxError` where it can't be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
+    from matplotlib import pyplot as plt
+
+    across = min(_ACROSS, len(made))
+    down = -(-len(made) // across)
+    figure, axes = plt.subplots(down, across, figsize=(5 * across, 4 * down), squeeze=False)
+    _side_by_side(list(made), axes.flat)
+    for axis in figure.axes[: len(made)]:
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in figure.axes[len(made) :]:
+        axis.set_visible(False)
+    figure.tight_layout()
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format=file.suffix[1:].lower())
+    plt.close(figure)
+    write_file(file, drawn.getvalue())
+
+
 def _side_by_side(made: list[Chart], axes: Any) -> None:
     for chart, axis in zip(made, axes):
         _chart(chart, axis)
@@ -59,6 +91,8 @@ def _chart(chart: Chart, axis: Any) -> None:
             axis.plot(
                 xs, ys, color=colour, marker="." if small else "o", label=printable(series.name)
             )
+            if series.errors:
+                axis.errorbar(xs, ys, series.errors, color=colour, linestyle="none", capsize=3)
     for level in chart.lines:
         axis.axhline(level, color="0.7", linewidth=0.8, linestyle="-" if level == 0 else "--")
     for mark in chart.marks:
@@ -73,5 +107,5 @@ def _chart(chart: Chart, axis: Any) -> None:
         axis.set_ylim(*chart.y_range)
     if chart.names:
         axis.set_xticks(range(len(chart.names)), [printable(name) for name in chart.names])
-    if len(chart.series) > 1:
+    if len(chart.series) > 1 or (chart.marks and chart.series):
         axis.legend(frameon=False, fontsize=8)
