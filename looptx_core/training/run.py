@@ -47,6 +47,7 @@ from looptx_core.training.callbacks import (
     processes_of,
     resume_point,
     step_of,
+    verify_checkpoint,
 )
 from looptx_core.training.compiled import compile_forward, uncompile_forward
 from looptx_core.training.finish import TrainResult, finish_training
@@ -140,7 +141,7 @@ def check(config: RunConfig, folder: Path) -> None:
     for a strategy that does not fit the settings.
     """
     device = best_device()
-    precision, _ = choose_precision(config.precision, device)
+    precision, _ = choose_precision(config.precision, device, config.sharding)
     choose_backend(
         config.attention, device, torch.bfloat16 if precision == "bf16" else torch.float32
     )
@@ -192,7 +193,7 @@ def fit(
     )
     last_step = until or config.steps
     device = best_device()
-    precision, why = choose_precision(config.precision, device)
+    precision, why = choose_precision(config.precision, device, config.sharding)
     report(f"precision: {precision}, {why}")
     backend = choose_backend(
         config.attention, device, torch.bfloat16 if precision == "bf16" else torch.float32
@@ -221,6 +222,8 @@ def fit(
         )
         if not logged:
             report(f"resumed: {metrics.file.name} lost records, so it has a gap")
+        if start_from is not None and is_first():  # others start later, or end with this one
+            verify_checkpoint(start_from)
     strategy = choose_strategy(
         model,
         config,
