@@ -90,8 +90,8 @@ def small_survey() -> Survey:
     evaluation = LoopEvaluation(
         tokens=2, loss=loss.sum(1), correct=hit.sum(1), norm=torch.zeros(3),
         logit=torch.tensor([[3.0, -3.0], [3.0, 3.0], [3.0, 3.0]]), hit=hit, gain=gain,
-        change=kl, each=loss,
-        sharp=torch.tensor([[2.2, -1.4], [2.2, 2.2], [2.2, 2.2]]),
+        change=kl, token_loss=loss,
+        top_log_odds=torch.tensor([[2.2, -1.4], [2.2, 2.2], [2.2, 2.2]]),
     )  # fmt: skip
     sharp = torch.tensor([[0.9, 0.2], [0.9, 0.9], [0.9, 0.9]])
     return Survey(evaluation, {"kl": kl, "entropy": 1 - sharp, "maxprob": sharp})

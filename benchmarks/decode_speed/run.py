@@ -31,13 +31,15 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models
+from torch import nn
 
 from benchmarks.common.record import results_file, rows_by, rows_so_far, write
-from looptx_core.backends.cpu.rounding import held_bytes
+from looptx_core.backends.cpu.rounding import all_blocks, block_layers
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.conversion.ternary import pack_model
 from looptx_core.generation.engine import Engine
+from looptx_core.model.bitnet import TernaryLinear
 from looptx_core.model.loop import LoopedTransformer
 
 PROMPT, NEW = 32, 96
@@ -85,6 +87,19 @@ def looptx(
         return steps[-1].seconds - steps[0].seconds
 
     return run, held_bytes(model, weights if device != "cpu" else held)
+
+
+def held_bytes(model: LoopedTransformer, precision: str = "float32") -> int:
+    """Bytes of weights that decoding a token reads, each once, as the kernel holds them."""
+    width = {"float32": 4, "bf16": 2, "int8": 1}[precision]
+    total = model.head.weight.numel() * width
+    for block in all_blocks(model):
+        for layer in block_layers(block):
+            if isinstance(layer, TernaryLinear):
+                total += layer.packed.nbytes
+            elif isinstance(layer, nn.Linear):
+                total += layer.weight.numel() * width
+    return total
 
 
 def llama_config(config: ModelConfig) -> Any:

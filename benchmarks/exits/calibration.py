@@ -74,7 +74,7 @@ def main() -> None:
     )  # fmt: skip
     parts = [evaluate_batch(model, batch, 10) for batch in data.val_dataloader()]
     gain = torch.cat([part.gain for part in parts], 1)
-    loss = torch.cat([part.each for part in parts], 1)
+    loss = torch.cat([part.token_loss for part in parts], 1)
     order = torch.randperm(gain.shape[1], generator=torch.Generator().manual_seed(0))
     fit, show = order.chunk(2)
     change = torch.cat([part.change for part in parts], 1)
@@ -90,7 +90,7 @@ def main() -> None:
         "calibrated": stopped(told, loss[:, show]),
         "confidence": confidences(*(
             torch.cat([getattr(part, name) for part in parts], 1)[:, half]
-            for half in (fit, show) for name in ("logit", "sharp", "hit")
+            for half in (fit, show) for name in ("logit", "top_log_odds", "hit")
         )),
     }  # fmt: skip
     rows = [{"depth": name, **flat(found)} for name, found in results.items()]

@@ -73,9 +73,9 @@ class Seen:
                  for tokens, more in sequences]  # fmt: skip
         return Seen(
             torch.stack([torch.cat(parts) for parts in states]),
-            torch.cat([part.each for part in found], 1),
+            torch.cat([part.token_loss for part in found], 1),
             torch.cat([part.hit for part in found], 1),
-            torch.cat([part.sharp for part in found], 1).sigmoid(),
+            torch.cat([part.top_log_odds for part in found], 1).sigmoid(),
         )
 
 

@@ -58,7 +58,7 @@ def forecasts(fit: Survey, shown: Survey) -> dict[str, Tensor]:
     """By calibration: what each token of `shown` is to gain, (loops - 1, tokens)."""
     found: dict[str, list[Tensor]] = {}
     seen = fit.evaluation
-    slope, power, offset = fit_gain(seen.gain, seen.change, seen.each)
+    slope, power, offset = fit_gain(seen.gain, seen.change, seen.token_loss)
     fitted = ExitSettings(gain_slope=slope, gain_power=power, gain_offset=offset)
     default = shown.signals(fitted)["gain"]
     for loop in range(fit.loops - 1):

@@ -154,7 +154,7 @@ def exits(model: LoopedTransformer, args: argparse.Namespace) -> dict[str, objec
     own = picked.settings(settings)
     depth = rule_depths(shown, own)
     confidence = shown.signals(own)["confidence"]
-    last = shown.evaluation.each[-1]
+    last = shown.evaluation.token_loss[-1]
     return {
         "rule": picked.rule,
         "threshold": picked.threshold,
@@ -170,7 +170,7 @@ def exits(model: LoopedTransformer, args: argparse.Namespace) -> dict[str, objec
         "accuracy_full": round(float(shown.hit[-1].mean()), 4),
         "ece_full": calibration_error(confidence[-1], shown.hit[-1]),
         "auroc_full": auroc(confidence[-1], shown.hit[-1]),
-        "auroc_maxprob_full": auroc(shown.read["maxprob"][-1], shown.hit[-1]),
+        "auroc_maxprob_full": auroc(shown.logit_signals["maxprob"][-1], shown.hit[-1]),
         "loss_full": round(float(last.double().mean()), 4),
     }
 

@@ -64,7 +64,7 @@ class Captions:
         media = batch_items([picture] * len(rows)) if picture else None
         found = evaluate_loops(self.loaded.model, tokens, loops, counted, media=media)
         sums = torch.zeros(loops, len(rows), dtype=torch.float64)
-        return sums.index_add_(1, counted.nonzero()[:, 0], found.each.double())
+        return sums.index_add_(1, counted.nonzero()[:, 0], found.token_loss.double())
 
     def ranked_by(self, record: dict[str, Any] | None, names: list[str]) -> torch.Tensor:
         """`losses` after the loops that names are ranked by; each is worked out once."""

@@ -1,7 +1,7 @@
-"""What a back end is: it begins a `Pass` over the next tokens of some rows of a cache.
+"""What a back end is: `Backend.begin` makes a `Pass` over the next tokens of some rows of a cache.
 
-The engine speaks to a model through these two classes alone. `Pass.until_exit` is written once, by
-the other methods; a back end that can loop without asking Python in between overrides it.
+The engine runs a model through these two classes alone. `Pass.until_exit` is written once, in terms
+of the other methods; a back end that can loop without returning to Python overrides it.
 """
 
 from __future__ import annotations
@@ -21,56 +21,59 @@ from looptx_core.stopping.rule import Exit, HeadOutput
 
 
 class LoopResult(NamedTuple):
-    """Where `Pass.until_exit` stopped."""
+    """The state at which `Pass.until_exit` stopped."""
 
     state: Tensor
     """(rows, 1, d_model)."""
     loops_run: int
-    """Passes of the core, the same for each row."""
+    """How many loops were run, the same number for each row."""
     outputs: list[HeadOutput]
-    """Each row's, after the last loop. A gain that no row's exit looks at may be left at 0."""
+    """The confidence head's output for each row after the last loop. Its gain may be 0 if no row's
+    exit uses it."""
 
 
 class Pass(ABC):
-    """The next `new` tokens of some rows on their way through the model.
+    """One forward pass, in stages, over the next `new` tokens of some rows.
 
-    States are (rows, new, d_model). `loops` gives each row its loop, counted from 1.
+    States are (rows, new, d_model). The argument `loops` has each row's loop, counted from 1.
     """
 
     @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:
-        """tokens (rows, new) -> the prelude's output, from which the loops start."""
+        """tokens (rows, new) -> the prelude's output, which is the state before the first loop."""
 
     @abstractmethod
     def iterate(
         self, state: Tensor, embedding: Tensor, loops: Sequence[int], count: int = 1
     ) -> Tensor:
-        """The state after `count` loops; `loops` are the first of them."""
+        """The state after `count` loops, of which `loops` are the first."""
 
     @abstractmethod
     def logits(self, state: Tensor, last: bool = False) -> Tensor:
-        """Coda and head: (rows, new, vocab_size); of each row's last token alone if `last`."""
+        """Coda and head: (rows, new, vocab_size), or (rows, 1, vocab_size) for the last token."""
 
     def draft_logits(self, state: Tensor) -> Tensor:
-        """`logits` where a guess will do."""
+        """`logits` for drafts, which may be less exact and faster."""
         return self.logits(state)
 
     @abstractmethod
     def confidence(self, state: Tensor, loops: Sequence[int]) -> list[tuple[float, float]]:
-        """The confidence head's output, log-odds and gain, for states (rows, 1, d_model)."""
+        """The confidence head's (log-odds, gain) of each row, for states (rows, 1, d_model)."""
 
     @abstractmethod
     def backfill(self, state: Tensor, embedding: Tensor, loops: Sequence[int]) -> None:
-        """The tokens exit, each row's after its loop: write what deeper, later tokens will attend
-        to. Only where `LoopCache.needs_backfill` says so."""
+        """Write what later, deeper tokens will attend to; each row's tokens exit after its loop.
+
+        To be called only where `LoopCache.needs_backfill`.
+        """
 
     def until_exit(
         self, state: Tensor, embedding: Tensor, loops: Sequence[int], exits: Sequence[Exit]
     ) -> LoopResult:
-        """Loop (rows, 1, d_model) until the exit of at least one row has to be checked.
+        """Loop until the exit of at least one row has to be checked.
 
-        loops: each row's next. exits: each row's own. A back end may go on as long as no row can
-        stop.
+        state, embedding: (rows, 1, d_model). loops: the loop that each row runs next. exits: of
+        each row. A back end may run further as long as no row can stop.
         """
         count = min(own.next_check(loop - 1) - loop + 1 for own, loop in zip(exits, loops))
         if count > 1:
@@ -83,11 +86,11 @@ class Pass(ABC):
 
 
 class Backend(ABC):
-    """Runs one model."""
+    """Runs one model while generating."""
 
     name: str
     reuses_cache = False
-    """Whether a cache that was used before is worth more than a new one."""
+    """Whether the engine should use a cache again, because work is tied to its memory."""
 
     def __init__(self, model: LoopedTransformer) -> None:
         self.model = model
@@ -105,7 +108,8 @@ class Backend(ABC):
         tokens: Tensor | None = None,
         media: Media | None = None,
     ) -> Pass:
-        """A pass over the next `new` tokens of these rows, or of all.
+        """A pass over the next `new` tokens of these rows, by default of all.
 
-        tokens: (rows, new), needed where media are among them.
+        tokens, media: (rows, new) ids and the items of their placeholders; needed only if there
+        are media.
         """

@@ -15,7 +15,7 @@ from looptx_core.model.loop import LoopedTransformer
 
 
 class TorchBackend(Backend):
-    """Knows everything that the model knows."""
+    """Runs whatever the model supports."""
 
     name = "torch"
 
@@ -71,11 +71,11 @@ class TorchPass(Pass):
         return state
 
     def _mixed(self, state: Tensor, embedding: Tensor, loops: Sequence[int]) -> Tensor:
-        """One loop of rows that are at different ones."""
+        """One loop of rows that are at different loops."""
         if self.model.enter_loop is None:
             index = torch.tensor(loops, device=state.device)
             return self.model.step(state, embedding, index, self.ctx)
-        after = torch.empty_like(state)  # loops with weights of their own go one by one
+        after = torch.empty_like(state)  # loops with their own weights run one after another
         for loop, which in _by_loop(loops):
             after[which] = self._subset(which).iterate(state[which], embedding[which], [loop])
         return after
@@ -105,5 +105,5 @@ class TorchPass(Pass):
 
 
 def _by_loop(loops: Sequence[int]) -> list[tuple[int, list[int]]]:
-    """Each loop that occurs, with the rows that are at it."""
+    """Each loop that occurs, with the indices of the rows that are at it."""
     return [(loop, [i for i, own in enumerate(loops) if own == loop]) for loop in set(loops)]

@@ -253,7 +253,7 @@ def held_out_ece(found: LoopEvaluation, settings: ExitSettings) -> float:
     settings: without `stated` it is calibrated on the other half.
     """
     half, first = found.logit.shape[1] // 2, min(settings.min_loops, len(found.logit)) - 1
-    parts = [part[first:] for part in (found.hit, found.logit, found.sharp)]
+    parts = [part[first:] for part in (found.hit, found.logit, found.top_log_odds)]
     if not settings.stated:
         settings = replace(settings, stated=fit_odds(*(part[:, :half] for part in parts)))
     hit, logit, sharp = (part[:, half:] for part in parts)

@@ -3,9 +3,9 @@
     for step in Engine(model, tokenizer, exit_settings).generate(["Call me"]):
         print(step.text, step.loops, step.confidence)
 
-A token's record tells of the position that predicted it: how many loops ran there, and how sure
-the confidence head was. The prompt runs at full depth; then each new position loops until its
-request's exit lets it go.
+A token's record describes the position that predicted it: how many loops ran there, and how sure
+the confidence head was. The prompt runs at full depth; each new position then loops until its
+request's exit stops it.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ __all__ = ["ChatPrompt", "Engine", "ForcedScores", "Generation", "MediaPrompt", 
 
 
 class ForcedScores(NamedTuple):
-    """Given texts, scored as if they were being generated."""
+    """Given texts of one length, scored as if they were being generated."""
 
     loss: Tensor
     """Nats, (batch, tokens after the prompt)."""
     hit: Tensor
-    """1 where the most likely token is the text's, of the same shape."""
+    """1 where the most likely token is the text's, else 0, of the same shape."""
     loops: Tensor
-    """The depth that predicted each of them, of the same shape."""
+    """Loops that ran to predict each token, of the same shape."""
     seconds: float
-    """Without the prompt's pass."""
+    """Time without the prompt's pass."""
     bytes_per_token: int
-    """Of the cache, for one row."""
+    """Size of the cache for one row."""
 
 
 class TextScores(NamedTuple):
@@ -75,21 +75,27 @@ class TextScores(NamedTuple):
     hits: list[bool]
     """Whether the most likely token is the text's."""
     loops: list[int]
-    """The depth that predicted each."""
+    """Loops that ran to predict each token."""
 
 
 class Engine:
-    """Generates with one model; `exit_settings` are the model's own, stored beside it.
+    """Generates with one model.
 
-    The model is in evaluation mode while it generates and then in its own mode again. Its weights
-    keep their values, but projections of one input share storage from then on.
-    `batch_size`: the most prompts that run at once; more wait, and join as others finish.
-    `counters` count what was done.
-    ends: ids at any of which a text ends; absent: the token that ends the tokenizer's documents.
-    A prompt that is text begins as the tokenizer's post-processor says.
-    kernel, precision: see `select_backend`; `kernel` then says what was chosen, and why.
+    The model is in evaluation mode only while it generates. Its weights keep their values, but
+    projections of the same input share storage from then on.
 
-    Raises `UsageError` for a `batch_size` below 1 and for an unknown kernel or precision.
+    Args:
+        exit_settings: the model's own, stored beside it.
+        ends: ids that end a text; by default the token that ends the tokenizer's documents.
+        batch_size: how many prompts run at once at most; the others wait until a row is free.
+        kernel, precision: see `select_backend`. The attribute `kernel` says what was chosen and
+            why.
+
+    A prompt that is text begins with the tokens that the tokenizer's post-processor adds. The
+    attribute `counters` counts the work done.
+
+    Raises `UsageError` for a `batch_size` below 1 and for an unknown kernel or precision,
+    `MissingError` for a kernel that this machine can't run.
     """
 
     def __init__(
@@ -124,11 +130,11 @@ class Engine:
         prompts: Sequence[Prompt],
         options: GenerationOptions | Sequence[GenerationOptions] | None = None,
     ) -> Iterator[Step]:
-        """Continue prompts, given as texts or as token ids; yields tokens as they are drawn.
+        """Continue prompts (texts, token ids, texts with media, chats); yields tokens as drawn.
 
         options: one for all, or one for each prompt. Tokens of different requests interleave.
-        Raises `UsageError`, at the call, for settings that can't be followed and for a prompt
-        that leaves no room in the model's context.
+        Raises `UsageError`, at the call, for settings out of range and for a prompt that fills the
+        model's context.
         """
         each = _for_each(prompts, options)
         return self._generate([self._request(i, *pair) for i, pair in enumerate(each)])
@@ -139,7 +145,7 @@ class Engine:
         options: GenerationOptions | Sequence[GenerationOptions] | None = None,
         watch: Callable[[Step], object] | None = None,
     ) -> list[Generation]:
-        """`generate`, collected by request; `watch` sees each token at once."""
+        """`generate`, collected by request. `watch` is called with each token as it is drawn."""
         tokens: list[list[Step]] = [[] for _ in prompts]
         for step in self.generate(prompts, options):
             tokens[step.request].append(step)
@@ -162,20 +168,21 @@ class Engine:
     def score_texts(
         self, texts: Sequence[Sequence[int]], prompts: Sequence[int], options: GenerationOptions
     ) -> list[TextScores]:
-        """Score given texts by real decoding: with its exits, and with the cache they leave.
+        """Score given texts by real decoding, with early exits and the cache that these write.
 
-        texts: ids of each. prompts: how many of its first tokens, one at least and not all, are a
-        text's prompt. Only the options of depth count.
+        texts: the ids of each. prompts: how many of each text's first tokens are its prompt, at
+        least one and not all. Of the options, only those about depth matter.
         """
-        return [scores for scores, _ in self._walk(texts, prompts, options, self.batch_size)[0]]
+        found, _ = self._run_forced(texts, prompts, options, self.batch_size)
+        return [scores for scores, _ in found]
 
     @torch.inference_mode()
     def score_forced(self, tokens: Tensor, prompt: int, options: GenerationOptions) -> ForcedScores:
-        """`score_texts` for texts of one length, all at once, with the time that it took.
+        """`score_texts` for texts of one length, all in one batch, with the time taken.
 
         tokens: (batch, length) ids; the first `prompt` columns are the prompt.
         """
-        found, bytes_per_token = self._walk(
+        found, bytes_per_token = self._run_forced(
             tokens.tolist(), [prompt] * len(tokens), options, len(tokens)
         )
         seconds = [second for _, times in found for second in times]
@@ -187,14 +194,14 @@ class Engine:
             bytes_per_token,
         )
 
-    def _walk(
+    def _run_forced(
         self,
         texts: Sequence[Sequence[int]],
         prompts: Sequence[int],
         options: GenerationOptions,
         rows: int,
     ) -> tuple[list[tuple[TextScores, list[float]]], int]:
-        """Each text's scores, with the times of its tokens, and a row's bytes of cache a token."""
+        """(scores, seconds of each token) of each text, and the cache's bytes per token and row."""
         requests = []
         for index, (text, prompt) in enumerate(zip(texts, prompts)):
             own = replace(
@@ -219,7 +226,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _batch(self, requests: Sequence[Request], rows: int) -> Iterator[RunningBatch]:
-        """With a cache that holds so many of these requests at once."""
+        """A running batch with a cache for this many of the requests at once."""
         needed = max(request.limit for request in requests) - 1
         loops = max(max(r.exit.max_loops, r.prompt_exit.max_loops) for r in requests)
         cache = self._cache(requests[0].exit.settings, rows, needed, loops)
@@ -231,40 +238,40 @@ class Engine:
                 self._spare = cache
 
     def _cache(self, settings: ExitSettings, rows: int, needed: int, loops: int) -> LoopCache:
-        """A new one, or the last one where it would be the same."""
+        """A cache for `needed` columns: a new one, or the spare one if it fits."""
         spare, capacity = self._spare, needed
         if self.backend.reuses_cache and rows == 1:
             self._spare = None
             if spare is not None and spare.has_room(needed):
                 own = spare.policy, spare.kind, spare.loops
                 if own == (settings.kv_policy, settings.kv_type, loops):
-                    spare.wipe()  # what is masked is read too, and must be finite
+                    spare.wipe()  # masked entries are still multiplied, so they must be finite
                     return spare
-            capacity = -(-needed // _CAPACITY_STEP) * _CAPACITY_STEP  # so that the next one fits
+            # Rounded up, so that the next request is likely to fit.
+            capacity = -(-needed // _CAPACITY_STEP) * _CAPACITY_STEP
         return self.model.new_cache(rows, capacity, loops, settings.kv_policy, settings.kv_type)
 
     def compute_saved(self, generation: Generation) -> float:
-        """Share of the FLOPs of the tokens that full depth would have taken beyond these.
+        """The share of FLOPs that early exits saved, compared with `max_loops` for every token.
 
-        Heads and evaluations of the confidence head count; full depth is the most loops that the
-        model is trained for.
+        Readouts and evaluations of the confidence head count too.
         """
         config = self.model.config
         context = generation.prompt_tokens + len(generation.tokens) / 2
         flops = token_flops(config, context)
         full = len(generation.tokens) * flops.at(config.max_loops)
         first, *others = [step.loops for step in generation.tokens]
-        # The first token comes from the prompt's pass, where no rule is asked.
+        # The first token comes from the prompt's pass, which checks no exit.
         spent = flops.at(first)
         spent += sum(flops.at(loops, *generation.exit.passes(loops)) for loops in others)
         return 1 - spent / full
 
     def length(self, prompt: Prompt) -> int:
-        """Tokens of a prompt."""
+        """The number of tokens of a prompt."""
         return len(self._encode(prompt))
 
     def text_of(self, prompt: Prompt) -> str:
-        """What stands before a continuation."""
+        """The text of a prompt, to show before its continuation; a chat's last message."""
         if isinstance(prompt, ChatPrompt):
             return prompt.messages[-1]["content"]
         if isinstance(prompt, MediaPrompt):
@@ -277,7 +284,7 @@ class Engine:
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
             prompt = [*self.opening, *ids]
-        # A document's start looks like the end of the one before.
+        # In training, a document follows the end token of the one before.
         return list(prompt) or [self.end]
 
     def _encode_media(self, prompt: MediaPrompt | ChatPrompt) -> list[int]:
@@ -289,7 +296,7 @@ class Engine:
         config = self.model.config
         if isinstance(prompt, ChatPrompt):
             return chat_prompt(prompt.messages, self.tokenizer, prompt.media, config)
-        # As a record of training begins.
+        # Records begin with this token in training too.
         ids = [self.end, *content_ids(prompt.text, self.tokenizer, prompt.media, config)]
         return ids if prompt.write is None else [*ids, self._writer(prompt.write).opens]
 
@@ -320,7 +327,7 @@ class Engine:
             options=options,
             exit=own,
             prompt_exit=fixed_exit(options.prompt_loops or own.max_loops, own.settings),
-            # An answer in a chat is a text of its own.
+            # An answer in a chat does not continue the prompt's text.
             text=TextStream(
                 self.tokenizer, options.stop, () if isinstance(prompt, ChatPrompt) else tokens
             ),
@@ -343,16 +350,16 @@ class Engine:
                 yield from speculate(batch, request)
         requests = [request for request in requests if not request.options.speculate]
 
-        # A cache has one policy and type, so requests of different ones run after one another.
-        for _, alike in itertools.groupby(sorted(requests, key=kind), kind):
-            group = list(alike)
+        # A cache has one policy and number type; requests with others run in batches of their own.
+        for _, members in itertools.groupby(sorted(requests, key=kind), kind):
+            group = list(members)
             with self._batch(group, min(len(group), self.batch_size)) as batch:
                 yield from serve(batch, group)
 
 
 @contextlib.contextmanager
 def _evaluation_mode(model: LoopedTransformer) -> Iterator[None]:
-    """The model without dropout; afterwards each of its modules is in its former mode."""
+    """Put the model into evaluation mode; afterwards each module is in its former mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Items of media that a model writes: which ids may come, and when an item is whole."""
+"""Items of media that a model writes: which ids may follow, and when an item is finished."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from looptx_core.media.base import Writer
 
 @dataclass(frozen=True)
 class Output:
-    """A finished item of a medium, which a model wrote."""
+    """A finished item of a medium that a model has written."""
 
     medium: str
     ids: tuple[int, ...]
     """Its tokens, without the one that opens it."""
     content: bytes
-    """Of the file that it makes."""
+    """The file's content."""
 
 
 class OpenItem(NamedTuple):
@@ -31,12 +31,12 @@ class OpenItem(NamedTuple):
     written: Sequence[int]
 
     def restrict(self, logits: Tensor) -> Tensor:
-        """logits (vocab_size,), with minus infinity for ids that may not come."""
+        """logits (vocab_size,), with minus infinity for ids that may not follow."""
         allowed = torch.tensor(list(self.writer.allowed(self.written)), device=logits.device)
         return torch.full_like(logits, float("-inf")).index_copy(0, allowed, logits[allowed])
 
     def finish(self, token: int) -> Output | None:
-        """The whole item, if this token ends it."""
+        """The finished item, if this token ends it."""
         ids = (*self.written, token)
         if not self.writer.finished(ids):
             return None
@@ -44,7 +44,7 @@ class OpenItem(NamedTuple):
 
 
 def open_item(writers: Mapping[str, Writer], seen: Sequence[int]) -> OpenItem | None:
-    """The item that these ids, a prompt and what came after it, leave unfinished, if any."""
+    """The item that is unfinished after these ids (a prompt and its continuation), if any."""
     for medium, writer in writers.items():
         codes = range(writer.first_code, writer.first_code + writer.codes)
         start = len(seen)

@@ -1,4 +1,4 @@
-"""Requests and what becomes of them: prompts in, a record for each token out."""
+"""Requests and their results: a prompt in, a `Step` for each token, a `Generation` at the end."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from looptx_core.stopping.rule import Exit
 
 @dataclass(frozen=True)
 class MediaPrompt:
-    """A text with items of media, placed by their markers, or before it; see `data.content`."""
+    """A text with items of media, at its markers or, without any, before it; see `data.content`."""
 
     text: str
     media: tuple[MediaItem, ...] = ()
     write: str | None = None
-    """The medium of an item that the model is to write next; None leaves it to the model."""
+    """The medium of an item that the model has to write next; None: the model decides."""
 
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """A conversation to answer, by a model that was finetuned on chats.
+    """A conversation to answer, for a model that was finetuned on chats.
 
-    messages: of `role` and `content`, as in `data.chat`. media: of the first message.
+    messages: each has `role` and `content`, as in `data.chat`. media: the first message's.
     """
 
     messages: tuple[Mapping[str, str], ...]
@@ -53,19 +53,19 @@ class Step(NamedTuple):
     """Index of the prompt that it continues."""
     id: int
     text: str
-    """The text that it makes certain; '' within a character or a possible stop string."""
+    """The text that has become certain; '' within a character or a possible stop string."""
     loops: int
-    """The depth at the position that predicted it."""
+    """Loops that ran at the position that predicted it."""
     confidence: float
-    """The calibrated probability, there, that the top-1 token is right, by its logits too."""
+    """The calibrated probability that the top token was right; see `reported_confidence`."""
     logprob: float
-    """The model's own, at temperature 1 and before any filter, in nats."""
+    """Log-probability of the token in nats, at temperature 1 and before any filter."""
     seconds: float
-    """Since its prompt was begun."""
+    """Time since the pass of its prompt began."""
     finish_reason: str | None = None
-    """With a request's last token: length, stop (a stop string) or end (the document's)."""
+    """Of a request's last token: length, stop (a stop string) or end (of the document)."""
     output: Output | None = None
-    """An item of a medium that this token finishes."""
+    """The item of a medium that this token finishes, if any."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of this request, the prompt's time included."""
+        """Of this request, counting the time of its prompt too."""
         return len(self.tokens) / self.tokens[-1].seconds
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class Generation:
 
 @dataclass
 class Request:
-    """A prompt on its way: its settings, its own random generator, what it has seen."""
+    """A prompt that is being continued: its settings, its random generator and its tokens."""
 
     index: int
     options: GenerationOptions
@@ -121,24 +121,24 @@ class Request:
     text: TextStream
     seen: list[int]
     limit: int
-    """Tokens to stop at, prompt included."""
+    """The length at which it stops, in tokens, with the prompt."""
     ends: frozenset[int]
     """The tokens that end a text."""
     known: int
-    """Tokens that can be drawn: a model may have rows for more, to fill up to a round number."""
+    """Size of the tokenizer's vocabulary; the model's may be padded to a round number."""
     media: tuple[MediaItem, ...] = ()
     writers: Mapping[str, Writer] = field(default_factory=dict)
-    """Of the media that the model writes."""
+    """The writers of the media that the model writes."""
     forced_tokens: Sequence[int] = ()
-    """Tokens to take, in place of those that would be drawn."""
+    """Tokens to take instead of drawing any."""
     likeliest: list[int] = field(default_factory=list)
-    """With forced tokens: the most likely token in the place of each."""
+    """With forced tokens: the token that was most likely, for each."""
     generator: torch.Generator = field(default_factory=torch.Generator)
     began: float = field(default_factory=time.perf_counter)
     done: bool = False
 
     def sample(self, logits: Tensor, best: int) -> int:
-        """The next token, by logits (vocab_size,); best: the most likely one."""
+        """Draw the next token from logits (vocab_size,). best: the most likely token."""
         if self.forced_tokens:
             self.likeliest.append(best)
             return self.forced_tokens[len(self.seen) - self.limit]
@@ -149,20 +149,23 @@ class Request:
         return sample(self._possible(logits, self.seen), self.options, seen, self.generator)
 
     def chances(self, logits: Tensor, seen: Sequence[int]) -> Tensor:
-        """Each token's chance after these, by logits (vocab_size,): (known,), or within an item
-        of a medium (vocab_size,)."""
+        """Each token's probability to be drawn after `seen`, from logits (vocab_size,).
+
+        (known,), or (vocab_size,) within an item of a medium.
+        """
         so_far = torch.tensor(seen, device=logits.device)
         return chances(self._possible(logits, seen), self.options, so_far)
 
     def _possible(self, logits: Tensor, seen: Sequence[int]) -> Tensor:
-        """The logits of what may follow these tokens: the text's, or an open item's codes."""
+        """The logits of the tokens that may follow `seen`: text, or the codes of an open item."""
         item = open_item(self.writers, seen)
         return item.restrict(logits) if item else logits[: self.known]
 
     def take(self, token: int) -> tuple[str, Output | None, str | None]:
-        """Go on with this token: its text, the item it finishes, and why it is the last, if it is.
+        """Append a token: returns its text, the item that it finishes, and the finish reason.
 
-        A token within an item has no text and ends no document.
+        The last two are None for most tokens. A token within an item has no text and ends no
+        document.
         """
         item = open_item(self.writers, self.seen)
         self.seen.append(token)
@@ -180,7 +183,7 @@ class Request:
 
 
 def next_tokens(requests: Sequence[Request], output: StepOutput) -> list[Step]:
-    """Draw each request's next token from what its row predicts."""
+    """Draw each request's next token from its row of `output`, and record it."""
     logits = at_least_float(output.logits)
     best = logits[:, : requests[0].known].argmax(-1).tolist()
     ids = [request.sample(*given) for request, *given in zip(requests, logits, best)]
@@ -188,9 +191,9 @@ def next_tokens(requests: Sequence[Request], output: StepOutput) -> list[Step]:
 
 
 def record(requests: Sequence[Request], ids: Sequence[int], output: StepOutput) -> list[Step]:
-    """Give each request its next token; one of the output's rows for each."""
+    """Append to each request its next token from `ids`. `output` has a row for each request."""
     logits = at_least_float(output.logits)
-    # logsumexp of one row wakes torch's threads, which then spin in the kernel's way.
+    # Not logsumexp: for one row it wakes torch's threads, which then slow the kernel down.
     chosen = torch.tensor(ids, device=logits.device)[:, None]
     logs = logits.log_softmax(-1)
     logprobs = logs.gather(1, chosen)[:, 0].tolist()
@@ -200,8 +203,8 @@ def record(requests: Sequence[Request], ids: Sequence[int], output: StepOutput) 
     steps = []
     for request, token, loops, odds, top_logit, logprob in zip(*columns):
         text, finished, reason = request.take(token)
-        sure = reported_confidence(odds, top_logit, request.exit.settings)
-        figures = (loops, sure, logprob, now - request.began)
+        confidence = reported_confidence(odds, top_logit, request.exit.settings)
+        figures = (loops, confidence, logprob, now - request.began)
         steps.append(Step(request.index, token, text, *figures, reason, finished))
     return steps
 

@@ -1,7 +1,7 @@
-"""Rows on their way through the core: each at its own loop, each stopping by its own exit.
+"""The rows that are in the core, each at its own loop and with its own exit.
 
-`step` runs the core on all active rows, each at its own loop index, until an exit check may fire
-for one of them. Rows share the weights and differ only in the columns of the cache they fill. A row
+`RunningBatch.step` runs the core on all active rows until the exit of at least one has to be
+checked. Rows share the weights and differ only in the cache entries that they read and write. A row
 that exits is read out at once, and others may join before the next step, so that the core works on
 a full batch (continuous batching over depth, arXiv 2608.09444).
 """
@@ -23,12 +23,12 @@ from looptx_core.stopping.rule import Exit, HeadOutput
 
 @dataclass
 class WorkCounters:
-    """What was done, counted in positions: what a test of speed can rely on."""
+    """How much work was done, in token positions; exact, so that tests of speed can rely on it."""
 
     prompt: int = 0
-    """Positions of prompts."""
+    """Positions of prompts; the next four counters leave these out."""
     embedded: int = 0
-    """Passes of the prelude, prompts aside."""
+    """Passes of the prelude."""
     loops: int = 0
     """Passes of the core."""
     readouts: int = 0
@@ -38,20 +38,20 @@ class WorkCounters:
     drafted: int = 0
     """Tokens that shallow loops proposed."""
     accepted: int = 0
-    """Those of them that full depth would have drawn too."""
+    """Drafted tokens that full depth accepted."""
 
 
 class StepOutput(NamedTuple):
-    """Rows that exited and were read out."""
+    """The rows that exited in a step, and what they predict."""
 
     rows: list[int]
-    """Of the cache's batch."""
+    """Indices in the cache's batch."""
     logits: Tensor
     """(rows, vocab_size)."""
     loops: list[int]
-    """After which each row exited."""
+    """The loop after which each row exited."""
     log_odds: list[float]
-    """The confidence head's, before calibration."""
+    """The confidence head's logit of each row, before calibration."""
 
 
 @dataclass
@@ -59,18 +59,20 @@ class _ActiveRow:
     """One row in the core."""
 
     row: int
+    """Index in the cache's batch."""
     exit: Exit
     loop: int = 0
+    """Loops that it has run."""
     logits: Tensor | None = None
-    """After this loop, (vocab_size,), once they were read."""
+    """After this loop, (vocab_size,), if they were computed."""
     previous: Tensor | None = None
-    """After the loop before, for the rules that read them."""
+    """After the loop before, for rules that compare both."""
     log_odds: float = 0.0
-    """The confidence head's, where it exits."""
+    """The confidence head's logit at its exit."""
 
 
 class RunningBatch:
-    """`add` rows, then `step` until they exit."""
+    """`add` rows with their next tokens, then call `step` until they exit."""
 
     def __init__(
         self, backend: Backend, cache: LoopCache, counters: WorkCounters | None = None
@@ -78,18 +80,22 @@ class RunningBatch:
         self.backend, self.cache = backend, cache
         self.counters = counters or WorkCounters()
         self._active: list[_ActiveRow] = []
-        self._pass: Pass | None = None  # over all active rows; None: to be begun
-        self._state: Tensor | None = None  # (active rows, 1, d_model), and so the next
+        self._pass: Pass | None = None  # over all active rows; None if they have changed
+        # Both (active rows, 1, d_model); None if no row is active.
+        self._state: Tensor | None = None
         self._embedding: Tensor | None = None
 
     def __len__(self) -> int:
-        """Rows in the core."""
+        """How many rows are in the core."""
         return len(self._active)
 
     def prompt(
         self, rows: Sequence[int], tokens: Tensor, loops: int, media: Media | None = None
     ) -> StepOutput:
-        """Run prompts of one length, (rows, length), to one depth and read out their ends."""
+        """Run prompts of the same length, (rows, length), for `loops` loops.
+
+        Returns what their last tokens predict.
+        """
         run = self.backend.begin(self.cache, rows, tokens.shape[1], tokens, media)
         embedding = run.embed(tokens)
         state = run.iterate(embedding, embedding, [1] * len(rows), loops)
@@ -103,7 +109,7 @@ class RunningBatch:
         return StepOutput(list(rows), logits, depths, odds)
 
     def add(self, rows: Sequence[int], tokens: Sequence[int], exits: Sequence[Exit]) -> None:
-        """Rows join with their next tokens."""
+        """Let rows join: their next tokens run the prelude and wait for the next `step`."""
         run = self.backend.begin(self.cache, rows)
         start = run.embed(torch.tensor(tokens, device=self.backend.device)[:, None])
         self.counters.embedded += len(rows)
@@ -116,7 +122,10 @@ class RunningBatch:
         self._active += [_ActiveRow(row, own) for row, own in zip(rows, exits)]
 
     def step(self) -> StepOutput | None:
-        """Loop until a row may exit, or has to be checked; those that exit are read out."""
+        """Loop until a row's exit has to be checked, and read out the rows that exit.
+
+        None if no row exits.
+        """
         active, counters = self._active, self.counters
         assert self._state is not None and self._embedding is not None, "no row is active"
         if self._pass is None:
@@ -136,7 +145,7 @@ class RunningBatch:
         return self._finish(exiting) if exiting else None
 
     def run(self) -> list[StepOutput]:
-        """Step until no row is active."""
+        """Call `step` until no row is active."""
         outputs = []
         while len(self):
             if output := self.step():
@@ -144,7 +153,7 @@ class RunningBatch:
         return outputs
 
     def _subset(self, which: list[int]) -> tuple[Tensor, Tensor, Pass]:
-        """States, embeddings and a pass of some of the active rows."""
+        """States, embeddings and a pass of some active rows, by their indices in `_active`."""
         assert self._state is not None and self._embedding is not None
         if len(which) == len(self._active):
             assert self._pass is not None
@@ -159,7 +168,7 @@ class RunningBatch:
             self._active[i].previous, self._active[i].logits = self._active[i].logits, row
 
     def _exiting(self, outputs: list[HeadOutput]) -> list[int]:
-        """Which active rows exit now."""
+        """Indices in `_active` of the rows that exit now."""
         exiting = []
         for i, (own, output) in enumerate(zip(self._active, outputs)):
             signals = own.exit.signals_of(output, own.loop, own.logits, own.previous)
@@ -169,6 +178,7 @@ class RunningBatch:
         return exiting
 
     def _finish(self, exiting: list[int]) -> StepOutput:
+        """Read out the exiting rows, backfill their caches, and remove them from the core."""
         if unread := [i for i in exiting if self._active[i].logits is None]:
             self._read_logits(unread)
         gone = [self._active[i] for i in exiting]

@@ -1,4 +1,4 @@
-"""How the next token is drawn from a row of logits."""
+"""Drawing the next token from a row of logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from looptx_core.errors import UsageError
 
 
 def check(options: GenerationOptions) -> None:
-    """Raise `UsageError` for settings that no draw can follow."""
+    """Raise `UsageError` for settings that are out of range."""
     check_ranges(options)
     if "" in options.stop:
         raise UsageError("`stop` '': give a string that is not empty")
@@ -24,9 +24,9 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def keep(logits: Tensor, options: GenerationOptions) -> Tensor:
-    """Which tokens, (vocab,), may be drawn: top-k, then top-p and min-p of what it leaves.
+    """A mask, (vocab,), of the tokens that may be drawn: top-k, then top-p and min-p of the rest.
 
-    logits (vocab,) are already divided by the temperature. The most likely token always stays.
+    logits: (vocab,), already divided by the temperature. The most likely token always stays.
     """
     kept = torch.ones_like(logits, dtype=torch.bool)
     if 0 < options.top_k < logits.numel():
@@ -37,16 +37,17 @@ def keep(logits: Tensor, options: GenerationOptions) -> Tensor:
         kept &= chances >= options.min_p * chances.max()
         if options.top_p < 1:
             ordered, order = chances.sort(descending=True, stable=True)
-            # What comes before a token decides, so that the one that crosses the bound stays.
+            # The sum before a token decides, so that the token that crosses the bound stays.
             inside = ordered.cumsum(-1) - ordered < options.top_p
             kept &= torch.zeros_like(kept).index_put((order,), inside)
     return kept
 
 
 def chances(logits: Tensor, options: GenerationOptions, seen: Tensor) -> Tensor:
-    """Each token's chance to be the next, (vocab,), on the CPU; greedy at temperature 0.
+    """Each token's probability to be drawn next, (vocab,) float64, on the CPU.
 
-    seen: (n,), the ids so far.
+    At temperature 0 the most likely token has all of it. logits: (vocab,). seen: (n,), the ids so
+    far.
     """
     if options.repetition_penalty != 1.0:
         logits = penalise(logits, seen, options.repetition_penalty)
@@ -60,7 +61,7 @@ def chances(logits: Tensor, options: GenerationOptions, seen: Tensor) -> Tensor:
 
 
 def pick(chances: Tensor, generator: torch.Generator) -> int:
-    """A token by its chances, (vocab,); a sure one without a draw."""
+    """Draw a token by its probability, (vocab,); a certain one uses no random number."""
     best = int(chances.argmax())
     if chances[best] == 1:
         return best

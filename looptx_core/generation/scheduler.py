@@ -1,8 +1,9 @@
 """Continuous batching over requests and over depth.
 
-A request joins as soon as a row of the cache is free: its prompt has a pass of its own. Then each
-of its tokens loops with whatever other rows are in the core, at whatever loops, and stops by its
-own exit. A finished request's row goes to the next one that waits.
+A request starts as soon as a row of the cache is free. Its prompt runs in a pass that it may share
+with prompts of the same length. After that, each of its tokens loops beside the other active rows,
+which may be at other loops, and stops by the request's own exit. The row of a finished request goes
+to the next one in the queue.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from looptx_core.media.batch import batch_items, to_device
 
 
 def serve(batch: RunningBatch, requests: Iterable[Request]) -> Iterator[Step]:
-    """Generate for all requests on the rows of the batch's cache, which are free."""
+    """Generate for all requests, on the rows of the batch's cache; all rows must be free.
+
+    Yields the tokens in the order in which they are drawn.
+    """
     waiting = deque(requests)
     free = deque(range(len(batch.cache.lengths)))
     running: dict[int, Request] = {}
 
     def take(output: StepOutput) -> Iterator[Step]:
+        """Draw the next tokens of the rows that exited; these loop again, or become free."""
         owners = [running[row] for row in output.rows]
         steps = next_tokens(owners, output)
         stay = []
@@ -51,7 +56,7 @@ def serve(batch: RunningBatch, requests: Iterable[Request]) -> Iterator[Step]:
 
 
 def _alike(joining: dict[int, Request]) -> list[list[int]]:
-    """Rows whose prompts can share a pass: of one length, to one depth."""
+    """Groups of rows whose prompts can share a pass: the same length and the same depth."""
 
     def kind(row: int) -> tuple[int, int]:
         return len(joining[row].seen), joining[row].prompt_exit.max_loops
@@ -60,7 +65,7 @@ def _alike(joining: dict[int, Request]) -> list[list[int]]:
 
 
 def run_prompts(batch: RunningBatch, rows: list[int], requests: list[Request]) -> StepOutput:
-    """The pass of prompts that are alike, each on its row."""
+    """Run the prompts of requests that can share a pass, each on its row."""
     for request in requests:
         request.began = time.perf_counter()
     device = batch.backend.device

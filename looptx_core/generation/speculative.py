@@ -1,11 +1,11 @@
 """Self-speculation: shallow loops draft tokens, full depth verifies them in one pass.
 
 A state after t loops does not depend on how many follow. So a drafted position keeps the states
-and the cache entries of its shallow loops, and verification takes all drafted positions on from
-there, side by side: no loop is run twice. What a position predicts at full depth decides: a draft
-is accepted with probability p / q of its token under full depth and under the draft, else the token
-is drawn from what p has beyond q (arXiv 2211.17192). So tokens come as full depth would draw them,
-and the greedy ones are the same.
+and the cache entries of its shallow loops, and verification continues all drafted positions from
+there in one pass: no loop is run twice. With p and q the probabilities of the drafted token at full
+depth and in the draft, the token is accepted with probability p / q; otherwise one is drawn from
+the normalised positive part of p - q (arXiv 2211.17192). The tokens are then distributed as at full
+depth, and greedy tokens are the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ROW = [0]
 
 
 def speculate(batch: RunningBatch, request: Request) -> Iterator[Step]:
-    """Generate for one request on the only row of the batch's cache, which is empty."""
+    """Generate for one request on the only row of the batch's cache, which must be empty."""
     yield from next_tokens([request], run_prompts(batch, _ROW, [request]))
     while not request.done:
         yield from _round(batch, request)
@@ -33,10 +33,10 @@ def speculate(batch: RunningBatch, request: Request) -> Iterator[Step]:
 
 
 def _round(batch: RunningBatch, request: Request) -> Iterator[Step]:
-    """Draft some tokens, verify them, take the accepted ones and one that full depth draws."""
+    """Draft some tokens, verify them, and take the accepted ones and one more of full depth."""
     backend, cache, counters = batch.backend, batch.cache, batch.counters
     shallow, full = draft_loops(request.options, request.exit), request.exit.max_loops
-    # The last position's token needs no draft, and no more tokens than may come.
+    # The last token needs no draft, and no more are drafted than the request may still take.
     drafts = min(request.options.speculate, request.limit - len(request.seen) - 1)
     states, starts, drafted, proposed = [], [], [], []
     seen = list(request.seen)
@@ -83,13 +83,13 @@ def _round(batch: RunningBatch, request: Request) -> Iterator[Step]:
 def settle(
     draft: int, target: Tensor, proposed: Tensor, generator: torch.Generator
 ) -> tuple[bool, int]:
-    """(whether the draft is accepted, the token that is taken).
+    """Accept or replace a drafted token: returns (whether it is accepted, the token to take).
 
     target, proposed: (vocab,), each token's probability at full depth and in the draft. The token
-    that is taken is distributed as `target`, whatever was proposed.
+    to take is distributed as `target`, whatever was proposed.
     """
     share = float(target[draft] / proposed[draft])
     if share >= 1 or float(torch.rand((), generator=generator)) < share:
         return True, draft
-    beyond = (target - proposed).clamp(min=0)
-    return False, pick(beyond / beyond.sum(), generator)
+    residual = (target - proposed).clamp(min=0)
+    return False, pick(residual / residual.sum(), generator)

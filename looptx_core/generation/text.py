@@ -1,4 +1,4 @@
-"""From token ids to text, piece by piece, ending before a stop string."""
+"""Token ids to text, piece by piece, up to a stop string."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from looptx_core.data.tokenizer import StreamDecoder
 
 
 class TextStream:
-    """Text of a growing list of tokens; what may begin a stop string is held back.
+    """The text of a growing list of tokens; what may be the start of a stop string is held back.
 
-    A piece that was held comes with the token that shows it to be harmless, so the joined pieces
-    are the text, whatever straddles the tokens. context: the ids of the prompt that it continues.
+    A held piece is released with the token that shows that no stop string follows, so the joined
+    pieces are always the text. context: the ids of the prompt that it continues.
     """
 
     def __init__(
@@ -25,18 +25,18 @@ class TextStream:
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """The text that this token makes certain."""
+        """The text that this token has made certain."""
         return self._release(self._decoder.step(token_id))
 
     def finish(self) -> str:
-        """What remains when no token follows."""
+        """The remaining text, when no token follows."""
         text = self._release(self._decoder.flush()) + self._held
         self._held = ""
         return text
 
     def _release(self, new: str) -> str:
         text = self._held + new
-        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        found = [index for stop in self._stop if (index := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]

@@ -57,7 +57,7 @@ def decode_policies(
             "prompt_loops": deepest,
             "tokens": len(losses),
             "loss": mean(losses),
-            "loss_with_full_cache": exact([part.each for part in seen]),
+            "loss_with_full_cache": exact([part.token_loss for part in seen]),
             "accuracy": mean(hits),
             "accuracy_with_full_cache": exact([part.hit for part in seen]),
             "mean_loops": mean(torch.cat([w.loops[0, 1:] for w in walked])),

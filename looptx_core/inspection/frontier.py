@@ -1,4 +1,4 @@
-"""Quality against depth: every exit rule over its thresholds, fixed depths, and the oracle."""
+"""Quality against depth: every exit rule over its thresholds, fixed depths, and an oracle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from looptx_core.model.flops import token_flops
 from looptx_core.stopping.rule import RULES, Exit, exit_depths
 
 _THRESHOLDS = 64
-_CONFIDENCES = (0.7, 0.8, 0.9, 0.95, 0.99)  # with `auto`, beside each threshold on the gain
+_CONFIDENCES = (0.7, 0.8, 0.9, 0.95, 0.99)  # `auto` combines each with each threshold on the gain
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,18 @@ class Point:
     rule: str
     """An exit rule, fixed, change (relative step of the state) or oracle."""
     threshold: float
-    """fixed: the depth. auto: the gain's. oracle: nats that a loop must be worth."""
+    """fixed: the depth. auto: the gain's threshold. oracle: nats that a loop must gain."""
     mean_loops: float
     loss: float
     """Nats a token."""
     accuracy: float
     flops: float
-    """Forward, a token, with read-outs, what the rule looks at and, where it stops, how sure it
-    is, against full depth's: a share."""
+    """Forward FLOPs of a token, its readouts and confidence head included, over full depth's."""
     confidence: float | None = None
-    """auto: the confidence's threshold."""
+    """auto: the confidence's threshold; None for the others."""
 
     def settings(self, base: ExitSettings) -> ExitSettings:
-        """What stores this rule with a model."""
+        """Exit settings that store this rule with a model."""
         if self.rule == "auto":
             assert self.confidence is not None
             return replace(base, rule="auto", gain=self.threshold, confidence=self.confidence)
@@ -46,7 +45,7 @@ class Point:
 
 
 def rule_depths(survey: Survey, settings: ExitSettings) -> Tensor:
-    """Depths by the rule that is stored in the settings, (tokens,)."""
+    """The depth of each token by the settings' rule, (tokens,)."""
     own = Exit(settings.min_loops, survey.loops, settings, settings.rule)
     return own.depths(survey.signals(settings))
 
@@ -54,9 +53,10 @@ def rule_depths(survey: Survey, settings: ExitSettings) -> Tensor:
 def frontier(
     survey: Survey, settings: ExitSettings, config: ModelConfig, context: float
 ) -> list[Point]:
-    """Every rule at thresholds spread over its signal.
+    """Every rule at thresholds spread over its signal's values.
 
-    settings: their calibration counts. context: tokens that a token attends to, for the FLOPs.
+    settings: only their calibration and `min_loops` matter. context: how many tokens a token
+    attends to, for the FLOPs.
     """
     cost = token_flops(config, context)
     full = cost.at(survey.loops)
@@ -90,12 +90,12 @@ def frontier(
                 own = exit_by(name, **{name: threshold})
                 points.append(point(name, threshold, own, own.depths(signals)))
             else:
-                # Stop where a loop changes the state by less; such a rule is not stored.
+                # `change` is no stored rule: stop where a loop changes the state by less.
                 depth = exit_depths(values < threshold, settings.min_loops)
                 points.append(point(name, threshold, no_rule, depth))
-    for threshold, sure in itertools.product(_spread(signals["gain"], 8), _CONFIDENCES):
-        own = exit_by("auto", gain=threshold, confidence=sure)
-        points.append(point("auto", threshold, own, own.depths(signals), sure))
+    for threshold, confidence in itertools.product(_spread(signals["gain"], 8), _CONFIDENCES):
+        own = exit_by("auto", gain=threshold, confidence=confidence)
+        points.append(point("auto", threshold, own, own.depths(signals), confidence))
     steps = torch.arange(1, survey.loops + 1)[:, None]
     for price in (0.0, *torch.logspace(-4, 0.5, _THRESHOLDS).tolist()):
         cheapest = (survey.loss + price * steps).argmin(0) + 1
@@ -104,13 +104,13 @@ def frontier(
 
 
 def choose(points: Sequence[Point], full_loss: float, increase: float) -> Point | None:
-    """The stored rule that costs least within a relative increase of the loss; None if none is."""
+    """The cheapest rule of `RULES` within a relative increase of the loss; None if none is."""
     within = [p for p in points if p.rule in RULES and p.loss <= full_loss * (1 + increase)]
     return min(within, key=lambda p: (p.flops, p.loss), default=None)
 
 
 def cheapest_fixed(points: Sequence[Point], full_loss: float, increase: float) -> Point:
-    """The smallest fixed depth within a relative increase of the loss."""
+    """The smallest fixed depth whose relative increase of the loss is allowed."""
     fixed = [p for p in points if p.rule == "fixed"]
     return next((p for p in fixed if p.loss <= full_loss * (1 + increase)), fixed[-1])
 
@@ -121,5 +121,5 @@ def _spread(values: Tensor, count: int = _THRESHOLDS) -> Iterator[float]:
     if not len(finite):
         return
     finite = finite.sort().values
-    places = torch.linspace(0, len(finite) - 1, count).long()
-    yield from dict.fromkeys(float(f"{v:.4g}") for v in finite[places].tolist())
+    index = torch.linspace(0, len(finite) - 1, count).long()
+    yield from dict.fromkeys(float(f"{v:.4g}") for v in finite[index].tolist())

@@ -1,10 +1,11 @@
-"""Which earlier tokens moved a prediction: attention by loop and layer, tested by deletion.
+"""Which earlier tokens influence a prediction: attention by loop and layer, tested by deletion.
 
-Relevance after Chefer et al. (arXiv 2103.15679): from the prediction backwards through coda,
-loops and prelude, every layer passes on what it got by the residual path, and by its attention
-as far as the prediction's log-probability hangs on it (attention times its gradient, the positive
-part, mean of the heads). Where a loop takes the prelude's output in again, half goes there. Plain
-rollout (arXiv 2005.00928) ranked tokens no better than chance on lines that need depth.
+Relevance follows Chefer et al. (arXiv 2103.15679). It is carried from the prediction backwards
+through coda, loops and prelude. Each layer passes it on unchanged along the residual stream, and
+along its attention in proportion to the positive part of attention times its gradient, averaged
+over heads; the gradient is of the prediction's log-probability. Where a loop injects the prelude's
+output, half of the relevance goes to it. Plain rollout (arXiv 2005.00928) ranked tokens no better
+than chance on lines that need depth.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from looptx_core.model.attention import Recording
 from looptx_core.model.loop import LoopedTransformer
 
 _RANDOM_DRAWS = 4
-_ROWS = 16  # positions at a time, since every one has attention weights of its own
+_ROWS = 16  # positions at a time; each is a row of a batch, with its own attention weights
 
 
 def relevance(rows: Tensor, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
@@ -36,18 +37,18 @@ def relevance(rows: Tensor, weights: Sequence[Tensor], gradients: Sequence[Tenso
 
 
 def influence(model: LoopedTransformer, tokens: Tensor, depths: Tensor) -> Tensor:
-    """The share of each earlier token in each position's likeliest answer, (length, length).
+    """The share of each earlier token in each position's top prediction, (length, length).
 
-    tokens: (length,). depths: (length,), the loop that each position is read out at. Rows sum to
-    1 over earlier positions, or to 0 where no attention mattered. The model's back end is put
-    back afterwards.
+    tokens: (length,). depths: (length,), the loop after which each position is read out. Rows sum
+    to 1 over earlier positions, or to 0 where no attention mattered. `model.attend` is replaced
+    meanwhile, and restored.
     """
     shares = torch.zeros(len(tokens), len(tokens))
     before = model.attend
     try:
         for depth in sorted(set(depths.tolist())):
-            for places in (depths == depth).nonzero()[:, 0].split(_ROWS):
-                shares[places] = _influence_at(model, tokens, places, depth).cpu()
+            for positions in (depths == depth).nonzero()[:, 0].split(_ROWS):
+                shares[positions] = _influence_at(model, tokens, positions, depth).cpu()
     finally:
         model.attend = before
     earlier = shares.tril(-1)
@@ -55,16 +56,18 @@ def influence(model: LoopedTransformer, tokens: Tensor, depths: Tensor) -> Tenso
 
 
 @torch.enable_grad()
-def _influence_at(model: LoopedTransformer, tokens: Tensor, places: Tensor, depth: int) -> Tensor:
-    """Relevance of all tokens for some positions at one depth, (places, length)."""
+def _influence_at(
+    model: LoopedTransformer, tokens: Tensor, positions: Tensor, depth: int
+) -> Tensor:
+    """Relevance of all tokens for some positions at one depth, (positions, length)."""
     recording = model.attend = Recording()
     ctx = model.context(len(tokens))
-    batch = tokens.expand(len(places), -1)
+    batch = tokens.expand(len(positions), -1)
     *_, state = model.states(batch, depth, ctx)
-    at = (torch.arange(len(places), device=tokens.device), places.to(tokens.device))
-    told = model.head(model.coda_hidden(state, ctx)[at]).float().log_softmax(-1)
+    at = (torch.arange(len(positions), device=tokens.device), positions.to(tokens.device))
+    logprobs = model.head(model.coda_hidden(state, ctx)[at]).float().log_softmax(-1)
     weights = recording.weights
-    gradients = torch.autograd.grad(told.amax(-1).sum(), weights)
+    gradients = torch.autograd.grad(logprobs.amax(-1).sum(), weights)
     weights = [weight.detach() for weight in weights]
 
     def back(rows: Tensor, first: int, layers: int) -> Tensor:
@@ -85,7 +88,7 @@ def _influence_at(model: LoopedTransformer, tokens: Tensor, places: Tensor, dept
 
 @torch.no_grad()
 def without(model: LoopedTransformer, tokens: Tensor, removed: Tensor, loops: int) -> Tensor:
-    """Log-probabilities after a loop where nobody may look at the removed tokens.
+    """Log-probabilities after a loop if no other token attends to the removed ones.
 
     tokens: (length,). removed: (variants, length) bool; a removed token still sees itself.
     Returns (variants, length, vocab_size).
@@ -101,13 +104,13 @@ def without(model: LoopedTransformer, tokens: Tensor, removed: Tensor, loops: in
 
 @dataclass(frozen=True)
 class DeletionTest:
-    """Mean fall of the log-probability of the model's own answer, nats, when tokens go."""
+    """Mean drop of the top prediction's log-probability, in nats, when tokens are removed."""
 
     influential: float
     random: float
     positions: int
     removed: int
-    """Tokens taken away at each position."""
+    """How many tokens were removed for each position."""
 
 
 def deletion_test(
@@ -120,10 +123,11 @@ def deletion_test(
     positions: int = 16,
     seed: int = 0,
 ) -> DeletionTest | None:
-    """Take away the most influential tokens of a position, and as many random ones instead.
+    """Compare removing a position's most influential tokens with removing random ones.
 
-    shares, depths: as in `influence`. Only earlier tokens go. None where no position has more
-    than twice as many before it.
+    shares, depths: as in `influence`. removed: how many earlier tokens to remove. positions: how
+    many to test, spread over the text. None if no position has more than twice `removed` tokens
+    before it.
     """
     length = len(tokens)
     candidates = torch.arange(2 * removed + 1, length)
@@ -132,15 +136,15 @@ def deletion_test(
     spread = torch.linspace(0, len(candidates) - 1, min(positions, len(candidates)))
     chosen = candidates[spread.long()]
     generator = torch.Generator().manual_seed(seed)
-    falls: list[list[float]] = []
-    for place in chosen.tolist():
-        top = shares[place, :place].topk(removed).indices
-        draws = [torch.randperm(place, generator=generator)[:removed] for _ in range(_RANDOM_DRAWS)]
+    drops: list[list[float]] = []
+    for i in chosen.tolist():
+        top = shares[i, :i].topk(removed).indices
+        draws = [torch.randperm(i, generator=generator)[:removed] for _ in range(_RANDOM_DRAWS)]
         gone = torch.zeros(2 + len(draws), length, dtype=torch.bool)
         for row, which in enumerate([top, *draws], start=1):
             gone[row, which] = True
-        told = without(model, tokens, gone.to(tokens.device), int(depths[place]))[:, place].cpu()
-        fall = told[0].max() - told[:, told[0].argmax()]
-        falls.append([float(fall[1]), float(fall[2:].mean())])
-    influential, random = torch.tensor(falls).mean(0).tolist()
+        logprobs = without(model, tokens, gone.to(tokens.device), int(depths[i]))[:, i].cpu()
+        drop = logprobs[0].max() - logprobs[:, logprobs[0].argmax()]
+        drops.append([float(drop[1]), float(drop[2:].mean())])
+    influential, random = torch.tensor(drops).mean(0).tolist()
     return DeletionTest(influential, random, len(chosen), removed)

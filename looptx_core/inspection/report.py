@@ -165,13 +165,14 @@ def _by_loop(survey: Survey, tokens_per_byte: float) -> Document:
     loss, hit = survey.loss.double(), survey.hit.bool()
     before, after = hit[:-1], hit[1:]
     kl, change = (
-        part[1:].double().mean(1).tolist() for part in (survey.read["kl"], survey.evaluation.change)
+        part[1:].double().mean(1).tolist()
+        for part in (survey.logit_signals["kl"], survey.evaluation.change)
     )
     return {
         "loss_by_loop": loss.mean(1).tolist(),
         "bits_per_byte_by_loop": (loss.mean(1) / math.log(2) * tokens_per_byte).tolist(),
         "accuracy_by_loop": hit.double().mean(1).tolist(),
-        # From the second loop on: what a further loop mends, and what it breaks (overthinking).
+        # From the second loop on: answers that the loop corrects, and that it breaks.
         "fixed_by_loop": (~before & after).double().mean(1).tolist(),
         "broken_by_loop": (before & ~after).double().mean(1).tolist(),
         "kl_by_loop": kl,
@@ -181,47 +182,50 @@ def _by_loop(survey: Survey, tokens_per_byte: float) -> Document:
 
 
 def _confidence(survey: Survey, stored: ExitSettings, settings: ExitSettings) -> Document:
-    """Calibration and discrimination where tokens stop, and by loop.
+    """Calibration and discrimination of the confidence where tokens stop, and after each loop.
 
-    `before`: as the head says it. `head`: calibrated on the other half, which the exit rests on.
-    Without a suffix: as it is stated with a token, which reads the logits too.
+    Keys without a suffix are of the confidence that is reported with a token. `before`: the head's
+    own output. `head`: its output calibrated on the other half, as exits use it. `maxprob`: the top
+    token's probability.
     """
-    raw, told = survey.evaluation.logit.sigmoid(), survey.reported_confidence(settings)
+    raw, reported = survey.evaluation.logit.sigmoid(), survey.reported_confidence(settings)
     signals = survey.signals(settings)
-    head, sharp = signals["confidence"], signals["maxprob"]
-    place = rule_depths(survey, settings)[None] - 1
+    head, maxprob = signals["confidence"], signals["maxprob"]
+    exit_index = rule_depths(survey, settings)[None] - 1
 
     def at_exit(values: Tensor) -> Tensor:
-        return values.gather(0, place)[0]
+        return values.gather(0, exit_index)[0]
+
+    variants = (("", reported), ("_head", head), ("_maxprob", maxprob), ("_before", raw))
 
     hit, loss = at_exit(survey.hit), at_exit(survey.loss)
     by_loop = [
         {
-            f"{name}{of}": measure(values[i], target[i])
+            f"{name}{suffix}": measure(values[i], target[i])
             for name, measure, target in (
                 ("ece", metrics.calibration_error, survey.hit),
                 ("auroc", metrics.auroc, survey.hit),
                 ("spearman_loss", metrics.spearman, survey.loss),
             )
-            for of, values in (("", told), ("_head", head), ("_maxprob", sharp), ("_before", raw))
+            for suffix, values in variants
         }
         for i in range(survey.loops)
     ]
     gains = survey.loss[:-1] - survey.loss[1:]
     return {
-        "ece": metrics.calibration_error(at_exit(told), hit),
+        "ece": metrics.calibration_error(at_exit(reported), hit),
         "ece_head": metrics.calibration_error(at_exit(head), hit),
         "ece_before": metrics.calibration_error(at_exit(raw), hit),
-        "auroc": metrics.auroc(at_exit(told), hit),
+        "auroc": metrics.auroc(at_exit(reported), hit),
         "auroc_head": metrics.auroc(at_exit(head), hit),
-        "auroc_maxprob": metrics.auroc(at_exit(sharp), hit),
-        "spearman_loss": metrics.spearman(at_exit(told), loss),
+        "auroc_maxprob": metrics.auroc(at_exit(maxprob), hit),
+        "spearman_loss": metrics.spearman(at_exit(reported), loss),
         "temperature_before": stored.temperature,
         "temperature": settings.temperature,
         "confidence_offset": settings.confidence_offset,
         "stated": list(settings.stated),
         "reliability_before": [b._asdict() for b in metrics.reliability(at_exit(raw), hit)],
-        "reliability": [b._asdict() for b in metrics.reliability(at_exit(told), hit)],
+        "reliability": [b._asdict() for b in metrics.reliability(at_exit(reported), hit)],
         "confidence_by_loop": by_loop,
         "spearman_gain_by_loop": [
             metrics.spearman(predicted, gain)

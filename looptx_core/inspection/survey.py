@@ -1,6 +1,6 @@
-"""Every counted token after every loop: what it cost, what the head said, what others could read.
+"""Losses and exit signals of every counted token after every loop.
 
-States come from full depth, as in training; `Engine.score_forced` shows what real exits change.
+All tokens run all loops, as in training. `Engine.score_forced` shows what real exits change.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from looptx_core.training.evaluate import LoopEvaluation, evaluate_batch, evalua
 
 @dataclass(frozen=True)
 class Survey:
-    """An evaluation with the signals that an exit could look at, each (loops, tokens)."""
+    """An evaluation with all signals that exit rules use, each (loops, tokens)."""
 
     evaluation: LoopEvaluation
-    read: dict[str, Tensor]
-    """kl, entropy and maxprob; kl is infinite at the first loop, which it can't compare."""
+    logit_signals: dict[str, Tensor]
+    """kl, entropy and maxprob. kl is infinite at the first loop, which has none before it."""
 
     @property
     def loss(self) -> Tensor:
         """Nats."""
-        return self.evaluation.each
+        return self.evaluation.token_loss
 
     @property
     def hit(self) -> Tensor:
@@ -42,18 +42,18 @@ class Survey:
         return len(self.loss)
 
     def reported_confidence(self, settings: ExitSettings) -> Tensor:
-        """The confidence told with a token that stops there, (loops, tokens)."""
-        return reported_confidence(self.evaluation.logit, self.evaluation.sharp, settings)
+        """The confidence reported with a token that stops at a loop, (loops, tokens)."""
+        return reported_confidence(self.evaluation.logit, self.evaluation.top_log_odds, settings)
 
     def signals(self, settings: ExitSettings) -> dict[str, Tensor]:
-        """All signals, the head's calibrated by these settings, and the state's change."""
-        seen = self.evaluation
-        judged = [
-            calibrated(*words, loop, settings)
-            for loop, words in enumerate(zip(seen.logit, seen.gain, seen.change), start=1)
+        """All signals by name, the head's calibrated by these settings, and the state's change."""
+        own = self.evaluation
+        by_loop = [
+            calibrated(*outputs, loop, settings)
+            for loop, outputs in enumerate(zip(own.logit, own.gain, own.change), start=1)
         ]
-        confidence, gain = (torch.stack(part) for part in zip(*judged))
-        return {"confidence": confidence, "gain": gain, **self.read, "change": seen.change}
+        confidence, gain = (torch.stack(part) for part in zip(*by_loop))
+        return {"confidence": confidence, "gain": gain, **self.logit_signals, "change": own.change}
 
 
 class _Observer:
@@ -63,18 +63,18 @@ class _Observer:
         self.loops: list[dict[str, Tensor]] = []
         self._logits: Tensor | None = None
 
-    def __call__(self, loop: int, state: Tensor, logits: Tensor, judged: Confidence) -> None:
-        signals = ExitSignals(*judged, logits, self._logits)
-        seen = {
+    def __call__(self, loop: int, state: Tensor, logits: Tensor, output: Confidence) -> None:
+        signals = ExitSignals(*output, logits, self._logits)
+        values = {
             name: torch.as_tensor(s.value(signals)) for name, s in SIGNALS.items() if s.reads_logits
         }
-        self.loops.append({name: value.cpu() for name, value in seen.items()})
+        self.loops.append({name: value.cpu() for name, value in values.items()})
         self._logits = logits
 
     @property
-    def read(self) -> dict[str, Tensor]:
+    def logit_signals(self) -> dict[str, Tensor]:
         """Each signal, (loops, tokens)."""
-        return {name: torch.stack([seen[name] for seen in self.loops]) for name in self.loops[0]}
+        return {name: torch.stack([each[name] for each in self.loops]) for name in self.loops[0]}
 
 
 def survey_lines(
@@ -85,16 +85,16 @@ def survey_lines(
     documents: Tensor | None = None,
     targets: Tensor | None = None,
 ) -> Survey:
-    """Shapes as in `evaluate_loops`."""
+    """Survey given tokens; arguments and shapes as in `evaluate_loops`."""
     observer = _Observer()
     evaluation = evaluate_loops(model, tokens, loops, counted, documents, observer, targets)
-    return Survey(evaluation, observer.read)
+    return Survey(evaluation, observer.logit_signals)
 
 
 def two_surveys(
     model: LoopedTransformer, batches: Iterable[Mapping[str, Tensor]], loops: int
 ) -> tuple[Survey, Survey]:
-    """To calibrate on and to report on: every other sequence of these batches."""
+    """(survey to calibrate on, survey to report on), each of every other sequence."""
     parts: tuple[list[Survey], list[Survey]] = ([], [])
     for batch in batches:
         for first, part in enumerate(parts):
@@ -109,13 +109,15 @@ def two_surveys(
 def alternate_surveys(
     model: LoopedTransformer, batches: Iterable[Mapping[str, Tensor]], loops: int
 ) -> tuple[Survey, Survey]:
-    """To calibrate on and to report on: every other one of two batches or more, with their media
-    and without the targets that don't count."""
+    """(survey to calibrate on, survey to report on), each of every other batch.
+
+    batches: at least two. Their media are read, and targets of weight 0 are left out.
+    """
     parts: tuple[list[Survey], list[Survey]] = ([], [])
     for number, batch in enumerate(batches):
         observer = _Observer()
         evaluation = evaluate_batch(model, batch, loops, observer)
-        parts[number % 2].append(Survey(evaluation, observer.read))
+        parts[number % 2].append(Survey(evaluation, observer.logit_signals))
     fit, report = (merge_surveys(part) for part in parts)
     return fit, report
 
@@ -125,6 +127,7 @@ def merge_surveys(parts: list[Survey]) -> Survey:
     total = parts[0].evaluation
     for part in parts[1:]:
         total = total + part.evaluation
+    names = parts[0].logit_signals
     return Survey(
-        total, {name: torch.cat([p.read[name] for p in parts], 1) for name in parts[0].read}
+        total, {name: torch.cat([p.logit_signals[name] for p in parts], 1) for name in names}
     )

@@ -1,4 +1,4 @@
-"""One text, token by token: its depth, what every loop would have said, and what moved it."""
+"""One text, token by token: its depth, every loop's prediction, and the tokens that moved it."""
 
 from __future__ import annotations
 
@@ -29,46 +29,48 @@ def trace_text(
     loops: int,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """JSON values: `tokens`, one for each position and what it predicts, and `deletion`.
+    """JSON values: `tokens`, a record for each position and its prediction, and `deletion`.
 
-    A position has `text` (its own), `next` (the token that follows, if one does), `loops` and
-    `confidence` where the stored exit lets it go, `signals` (by name, after each loop, what the
-    exit rules look at; None where there is no number), `top` (for each loop the likeliest tokens
-    with their probabilities), `flips` (loops after which the answer was another than before) and
-    `influences` (earlier positions with their shares in the answer at the exit).
+    A record has `text` (of its own token), `next` (the following token, if any), `loops` and
+    `confidence` (at the exit by the stored settings), `signals` (of the exit rules, by name, after
+    each loop; None where there is no number), `top` (for each loop the most likely tokens with
+    their probabilities), `flips` (loops that changed the top token) and `influences` (earlier
+    positions with their shares in the prediction at the exit). `deletion` is a `DeletionTest`.
     """
     tokens = tokens[:MOST_TOKENS]
     ids = torch.tensor(tokens, device=model.embedding.weight.device)
-    logits, depths, confidences, signals = _walk(model, ids, settings, loops)
+    logits, depths, confidences, signals = _run_all_loops(model, ids, settings, loops)
     shares = influence(model, ids, depths)
     likeliest = logits.softmax(-1).topk(min(TOP, logits.shape[-1]))
     texts = [_shown(tokenizer, token) for token in tokens]
     records = []
-    for place in range(len(tokens)):
-        answers = likeliest.indices[:, place, 0]
+    for position in range(len(tokens)):
+        answers = likeliest.indices[:, position, 0]
         flips = (1 + (answers[1:] != answers[:-1]).nonzero()[:, 0] + 1).tolist()
-        strongest = shares[place, :place].topk(min(_SHOWN_INFLUENCES, place))
+        strongest = shares[position, :position].topk(min(_SHOWN_INFLUENCES, position))
         records.append(
             {
-                "text": texts[place],
-                "next": texts[place + 1] if place + 1 < len(tokens) else None,
-                "loops": int(depths[place]),
-                "confidence": round(float(confidences[place]), 4),
+                "text": texts[position],
+                "next": texts[position + 1] if position + 1 < len(tokens) else None,
+                "loops": int(depths[position]),
+                "confidence": round(float(confidences[position]), 4),
                 "top": [
                     [
                         [_shown(tokenizer, int(token)), round(float(probability), 4)]
                         for token, probability in zip(*at_loop)
                     ]
-                    for at_loop in zip(likeliest.indices[:, place], likeliest.values[:, place])
+                    for at_loop in zip(
+                        likeliest.indices[:, position], likeliest.values[:, position]
+                    )
                 ],
                 "signals": {
-                    name: [_number(value) for value in values[:, place].tolist()]
+                    name: [_number(value) for value in values[:, position].tolist()]
                     for name, values in signals.items()
                 },
                 "flips": flips,
                 "influences": [
-                    [int(where), round(float(value), 4)]
-                    for value, where in zip(strongest.values, strongest.indices)
+                    [int(source), round(float(share), 4)]
+                    for share, source in zip(strongest.values, strongest.indices)
                 ],
             }
         )
@@ -77,45 +79,45 @@ def trace_text(
 
 
 @torch.no_grad()
-def _walk(
+def _run_all_loops(
     model: LoopedTransformer, tokens: Tensor, settings: ExitSettings, loops: int
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """All logits (loops, length, vocab_size); depth and confidence by the stored rule, (length,);
-    every rule's signals by name, each (loops, length).
+    """Run all loops for every token, also those after its exit.
 
-    From states of full depth: a token that left early still shows its deeper ones.
+    Returns the logits, (loops, length, vocab_size); depth and reported confidence at the exit by
+    the stored rule, each (length,); and every signal by name, (loops, length).
     """
     own = Exit(min(settings.min_loops, loops), loops, settings, settings.rule)
     ctx = model.context(len(tokens))
     depth = torch.zeros(len(tokens), dtype=torch.long)
     confidence = torch.zeros(len(tokens))
     logits: list[Tensor] = []
-    seen: list[dict[str, Tensor]] = []
+    by_loop: list[dict[str, Tensor]] = []
     before = embedding = model.embed(tokens[None], ctx)
     for loop, state in model.iterate(embedding, embedding, ctx, range(1, loops + 1)):
-        judged, change = model.confidence(state, loop), relative_change(before, state)
+        output = (*model.confidence(state, loop), relative_change(before, state))
         before = state
-        logit, gain, moved = (part[0].float().cpu() for part in (*judged, change))
-        read = calibrated(logit, gain, moved, loop, settings)
+        logit, gain, change = (part[0].float().cpu() for part in output)
         previous = logits[-1] if logits else None
         logits.append(model.head(model.coda_hidden(state, ctx))[0].float().cpu())
-        signals = ExitSignals(*read, logits[-1], previous)
-        seen.append({n: torch.as_tensor(s.value(signals)) for n, s in SIGNALS.items()})
-        here = (depth == 0) & own.stops(loop, signals)
-        sharp = top_log_odds(logits[-1].log_softmax(-1))
-        told = reported_confidence(logit, sharp, settings)
-        depth[here], confidence[here] = loop, told[here]
-    by_name = {name: torch.stack([values[name] for values in seen]) for name in SIGNALS}
+        calibrated_output = calibrated(logit, gain, change, loop, settings)
+        signals = ExitSignals(*calibrated_output, logits[-1], previous)
+        by_loop.append({n: torch.as_tensor(s.value(signals)) for n, s in SIGNALS.items()})
+        exits = (depth == 0) & own.stops(loop, signals)
+        top_odds = top_log_odds(logits[-1].log_softmax(-1))
+        reported = reported_confidence(logit, top_odds, settings)
+        depth[exits], confidence[exits] = loop, reported[exits]
+    by_name = {name: torch.stack([values[name] for values in by_loop]) for name in SIGNALS}
     return torch.stack(logits), depth, confidence, by_name
 
 
 def _number(value: float) -> float | None:
-    """For JSON, which has no infinity: a divergence from no loop before."""
+    """A number for JSON, which has no infinity; the first loop's divergence is infinite."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _shown(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text; a row without a token has none."""
+    """A token's text; '' for padding of the vocabulary."""
     if token >= tokenizer.get_vocab_size():
         return ""
     return tokenizer.decode([token], skip_special_tokens=False)

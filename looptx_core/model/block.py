@@ -1,4 +1,4 @@
-"""The block that prelude, core and coda are stacks of."""
+"""The transformer block; prelude, core and coda are stacks of it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from looptx_core.model.rope import Rotary, Rotate
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """What every block of one forward pass shares, beside the state itself."""
+    """What all blocks share in one forward pass: rotary tables, mask, attention and cache view."""
 
     rotary: Rotary
     mask: Tensor | VarlenBatch | None = None
     attend: Attend = sdpa
     view: CacheView | None = None
-    """Where in a cache these tokens stand; None without one."""
+    """The columns of a cache that these tokens fill; None without a cache."""
 
     def rows(self, index: Tensor | slice) -> ForwardContext:
-        """The same for some of the batch's rows; index is a slice or (rows,). Without a cache."""
+        """The context of some rows of the batch; index: a slice or (rows,). Not with a cache."""
 
         def pick(x: Tensor) -> Tensor:
             return x if x.shape[0] == 1 else x[index]
@@ -45,16 +45,16 @@ class ForwardContext:
 class FusedProjection(nn.Module):
     """A module whose linear layers `fused_layers` read the same input.
 
-    They stay apart in training, as the backward of a split copies its parts, and under their
-    usual names; `join` lays their weights in one matrix, for one product where no gradient is
-    asked for.
+    `fuse_projections` puts their weights into one matrix, so that one product serves all of them
+    when no gradient is needed. The layers keep their usual names. Training runs them one by one,
+    because the backward pass of a split would copy its parts.
     """
 
     fused_layers: tuple[str, ...]
     _fused: Callable[[Tensor], Tensor] | None = None
 
     def project(self, x: Tensor) -> Sequence[Tensor]:
-        """Each layer's output."""
+        """x (..., width) -> the output of each layer, (..., its width)."""
         if self._fused is None or torch.is_grad_enabled():
             layers = [self.get_submodule(name) for name in self.fused_layers]
             if all(type(layer) is nn.Linear for layer in layers):
@@ -67,7 +67,7 @@ class FusedProjection(nn.Module):
 
     @torch.no_grad()
     def fuse_projections(self) -> None:
-        """The weights become rows of one matrix; values, names and memory stay the same."""
+        """Make the weights rows of one matrix; values, names and memory use stay the same."""
         layers = [self.get_submodule(name) for name in self.fused_layers]
         packed = [layer for layer in layers if type(layer) is TernaryLinear]
         weights = [layer.weight for layer in layers if type(layer) is nn.Linear]
@@ -76,7 +76,7 @@ class FusedProjection(nn.Module):
             self._fused = IntegerProduct(packed)
         elif len(weights) == len(layers):  # an adapter's layer does more than a product
             self._widths = [len(weight) for weight in weights]
-            if _end_to_end(weights):  # already: what others made of them stays right
+            if _are_adjacent(weights):  # fused before: earlier references stay valid
                 shape = sum(self._widths), weights[0].shape[1]
                 joined = weights[0].data.as_strided(shape, (shape[1], 1))
             else:
@@ -97,24 +97,24 @@ def _weight(layer: nn.Module) -> Tensor:
 
 
 def _hooked(layer: nn.Module) -> bool:
-    """Whether a call does more than its forward: ZeRO-3 gathers a layer's weight by hooks, and for
-    good where it is looked at outside of them."""
+    """Whether hooks run around the forward. ZeRO-3 gathers weights in module hooks, and a weight
+    that is touched outside of them would stay gathered."""
     return bool(layer._forward_pre_hooks or layer._forward_hooks)
 
 
-def _end_to_end(weights: Sequence[Tensor]) -> bool:
-    """Whether these are rows of one matrix, in this order."""
-    first, place = weights[0], weights[0].storage_offset()
+def _are_adjacent(weights: Sequence[Tensor]) -> bool:
+    """Whether these are consecutive rows of one matrix, in this order."""
+    first, offset = weights[0], weights[0].storage_offset()
     for weight in weights:
         same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or weight.storage_offset() != place:
+        if not same or weight.storage_offset() != offset:
             return False
-        place += weight.numel()
+        offset += weight.numel()
     return True
 
 
 def linear(config: ModelConfig, width: int, out: int, normed: bool = True) -> nn.Module:
-    """A block's linear layer of the configured kind. normed: its input comes from a norm."""
+    """A linear layer of the configured kind. normed: whether its input comes from a norm."""
     if config.linear == "float":
         return nn.Linear(width, out, bias=False)
     norm = nn.Identity() if normed else RMSNorm(width, config.norm_eps)
@@ -122,7 +122,11 @@ def linear(config: ModelConfig, width: int, out: int, normed: bool = True) -> nn
 
 
 class Attention(FusedProjection):
-    """Grouped-query attention (arXiv 2305.13245) with RoPE."""
+    """Grouped-query attention (arXiv 2305.13245) with RoPE.
+
+    x: (batch, length, d_model), and so is the result. memory: what the layer remembers of earlier
+    tokens; None without a cache.
+    """
 
     fused_layers = ("q_proj", "k_proj", "v_proj")
 
@@ -134,7 +138,7 @@ class Attention(FusedProjection):
         self.k_proj = linear(config, config.d_model, kv_width)
         self.v_proj = linear(config, config.d_model, kv_width)
         self.o_proj = linear(config, width, config.d_model, normed=False)
-        self.q_norm, self.k_norm = _before_products(config), _before_products(config)
+        self.q_norm, self.k_norm = _rotate_heads(config), _rotate_heads(config)
 
     def forward(self, x: Tensor, ctx: ForwardContext, memory: LayerView | None) -> Tensor:
         batch, length, _ = x.shape
@@ -159,7 +163,7 @@ class Attention(FusedProjection):
 
 
 class GeGLU(FusedProjection):
-    """down(gelu(gate(x)) * up(x)), arXiv 2002.05202; SwiGLU where the activation is silu."""
+    """down(gelu(gate(x)) * up(x)), arXiv 2002.05202; SwiGLU if the activation is silu."""
 
     fused_layers = ("gate_proj", "up_proj")
 
@@ -190,11 +194,11 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, ctx: ForwardContext, memory: LayerView | None = None) -> Tensor:
-        """x: (batch, length, d_model), and so the result. memory: what the layer remembers."""
+        """x: (batch, length, d_model), and so is the result. memory: see `Attention`."""
         x = x + self.dropout(self.attention(self.attention_norm(x), ctx, memory))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
-def _before_products(config: ModelConfig) -> nn.Module:
-    """What queries and keys, as heads, go through before they meet."""
+def _rotate_heads(config: ModelConfig) -> nn.Module:
+    """Applies RoPE to the heads of queries or keys, with a norm before it if so configured."""
     return HeadNorm(config.head_dim, config.norm_eps) if config.qk_norm else Rotate()

@@ -1,7 +1,8 @@
-"""The cache of a batch: a `LayerState` for each layer, and which columns each row has filled.
+"""The cache of a batch: a `LayerState` for each layer, and how many columns each row has filled.
 
-Each row fills its columns at its own pace, and may be cleared for another text at any time.
-A pass works on a `CacheView`: the next columns of some rows.
+A row is one text of the batch, a column one token of it. Each row fills its columns at its own
+pace, and may be reset for another text at any time. A forward pass works on a `CacheView`: the
+next columns of some rows.
 """
 
 from __future__ import annotations
@@ -35,9 +36,12 @@ class LayerView(NamedTuple):
 class LoopCache:
     """What a model remembers of a batch of texts.
 
-    Row r has filled the columns below `lengths[r]`; a pass writes the columns after them, and
-    `CacheView.advance` makes them count. new_state: makes each layer's state. Raises `UsageError`
-    for an unknown policy or number type.
+    Row r has filled the columns below `lengths[r]`. A pass writes the columns after them, and
+    `CacheView.advance` then counts them as filled.
+
+    batch: rows. capacity: columns of a row. loops: the deepest loop that will run. policy, kind,
+    new_state: see `looptx_core.model.layer_state`. Raises `UsageError` for an unknown policy or
+    number type.
     """
 
     def __init__(
@@ -63,7 +67,7 @@ class LoopCache:
         self.coda = states("coda", config.coda_layers, 1)
         self.lengths = [0] * batch
         self.start = torch.zeros(batch, dtype=torch.long, device=device)
-        # Columns minus positions, (batch,): padding has no position, a picture fewer than patches.
+        # Columns minus positions, (batch,): padding has none, a picture fewer than it has patches.
         self.shift = self.start.clone()
         self.padded = self.shifted = False
         limits = [state.capacity for state in self.layers if state.capacity is not None]
@@ -71,12 +75,12 @@ class LoopCache:
 
     @property
     def layers(self) -> list[LayerState]:
-        """Of the prelude, the core and the coda, in this order."""
+        """The states of the prelude, the core and the coda, in this order."""
         return [*self.prelude, *self.core, *self.coda]
 
     @property
     def length(self) -> int:
-        """Columns that the longest row has filled."""
+        """How many columns the longest row has filled."""
         return max(self.lengths)
 
     @property
@@ -90,18 +94,18 @@ class LoopCache:
         return all(state.can_roll_back for state in self.layers)
 
     def pad_left(self, counts: Tensor) -> None:
-        """Say how many columns at the left of each row, (batch,), are padding. Before use."""
+        """Set how many columns at the left of each row, (batch,), are padding. Before first use."""
         assert self.length == 0, "padding is stated before the first token"
         self.start = counts.to(self.start.device)
         self.shift = self.start.clone()
         self.padded = self.shifted = bool((counts > 0).any())
 
     def view(self, new: int, rows: Sequence[int] | None = None) -> CacheView:
-        """The next `new` columns of these rows; None: of all."""
+        """The next `new` columns of these rows, by default of all."""
         return CacheView(self, new, list(range(len(self.lengths))) if rows is None else list(rows))
 
     def has_room(self, columns: int) -> bool:
-        """Whether rows can hold so many columns."""
+        """Whether a row can hold this many columns."""
         return self.capacity is None or columns <= self.capacity
 
     def needs_backfill(self, loop: int) -> bool:
@@ -117,7 +121,7 @@ class LoopCache:
         self.padded = self.shifted = False
 
     def select_rows(self, rows: Tensor) -> None:
-        """Go on with these rows, (n,), only."""
+        """Keep only these rows, (n,), in this order."""
         for state in self.layers:
             state.select_rows(rows)
         self.start, self.shift = self.start[rows], self.shift[rows]
@@ -126,7 +130,7 @@ class LoopCache:
         self.shifted = bool((self.shift != 0).any())
 
     def reset_row(self, row: int) -> None:
-        """Make room for another text."""
+        """Empty a row for another text."""
         for state in self.layers:
             state.reset_row(row)
         self.lengths[row] = 0
@@ -150,9 +154,9 @@ class LoopCache:
 
 
 class CacheView:
-    """The columns that one pass fills: `new` of them in each of some rows, after those they have.
+    """The columns that one pass fills: the next `new` ones of each of some rows.
 
-    Rows at one column are read and written by slices; else every row has its own place.
+    Rows of the same length are read and written by slices, others by an index for each row.
     `write`, `read` and `read_new` index a layer's store (depths, batch, heads, columns, width).
     """
 
@@ -162,9 +166,9 @@ class CacheView:
         self.stop = max(self.first) + new
         assert cache.has_room(self.stop), "the cache is full"
         self._level = len(set(self.first)) == 1
-        # A run of rows is a view of the cache, others are copied at each look.
-        run = rows == list(range(rows[0], rows[0] + len(rows)))
-        self._pick: Any = slice(rows[0], rows[0] + len(rows)) if run else self._index
+        # Consecutive rows are a view of the cache; others are copied whenever they are read.
+        consecutive = rows == list(range(rows[0], rows[0] + len(rows)))
+        self._pick: Any = slice(rows[0], rows[0] + len(rows)) if consecutive else self._index
 
     @cached_property
     def _index(self) -> Tensor:
@@ -172,23 +176,26 @@ class CacheView:
 
     @cached_property
     def columns(self) -> Tensor:
-        """(rows or 1, new)."""
+        """Indices of the new columns, (rows or 1, new)."""
         first = torch.tensor(self.first[:1] if self._level else self.first)
         return (first[:, None] + torch.arange(self.new)).to(self.cache.start.device)
 
     def positions(self) -> Tensor:
-        """RoPE's, (rows or 1, new); padding stands at 0."""
+        """Positions for RoPE, (rows or 1, new); those of padding are 0."""
         if not self.cache.shifted:
             return self.columns
         return (self.columns - self.cache.shift[self._pick, None]).clamp(min=0)
 
     def set_positions(self, ends: Tensor) -> None:
-        """Say at which position, (rows,), the column after these stands."""
+        """Set the position, (rows,), of the column that follows the new ones."""
         self.cache.shift[self._pick] = self.columns[:, -1] + 1 - ends.to(self.cache.shift.device)
         self.cache.shifted = bool((self.cache.shift != 0).any())
 
     def mask(self) -> Tensor | None:
-        """Who may look at whom, (rows or 1, 1, new, stop); None where the default serves."""
+        """True where a query may attend to a key, (rows or 1, 1, new, stop).
+
+        None where plain causal attention is right.
+        """
         fresh = self.first[0] == 0
         if self._level and not self.cache.padded and (fresh or self.new == 1):
             return None
@@ -197,38 +204,38 @@ class CacheView:
         causal = columns <= queries
         if not self.cache.padded:
             return causal
-        own = columns == queries  # a padding query looks at itself: no empty row
+        own = columns == queries  # padding attends to itself, as softmax needs at least one key
         return (causal & (columns >= self.cache.start[self._pick, None, None, None])) | own
 
     def prelude(self, layer: int) -> LayerView:
         return LayerView(self.cache.prelude[layer], self, 1)
 
     def core(self, layer: int, loop: int | Tensor) -> LayerView:
-        """A core layer's state at a loop, or at each row's own, (rows,), counted from 1."""
+        """A core layer's state at a loop, or at each row's own loop, (rows,), counted from 1."""
         return LayerView(self.cache.core[layer], self, loop)
 
     def coda(self, layer: int) -> LayerView:
         return LayerView(self.cache.coda[layer], self, 1)
 
     def backfill(self, loop: int, entries: tuple[Tensor, Tensor]) -> None:
-        """These tokens exit after `loop`: write what deeper, later tokens will attend to.
+        """Write what later, deeper tokens will attend to; the view's tokens exit after `loop`.
 
         entries: the keys and values of the first core layer in the next loop, (rows, kv_heads,
-        new, head_dim); the other layers have their last loop's.
+        new, head_dim). The other layers copy those of their last loop.
         """
         for layer, state in enumerate(self.cache.core):
             if state.needs_backfill(loop):
                 state.backfill(self, loop, None if layer else entries)
 
     def write(self, store: Tensor, depth: int | slice | Tensor, x: Tensor) -> None:
-        """x: (rows, heads, new, width); a slice of depths gets it everywhere."""
+        """Write x, (rows, heads, new, width), at one depth, at each row's, or at a slice."""
         if self._level:
             rows = self._index if isinstance(depth, Tensor) else self._pick
             store[depth, rows, :, self.first[0] : self.stop] = x
             return
         if isinstance(depth, Tensor):
             depth = depth[:, None]
-        # Indices on both sides of the heads: what they pick comes first, then the heads.
+        # With indices on both sides of the heads, torch puts the indexed dimensions first.
         x = x.transpose(1, 2)
         if isinstance(depth, slice):
             x = x[:, :, None]
@@ -246,17 +253,18 @@ class CacheView:
         return store[depth, self._index[:, None], :, self.columns].transpose(1, 2)
 
     def advance(self, by: int | None = None) -> None:
-        """Count the first `by` of these columns, by default all, as filled."""
+        """Count the first `by` of the new columns, by default all, as filled."""
         for row, first in zip(self.rows, self.first):
             self.cache.lengths[row] = first + (self.new if by is None else by)
 
 
 class FixedCacheView(CacheView):
-    """One new column of a cache of one row, numbered on the device: the same shapes and the same
-    memory wherever it stands, as a CUDA graph needs.
+    """One new column of a cache with one row, for CUDA graphs.
 
-    columns: (1, 1), to be set below `stop`, as far as which the row is looked at. It reads, writes
-    and backfills; the cache's other views advance.
+    The column's index is a tensor, so that shapes and addresses are the same for every column.
+
+    columns: (1, 1), to be set to an index below `stop`; attention reads the columns below `stop`.
+    This view does not advance the cache; a `CacheView` does.
     """
 
     def __init__(self, cache: LoopCache, stop: int) -> None:

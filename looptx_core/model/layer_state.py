@@ -1,8 +1,8 @@
 """What a layer remembers of the tokens it has seen: one object for each layer, for all its loops.
 
-`KVState` holds keys and values, one slot for each loop, and is what every layer has today. Another
+`KVState` holds keys and values, with a slot for each loop, and every layer uses it today. Another
 kind of memory (a window, a compressed past) is another `LayerState`; a model chooses it in
-`LoopedTransformer.new_layer_state`, and the engine, batches and exits run on it as they are.
+`LoopedTransformer.new_layer_state`, and the engine, batches and exits need no change.
 
 A token that exits after loop t computes no keys and values for the loops after t, but later tokens
 that go deeper attend to them. A KV policy says which slot a loop reads and writes, and what an
@@ -10,8 +10,9 @@ exit writes for the deeper loops:
 
 - `fill`: every loop has its own slot; an exit copies its last loop's entries into the deeper
   slots (Huginn, arXiv 2502.05171; AdaPonderLM, arXiv 2603.01914).
-- `last`: all loops share one slot, so that it holds each token's last computed loop; a prompt,
-  which is processed loop by loop, still sees its own loop (Ouro's decoding, arXiv 2510.25741).
+- `last`: all loops share one slot, which therefore holds each token's last computed loop; within
+  a prompt, which is processed loop by loop, each loop still sees its own entries (Ouro's decoding,
+  arXiv 2510.25741).
 
 For the first core layer both policies store the keys and values that loop t+1 would have produced:
 they follow from the state alone, as in CALM's state propagation (arXiv 2207.07061).
@@ -40,10 +41,11 @@ POLICIES = ("fill", "last")
 
 @dataclass(frozen=True)
 class StateSpec:
-    """What a layer's state is made for.
+    """What a layer's state is made from.
 
-    part: prelude, core or coda. capacity: tokens a row can hold. loops: the deepest loop that will
-    run, 1 outside the core.
+    part: prelude, core or coda. batch: rows. capacity: tokens that a row can hold. loops: the
+    deepest loop that will run, 1 outside the core. policy: one of `POLICIES`. kind: how numbers are
+    stored, one of `looptx_core.model.rounding.KINDS`. dtype: of the activations.
     """
 
     config: ModelConfig
@@ -58,7 +60,7 @@ class StateSpec:
 
 
 class Attended(NamedTuple):
-    """What attention reads: keys and values (rows, kv_heads, seen, head_dim), and who may look.
+    """What attention reads: keys and values, (rows, kv_heads, seen, head_dim), and the mask.
 
     mask: (rows or 1, 1, new, seen), or None as in `looptx_core.model.attention.Attend`.
     """
@@ -71,13 +73,13 @@ class Attended(NamedTuple):
 class LayerState(ABC):
     """What one layer remembers, for every row of a batch and all its loops.
 
-    `view` is the pass at hand: its rows, its new columns and their positions.
+    The methods' `view` is the current pass: its rows, its new columns and their positions.
     """
 
     can_roll_back: bool
-    """Whether the last tokens can be taken back, as speculation needs."""
+    """Whether the last tokens can be removed again, as speculation needs."""
     capacity: int | None
-    """Tokens a row can hold; None where there is no limit."""
+    """Tokens that a row can hold; None if there is no limit."""
 
     @abstractmethod
     def update(
@@ -90,33 +92,33 @@ class LayerState(ABC):
     ) -> Attended:
         """Write new entries, (rows, kv_heads, new, head_dim), and return what attention reads.
 
-        loop: counted from 1; a tensor, (rows,), gives each row its own. mask: over all columns up
-        to the new ones, as the context has it.
+        loop: counted from 1; a tensor, (rows,), gives each row its own. mask: the context's, over
+        all columns up to the new ones.
         """
 
     @abstractmethod
     def needs_backfill(self, loop: int) -> bool:
-        """Whether a token that exits after this loop has to write for deeper ones."""
+        """Whether a token that exits after this loop has to write entries for deeper tokens."""
 
     @abstractmethod
     def backfill(self, view: CacheView, loop: int, entries: tuple[Tensor, Tensor] | None) -> None:
-        """The view's tokens exit after `loop`: write what deeper, later tokens will attend to.
+        """Write what later, deeper tokens will attend to; the view's tokens exit after `loop`.
 
-        entries: the keys and values of the next loop, (rows, kv_heads, new, head_dim), where they
-        are known; None where the last loop's have to do.
+        entries: the keys and values of the next loop, (rows, kv_heads, new, head_dim), if they are
+        known; None if copies of the last loop's must serve.
         """
 
     @abstractmethod
     def reset_row(self, row: int) -> None:
-        """Forget a row's tokens; another text follows."""
+        """Forget a row's tokens, because another text follows."""
 
     @abstractmethod
     def select_rows(self, rows: Tensor) -> None:
-        """Keep only these rows, (n,), in this order; a row may be named twice."""
+        """Keep only these rows, (n,), in this order; a row may appear twice."""
 
     @abstractmethod
     def roll_back(self, row: int, tokens: int) -> None:
-        """Take back a row's last tokens. Only where `can_roll_back`."""
+        """Remove a row's last tokens. Only called if `can_roll_back`."""
 
     @abstractmethod
     def wipe(self) -> None:
@@ -129,10 +131,11 @@ class LayerState(ABC):
 
 
 class KVState(LayerState):
-    """Keys and values, one slot a loop under `fill`, one for all loops under `last`.
+    """Keys and values: a slot for each loop under `fill`, one for all loops under `last`.
 
-    `keys` and `values`: (depths, batch, kv_heads, capacity, width of an entry), of the activations'
-    type, or rounded (`looptx_core.model.rounding`) with scales beside them.
+    `keys` and `values` are (depths, batch, kv_heads, capacity, width of an entry). They have the
+    activations' type, or are rounded (`looptx_core.model.rounding`) with their scales in
+    `key_scales` and `value_scales`.
     """
 
     can_roll_back = True
@@ -158,7 +161,7 @@ class KVState(LayerState):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the entries are stored as they are, not rounded."""
+        """Whether the entries are stored without rounding."""
         return self.kind is KINDS["float"]
 
     def _parts(self) -> Iterator[Tensor]:
@@ -167,7 +170,7 @@ class KVState(LayerState):
                 yield part
 
     def slot(self, loop: int | Tensor) -> int | Tensor:
-        """The slot of a loop, counted from 1; a tensor of loops gives as many."""
+        """The slot of a loop that is counted from 1, or the slots of a tensor of loops."""
         if isinstance(loop, Tensor):
             return loop.clamp(max=self.depths) - 1
         return min(loop, self.depths) - 1
@@ -200,7 +203,7 @@ class KVState(LayerState):
 
     def backfill(self, view: CacheView, loop: int, entries: tuple[Tensor, Tensor] | None) -> None:
         if entries is None and self.depths == 1:
-            return  # the shared slot holds the last loop's already
+            return  # the shared slot holds the last loop's entries already
         stores = (self.keys, self.key_scales), (self.values, self.value_scales)
         deeper = slice(min(loop, self.depths - 1), None)
         for number, parts in enumerate(stores):
@@ -211,7 +214,7 @@ class KVState(LayerState):
                     view.write(part, deeper, last)
 
     def reset_row(self, row: int) -> None:
-        """Nothing to do: no query looks at columns that its row has not filled."""
+        """Nothing to do: no query attends to columns that its row has not filled."""
 
     def select_rows(self, rows: Tensor) -> None:
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
@@ -220,7 +223,7 @@ class KVState(LayerState):
             self.value_scales = self.value_scales[:, rows]
 
     def roll_back(self, row: int, tokens: int) -> None:
-        """Nothing to do: the columns are written again before anyone looks at them."""
+        """Nothing to do: the columns are written again before any query attends to them."""
 
     def wipe(self) -> None:
         for part in self._parts():

@@ -3,11 +3,11 @@
     tokens -> embedding -> prelude -> e
     state 0 = e
     state t = core(inject(state t-1, e))        for t = 1 .. loops
-    logits  = head(norm(coda(state t)))         at whichever t one wants to read
+    logits  = head(norm(coda(state t)))         for any t
 
-Every state can be read out, and the state after t loops never depends on how many follow: there
-is no draw, no scaling by the depth, and the start is the prelude's output itself. Early exit,
-loss-triggered training and speculation all rest on that.
+Every state can be read out, and the state after t loops never depends on how many follow: the
+initial state is the prelude's output and not random, and nothing is scaled by the depth. Early
+exit, loss-triggered training and speculation all rest on that.
 
 The shape (prelude, core, coda) is Huginn's (arXiv 2502.05171); the injection is Parcae's
 (arXiv 2604.12946): a per-channel decay below 1 on the normalised state, plus the normalised
@@ -47,7 +47,7 @@ from looptx_core.model.rope import rotary_tables
 
 
 class Score(NamedTuple):
-    """What a read-out made of its target. Each (tokens,)."""
+    """How well the logits predict their targets. Each field is (tokens,)."""
 
     loss: Tensor
     """Nats."""
@@ -70,12 +70,15 @@ Step = Callable[[Tensor, Tensor, int, ForwardContext], Tensor]
 
 
 class Injection(nn.Module):
-    """What enters the core at each loop, from the last state and the prelude's output.
+    """Makes the core's input at each loop from the last state and the prelude's output.
 
-    decay: sigmoid(-a) * norm(state) + b * norm(embedding), a and b per channel; the sigmoid is
-    Parcae's exp(-softplus(a)). A state's share shrinks from loop to loop, and the norm bounds its
-    size at any depth.
-    add: norm(state) + norm(embedding), the ablation. none: the state as it is.
+    Both are (batch, length, d_model), and so is the result. The kinds are
+
+    - `decay`: sigmoid(-a) * norm(state) + b * norm(embedding) with a and b per channel; the
+      sigmoid is Parcae's exp(-softplus(a)). The share of an old state shrinks with every loop,
+      and the norm bounds its size at any depth.
+    - `add`: norm(state) + norm(embedding), for ablations.
+    - `none`: the state as it is.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -100,13 +103,13 @@ class Injection(nn.Module):
 
 
 class LoopedTransformer(nn.Module):
-    """A decoder whose core block is iterated. See the module's docstring for the equations."""
+    """A decoder whose core blocks are iterated. See the module's docstring for the equations."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.attend: Attend = sdpa
-        # Called with the loop that is entered; by it each loop can have weights of its own.
+        # Called with the loop before each iteration, so that a loop can switch to its own weights.
         self.enter_loop: Callable[[int], object] | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.media = media_for(config)
@@ -128,10 +131,11 @@ class LoopedTransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal of 0.02, residual outputs smaller by the depth of a pass of middling loops.
+        """Draw weights from a normal distribution of standard deviation 0.02.
 
-        GPT-2's rule with the depth counted in passes of a block, so that a learning rate carries
-        over between loop counts (arXiv 2606.18524 scales the branches themselves).
+        The projections that end a residual branch get GPT-2's smaller one, 0.02 / sqrt(2 * depth).
+        The depth counts the blocks of a pass of half the maximal loops, so that a learning rate
+        carries over between loop counts (arXiv 2606.18524 scales the branches themselves).
         """
         depth = self.config.effective_layers((1 + self.config.max_loops) // 2)
         for name, parameter in self.named_parameters():
@@ -142,7 +146,7 @@ class LoopedTransformer(nn.Module):
         for encoder in self.encoders().values():
             if isinstance(encoder, Encoder):
                 encoder.reset_stem()
-        # A halting bias starts low: unsure until shown otherwise (ACT, arXiv 1603.08983).
+        # The halting bias starts low, so that an untrained head is unsure (ACT, arXiv 1603.08983).
         nn.init.zeros_(self.confidence.hidden.bias)
         nn.init.ones_(self.confidence.gate.bias)
         with torch.no_grad():
@@ -160,15 +164,16 @@ class LoopedTransformer(nn.Module):
     ) -> ForwardContext:
         """Positions and mask for `length` tokens of a batch, or for a view of a cache.
 
-        documents: (batch, length), numbers; a token attends within its own document only. RoPE
-        sees distances alone, so positions need not start anew. layout: where media are among
-        the tokens, by `lay_out`; with a cache they go on where its rows stand.
+        documents: (batch, length), the number of each token's document; a token attends only
+        within its own. Positions do not restart with a document, since RoPE sees distances alone.
+        layout: where items of media are among the tokens, from `lay_out`; with a cache, they go
+        on from where its rows stand.
         """
-        weight = self.norm.weight  # of the activations' type, where a quantised matrix is not
+        weight = self.norm.weight  # has the activations' type, which a quantised matrix has not
         mask: Tensor | VarlenBatch | None = None
         if view is None:
             positions = torch.arange(length, device=weight.device)[None, None]
-            # A batch of one document a row needs no mask, and causal attention is half the work.
+            # Rows of a single document need no mask, and causal attention is half the work.
             if documents is not None and bool((documents != documents[:, :1]).any()):
                 takes_varlen = layout is None and takes_documents(self.attend, weight)
                 mask = VarlenBatch.of(documents) if takes_varlen else within_documents(documents)
@@ -201,8 +206,8 @@ class LoopedTransformer(nn.Module):
     ) -> Tensor:
         """tokens (batch, length) -> the prelude's output (batch, length, d_model).
 
-        Encoded items of media take the places of their placeholder tokens, in their order.
-        encoded: by `encode`, where that was done before.
+        Encoded items of media replace the embeddings of their placeholder tokens, in order.
+        encoded: from `encode`, if that was called before.
         """
         x = self.embedding(tokens)
         for name, read in (self.encode(media) if encoded is None else encoded).items():
@@ -218,8 +223,8 @@ class LoopedTransformer(nn.Module):
     ) -> Tensor:
         """One iteration of the core: the state after `loop`, counted from 1.
 
-        A tensor, (batch,), gives each row its own loop: all share the weights, and only the
-        places in the cache differ.
+        A tensor of loops, (batch,), gives each row its own: all rows share the weights, and only
+        the cache slots differ.
         """
         if self.enter_loop:
             assert isinstance(loop, int), "loops with weights of their own are run one by one"
@@ -238,11 +243,13 @@ class LoopedTransformer(nn.Module):
         step: Step | None = None,
         running: Callable[[int], int] | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """THE loop: (loop, the state after it) for each of `loops`, counted from 1.
+        """Run the core: yields (loop, the state after it) for each of `loops`, counted from 1.
 
-        state: after the loop before `loops.start`; the prelude's output where that is 1. step:
-        what runs in place of `self.step`, as a checkpointed one does. running: how many of the
-        first rows run a loop; the others are done. Without a cache.
+        Everything that runs several loops uses this generator.
+
+        state: after the loop before `loops.start`; the prelude's output if that is 1. step: runs
+        in place of `self.step`, such as one with gradient checkpointing. running: gives, for a
+        loop, how many of the first rows still run; the others are dropped. Not with a cache.
         """
         step = step or self.step
         for loop in loops:
@@ -253,8 +260,10 @@ class LoopedTransformer(nn.Module):
             yield loop, state
 
     def backfill(self, state: Tensor, embedding: Tensor, loop: int, ctx: ForwardContext) -> None:
-        """These tokens exit after `loop`: write the keys and values that deeper, later tokens
-        will attend to. Only where `LoopCache.needs_backfill` says so."""
+        """Write the keys and values that later, deeper tokens will attend to.
+
+        The view's tokens exit after `loop`. To be called only where `LoopCache.needs_backfill`.
+        """
         assert ctx.view is not None
         if self.enter_loop:
             self.enter_loop(loop + 1)
@@ -263,13 +272,13 @@ class LoopedTransformer(nn.Module):
         ctx.view.backfill(loop, first.attention.entries(first.attention_norm(x), ctx))
 
     def new_layer_state(self, spec: StateSpec) -> LayerState:
-        """What a layer remembers while decoding: here keys and values."""
+        """What a layer remembers while decoding; a subclass may return another kind of memory."""
         return KVState(spec)
 
     def new_cache(
         self, batch: int, capacity: int, loops: int, policy: str = "fill", kind: str = "float"
     ) -> LoopCache:
-        """An empty cache of this model's type and device, see `LoopCache`."""
+        """An empty cache of this model's type and on its device, see `LoopCache`."""
         weight = self.embedding.weight
         return LoopCache(
             self.config,
@@ -284,21 +293,21 @@ class LoopedTransformer(nn.Module):
         )
 
     def coda_hidden(self, state: Tensor, ctx: ForwardContext) -> Tensor:
-        """A loop's state -> what the head reads, (batch, length, d_model)."""
+        """Coda and final norm: a loop's state -> what the head reads, (batch, length, d_model)."""
         view = ctx.view
         for layer, block in enumerate(self.coda):
             state = block(state, ctx, view and view.coda(layer))
         return self.norm(state)
 
     def score(self, decoded: Tensor, targets: Tensor) -> Score:
-        """What the head makes of (tokens, d_model), of targets (tokens,)."""
+        """Score the head. decoded: `coda_hidden`'s, (tokens, d_model). targets: (tokens,) ids."""
         logits = self.head(decoded).float()
         if can_use_fused(logits, operation="loss"):
             return Score(*cross_entropy(logits, targets))
         losses = F.cross_entropy(logits, targets, reduction="none")
-        most, top = logits.detach().max(-1)
-        chance = (most - logits.detach().logsumexp(-1)).exp()
-        return Score(losses, (top == targets).float(), chance)
+        top_logit, top = logits.detach().max(-1)
+        probability = (top_logit - logits.detach().logsumexp(-1)).exp()
+        return Score(losses, (top == targets).float(), probability)
 
     def states(
         self,
@@ -322,8 +331,8 @@ class LoopedTransformer(nn.Module):
     ) -> LoopOutput:
         """Run a fixed number of loops and read out the last.
 
-        tokens: (batch, length) ids. loops: absent: the configuration's. With a cache the
-        tokens continue it, and it is advanced. media: of the placeholders among these tokens.
+        tokens: (batch, length) ids. loops: `config.loops` by default. cache: the tokens continue
+        it, and it is advanced. media: the items for the placeholders among these tokens.
         """
         loops = loops or self.config.loops
         assert loops >= 1, "at least one loop"
@@ -341,7 +350,7 @@ class LoopedTransformer(nn.Module):
     def layout(
         self, tokens: Tensor, media: Media | None, padding: Tensor | None = None
     ) -> Layout | None:
-        """Where tokens and items of media stand; None for text alone, which stands in a row."""
+        """Positions of tokens and items of media; None for text alone, which counts 0, 1, 2, ..."""
         return lay_out(tokens, media, self.config, padding) if media else None
 
     def encoders(self) -> dict[str, nn.Module]:
@@ -357,19 +366,19 @@ class LoopedTransformer(nn.Module):
         return {name: module for name, module in found.items() if module is not None}
 
     def fuse_projections(self) -> None:
-        """Make ready for decoding: projections of the same input in one product each."""
+        """Prepare for decoding: projections of the same input become one matrix product."""
         for module in self.modules():
             if isinstance(module, FusedProjection):
                 module.fuse_projections()
 
     def trunk_parameters(self) -> list[nn.Parameter]:
-        """All parameters but the confidence head's."""
+        """All parameters except the confidence head's."""
         own = {id(p) for p in self.confidence.parameters()}
         return [p for p in self.parameters() if id(p) not in own]
 
 
 def _with_groups(mask: Tensor | None, groups: Tensor) -> Tensor:
-    """The mask, with tokens of the same group, (batch, length), open to each other.
+    """The mask, extended so that tokens of the same group, (batch, length), see each other.
 
     A mask over a cache has columns of earlier tokens before those of these.
     """
@@ -381,7 +390,7 @@ def _with_groups(mask: Tensor | None, groups: Tensor) -> Tensor:
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
-    """The type of the activations: autocast's where it is on, else the weights'."""
+    """The type of the activations: autocast's if that is on, else the weights'."""
     if torch.is_autocast_enabled(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype

@@ -1,4 +1,4 @@
-"""Processes of one run: starting the others, agreeing, and ending together."""
+"""Processes of one run: starting the others, agreeing on values, and ending together."""
 
 from __future__ import annotations
 
@@ -12,18 +12,38 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from torch import Tensor
 
 _POLL = 0.5  # seconds
 _GRACE = 3.0  # seconds for a survivor's own message, before it is ended
 
 
-def any_rank(value: bool, device: torch.device) -> bool:
-    """Whether it holds on one rank; all of them ask."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+def has_ranks() -> bool:
+    """Whether this is one of a run's processes that communicate."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def max_over_ranks(value: int, device: torch.device) -> int:
+    """The largest value of all ranks. Every rank has to call this."""
+    if not has_ranks() or torch.distributed.get_world_size() == 1:
         return value
-    shared = torch.tensor(int(value), device=device)
+    shared = torch.tensor(value, device=device)
     torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
-    return bool(shared)
+    return int(shared)
+
+
+def any_rank(value: bool, device: torch.device) -> bool:
+    """Whether the value is true on any rank. Every rank has to call this."""
+    return bool(max_over_ranks(int(value), device))
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks. Every rank has to call this."""
+    if not has_ranks():
+        return value
+    value = value.clone()
+    torch.distributed.all_reduce(value)
+    return value / torch.distributed.get_world_size()
 
 
 class Launcher(_SubprocessScriptLauncher):

@@ -158,7 +158,7 @@ def _zero(
 def _offload_plan(
     model: LoopedTransformer, config: RunConfig, folder: Path, bf16: bool, report: Report
 ) -> Placement:
-    """What was asked for, or by default the smallest set that makes the run fit."""
+    """What was asked for, or by default the least offloading with which the run fits."""
     from looptx_core.machine.facts import this_machine
     from looptx_core.parallel.deepspeed.offload import plan_offload
 
@@ -178,8 +178,11 @@ def _offload_plan(
 
 
 def _has_async_io(report: Report) -> bool:
-    """Compile DeepSpeed's op that swaps, where it isn't yet; a machine's other processes find it
-    done. Where it can't be had, say in a line what is missing, and that swapping is slower."""
+    """Whether DeepSpeed's op for swapping can be used; compiles it if needed.
+
+    A machine's first process compiles for all. If the op can't be had, a line reports what is
+    missing, and that swapping is slower.
+    """
     from looptx_core.parallel.deepspeed.ops import (
         build_op,
         inspect_op,
@@ -214,8 +217,8 @@ def _processes(config: RunConfig) -> str:
 
 @contextlib.contextmanager
 def own_environment(folder: Path) -> Iterator[None]:
-    """Tell the processes that a run starts its folder; take back afterwards the variables by
-    which Lightning and DeepSpeed tell processes apart."""
+    """Export the run's folder to the processes that it starts, and afterwards restore the
+    environment variables that Lightning and DeepSpeed set."""
     names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "RANK", RUN)
     before = {name: os.environ.get(name) for name in names}
     if starter() in ("", "hand"):
@@ -230,9 +233,11 @@ def own_environment(folder: Path) -> Iterator[None]:
                 os.environ[name] = value
 
 
-class AtTheEnd(L.Callback):
-    """Saves the last step of a sharded run, of which its model folder is made, and counts what
-    was swapped."""
+class FinalCheckpoint(L.Callback):
+    """Saves the last step of a sharded run, from which its model folder is made.
+
+    After training `saved` is the checkpoint, and `swapped` the traffic to the disk, if any.
+    """
 
     def __init__(self, checkpoints: Path) -> None:
         self.checkpoints = checkpoints

@@ -1,6 +1,6 @@
-"""Calibration of the confidence head's output, by parameters that are stored with the model.
+"""Calibration of the confidence head's output, with parameters that are stored with the model.
 
-Every function takes numbers of one token or tensors of many, and keeps their shape.
+Every function takes the numbers of one token or tensors for many, and keeps their shape.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from looptx_core.config.generation import ExitSettings
 Numbers = TypeVar("Numbers", Tensor, float)
 
 MAX_LOG_GAIN = 10.0
-"""Bound of the logarithm of a predicted gain in nats; the kernel in `backends/cpu` has it too."""
-_MIN_ODDS = -500.0  # log-odds of a probability that is 0 and whose inverse is still a float
+"""Upper bound of the logarithm of a predicted gain in nats, as in the kernel in `backends/cpu`."""
+_MIN_ODDS = -500.0  # `math.exp` overflows above 709
 
 
 def calibrated(
     logit: Numbers, gain: Numbers, change: Numbers, loop: int, settings: ExitSettings
 ) -> tuple[Numbers, Numbers]:
-    """The head's output after a loop as (probability that the top token is right, gain in nats).
+    """Calibrate the head's output after a loop.
 
-    change: the state's, `looptx_core.model.confidence.relative_change`.
+    logit, gain: the head's. change: the state's, `looptx_core.model.confidence.relative_change`.
+    loop: counted from 1. Returns the probability that the top token is right, and the nats that
+    the next loop is predicted to gain.
     """
     if settings.gain_slope:
         index = min(loop, len(settings.gain_slope)) - 1
@@ -37,11 +39,11 @@ def calibrated(
 
 
 def reported_confidence(logit: Numbers, top_logit: Numbers, settings: ExitSettings) -> Numbers:
-    """The probability, reported with a token, that the most likely token is right.
+    """The probability, reported with each token, that the most likely token is right.
 
-    logit: the confidence head's. top_logit: `looptx_core.model.confidence.sharpness` of the
-    logits, which are read by then. The head has seen what the loops do, the logits how close the
-    other tokens are; together they tell hits from misses better than either.
+    logit: the confidence head's. top_logit: `looptx_core.model.confidence.top_log_odds` of the
+    logits. The head sees how the state changes, and the logits show how close the other tokens
+    are; both together separate hits from misses better than either alone.
     """
     if not settings.stated:
         return _probability(_calibrated_odds(logit, settings))

@@ -1,4 +1,4 @@
-"""A request's exit: the model's own stored settings, where its options say nothing else."""
+"""A request's `Exit`: its options, and the model's stored settings where these are unset."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from looptx_core.stopping.rule import RULES, Exit, fixed_exit
 
 
 def resolve_exit(settings: ExitSettings, options: GenerationOptions, config: ModelConfig) -> Exit:
-    """A request's exit: the model's own settings where the options say nothing.
+    """A request's exit: its options, and the model's own settings where an option is unset.
 
     Raises `UsageError` for unknown names, depths in the wrong order, and numbers out of range.
     """
@@ -47,14 +47,14 @@ def resolve_exit(settings: ExitSettings, options: GenerationOptions, config: Mod
 
 
 def draft_loops(options: GenerationOptions, full: Exit) -> int:
-    """Loops of a draft: the fewest that training read out, where nothing is said."""
+    """Loops of a draft: as the options say, by default the fewest that training read out."""
     if options.draft_loops is None:
         return max(1, min(full.settings.min_loops, full.max_loops - 1))
     return options.draft_loops
 
 
 def _full_depth(settings: ExitSettings, options: GenerationOptions, config: ModelConfig) -> Exit:
-    """The depth that verifies drafts: the fixed one asked for, else the deepest allowed."""
+    """The exit of speculation, whose full depth is `options.loops` or else the deepest allowed."""
     full = options.loops
     if full == "auto":
         full = config.max_loops if options.max_loops is None else options.max_loops

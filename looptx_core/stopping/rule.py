@@ -1,10 +1,9 @@
-"""When a token stops looping: the exit rules, each a signal or two against their thresholds.
+"""When a token stops looping: the exit rules, which compare one or two signals to thresholds.
 
-`Exit.stops` is the only place that decides. It takes numbers of one row or tensors of many; the
-engine, the frontier of `inspect-loops` and its traces ask it, and kernels get thresholds derived
-from it (`Exit.kernel_thresholds`). A signal that `reads_logits` needs the coda and the head at
-every loop; the others look at the confidence head alone, so that deciding costs no product with
-the vocabulary.
+Only `Exit.stops` decides. It takes the numbers of one row or tensors for many. The engine, the
+frontier of `inspect-loops` and its traces call it, and kernels get thresholds derived from it
+(`Exit.kernel_thresholds`). A signal that `reads_logits` needs the coda and the head at every loop;
+the others use the confidence head alone, so that deciding costs no product with the vocabulary.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from torch import Tensor
 from looptx_core.config.generation import ExitSettings
 from looptx_core.stopping.calibration import calibrated
 
-_MIN_PROBABILITY = 1e-15  # a probability that 1 can be told from
-_FAR = 1e30  # nothing is beyond it
+_MIN_PROBABILITY = 1e-15  # 1 minus this still differs from 1 as a float
+_UNREACHABLE = 1e30  # a threshold that no signal reaches
 
 
 class HeadOutput(NamedTuple):
@@ -30,32 +29,33 @@ class HeadOutput(NamedTuple):
     logit: float
     """Log-odds that the top token is right."""
     gain: float
-    """What the next loop is predicted to bring."""
+    """The predicted gain of the next loop."""
     change: float
-    """`looptx_core.model.confidence.relative_change` of the loop."""
+    """`looptx_core.model.confidence.relative_change` of this loop."""
 
 
 class ExitSignals(NamedTuple):
-    """What a rule may look at after a loop: of one row, as numbers, or of many."""
+    """What a rule may use after a loop: numbers for one row, or tensors for many."""
 
     confidence: Tensor | float
     """(...), the calibrated probability that the top token is right."""
     gain: Tensor | float
-    """(...), nats that the next loop is predicted to bring."""
+    """(...), nats that the next loop is predicted to gain."""
     logits: Tensor | None = None
-    """(..., vocab_size), for the rules that read them."""
+    """(..., vocab_size), for rules that read them."""
     previous: Tensor | None = None
-    """The last loop's logits, (..., vocab_size); None at the first loop."""
+    """The logits of the loop before, (..., vocab_size); None at the first loop."""
 
 
 class Signal(NamedTuple):
-    """A number for each row, and on which side of its threshold a token may stop."""
+    """A number for each row, and the side of its threshold on which a token may stop."""
 
     value: Callable[[ExitSignals], Tensor | float]
     """(...), a number for each row."""
     at_least: bool = False
-    """Stop at the threshold or above; else below it."""
+    """True: a token may stop at the threshold or above. False: below it."""
     reads_logits: bool = False
+    """Whether `value` needs the logits of each loop."""
 
     def stops(self, value: Any, threshold: float) -> Any:
         """True where a token may stop; shaped as `value`."""
@@ -63,7 +63,7 @@ class Signal(NamedTuple):
 
 
 def _divergence(signals: ExitSignals) -> Tensor:
-    """Huginn's (arXiv 2502.05171): KL from the last loop's distribution to this one's, in nats."""
+    """KL(this loop's distribution || the one before), in nats, as in Huginn (arXiv 2502.05171)."""
     assert signals.logits is not None
     if signals.previous is None:
         return torch.full_like(signals.logits[..., 0], torch.inf)
@@ -89,15 +89,18 @@ SIGNALS = {
     "entropy": Signal(_entropy, reads_logits=True),
     "maxprob": Signal(_maxprob, at_least=True, reads_logits=True),
 }
-"""By the name of their threshold in `ExitSettings`."""
+"""The signals by name; `ExitSettings` has each one's threshold under the same name."""
 
 RULES = {"auto": ("confidence", "gain"), **{name: (name,) for name in SIGNALS}}
-"""The signals of a rule; any of them lets a token stop."""
+"""The signals of each rule; any one of them lets a token stop."""
 
 
 @dataclass(frozen=True)
 class Exit:
-    """How deep a token goes: between two depths, by a rule; a fixed depth has no rule."""
+    """How many loops a token runs: `min_loops` to `max_loops`, decided by a rule.
+
+    rule: a key of `RULES`; None for a fixed depth. settings: thresholds and calibration.
+    """
 
     min_loops: int
     max_loops: int
@@ -106,11 +109,12 @@ class Exit:
 
     @property
     def reads_logits(self) -> bool:
+        """Whether the rule needs the logits of each loop."""
         return any(SIGNALS[name].reads_logits for name in self.signals)
 
     @property
     def signals(self) -> tuple[str, ...]:
-        """What the rule looks at; nothing at a fixed depth."""
+        """Names of the signals that the rule uses; none at a fixed depth."""
         return () if self.rule is None else RULES[self.rule]
 
     @property
@@ -119,8 +123,8 @@ class Exit:
         return self.max_loops if self.rule is None else min(self.min_loops, self.max_loops)
 
     def next_check(self, loop: int) -> int:
-        """The first loop after this one at which something has to be computed for the rule."""
-        if self.reads_logits:  # which may compare each loop with the one before
+        """The first loop after this one at which the rule needs something to be computed."""
+        if self.reads_logits:  # `kl` compares each loop with the one before
             return loop + 1
         return max(loop + 1, self.first_check)
 
@@ -129,15 +133,15 @@ class Exit:
         return max(0, after - max(before, self.first_check - 1))
 
     def kernel_thresholds(self) -> tuple[float, float]:
-        """(log-odds from which on a token may stop, nats below which it may), for kernels.
+        """Thresholds for kernels: (log-odds at or above which, nats below which a token may stop).
 
-        Log-odds as the head gives them, before calibration; nats after it. Slightly permissive:
-        `stops` checks again, exactly.
+        The log-odds are the head's output before calibration, the nats are calibrated. Both are
+        slightly permissive, because `stops` checks exactly afterwards.
         """
-        odds, nats = _FAR, -_FAR
+        odds, nats = _UNREACHABLE, -_UNREACHABLE
         if "confidence" in self.signals:
-            sure = min(max(self.settings.confidence, _MIN_PROBABILITY), 1 - _MIN_PROBABILITY)
-            odds = math.log(sure / (1 - sure)) - self.settings.confidence_offset
+            least = min(max(self.settings.confidence, _MIN_PROBABILITY), 1 - _MIN_PROBABILITY)
+            odds = math.log(least / (1 - least)) - self.settings.confidence_offset
             odds = odds * self.settings.temperature - 1e-4
         if "gain" in self.signals:
             nats = self.settings.gain + 1e-5
@@ -150,13 +154,13 @@ class Exit:
         logits: Tensor | None = None,
         previous: Tensor | None = None,
     ) -> ExitSignals:
-        """One row's signals after a loop."""
+        """The calibrated signals of one row after a loop."""
         return ExitSignals(*calibrated(*output, loop, self.settings), logits, previous)
 
     def stops(self, loop: int, signals: ExitSignals) -> Any:
-        """True where a token exits after this loop, counted from 1; shaped as the confidence.
+        """True where a token exits after this loop, counted from 1.
 
-        One bool where the rule looks at nothing.
+        Has the confidence's shape, or is a single bool if no signal decides.
         """
         stops: Any = loop >= self.max_loops
         if self.rule is not None and self.min_loops <= loop < self.max_loops:
@@ -167,7 +171,8 @@ class Exit:
     def may_stop(self, values: Mapping[str, Any]) -> Any:
         """True where one of the rule's signals is on the stopping side of its threshold.
 
-        values: by the signal's name, of any shape; bounds on the depth aside.
+        values: each signal's, by its name, of any shape. Does not look at `min_loops` and
+        `max_loops`.
         """
         stops: Any = False
         for name in self.signals:
@@ -175,22 +180,22 @@ class Exit:
         return stops
 
     def depths(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The loop after which each token exits, (tokens,), where all loops were run.
+        """The loop after which each token would exit, (tokens,), from a run of all loops.
 
-        values: each signal's, (loops, tokens).
+        values: each signal's, by its name, (loops, tokens).
         """
-        some = next(iter(values.values()))[: self.max_loops]
-        stops = torch.zeros_like(some, dtype=torch.bool)
+        first = next(iter(values.values()))[: self.max_loops]
+        stops = torch.zeros_like(first, dtype=torch.bool)
         return exit_depths(
             stops | self.may_stop({name: part[: self.max_loops] for name, part in values.items()}),
             self.min_loops,
         )
 
     def passes(self, loops: float) -> tuple[float, float, float]:
-        """(readouts, confidence evaluations, gain evaluations) of a token of so many loops.
+        """What a token of this many loops costs: (readouts, confidence and gain evaluations).
 
-        Linear in the loops. The compiled kernel needs no more; torch evaluates both outputs of the
-        head at once.
+        The loops may be a mean, hence the floats. The count is the compiled kernel's; torch always
+        evaluates both outputs of the confidence head.
         """
         checks = max(1, loops - self.min_loops + 1)
         return (
@@ -213,9 +218,10 @@ class Exit:
 
 
 def exit_depths(stops: Tensor, min_loops: int = 1) -> Tensor:
-    """The loop after which each token exits, (tokens,), from 1; the last where nothing stops it.
+    """The loop after which each token exits, (tokens,), counted from 1.
 
-    stops: (loops, tokens), True where a token may stop.
+    stops: (loops, tokens), True where a token may stop. A token that never may exits after the
+    last loop.
     """
     stops = stops.clone()
     stops[: min_loops - 1] = False
@@ -224,5 +230,5 @@ def exit_depths(stops: Tensor, min_loops: int = 1) -> Tensor:
 
 
 def fixed_exit(loops: int, settings: ExitSettings) -> Exit:
-    """Every token runs exactly so many loops."""
+    """An exit with which every token runs exactly this many loops."""
     return Exit(loops, loops, settings)

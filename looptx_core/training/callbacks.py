@@ -29,7 +29,10 @@ GO_BACK = "remove it to go on from the one before"
 
 
 class JsonLines(Logger):
-    """`metrics.jsonl`: a line a record; values by loop are lists. `watch` sees each line too."""
+    """Writes `metrics.jsonl`: a line for each record, in which values by loop are lists.
+
+    watch: called with each line.
+    """
 
     def __init__(self, file: Path, watch: Callable[[str], object] | None = None) -> None:
         super().__init__()
@@ -44,7 +47,7 @@ class JsonLines(Logger):
         return ""
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """`config.yaml` has them."""
+        """Nothing to do: `config.yaml` has them."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -66,21 +69,21 @@ class JsonLines(Logger):
             self.watch(line)
 
     def cut_back(self, step: int) -> None:
-        """Drop the records after `step`, and what a kill left half-written."""
+        """Drop the records after `step`, and a last line that was only partly written."""
         if not self.file.exists():
             return
         kept = [record for record in read_metrics(self.file) if record["step"] <= step]
         write_file(self.file, "".join(json.dumps(record) + "\n" for record in kept))
 
     def mark_stretch(self, begin: int, end: int, lr: float) -> None:
-        """Note where a finished run goes on, once."""
+        """Record, once, that a finished run continues at this learning rate."""
         mark = {"step": begin, "stretch": {"from": begin, "to": end, "lr": lr}}
         if mark not in read_metrics(self.file):
             self._write(mark)
 
 
 class Checkpoints(ModelCheckpoint):
-    """Keeps the newest checkpoints, saved when an optimizer step is over and validated."""
+    """Keeps the newest checkpoints, saved after an optimizer step and its validation."""
 
     def __init__(self, folder: Path, every: int, keep: int) -> None:
         super().__init__(
@@ -95,21 +98,21 @@ class Checkpoints(ModelCheckpoint):
         )
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        # Lightning would save the step of a resume again, amid the next one's micro-batches.
+        # Between micro-batches, Lightning would save the step of a resume again.
         if trainer.fit_loop._should_accumulate():
             return
         every = self._every_n_train_steps
         if trainer.global_step >= trainer.max_steps:
-            self._every_n_train_steps = 1  # the last step too, for a run that is to go on
+            self._every_n_train_steps = 1  # save the last step too, so that a run can continue
         super().on_train_batch_end(trainer, *args, **kwargs)
         self._every_n_train_steps = every
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Checkpoints that are whole or not there, whatever ends the write.
+    """Writes checkpoints atomically: a file is complete or does not exist.
 
-    Lightning writes to the system's folder for temporary files and moves from there, which is a
-    copy, and can be cut short, where that is another file system.
+    Lightning writes to the system's temporary folder and moves the file. Across file systems that
+    is a copy, which can be interrupted.
     """
 
     def save_checkpoint(
@@ -126,7 +129,7 @@ class WholeFiles(TorchCheckpointIO):
                 # An older file's digest must not stand beside this one, not even after a kill.
                 digest_file(path).unlink(missing_ok=True)
             note_digest(path, digest)
-        except RuntimeError as error:  # of torch's writer, on ending a file cut short
+        except RuntimeError as error:  # torch's writer hides the OSError of a failed write
             cause = error.__context__
             raise (cause if isinstance(cause, OSError) else error) from None
 
@@ -136,15 +139,15 @@ class WholeFiles(TorchCheckpointIO):
         digest_file(Path(path)).unlink(missing_ok=True)
 
 
-class Begin(L.Callback):
-    """What the first process does to the run's folder, when all others have read it."""
+class AtSetup(L.Callback):
+    """Calls `action` in the first process, once all others have read the run's folder."""
 
-    def __init__(self, what: Callable[[], object]) -> None:
-        self.what = what
+    def __init__(self, action: Callable[[], object]) -> None:
+        self.action = action
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
-            self.what()
+            self.action()
 
 
 class StopCleanly(L.Callback):
@@ -173,8 +176,11 @@ class StopCleanly(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
     ) -> None:
-        """When a worker was killed, save if that was noticed between two steps, where the state
-        is whole; torch may tell in the midst of one, and then the last checkpoint counts."""
+        """When a worker was killed, save if this was noticed between two steps.
+
+        Only then is the state consistent. Torch may notice within a step; then the last checkpoint
+        has to serve.
+        """
         if not lost_worker(exception):
             return
         self.reason = "worker"
@@ -200,7 +206,7 @@ class StopCleanly(L.Callback):
         if trainer.global_step >= trainer.max_steps:
             trainer.should_stop = True  # so that Lightning validates the last step
         device = trainer.strategy.root_device
-        for reason in ("interrupted", "time"):  # of any process, so that all stop here
+        for reason in ("interrupted", "time"):  # of any process, so that all stop at one step
             if any_rank(self.reason == reason, device):
                 self.reason = reason
         if self.reason:
@@ -214,10 +220,10 @@ class StopCleanly(L.Callback):
 
 
 def lost_worker(error: BaseException) -> bool:
-    """Whether an error, or one that it came from, says that one of the loader's processes ended.
+    """Whether an error, or one that caused it, says that a process of the data loader ended.
 
-    Torch says so when the signal arrives, in the midst of whatever runs, which may wrap the error;
-    a connection that breaks may be noticed before.
+    Torch raises it when the signal arrives, within any code, which may wrap the error. A broken
+    connection to the process may be noticed first.
     """
     found: BaseException | None = error
     while found is not None:
@@ -234,11 +240,11 @@ def lost_worker(error: BaseException) -> bool:
 def resume_point(
     folder: Path, metrics: Path, *, log_every: int, val_every: int, save_every: int, last_step: int
 ) -> tuple[Path | None, bool]:
-    """The checkpoint to go on from, and whether the log has all records up to it.
+    """The checkpoint to resume from, and whether the log has all records up to it.
 
-    Lightning saves a step before it logs and validates it; a kill in between leaves a checkpoint
-    ahead of its records, and the one before it serves, or the start before the first one. Where
-    the log lost more than that, the newest checkpoint serves all the same.
+    Lightning saves a step before it logs and validates it. If the run was killed in between, the
+    newest checkpoint has no records, and the one before it is taken, or the start of the run (None)
+    if there is none. If the log lacks more than that, the newest checkpoint is taken all the same.
     """
     found = sorted(folder.glob("step-*.ckpt"), reverse=True)
     trained: set[int] = set()
@@ -248,8 +254,8 @@ def resume_point(
     for file in found:
         step = step_of(file)
         logged = step % log_every or step in trained
-        judged = (step % val_every and step != last_step) or step in validated
-        if logged and judged:
+        checked = (step % val_every and step != last_step) or step in validated
+        if logged and checked:
             return file, True
     if not found:
         return None, True
@@ -260,8 +266,10 @@ def resume_point(
 
 
 def processes_of(checkpoint: Path) -> int | None:
-    """How many saved it; None where an older looptx did not say. Raises `DataError` for one that
-    can't be read."""
+    """How many processes saved a checkpoint; None if it does not say.
+
+    Raises `DataError` for one that can't be read.
+    """
     if checkpoint.is_dir():
         return fragments.Checkpoint(checkpoint).world_size
     try:
@@ -285,7 +293,7 @@ def verify_checkpoint(checkpoint: Path) -> bool:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint was saved at."""
+    """The step at which a checkpoint was saved. Raises `DataError` for another file's name."""
     try:
         return int(checkpoint.stem.removeprefix("step-"))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What every loop brings on held-out tokens: one pass of all depths."""
+"""Evaluation after every loop: one forward pass of all loops gives every depth."""
 
 from __future__ import annotations
 
@@ -22,23 +22,27 @@ Observe = Callable[[int, Tensor, Tensor, Confidence], object]
 
 @dataclass
 class LoopEvaluation:
-    """Sums over tokens for each loop; add evaluations up, then read the means.
-
-    loss, correct, norm: (loops,) float64. logit, hit, gain, change, each, sharp: (loops, tokens),
-    what the confidence head said, whether the top token was right, by how much the loop changed
-    the state, the loss, and the log-odds of the top token's own probability, for calibration.
-    """
+    """Figures for each loop. Evaluations can be added; the properties are means over all tokens."""
 
     tokens: int
     loss: Tensor
+    """Sum over tokens in nats, (loops,) float64."""
     correct: Tensor
+    """Tokens whose most likely token is right, (loops,) float64."""
     norm: Tensor
+    """Sum over tokens of the state's root mean square, (loops,) float64."""
     logit: Tensor
+    """The confidence head's log-odds, (loops, tokens)."""
     hit: Tensor
+    """1 where the most likely token is right, else 0, (loops, tokens)."""
     gain: Tensor
+    """The confidence head's predicted gain, before calibration, (loops, tokens)."""
     change: Tensor
-    each: Tensor
-    sharp: Tensor
+    """`relative_change` of the state, (loops, tokens)."""
+    token_loss: Tensor
+    """Nats, (loops, tokens)."""
+    top_log_odds: Tensor
+    """Log-odds of the most likely token's own probability, (loops, tokens)."""
 
     def __add__(self, other: LoopEvaluation) -> LoopEvaluation:
         return LoopEvaluation(
@@ -50,8 +54,8 @@ class LoopEvaluation:
             torch.cat([self.hit, other.hit], 1),
             torch.cat([self.gain, other.gain], 1),
             torch.cat([self.change, other.change], 1),
-            torch.cat([self.each, other.each], 1),
-            torch.cat([self.sharp, other.sharp], 1),
+            torch.cat([self.token_loss, other.token_loss], 1),
+            torch.cat([self.top_log_odds, other.top_log_odds], 1),
         )
 
     @property
@@ -75,7 +79,11 @@ class LoopEvaluation:
 
 
 def inputs_and_targets(tokens: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both (batch, length). Absent targets are the tokens that follow, of one token more."""
+    """Inputs and targets, both (batch, length).
+
+    tokens: (batch, length) with targets of the same shape; or (batch, length + 1) without, and then
+    each token's target is the next one.
+    """
     return (tokens[:, :-1], tokens[:, 1:]) if targets is None else (tokens, targets)
 
 
@@ -93,8 +101,8 @@ def evaluate_loops(
     """Loss, accuracy and confidence after each of the loops 1..loops.
 
     tokens, targets: as in `inputs_and_targets`. counted: (batch, length) bool, the targets that
-    count; all by default. documents: (batch, length), to attend within only. observe: sees every
-    loop's tokens. media: of the placeholder tokens.
+    count; all by default. documents: (batch, length), the document of each token; attention stays
+    within it. observe: called after each loop. media: the items of the placeholder tokens.
     """
     device = model.norm.weight.device
     tokens, media = tokens.to(device), to_device(media or {}, device)
@@ -105,34 +113,34 @@ def evaluate_loops(
     counted = torch.ones_like(targets, dtype=torch.bool) if counted is None else counted
     layout = model.layout(inputs, media)
     ctx = model.context(targets.shape[1], documents=documents, layout=layout)
-    losses, hits, norms, logits, gains, changes, sharp = [], [], [], [], [], [], []
+    losses, hits, norms, logits, gains, changes, odds = [], [], [], [], [], [], []
     before = embedding = model.embed(inputs, ctx, media=media)
     for loop, state in model.iterate(embedding, embedding, ctx, range(1, loops + 1)):
         predicted = model.head(model.coda_hidden(state, ctx)).float()
         loss = F.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="none")
         losses.append(loss.view(targets.shape)[counted])
         hits.append((predicted.argmax(-1) == targets)[counted])
-        sharp.append(top_log_odds(predicted[counted].log_softmax(-1)))
+        odds.append(top_log_odds(predicted[counted].log_softmax(-1)))
         norms.append(state.float().square().mean(-1).sqrt()[counted].double().sum())
-        judged = model.confidence(state, loop)
-        logits.append(judged.logit.float()[counted])
-        gains.append(judged.gain.float()[counted])
+        confidence = model.confidence(state, loop)
+        logits.append(confidence.logit.float()[counted])
+        gains.append(confidence.gain.float()[counted])
         changes.append(relative_change(before, state)[counted])
         before = state
         if observe is not None:
             observe(loop, state[counted], predicted[counted], Confidence(logits[-1], gains[-1]))
-    hit, each = torch.stack(hits), torch.stack(losses)
+    hit, token_loss = torch.stack(hits), torch.stack(losses)
     return LoopEvaluation(
         tokens=int(counted.sum()),
-        loss=each.double().sum(1).cpu(),
+        loss=token_loss.double().sum(1).cpu(),
         correct=hit.double().sum(1).cpu(),
         norm=torch.stack(norms).cpu(),
         logit=torch.stack(logits).cpu(),
         hit=hit.float().cpu(),
         gain=torch.stack(gains).cpu(),
         change=torch.stack(changes).cpu(),
-        each=each.cpu(),
-        sharp=torch.stack(sharp).cpu(),
+        token_loss=token_loss.cpu(),
+        top_log_odds=torch.stack(odds).cpu(),
     )
 
 

@@ -6,11 +6,12 @@ resumed run repeats them and every rank runs the same loops.
 - `fixed`: every sequence runs the same number of loops.
 - `sampled`: each sequence draws its depth from a log-normal Poisson distribution, truncated to
   base..max (Huginn, arXiv 2502.05171; drawn per sequence as in Parcae, arXiv 2604.12946).
-- `loss`: the original design's rule. All sequences run the base depth; those that still have
-  loss to lose go on, to a depth drawn as above. Two amendments keep all depths honest, which the
-  plain rule starves: what counts is the loss that one more loop is predicted to remove (by the
-  confidence head, from the state alone: noise can't be thought away, and the choice costs no
-  product with the vocabulary), and a share of the sequences draws its depth regardless.
+- `loss`: the original design's rule. All sequences run the base depth; those with much loss left
+  go deeper, to a depth drawn as above. The plain rule trains some depths too little, so there are
+  two amendments. The measure is not the loss itself but how much of it one more loop is predicted
+  to remove; the confidence head predicts this from the state alone, which ignores loss that no
+  loop can remove and costs no product with the vocabulary. And a share of the sequences draws its
+  depth regardless.
 """
 
 from __future__ import annotations
@@ -24,12 +25,18 @@ from torch import Tensor
 from looptx_core.config.run import RunConfig
 from looptx_core.errors import UsageError
 from looptx_core.model.depths import sample_depth
+from looptx_core.parallel.ranks import mean_over_ranks
 
-_THRESHOLD_MEMORY = 0.9  # of the running quantile: the last ten steps, as losses fall fast
+_THRESHOLD_MEMORY = 0.9  # decay of the running quantile, about ten steps, because losses fall fast
 
 
 class LoopSchedule(torch.nn.Module):
-    """Draws depths; `loss` also keeps its running threshold, in the checkpoint as a buffer."""
+    """Draws the depth of each sequence.
+
+    `threshold` is the running threshold of the kind `loss`, a buffer so that checkpoints have it.
+
+    Raises `UsageError` for depths that exceed the model's `max_loops` or each other.
+    """
 
     threshold: Tensor
 
@@ -55,19 +62,19 @@ class LoopSchedule(torch.nn.Module):
     def depths(self, step: int, ids: Tensor, measure: Callable[[str], Tensor]) -> Tensor:
         """The depth of each sequence, (batch,), int64.
 
-        ids: (batch,), the samples' numbers. measure: gives, for "gain" or "loss", what each
-        sequence has after the base depth, (batch,), nats a token; asked by `loss` alone.
+        ids: (batch,), the samples' numbers. measure: returns each sequence's "gain" or "loss" after
+        the base depth, (batch,), nats a token; only the kind `loss` calls it.
         """
         if self.kind == "fixed":
             return torch.full(ids.shape, self.base)
         draws = [np.random.default_rng((self.seed, step, sample)) for sample in ids.tolist()]
-        free = torch.tensor([self._depth(rng, self.base) for rng in draws])
+        sampled = torch.tensor([self._depth(rng, self.base) for rng in draws])
         if self.kind == "sampled" or self.base == self.max_loops:
-            return free
+            return sampled
         deeper = torch.tensor([self._depth(rng, self.base + 1) for rng in draws])
         explores = torch.tensor([rng.random() < self.explore for rng in draws])
-        ruled = torch.where(self._above_threshold(measure(self.by)), deeper, self.base)
-        return torch.where(explores, free, ruled)
+        by_rule = torch.where(self._above_threshold(measure(self.by)), deeper, self.base)
+        return torch.where(explores, sampled, by_rule)
 
     @property
     def deepest(self) -> int:
@@ -84,19 +91,10 @@ class LoopSchedule(torch.nn.Module):
     def _above_threshold(self, values: Tensor) -> Tensor:
         if self.fixed_threshold is not None:
             return (values > self.fixed_threshold).cpu()
-        # Summed up where the model is: NCCL can't on a CPU, where ZeRO leaves this buffer.
-        quantile = _over_ranks(torch.quantile(values.float(), 1 - self.deeper_share))
+        # On the values' device, as NCCL can't reduce on a CPU, where ZeRO keeps this buffer.
+        quantile = mean_over_ranks(torch.quantile(values.float(), 1 - self.deeper_share))
         quantile = quantile.to(self.threshold.device)
         if self.training:
             old = torch.where(self.threshold.isnan(), quantile, self.threshold)
             self.threshold.copy_(_THRESHOLD_MEMORY * old + (1 - _THRESHOLD_MEMORY) * quantile)
         return (values > self.threshold.to(values.device)).cpu()
-
-
-def _over_ranks(value: Tensor) -> Tensor:
-    """The mean over ranks."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        value = value.clone()
-        torch.distributed.all_reduce(value)
-        value /= torch.distributed.get_world_size()
-    return value

@@ -32,11 +32,12 @@ from looptx_core.training.optimizer import (
 class LoopedLM(L.LightningModule):
     """Trains a `LoopedTransformer` in any Lightning Trainer.
 
-    A batch is a mapping with `tokens`, (batch, length + 1) ids, `ids`, (batch,) sample numbers,
-    and optionally `documents`, (batch, length), to keep attention within, and `weights`, (batch,
-    length), what each target counts, and items of media as in `media.batch.to_entries`. After a
-    validation `evaluation` holds loss, accuracy and confidence by loop. Frozen parameters stay out
-    of the checkpoints.
+    A batch is a mapping with `tokens`, (batch, length + 1) ids, and `ids`, (batch,) sample numbers.
+    It may have `documents`, (batch, length), within which attention stays, `weights`, (batch,
+    length), how much each target counts, and items of media as in `media.batch.to_entries`.
+
+    After a validation `evaluation` holds loss, accuracy and confidence by loop. Checkpoints leave
+    out frozen parameters.
     """
 
     def __init__(self, model: LoopedTransformer, config: RunConfig) -> None:
@@ -50,7 +51,7 @@ class LoopedLM(L.LightningModule):
         self.flops: Tensor
         self.register_buffer("flops", torch.zeros((), dtype=torch.float64))
         self._parts: list[LoopEvaluation] = []
-        self._of_this_step: list[Tensor] = []
+        self._micro_batches: list[Tensor] = []  # what each micro-batch of this step logs
         self._begun = self._tokens = 0.0
         self.strict_loading = not self._frozen()
 
@@ -58,9 +59,9 @@ class LoopedLM(L.LightningModule):
         return {name: p for name, p in self.named_parameters() if not p.requires_grad}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """What training changes, without a frozen base and its quantisation."""
+        """The state without frozen parameters and their quantisation."""
         state, frozen = super().state_dict(*args, **kwargs), self._frozen()
-        # A quantised weight has entries beside it, as `weight.absmax` and `SCB`.
+        # A quantised weight has further entries, such as `weight.absmax` and `SCB`.
         quantised = tuple(
             name.removesuffix("weight") for name, p in frozen.items() if not p.is_floating_point()
         )
@@ -82,7 +83,7 @@ class LoopedLM(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         tokens, ids = batch["tokens"], batch["ids"]
-        # Dropout is a function of the step too, so that a resumed run draws the same masks.
+        # Seeded by step and sample, so that a resumed run draws the same dropout masks.
         torch.manual_seed(hash((self.config.seed, self.global_step, int(ids[0]))) % 2**63)
         media = hide(from_entries(batch), self.config.hidden_shares)
         result = loop_loss(
@@ -105,21 +106,21 @@ class LoopedLM(L.LightningModule):
         self._tokens += tokens[:, 1:].numel() * self.trainer.world_size
         self.flops += result.flops * self.trainer.world_size
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._of_this_step = []
-        found = (result.deepest, result.mean_loops, result.confidence_error)
-        self._of_this_step.append(torch.tensor([float(value) for value in found]))
+            self._micro_batches = []
+        figures = (result.deepest, result.mean_loops, result.confidence_error)
+        self._micro_batches.append(torch.tensor([float(value) for value in figures]))
         if result.restored is not None:
             self.log("restored", result.restored, sync_dist=True)
         for name, value in result.by_labels.items():
             self.log(f"{name}_loss", value, sync_dist=True)
         names = ("train_loss", "mean_loops", "confidence_error")
-        means = torch.stack(self._of_this_step).mean(0).to(self.device)
+        means = torch.stack(self._micro_batches).mean(0).to(self.device)
         self.log_dict(dict(zip(names, means)), prog_bar=True, sync_dist=True)
         return loss
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         if hasattr(self.trainer.strategy, "trunk_norm"):
-            return  # ZeRO has the whole gradient only inside its step, and clips there
+            return  # ZeRO has the whole gradient only inside its own step, and clips it there
         norm = clip_by_part(self.model, self.config.clip)
         self.log("gradient_norm", norm)
 
@@ -156,7 +157,7 @@ class LoopedLM(L.LightningModule):
         self.log_dict(by_loop, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Two loggers' and the loops' states are plain numbers; nothing here needs a pickle.
+        # Plain numbers only, so that loading needs no pickle.
         checkpoint["looptx"] = {
             "step": self.global_step,
             "processes": self.trainer.world_size,
@@ -164,22 +165,25 @@ class LoopedLM(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning counts batches of one process; over another number of them there are more or
-        fewer to an optimizer step."""
-        if self._trainer is None:  # loaded to be looked at
+        """Rescale Lightning's counts of batches.
+
+        They are counted in one process, and with another number of processes an optimizer step
+        takes more or fewer of them.
+        """
+        if self._trainer is None:  # loaded without training
             return
         now = self.trainer.accumulate_grad_batches
         factor = now / checkpoint["looptx"].get("accumulation", now)
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        places = [progress["total"], progress["current"]]
-        places += [v for v in checkpoint.values() if isinstance(v, dict) and "batches" in v]
-        for counts in places:
+        counters = [progress["total"], progress["current"]]
+        counters += [v for v in checkpoint.values() if isinstance(v, dict) and "batches" in v]
+        for counts in counters:
             for key in counts:
                 counts[key] = round(counts[key] * factor)
 
 
 class ShardedLM(LoopedLM):
-    """A `LoopedLM` whose weights FSDP cuts over the processes once these have found each other."""
+    """A `LoopedLM` whose weights FSDP shards over the processes, once these are connected."""
 
     def configure_model(self) -> None:
         from looptx_core.parallel.fsdp import shard
@@ -200,7 +204,7 @@ class NotFinite(LooptxError):
 
 @contextlib.contextmanager
 def quiet_lightning() -> Any:
-    """Lightning's own tips and banners say nothing that this project's users can act on."""
+    """Silence Lightning's tips and banners, which this project's users can't act on."""
     import logging
     import warnings
 

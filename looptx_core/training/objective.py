@@ -1,21 +1,22 @@
 """The loss of a looped model, and of its confidence head, from one forward pass.
 
-Each sequence runs to its own depth (`loop_schedule`) and is read out at some of its loops; its
-loss is their mean, by a prior over the loops if one is given, so that depth 1 and depth 10 weigh
-the same. `pair` reads a sequence's last two loops: with depths drawn broadly every loop is
-supervised under the fixed prior that the draw implies, and the gain of one more loop is seen at
-each pair.
+Each sequence runs to its own depth (`loop_schedule`) and is read out after some of its loops. Its
+loss is the mean over these readouts, weighted by a prior over loops if one is given, so that
+sequences of depth 1 and of depth 10 count the same. With `loss_at="pair"` a sequence is read out
+after its last two loops: as depths are drawn broadly, every loop is supervised, and every pair
+shows how much one more loop gains.
 
-The confidence head learns from the very same read-outs: how likely the top token was, and by how
-much the next loop lowered the loss. That probability is what being right amounts to in the mean,
-without the luck of the single token, and without what the trunk knows of its training text by
-heart: on other text a head that learns hits tells them less well
+The confidence head learns from the same readouts: the probability of the top token, and by how
+much the next loop lowered the loss. The probability is the expectation of whether the top token is
+right. As a target it lacks the noise of single tokens, and it is less inflated by memorised
+training text: a head that learns hits and misses themselves predicts them less well on other text
 (benchmarks/exits/confidence_targets.py).
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,46 +25,51 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from looptx_core.media.base import Encoded
 from looptx_core.media.batch import Media, hidden_numbers
 from looptx_core.media.registry import MEDIA
 from looptx_core.model.block import ForwardContext
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer, Score
+from looptx_core.parallel.ranks import has_ranks, max_over_ranks
 from looptx_core.training.evaluate import inputs_and_targets
 from looptx_core.training.loop_schedule import LoopSchedule
 
-_GAIN_LIMIT = 4.0  # nats; a lone token can gain more, and squared errors would follow it
+_GAIN_LIMIT = 4.0  # nats; single tokens can gain more, and would dominate the squared error
 
 
 @dataclass
 class LoopLoss:
-    """What one batch gave. Losses in nats a token."""
+    """The objective on one batch. Losses are in nats a token."""
 
     loss: Tensor
-    """Scalar, for the trunk."""
+    """Scalar, trains the trunk."""
     confidence_loss: Tensor
-    """Scalar, for the confidence head; no gradient reaches the trunk."""
+    """Scalar, trains the confidence head; no gradient reaches the trunk."""
     deepest: Tensor
     """Scalar, detached: the mean loss at each sequence's last loop."""
     confidence_error: Tensor
-    """Scalar, detached: mean |P(correct) - correct| over the read-outs."""
+    """Scalar, detached: mean |P(correct) - correct| over the readouts."""
     mean_loops: float
     """Core iterations a token."""
     flops: float
-    """Of the forward and backward passes: three times the forward ones."""
+    """Of the forward and backward passes together: three times the forward pass."""
     restored: Tensor | None = None
-    """Scalar, detached: the media's own loss on hidden rows, of which `loss` has its part."""
+    """Scalar, detached: the media's own loss on hidden rows, which `loss` includes."""
     by_labels: dict[str, Tensor] = field(default_factory=dict)
-    """Scalars, detached, by medium: its encoder's own loss, of which `loss` has a share."""
+    """Scalars, detached, by medium: the encoder's own loss, of which `loss` includes a share."""
 
 
 @dataclass
 class _ReadoutBatch:
-    """States gathered for one pass through coda and head."""
+    """States after several loops, gathered for one pass through coda and head."""
 
     states: list[Tensor] = field(default_factory=list)
+    """Each (some rows, length, d_model)."""
     rows: list[int] = field(default_factory=list)
+    """The sequence of each readout."""
     loops: list[int] = field(default_factory=list)
+    """The loop of each readout."""
 
     def add(self, state: Tensor, rows: list[int], loop: int) -> None:
         if rows:
@@ -90,16 +96,21 @@ def loop_loss(
 ) -> LoopLoss:
     """The objective on a batch.
 
-    tokens: (batch, length + 1) ids, each predicted from those before; or (batch, length) with
-    `targets` of the same shape. ids: (batch,), the samples' numbers. documents: (batch,
-    length), the document of each input token; attention stays within it. weights: (batch,
-    length), what each target counts, about 1 in the mean over all batches; all 1 by default.
-    media: of the placeholder tokens; those with hidden rows have an objective of their own.
-    loss_prior: where a sequence is read after several loops, loop t counts t to this power.
-    recompute: trade time for memory by running each loop again in the backward pass. progress: the
-    share of the training that is done, by which the encoders' own losses fall.
+    Args:
+        tokens: (batch, length + 1) ids, each predicted from those before; or (batch, length) with
+            `targets` of the same shape.
+        schedule: draws each sequence's depth for this `step`.
+        ids: (batch,), the samples' numbers.
+        documents: (batch, length), the document of each input token; attention stays within it.
+        weights: (batch, length), how much each target counts, about 1 in the mean over all
+            batches; 1 by default.
+        media: the items of the placeholder tokens; those with hidden rows add a loss of their own.
+        loss_at: after which of its loops a sequence is read out: last, pair (the last two) or all.
+        loss_prior: among several readouts of a sequence, loop t counts t to this power.
+        recompute: save memory by running each loop again in the backward pass.
+        progress: the share of the training that is done, with which the encoders' own losses fall.
     """
-    inputs, wanted = inputs_and_targets(tokens, targets)
+    inputs, labels = inputs_and_targets(tokens, targets)
     batch, length = inputs.shape
     layout = model.layout(inputs, media)
     ctx = model.context(length, documents=documents, layout=layout)
@@ -107,70 +118,96 @@ def loop_loss(
     run = partial(checkpoint, model.step, use_reentrant=False) if recompute else model.step
     encoded = model.encode(media)
     state = embedding = model.embed(inputs, ctx, encoded=encoded)
-    # The states of the loops that every sequence runs, before depths are known.
-    first_loops = range(1, schedule.base + 1 if schedule.kind == "loss" else 1)
-    before = [after for _, after in model.iterate(state, embedding, ctx, first_loops, run)]
-    state = before[-1] if before else state
+    # The rule by loss chooses depths after the loops that every sequence runs.
+    shared_loops = range(1, schedule.base + 1 if schedule.kind == "loss" else 1)
+    shared = [after for _, after in model.iterate(state, embedding, ctx, shared_loops, run)]
+    state = shared[-1] if shared else state
     depths = schedule.depths(
-        step, ids, lambda by: _measured(model, state, schedule.base, wanted, ctx, by, weights)
+        step, ids, lambda by: _measure(model, state, schedule.base, labels, ctx, by, weights)
     )
 
-    # Deepest first: the sequences still in the loop are then a prefix, and no row is gathered.
+    # Sorted by depth, deepest first, the sequences that still run are always the first rows.
     order = depths.argsort(descending=True, stable=True)
     depths = depths[order]
     on_device = order.to(state.device)
     state, embedding, ctx = state[on_device], embedding[on_device], ctx.rows(on_device)
-    wanted = wanted[on_device]
+    labels = labels[on_device]
     weights = None if weights is None else weights[on_device]
-    before = [earlier[on_device] for earlier in before]
-    read = _ReadoutBatch()
-    core_rows = batch * len(before)
+    shared = [after[on_device] for after in shared]
+    readouts = _ReadoutBatch()
+    core_rows = batch * len(shared)
 
     def rows_at(loop: int) -> int:
         """How many sequences run a loop."""
         return int((depths >= loop).sum())
 
     def running(loop: int) -> int:
-        return max(rows_at(loop), 1)  # a rank that is done keeps step with the others, unread
+        # A rank without sequences left runs one row, unread, since all ranks run the same loops.
+        return max(rows_at(loop), 1)
 
-    deepest = _largest_over_ranks(int(depths[0]), state.device)
-    further = range(len(before) + 1, deepest + 1)
+    # Sharded weights are gathered at each loop, which takes every rank.
+    deepest = max_over_ranks(int(depths[0]), state.device)
+    remaining = range(len(shared) + 1, deepest + 1)
     states = itertools.chain(
-        enumerate(before, start=1),
-        model.iterate(state, embedding, ctx, further, run, running),
+        enumerate(shared, start=1),
+        model.iterate(state, embedding, ctx, remaining, run, running),
     )
     for loop, after in itertools.islice(states, deepest):
-        state, here = after, rows_at(loop)
-        if loop > len(before):
+        state, stop = after, rows_at(loop)
+        if loop > len(shared):
             core_rows += len(state)
-        first = {
+        start = {
             "last": int((depths > loop).sum()),
             "pair": int((depths > loop + 1).sum()),
             "all": 0,
         }[loss_at]
-        read.add(state[first:here], list(range(first, here)), loop)
-    scored = _score(model, read, wanted, weights, ctx)
-    state = _with_what_others_use(model, state, media)
-    result = _combine(model, scored, depths, loss_prior, keep_in_step=state, core_rows=core_rows)
-    for name, items in (media or {}).items():
+        readouts.add(state[start:stop], list(range(start, stop)), loop)
+    scored = _score(model, readouts, labels, weights, ctx)
+    state = _with_unused_media(model, state, media)
+    result = _combine(model, scored, depths, loss_prior, tie=state, core_rows=core_rows)
+    _add_media(result, model, media or {}, scored, inputs, on_device)
+    _add_encoder_losses(result, model, encoded, progress)
+    return result
+
+
+def _add_media(
+    result: LoopLoss,
+    model: LoopedTransformer,
+    media: Media,
+    scored: _Scored,
+    inputs: Tensor,
+    order: Tensor,
+) -> None:
+    """Add the encoders' FLOPs, and the loss of media with hidden rows.
+
+    inputs: (batch, length), in the batch's order. order: (batch,), the order that `scored` counts
+    sequences in.
+    """
+    for name, items in media.items():
         medium = MEDIA[name]
         result.flops += 3 * medium.flops(model.config) * len(items.features)
         if items.hidden is not None:
             numbers = hidden_numbers(inputs, medium.token(model.config), items.hidden)
-            numbers = numbers[on_device][torch.tensor(scored.rows, device=numbers.device)]
+            numbers = numbers[order][torch.tensor(scored.rows, device=numbers.device)]
             own = medium.losses(model.heads()[name], scored.decoded, numbers, items)
-            before_it = 0.0 if result.restored is None else result.restored
-            result.loss, result.restored = result.loss + own.loss, before_it + own.loss.detach()
+            restored = 0.0 if result.restored is None else result.restored
+            result.loss, result.restored = result.loss + own.loss, restored + own.loss.detach()
             result.confidence_loss = result.confidence_loss + own.confidence_loss
-        if (by_labels := encoded[name].loss) is not None:
-            share = medium.loss_weight(model.config, progress)
-            result.loss = result.loss + share * by_labels
-            result.by_labels[name] = by_labels.detach()
-    return result
+
+
+def _add_encoder_losses(
+    result: LoopLoss, model: LoopedTransformer, encoded: Mapping[str, Encoded], progress: float
+) -> None:
+    """Add each encoder's own loss on its labels, with the weight that it has by now."""
+    for name, read in encoded.items():
+        if read.loss is not None:
+            share = MEDIA[name].loss_weight(model.config, progress)
+            result.loss = result.loss + share * read.loss
+            result.by_labels[name] = read.loss.detach()
 
 
 @torch.no_grad()
-def _measured(
+def _measure(
     model: LoopedTransformer,
     state: Tensor,
     loop: int,
@@ -179,7 +216,7 @@ def _measured(
     by: str,
     weights: Tensor | None,
 ) -> Tensor:
-    """What the choice of going deeper rests on, nats a token, (batch,)."""
+    """What decides which sequences go deeper: their "gain" or "loss", (batch,), nats a token."""
     if by == "gain":
         return _average(model.confidence(state, loop).gain.float(), weights, 1)
     scored = model.score(model.coda_hidden(state, ctx).flatten(0, 1), targets.flatten())
@@ -188,7 +225,7 @@ def _measured(
 
 @dataclass
 class _Scored:
-    """Read-outs with what became of them, each tensor (read-outs, length)."""
+    """Readouts and their scores; each tensor is (readouts, length)."""
 
     rows: list[int]
     loops: list[int]
@@ -197,36 +234,40 @@ class _Scored:
     gain: Tensor
     weights: Tensor | None
     counted: float
-    """Share of the targets that count."""
+    """Share of the targets whose weight is not 0."""
     decoded: Tensor
-    """What the head read, (read-outs, length, d_model)."""
+    """The head's input, (readouts, length, d_model)."""
 
 
 def _score(
     model: LoopedTransformer,
-    read: _ReadoutBatch,
+    readouts: _ReadoutBatch,
     targets: Tensor,
     weights: Tensor | None,
     ctx: ForwardContext,
 ) -> _Scored:
-    states = torch.cat(read.states)
-    rows = torch.tensor(read.rows, device=targets.device)
+    """Coda, head and confidence head, once for all readouts.
+
+    targets, weights: (batch, length). ctx: of the batch.
+    """
+    states = torch.cat(readouts.states)
+    rows = torch.tensor(readouts.rows, device=targets.device)
     targets = targets[rows]
     weights = None if weights is None else weights[rows]
     decoded = model.coda_hidden(states, ctx.rows(rows))
-    read_out, wanted, counted = decoded.flatten(0, 1), targets.flatten(), None
+    flat, flat_targets, counted = decoded.flatten(0, 1), targets.flatten(), None
     if weights is not None and bool((weights == 0).any()):
-        # A product with the vocabulary only where a target counts, which no placeholder does.
+        # Skip the product with the vocabulary for targets that don't count, as placeholders.
         counted = weights.flatten() > 0
-        read_out, wanted = read_out[counted], wanted[counted]
-    scored = model.score(read_out, wanted)
+        flat, flat_targets = flat[counted], flat_targets[counted]
+    scored = model.score(flat, flat_targets)
     if counted is not None:
-        nothing = scored.loss.new_zeros(targets.numel())
-        scored = Score(*(nothing.masked_scatter(counted, part) for part in scored))
-    confidence = model.confidence(states, torch.tensor(read.loops, device=states.device))
+        zeros = scored.loss.new_zeros(targets.numel())
+        scored = Score(*(zeros.masked_scatter(counted, part) for part in scored))
+    confidence = model.confidence(states, torch.tensor(readouts.loops, device=states.device))
     return _Scored(
-        read.rows,
-        read.loops,
+        readouts.rows,
+        readouts.loops,
         Score(*(part.view(targets.shape) for part in scored)),
         confidence.logit.float(),
         confidence.gain.float(),
@@ -238,43 +279,50 @@ def _score(
 
 def _combine(
     model: LoopedTransformer,
-    read: _Scored,
+    scored: _Scored,
     depths: Tensor,
     prior: float,
-    keep_in_step: Tensor,
+    tie: Tensor,
     core_rows: int,
 ) -> LoopLoss:
-    batch, length = len(depths), read.score.loss.shape[1]
-    rows, loops = torch.tensor(read.rows), torch.tensor(read.loops)
+    """The losses from all readouts.
+
+    depths: (batch,). tie: enters the loss with weight 0, so that its gradients exist on every rank.
+    core_rows: passes of the core, counted in sequences.
+    """
+    batch, length = len(depths), scored.score.loss.shape[1]
+    rows, loops = torch.tensor(scored.rows), torch.tensor(scored.loops)
     share = loops.double() ** prior
     weight = share / torch.zeros(batch).double().index_add(0, rows, share)[rows] / batch
-    losses = read.score.loss.detach()
-    by_readout = _weigh(read.score.loss, read.weights).mean(1)
-    loss = (by_readout * weight.to(by_readout)).sum() + 0.0 * keep_in_step.float().sum()
+    losses = scored.score.loss.detach()
+    by_readout = _weigh(scored.score.loss, scored.weights).mean(1)
+    loss = (by_readout * weight.to(by_readout)).sum() + 0.0 * tie.float().sum()
 
-    judged = F.binary_cross_entropy_with_logits(read.logit, read.score.top, weight=read.weights)
-    place = {key: index for index, key in enumerate(zip(read.rows, read.loops))}
-    pairs = [(i, place[row, loop + 1]) for (row, loop), i in place.items()
-             if (row, loop + 1) in place]  # fmt: skip
+    confidence_loss = F.binary_cross_entropy_with_logits(
+        scored.logit, scored.score.top, weight=scored.weights
+    )
+    index = {key: i for i, key in enumerate(zip(scored.rows, scored.loops))}
+    pairs = [(i, index[row, loop + 1]) for (row, loop), i in index.items()
+             if (row, loop + 1) in index]  # fmt: skip
     if pairs:
         now, then = torch.tensor(pairs, device=by_readout.device).T
-        seen = (losses[now] - losses[then]).clamp(-_GAIN_LIMIT, _GAIN_LIMIT)
-        errors = F.mse_loss(read.gain[now], seen, reduction="none")
-        judged = judged + _weigh(errors, read.weights, now).mean()
+        gains = (losses[now] - losses[then]).clamp(-_GAIN_LIMIT, _GAIN_LIMIT)
+        errors = F.mse_loss(scored.gain[now], gains, reduction="none")
+        confidence_loss = confidence_loss + _weigh(errors, scored.weights, now).mean()
     else:
-        judged = judged + 0.0 * read.gain.sum()
+        confidence_loss = confidence_loss + 0.0 * scored.gain.sum()
 
     cost = token_flops(model.config, length / 2)
-    readouts = len(read.rows) / batch
-    unread = readouts * (1 - read.counted) * 2 * model.config.d_model * model.config.vocab_size
-    forward = (cost.at(core_rows / batch, readouts, readouts, readouts) - unread) * batch * length
+    readouts = len(scored.rows) / batch
+    skipped = readouts * (1 - scored.counted) * 2 * model.config.d_model * model.config.vocab_size
+    forward = (cost.at(core_rows / batch, readouts, readouts, readouts) - skipped) * batch * length
     final = (depths[rows] == loops).to(by_readout.device)
     return LoopLoss(
         loss=loss,
-        confidence_loss=judged,
-        deepest=_average(losses[final], None if read.weights is None else read.weights[final]),
+        confidence_loss=confidence_loss,
+        deepest=_average(losses[final], None if scored.weights is None else scored.weights[final]),
         confidence_error=_average(
-            (read.logit.detach().sigmoid() - read.score.hit).abs(), read.weights
+            (scored.logit.detach().sigmoid() - scored.score.hit).abs(), scored.weights
         ),
         mean_loops=core_rows / batch,
         flops=3 * forward,
@@ -282,35 +330,28 @@ def _combine(
 
 
 def _weigh(values: Tensor, weights: Tensor | None, rows: Tensor | slice = slice(None)) -> Tensor:
-    """Values times what they count. The weights are normalised over the data and not over a
-    batch, so that accumulation and ranks change nothing."""
+    """Values times their weights. These are normalised over the data and not over a batch, so that
+    accumulation and the number of ranks change nothing."""
     return values if weights is None else values * weights[rows]
 
 
 def _average(values: Tensor, weights: Tensor | None, dim: int | None = None) -> Tensor:
-    """The weighted mean over all values or along one dimension, to be read."""
+    """The weighted mean over all values or along one dimension, for reports."""
     if weights is None:
         return values.mean(dim)
     return (values * weights).sum(dim) / weights.sum(dim).clamp(min=1e-9)
 
 
-def _with_what_others_use(model: LoopedTransformer, state: Tensor, media: Media | None) -> Tensor:
-    """The state, tied to the modules of media that only other ranks' batches may have: where ranks
-    sum up their gradients, each needs one, if of zero."""
-    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    if alone:
+def _with_unused_media(model: LoopedTransformer, state: Tensor, media: Media | None) -> Tensor:
+    """The state plus 0 times the parameters of media that this batch lacks.
+
+    Ranks sum up their gradients, so each needs a gradient, if of zeros, for media that only other
+    ranks' batches have.
+    """
+    if not has_ranks():
         return state
     both = (*model.encoders().items(), *model.heads().items())
-    parts = [part for name, part in both if name not in (media or {})]
-    for p in (p for part in parts for p in part.parameters() if p.requires_grad):
+    unused = [module for name, module in both if name not in (media or {})]
+    for p in (p for module in unused for p in module.parameters() if p.requires_grad):
         state = state + 0.0 * p.sum().to(state.dtype)
     return state
-
-
-def _largest_over_ranks(value: int, device: torch.device) -> int:
-    """Every rank runs the same number of loops, as sharded weights are gathered at each."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        shared = torch.tensor(value, device=device)
-        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
-        return int(shared)
-    return value

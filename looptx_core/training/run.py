@@ -1,4 +1,4 @@
-"""One training run, from settings to a model folder; `fit` is the trainer, finetuning's too."""
+"""One training run, from settings to a model folder. Finetuning uses `fit` too."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from looptx_core.model.loop import LoopedTransformer
 from looptx_core.parallel.deepspeed.checkpoint import Checkpoint
 from looptx_core.parallel.ranks import lost_peer
 from looptx_core.parallel.strategy import (
-    AtTheEnd,
+    FinalCheckpoint,
     check_strategy,
     choose_strategy,
     own_environment,
     shards_optimizer,
 )
 from looptx_core.training.callbacks import (
-    Begin,
+    AtSetup,
     Checkpoints,
     JsonLines,
     StopCleanly,
@@ -57,9 +57,10 @@ from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
 
 
 def fit_vocabulary(model: ModelConfig, vocab_size: int, asked: bool) -> ModelConfig:
-    """The model's shape with the data's vocabulary, and after it the codes of media it writes.
+    """The model's configuration with a vocabulary that fits the data.
 
-    Raises `UsageError` where the user asked for another size.
+    vocab_size: the tokenizer's; the codes of media that the model writes follow it. asked: whether
+    the user gave `model.vocab_size`. Raises `UsageError` if that differs.
     """
     size = vocab_size
     for medium in media_for(model):
@@ -86,19 +87,16 @@ def train(
     report: Callable[[str], object] = lambda line: None,
     watch: Callable[[str], object] | None = None,
 ) -> TrainResult | None:
-    """Train in `folder` on the shards `data`, and write `folder`/final.
+    """Train a new model on the shards `data`, with its run in `folder`, and write `folder`/final.
 
-    None in a run's other processes: the first one has the result.
-
-    records: inputs of media with texts, as for `read_records`, mixed with the shards by
-    `config.mix`; `model_config` has these media.
-
-    The other arguments, and the errors, are those of `fit`.
+    records: files of records with media, as for `read_records`, mixed with the shards by
+    `config.mix`; `model_config` has these media. The other arguments, and the errors, are those of
+    `fit`. Returns None in all processes of the run but the first.
     """
     started = time.monotonic()
     config.check_hidden_shares(bool(records))
     config.check_context(model_config.max_seq_len)
-    how: dict[str, Any] = {
+    batching: dict[str, Any] = {
         "seq_len": config.seq_len,
         "micro_batch": config.micro_batch_size,
         "batches": (until or config.steps) * config.accumulation,
@@ -114,14 +112,14 @@ def train(
         read = read_records(records, config.skip_bad)
         batches = MixedData(
             data, read, model_config, mix=config.weights, skip_bad=config.skip_bad,
-            augment=config.augment, **how,
+            augment=config.augment, **batching,
         )  # fmt: skip
         left_out = f", {read.skipped} left out" if config.skip_bad else ""
         what = ", ".join(medium.plural for medium in read.media)
         report(f"{what}: {len(read.records)} records{left_out}")
         report_unlabelled(batches.unlabelled, report)
     else:
-        batches = TokenData(data, **how)
+        batches = TokenData(data, **batching)
     if config.bitnet:
         model_config = replace(model_config, linear="ternary")
     torch.manual_seed(config.seed)
@@ -145,8 +143,11 @@ def report_unlabelled(counts: Mapping[str, int], report: Callable[[str], object]
 
 
 def check(config: RunConfig, folder: Path) -> None:
-    """Raise what `fit` would raise for want of a package or of hardware, or for a strategy that
-    can't be, while the run has no folder yet."""
+    """Check a run before it has a folder.
+
+    Raises what `fit` would: `MissingError` for a package or hardware that is missing, `UsageError`
+    for a strategy that does not fit the settings.
+    """
     device = best_device()
     precision, _ = choose_precision(config.precision, device, config.sharding)
     choose_backend(
@@ -156,7 +157,7 @@ def check(config: RunConfig, folder: Path) -> None:
 
 
 def resuming(command: str, folder: Path) -> str:
-    """How to go on with a run that was stopped."""
+    """A message that says how to resume a stopped run."""
     return f"go on with looptx {command} --resume {folder}"
 
 
@@ -173,22 +174,26 @@ def fit(
     report: Callable[[str], object] = lambda line: None,
     watch: Callable[[str], object] | None = None,
 ) -> tuple[LoopedLM, int]:
-    """Train what of `model` is not frozen, with checkpoints and records in `folder`.
+    """Train the parameters of `model` that are not frozen, with checkpoints and logs in `folder`.
 
-    Returns the module, and the steps done. Its model, which is `model` unless that was cut by
-    FSDP, ends in evaluation mode on the CPU, whole in the run's first process. `loops` of its
-    configuration becomes the deepest depth that was trained.
+    Returns the module and the number of steps done. The module's model is `model` itself, unless
+    FSDP sharded it. It is in evaluation mode on the CPU, complete in the run's first process, and
+    its configuration's `loops` is the deepest depth that was trained.
 
-    advice: how to go on after a stop, for messages. until: the last step where a finished run goes
-    on beyond the steps of its settings, at its last learning rate. callbacks: Lightning's, for
-    progress displays and the like. report: called with lines of one choice each
-    ("attention: sdpa, ...").
-    watch: called with each line of metrics.jsonl.
+    Args:
+        advice: how to resume after a stop, for messages.
+        resume: continue from the newest checkpoint in `folder`.
+        until: the last step, if a finished run continues beyond its configured steps; the learning
+            rate stays at its final value.
+        callbacks: Lightning's, such as a progress display.
+        report: called with a line for each choice ("attention: sdpa, ...").
+        watch: called with each line of metrics.jsonl.
 
-    Raises `Interrupted` after a Ctrl-C (saved), `NotFinite` for a loss of NaN, `DataError` for
-    unusable data or checkpoints.
+    Raises `Interrupted` after a Ctrl-C (the state is saved), `NotFinite` for a loss that is NaN or
+    infinite, `DataError` for unusable data or checkpoints, `LooptxError` if a checkpoint can't be
+    written or another process is gone.
     """
-    # A short run has its line of training and its validation too.
+    # A short run gets at least one line of metrics and one validation.
     config = replace(
         config,
         log_every=min(config.log_every, config.steps),
@@ -242,7 +247,7 @@ def fit(
     begin_at = step_of(start_from) if start_from else 0
     if start_from is not None:
         report(f"resumed: at step {begin_at}, from {start_from}")
-        _tell_of_other_ranks(start_from, config, report)
+        _report_other_world_size(start_from, config, report)
     elif resume:
         report("resumed: no checkpoint yet, so from the start")
 
@@ -253,11 +258,11 @@ def fit(
             metrics.mark_stretch(begin_at, last_step, config.lr * config.min_lr)
         remove_partial(checkpoints)
 
-    stop, end = StopCleanly(checkpoints, config.max_minutes), AtTheEnd(checkpoints)
-    last = [gathered] if gathered else [end] if sharded else []
-    every = [*callbacks, Begin(begin), stop, *last]
+    stop, final = StopCleanly(checkpoints, config.max_minutes), FinalCheckpoint(checkpoints)
+    at_end = [gathered] if gathered else [final] if sharded else []
+    ours = [*callbacks, AtSetup(begin), stop, *at_end]
     with quiet_lightning(), own_environment(folder):
-        trainer = _trainer(config, last_step, folder, precision, device, strategy, every, metrics)
+        trainer = _trainer(config, last_step, folder, precision, device, strategy, ours, metrics)
         if device.type == "cpu":
             wanted = precision == "float32" and not config.compile
             report(f"kernels: {enable_kernels(model.config, config, folder, wanted, resume)}")
@@ -293,23 +298,24 @@ def fit(
             f"stopped and saved at step {trainer.global_step} of {last_step}; {advice} "
             f"(about {left / 60:.1f} minutes left)"
         )
-    if end.saved is not None and trainer.is_global_zero:
+    if final.saved is not None and trainer.is_global_zero:
         from looptx_core.parallel.deepspeed.zero import make_plain
 
-        make_plain(module, Checkpoint(end.saved).weights())
+        make_plain(module, Checkpoint(final.saved).weights())
     if gathered:
         model = module.model = gathered.model(model)
     else:
         model.to(torch.device("cpu"))
-    module.swapped, module.begun_at = end.swapped, begin_at
+    module.swapped, module.begun_at = final.swapped, begin_at
     model.config = replace(model.config, loops=module.schedule.deepest)
     model.eval()
     return module, trainer.global_step
 
 
-def _tell_of_other_ranks(
+def _report_other_world_size(
     checkpoint: Path, config: RunConfig, report: Callable[[str], object]
 ) -> None:
+    """Report if another number of processes saved the checkpoint."""
     before = processes_of(checkpoint)
     if before not in (None, config.world_size):
         report(

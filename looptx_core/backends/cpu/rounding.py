@@ -7,7 +7,6 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from looptx_core.model.bitnet import TernaryLinear
 from looptx_core.model.block import Block
 from looptx_core.model.loop import LoopedTransformer
 
@@ -51,16 +50,3 @@ def all_blocks(model: LoopedTransformer) -> list[Block]:
 def block_layers(block: Block) -> list[nn.Module]:
     a, m = block.attention, block.mlp
     return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
-
-
-def held_bytes(model: LoopedTransformer, precision: str = "float32") -> int:
-    """Bytes of weights that decoding a token reads, each once, as the kernel holds them."""
-    width = {"float32": 4, "bf16": 2, "int8": 1}[precision]
-    total = model.head.weight.numel() * width
-    for block in all_blocks(model):
-        for layer in block_layers(block):
-            if isinstance(layer, TernaryLinear):
-                total += layer.packed.nbytes
-            elif isinstance(layer, nn.Linear):
-                total += layer.weight.numel() * width
-    return total
