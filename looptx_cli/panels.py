@@ -37,7 +37,8 @@ _PANELS = {
         speculate compare_loops kv_policy kv_type decode_tokens
     """,
     "Adapters": """
-        adapter merge_adapter quantization dora lora_per_loop lora_alpha lora_dropout rslora target_modules
+        adapter merge_adapter quantization dora lora_per_loop lora_alpha lora_dropout rslora
+        target_modules
     """,
     "Sampling": """
         max_new_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from looptx_cli.main import main
 from looptx_core.api import load
 from looptx_core.checkpoint.folder import load_model
+from looptx_core.config.generation import GenerationOptions
 from looptx_core.conversion import pretrained
 from looptx_core.conversion.source_check import logit_difference
-from looptx_core.errors import DataError
+from looptx_core.data.chat import ChatTemplate
+from looptx_core.errors import DataError, UsageError
+from looptx_core.generation.engine import ChatPrompt, Engine
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -68,9 +74,9 @@ def plain(kind: str, **changes: Any) -> Any:
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     """Rows of queries and keys as llama.cpp's converter stores a Llama's."""
     width = len(weight) // heads
-    order = [head * width + half * (width // 2) + row
-             for head in range(heads) for row in range(width // 2) for half in range(2)]  # fmt: skip
-    return weight[order]
+    half = width // 2
+    places = (head * width + row for head in range(heads) for row in range(half))
+    return weight[[place + offset for place in places for offset in (0, half)]]
 
 
 def write(file: Path, kind: str = "Llama", keep: Any = None, **changes: Any) -> Path:
@@ -261,6 +267,38 @@ def test_blocks_of_256(kind: str, tmp_path: Path) -> None:
     assert found.types == [kind]
 
 
+def test_a_chat_is_asked_by_the_template_and_ends_at_its_own_token(llama: Path) -> None:
+    from looptx_core.conversion.gguf_file import GGUF, from_gguf
+
+    loaded = from_gguf(GGUF(llama), pretrained.ONE_LOOP)
+    template = ChatTemplate(str(loaded.chat_template), loaded.special.names())
+    messages = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"})
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=made_tokenizer())
+    expected = theirs.apply_chat_template(
+        list(messages), chat_template=TEMPLATE, add_generation_prompt=True, return_dict=False
+    )
+    assert template.prompt(messages, loaded.tokenizer) == expected and expected[0] == 1
+    assert loaded.tokenizer.encode("<|im_end|>").ids != [2]  # which stays text elsewhere
+    engine = Engine(loaded.model, loaded.tokenizer, ends=loaded.special.ends,
+                    chat_template=template, kernel="torch")  # fmt: skip
+    options = GenerationOptions(temperature=0, max_new_tokens=8)
+    [plain_] = engine.complete([ChatPrompt(messages)], replace(options, ignore_eos=True))
+    third = plain_.tokens[2].id
+    with torch.no_grad():  # the third token becomes the end
+        head = torch.nn.Parameter(loaded.model.head.weight.clone())
+        head[[2, third]] = head[[third, 2]]
+        loaded.model.head.weight = head
+    [found] = engine.complete([ChatPrompt(messages)], options)
+    first = [token.id for token in plain_.tokens].index(third)
+    assert found.finish_reason == "end" and len(found.tokens) == first + 1
+    assert found.tokens[-1].id == 2
+    with pytest.raises(UsageError, match=r"spells <\|im_end\|>"):
+        template.prompt([{"role": "user", "content": "a<|im_end|>b"}], loaded.tokenizer)
+    for broken in ("{% for %}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}"):
+        with pytest.raises(DataError, match="chat template fails"):
+            ChatTemplate(broken, {}).prompt(messages, loaded.tokenizer)
+
+
 def without(missing: str) -> Any:
     return lambda name, values: None if name == missing else values
 
@@ -289,8 +327,6 @@ BAD = {
 def test_a_file_that_does_not_fit_is_refused(
     what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
     changes, message = BAD[what]
     file = write(tmp_path / "bad.gguf", **changes)
     code, _, error = run(capsys, "--from-gguf", file, "--out", tmp_path / "m")
@@ -338,8 +374,6 @@ def test_a_model_larger_than_the_memory_is_not_read(
 def test_without_the_package(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sys
-
     known = builtins.__import__
 
     def absent(name: str, *rest: Any) -> Any:

@@ -36,6 +36,7 @@ from looptx_core.errors import DataError
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 """The number types that are read."""
 _COPY_AGAIN = "copy or download the file again"
+_DAMAGE = (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError)
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -75,14 +76,7 @@ class GGUF:
         try:
             reader = _Reader(file)
             self.values = {name: _value(field) for name, field in reader.fields.items()}
-        except (
-            ValueError,
-            KeyError,
-            IndexError,
-            TypeError,
-            OverflowError,
-            RecursionError,
-        ) as error:
+        except _DAMAGE as error:
             reason = str(error.args[0] if error.args else error).splitlines()[0]
             raise DataError(f"{file}: not a whole GGUF file ({reason}); {_COPY_AGAIN}") from error
         if reader.byte_order != "I":
@@ -95,10 +89,10 @@ class GGUF:
             )
         self.stored = {tensor.name: tensor for tensor in reader.tensors}
         for name, tensor in self.stored.items():
-            if tensor.tensor_type.name not in TYPES:
+            if (kind := tensor.tensor_type.name) not in TYPES:
                 raise DataError(
-                    f"{file}: {short(name)} is of type {tensor.tensor_type.name}; {', '.join(TYPES)} "
-                    "are read, so quantise the model to one of these"
+                    f"{file}: {short(name)} is of type {kind}; {', '.join(TYPES)} are read, so "
+                    "quantise the model to one of these"
                 )
         self.settings = self._settings()
 
@@ -115,7 +109,7 @@ class GGUF:
         return sum(int(tensor.n_elements) for tensor in self.stored.values())
 
     def _settings(self) -> dict[str, Any]:
-        def get(name: str, default: Any = None, kind: type = int) -> Any:
+        def get(name: str, default: Any = None, kind: type[int | float] = int) -> Any:
             key = f"{self.architecture}.{name}"
             found = self.values.get(key, default)
             if found is None:

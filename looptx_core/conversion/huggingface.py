@@ -26,7 +26,7 @@ from looptx_core.checkpoint.special_tokens import SpecialTokens
 from looptx_core.checkpoint.weights import load_weights
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
-from looptx_core.conversion.pretrained import ARCHITECTURES, Looping, from_folder
+from looptx_core.conversion.pretrained import ARCHITECTURES, ONE_LOOP, Looping, from_folder
 from looptx_core.documents import read_json
 from looptx_core.errors import DataError, UsageError
 from looptx_core.model.empty_weights import init_empty_weights
@@ -112,7 +112,7 @@ def exported_sources() -> dict[str, str]:
     return found
 
 
-def from_huggingface(folder: Path, looping: Looping = Looping()) -> LoadedModel:
+def from_huggingface(folder: Path, looping: Looping = ONE_LOOP) -> LoadedModel:
     """Read what `to_hf` wrote, as it is or saved again by transformers; or a Llama or Qwen3.
 
     A Llama or Qwen3 becomes a looped model as `pretrained` says, with a confidence head that is

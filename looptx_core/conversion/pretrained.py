@@ -62,14 +62,17 @@ class Looping:
             first = round(0.4 * layers)
             found = first, max(first + 1, round(0.6 * layers))
         else:
-            first, _, last = self.core.partition(":")
-            found = int(first), int(last)
+            start, _, stop = self.core.partition(":")
+            found = int(start), int(stop)
         if not 0 <= found[0] < found[1] <= layers or found == (0, layers):
             raise UsageError(
                 f"`core` {self.core}: the model has {layers} layers, 0 to {layers - 1}; give A:B "
                 f"with 0 <= A < B <= {layers}, and not all of them"
             )
         return found
+
+
+ONE_LOOP = Looping()
 
 
 def looped_shape(settings: Mapping[str, Any], where: str, looping: Looping) -> ModelConfig:

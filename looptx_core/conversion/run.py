@@ -211,8 +211,8 @@ def _read(
     looping = Looping(config.core, config.max_loops or Looping.max_loops)
     if config.from_hf:
         folder = Path(config.from_hf)
-        found = from_huggingface(folder, looping)
-        return found, [], partial(open_plain, folder) if is_plain(folder) else None
+        loaded = from_huggingface(folder, looping)
+        return loaded, [], partial(open_plain, folder) if is_plain(folder) else None
     if config.from_gguf:
         try:
             from looptx_core.conversion.gguf_file import GGUF, from_gguf

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from looptx_core.backends.select import select_backend
 from looptx_core.config.generation import ExitSettings, GenerationOptions
-from looptx_core.data.chat import chat_prompt
+from looptx_core.data.chat import ChatTemplate, chat_prompt
 from looptx_core.data.content import content_ids
 from looptx_core.data.tokenizer import check_ids, end_id, opening_ids, vocabulary_size
 from looptx_core.errors import UsageError
@@ -86,6 +86,7 @@ class Engine:
     `batch_size`: the most prompts that run at once; more wait, and join as others finish.
     `counters` count what was done.
     ends: ids at any of which a text ends; absent: the token that ends the tokenizer's documents.
+    chat_template: of a model that answers chats in a way of its own; absent: ours.
     A prompt that is text begins as the tokenizer's post-processor says.
     kernel, precision: see `select_backend`; `kernel` then says what was chosen, and why.
 
@@ -99,6 +100,7 @@ class Engine:
         exit_settings: ExitSettings | None = None,
         *,
         ends: Sequence[int] = (),
+        chat_template: ChatTemplate | None = None,
         name: str = "model",
         batch_size: int = 32,
         kernel: str = "auto",
@@ -112,6 +114,7 @@ class Engine:
         self.batch_size = batch_size
         self.end = end_id(tokenizer, ends)
         self.known = vocabulary_size(tokenizer)
+        self.chat_template = chat_template
         self.ends, self.opening = tuple(ends), opening_ids(tokenizer)
         self.writers = writers(model.config)
         with _evaluation_mode(model):  # a back end may copy the model
@@ -288,6 +291,8 @@ class Engine:
                 )
         config = self.model.config
         if isinstance(prompt, ChatPrompt):
+            if self.chat_template is not None:
+                return self.chat_template.prompt(prompt.messages, self.tokenizer)
             return chat_prompt(prompt.messages, self.tokenizer, prompt.media, config)
         # As a record of training begins.
         ids = [self.end, *content_ids(prompt.text, self.tokenizer, prompt.media, config)]
