@@ -84,7 +84,7 @@ def read_gguf_tokenizer(
         raise DataError(f"{where}: its merges do not fit ({reason}); {_GIVE_FOLDER}") from error
     if kind.nfc:
         built.normalizer = normalizers.NFC()
-    built.pre_tokenizer = _words(kind)
+    built.pre_tokenizer = _pre_tokenizer(kind)
     built.decoder = decoders.ByteLevel()
     special = {token for token, of in zip(tokens, types) if of in (_UNKNOWN, _CONTROL)}
     added = [AddedToken(token, special=token in special, normalized=False)
@@ -114,7 +114,7 @@ def read_gguf_tokenizer(
     return as_plain_text(built), found, template if isinstance(template, str) else None
 
 
-def _words(kind: _Kind) -> pre_tokenizers.PreTokenizer:
+def _pre_tokenizer(kind: _Kind) -> pre_tokenizers.PreTokenizer:
     if kind.digits:
         digits = r"\p{N}" if kind.digits == 1 else rf"\p{{N}}{{1,{kind.digits}}}"
         return pre_tokenizers.Sequence(
@@ -123,10 +123,10 @@ def _words(kind: _Kind) -> pre_tokenizers.PreTokenizer:
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if not kind.single:
-        return bytes_
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_])
+        return byte_level
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
 
 
 def _are_texts(values: Any) -> bool:
