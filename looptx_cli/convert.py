@@ -29,7 +29,7 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no notes.")] = False,
 ) -> None:
-    """Convert a model: ternary weights, transformers' format and back, other number types.
+    """Convert a model: plain models into looped ones, ternary weights, transformers' format.
 
     \b
     looptx convert --to-bitnet
@@ -37,6 +37,7 @@ def convert(
     looptx convert --to-bitnet --direct --out rounded
     looptx convert --to-hf --model runs/a --dtype bf16
     looptx convert --from-hf a-hf --out a-again
+    looptx convert --from-gguf model-Q4_K_M.gguf --core auto
     looptx convert --adapter runs/finetune-1 --merge-adapter
     """
     settings = resolve(ConvertConfig, flags=flags, config=config).build(ConvertConfig)
@@ -87,6 +88,22 @@ def _show(result: ConvertResult) -> None:
     def say(line: str) -> None:
         out.print(line, soft_wrap=True)
 
+    if result.spans:
+        title = "What a second loop of these layers costs without training, nats a token"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for name in ("core", "cost"):
+            table.add_column(name, justify="right")
+        for span in result.spans:
+            chosen = " *" if span.name == result.core else ""
+            table.add_row(span.name + chosen, f"{span.cost:+.3f}")
+        out.print(table)
+    if result.core:
+        say(f"core: layers {result.core}, which later loops enter through an untrained bridge")
+    if result.logit_difference is not None:
+        say(
+            f"one loop against the source in transformers: logits differ by at most "
+            f"{result.logit_difference:.1e} of the largest"
+        )
     say(
         f"{result.bytes_before:,} bytes -> {result.bytes_after:,} bytes "
         f"({_change_of_size(result.bytes_before, result.bytes_after)}), "

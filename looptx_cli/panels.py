@@ -19,7 +19,7 @@ _MOST_USED = {
     "inspect-loops": "model data out prompt text image audio calibrate target_loss_increase "
     "max_loops",
     "evaluate": "model tasks loops limit out include_path",
-    "convert": "model out to_bitnet to_hf from_hf dtype adapter merge_adapter direct data",
+    "convert": "model out from_gguf from_hf core to_bitnet to_hf dtype adapter data",
     "tokenize": "data out vocab_size tokenizer text_key",
     "doctor": "build path",
     "compare": "out format",
@@ -38,13 +38,14 @@ _PANELS = {
         speculate compare_loops kv_policy kv_type decode_tokens
     """,
     "Adapters": """
-        adapter quantization dora lora_per_loop lora_alpha lora_dropout rslora target_modules
+        adapter merge_adapter quantization dora lora_per_loop lora_alpha lora_dropout rslora
+        target_modules
     """,
     "Sampling": """
         max_new_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos
     """,
     "Optimiser": """
-        steps finetune_steps max_minutes lr min_lr warmup weight_decay optimizer beta2 clip
+        steps finetune_steps direct max_minutes lr min_lr warmup weight_decay optimizer beta2 clip
     """,
     "Hardware": """
         precision attention kernel compile grad_checkpointing devices nodes strategy zero3 offload

@@ -65,6 +65,7 @@ def load(
 
     import torch
 
+    from looptx_core.data.chat import TEMPLATE, ChatTemplate
     from looptx_core.finetuning.load import load_resolved
     from looptx_core.generation.engine import Engine
     from looptx_core.machine.device import best_device
@@ -78,11 +79,14 @@ def load(
     chosen = choose_backend(attention, device, dtype)
     choose(f"attention: {chosen.name}, {chosen.reason}")
     loaded.model.attend = chosen.attend
+    template = loaded.chat_template
+    own = template in (None, TEMPLATE)
     engine = Engine(
         loaded.model,
         loaded.tokenizer,
         loaded.exit,
         ends=loaded.special.ends,
+        chat_template=None if own else ChatTemplate(str(template), loaded.special.names()),
         name=loaded.name,
         batch_size=batch_size,
         kernel=kernel,
@@ -106,10 +110,8 @@ class Model:
 
     @property
     def is_chat(self) -> bool:
-        """Whether it was finetuned on chats."""
-        from looptx_core.data.chat import TEMPLATE
-
-        return self.loaded.chat_template == TEMPLATE
+        """Whether it was finetuned on chats: whether it has a chat template."""
+        return self.loaded.chat_template is not None
 
     def generate(self, prompt: Prompt | None = None, **options: Any) -> Generation:
         """Continue a prompt: its text, and a record of every token.

@@ -129,7 +129,7 @@ class Reference:
                     return one[-1]
                 return one[min(loop, len(one)) - 1]
 
-            before, state = state, model.injection(state, e)
+            before, state = state, model.injection(state, e, loop)
             for i, block in enumerate(model.core):
                 state = self.block(block, ("core", i), state, position, loop, seen_at)
             logit, gain = model.confidence(state, loop)
@@ -146,7 +146,7 @@ class Reference:
             ):
                 break
         if loop < CONFIG.max_loops:
-            ahead = self.heads(model.core[0], model.injection(state, e), position)
+            ahead = self.heads(model.core[0], model.injection(state, e, loop + 1), position)
             self.memory["core", 0][position].append(ahead[1:])
         y = state
         for i, block in enumerate(model.coda):

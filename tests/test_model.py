@@ -96,7 +96,27 @@ def test_one_loop_equals_an_independent_transformer(qk_norm: bool) -> None:
     assert other > 1e-2
 
 
-@pytest.mark.parametrize("injection", ["decay", "add", "none"])
+def test_a_bridge_starts_as_nothing_and_never_changes_the_first_loop() -> None:
+    plain = build(replace(CONFIG, injection="none"))
+    bridged = LoopedTransformer(replace(CONFIG, injection="bridge")).double().eval()
+    bridged.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        one = plain(tokens(), 1).logits
+        assert all(torch.equal(bridged(tokens(), loops).logits, one) for loops in (1, 2, 5))
+        torch.nn.init.normal_(bridged.injection.bridge.weight, std=0.1)
+        deep = bridged(tokens(), 3).logits
+        assert torch.equal(bridged(tokens(), 1).logits, one)
+        assert not torch.allclose(deep, one)
+        # Rows of one batch, each in a loop of its own.
+        ctx = bridged.context(21)
+        e = bridged.embed(tokens(), ctx)
+        state = bridged.step(e, e, 1, ctx)
+        each = bridged.step(state, e, torch.tensor([1, 2]), ctx)
+        assert torch.allclose(each[:1], bridged.step(state, e, 1, ctx)[:1])
+        assert torch.allclose(each[1:], bridged.step(state, e, 2, ctx)[1:])
+
+
+@pytest.mark.parametrize("injection", ["decay", "bridge", "add", "none"])
 def test_a_state_does_not_depend_on_the_loops_that_follow(injection: str) -> None:
     model = build(replace(CONFIG, injection=injection))
     with torch.no_grad():

@@ -59,9 +59,10 @@ OPTIONS = {
         --attention --precision --kernel --config --json --quiet
     """,
     "convert": """
-        --model --from-hf --out --to-bitnet --no-to-bitnet --direct --no-direct --finetune-steps
-        --max-minutes --lr --data --seed --adapter --merge-adapter --no-merge-adapter --to-hf
-        --no-to-hf --dtype --shard-size --config --overwrite --json --quiet
+        --model --from-hf --from-gguf --core --max-loops --out --to-bitnet --no-to-bitnet --direct
+        --no-direct --finetune-steps --max-minutes --lr --data --seed --adapter --merge-adapter
+        --no-merge-adapter --to-hf --no-to-hf --dtype --shard-size --config --overwrite --json
+        --quiet
     """,
     "doctor": """
         --build --path --json --quiet

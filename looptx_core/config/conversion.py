@@ -18,6 +18,13 @@ class ConvertConfig:
     """A run or a model folder; absent: the newest finished run, else the bundled model."""
     from_hf: str | None = None
     """Read this folder of Hugging Face's format: one of `to_hf`, or a plain Llama or Qwen3."""
+    from_gguf: str | None = None
+    """Read this GGUF file, llama.cpp's format, with a plain Llama or Qwen3 (extra `gguf`)."""
+    core: str | None = None
+    """from_hf, from_gguf: loop the layers A to B-1 of a plain model, as A:B, counted from 0; auto
+    takes those from 0.4 to 0.6 of the depth. One loop stays the source; absent: one loop alone."""
+    max_loops: int | None = None
+    """core: the most loops; absent: 4."""
     out: str | None = None
     """The new model folder; absent: the model's name with what was done, such as x-bitnet."""
 
@@ -50,26 +57,41 @@ class ConvertConfig:
     """The most bytes in a file of weights, such as 500MB."""
 
     def __post_init__(self) -> None:
-        if not (self.to_bitnet or self.to_hf or self.from_hf or self.dtype or self.merge_adapter):
+        steps = (self.to_bitnet, self.to_hf, self.foreign, self.dtype, self.merge_adapter)
+        if not any(steps):
             raise UsageError(
-                "nothing to convert to; pass `to_bitnet`, `to_hf`, `from_hf` FOLDER, `dtype` or "
-                "`adapter` A with `merge_adapter`"
+                "nothing to convert to; pass `to_bitnet`, `to_hf`, `from_hf` FOLDER, `from_gguf` "
+                "FILE, `dtype` or `adapter` A with `merge_adapter`"
             )
         if self.direct and not self.to_bitnet:
             raise UsageError("`direct` is a way of `to_bitnet`; pass both")
         if self.merge_adapter != bool(self.adapter):
             raise UsageError("`adapter` and `merge_adapter` go together; pass both")
-        if self.from_hf and (self.model or self.adapter):
-            raise UsageError("`from_hf` reads a folder of its own; leave `model` and `adapter` out")
+        if self.foreign and (self.model or self.adapter):
+            name = "from_hf" if self.from_hf else "from_gguf"
+            raise UsageError(f"`{name}` reads a model of its own; leave `model` and `adapter` out")
+        if self.from_hf and self.from_gguf:
+            raise UsageError("`from_hf` and `from_gguf` each read a model; pass one of them")
+        if self.core and not self.foreign:
+            raise UsageError("`core` is for a plain model of `from_hf` or `from_gguf`; pass one")
+        if self.core and not re.fullmatch(r"auto|\d{1,6}:\d{1,6}", self.core):
+            raise UsageError(f"`core` must be A:B, such as 12:18, or auto, not {self.core!r}")
+        if self.max_loops is not None and not self.core:
+            raise UsageError("`max_loops` is of the layers of `core`; pass `core` auto or A:B too")
         if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", self.shard_size):
             raise UsageError(f"shard_size must be such as 500MB or 5GB, not {self.shard_size!r}")
         check_ranges(self)
 
     @property
+    def foreign(self) -> str | None:
+        """The folder or the file of another format that is read."""
+        return self.from_hf or self.from_gguf
+
+    @property
     def suffix(self) -> str:
         """What the new folder's name says was done."""
         steps = (
-            (bool(self.from_hf), "looptx"),
+            (bool(self.foreign), "looptx"),
             (self.merge_adapter, "merged"),
             (self.to_bitnet, "bitnet"),
             (self.dtype is not None, self.dtype),

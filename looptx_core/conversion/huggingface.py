@@ -14,16 +14,21 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from looptx_core.checkpoint.folder import MODEL_TYPE, LoadedModel, read_tokenizer
+from looptx_core.checkpoint.folder import (
+    MODEL_TYPE,
+    LoadedModel,
+    read_chat_template,
+    read_tokenizer,
+)
 from looptx_core.checkpoint.special_tokens import SpecialTokens
 from looptx_core.checkpoint.weights import load_weights
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
+from looptx_core.conversion.pretrained import ARCHITECTURES, ONE_LOOP, Looping, from_folder
 from looptx_core.documents import read_json
-from looptx_core.errors import DataError
+from looptx_core.errors import DataError, UsageError
 from looptx_core.model.empty_weights import init_empty_weights
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.schema import typed
@@ -107,24 +112,28 @@ def exported_sources() -> dict[str, str]:
     return found
 
 
-def from_huggingface(folder: Path) -> LoadedModel:
+def from_huggingface(folder: Path, looping: Looping = ONE_LOOP) -> LoadedModel:
     """Read what `to_hf` wrote, as it is or saved again by transformers; or a Llama or Qwen3.
 
-    A Llama or Qwen3 of n layers becomes a model of one loop, its middle half in the core, with
-    a confidence head that is yet to be trained.
+    A Llama or Qwen3 becomes a looped model as `pretrained` says, with a confidence head that is
+    yet to be trained. looping: for these alone.
 
-    Raises `DataError` for other folders, and for what a looped model has no place for.
+    Raises:
+        DataError: other folders, and what a looped model has no place for.
+        UsageError: a core that does not fit.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; check `from_hf`")
     settings = read_json(folder / "config.json")
     kind = settings.get("model_type")
-    if kind in ("llama", "qwen3"):
-        return _from_plain(folder, settings)
+    if kind in ARCHITECTURES:
+        return from_folder(folder, settings, looping)
     if kind != MODEL_TYPE or settings.get("architectures") != [CLASS]:
         raise DataError(
             f"{folder}: model_type {kind!r}; `from_hf` reads what `to_hf` wrote, llama and qwen3"
         )
+    if looping.core is not None:
+        raise UsageError(f"{folder}: a looped model already; `core` is for plain ones")
     shape = {f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}
     config = typed(ModelConfig, shape, str(folder / "config.json"))
     known = {field.name for field in fields(ExitSettings)}
@@ -145,89 +154,8 @@ def from_huggingface(folder: Path) -> LoadedModel:
         typed(ExitSettings, rule, f"{folder / 'config.json'}, exit"),
         settings.get("facts") or {},
         folder,
-        special=SpecialTokens.read(folder, tokenizer),
-    )
-
-
-_BLOCK = {
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "mlp_norm",
-    "self_attn": "attention",
-}
-_TOP = {
-    "model.embed_tokens.weight": "embedding.weight",
-    "model.norm.weight": "norm.weight",
-    "lm_head.weight": "head.weight",
-}
-
-
-def _from_plain(folder: Path, settings: Mapping[str, Any]) -> LoadedModel:
-    """A Llama or Qwen3."""
-    file = folder / "config.json"
-
-    def need(ok: bool, what: str) -> None:
-        if not ok:
-            raise DataError(f"{file}: {what}, which a looped model has no place for")
-
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    act = {"silu": "silu", "gelu": "gelu"}.get(settings.get("hidden_act", "silu"))
-    need(act is not None, f"hidden_act {settings.get('hidden_act')!r}")
-    need(rope.get("rope_type", rope.get("type", "default")) == "default", "scaled RoPE")
-    need(not settings.get("attention_bias") and not settings.get("mlp_bias"), "biases")
-    need(not settings.get("use_sliding_window"), "a sliding window")
-    try:
-        layers, heads = settings["num_hidden_layers"], settings["num_attention_heads"]
-        outer = layers // 4
-        shape = {
-            "vocab_size": settings["vocab_size"],
-            "d_model": settings["hidden_size"],
-            "n_heads": heads,
-            "n_kv_heads": settings.get("num_key_value_heads") or heads,
-            "head_dim": settings.get("head_dim") or settings["hidden_size"] // heads,
-            "d_ff": settings["intermediate_size"],
-            "prelude_layers": outer,
-            "core_layers": layers - 2 * outer,
-            "coda_layers": outer,
-            "loops": 1,
-            "max_loops": 1,
-            "injection": "none",
-            "qk_norm": settings["model_type"] == "qwen3",
-            "activation": act,
-            "rope_theta": rope.get("rope_theta") or settings.get("rope_theta") or 10_000.0,
-            "norm_eps": settings.get("rms_norm_eps", 1e-6),
-            "max_seq_len": settings.get("max_position_embeddings", 2048),
-            "tie_embeddings": settings.get("tie_word_embeddings", False),
-        }
-    except KeyError as error:
-        raise DataError(f"{file}: {error.args[0]} is missing; copy the model again") from error
-    config = typed(ModelConfig, shape, str(file))
-    places = [
-        f"{part}.{number}"
-        for part, count in (
-            ("prelude", outer), ("core", layers - 2 * outer), ("coda", outer),
-        )
-        for number in range(count)
-    ]  # fmt: skip
-
-    def rename(name: str) -> str | None:
-        if name in _TOP:
-            return None if name == "lm_head.weight" and config.tie_embeddings else _TOP[name]
-        match = re.fullmatch(r"model\.layers\.(\d+)\.(\w+)\.(.+)", name)
-        if not match or int(match[1]) >= layers:
-            return name  # and is refused as unexpected
-        return f"{places[int(match[1])]}.{_BLOCK.get(match[2], match[2])}.{match[3]}"
-
-    with init_empty_weights():
-        model = LoopedTransformer(config)
-    torch.manual_seed(0)
-    model.confidence = type(model.confidence)(config)
-    load_weights(model, folder, rename=rename)
-    model.confidence.to(model.embedding.weight.dtype)
-    facts = {"from": f"{settings['model_type']} {folder.resolve().name}"}
-    tokenizer = read_tokenizer(folder, config)
-    special = SpecialTokens.read(folder, tokenizer)
-    return LoadedModel(
-        model.eval(), config, tokenizer, ExitSettings(), facts, folder, special=special
+        read_chat_template(folder),
+        SpecialTokens.read(folder, tokenizer),
     )
 
 

@@ -5,25 +5,35 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from tokenizers import Tokenizer
+from torch import nn
 
 from looptx_core.checkpoint.card import descended
 from looptx_core.checkpoint.folder import (
     LoadedModel,
     load_model,
     model_files,
-    read_chat_template,
     write_model,
 )
 from looptx_core.checkpoint.registry import resolve_adapter, resolve_model
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.conversion.huggingface import from_huggingface, to_huggingface
+from looptx_core.conversion.pretrained import Looping, is_plain, open_plain
+from looptx_core.conversion.source_check import (
+    Span,
+    logit_difference,
+    sample_text,
+    second_loop_costs,
+    transformers_or_none,
+)
 from looptx_core.conversion.ternary import (
     WarmUp,
     bits_per_weight,
@@ -34,7 +44,7 @@ from looptx_core.conversion.ternary import (
 from looptx_core.data.datamodule import Batches
 from looptx_core.data.own import FILE as OWN_DATA
 from looptx_core.data.own import OwnData, given_data, open_data, own_data
-from looptx_core.errors import Interrupted, UsageError
+from looptx_core.errors import Interrupted, MissingError, UsageError
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.outputs import check_output
 from looptx_core.training.calibration import calibrate
@@ -44,6 +54,7 @@ from looptx_core.training.run import fit
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WARM_UP = 0.25  # of the steps
 _SEQ_LEN, _BATCH, _VAL_BATCHES = 128, 32, 4
+_PLAIN_BATCH = 8  # of a plain model that is not trained on: such models are large
 
 
 @dataclass
@@ -69,6 +80,13 @@ class ConvertResult:
     """The data of the losses, in words."""
     own: bool = True
     """Whether that is what the model was made for."""
+    logit_difference: float | None = None
+    """Of one loop and the plain model it came from, relative to the largest logit; None where there
+    is no such model, or no transformers to run it."""
+    core: str | None = None
+    """The layers that are looped, as A:B; None where no choice was asked for."""
+    spans: list[Span] = field(default_factory=list)
+    """What a second loop of other layers would cost, where `core` is auto."""
 
     @property
     def rise(self) -> float:
@@ -84,6 +102,9 @@ class ConvertResult:
             "loss_before": self.loss_by_loop_before[-1],
             "loss_after": self.loss_by_loop[-1],
             "out": str(self.out),
+            "logit_difference": self.logit_difference,
+            "core": self.core,
+            "spans": [span.to_dict() for span in self.spans],
         }
 
 
@@ -104,24 +125,32 @@ def convert(
     Raises:
         UsageError: the target is taken, the model is ternary already, or an adapter has a part
             for each loop.
-        DataError: unusable models, adapters or data.
+        DataError: unusable models, adapters or data; or one loop of a plain model that differs
+            from it.
+        MissingError: a GGUF file, and no package that reads it.
         Interrupted: a Ctrl-C; nothing was written.
     """
     started = time.monotonic()
-    source, sources = _read(config, report)
-    out = Path(config.out or f"{source.name}-{config.suffix}")
-    inputs = (*inputs, *config.data, config.model, config.from_hf, config.adapter, *sources)
+    source, sources, plain = _read(config, report)
+    out = Path(config.out or f"{source.name.removesuffix('.gguf')}-{config.suffix}")
+    inputs = (*inputs, *config.data, config.model, config.foreign, config.adapter, *sources)
     if there := check_output(out, "convert", overwrite=overwrite, inputs=inputs):
         report(f"replaces {out}: {there}, once the new one is whole")
     if config.to_bitnet and source.config.linear == "packed":
         raise UsageError(f"{source.folder}: its weights are ternary already; leave `to_bitnet` out")
     stored = source.model.embedding.weight.dtype
     model = source.model.float()
+    checked = _compare(config, model, source.tokenizer, plain, report) if plain else {}
     trains = config.to_bitnet and not config.direct and source.config.linear == "float"
-    held_out = _evaluation_data(config, source, trains, report)
+    judged = plain is not None and not config.to_bitnet
+    held_out = _evaluation_data(
+        config, source, trains, report, rows=_PLAIN_BATCH if judged else _BATCH
+    )
+    # Later loops of a plain model are its first until they are trained.
+    loops = 1 if judged else model.config.max_loops
     batches = held_out.batches
     memory_before = running_bytes(model)
-    before = _evaluate(model, batches)
+    before = _evaluate(model, batches, loops)
     bytes_before = _folder_bytes(source.folder)
 
     after, exit_settings, steps = before, source.exit, 0
@@ -135,9 +164,10 @@ def convert(
     model = model.to(dtype)
     if config.to_bitnet or dtype != stored:
         memory_after = running_bytes(model)
-        after = _evaluate(model.float(), batches)
+        after = _evaluate(model.float(), batches, loops)
         model = model.to(dtype)
-        exit_settings = calibrate(exit_settings, after)
+        if loops == model.config.max_loops:
+            exit_settings = calibrate(exit_settings, after)
     else:
         memory_after = running_bytes(model)
 
@@ -156,7 +186,7 @@ def convert(
         facts["converted_from"] = source.name
     weights, files = model_files(
         out, model, source.tokenizer, exit_settings, facts,
-        chat_template=read_chat_template(source.folder), special=source.special,
+        chat_template=source.chat_template, special=source.special,
     )  # fmt: skip
     if held_out.note is not None and not config.to_hf:  # which goes to others, without our paths
         files[OWN_DATA] = held_out.note.to_dict()
@@ -181,26 +211,62 @@ def convert(
         steps=steps,
         judged_by=held_out.name,
         own=held_out.own,
+        **checked,
     )
 
 
 def _read(
     config: ConvertConfig, report: Callable[[str], object]
-) -> tuple[LoadedModel, list[Path | None]]:
-    """The model, and the folders that it was read from."""
+) -> tuple[LoadedModel, list[Path | None], Callable[[], nn.Module] | None]:
+    """The model, the folders that it was read from, and what opens it in transformers where it was
+    a plain one."""
+    looping = Looping(config.core, config.max_loops or Looping.max_loops)
     if config.from_hf:
-        return from_huggingface(Path(config.from_hf)), []
+        folder = Path(config.from_hf)
+        loaded = from_huggingface(folder, looping)
+        return loaded, [], partial(open_plain, folder) if is_plain(folder) else None
+    if config.from_gguf:
+        try:
+            from looptx_core.conversion.gguf_file import GGUF, from_gguf
+        except ModuleNotFoundError as error:
+            raise MissingError(
+                "`from_gguf` needs the package gguf; pip install 'looptx[gguf]'"
+            ) from error
+        file = GGUF(Path(config.from_gguf))
+        return from_gguf(file, looping), [], file.in_transformers
     if config.adapter:
         from looptx_core.finetuning.merge import merge  # brings PEFT
 
         found = resolve_adapter(config.adapter, config.model)
         assert found.adapter is not None
         report(f"model: {found.folder}, with the adapter {found.adapter}")
-        return merge(found.folder, found.adapter), [found.folder, found.adapter]
+        return merge(found.folder, found.adapter), [found.folder, found.adapter], None
     found = resolve_model(config.model, need=frozenset({"weights"}))
     if config.model is None:
         report(f"model: {found.folder}, {found.reason}")
-    return load_model(found.folder), [found.folder]
+    return load_model(found.folder), [found.folder], None
+
+
+def _compare(
+    config: ConvertConfig,
+    model: LoopedTransformer,
+    tokenizer: Tokenizer,
+    plain: Callable[[], nn.Module],
+    report: Callable[[str], object],
+) -> dict[str, Any]:
+    """How far one loop is from the plain model, and what other spans would cost; for the result."""
+    tokens = sample_text(tokenizer, model.config.max_seq_len)
+    found: dict[str, Any] = {}
+    if (theirs := transformers_or_none(plain)) is None:
+        report("one loop is not compared with the source: pip install transformers for that")
+    else:
+        found["logit_difference"] = logit_difference(model, theirs, tokens)
+    if config.core:
+        first = model.config.prelude_layers
+        found["core"] = f"{first}:{first + model.config.core_layers}"
+    if config.core == "auto":
+        found["spans"] = second_loop_costs(model, tokens)
+    return found
 
 
 @dataclass
@@ -215,7 +281,11 @@ class _EvaluationData:
 
 
 def _evaluation_data(
-    config: ConvertConfig, source: LoadedModel, trains: bool, report: Callable[[str], object]
+    config: ConvertConfig,
+    source: LoadedModel,
+    trains: bool,
+    report: Callable[[str], object],
+    rows: int,
 ) -> _EvaluationData:
     """By the data that is given, else by the model's own.
 
@@ -244,7 +314,7 @@ def _evaluation_data(
         source.tokenizer,
         source.config,
         seq_len=_SEQ_LEN,
-        rows=_BATCH,
+        rows=rows,
         batches=config.finetune_steps,
         val_batches=_VAL_BATCHES,
         seed=config.seed,
@@ -253,8 +323,8 @@ def _evaluation_data(
     return _EvaluationData(batches, name, mine, data if trains else own)
 
 
-def _evaluate(model: LoopedTransformer, batches: Batches) -> LoopEvaluation:
-    return evaluate_all(model, batches.val_dataloader(), model.config.max_loops)
+def _evaluate(model: LoopedTransformer, batches: Batches, loops: int) -> LoopEvaluation:
+    return evaluate_all(model, batches.val_dataloader(), loops)
 
 
 def _finetune(
@@ -295,4 +365,7 @@ def _finetune(
 
 
 def _folder_bytes(folder: Path) -> int:
+    """Of a folder's files, or of a file."""
+    if folder.is_file():
+        return folder.stat().st_size
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())

@@ -10,6 +10,7 @@ their message's text as in `content.insert_items`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer
 from looptx_core.config.model import ModelConfig
 from looptx_core.data.content import content_ids
 from looptx_core.data.tokenizer import ASSISTANT, SYSTEM, USER, end_id
-from looptx_core.errors import DataError
+from looptx_core.errors import DataError, UsageError
 
 ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 TEMPLATE = (
@@ -27,6 +28,57 @@ TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template of others, in Jinja, as transformers runs it.
+
+    names: the special tokens that it may write, as `bos_token` and so on. Raises `DataError` where
+    it can't be read.
+    """
+
+    text: str
+    names: Mapping[str, str | None]
+
+    def prompt(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:
+        """The ids that a model continues with the next answer.
+
+        Raises:
+            DataError: a message of another form, or a template that fails.
+            UsageError: a message that spells a special token, which would end or open a turn.
+        """
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        check_messages([*messages, {"role": "assistant", "content": ""}], "chat")
+        special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+        for message in messages:
+            for token in special:
+                if token in message["content"]:
+                    raise UsageError(f"a message spells {token}, a token of the chat; leave it out")
+
+        def raise_exception(reason: str) -> None:
+            raise TemplateError(reason)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = raise_exception
+        try:
+            text = environment.from_string(self.text).render(
+                messages=list(messages), add_generation_prompt=True, **self.names
+            )
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"the model's chat template fails ({reason}); copy the model again, or use generate"
+            ) from error
+        tokenizer.encode_special_tokens = False  # within the template they are tokens
+        try:
+            return tokenizer.encode(text, add_special_tokens=False).ids
+        finally:
+            tokenizer.encode_special_tokens = True
 
 
 def check_messages(messages: Any, where: str) -> None:

@@ -88,7 +88,7 @@ def train_tokenizer(
     tokenizer.train_from_iterator(_without_long_words(sample), trainer)
     if (largest := tokenizer.get_vocab_size()) < vocab_size:
         raise SmallTextError(largest, vocab_size)
-    return _plain(tokenizer)
+    return as_plain_text(tokenizer)
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -158,7 +158,7 @@ def load_tokenizer(path: str | os.PathLike[str], mend: str = "give a tokenizer.j
     if (size := vocabulary_size(tokenizer)) > MOST_TOKENS:
         raise DataError(f"{file}: its largest token id is {size - 1:,}, and the limit is "
                         f"{MOST_TOKENS - 1:,}; {mend}")  # fmt: skip
-    return _plain(tokenizer)
+    return as_plain_text(tokenizer)
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
@@ -290,7 +290,7 @@ def _byte_map() -> dict[str, int]:
 _BYTE_OF = _byte_map()
 
 
-def _plain(tokenizer: Tokenizer) -> Tokenizer:
+def as_plain_text(tokenizer: Tokenizer) -> Tokenizer:
     """Make '<|end|>' in a text just these characters, and no call cut or padded."""
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()

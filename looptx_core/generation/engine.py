@@ -22,7 +22,7 @@ from torch import Tensor
 
 from looptx_core.backends.select import select_backend
 from looptx_core.config.generation import ExitSettings, GenerationOptions
-from looptx_core.data.chat import chat_prompt
+from looptx_core.data.chat import ChatTemplate, chat_prompt
 from looptx_core.data.content import content_ids
 from looptx_core.data.tokenizer import check_ids, end_id, opening_ids, vocabulary_size
 from looptx_core.errors import UsageError
@@ -87,6 +87,7 @@ class Engine:
     Args:
         exit_settings: the model's own, stored beside it.
         ends: ids that end a text; by default the token that ends the tokenizer's documents.
+        chat_template: of a model with its own way to write chats; by default ours.
         batch_size: how many prompts run at once at most; the others wait until a row is free.
         kernel, precision: see `select_backend`. The attribute `kernel` says what was chosen and
             why.
@@ -105,6 +106,7 @@ class Engine:
         exit_settings: ExitSettings | None = None,
         *,
         ends: Sequence[int] = (),
+        chat_template: ChatTemplate | None = None,
         name: str = "model",
         batch_size: int = 32,
         kernel: str = "auto",
@@ -118,6 +120,7 @@ class Engine:
         self.batch_size = batch_size
         self.end = end_id(tokenizer, ends)
         self.known = vocabulary_size(tokenizer)
+        self.chat_template = chat_template
         self.ends, self.opening = tuple(ends), opening_ids(tokenizer)
         self.writers = writers(model.config)
         with _evaluation_mode(model):  # a back end may copy the model
@@ -295,6 +298,8 @@ class Engine:
                 )
         config = self.model.config
         if isinstance(prompt, ChatPrompt):
+            if self.chat_template is not None:
+                return self.chat_template.prompt(prompt.messages, self.tokenizer)
             return chat_prompt(prompt.messages, self.tokenizer, prompt.media, config)
         # Records begin with this token in training too.
         ids = [self.end, *content_ids(prompt.text, self.tokenizer, prompt.media, config)]

@@ -77,6 +77,9 @@ class Injection(nn.Module):
     - `decay`: sigmoid(-a) * norm(state) + b * norm(embedding) with a and b per channel; the
       sigmoid is Parcae's exp(-softplus(a)). The share of an old state shrinks with every loop,
       and the norm bounds its size at any depth.
+    - `bridge`: the embedding in the first loop, and embedding + W norm(state) in later ones, with W
+      = 0 at first: a trained stack of layers stays itself at one loop, whatever W becomes, and at
+      any number of loops until W is trained.
     - `add`: norm(state) + norm(embedding), for ablations.
     - `none`: the state as it is.
     """
@@ -87,15 +90,25 @@ class Injection(nn.Module):
         if self.kind == "none":
             return
         self.state_norm = RMSNorm(config.d_model, config.norm_eps)
+        if self.kind == "bridge":
+            self.bridge = nn.Linear(config.d_model, config.d_model, bias=False)
+            return
         self.embedding_norm = RMSNorm(config.d_model, config.norm_eps)
         if self.kind == "decay":
             kept = config.retain
             self.decay = nn.Parameter(torch.full((config.d_model,), math.log((1 - kept) / kept)))
             self.gain = nn.Parameter(torch.full((config.d_model,), 1 - kept))
 
-    def forward(self, state: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, state: Tensor, embedding: Tensor, loop: int | Tensor) -> Tensor:
+        """state, embedding: (batch, length, d_model). loop: the one that is entered, from 1; or
+        (batch,), each row's own."""
         if self.kind == "none":
             return state
+        if self.kind == "bridge":
+            if isinstance(loop, int):
+                return embedding if loop == 1 else embedding + self.bridge(self.state_norm(state))
+            later = (loop > 1).view(-1, 1, 1)
+            return embedding + self.bridge(self.state_norm(state)).where(later, 0)
         state, embedding = self.state_norm(state), self.embedding_norm(embedding)
         if self.kind == "add":
             return state + embedding
@@ -152,6 +165,8 @@ class LoopedTransformer(nn.Module):
         with torch.no_grad():
             self.confidence.out.bias.zero_()[0] = -3.0
             self.confidence.gain.bias.zero_()
+        if self.injection.kind == "bridge":
+            nn.init.zeros_(self.injection.bridge.weight)
 
     # The parts of a forward pass. The engine and the trainer use them one by one.
 
@@ -229,7 +244,7 @@ class LoopedTransformer(nn.Module):
         if self.enter_loop:
             assert isinstance(loop, int), "loops with weights of their own are run one by one"
             self.enter_loop(loop)
-        x, view = self.injection(state, embedding), ctx.view
+        x, view = self.injection(state, embedding, loop), ctx.view
         for layer, block in enumerate(self.core):
             x = block(x, ctx, view and view.core(layer, loop))
         return x
@@ -267,7 +282,7 @@ class LoopedTransformer(nn.Module):
         assert ctx.view is not None
         if self.enter_loop:
             self.enter_loop(loop + 1)
-        first, x = self.core[0], self.injection(state, embedding)
+        first, x = self.core[0], self.injection(state, embedding, loop + 1)
         assert isinstance(first, Block)
         ctx.view.backfill(loop, first.attention.entries(first.attention_norm(x), ctx))
 

@@ -51,6 +51,8 @@ def unsupported_reason(model: LoopedTransformer) -> str | None:
         return f"its layers are {', '.join(sorted(kind.__name__ for kind in kinds))}"
     if model.config.head_dim > 1024:
         return "its heads are too wide"
+    if model.injection.kind == "bridge":
+        return "a bridge leads into its loops"
     return None
 
 

@@ -1,0 +1,248 @@
+"""A GGUF file, llama.cpp's format, as a looped model (extra `gguf`).
+
+The file's description becomes that of transformers' config.json and its tensors get the names
+there, dequantised to float32; the rest is `pretrained`'s.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFReader, GGUFValueType
+from gguf.gguf_reader import ReaderField, ReaderTensor
+from gguf.quants import dequantize
+from torch import Tensor
+
+from looptx_core.checkpoint.folder import LoadedModel
+from looptx_core.checkpoint.weights import check_finite, tensors_of
+from looptx_core.config.generation import ExitSettings
+from looptx_core.conversion.gguf_tokenizer import read_gguf_tokenizer
+from looptx_core.conversion.pretrained import (
+    ARCHITECTURES,
+    Looping,
+    check_fits,
+    empty_model,
+    looped_names,
+    looped_shape,
+)
+from looptx_core.documents import short, some
+from looptx_core.errors import DataError
+
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
+"""The number types that are read."""
+_COPY_AGAIN = "copy or download the file again"
+_DAMAGE = (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError)
+_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    **{f"attn_{part}": f"self_attn.{part}_proj" for part in "qkv"},
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+}
+
+
+class _Reader(GGUFReader):
+    """The package's reader; a file that ends too early is a `ValueError`, not less data."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError("it is cut short")
+        return super()._get(offset, dtype, count, override_order)
+
+
+class GGUF:
+    """What a GGUF file holds, with its tensors still in the file.
+
+    settings: as in transformers' config.json. Raises `DataError` for a file that is damaged, or of
+    an architecture or a type that is not read.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        if not file.is_file():
+            raise DataError(f"{file}: no such file; check `from_gguf`")
+        try:
+            reader = _Reader(file)
+            self.values = {name: _value(field) for name, field in reader.fields.items()}
+        except _DAMAGE as error:
+            reason = str(error.args[0] if error.args else error).splitlines()[0]
+            raise DataError(f"{file}: not a whole GGUF file ({reason}); {_COPY_AGAIN}") from error
+        if reader.byte_order != "I":
+            raise DataError(f"{file}: of the other byte order; convert it for this machine")
+        self.architecture = str(self.values.get("general.architecture"))
+        if self.architecture not in ARCHITECTURES:
+            raise DataError(
+                f"{file}: its architecture is {short(self.architecture)}; `from_gguf` reads "
+                f"{', '.join(ARCHITECTURES)}"
+            )
+        self.stored = {tensor.name: tensor for tensor in reader.tensors}
+        for name, tensor in self.stored.items():
+            if (kind := tensor.tensor_type.name) not in TYPES:
+                raise DataError(
+                    f"{file}: {short(name)} is of type {kind}; {', '.join(TYPES)} are read, so "
+                    "quantise the model to one of these"
+                )
+        self.settings = self._settings()
+
+    @property
+    def types(self) -> list[str]:
+        """The number types of its matrices, that of most weights first."""
+        counts: Counter[str] = Counter()
+        for tensor in self.stored.values():
+            counts[tensor.tensor_type.name] += tensor.n_elements if len(tensor.shape) > 1 else 0
+        return [name for name, count in counts.most_common() if count]
+
+    @property
+    def elements(self) -> int:
+        return sum(int(tensor.n_elements) for tensor in self.stored.values())
+
+    def _settings(self) -> dict[str, Any]:
+        def get(name: str, default: Any = None, kind: type[int | float] = int) -> Any:
+            key = f"{self.architecture}.{name}"
+            found = self.values.get(key, default)
+            if found is None:
+                raise DataError(f"{self.file}: {key} is missing; {_COPY_AGAIN}")
+            if type(found) is not kind or not found > 0:
+                raise DataError(f"{self.file}: {key} is {short(found)}; {_COPY_AGAIN}")
+            return found
+
+        def refuse(what: str) -> None:
+            raise DataError(f"{self.file}: {what}, which a looped model has no place for")
+
+        def has(name: str) -> bool:
+            return self.values.get(f"{self.architecture}.{name}") not in (None, 0, "none")
+
+        heads, width = get("attention.head_count"), get("embedding_length")
+        head_dim = get("attention.key_length", max(1, width // heads))
+        if has("rope.scaling.type") or "rope_freqs.weight" in self.stored:
+            refuse("scaled RoPE")
+        if get("rope.dimension_count", head_dim) != head_dim:
+            refuse("RoPE on a part of each head")
+        if get("attention.value_length", head_dim) != head_dim:
+            refuse("values of another width than keys")
+        for name, what in (("expert_count", "experts"), ("attention.sliding_window", "a window")):
+            if has(name):
+                refuse(what)
+        for name in self.stored:
+            if name.endswith(".bias"):
+                refuse(f"biases ({short(name)})")
+        embedding = self.stored.get("token_embd.weight")
+        if embedding is None or len(embedding.shape) != 2:
+            raise DataError(f"{self.file}: it has no token_embd.weight; {_COPY_AGAIN}")
+        return {
+            "model_type": self.architecture,
+            "vocab_size": int(embedding.shape[1]),
+            "hidden_size": width,
+            "intermediate_size": get("feed_forward_length"),
+            "num_hidden_layers": get("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": get("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": get("context_length"),
+            "rms_norm_eps": get("attention.layer_norm_rms_epsilon", kind=float),
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": get("rope.freq_base", 10_000.0, float),
+            },
+            "tie_word_embeddings": "output.weight" not in self.stored,
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor in float32, as transformers holds it."""
+        found: ReaderTensor = self.stored[name]
+        values = torch.from_numpy(np.array(dequantize(found.data, found.tensor_type), np.float32))
+        check_finite(values, name, self.file)
+        match = re.fullmatch(r"blk\.\d+\.attn_([qk])\.weight", name)
+        if not match or self.architecture != "llama":
+            return values
+        # llama.cpp rotates neighbouring rows of a head, transformers rows half a head apart.
+        heads = self.settings[
+            "num_attention_heads" if match[1] == "q" else "num_key_value_heads"
+        ]  # fmt: skip
+        pairs = values.view(heads, -1, 2, values.shape[1])
+        return pairs.transpose(1, 2).reshape(values.shape)
+
+    def transformers_name(self, name: str) -> str:
+        """As transformers calls a tensor; its own name where it has none."""
+        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+        if match and match[2] in _LAYER:
+            return f"model.layers.{match[1]}.{_LAYER[match[2]]}.weight"
+        return _TOP.get(name, name)
+
+    def in_transformers(self) -> torch.nn.Module:
+        """The model by transformers' own code, with the same weights in float32."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        settings = dict(self.settings)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=torch.float32
+            )
+        # RoPE's frequencies are no weight: they are computed anew.
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+        weights = {self.transformers_name(name): self.tensor(name) for name in self.stored}
+        if self.settings["tie_word_embeddings"]:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        model.load_state_dict(weights, assign=True)
+        return model.eval()
+
+
+def from_gguf(gguf: GGUF, looping: Looping) -> LoadedModel:
+    """The looped model.
+
+    Raises:
+        DataError: what a looped model has no place for, tensors that do not fit or are missing, or
+            a tokenizer that can't be built.
+        UsageError: a core that does not fit.
+    """
+    file = gguf.file
+    config = looped_shape(gguf.settings, str(file), looping)
+    check_fits(gguf.elements, file)
+    tokenizer, special, template = read_gguf_tokenizer(gguf.values, str(file))
+    model, rename = empty_model(config), looped_names(config)
+    expected = tensors_of(model, None)
+    names: dict[str, str] = {}
+    for name, tensor in gguf.stored.items():
+        ours = rename(gguf.transformers_name(name))
+        if ours not in expected:
+            raise DataError(f"{file}: unexpected {short(name)}; a looped model has no place for it")
+        shape = [int(size) for size in reversed(tensor.shape)]
+        if shape != list(expected[ours].shape):
+            raise DataError(
+                f"{file}: {short(name)} is {shape}, and its description asks for "
+                f"{list(expected[ours].shape)}; {_COPY_AGAIN}"
+            )
+        names[ours] = name
+    missing = sorted(name for name in expected.keys() - names.keys() if expected[name].is_meta)
+    if missing:
+        raise DataError(f"{file}: its tensors lack {some(missing)}; {_COPY_AGAIN}")
+    weights = {ours: gguf.tensor(name) for ours, name in names.items()}
+    model.load_state_dict(weights, strict=False, assign=True)
+    if config.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    facts = {"from": f"{gguf.architecture} {file.name} ({', '.join(gguf.types)})"}
+    if isinstance(licence := gguf.values.get("general.license"), str):
+        facts["license"] = licence
+    return LoadedModel(
+        model.eval(), config, tokenizer, ExitSettings(), facts, file, template, special
+    )
+
+
+def _value(field: ReaderField) -> Any:
+    found = field.contents()
+    if field.types == [GGUFValueType.FLOAT32]:
+        return float(str(np.float32(found)))  # 1e-05, not 9.999999747378752e-06
+    return found

@@ -1,0 +1,137 @@
+"""The byte-level BPE tokenizer that a GGUF file describes, by the library `tokenizers`.
+
+A GGUF names its way of splitting a text into words; each name here has the regular expression and
+the normalizer of the Hugging Face tokenizer that it stands for (llama.cpp's src/llama-vocab.cpp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+
+from looptx_core.checkpoint.special_tokens import SpecialTokens
+from looptx_core.data.tokenizer import as_plain_text
+from looptx_core.errors import DataError
+
+_GIVE_FOLDER = "convert the Hugging Face folder of this model by `from_hf`"
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
+_PREFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_SUFFIX = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+class _Kind(NamedTuple):
+    """digits: how many stand together at most, where the words are not GPT-2's; 0: GPT-2's words.
+    single: GPT-2's words, with each digit apart. whole: a word that is a token is not merged anew.
+    begins: whether texts begin with BOS where the file does not say."""
+
+    digits: int = 0
+    single: bool = False
+    whole: bool = False
+    nfc: bool = False
+    begins: bool = False
+
+
+_KINDS = {
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo"), _Kind()),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), _Kind(single=True)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _Kind(3, whole=True, begins=True)),
+    "qwen2": _Kind(1, nfc=True),
+}
+
+
+def read_gguf_tokenizer(
+    values: Mapping[str, Any], where: str
+) -> tuple[Tokenizer, SpecialTokens, str | None]:
+    """The tokenizer, what begins and ends its texts, and its chat template.
+
+    values: the file's metadata. Raises `DataError` for a tokenizer that can't be built exactly.
+    """
+
+    def get(name: str, default: Any = None) -> Any:
+        return values.get(f"tokenizer.ggml.{name}", default)
+
+    def need(ok: bool, what: str) -> None:
+        if not ok:
+            raise DataError(f"{where}: {what}; {_GIVE_FOLDER}")
+
+    model, pre = get("model"), get("pre")
+    need(model == "gpt2", f"its tokenizer is {model!r}, and byte-level BPE (gpt2) is read")
+    need(pre in _KINDS, f"its pre-tokenizer is {pre!r}, and {', '.join(_KINDS)} are known")
+    tokens, merges = get("tokens"), get("merges")
+    need(_are_texts(tokens) and len(set(tokens)) == len(tokens), "its tokens are no list of names")
+    need(_are_texts(merges), "its tokenizer has no merges")
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    need(all(len(pair) == 2 for pair in pairs), "a merge is no pair of tokens")
+    types = get("token_type") or [1] * len(tokens)
+    need(len(types) == len(tokens), f"{len(types)} types for {len(tokens)} tokens")
+    kind = _KINDS[pre]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    try:
+        built = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=kind.whole))
+    except Exception as error:  # the library raises nothing narrower
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{where}: its merges do not fit ({reason}); {_GIVE_FOLDER}") from error
+    if kind.nfc:
+        built.normalizer = normalizers.NFC()
+    built.pre_tokenizer = _pre_tokenizer(kind)
+    built.decoder = decoders.ByteLevel()
+    special = {token for token, of in zip(tokens, types) if of in (_UNKNOWN, _CONTROL)}
+    added = [AddedToken(token, special=token in special, normalized=False)
+             for token, of in zip(tokens, types)
+             if token in special or of == _USER_DEFINED]  # fmt: skip
+    built.add_special_tokens([token for token in added if token.special])
+    built.add_tokens([token for token in added if not token.special])
+
+    def named(part: str) -> str | None:
+        number = get(f"{part}_token_id")
+        if number is None:
+            return None
+        need(type(number) is int and 0 <= number < len(tokens), f"{part} {number} is no token")
+        return tokens[number]
+
+    bos = named("bos")
+    if get("add_bos_token", kind.begins):
+        need(bos is not None, "texts begin with a BOS token, and it names none")
+        built.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
+        )
+    ends = [name for part in ("eos", "eot", "eom") if (name := named(part)) is not None]
+    found = SpecialTokens(
+        bos, named("eos"), named("padding"), tuple(dict.fromkeys(vocabulary[end] for end in ends))
+    )
+    template = values.get("tokenizer.chat_template")
+    return as_plain_text(built), found, template if isinstance(template, str) else None
+
+
+def _pre_tokenizer(kind: _Kind) -> pre_tokenizers.PreTokenizer:
+    if kind.digits:
+        digits = r"\p{N}" if kind.digits == 1 else rf"\p{{N}}{{1,{kind.digits}}}"
+        return pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_PREFIX + digits + _SUFFIX), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if not kind.single:
+        return byte_level
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+
+
+def _are_texts(values: Any) -> bool:
+    return (
+        isinstance(values, Sequence)
+        and bool(values)
+        and all(isinstance(value, str) for value in values)
+    )

@@ -1,0 +1,198 @@
+"""A plain pretrained decoder as a looped model: all its layers, some of them in the loop.
+
+One loop is the source itself. Without a core to loop the model has one loop, its middle half in
+the core. With one, later loops enter the core through `model.injection: bridge`, which adds
+nothing until it is trained.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from looptx_core.checkpoint.folder import LoadedModel, read_chat_template, read_tokenizer
+from looptx_core.checkpoint.header import read_header, total_elements
+from looptx_core.checkpoint.special_tokens import SpecialTokens
+from looptx_core.checkpoint.weights import load_weights, refuse_pickle, weight_files
+from looptx_core.config.generation import ExitSettings
+from looptx_core.config.model import ModelConfig
+from looptx_core.documents import read_json
+from looptx_core.errors import DataError, UsageError
+from looptx_core.machine.facts import free_ram
+from looptx_core.model.empty_weights import init_empty_weights
+from looptx_core.model.loop import LoopedTransformer
+from looptx_core.schema import typed
+
+ARCHITECTURES = ("llama", "qwen3")
+"""transformers' `model_type` of the models that can be expressed exactly."""
+_BLOCK = {
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "mlp_norm",
+    "self_attn": "attention",
+}
+_TOP = {
+    "model.embed_tokens.weight": "embedding.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "head.weight",
+}
+
+
+@dataclass(frozen=True)
+class Looping:
+    """Which layers are looped. core: 'A:B' for layers A to B-1, counted from 0; 'auto' for those
+    from 0.4 to 0.6 of the depth; None for one loop. max_loops: for a core."""
+
+    core: str | None = None
+    max_loops: int = 4
+
+    def span(self, layers: int) -> tuple[int, int]:
+        """The first layer of the core, and the one after its last.
+
+        Raises `UsageError` for a core outside the layers, an empty one, or one of all layers.
+        """
+        if self.core is None:
+            return layers // 4, layers - layers // 4
+        if self.core == "auto":
+            first = round(0.4 * layers)
+            found = first, max(first + 1, round(0.6 * layers))
+        else:
+            start, _, stop = self.core.partition(":")
+            found = int(start), int(stop)
+        if not 0 <= found[0] < found[1] <= layers or found == (0, layers):
+            raise UsageError(
+                f"`core` {self.core}: the model has {layers} layers, 0 to {layers - 1}; give A:B "
+                f"with 0 <= A < B <= {layers}, and not all of them"
+            )
+        return found
+
+
+ONE_LOOP = Looping()
+
+
+def looped_shape(settings: Mapping[str, Any], where: str, looping: Looping) -> ModelConfig:
+    """The looped model's shape. settings: those of transformers' config.json.
+
+    Raises `DataError` for a part that a looped model can't express, and what `Looping.span` raises.
+    """
+
+    def need(ok: bool, what: str) -> None:
+        if not ok:
+            raise DataError(f"{where}: {what}, which a looped model has no place for")
+
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    act = {"silu": "silu", "gelu": "gelu"}.get(settings.get("hidden_act", "silu"))
+    need(act is not None, f"hidden_act {settings.get('hidden_act')!r}")
+    need(rope.get("rope_type", rope.get("type", "default")) == "default", "scaled RoPE")
+    need(not settings.get("attention_bias") and not settings.get("mlp_bias"), "biases")
+    need(not settings.get("use_sliding_window"), "a sliding window")
+    try:
+        layers, heads = settings["num_hidden_layers"], settings["num_attention_heads"]
+        first, end = looping.span(layers)
+        most = 1 if looping.core is None else looping.max_loops
+        shape = {
+            "vocab_size": settings["vocab_size"],
+            "d_model": settings["hidden_size"],
+            "n_heads": heads,
+            "n_kv_heads": settings.get("num_key_value_heads") or heads,
+            "head_dim": settings.get("head_dim") or settings["hidden_size"] // heads,
+            "d_ff": settings["intermediate_size"],
+            "prelude_layers": first,
+            "core_layers": end - first,
+            "coda_layers": layers - end,
+            "loops": 1,
+            "max_loops": most,
+            "injection": "none" if looping.core is None else "bridge",
+            "qk_norm": settings["model_type"] == "qwen3",
+            "activation": act,
+            "rope_theta": rope.get("rope_theta") or settings.get("rope_theta") or 10_000.0,
+            "norm_eps": settings.get("rms_norm_eps", 1e-6),
+            "max_seq_len": settings.get("max_position_embeddings", 2048),
+            "tie_embeddings": settings.get("tie_word_embeddings", False),
+        }
+    except KeyError as error:
+        raise DataError(f"{where}: {error.args[0]} is missing; copy the model again") from error
+    return typed(ModelConfig, shape, where)
+
+
+def looped_names(config: ModelConfig) -> Callable[[str], str | None]:
+    """From transformers' names of tensors to the looped model's; None for a tied head."""
+    counts = {"prelude": config.prelude_layers, "core": config.core_layers,
+              "coda": config.coda_layers}  # fmt: skip
+    places = [f"{part}.{number}" for part, count in counts.items() for number in range(count)]
+
+    def rename(name: str) -> str | None:
+        if name in _TOP:
+            return None if name == "lm_head.weight" and config.tie_embeddings else _TOP[name]
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(\w+)\.(.+)", name)
+        if not match or int(match[1]) >= len(places):
+            return name  # and is refused as unexpected
+        return f"{places[int(match[1])]}.{_BLOCK.get(match[2], match[2])}.{match[3]}"
+
+    return rename
+
+
+def empty_model(config: ModelConfig) -> LoopedTransformer:
+    """The model without weights, but for what no source has: the confidence head and the bridge,
+    at their beginnings."""
+    with init_empty_weights():
+        model = LoopedTransformer(config)
+    torch.manual_seed(0)
+    model.confidence = type(model.confidence)(config)
+    model.injection = type(model.injection)(config)
+    if config.injection == "bridge":
+        torch.nn.init.zeros_(model.injection.bridge.weight)
+    return model
+
+
+def check_fits(elements: int, where: Path) -> None:
+    """Raise `DataError` where so many numbers, as float32, are more than the free memory."""
+    need, free = 4 * elements, free_ram()
+    if need > free:
+        raise DataError(
+            f"{where}: its {elements:,} weights take {need / 2**30:.1f} GiB as float32, and "
+            f"{free / 2**30:.1f} GiB of memory are free; take a smaller model or another machine"
+        )
+
+
+def from_folder(folder: Path, settings: Mapping[str, Any], looping: Looping) -> LoadedModel:
+    """A folder of transformers' with a model of `ARCHITECTURES`. settings: its config.json."""
+    config = looped_shape(settings, str(folder / "config.json"), looping)
+    files = weight_files(folder)
+    for file in files:
+        refuse_pickle(file)
+    check_fits(sum(total_elements(read_header(file)) for file in files), folder)
+    model = empty_model(config)
+    load_weights(model, folder, rename=looped_names(config))
+    for part in (model.confidence, model.injection):
+        part.to(model.embedding.weight.dtype)
+    tokenizer = read_tokenizer(folder, config)
+    return LoadedModel(
+        model.eval(),
+        config,
+        tokenizer,
+        ExitSettings(),
+        {"from": f"{settings['model_type']} {folder.resolve().name}"},
+        folder,
+        read_chat_template(folder),
+        SpecialTokens.read(folder, tokenizer),
+    )
+
+
+def is_plain(folder: Path) -> bool:
+    """Whether `from_folder` reads it, and not the folder of a looped model."""
+    return read_json(folder / "config.json").get("model_type") in ARCHITECTURES
+
+
+def open_plain(folder: Path) -> nn.Module:
+    """The folder's model by transformers' own code, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True
+    ).eval()

@@ -1,0 +1,114 @@
+"""Whether one loop of a converted model is its source, and what a second loop would cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from looptx_core.conversion.pretrained import Looping
+from looptx_core.data.corpus import bundled_text
+from looptx_core.errors import DataError
+from looptx_core.model.loop import LoopedTransformer
+
+MOST_DIFFERENCE = 1e-4
+"""Of logits, relative to the largest. States of a norm of 24,800 are usual, so that an absolute
+bound would judge the rounding alone."""
+_CHARACTERS = 4_000
+_ROWS, _LENGTH = 4, 128
+
+
+class Span(NamedTuple):
+    """Layers first to end-1 as a core."""
+
+    first: int
+    end: int
+    cost: float
+    """By which a second pass of these layers, untrained, raises the loss; nats a token."""
+
+    @property
+    def name(self) -> str:
+        """As `core` is given."""
+        return f"{self.first}:{self.end}"
+
+    def to_dict(self) -> dict[str, object]:
+        return {"core": self.name, "second_loop_cost": self.cost}
+
+
+def sample_text(tokenizer: Tokenizer, length: int) -> Tensor:
+    """Tokens of the bundled text, (rows, length)."""
+    text = bundled_text().read_text("utf-8")
+    start = len(text) // 2  # past the front matter
+    ids = tokenizer.encode(text[start : start + _CHARACTERS], add_special_tokens=False).ids
+    length = min(_LENGTH, length)
+    rows = min(_ROWS, len(ids) // length)
+    return torch.tensor(ids[: max(1, rows) * length]).view(max(1, rows), -1)
+
+
+@torch.no_grad()
+def logit_difference(model: LoopedTransformer, source: nn.Module, tokens: Tensor) -> float:
+    """max |ours - source| / max |source| at one loop. tokens: (rows, length).
+
+    Raises `DataError` where it is over `MOST_DIFFERENCE`.
+    """
+    most = largest = 0.0
+    for row in tokens.split(1):
+        theirs = source(row).logits
+        gap = (model(row, 1).logits - theirs).abs().max()
+        most, largest = max(most, gap.item()), max(largest, theirs.abs().max().item())
+    found = most / largest
+    if not found <= MOST_DIFFERENCE:
+        raise DataError(
+            f"one loop is not the source: its logits differ by {found:.1e} of the largest, and "
+            f"{MOST_DIFFERENCE:.0e} is the limit; the source has a part that a looped model has "
+            "not, so take another model"
+        )
+    return found
+
+
+@torch.no_grad()
+def second_loop_costs(model: LoopedTransformer, tokens: Tensor) -> list[Span]:
+    """What a second pass of some layers costs without training, for several spans of the depth.
+
+    tokens: (rows, length). The span of `auto` is among them.
+    """
+    layers: list[nn.Module] = [*model.prelude, *model.core, *model.coda]
+    ctx = model.context(tokens.shape[1])
+    states = [model.embedding(tokens)]
+    for layer in layers:
+        states.append(layer(states[-1], ctx))
+
+    def loss(state: Tensor) -> float:
+        logits = model.head(model.norm(state))[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+    def again(first: int, end: int) -> float:
+        state = states[end]
+        for layer in layers[first:end] + layers[end:]:
+            state = layer(state, ctx)
+        return loss(state)
+
+    count, plain = len(layers), loss(states[-1])
+    shares = ((0.2, 0.4), (0.3, 0.5), (0.5, 0.7), (0.6, 0.8), (0.25, 0.75))
+    spans = {Looping("auto").span(count)} if count > 1 else set()
+    spans |= {(round(a * count), round(b * count)) for a, b in shares}
+    return [Span(*span, again(*span) - plain) for span in sorted(spans) if span[0] < span[1]]
+
+
+def transformers_or_none(open_source: Callable[[], nn.Module]) -> nn.Module | None:
+    """The source by transformers, without its progress bars; None where that is not installed."""
+    try:
+        from transformers.utils import logging
+    except ModuleNotFoundError:
+        return None
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return open_source()
+    finally:
+        if shown:
+            logging.enable_progress_bar()
