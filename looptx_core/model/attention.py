@@ -357,3 +357,15 @@ def _why_no_flash(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in _HALVES:
         return f"it needs bfloat16 or float16, not {dtype}; pass `precision` bf16"
     return None
+
+
+def with_groups(mask: Tensor | None, groups: Tensor) -> Tensor:
+    """The mask, extended so that tokens of the same group, (batch, length), see each other.
+
+    A mask over a cache has columns of earlier tokens before those of these.
+    """
+    same = (groups[:, :, None] == groups[:, None, :]) & (groups >= 0)[:, None, :]
+    length = groups.shape[1]
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=groups.device).tril()
+    return mask | F.pad(same, (mask.shape[-1] - length, 0))[:, None]

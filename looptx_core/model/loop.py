@@ -35,6 +35,7 @@ from looptx_core.model.attention import (
     VarlenBatch,
     sdpa,
     takes_documents,
+    with_groups,
     within_documents,
 )
 from looptx_core.model.block import Block, ForwardContext, FusedProjection
@@ -201,7 +202,7 @@ class LoopedTransformer(nn.Module):
                 view.set_positions(layout.ends + before[0, :, 0])
             if layout.groups is not None:
                 assert not isinstance(mask, VarlenBatch)
-                mask = _with_groups(mask, layout.groups)
+                mask = with_groups(mask, layout.groups)
         rotary = rotary_tables(
             positions, self.config.head_dim, self.config.rope_theta, _compute_dtype(weight)
         )
@@ -390,18 +391,6 @@ class LoopedTransformer(nn.Module):
         """All parameters except the confidence head's."""
         own = {id(p) for p in self.confidence.parameters()}
         return [p for p in self.parameters() if id(p) not in own]
-
-
-def _with_groups(mask: Tensor | None, groups: Tensor) -> Tensor:
-    """The mask, extended so that tokens of the same group, (batch, length), see each other.
-
-    A mask over a cache has columns of earlier tokens before those of these.
-    """
-    same = (groups[:, :, None] == groups[:, None, :]) & (groups >= 0)[:, None, :]
-    length = groups.shape[1]
-    if mask is None:
-        mask = torch.ones(length, length, dtype=torch.bool, device=groups.device).tril()
-    return mask | F.pad(same, (mask.shape[-1] - length, 0))[:, None]
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
