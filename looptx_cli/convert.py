@@ -75,6 +75,10 @@ def _show(result: ConvertResult) -> None:
     from rich.table import Table
 
     out = stdout()
+
+    def say(line: str) -> None:
+        out.print(line, soft_wrap=True)
+
     if result.loss_by_loop != result.loss_by_loop_before:
         title = f"Held-out loss, nats a token, on {result.judged_by}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
@@ -85,12 +89,9 @@ def _show(result: ConvertResult) -> None:
             table.add_row(str(loop), f"{before:.4f}", f"{after:.4f}")
         out.print(table)
 
-    def say(line: str) -> None:
-        out.print(line, soft_wrap=True)
-
     if result.spans:
-        title = "What a second loop of these layers costs without training, nats a token"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        say("what a second loop of these layers costs without training, nats a token:")
+        table = Table(box=None, pad_edge=False)
         for name in ("core", "cost"):
             table.add_column(name, justify="right")
         for span in result.spans:
