@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
         if can_use_fused(x, self.weight, operation="norm"):
             return rms_norm(x, self.weight, self.eps)
         if x.device.type != "cpu" or x.element_size() < 4:
-            # torch's fused kernel needs x's type for the weight; autocast would change the output's.
+            # torch's kernel needs the weight in x's type; autocast would change the output's type.
             with torch.autocast(x.device.type, enabled=False):
                 return F.rms_norm(x, (self.width,), self.weight.to(x.dtype), self.eps)
         # On CPUs F.rms_norm is several slow kernels; vector_norm is one fast kernel.
