@@ -114,15 +114,15 @@ def generate(
     for text in texts:
         if has_half(str(text)):
             raise UsageError("a prompt is not UTF-8; convert it")
-    talk = not texts and sys.stdin.isatty()
-    if not texts and not talk:
+    interactive = not texts and sys.stdin.isatty()
+    if not texts and not interactive:
         texts = [_from_stdin()]
 
-    need = frozenset(MEDIA[name].ability for name in files)
+    abilities = frozenset(MEDIA[name].ability for name in files)
     with large_imports():
         loaded = load(
             model, adapter=adapter, attention=attention, precision=precision, kernel=kernel,
-            abilities=need, report=lambda line: note(line, quiet),
+            abilities=abilities, report=lambda line: note(line, quiet),
         )  # fmt: skip
     engine, templated = loaded.engine, loaded.is_chat
     if chat and not templated:
@@ -136,9 +136,9 @@ def generate(
     items = read_items(engine, files)
     if chat:
         texts = [_message(str(text), items) for text in texts]
-    elif items and not talk:
+    elif items and not interactive:
         texts = [_with_items(str(texts[0]), items)]
-    if talk:
+    if interactive:
         Conversation(engine, options, templated, items, show_iterations, quiet).run()
     elif depths:
         _compare(engine, texts, options, depths, as_json)
@@ -215,7 +215,7 @@ def _prompt_of(where: str, value: Any) -> str:
 
 
 def _from_stdin() -> str:
-    """All of standard input, without a byte order mark and the last line's end."""
+    """All of standard input, without a byte order mark and the last newline."""
     raw = sys.stdin.buffer.read(MOST_BYTES + 1)
     if len(raw) > MOST_BYTES:
         raise DataError(f"standard input: over {MOST_BYTES:,} bytes, too large for a prompt")
@@ -229,13 +229,13 @@ def _from_stdin() -> str:
 def _stream(
     engine: Engine, prompt: Prompt, options: GenerationOptions, iterations: bool, quiet: bool
 ) -> None:
-    """Print a continuation as it comes, and its figures."""
+    """Print a continuation as it is generated, and its figures."""
     result = stream(engine, prompt, options, iterations, quiet, _before(engine, prompt))
     _summarise(engine, result, iterations, quiet)
 
 
 def _before(engine: Engine, prompt: Prompt) -> str:
-    """What to print before a continuation; an answer stands alone."""
+    """The text to print before a continuation; nothing before a chat's answer."""
     from looptx_core.generation.engine import ChatPrompt
 
     return "" if isinstance(prompt, ChatPrompt) else engine.text_of(prompt)
@@ -244,7 +244,7 @@ def _before(engine: Engine, prompt: Prompt) -> str:
 def _show(
     engine: Engine, prompt: Prompt, result: Generation, iterations: bool, quiet: bool
 ) -> None:
-    """One of several finished requests."""
+    """Print one of several finished requests."""
     from looptx_cli.render import token_line
 
     print_now(shown(f"{_before(engine, prompt)}{result.text}\n"))
@@ -254,7 +254,7 @@ def _show(
 
 
 def _summarise(engine: Engine, result: Generation, iterations: bool, quiet: bool) -> None:
-    """The figures, a result where they were asked for, and what to try next."""
+    """Print the figures and what to try next; to stdout with --show-iterations, else as a note."""
     from looptx_cli.render import compute_told, counted
 
     deepest = engine.model.config.max_loops
@@ -281,7 +281,7 @@ def _compare(
     depths: list[int],
     as_json: bool,
 ) -> None:
-    """Each prompt's continuation at each fixed depth."""
+    """Print each prompt's continuation at each fixed depth."""
     from looptx_cli.render import comparison
 
     found = {

@@ -58,7 +58,7 @@ def load(
     found = resolve_adapter(adapter, model) if adapter else resolve_model(model, need=abilities)
     if model is None:
         choose(f"model: {found.folder}, {found.reason}")
-    # Beside torch's import, which alone would know whether there is a GPU to use.
+    # Compiled while torch is imported, so this can't yet ask torch whether there is a GPU.
     on_cpu = not Path("/dev/nvidiactl").exists()
     if on_cpu and kernel in ("auto", "native") and build_ahead(*KERNEL):
         choose("decoding: its kernel is compiled, once on this machine, some seconds")
@@ -72,7 +72,7 @@ def load(
     from looptx_core.model.attention import choose_backend
 
     device = best_device()
-    # On a CPU the kernel rounds the weights; elsewhere, and without it, all is in that type.
+    # On a CPU the kernel rounds the weights itself; elsewhere the model is loaded in that type.
     rounded = device.type == "cpu" and kernel != "torch"
     dtype = torch.bfloat16 if precision == "bf16" and not rounded else torch.float32
     loaded = load_resolved(found, device=device, dtype=dtype)
@@ -98,10 +98,9 @@ def load(
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model. Keyword arguments of its methods are the fields of `GenerationOptions`.
+    """A loaded model. The methods' `options` are the fields of `GenerationOptions`.
 
-    engine: for everything that these methods don't do. choices: what was chosen, and why, a line
-    each.
+    engine: for what these methods don't offer. choices: a line for each choice, with its reason.
     """
 
     loaded: LoadedModel
@@ -117,7 +116,7 @@ class Model:
         """Continue a prompt: its text, and a record of every token.
 
         prompt: a text, token ids, or a text with media (`MediaPrompt`); None: an empty text.
-        Raises `UsageError` for settings that can't be followed.
+        Raises `UsageError` for settings out of range.
         """
         return self.generate_all(["" if prompt is None else prompt], **options)[0]
 
@@ -126,7 +125,7 @@ class Model:
         return self.engine.complete(prompts, _options(options))
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[Step]:
-        """Continue a prompt, a token at a time: `text`, `loops`, `confidence`, `logprob`."""
+        """Continue a prompt, a token at a time; a `Step` has `text`, `loops`, `confidence`, ..."""
         return self.engine.generate([prompt], _options(options))
 
     def transcribe(self, recording: Source, **options: Any) -> list[Segment]:
@@ -158,8 +157,8 @@ class Model:
     def evaluate(self, texts: str | Sequence[str], loops: int | None = None) -> LoopEvaluation:
         """Loss, accuracy and confidence after each of the loops 1 to `loops`, on given texts.
 
-        Each text is cut to the model's context. loops: absent: the most that it is trained for.
-        Raises `UsageError` for texts of less than two tokens.
+        Each text is cut to the model's context. loops: by default the model's `max_loops`. Raises
+        `UsageError` for texts of less than two tokens.
         """
         import torch
 

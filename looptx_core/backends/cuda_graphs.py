@@ -1,10 +1,10 @@
 """The model by CUDA graphs: at batch 1, launch overhead exceeds the kernels' own time.
 
-A graph replays the same kernels on the same memory. So what a pass reads and writes stands in
-buffers that stay (`GraphPass`), the column that it fills is a number on the device, and attention
-looks at a bounded stretch of the cache, behind a mask. Only a cache of one row is recorded, one
-token at a time; prompts, batches and verified drafts run by torch as they are, where the kernels'
-own time exceeds the launches'.
+A graph replays the same kernels on the same memory. So a pass reads and writes fixed buffers
+(`GraphPass`), the index of the column that it fills is a tensor, and attention reads a bucket of
+the cache of fixed size, with a mask. Graphs are recorded only for a cache of one row and one token
+at a time. Prompts, batches and the verification of drafts run by torch, since their kernels take
+longer than the launches.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from looptx_core.model.loop import LoopedTransformer
 from looptx_core.stopping.rule import Exit, HeadOutput
 
 _FIRST_BUCKET = 256
-"""Columns that the first graphs look at; each further set looks at four times as many."""
+"""Columns that the first graphs attend to; each further set attends to four times as many."""
 
 
 class CudaGraphBackend(Backend):
-    """Keeps the cache that was decoded last, whose graphs it has, until another comes."""
+    """Keeps the graphs of the cache that was decoded last, until another is used."""
 
     name = "graph"
     reuses_cache = True
@@ -46,8 +46,10 @@ class CudaGraphBackend(Backend):
         return tuple(parameter.data_ptr() for parameter in self.model.parameters())
 
     def _after_other_work(self) -> None:
-        """A pass that is not recorded, as a prompt's, moves positions; and weights that were moved
-        before it are not those that the graphs read."""
+        """Invalidate what a pass without graphs, such as a prompt's, may have changed.
+
+        The position is another, and graphs read freed memory if the weights were moved.
+        """
         for recorded in self._passes.values():
             recorded.column = -1
         if self._weights != self._addresses():
@@ -79,9 +81,9 @@ class CudaGraphBackend(Backend):
 
 
 class GraphPass(Pass):
-    """The next column of a cache of one row; each part is recorded at its first use.
+    """The next column of a cache of one row; each stage is recorded at its first use.
 
-    bucket: columns that attention looks at.
+    bucket: columns that attention reads.
     """
 
     def __init__(self, model: LoopedTransformer, cache: LoopCache, bucket: int) -> None:
@@ -100,7 +102,7 @@ class GraphPass(Pass):
         self._pool = torch.cuda.graph_pool_handle() if weight.device.type == "cuda" else None
 
     def at(self, column: int) -> GraphPass:
-        """Stand at this column."""
+        """Set the column to fill."""
         if column != self.column:
             self.view.columns.fill_(column)
             self._run("position", 0, self._set_position)
@@ -151,7 +153,7 @@ class GraphPass(Pass):
         self._run("backfill", loops[0], body)
 
     def _load(self, state: Tensor, embedding: Tensor | None = None) -> None:
-        """Go on from these, (1, 1, d_model)."""
+        """Copy the inputs, (1, 1, d_model), into the fixed buffers."""
         if state is not self.state:
             self.state.copy_(state)
         if embedding is not None and embedding is not self.embedding:
@@ -160,7 +162,7 @@ class GraphPass(Pass):
     def _run_step(self, loop: int, check: bool = False) -> None:
         self._run("checked step" if check else "step", loop, lambda: self._step(loop, check))
 
-    # What is recorded.
+    # The stages that are recorded.
 
     def _set_position(self) -> None:
         now = self.model.context(1, self.view)
@@ -184,7 +186,7 @@ class GraphPass(Pass):
         self.output.copy_(self.model.head(self.model.coda_hidden(self.state, self.ctx)))
 
     def _run(self, part: str, loop: int, body: Callable[[], object]) -> None:
-        """Replay a part; at its first use run it as it is, and record it."""
+        """Replay a stage; at its first use run it plainly and record it."""
         if replay := self._graphs.get((part, loop)):
             replay()
             return
@@ -193,11 +195,11 @@ class GraphPass(Pass):
             body()
             return
         with torch.cuda.device(self.state.device):
-            aside = torch.cuda.Stream()  # where libraries set themselves up before a recording
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
+            warm_up = torch.cuda.Stream()  # libraries must be initialised before a recording
+            warm_up.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(warm_up):
                 body()
-            torch.cuda.current_stream().wait_stream(aside)
+            torch.cuda.current_stream().wait_stream(warm_up)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 body()
@@ -205,7 +207,7 @@ class GraphPass(Pass):
 
 
 def unsupported_reason(model: LoopedTransformer) -> str | None:
-    """Why the model's parts can't be recorded, in a few words; None where they can."""
+    """Why the model can't be recorded, in a few words; None if it can."""
     if model.norm.weight.device.type != "cuda":
         return f"the model is on {model.norm.weight.device.type}"
     blocks = [part for part in model.modules() if isinstance(part, Block)]

@@ -1,4 +1,4 @@
-"""Which back end to generate with: compiled on a CPU, recorded on a GPU, or torch as it is."""
+"""Choosing the back end to generate with: the CPU kernel, CUDA graphs or plain torch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ KERNELS = ("auto", "native", "graph", "torch")
 def select_backend(
     model: LoopedTransformer, kernel: str = "auto", precision: str = "float32"
 ) -> tuple[Backend, str]:
-    """The back end to generate with, and in a line why.
+    """The back end to generate with, and a line that says why.
 
-    kernel: auto, native (compiled, on a CPU), graph (recorded, on a CUDA GPU) or torch. precision:
-    how the compiled kernel holds the model's weights, float32, bf16 or int8; torch's part of the
-    work is then done by a copy of the model that is rounded to the same values.
-    Raises `UsageError` for unknown names, `MissingError` where what was asked for can't be had.
+    kernel: auto, native (the compiled CPU kernel), graph (CUDA graphs) or torch. precision: the
+    type of the compiled kernel's weights, float32, bf16 or int8; what torch computes beside it then
+    uses a copy of the model that is rounded to the same values. Raises `UsageError` for unknown
+    names, `MissingError` if what was asked for can't run here.
     """
     if kernel not in KERNELS:
         raise UsageError(f"`kernel` {kernel}: not one of {', '.join(KERNELS)}")
@@ -46,7 +46,7 @@ def select_backend(
     why = unsupported_reason(model)
     if why is None:
         try:
-            load_kernel()  # before a copy is made in vain
+            load_kernel()  # may fail, so before the model is copied
             backend = CpuBackend(rounded_copy(model, precision), precision)
             return backend, f"native, weights in {precision}"
         except MissingError as error:

@@ -107,13 +107,13 @@ _Loader.add_implicit_resolver(
 def _lines(node: Any) -> Lines:
     found: Lines = {}
 
-    def look(node: Any, *above: str) -> None:
+    def note(node: Any, *above: str) -> None:
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode):
                 here = (*above, str(key.value))
                 found[here] = key.start_mark.line + 1
                 if len(here) < _LEVELS:
-                    look(value, *here)
+                    note(value, *here)
 
-    look(node)
+    note(node)
     return found

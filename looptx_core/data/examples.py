@@ -183,10 +183,10 @@ class _Encoder:
         learned = np.ones(len(ids), bool) if all_count else np.array(counted)
         learned &= ~np.isin(tokens, self.placeholders)
         return Example(
-            tokens, learned, self.files, (), self.record.group, tuple(self.grids), self._said(way)
+            tokens, learned, self.files, (), self.record.group, tuple(self.grids), self._label(way)
         )
 
-    def _said(self, way: int) -> str | None:
+    def _label(self, way: int) -> str | None:
         match self.record.turns[0].content:
             case (MediaFile(medium, _, False), tuple() as texts) if (
                 self.record.form == "text" and MEDIA[medium].labelled

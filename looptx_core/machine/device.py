@@ -13,10 +13,10 @@ Result = TypeVar("Result")
 
 
 def best_device() -> torch.device:
-    """The GPU of this process's own number, set up for work of changing shapes, or the CPU."""
+    """The GPU with this process's local rank, prepared for changing shapes, or the CPU."""
     if torch.cuda.is_available():
-        # cuDNN's attention plans anew for each number of rows, and those still in the loop change
-        # at every step: 5.7 ms a layer, seen on an H200.
+        # cuDNN's attention plans again for each number of rows, which changes at every loop: 5.7 ms
+        # a layer on an H200.
         torch.backends.cuda.enable_cudnn_sdp(False)
         number = int(os.environ.get("LOCAL_RANK", 0))
         return torch.device("cuda", number % torch.cuda.device_count())
@@ -24,7 +24,7 @@ def best_device() -> torch.device:
 
 
 def on_best_device(model: nn.Module, work: Callable[[], Result]) -> Result:
-    """Do the work with the model there, or where it stands if the GPU's memory is too small."""
+    """Work with the model on the best device, or on its own if the GPU's memory is too small."""
     home = next(model.parameters()).device
     try:
         model.to(best_device())

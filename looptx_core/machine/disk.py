@@ -29,9 +29,9 @@ def disk_speed(folder: str | Path, size: int = 64 << 20, seconds: float = 2.0) -
     The file has no name where the system allows it, so nothing is left behind.
     Raises `OSError`: no O_DIRECT there (EINVAL), no space, no right to write.
     """
-    place = existing_parent(Path(folder))
-    with tempfile.TemporaryFile(dir=place) as file, mmap.mmap(-1, _BLOCK) as block:
-        block.write(os.urandom(_BLOCK))  # disks that compress must not shine
+    parent = existing_parent(Path(folder))
+    with tempfile.TemporaryFile(dir=parent) as file, mmap.mmap(-1, _BLOCK) as block:
+        block.write(os.urandom(_BLOCK))  # random, as a disk may compress
         direct = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDWR | os.O_DIRECT)
         try:
             start, written = time.perf_counter(), 0

@@ -1,4 +1,4 @@
-"""The sizes that a plan rests on, and how they are read here."""
+"""Sizes of this machine's memory and disks, for planning a run."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def this_machine(swap: str | Path = ".") -> Machine:
     """Read the sizes here; swap: the folder for swap files, which need not exist yet."""
     import torch
 
-    place = existing_parent(Path(swap))
+    folder = existing_parent(Path(swap))
     cuda = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     return Machine(
         ram=ram(),
         gpu_memory=tuple(torch.cuda.get_device_properties(i).total_memory for i in cuda),
         gpu_names=tuple(torch.cuda.get_device_name(i) for i in cuda),
-        disk=shutil.disk_usage(place).free,
-        disk_path=str(place.resolve()),
-        filesystem=filesystem(place),
+        disk=shutil.disk_usage(folder).free,
+        disk_path=str(folder.resolve()),
+        filesystem=filesystem(folder),
     )
 
 
@@ -83,8 +83,8 @@ def filesystem(path: str | Path) -> str:
         return ""
     real, best, kind = existing_parent(Path(path)).resolve(), Path(), ""
     for line in mounts:
-        _, place, found, *_ = line.split(" ")
-        where = Path(place.replace("\\040", " "))
+        _, mount, found, *_ = line.split(" ")
+        where = Path(mount.replace("\\040", " "))
         # The last of equals wins: it is mounted over the others.
         if real.is_relative_to(where) and len(where.parts) >= len(best.parts):
             best, kind = where, found

@@ -37,13 +37,13 @@ def load(source: Path, *more: str) -> ctypes.CDLL:
 
 
 def build_ahead(source: Path, *more: str) -> bool:
-    """Begin to compile beside what else has to be done first, such as importing torch.
+    """Start compiling in the background, for example while torch is imported.
 
-    False where it was done before.
+    False if the library exists already.
     """
 
     def quietly() -> None:
-        with contextlib.suppress(MissingError):  # who needs it will be told
+        with contextlib.suppress(MissingError):  # `load` raises it again
             build(source, *more)
 
     if _is_sound(library_path(source, *more)):
@@ -53,14 +53,14 @@ def build_ahead(source: Path, *more: str) -> bool:
 
 
 def library_path(source: Path, *more: str) -> Path:
-    """Where the library of this file, these flags, this compiler and processor stands."""
+    """The path of the library for this file, these flags, this compiler and this processor."""
     recipe = "\0".join((source.read_text("utf-8"), *compiler_words(), *_FLAGS, *more, _processor()))
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:16]
     return user_cache() / f"{source.stem}-{digest}.so"
 
 
 def _is_sound(path: Path) -> bool:
-    """Whether a kept library is whole and nobody else's: it is run as soon as it is loaded."""
+    """Whether a library is complete and only this user can write to it, as loading it runs it."""
     try:
         wanted = path.with_suffix(".sha256").read_text("ascii").strip()
         if not (is_ours(path) and is_ours(path.parent)):
@@ -72,7 +72,7 @@ def _is_sound(path: Path) -> bool:
 
 
 def build(source: Path, *more: str) -> Path:
-    """Where the library stands, compiled if need be. Raises `MissingError`."""
+    """The path of the library, which is compiled if needed. Raises `MissingError`."""
     words, path = compiler_words(), library_path(source, *more)
     try:
         with _BUILDING:
@@ -91,9 +91,9 @@ def build(source: Path, *more: str) -> Path:
                 made.chmod(0o700)
                 with made.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
-                told = made.with_suffix(".sha256")
-                told.write_text(digest + "\n", "ascii")
-                told.replace(path.with_suffix(".sha256"))
+                digest_file = made.with_suffix(".sha256")
+                digest_file.write_text(digest + "\n", "ascii")
+                digest_file.replace(path.with_suffix(".sha256"))
                 made.replace(path)
         return path
     except subprocess.CalledProcessError as error:
@@ -104,7 +104,7 @@ def build(source: Path, *more: str) -> Path:
 
 
 def _processor() -> str:
-    """What tells one processor's instructions from another's."""
+    """The processor's instruction sets, as a string."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         return next((line for line in lines if line.startswith(("flags", "Features"))), "")

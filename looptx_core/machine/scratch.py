@@ -1,4 +1,4 @@
-"""Folders outside of the user's sight: caches, and temporary ones that no kill leaves for good."""
+"""Cache folders, and temporary folders that are removed even after a process was killed."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def is_ours(path: Path) -> bool:
 
 @contextlib.contextmanager
 def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
-    """A folder that is there within; what a killed process left of the kind is removed.
+    """A temporary folder for a `with` block; those of killed processes are removed first.
 
-    parent: where; absent: the system's folder for temporary files.
+    parent: where to make it; by default the system's folder for temporary files.
     """
-    place = parent or Path(tempfile.gettempdir())
-    remove_stale(place)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+    parent = parent or Path(tempfile.gettempdir())
+    remove_stale(parent)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     handle = _lock(folder, create=True)
     try:
         yield folder

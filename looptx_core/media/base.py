@@ -43,7 +43,7 @@ class Encoded(NamedTuple):
     """Scalar: of an objective that the encoder has by itself, on the batch's labels."""
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """A part of an item that is too long to be read at once."""
 
     start: float
@@ -184,7 +184,7 @@ class Medium:
 
     def pieces(
         self, source: Source, config: ModelConfig, where: str | None = None
-    ) -> Iterator[Piece]:
+    ) -> Iterator[Chunk]:
         """An item of any length as overlapping pieces that a model can read at once, in order.
 
         Raises the errors of `read`, and `UsageError` for a medium that has no length in time.

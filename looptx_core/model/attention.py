@@ -76,22 +76,21 @@ Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | VarlenBatch | None"], Tenso
 """(queries, keys, values, mask) -> output.
 
 queries (batch, heads, new, head_dim); keys and values (batch, kv_heads, seen, head_dim);
-mask (batch or 1, 1, new, seen), True where a query may look, or None: causal when new > 1,
-everything when new == 1; or documents, to a back end that says so by `takes_varlen`. The output
-has the queries' shape.
+mask (batch or 1, 1, new, seen), True where a query may attend, or None: causal if new > 1, no mask
+if new == 1; or documents, for a back end with `takes_varlen`. The output has the queries' shape.
 """
 
 
 def sdpa(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | VarlenBatch | None
 ) -> Tensor:
-    """torch's fused attention; runs everywhere, in training on a CPU by a kernel of our own."""
+    """torch's fused attention, which runs everywhere; for training on a CPU, our own kernel."""
     if _trains(queries, keys, values) and (isinstance(mask, VarlenBatch) or mask is None):
         return causal_attention(queries, keys, values, None if mask is None else mask.first)
     mask = mask.mask() if isinstance(mask, VarlenBatch) else mask
     batch, heads, new, width = queries.shape
     if new == 1 and keys.shape[1] != heads:
-        # A single token's query heads of one key head do as well for rows of a sequence.
+        # The query heads that share a key head are treated as positions of a sequence.
         grouped = queries.view(batch, keys.shape[1], -1, width)
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
         return out.reshape(batch, heads, 1, width)
@@ -106,7 +105,7 @@ def sdpa(
 
 
 def _trains(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether the kernel takes these; its threads share out rows and key heads."""
+    """Whether our kernel can run and keeps all threads busy, which share rows and key heads."""
     return (
         can_use_fused(queries, keys, values, operation="attention")
         and queries.shape[2] == keys.shape[2] > 1
@@ -115,9 +114,9 @@ def _trains(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
 
 
 def takes_documents(attend: Attend, like: Tensor) -> bool:
-    """Whether a back end does better with a `VarlenBatch` than with its mask.
+    """Whether a back end is faster with a `VarlenBatch` than with its mask.
 
-    like: a tensor to attend.
+    like: a tensor of the type and device that attention will get.
     """
     return getattr(attend, "takes_varlen", False) or (
         attend is sdpa and can_use_fused(like, operation="attention")
@@ -132,7 +131,7 @@ Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 class Flash:
     """FlashAttention (arXiv 2307.08691) over packed documents, without padding and without a mask.
 
-    Plain causal attention is SDPA's, which runs the same kernels; masks and float32 are, too.
+    Plain causal attention goes to SDPA, which runs the same kernels; so do masks and float32.
     """
 
     takes_varlen = True
@@ -227,7 +226,7 @@ def attention_weights(queries: Tensor, keys: Tensor, mask: Tensor | VarlenBatch 
 def explicit(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | VarlenBatch | None
 ) -> Tensor:
-    """Attention as the textbook writes it, the reference for the others."""
+    """Attention by its defining formula, the reference for the other back ends."""
     return _weighed(attention_weights(queries, keys, mask), values)
 
 
@@ -319,8 +318,8 @@ _TRIAL_LIMIT = 0.03  # relative; bf16 itself is good to 0.004 a number
 
 
 def trial_error(attend: Attend, device: torch.device, dtype: torch.dtype) -> float:
-    """How far a back end is from the textbook on packed documents: outputs and gradients, the
-    largest relative error in norm."""
+    """The largest relative error, in norm, of a back end's outputs and gradients on packed
+    documents."""
     generator = torch.Generator().manual_seed(0)
     documents = torch.tensor([[0] * 5 + [1] * 11, [2] * 9 + [3] * 7], device=device)
     shapes = ((2, 4, 16, 64), (2, 2, 16, 64), (2, 2, 16, 64))
@@ -337,7 +336,7 @@ def trial_error(attend: Attend, device: torch.device, dtype: torch.dtype) -> flo
 
 
 def _deactivate() -> None:
-    """Give torch its own kernels back."""
+    """Restore torch's own kernels."""
     import torch.nn.attention as kernels
 
     if getattr(kernels, "current_flash_attention_impl", lambda: None)() is not None:

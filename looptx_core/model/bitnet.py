@@ -4,11 +4,11 @@
 
 - Weights: s round(W / s) clipped to -1, 0, 1, with s the mean of |W| over the matrix.
 - Activations: 127 levels on either side of 0, by token, up to the token's largest.
-- The norm: RMSNorm inside the layer. Projections that read one normalised input, as queries, keys
-  and values do, take that norm for theirs.
+- The norm: RMSNorm inside the layer. Projections whose input is normalised already, as those of
+  queries, keys and values, have none of their own.
 
 `BitLinear` trains latent float weights with gradients straight through the rounding.
-`TernaryLinear` holds four ternary weights in a byte, and multiplies in whole numbers.
+`TernaryLinear` packs four ternary weights into a byte, and multiplies integers.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class BitLinear(nn.Linear):
         return F.linear(self._through(x, int8_by_token), self._through(self.weight, ternary))
 
     def _through(self, x: Tensor, rounding: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
-        """Rounded, with the gradient as if it were not (arXiv 1308.3432)."""
+        """x rounded, with a straight-through gradient (arXiv 1308.3432)."""
         with torch.no_grad():
             values, scale = rounding(x)
             error = (values * scale - x) * self.quantised
@@ -75,10 +75,10 @@ class BitLinear(nn.Linear):
 
 
 class TernaryLinear(nn.Module):
-    """`BitLinear` to run: `packed`, (out, ceil(in / 4)) uint8, and `scale`, a scalar.
+    """`BitLinear` for inference: `packed`, (out, ceil(in / 4)) uint8, and `scale`, a scalar.
 
-    For products each weight takes a byte, made at the first use; no float weights are ever made
-    but where a gradient is asked for.
+    The first call unpacks the weights to one byte each. Float weights are made only if a gradient
+    is needed.
     """
 
     packed: Tensor
@@ -128,7 +128,7 @@ class IntegerProduct:
 
 
 def _whole_product(values: Tensor, weights: Tensor) -> Tensor:
-    """values, (rows, in), whole floats, times weights, (out, in) int8, transposed; exact."""
+    """The exact product of values, (rows, in) integers as floats, and weights.T, (out, in) int8."""
     rows, (wide, deep) = len(values), weights.shape
     if values.device.type == "cpu":
         return torch._int_mm(values.to(torch.int8), weights.t())

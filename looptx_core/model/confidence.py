@@ -1,14 +1,14 @@
-"""The confidence head: how sure is a token at this depth, and would one more loop help?
+"""The confidence head: how sure is the model after this loop, and would one more loop help?
 
-Targets, taken from the main loss of the same forward pass (see `training/objective.py`):
+Its targets come from the main loss of the same forward pass (see `training/objective.py`):
 
-- `logit`: the log-odds that the model's most likely token is the right one, trained by binary
-  cross-entropy against that token's own probability, which is the mean of [argmax == label] as far
-  as the model is right about itself. CALM's and TRM's halting heads (arXiv 2207.07061, 2510.04871)
-  learn [argmax == label] itself, whose noise, and what is known of the training text by heart, they
-  learn with it. Where the model is too sure, calibration on held-out text says so.
-- `gain`: the expected drop of the token's loss from this loop to the next, in nats, by squared
-  error against L[t] - L[t+1]. Ouro (arXiv 2510.25741) squashes the same difference into a
+- `logit`: the log-odds that the model's most likely token is right, trained by binary cross-entropy
+  against that token's own probability, which equals the mean of [argmax == label] for a calibrated
+  model. CALM's and TRM's halting heads (arXiv 2207.07061, 2510.04871) learn [argmax == label]
+  itself, which is noisy and inflated by memorised training text. Where the model is too sure,
+  calibration on held-out text corrects it.
+- `gain`: the expected drop of the token's loss from this loop to the next, in nats, trained by
+  squared error against L[t] - L[t+1]. Ouro (arXiv 2510.25741) squashes the same difference into a
   probability; the plain mean keeps its unit, so that a threshold on it means nats per loop.
 """
 
@@ -24,27 +24,29 @@ from looptx_core.model.norm import RMSNorm
 
 
 class Confidence(NamedTuple):
-    """Both (batch, length)."""
+    """The confidence head's output, before calibration. Both fields are (batch, length)."""
 
     logit: Tensor
+    """Log-odds that the most likely token is right."""
     gain: Tensor
+    """Nats that the next loop is predicted to gain."""
 
 
 def top_log_odds(log_probs: Tensor) -> Tensor:
     """The log-odds of the most likely token's own probability.
 
-    log_probs: (..., vocab_size), nats. Returns (...), at most about 16, as float32 tells no surer.
+    log_probs: (..., vocab_size), nats. Returns (...), at most about 16, the limit of float32.
     """
     best = log_probs.amax(-1).clamp(max=-1e-7)
     return best - torch.log(-torch.expm1(best))
 
 
 def relative_change(before: Tensor, after: Tensor) -> Tensor:
-    """By how much a loop moved the state: |after - before| / |after|, (...), of (..., d_model).
+    """By how much a loop changed the state: |after - before| / |after|, (...), from (..., d_model).
 
-    A millionth at least, which is about what float32 can tell, so that it has a logarithm.
-    It tells well which tokens are done, and takes no training; Huginn's code (arXiv 2502.05171)
-    stops by the same as `latent-diff`.
+    At least 1e-6, about the precision of float32, so that its logarithm is finite. It shows well
+    which tokens have converged and needs no training; Huginn's code (arXiv 2502.05171) stops by the
+    same quantity, `latent-diff`.
     """
     before, after = before.float(), after.float()
     change = (after - before).norm(dim=-1) / after.norm(dim=-1).clamp(min=1e-12)
@@ -54,11 +56,11 @@ def relative_change(before: Tensor, after: Tensor) -> Tensor:
 class ConfidenceHead(nn.Module):
     """Two small GeGLUs on the detached state after a loop, a narrow one and a wider one.
 
-    It reads the hidden state only, so that deciding to stop costs no product with the
-    vocabulary, and it is detached, so that it can't disturb the trunk. The first `gain_units`
-    hidden units tell the gain, which a rule may ask for after every loop; the others tell the
-    log-odds, which are needed where a token stops. The engine's kernel on a CPU computes what is
-    asked for, torch both.
+    It reads only the hidden state, so that deciding to stop costs no product with the vocabulary.
+    The state is detached, so that the head's gradients don't reach the trunk. The first
+    `gain_units` hidden units predict the gain, which a rule may need after every loop; the others
+    predict the log-odds, which are needed where a token stops. The CPU kernel computes only what is
+    needed, torch always both.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 _SPREAD = 0.5  # sigma of the log-normal rate, Huginn's
-_TRIES = 1000  # then the least depth: so far from the mean nearly all draws would be that
+_TRIES = 1000  # after these, the least depth: nearly all draws lie outside of the range
 
 
 def sample_depth(rng: np.random.Generator, mean: float, low: int, high: int) -> int:

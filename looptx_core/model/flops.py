@@ -1,4 +1,4 @@
-"""What a model costs, counted: parameters, FLOPs and bytes, heads included."""
+"""A model's FLOPs and parameters, heads included."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ class TokenFlops:
     prelude: int
     loop: int
     readout: int
-    """Coda, final norm's product with the vocabulary."""
+    """The coda, and the head's product with the vocabulary."""
     confidence: int
-    """How sure the token is."""
+    """The confidence head's log-odds."""
     gain: int
-    """What one more loop would bring; 0 where the confidence's units tell it too."""
+    """The confidence head's predicted gain; 0 if it has no units of its own."""
 
     def at(
         self, loops: float, readouts: float = 1, confidences: float = 1, gains: float = 0
     ) -> float:
-        """A token of so many loops, read out so many times, with so many looks of the confidence
-        head: one at least tells how sure the token is."""
+        """FLOPs of a token with this many loops, readouts and evaluations of the confidence head.
+
+        confidences: at least 1, as every token reports its confidence.
+        """
         if not self.gain:
             confidences = max(confidences, gains)
         return (
@@ -34,7 +36,7 @@ class TokenFlops:
 
 
 def token_flops(config: ModelConfig, context: float) -> TokenFlops:
-    """FLOPs of one token that attends to `context` tokens (mean of a causal sequence: T / 2)."""
+    """FLOPs of one token that attends to `context` tokens, on average half a sequence's length."""
     heads, width = config.n_heads, config.head_dim
     attention = (
         config.d_model * (heads + 2 * config.n_kv_heads) * width + heads * width * config.d_model
@@ -52,11 +54,11 @@ def token_flops(config: ModelConfig, context: float) -> TokenFlops:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Parameters of a model of this shape, tied ones once, without building its tensors."""
+    """Parameters of a model of this shape, tied ones counted once; allocates no weights."""
     from looptx_core.model.empty_weights import init_empty_weights
     from looptx_core.model.loop import LoopedTransformer
 
-    if config.linear == "packed":  # whose weights are no parameters of torch's
+    if config.linear == "packed":  # packed weights are buffers
         config = replace(config, linear="ternary")
     with init_empty_weights():
         return sum(p.numel() for p in LoopedTransformer(config).parameters())

@@ -1,4 +1,4 @@
-"""What stands between a training step's matrix products on a CPU, each in one pass over memory.
+"""Fused CPU kernels for what a training step does between its matrix products.
 
 `fused.cpp` has the forward and backward of RMSNorm, of RMSNorm with RoPE, of GeGLU's gate, of
 causal attention and of the cross-entropy; `multi_linear` accumulates the gradient of the input
@@ -30,9 +30,9 @@ _taken: frozenset[str] = frozenset()
 
 
 def enable_fused(on: bool | Collection[str] = True) -> str:
-    """Take the kernels from here on, or no longer; one line on which and why.
+    """Turn the kernels on or off; returns a line on which are on and why.
 
-    on: all of `OPERATIONS` or none, or the names of some.
+    on: True for all of `OPERATIONS`, False for none, or the names of some.
     """
     global _library, _taken
     _library, _taken = None, frozenset(OPERATIONS if on is True else on or ())
@@ -46,12 +46,12 @@ def enable_fused(on: bool | Collection[str] = True) -> str:
 
 
 def is_prepared() -> bool:
-    """Whether there are kernels to take."""
+    """Whether the kernels are loaded."""
     return _library is not None
 
 
 def can_use_fused(*tensors: Tensor, operation: str | None = None) -> bool:
-    """Whether the kernels take these, for one of `OPERATIONS` or, without it, for some."""
+    """Whether a kernel can run on these tensors: of one of `OPERATIONS`, by default of any."""
     return (
         _library is not None
         and (operation in _taken if operation else bool(_taken))
@@ -68,7 +68,7 @@ def can_use_fused(*tensors: Tensor, operation: str | None = None) -> bool:
 
 
 def _call(name: str, *arguments: Tensor | int | float) -> None:
-    """A kernel with torch's number of threads, integers and tensors as it wants them."""
+    """Call a kernel with torch's number of threads, and its arguments as C types."""
     plain: list[Any] = [ctypes.c_int(torch.get_num_threads())]
     for value in arguments:
         if isinstance(value, Tensor):
@@ -190,7 +190,7 @@ class _Heads(ctypes.Structure):
 
     @classmethod
     def array(cls, *tensors: Tensor) -> Any:
-        """Of some, for a call."""
+        """An array of descriptions, for a call."""
         each = (cls(x.data_ptr(), (ctypes.c_int64 * 3)(*x.stride()[:3])) for x in tensors)
         return (cls * len(tensors))(*each)
 
@@ -204,7 +204,7 @@ class _Attend(Function):
         batch, heads, length, width = q.shape
         if first is None:
             first = torch.zeros(batch, length, dtype=torch.int32)
-        # As it lies when heads are joined again, and so are the gradients below.
+        # The layout in which heads are joined without a copy; the gradients below have it too.
         out = q.new_empty(batch, length, heads, width).transpose(1, 2)
         sums = q.new_empty(batch, heads, length)
         ctx.sizes = batch, k.shape[1], heads // k.shape[1], length, width, width**-0.5
@@ -249,17 +249,16 @@ def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
 def multi_linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """x (..., d_in) by each weight (d_out, d_in), as by linear layers: (..., d_out) each.
 
-    What the weights pull at x is added up within their products, not after them.
+    The gradient of x is accumulated inside the matrix products, not by autograd after them.
     """
     return _Products.apply(x, *weights)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of each target in nats, whether it has the largest logit, 1 or 0, and the
-    probability of the class that has.
+    """(loss in nats, 1 if the target has the largest logit else 0, probability of the top class).
 
     logits (tokens, classes), targets (tokens,) of int64; all results (tokens,). The loss of a
-    target that is no class is not a number.
+    target outside the classes is NaN.
     """
     return _CrossEntropy.apply(logits, targets)
 
@@ -267,10 +266,10 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tens
 def causal_attention(
     queries: Tensor, keys: Tensor, values: Tensor, first: Tensor | None = None
 ) -> Tensor:
-    """Causal attention with grouped heads, by blocks that are never kept (arXiv 2205.14135).
+    """Causal attention with grouped heads, in blocks that are not stored (arXiv 2205.14135).
 
     queries (batch, heads, length, head_dim), keys and values (batch, kv_heads, length, head_dim);
-    first: the first column that each query sees, (batch, length) int32, no later than itself and
-    never falling along a row. None: all see the first. The result has the queries' shape.
+    first: the first column that each query sees, (batch, length) int32, at most its own and not
+    decreasing along a row; None: column 0. The result has the queries' shape.
     """
     return _Attend.apply(queries, keys, values, first)

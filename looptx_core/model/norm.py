@@ -24,10 +24,10 @@ class RMSNorm(nn.Module):
         if can_use_fused(x, self.weight, operation="norm"):
             return rms_norm(x, self.weight, self.eps)
         if x.device.type != "cpu" or x.element_size() < 4:
-            # A weight of another type would take the fused kernel away, and autocast the type.
+            # torch's kernel needs the weight in x's type; autocast would change the output's type.
             with torch.autocast(x.device.type, enabled=False):
                 return F.rms_norm(x, (self.width,), self.weight.to(x.dtype), self.eps)
-        # On CPUs torch's own is a row of slow kernels; a vector's length is one fast one.
+        # On CPUs F.rms_norm is several slow kernels; vector_norm is one fast kernel.
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = length.square().add(self.width * self.eps).rsqrt()
         return x * scale * (self.weight * math.sqrt(self.width))

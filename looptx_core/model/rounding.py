@@ -1,8 +1,8 @@
-"""How the KV cache holds its numbers: as they come, or rounded with a scale per head and token.
+"""How the KV cache stores numbers: unchanged, or as integers with a scale per head and token.
 
-A scale is the entry's largest value over the largest whole number, so that an entry, head_dim
-numbers of one token's head, costs its bits and one half-precision number: with 64 numbers 66 bytes
-as int8 and 34 as int4, against 128 in bf16 and 256 in float32 (cf. KIVI, arXiv 2402.02750).
+An entry is the head_dim numbers of one token and head. Its scale is its largest absolute value over
+the largest integer, stored in half precision. With head_dim 64 an entry takes 66 bytes as int8 and
+34 as int4, against 128 in bf16 and 256 in float32 (cf. KIVI, arXiv 2402.02750).
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class FloatKind:
         return torch.zeros(shape, dtype=dtype, device=device), None
 
     def round(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(what is stored of x, (..., width); its scales, (..., 1))."""
+        """(what is stored for x, (..., width); its scales, (..., 1), unused for floats)."""
         return x, x
 
     def restore(self, codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """What is read of them, (..., width)."""
+        """The stored numbers, (..., width)."""
         return codes
 
 
 @dataclass(frozen=True)
 class WholeKind:
-    """Whole numbers of 8 bits, or of 4, two to a byte: an entry's first half in the low ones."""
+    """Integers of 8 bits, or of 4 with two to a byte: the entry's first half in the low bits."""
 
     name: str
     largest: int
@@ -53,7 +53,7 @@ class WholeKind:
 
     def round(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(codes of x, (..., width); their scales, (..., 1))."""
-        # Rounded up to half precision first: the codes belong to the scale that is stored.
+        # Half precision first, so that the codes fit the scale that is stored.
         scale = (x.abs().amax(-1, keepdim=True) / self.largest).half()
         scale = scale.clamp(min=torch.finfo(torch.float16).smallest_normal)
         whole = (x / scale.to(x.dtype)).round().clamp(-self.largest, self.largest)
@@ -75,4 +75,4 @@ KINDS: dict[str, FloatKind | WholeKind] = {
     "int8": WholeKind("int8", 127),
     "int4": WholeKind("int4", 7),
 }
-"""By the name that `kv_type` has in the settings."""
+"""By the value of `kv_type` in the settings."""

@@ -1,4 +1,4 @@
-"""The end of a training run: what it reached, and the model folder that holds it."""
+"""The end of a training run: its final evaluation, and its model folder."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from looptx_core.training.module import LoopedLM
 
 @dataclass
 class TrainResult:
-    """What a finished run has to show."""
+    """The results of a finished run."""
 
     folder: Path
     model_folder: Path
     steps: int
     seconds: float
     tokens: int
-    """Of the steps that this process ran."""
+    """Tokens of the steps that this process ran."""
     steps_before: int
-    """Of a resumed run, before this process."""
+    """Steps of a resumed run that earlier processes ran."""
     loss_by_loop: list[float]
     """Held-out nats a token."""
     bits_per_byte_by_loop: list[float]
@@ -52,7 +52,7 @@ class TrainResult:
     caption_loss_by_loop: list[float] = field(default_factory=list)
     """Held-out nats a token of texts beside items of media."""
     swapped: Swapped | None = None
-    """Under NVMe offload: the swap files and what was moved, in bytes."""
+    """Under NVMe offload: the swap files and the traffic, in bytes."""
 
 
 def finish_training(
@@ -66,6 +66,10 @@ def finish_training(
     steps: int,
     started: float,
 ) -> TrainResult:
+    """Evaluate and calibrate a trained model, and save it to `folder`/final.
+
+    started: `time.monotonic` at the start. The other arguments are those of `train` and `fit`.
+    """
     loops = module.schedule.max_loops
 
     def measure() -> tuple[dict[str, LoopEvaluation], dict[str, list[float]]]:

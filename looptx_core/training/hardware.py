@@ -1,4 +1,4 @@
-"""What this machine does best: the number type, found by a short probe."""
+"""The number type to train in, chosen by the hardware and on a CPU by a short probe."""
 
 from __future__ import annotations
 
@@ -32,8 +32,11 @@ def choose_precision(asked: str, device: torch.device, sharding: str = "none") -
 
 @functools.cache
 def _ratio(size: int = 256, rounds: int = 12) -> float:
-    """The best of some products of `size` cubed each, in turn, by processor time: a busy machine
-    must not look like one with bf16 units, without which bf16 is several times slower."""
+    """How many times faster bf16 products are than float32 ones, by the best of some rounds.
+
+    Types alternate, and processor time is measured, so that a busy machine does not change the
+    result.
+    """
     best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
     for _ in range(rounds):
         for dtype in best:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, with the type of its products to choose and a faster way through them.
+    """torch's Muon with a choice of the products' number type, and faster.
 
     Steps have AdamW's size (arXiv 2502.16982). torch multiplies in bf16, for which many CPUs have
-    no units; `products` is kept with the state, so that a resumed run goes on with the same type.
-    Matrices of one shape go together.
+    no units; `products` is the type to use, and is stored with the state, so that a resumed run
+    keeps it. Matrices of the same shape are processed as one batch.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class Muon(torch.optim.Muon):
         return loss
 
     def _step_stacked(self, same: list[Tensor], group: dict[str, Any]) -> None:
+        """Update parameters of the same shape."""
         momentum, lr = group["momentum"], float(group["lr"])
         updates = []
         for parameter in same:
@@ -49,8 +50,9 @@ class Muon(torch.optim.Muon):
             )
             buffer.lerp_(parameter.grad, 1 - momentum)
             updates.append(parameter.grad.lerp(buffer, momentum))
-        products = getattr(torch, group.get("products", "bfloat16"))  # torch's own, before there
-        steps = orthogonal(  # was a choice
+        # Older checkpoints lack the type; theirs is torch's own.
+        products = getattr(torch, group.get("products", "bfloat16"))
+        steps = orthogonal(
             torch.stack(updates).to(products),
             group["ns_coefficients"],
             group["ns_steps"],

@@ -72,10 +72,10 @@ def build_optimizer(model: LoopedTransformer, config: RunConfig) -> torch.optim.
 
 
 def build_adamw(model: LoopedTransformer, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW whose groups are `trunk` or `head`, the confidence head's, for parameters that are cut.
+    """AdamW for sharded parameters, in groups of the `trunk` and of the confidence `head`.
 
-    ZeRO cuts them wherever it falls, and FSDP by rows, so that an update by element is all that can
-    run: Muon, which needs whole matrices, can't be.
+    ZeRO shards at any element and FSDP by rows, so only elementwise updates are possible; Muon
+    needs whole matrices.
     """
     head = {id(p) for p in model.confidence.parameters()}
     groups = []
@@ -91,7 +91,7 @@ def build_adamw(model: LoopedTransformer, config: RunConfig) -> torch.optim.Adam
 
 
 def shape_of(parameter: torch.Tensor) -> torch.Size:
-    """Its shape, whole, where it is cut over processes too."""
+    """The shape of the whole parameter, even if ZeRO has sharded it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
@@ -109,12 +109,12 @@ def learning_rate_factor(config: RunConfig) -> Callable[[int], float]:
 
 
 def clip_by_part(model: LoopedTransformer, limit: float) -> torch.Tensor:
-    """Clip the trunk's and the confidence head's gradients apart; return the trunk's norm.
+    """Clip the gradients of trunk and confidence head separately; returns the trunk's norm.
 
-    A common norm would let the head's gradient scale the trunk's steps. limit: 0 clips nothing.
+    With a common norm, the head's gradient would scale the trunk's steps. limit: 0 for no clipping.
     """
     limit = limit or math.inf
     torch.nn.utils.clip_grad_norm_(model.confidence.parameters(), limit)
     norm = torch.nn.utils.clip_grad_norm_(model.trunk_parameters(), limit)
-    # Over cut gradients it is a part of the whole until it is asked for.
+    # The norm of sharded gradients is partial until `full_tensor` reduces it.
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,4 +1,4 @@
-"""The model by the compiled kernel, where it knows how; by torch where it doesn't."""
+"""The model by the compiled kernel, and by torch for what the kernel does not support."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MAX_TOKENS = 32  # of one pass: with more, torch's products for matrices are fa
 
 
 class CpuBackend(Backend):
-    """What has media, many tokens or a rounded cache goes to torch, with the same results."""
+    """Passes with media, many tokens or a rounded cache go to torch, with the same results."""
 
     name = "native"
 
@@ -53,7 +53,7 @@ class CpuBackend(Backend):
             row += [own] * new
             column += range(cache.lengths[own], cache.lengths[own] + new)
         start, position = [0] * len(row), column
-        if cache.padded:  # a padding column looks at itself
+        if cache.padded:  # a padding column attends to itself
             starts = cache.start.tolist()
             start = [min(starts[r], c) for r, c in zip(row, column)]
         if cache.shifted:
@@ -62,21 +62,20 @@ class CpuBackend(Backend):
         return CpuPass(self, KernelRows(kernel_cache, row, column, start, position))
 
     def _describe(self, cache: LoopCache) -> KernelCache | None:
-        """The cache as the kernel sees it; None where it can't read it."""
+        """The cache as the kernel's struct; None if the kernel can't read it."""
         if self._cache is None or not self._cache.is_of(cache):
             self._cache = KernelCache.of(cache)
         return self._cache
 
     def stop_condition(self, exits: Sequence[Exit]) -> StopCondition:
-        """When the kernel has to return to Python."""
+        """When the kernel has to return to Python; kept while the same rows go on."""
         if len(exits) != len(self._exits) or any(map(operator.is_not, exits, self._exits)):
-            # Else the same rows go on.
             self._stop, self._exits = _stop_condition(exits), tuple(exits)
         return self._stop
 
     @cached_property
     def draft_kernel(self) -> KernelModel:
-        """With 8-bit weights: a draft's readout takes most of its time, from memory."""
+        """A kernel with int8 weights: reading the head's weights dominates a draft's time."""
         return self.kernel if self.precision == "int8" else KernelModel(self.model, "int8")
 
 
@@ -134,7 +133,7 @@ def _stop_condition(exits: Sequence[Exit]) -> StopCondition:
 
 
 def _each(loops: Sequence[int], state: Tensor) -> Sequence[int]:
-    """The loop of each token of (rows, new, d_model), of one for all or one for each row."""
+    """The loop of each token of `state`, (rows, new, d_model); loops: one for all or each row's."""
     rows, new = state.shape[:2]
     spread = list(loops) * (rows // len(loops))
     return spread if new == 1 else [loop for loop in spread for _ in range(new)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from looptx_core.media.base import Encoded, Grid, Medium, Piece, Source
+from looptx_core.media.base import Chunk, Encoded, Grid, Medium, Source
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -87,7 +87,7 @@ class Audio(Medium):
 
     def pieces(
         self, source: Source, config: ModelConfig, where: str | None = None
-    ) -> Iterator[Piece]:
+    ) -> Iterator[Chunk]:
         return _file("read").pieces(source, config, where)
 
     def longest(self, grid: Grid) -> int:

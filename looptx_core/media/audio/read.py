@@ -19,7 +19,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.errors import DataError, MissingError
 from looptx_core.media.audio.augment import changed, masked
 from looptx_core.media.audio.features import RATE, STEP, log_mels
-from looptx_core.media.base import Piece, Source, clock
+from looptx_core.media.base import Chunk, Source, clock
 from looptx_core.media.batch import MediaItem
 
 FORMATS = "WAV, FLAC, OGG, MP3 or AIFF"
@@ -78,7 +78,7 @@ def read_recording(
     return item_of(samples, augment)
 
 
-def pieces(source: Source, config: ModelConfig, where: str | None = None) -> Iterator[Piece]:
+def pieces(source: Source, config: ModelConfig, where: str | None = None) -> Iterator[Chunk]:
     """A recording of any length, cut where it is quiet into pieces that overlap a little.
 
     A piece and a block are in memory at a time. Errors: `read_recording`'s, but for the length.
@@ -91,9 +91,9 @@ def pieces(source: Source, config: ModelConfig, where: str | None = None) -> Ite
         while len(held) > window:
             cut = _quietest(held[: window - overlap], own)
             item = item_of(held[: cut + overlap])
-            yield Piece((begin + own) / RATE, (begin + cut) / RATE, item)
+            yield Chunk((begin + own) / RATE, (begin + cut) / RATE, item)
             held, begin, own = held[cut - overlap :], begin + cut - overlap, overlap
-    yield Piece((begin + own) / RATE, (begin + len(held)) / RATE, item_of(held))
+    yield Chunk((begin + own) / RATE, (begin + len(held)) / RATE, item_of(held))
 
 
 def _quietest(samples: np.ndarray, own: int) -> int:
