@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-slow bench bench-page docs lint setup clean
+.PHONY: demo test test-fast test-slow bench bench-page fuzz docs lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -44,6 +44,10 @@ bench: setup
 	$(BIN)/python -m benchmarks.batches.run --new 24 --rounds 1 --skip-small
 	$(BIN)/python -m benchmarks.kv_cache.run --texts 2 --context 4096
 	$(BIN)/python -m benchmarks.train_speed.run --rounds 1
+
+# Five minutes of spoilt inputs; the long form is --count 10000, a finding again --replay N.
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reliability.fuzz --seed $$(date +%s)
 
 # The site, into site/. It asks nothing from the network.
 docs: $(VENV)/.docs

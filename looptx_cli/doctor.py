@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from looptx_cli.console import flags_of, know_flags, note, stdout, with_flags
+from looptx_core.errors import DataError
 
 if TYPE_CHECKING:
     from looptx_core.doctor import Diagnosis
+    from looptx_core.folder_check import FolderCheck
 
 
 def doctor(
@@ -21,7 +23,11 @@ def doctor(
         bool, typer.Option("--build", help="Build DeepSpeed's ops ahead, some minutes each.")
     ] = False,
     path: Annotated[
-        Path, typer.Option(help="Where swap files would go; its disk is measured.")
+        Path,
+        typer.Option(
+            help="A run, a model, an adapter or tokenised data to check for damage; "
+            "of any other folder, where swap files would go, the disk is measured."
+        ),
     ] = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="The report on stdout as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
@@ -32,7 +38,14 @@ def doctor(
     looptx doctor
     looptx doctor --build
     looptx doctor --path /mnt/nvme --json
+    looptx doctor --path runs/train-1
     """
+    from looptx_core.folder_check import examine_folder
+
+    if (checked := examine_folder(path)) is not None:
+        _show_folder(checked, as_json)
+        return
+
     from looptx_core.config.finetune import FinetuneConfig
     from looptx_core.config.run import TrainConfig
     from looptx_core.doctor import examine
@@ -61,6 +74,24 @@ def doctor(
         stdout().print(f"{name} was ready after {took:.0f} s", soft_wrap=True)
     if not build and any(op.state != "built" for op in found.ops):
         note("try next: looptx doctor --build", quiet)
+
+
+def _show_folder(found: FolderCheck, as_json: bool) -> None:
+    """Print what was looked at. Raises `DataError` where a part is damaged."""
+    if as_json:
+        sys.stdout.write(json.dumps(found.to_dict()) + "\n")
+    else:
+        words = {"ok": "whole", "undigested": "can be read, has no digest to compare with"}
+        marks = {"ok": "+", "undigested": "·", "damaged": "!"}
+        for part in found.parts:
+            told = words.get(part.state, f"damaged: {part.detail}")
+            stdout().print(f"{marks[part.state]} {part.path}: {told}", soft_wrap=True)
+    if count := len(found.damaged):
+        parts = f"{count} part{'s' * (count != 1)} of this {found.kind}"
+        raise DataError(
+            f"{found.path}: {parts} {'are' if count != 1 else 'is'} damaged; copy what is damaged "
+            "again, or remove it"
+        )
 
 
 def _show(found: Diagnosis) -> None:

@@ -34,10 +34,11 @@ def finetune(
     looptx finetune --data qa.jsonl --model runs/a --lora
     looptx finetune --data qa.jsonl --steps 1000
     looptx finetune --data chats.parquet --qlora --quantization int8
+    looptx finetune --data qa.csv --columns prompt=question --columns response=answer
     looptx finetune --data hf:NAME --lora --seq-len 512 --too-long drop
 
     A line of data is {"prompt", "response"}, {"messages": [{"role", "content"}]} or {"text"}, each
-    with an `image` where there are pictures.
+    with an `image` where there are pictures; Alpaca's and ShareGPT's records are read too.
     """
     from looptx_core.checkpoint.registry import resolve_model
 

@@ -219,13 +219,15 @@ def _show(
 
 def _summarise(engine: Engine, result: Generation, iterations: bool, quiet: bool) -> None:
     """The figures, a result where they were asked for, and what to try next."""
+    from looptx_cli.render import compute_told, counted
+
     deepest = engine.model.config.max_loops
-    share = round(engine.compute_saved(result), 2) + 0.0  # no -0 %
-    saved = f"{share:.0%} of full depth's compute saved"
+    saved = compute_told(engine.compute_saved(result))
     if engine.counters.drafted:
         saved = f"{engine.counters.accepted} of {engine.counters.drafted} drafts stood"
+    count = counted(len(result.tokens), "token")
     line = (
-        f"{len(result.tokens)} tokens, {result.mean_loops:.2f} loops a token of {deepest}, "
+        f"{count}, {result.mean_loops:.2f} loops a token of {deepest}, "
         f"{result.tokens_per_second:.0f} tokens/s, {saved}"
     )
     if iterations:

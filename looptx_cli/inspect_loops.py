@@ -63,7 +63,7 @@ def inspect_loops(
     with large_imports():
         from looptx_core.checkpoint.folder import update_generation_config
         from looptx_core.finetuning.load import load_resolved
-        from looptx_core.inspection.page import sentences
+        from looptx_core.inspection.page import headline, sentences
         from looptx_core.inspection.report import inspect_loops, write_report
         from looptx_core.machine.device import best_device
 
@@ -81,6 +81,7 @@ def inspect_loops(
         sys.stdout.write(json.dumps(document) + "\n")
         return
     out = stdout()
+    out.print(headline(document), soft_wrap=True)
     _show(document)
     for sentence in sentences(document):
         out.print(sentence, soft_wrap=True)
@@ -171,6 +172,7 @@ def _show(document: dict[str, Any]) -> None:
             title, "policy", "exit", "loss", "with full cache", "accuracy", "with full cache",
             "loops", "bytes a token", "tokens/s",
         )  # fmt: skip
+        cache.columns[1].no_wrap = True  # "fixed at 2"
         for row in policies:
             cache.add_row(
                 row["policy"],

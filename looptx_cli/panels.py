@@ -28,7 +28,7 @@ _MOST_USED = {
 _PANELS = {
     "Data": """
         seq_len batch_size micro_batch workers augment skip_bad document_mask mix mask_patches
-        val_fraction val_batches train_on_prompt too_long prompts_file data text_key seed
+        val_fraction val_batches train_on_prompt too_long prompts_file data text_key columns seed
         limit include_path tasks
     """,
     "Model and depth": """

@@ -114,6 +114,18 @@ def legend(result: Generation, deepest: int) -> Text:
     )
 
 
+def counted(count: int, noun: str) -> str:
+    """'1 token', '2 tokens'."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def compute_told(saved: float) -> str:
+    """What the exits saved of full depth's compute, a share; below 0 they took more."""
+    if saved < -0.005:
+        return f"{1 - saved:.1f} times full depth's compute"
+    return f"{abs(saved):.0%} of full depth's compute saved"
+
+
 def answers_told(prompt: str, continuation: str) -> str | None:
     """How many answers on a table of arrows are right, where the text has such a table."""
     found = check_answers(prompt, continuation)

@@ -25,7 +25,7 @@ from looptx_core.checkpoint.run_lock import RunLock, refuse_if_running
 from looptx_core.config.processes import RUN, is_first, starter
 from looptx_core.config.resolve import Resolved, flag_name, read_resolved, write_resolved
 from looptx_core.errors import DataError, LooptxError, UsageError
-from looptx_core.outputs import check_output
+from looptx_core.outputs import check_output, holds_anything
 from looptx_core.schema import coerce
 
 SCHEMA_VERSION = 1
@@ -173,7 +173,7 @@ class RunFolder:
 def _check_waiting(folder: Path, target: Path) -> None:
     """Raise `UsageError` for a folder that holds something else than what began to take a target's
     place and did not end."""
-    if not folder.is_dir() or not {path.name for path in folder.iterdir()} - {LOCK}:
+    if not folder.is_dir() or not holds_anything(folder):
         return
     place = replaces(folder)
     if place is None or place.resolve() != target.resolve():

@@ -7,19 +7,23 @@ line that names the file, the place and the remedy. `schema.py` checks what was 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
+import select
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from looptx_core.errors import DataError, LooptxError
 
 MOST_BYTES = 64 << 20
 """Of a small file. The largest honest ones are indexes of weights and lists of metrics."""
+PIPE_SECONDS = 5.0
+"""How long a writer of a pipe is waited for."""
 MOST_DEPTH = 64
 """Levels of lists and mappings within each other."""
 COPY_AGAIN = "copy the model again"
@@ -68,6 +72,45 @@ def known_kind(first: bytes) -> str | None:
     return next((kind for magic, kind in _KINDS.items() if first.startswith(magic)), None)
 
 
+def open_input(file: str | os.PathLike[str], *, pipes: bool = True) -> BinaryIO:
+    """Open what a user named, so that reading it comes to an end.
+
+    pipes: accept a pipe too, as a shell's `<(...)` is one, that somebody writes to.
+
+    Raises `OSError` for any other file that is not a regular one: a device may have no end, and a
+    pipe without a writer would be waited for.
+    """
+    # Without O_NONBLOCK a pipe that nobody writes to would wait for ever.
+    handle = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        mode = os.fstat(handle).st_mode
+        if stat.S_ISREG(mode):
+            return os.fdopen(handle, "rb")
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+        if not (pipes and (stat.S_ISFIFO(mode) or os.isatty(handle))):
+            raise OSError(errno.EINVAL, "not a regular file", str(file))
+        if stat.S_ISFIFO(mode):
+            waiting = select.poll()
+            waiting.register(handle, select.POLLIN)
+            if not waiting.poll(PIPE_SECONDS * 1000) and not _has_writer(handle):
+                raise OSError(errno.EPIPE, "a pipe that nobody writes to", str(file))
+        os.set_blocking(handle, True)
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _has_writer(pipe: int) -> bool:
+    """Whether a pipe that holds nothing, opened without blocking, has a writer."""
+    try:
+        os.read(pipe, 1)  # a byte that came this very moment is lost, so that writer is refused
+    except BlockingIOError:
+        return True
+    return False
+
+
 def read_text(
     file: Path,
     *,
@@ -82,13 +125,10 @@ def read_text(
         most: bytes that are accepted.
         mend: the remedy, the end of an error's line.
         error: the class of error to raise.
-        pipes: accept a pipe or a device too, as a shell's `<(...)` is one.
+        pipes: accept a pipe too; see `open_input`.
     """
     try:
-        # Without O_NONBLOCK a pipe that nobody writes to would wait for ever.
-        with os.fdopen(os.open(file, os.O_RDONLY | (0 if pipes else os.O_NONBLOCK)), "rb") as data:
-            if not pipes and not stat.S_ISREG(os.fstat(data.fileno()).st_mode):
-                raise error(f"{file}: not a regular file; {mend}")
+        with open_input(file, pipes=pipes) as data:
             raw = data.read(most + 1)
     except FileNotFoundError as cause:
         if error is DataError:  # a file that its folder should have

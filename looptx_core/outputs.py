@@ -94,12 +94,12 @@ def check_output(
     if not os.path.lexists(folder):
         return ""
     try:
-        held = next(folder.iterdir(), None)
+        held = holds_anything(folder)
     except OSError as error:
         raise UsageError(
             f"{folder}: not a folder to write to ({error.strerror}); choose another `out`"
         ) from error
-    if held is None:
+    if not held:
         return ""
     if not overwrite:
         raise UsageError(f"{folder} exists; pass `overwrite` or choose another `out`")
@@ -116,6 +116,11 @@ def check_output(
         found = f"; looptx {maker} made it" if maker else ""
         raise UsageError(f"{folder} is no {kind.noun}, so {keep}{found}; choose another `out`")
     return "a " + kind.noun + ", " + describe_contents(folder, kind.holds)
+
+
+def holds_anything(folder: Path) -> bool:
+    """Whether a folder holds more than what a run leaves that was killed before it began."""
+    return any(p.name != "run.lock" and not is_temporary(p.name) for p in folder.iterdir())
 
 
 def describe_contents(folder: Path, holds: Iterable[str]) -> str:

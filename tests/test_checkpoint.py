@@ -375,3 +375,18 @@ def test_where_a_run_goes(tmp_path: Path) -> None:
         next_run_dir(tmp_path, "train", True)
     (tmp_path / "train-2" / "run.json").write_text('{"command": "train"}')
     assert next_run_dir(tmp_path / "train-2", "train", True) == tmp_path / "train-2"
+
+
+def test_a_card_tells_what_a_model_was_made_from() -> None:
+    """The base's data and steps are not its own, over two generations."""
+    from looptx_core.checkpoint.card import descended, model_card
+
+    base = {"data": ["book.txt"], "steps": 600, "training_flops": 1e15}
+    tuned = descended(base, "book", data=["qa.jsonl"], method="LoRA", steps=40)
+    assert tuned["lineage"] == [{"name": "book", "data": ["book.txt"], "steps": 600}]
+    facts = descended(tuned, "chat", method="ternary weights, only rounded")
+    assert "steps" not in facts and "data" not in facts and "training_flops" not in facts
+    shape = ModelConfig(vocab_size=300, d_model=32, n_heads=2, n_kv_heads=1)
+    card = model_card("small", shape, 1, ExitSettings(), facts)
+    assert "| base | chat |" in card and "| method | ternary weights, only rounded |" in card
+    assert "| book |  | book.txt | 600 |\n| chat | LoRA | qa.jsonl | 40 |" in card

@@ -73,3 +73,12 @@ def test_answers_on_a_table_of_arrows() -> None:
     assert answers_told(table, " f E c A") == "all 2 answers are right"
     assert answers_told(table, " f E c B") == "1 of 2 answers are right"
     assert answers_told("Call me", " f E") is None
+
+
+def test_compute_in_words() -> None:
+    from looptx_cli.render import compute_told, counted
+
+    assert compute_told(-8.08) == "9.1 times full depth's compute"
+    assert compute_told(-0.001) == "0% of full depth's compute saved"
+    assert compute_told(0.4) == "40% of full depth's compute saved"
+    assert [counted(n, "token") for n in (1, 1200)] == ["1 token", "1,200 tokens"]

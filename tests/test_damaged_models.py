@@ -173,6 +173,7 @@ def adapter(folder: Path, base: Path, **settings: Any) -> Path:
 BAD_ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
     "an invalid expression": ({"target_modules": "("}, "doesn't fit"),
     "a huge rank": ({"r": 10**9}, "rank 1,000,000,000"),
+    "a bias that no layer has": ({"lora_bias": True}, "doesn't fit"),
     "rank 0": ({"r": 0}, "rank"),
     "rank as text": ({"r": "two"}, "r: expected a whole number"),
     "modules as keys": ({"target_modules": {}}, "target_modules: expected"),

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from data_cases import RELAXED, VOCAB
@@ -98,3 +104,26 @@ def test_context_and_stream_joined_are_the_whole(
         ids += [7 + byte for byte in item.encode()] if isinstance(item, str) else [item]
     whole = tokenizer.decode([*context, *ids])
     assert tokenizer.decode(context) + "".join(stream(tokenizer, ids, context=context)) == whole
+
+
+def test_a_stop_while_standard_input_is_copied_leaves_nothing(tmp_path: Path) -> None:
+    """SIGTERM before the input's end: no copy stays, and the exit code says interrupted."""
+
+    held = tmp_path / "temporary"
+    held.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "looptx_cli.main", "tokenize", "-", "--out", str(tmp_path / "out")],
+        stdin=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": str(held)},
+    )  # fmt: skip
+    assert process.stdin is not None
+    process.stdin.write(b"some words of a text\n" * 100_000)
+    process.stdin.flush()
+    deadline = time.monotonic() + 60
+    copied = lambda: sum(f.stat().st_size for f in held.rglob("*") if f.is_file())  # noqa: E731
+    while copied() < 1_000_000 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert copied() >= 1_000_000, "it copies"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130
+    process.stdin.close()
+    assert not list(held.iterdir()) and not (tmp_path / "out").exists()

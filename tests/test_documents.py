@@ -231,3 +231,32 @@ def test_a_snapshot_of_the_hub_links_to_its_blobs(tmp_path: Path) -> None:
     (snapshot.parents[1] / "blobs" / "77").write_text("{}")
     (snapshot / "config.json").symlink_to("../../blobs/77")
     check_links(snapshot)
+
+
+def test_what_has_no_end_or_no_writer_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device, and a pipe that nobody writes to, wherever a file may be named; a pipe is read."""
+    from looptx_core import documents
+    from looptx_core.checkpoint.weights import refuse_pickle
+    from looptx_core.data.corpus import Corpus
+    from looptx_core.media.image.read import _reading
+
+    monkeypatch.setattr(documents, "PIPE_SECONDS", 0.1)
+    os.mkfifo(tmp_path / "x.png")
+    for place, message in (
+        (tmp_path / "x.png", "a pipe that nobody writes to"),
+        (Path("/dev/zero"), "not a regular file"),
+    ):
+        with pytest.raises(DataError, match=message):
+            Corpus([place])
+        with pytest.raises(DataError, match=message), _reading(place, None):
+            pass
+        with pytest.raises(DataError, match="not a regular file"):
+            refuse_pickle(place)
+    reader, writer = os.pipe()
+    os.write(writer, b"through a pipe")
+    with documents.open_input(f"/dev/fd/{reader}") as stream:
+        os.close(writer)
+        assert stream.read() == b"through a pipe"
+    os.close(reader)

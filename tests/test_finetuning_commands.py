@@ -159,3 +159,21 @@ def test_nothing_is_lost_to_bad_data(tiny, questions, workplace, capsys) -> None
     assert main([*command, str(questions)]) == 0
     assert main([*command, "none.jsonl", "--overwrite"]) == 4
     assert Path("kept/final/adapter_config.json").exists()
+
+
+def test_a_merged_model_tells_base_and_adapter_apart(tiny: Path, tmp_path: Path) -> None:
+    """Its data and steps are the adapter's; what the adapter's file adds beside them is not taken
+    over."""
+    from looptx_core.checkpoint.folder import load_model
+    from looptx_core.config.finetune import FinetuneConfig
+    from looptx_core.finetuning.adapters import attach, save_adapter
+    from looptx_core.finetuning.merge import merge
+
+    base = load_model(tiny)
+    peft = attach(base.model, FinetuneConfig(lora=True))
+    facts = {"data": ["qa.jsonl"], "method": "LoRA", "steps": 7, "base": "x", "facts": 1, "kept": 2}
+    save_adapter(tmp_path / "fit", peft, base, exit_settings=base.exit, facts=facts)
+    found = merge(tiny, tmp_path / "fit").facts
+    assert found.pop("lineage") == [{"name": "tiny"}]
+    assert found == {"base": "tiny", "adapter": "fit", "method": "LoRA, merged",
+                     "data": ["qa.jsonl"], "steps": 7}  # fmt: skip

@@ -193,3 +193,58 @@ def test_names_of_data_sets(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_bundled_questions_are_what_the_code_makes() -> None:
     lines = [json.dumps(record) + "\n" for record in hop_questions(0, 4000)]
     assert bundled_questions().read_text("utf-8") == "".join(lines)
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        {"instruction": "add", "input": "1 and 2", "output": "3"},
+        {"prompt": "add\n\n1 and 2\n\n", "response": "3"},
+        {"q": "add\n\n1 and 2\n\n", "a": "3"},
+    ],
+)
+def test_alpaca_and_columns_are_a_prompt_with_its_response(theirs: dict[str, str]) -> None:
+    from looptx_core.data.records import parse, rename_columns
+
+    columns = ("prompt=q", "response=a") if "q" in theirs else ()
+    found = parse(rename_columns(theirs, columns, "line 1"), "line 1", Path())
+    assert [turn.content for turn in found.turns] == [(("add\n\n1 and 2\n\n",),), (("3",),)]
+    assert found.form == "prompt"
+
+
+def test_sharegpt_is_a_conversation() -> None:
+    from looptx_core.data.records import parse
+
+    turns = [{"from": "system", "value": "be brief"}, {"from": "human", "value": "hi"},
+             {"from": "gpt", "value": "hello"}]  # fmt: skip
+    found = parse({"id": 1, "conversations": turns}, "line 1", Path())
+    assert [(turn.role, turn.content) for turn in found.turns] == [
+        ("system", (("be brief",),)), ("user", (("hi",),)), ("assistant", (("hello",),)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"conversations": [{"from": "narrator", "value": "x"}]}, "needs a value of text"),
+        ({"conversations": [{"from": "gpt", "value": 3}]}, "content of text"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "input must be text"),
+    ],
+)
+def test_damaged_foreign_records(record: dict[str, object], told: str) -> None:
+    from looptx_core.data.records import parse
+
+    with pytest.raises(DataError, match=told):
+        parse(record, "line 1", Path())
+
+
+def test_columns_that_can_not_be() -> None:
+    from looptx_core.config.finetune import FinetuneConfig
+    from looptx_core.data.records import rename_columns
+    from looptx_core.errors import UsageError
+
+    for columns in (("question",), ("prompt=",), ("prompt=a", "prompt=b"), ("x=y",)):
+        with pytest.raises(UsageError, match="columns"):
+            FinetuneConfig(columns=columns)
+    with pytest.raises(DataError, match=r"no column q.*it has question"):
+        rename_columns({"question": "x"}, ("prompt=q",), "line 1")

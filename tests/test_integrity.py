@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from looptx_cli.main import main
 from looptx_core.checkpoint.folder import load_model
@@ -110,3 +112,56 @@ def test_a_damaged_note(
     damage(folder / integrity.FILE)
     with pytest.raises(DataError, match=told):
         load_model(folder)
+
+
+def test_a_flipped_bit_of_a_checkpoint(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Resuming refuses it, and goes on from the one before once it is gone."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--steps", "4", "--save-every", "2", "--batch-size", "2", "--seq-len",
+                 "16", "--val-batches", "1", "--data", str(shards), "--out", "run", "--quiet",
+                 "--set", "model.d_model=32"]) == 0  # fmt: skip
+    newest = tmp_path / "run/checkpoints/step-0000004.ckpt"
+    names = {file.name for file in newest.parent.iterdir()}
+    assert names == {f"step-000000{n}.ckpt{end}" for n in (2, 4) for end in ("", ".sha256")}
+    flip(newest, newest.stat().st_size // 2)
+    more = ["train", "--resume", "run", "--steps", "6"]
+    refused(more, newest.name, capsys)
+    newest.unlink()
+    assert main([*more, "--quiet"]) == 0
+
+
+def test_doctor_finds_what_is_damaged(
+    shards: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a model and of tokenised data; whole ones are told as whole."""
+    for source, name in ((shards, "train-00000.bin"), (tiny, "model.safetensors")):
+        folder = shutil.copytree(source, tmp_path / name)
+        assert main(["doctor", "--path", str(folder)]) == 0
+        assert "whole" in capsys.readouterr().out
+        flip(folder / name)
+        assert main(["doctor", "--path", str(folder), "--json"]) == 4
+        told = capsys.readouterr()
+        found = json.loads(told.out)
+        assert found["damaged"] == 1 and name in found["parts"][0]["detail"]
+        assert "damaged" in told.err and "Traceback" not in told.err
+
+
+def test_doctor_looks_at_each_checkpoint_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    for step in (1, 2):
+        file = folder / f"checkpoints/step-000000{step}.ckpt"
+        torch.save({"looptx": {"processes": 1}}, file)
+        integrity.note_digest(file)
+    flip(file, 80)
+    assert main(["doctor", "--path", str(folder), "--json"]) == 4
+    parts = json.loads(capsys.readouterr().out)["parts"]
+    assert [(Path(p["path"]).name, p["state"]) for p in parts] == [
+        ("run", "damaged"), ("step-0000001.ckpt", "ok"), ("step-0000002.ckpt", "damaged"),
+    ]  # fmt: skip

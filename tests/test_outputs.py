@@ -247,3 +247,14 @@ def test_a_kill_between_two_renames_is_mended_at_the_next_start(place: Path, cap
     assert main(["train", "--resume", "run.new", "--quiet"]) == 0, capsys.readouterr().err
     assert Path("run/mark").exists() and not Path("run.new").exists()
     assert not [name for name in names() if name.startswith(".run")]
+
+
+def test_a_run_that_was_killed_before_it_began_takes_no_place(tmp_path: Path) -> None:
+    """Its folder has a lock without an owner, and perhaps half of a file."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.lock").write_text("{}")
+    (tmp_path / "run/.run.json.01234567-99-89abcdef.tmp").write_text("{")
+    assert check_output(tmp_path / "run", "train", overwrite=False) == ""
+    (tmp_path / "run/notes.txt").touch()
+    with pytest.raises(UsageError, match="exists"):
+        check_output(tmp_path / "run", "train", overwrite=False)

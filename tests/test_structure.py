@@ -47,7 +47,7 @@ OPTIONS = {
         --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every --keep
         --val-every --val-batches --log-every --model --lora --no-lora
         --qlora --no-qlora --quantization --dora --no-dora --lora-per-loop --no-lora-per-loop
-        --lora-rank --lora-alpha --lora-dropout --rslora --no-rslora --target-modules
+        --lora-rank --lora-alpha --lora-dropout --rslora --no-rslora --target-modules --columns
         --train-on-prompt --no-train-on-prompt --too-long --val-fraction --config --resume
         --overwrite --json --quiet
     """,

@@ -31,6 +31,7 @@ def model_card(
     """
     facts = dict(facts)
     front = {**_FRONT_MATTER, "license": facts.pop("license", _FRONT_MATTER["license"])}
+    lineage = lineage_table(facts.pop("lineage", None))
     losses, command = facts.pop("loss_by_loop", None), facts.pop("command", None)
     layers = f"{config.prelude_layers} + {config.core_layers} x loops + {config.coda_layers}"
     rows = {
@@ -56,10 +57,42 @@ def model_card(
         parts.append(f"```\n{command}\n```")
     if facts:
         parts.append(_table(("fact", ""), facts))
+    if lineage:
+        parts.append(lineage)
     if losses:
         by_loop = {str(loop): f"{loss:.4f}" for loop, loss in enumerate(losses, 1)}
         parts.append(_table(("loop", "validation loss, nats a token"), by_loop))
     return "\n\n".join(parts) + "\n"
+
+
+def descended(
+    facts: Mapping[str, Any], base: str, kept: Mapping[str, Any] | None = None, **own: Any
+) -> dict[str, Any]:
+    """The facts of a model that was made from another, whose data and steps are not its own.
+
+    Args:
+        facts: of the base; they become the last entry of `lineage`, the oldest model's comes first.
+        base: the base's name.
+        kept: facts that hold for both.
+        own: what was done to make it, such as `method`, `data` and `steps`.
+    """
+    told = {
+        key: facts[key] for key in ("method", "data", "steps", "tokens", "seed") if key in facts
+    }
+    before = facts.get("lineage")
+    line = [*(before if isinstance(before, list) else []), {"name": base, **told}]
+    return {"base": base, **(kept or {}), **own, "lineage": line}
+
+
+def lineage_table(lineage: Any) -> str:
+    """The models that a model was made from, the oldest first, as a table; '' for none."""
+    if not isinstance(lineage, list) or not lineage:
+        return ""
+    keys = ("name", "method", "data", "steps")
+    rows = [[_cell(model.get(key, "")) for key in keys] for model in lineage
+            if isinstance(model, Mapping)]  # fmt: skip
+    head = ["made from", "method", "data", "steps"]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(keys), *rows))
 
 
 def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:

@@ -65,8 +65,13 @@ class LoadedModel:
     @property
     def name(self) -> str:
         """The folder's name, or the run's for its `final`."""
-        path = self.folder.resolve()
-        return path.parent.name if path.name == "final" else path.name
+        return model_name(self.folder)
+
+
+def model_name(folder: Path) -> str:
+    """A model's or an adapter's name: its folder's, or the run's for its `final`."""
+    path = folder.resolve()
+    return path.parent.name if path.name == "final" else path.name
 
 
 def save_model(

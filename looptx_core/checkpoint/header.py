@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from looptx_core.documents import parse_json
+from looptx_core.documents import open_input, parse_json
 from looptx_core.errors import DataError
 
 MOST_HEADER = 100_000_000
@@ -45,7 +45,7 @@ def read_header(file: Path) -> dict[str, Stored]:
             raise DataError(f"{file}: not a whole safetensors file ({reason}); {_SAVE_AGAIN}")
 
     try:
-        with file.open("rb") as data:
+        with open_input(file, pipes=False) as data:
             size = file.stat().st_size
             length = int.from_bytes(data.read(8), "little")
             need(size >= 8, "shorter than its header")

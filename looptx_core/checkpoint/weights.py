@@ -16,7 +16,7 @@ from torch import Tensor
 
 from looptx_core.checkpoint.header import Stored, read_header, total_elements
 from looptx_core.config.model import ModelConfig
-from looptx_core.documents import read_json, short, some
+from looptx_core.documents import open_input, read_json, short, some
 from looptx_core.errors import DataError
 from looptx_core.media.registry import media_for
 from looptx_core.model.loop import LoopedTransformer
@@ -122,8 +122,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 def refuse_pickle(file: Path) -> None:
     """Raise `DataError` for a file that is a pickle by its name or its first bytes."""
-    with file.open("rb") as data:
-        magic = data.read(8)
+    try:
+        with open_input(file, pipes=False) as data:
+            magic = data.read(8)
+    except OSError as error:
+        reason = error.strerror
+        raise DataError(f"{file}: cannot be read ({reason}); copy the model again") from error
     zipped, pickled = magic[:4] == b"PK\x03\x04", magic[:1] == b"\x80" and magic[1:2] < b"\x08"
     # A safetensors header of 128 bytes starts like a pickle too, but zeros and '{' follow.
     pickled = pickled and magic[2:] != b"\0" * 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +44,8 @@ class FinetuneConfig(RunConfig):
     target_modules: tuple[str, ...] = TARGETS
     """Names of the layers that get an adapter."""
 
+    columns: tuple[str, ...] = ()
+    """Names of the data's columns for the keys of a record, as prompt=question."""
     train_on_prompt: bool = False
     """Every token has a loss, and not the responses alone."""
     too_long: Literal["error", "drop", "truncate"] = "error"
@@ -67,6 +70,7 @@ class FinetuneConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        parse_columns(self.columns)
         if self.qlora and self.sharding not in ("none", "ddp"):
             raise UsageError(
                 f"`qlora` with {self.sharding} is refused: four-bit weights are packed bytes with "
@@ -95,3 +99,21 @@ class FinetuneConfig(RunConfig):
         name = "DoRA" if self.dora else "rsLoRA" if self.rslora else "LoRA"
         name = f"Q{name} ({self.quantization})" if self.qlora else name
         return name + (", one adapter a loop" if self.lora_per_loop else "")
+
+
+_KEYS = ("text", "prompt", "response", "messages", "group", "instruction", "input",
+         "output", "conversations")  # fmt: skip
+
+
+def parse_columns(columns: Sequence[str]) -> dict[str, str]:
+    """The data's column for each key of a record. Raises `UsageError` for what is no KEY=COLUMN."""
+    found: dict[str, str] = {}
+    for item in columns:
+        key, _, column = item.partition("=")
+        if key not in _KEYS or not column or key in found:
+            raise UsageError(
+                f"`columns` {item}: expected KEY=COLUMN once for a key, the keys being "
+                f"{', '.join(_KEYS)}"
+            )
+        found[key] = column
+    return found

@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from looptx_core.checkpoint.card import descended
 from looptx_core.checkpoint.folder import (
     LoadedModel,
     load_model,
@@ -174,7 +175,15 @@ def convert(
     if after is not before:
         facts["loss_by_loop_before"] = [round(x, 4) for x in before.loss_by_loop]
     if config.to_bitnet:
+        done = {"data": [held_out.name], "steps": steps, "seed": config.seed} if steps else {}
+        losses = {key: facts[key] for key in facts if key.startswith("loss_by_loop")}
+        facts = descended(
+            source.facts, source.name, losses, method="ternary weights, "
+            + ("trained through the rounding" if steps else "only rounded"), **done,
+        )  # fmt: skip
         facts["ternary"] = f"trained {steps} steps" if steps else "rounded"
+    elif not config.merge_adapter:  # the same model in another form
+        facts["converted_from"] = source.name
     weights, files = model_files(
         out, model, source.tokenizer, exit_settings, facts,
         chat_template=source.chat_template, special=source.special,

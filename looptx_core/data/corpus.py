@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from looptx_core.data.tables import CHUNK, KINDS, Source, decoded, rows, texts
-from looptx_core.documents import check_inside
+from looptx_core.documents import check_inside, open_input
 from looptx_core.errors import DataError, LooptxError, MissingError, remedy
 from looptx_core.machine.scratch import scratch_folder
 from looptx_core.media.registry import media_of_file
@@ -184,7 +184,7 @@ class Corpus:
                     if path is None:
                         shutil.copyfileobj(sys.stdin.buffer, target, PIECE)
                     else:
-                        with path.open("rb") as stream:
+                        with open_input(path) as stream:
                             shutil.copyfileobj(stream, target, PIECE)
             return Source(copy, name, "text", copy.stat().st_size)
         except OSError as error:

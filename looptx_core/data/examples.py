@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from looptx_core.config.model import ModelConfig
 from looptx_core.data.chat import encode_turns
 from looptx_core.data.datamodule import Batches
-from looptx_core.data.records import MediaFile, Record, Turn, parse, raw_records
+from looptx_core.data.records import MediaFile, Record, Turn, parse, raw_records, rename_columns
 from looptx_core.data.split import hold_out
 from looptx_core.data.tokenizer import PAD, end_id
 from looptx_core.errors import DataError, UsageError
@@ -76,6 +76,7 @@ def read_examples(
     train_on_prompt: bool = False,
     skip_bad: bool = False,
     config: ModelConfig | None = None,
+    columns: Sequence[str] = (),
 ) -> Examples:
     """Read records and make them tokens; items are measured and not decoded yet.
 
@@ -84,7 +85,7 @@ def read_examples(
     response begins beyond is dropped.
 
     skip_bad: leave out, and count, records that can't be used. config: of the model that will read
-    the items.
+    the items. columns: as of `FinetuneConfig`.
 
     Raises:
         DataError: an input or a record that can't be read or holds nothing to learn, or one with
@@ -95,7 +96,7 @@ def read_examples(
     longest, long, first = 0, 0, ""
     for where, folder, raw in raw_records(inputs):
         try:
-            record = parse(raw, where, folder)
+            record = parse(rename_columns(raw, columns, where), where, folder)
             example = encode_record(record, tokenizer, config, train_on_prompt)
         except DataError:
             if not skip_bad:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
+from looptx_core.config.finetune import parse_columns
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.ranges import check_ranges
 from looptx_core.config.run import parse_mix
@@ -33,6 +34,8 @@ from looptx_core.schema import typed
 
 FILE = "data.json"
 FORMAT_VERSION = 1
+# What tells a question with its answer, or a conversation, from a text.
+_OF_RECORDS = ("prompt", "messages", "instruction", "conversations")
 _MEND = "remove it, or copy the model again"
 
 
@@ -50,9 +53,11 @@ class _Settings:
     val_fraction: float | None = None
     too_long: Literal["error", "drop", "truncate"] | None = None
     train_on_prompt: bool | None = None
+    columns: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        parse_columns(self.columns or ())
         if self.mix is not None:
             parse_mix(self.mix)
 
@@ -225,6 +230,7 @@ def _records(
         train_on_prompt=own.get("train_on_prompt", False),
         skip_bad=skip_bad,
         config=config,
+        columns=own.get("columns", ()),
     )
     if found.skipped or found.dropped or found.truncated:
         report(
@@ -264,6 +270,6 @@ def _are_records(inputs: Sequence[str]) -> bool:
     with Corpus(named) as corpus:
         for source in corpus.sources:
             _, record = next(corpus.records_of(source), ("", None))
-            if isinstance(record, dict) and not record.keys().isdisjoint(("prompt", "messages")):
+            if isinstance(record, dict) and not record.keys().isdisjoint(_OF_RECORDS):
                 return True
     return False

@@ -5,6 +5,9 @@
     {"messages": [{"role": ..., "content": ...}, ...]}
     {"parts": [{"text": ...}, {"image": path}, ...]}
 
+Alpaca's {"instruction", "input", "output"} and ShareGPT's {"conversations": [{"from", "value"}]}
+are read as a prompt with its response and as messages.
+
 Each may name items of media by the medium's key, a path or several: `image` of a record, or of a
 message. An item stands where its marker, such as `<|image|>`, is written, or before the text. A
 part under a medium's write key is an item that the model learns to write. `group` names what the
@@ -22,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from looptx_core.config.finetune import parse_columns
 from looptx_core.data.chat import check_messages
 from looptx_core.data.content import insert_items
 from looptx_core.data.corpus import Corpus, visible_files
@@ -168,6 +172,7 @@ def parse(record: Any, where: str, folder: Path) -> Record:
     file.
     """
     check_characters(record, where, mend="mend it, or pass `skip_bad`")
+    record = _in_our_form(record, where)
     group = record.get("group") if isinstance(record, dict) else None
     form: Literal["text", "prompt", "messages"]
     match record:
@@ -201,6 +206,58 @@ def parse(record: Any, where: str, folder: Path) -> Record:
         case _:
             raise DataError(f"{where}: {type(record).__name__} is no record; write {_FORMS}")
     return Record(where, form, tuple(turns), str(group) if group is not None else None)
+
+
+_SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant"),
+    "system": "system",
+}
+"""The roles of ShareGPT's records, by what `from` says."""
+
+
+def _in_our_form(record: Any, where: str) -> Any:
+    """A record of Alpaca's or ShareGPT's keys by ours; any other as it is.
+
+    Raises `DataError` for a conversation whose turns can't be told apart.
+    """
+    match record:
+        case {"instruction": str(instruction), "output": str(output)} if "prompt" not in record:
+            more = record.get("input")
+            if more is not None and not isinstance(more, str):
+                raise DataError(f"{where}: input must be text; mend this record")
+            asked = "\n\n".join(text for text in (instruction, more) if text)
+            return {**record, "prompt": f"{asked}\n\n", "response": output}
+        case {"conversations": [*turns]} if "messages" not in record:
+            for turn in turns:
+                if not isinstance(turn, dict) or turn.get("from") not in _SPEAKERS:
+                    raise DataError(
+                        f"{where}: a turn of conversations needs a value of text and a from of "
+                        f"{', '.join(_SPEAKERS)}; mend this record"
+                    )
+            messages = [
+                {**turn, "role": _SPEAKERS[turn["from"]], "content": turn.get("value")}
+                for turn in turns
+            ]
+            return {**record, "messages": messages}
+    return record
+
+
+def rename_columns(record: Any, columns: Sequence[str], where: str) -> Any:
+    """A record whose columns are called by the keys of our forms.
+
+    columns: as `config.finetune.parse_columns` reads them. Raises `DataError` for an absent column.
+    """
+    if not columns or not isinstance(record, dict):
+        return record
+    named = parse_columns(columns)
+    if missing := [column for column in named.values() if column not in record]:
+        has = ", ".join(map(str, record)) or "none"
+        raise DataError(
+            f"{where}: no column {', '.join(missing)}, which `columns` names; it has {has}"
+        )
+    left = {key: value for key, value in record.items() if key not in named.values()}
+    return left | {key: record[column] for key, column in named.items()}
 
 
 def _with_media(raw: Any, where: str, folder: Path) -> Record:

@@ -28,6 +28,7 @@ from safetensors import safe_open
 from torch import nn
 
 from looptx_core.atomic import write_folder
+from looptx_core.checkpoint.card import lineage_table
 from looptx_core.checkpoint.folder import (
     LoadedModel,
     read_chat_template,
@@ -181,14 +182,15 @@ def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> L
     loops = loops_of(folder)
     _check_base(base, folder)
     names = [_SHARED, *_loop_names(loops)]
-    for place in [folder, *(folder / name for name in names[1:])]:
-        _check_files(place)
+    _check_parts(folder, loops)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             peft = PeftModel.from_pretrained(base.model, str(folder), local_files_only=True)
             for name in names[1:]:
                 peft.load_adapter(str(folder / name), name, local_files_only=True)
+            if merge and not loops:
+                peft.merge_and_unload()
     except Exception as error:  # PEFT and its parts raise many kinds for what doesn't fit
         reason = " ".join(str(error).split())[:200]
         raise DataError(
@@ -199,7 +201,6 @@ def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> L
     if loops:
         follow_loops(model, loops, trainable=False)
     elif merge:
-        model = peft.merge_and_unload()
         model.requires_grad_(True)
     file = folder / "generation_config.json"
     exit_settings = read_exit(folder) if file.is_file() else base.exit
@@ -210,6 +211,17 @@ def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> L
         folder=folder,
         chat_template=read_chat_template(folder) or base.chat_template,
     )
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise `DataError` for an adapter's folder that is damaged; its base need not be there."""
+    _check_parts(folder, loops_of(folder))
+    check_folder(folder)
+
+
+def _check_parts(folder: Path, loops: int) -> None:
+    for place in [folder, *(folder / name for name in _loop_names(loops))]:
+        _check_files(place)
 
 
 def loops_of(folder: Path) -> int:
@@ -294,10 +306,12 @@ def _loop_names(loops: int) -> list[str]:
 
 
 def _card(folder: Path, base: str, facts: Mapping[str, Any]) -> str:
-    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    told = {key: value for key, value in facts.items() if key != "lineage"}
+    rows = "\n".join(f"| {key} | {value} |" for key, value in told.items())
+    lineage = lineage_table(facts.get("lineage"))
     return (
         "---\nlibrary_name: peft\ntags: [looptx, lora]\n---\n\n"
         f"# An adapter of {base}\n\nMade by `looptx finetune`; PEFT opens it.\n\n"
         f'```\nlooptx generate "..." --adapter PATH_OF_THIS_FOLDER\n```\n\n'
-        f"| fact | |\n| --- | --- |\n{rows}\n"
+        f"| fact | |\n| --- | --- |\n{rows}\n" + (f"\n{lineage}\n" if lineage else "")
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from looptx_core.checkpoint.folder import LoadedModel, load_model
+from looptx_core.checkpoint.card import descended
+from looptx_core.checkpoint.folder import LoadedModel, load_model, model_name
+from looptx_core.documents import read_json
 from looptx_core.errors import UsageError
-from looptx_core.finetuning.adapters import load_adapter, loops_of
+from looptx_core.finetuning.adapters import FACTS, load_adapter, loops_of
 from looptx_core.model.loop import LoopedTransformer
 
 
@@ -34,4 +37,11 @@ def merge(base_folder: str | Path, adapter_folder: str | Path) -> LoadedModel:
             f"{adapter}: has an adapter for each of {loops} loops, and one set of weights serves "
             "all loops; run it by looptx generate --adapter, or train one without `lora_per_loop`"
         )
-    return load_adapter(load_model(base_folder, dtype=torch.float32), adapter)
+    base = load_model(base_folder, dtype=torch.float32)
+    file = adapter / FACTS
+    found = read_json(file).get("facts") if file.is_file() else None  # PEFT's own has none
+    found = found if isinstance(found, dict) else {}
+    told = {key: found[key] for key in ("data", "steps", "seed") if key in found}
+    method = f"{found.get('method', 'LoRA')}, merged"
+    facts = descended(base.facts, base.name, adapter=model_name(adapter), method=method, **told)
+    return replace(load_adapter(base, adapter), facts=facts)

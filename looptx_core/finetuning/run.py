@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from peft import PeftModel
 
+from looptx_core.checkpoint.card import descended
 from looptx_core.checkpoint.folder import (
     LoadedModel,
     load_model,
@@ -148,6 +149,9 @@ def prepare(
     base_bytes = stored_bytes(model)
     peft = attach(model, config) if config.adapts else None
     trainable = sum(p.numel() for p in model.trunk_parameters() if p.requires_grad)
+    rows = (until or config.steps) * config.batch_size
+    epochs = rows / len(batches.train)
+    report(f"epochs: {epochs:.2g}, {rows:,} sequences of the {len(batches.train):,} that there are")
     report(
         f"trained: {trainable:,} of {parameters:,} parameters ({trainable / parameters:.1%}), "
         "and the confidence head"
@@ -190,13 +194,14 @@ def finetune(
     )  # fmt: skip
     if not is_first():
         return None
-    facts = {
-        "base": loaded.name,
-        "data": [Path(item).name for item in prepared.data],
-        "method": config.method,
-        "steps": steps,
-        "seed": config.seed,
-    }
+    facts = descended(
+        loaded.facts,
+        loaded.name,
+        data=[Path(item).name for item in prepared.data],
+        method=config.method,
+        steps=steps,
+        seed=config.seed,
+    )
     bundled = list(prepared.data) == [str(bundled_questions())]
     own = OwnData.of("records", () if bundled else prepared.data, asdict(config))
     files = {OWN_DATA: own.to_dict()}
@@ -270,6 +275,7 @@ def _data(
         train_on_prompt=config.train_on_prompt,
         skip_bad=config.skip_bad,
         config=loaded.config,
+        columns=config.columns,
     )
     train, val = split_packed(
         examples.kept,

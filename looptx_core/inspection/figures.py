@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from looptx_core.checkpoint.atomic import write_file
+from looptx_core.atomic import write_file
 from looptx_core.documents import printable
 from looptx_core.inspection.charts import COLOURS, Chart, charts
 from looptx_core.media.base import Figure

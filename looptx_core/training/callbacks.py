@@ -21,8 +21,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from looptx_core.atomic import replacing, write_file
 from looptx_core.checkpoint.metrics_log import read_metrics
 from looptx_core.errors import DataError
+from looptx_core.machine.integrity import check_noted, digest_file, note_digest, sha256_of
 from looptx_core.parallel.deepspeed import checkpoint as fragments
 from looptx_core.parallel.ranks import any_rank
+
+GO_BACK = "remove it to go on from the one before"
 
 
 class JsonLines(Logger):
@@ -116,11 +119,21 @@ class WholeFiles(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with replacing(path) as temporary, temporary.open("wb") as file:
-                torch.save(checkpoint, file)
+            with replacing(path) as temporary:
+                with temporary.open("wb") as file:
+                    torch.save(checkpoint, file)
+                digest = sha256_of(temporary)
+                # An older file's digest must not stand beside this one, not even after a kill.
+                digest_file(path).unlink(missing_ok=True)
+            note_digest(path, digest)
         except RuntimeError as error:  # of torch's writer, on ending a file cut short
             cause = error.__context__
             raise (cause if isinstance(cause, OSError) else error) from None
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint with its digest."""
+        super().remove_checkpoint(path)
+        digest_file(Path(path)).unlink(missing_ok=True)
 
 
 class Begin(L.Callback):
@@ -256,10 +269,19 @@ def processes_of(checkpoint: Path) -> int | None:
         return saved["looptx"].get("processes")
     except Exception as error:  # a file cut short has many ways to fail
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"{checkpoint}: not a whole checkpoint ({reason}); remove it to go on from the one "
-            "before"
-        ) from error
+        raise DataError(f"{checkpoint}: not a whole checkpoint ({reason}); {GO_BACK}") from error
+
+
+def verify_checkpoint(checkpoint: Path) -> bool:
+    """Whether a checkpoint has digests, as those of older versions have not.
+
+    Raises `DataError` where it does not agree with them, or is not whole.
+    """
+    sharded = checkpoint.is_dir()
+    files = fragments.Checkpoint(checkpoint).files if sharded else [checkpoint]
+    noted = [check_noted(file, GO_BACK) for file in files]
+    processes_of(checkpoint)
+    return all(noted)
 
 
 def step_of(checkpoint: Path) -> int:

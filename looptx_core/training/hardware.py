@@ -10,8 +10,15 @@ import torch
 _CLEARLY = 1.3  # bf16 must win by this much: autocast adds conversions of its own
 
 
-def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
-    """('bf16' or 'float32', the reason in one line)."""
+def choose_precision(asked: str, device: torch.device, sharding: str = "none") -> tuple[str, str]:
+    """('bf16' or 'float32', the reason in one line).
+
+    sharding: the strategy, as of `RunConfig`.
+    """
+    if sharding.startswith("zero") and device.type == "cpu":
+        # Lightning's precision for DeepSpeed has no autocast, and casts on GPUs alone.
+        instead = " and not the bf16 that was asked for" if asked == "bf16" else ""
+        return "float32", f"which is what ZeRO computes in on a CPU{instead}"
     if asked != "auto":
         return asked, "asked for"
     if device.type == "cuda":

@@ -47,6 +47,7 @@ from looptx_core.training.callbacks import (
     processes_of,
     resume_point,
     step_of,
+    verify_checkpoint,
 )
 from looptx_core.training.compiled import compile_forward, uncompile_forward
 from looptx_core.training.finish import TrainResult, finish_training
@@ -139,7 +140,7 @@ def check(config: RunConfig, folder: Path) -> None:
     """Raise what `fit` would raise for want of a package or of hardware, or for a strategy that
     can't be, while the run has no folder yet."""
     device = best_device()
-    precision, _ = choose_precision(config.precision, device)
+    precision, _ = choose_precision(config.precision, device, config.sharding)
     choose_backend(
         config.attention, device, torch.bfloat16 if precision == "bf16" else torch.float32
     )
@@ -187,7 +188,7 @@ def fit(
     )
     last_step = until or config.steps
     device = best_device()
-    precision, why = choose_precision(config.precision, device)
+    precision, why = choose_precision(config.precision, device, config.sharding)
     report(f"precision: {precision}, {why}")
     backend = choose_backend(
         config.attention, device, torch.bfloat16 if precision == "bf16" else torch.float32
@@ -216,6 +217,8 @@ def fit(
         )
         if not logged:
             report(f"resumed: {metrics.file.name} lost records, so it has a gap")
+        if start_from is not None and is_first():  # others start later, or end with this one
+            verify_checkpoint(start_from)
     strategy = choose_strategy(
         model,
         config,

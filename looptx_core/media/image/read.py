@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from looptx_core.config.model import ModelConfig
+from looptx_core.documents import open_input
 from looptx_core.errors import DataError
 from looptx_core.media.base import Source
 from looptx_core.media.batch import MediaItem
@@ -179,7 +180,7 @@ def _without_texts(raw: bytes) -> bytes:
 def _bytes_of(source: Source) -> bytes:
     if isinstance(source, bytes):
         return source
-    with Path(source).open("rb") as file:
+    with open_input(source) as file:
         return file.read(MOST_BYTES + 1)
 
 

@@ -4,6 +4,7 @@
         manifest.json              format_version, step, world size, shape of each parameter
         common.ckpt                what all ranks share: Lightning's counters, schedules, buffers
         rank-00000-group-000.safetensors ...
+        <file>.sha256              the digest of each of these
 
 A group's file holds, for each parameter `p`, a contiguous piece of its flattened float32 master
 weight under `p`, and of AdamW's moments under `p|exp_avg` and `p|exp_avg_sq`; the file's metadata
@@ -29,6 +30,7 @@ from torch import Tensor
 from looptx_core.atomic import as_os_error, put_in_place, to_disk
 from looptx_core.documents import read_json, short
 from looptx_core.errors import DataError
+from looptx_core.machine.integrity import SUFFIX, note_digest
 from looptx_core.schema import typed
 
 FORMAT_VERSION = 1
@@ -83,6 +85,7 @@ def write(partial: Path, rank: int, groups: Iterable[Group], needed: int) -> Non
         except SafetensorError as error:
             raise as_os_error(error) from error
         to_disk(file)
+        note_digest(file)
 
 
 def commit(
@@ -93,8 +96,10 @@ def commit(
     torch.save(common, partial / "common.ckpt")
     manifest = Manifest(FORMAT_VERSION, int(common["global_step"]), world_size, shapes)
     (partial / "manifest.json").write_text(json.dumps(asdict(manifest)), "utf-8")
-    for path in (partial / "common.ckpt", partial / "manifest.json", partial):
-        to_disk(path)
+    for name in ("common.ckpt", "manifest.json"):
+        to_disk(partial / name)
+        note_digest(partial / name)
+    to_disk(partial)
     put_in_place(partial, folder)
 
 
@@ -120,6 +125,11 @@ class Checkpoint:
             raise DataError(
                 f"{self.folder}: not a whole checkpoint of a sharded run ({error}); {_MEND}"
             ) from error
+
+    @property
+    def files(self) -> list[Path]:
+        """All files but the digests beside them."""
+        return sorted(file for file in self.folder.iterdir() if file.suffix != SUFFIX)
 
     @property
     def step(self) -> int:
