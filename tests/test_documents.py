@@ -240,7 +240,7 @@ def test_what_has_no_end_or_no_writer_is_refused(
     from looptx_core import documents
     from looptx_core.checkpoint.weights import refuse_pickle
     from looptx_core.data.corpus import Corpus
-    from looptx_core.media.image.read import _reading
+    from looptx_core.media.image.read import opened
 
     monkeypatch.setattr(documents, "PIPE_SECONDS", 0.1)
     os.mkfifo(tmp_path / "x.png")
@@ -250,7 +250,7 @@ def test_what_has_no_end_or_no_writer_is_refused(
     ):
         with pytest.raises(DataError, match=message):
             Corpus([place])
-        with pytest.raises(DataError, match=message), _reading(place, None):
+        with pytest.raises(DataError, match=message), opened(place, None):
             pass
         with pytest.raises(DataError, match="not a regular file"):
             refuse_pickle(place)

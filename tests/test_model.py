@@ -288,7 +288,7 @@ def test_what_a_loop_keeps_at_the_start() -> None:
     state, embedding = (F.normalize(torch.randn(2, 3, 64), dim=-1) * 8 for _ in range(2))
     for kept in (0.5, 0.88):
         config = replace(CONFIG, d_model=64, retain=kept)
-        mixed = Injection(config)(state, embedding, 2)
+        mixed = Injection(config)(state, embedding, loop=2)
         assert torch.allclose(mixed, kept * state + (1 - kept) * embedding, atol=1e-5)
     with pytest.raises(UsageError, match="retain must lie between 0 and 1, not 1"):
         replace(CONFIG, retain=1)

@@ -121,7 +121,7 @@ def test_a_full_disk_leaves_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(Path, "write_bytes", full)
         with pytest.raises(LooptxError, match="No space left"):
             log.cut_back(2)
     assert log.file.read_text() == before

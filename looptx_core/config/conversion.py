@@ -57,6 +57,7 @@ class ConvertConfig:
     """The most bytes in a file of weights, such as 500MB."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         steps = (self.to_bitnet, self.to_hf, self.foreign, self.dtype, self.merge_adapter)
         if not any(steps):
             raise UsageError(
@@ -80,7 +81,6 @@ class ConvertConfig:
             raise UsageError("`max_loops` is of the layers of `core`; pass `core` auto or A:B too")
         if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", self.shard_size):
             raise UsageError(f"shard_size must be such as 500MB or 5GB, not {self.shard_size!r}")
-        check_ranges(self)
 
     @property
     def foreign(self) -> str | None:
