@@ -89,8 +89,8 @@ class Engine:
         ends: ids that end a text; by default the token that ends the tokenizer's documents.
         chat_template: of a model with its own way to write chats; by default ours.
         batch_size: how many prompts run at once at most; the others wait until a row is free.
-        kernel, precision: see `select_backend`. The attribute `kernel` says what was chosen and
-            why.
+        kernel: see `select_backend`. The attribute `kernel` says what was chosen and why.
+        precision: see `select_backend`.
 
     A prompt that is text begins with the tokens that the tokenizer's post-processor adds. The
     attribute `counters` counts the work done.
