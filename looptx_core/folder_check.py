@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,7 +77,7 @@ def _run(folder: Path) -> FolderCheck:
 
     found.check(folder, settings)
     for checkpoint in sorted(folder.glob("checkpoints/step-*.ckpt")):
-        found.check(checkpoint, lambda file=checkpoint: verify_checkpoint(file))  # type: ignore[misc]
+        found.check(checkpoint, partial(verify_checkpoint, checkpoint))
     final = folder / "final"
     if (final / "adapter_config.json").is_file():
         found.check(final, lambda: _adapter(final))

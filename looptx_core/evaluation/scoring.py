@@ -140,8 +140,13 @@ class Scorer:
         found = []
         for line, prompt, scores in zip(lines, prompts, decoded):
             kept = [place - prompt for place in line.counted]
-            logprobs, hits, loops = ([part[i] for i in kept] for part in scores)
-            found.append(TextScores(logprobs, hits, loops))  # type: ignore[arg-type]
+            found.append(
+                TextScores(
+                    [scores.logprobs[i] for i in kept],
+                    [scores.hits[i] for i in kept],
+                    [scores.loops[i] for i in kept],
+                )
+            )
         return found
 
     @torch.inference_mode()
