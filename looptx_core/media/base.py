@@ -5,6 +5,7 @@ This module imports neither torch nor a decoder, so that the registry is cheap t
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -291,6 +292,29 @@ class Medium:
     def writer(self, config: ModelConfig) -> Writer | None:
         """How this model writes the medium; None: it does not."""
         return None
+
+
+class FolderMedium(Medium):
+    """A medium whose reader and maps are modules of its folder, imported when they are needed.
+
+    By name, so that an exported model takes along its encoder but no reader.
+    """
+
+    def module(self, name: str) -> Any:
+        """A module of this medium's folder."""
+        return importlib.import_module(f"{type(self).__module__.rpartition('.')[0]}.{name}")
+
+    def inspect(self, walk: Walk, item: MediaItem) -> dict[str, Any]:
+        return self.module("maps").inspect(walk, item)
+
+    def sentences(self, found: Mapping[str, Any]) -> list[str]:
+        return self.module("maps").sentences(found)
+
+    def lines(self, found: Mapping[str, Any]) -> list[str]:
+        return self.module("maps").lines(found)
+
+    def figures(self, found: Mapping[str, Any], number: int) -> dict[str, Any]:
+        return self.module("maps").figures(found, number)
 
 
 class Writer:

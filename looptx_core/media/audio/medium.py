@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from looptx_core.media.base import Chunk, Encoded, Grid, Medium, Source
+from looptx_core.media.base import Chunk, Encoded, FolderMedium, Grid, Source
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from looptx_core.config.model import ModelConfig
-    from looptx_core.media.base import Walk
     from looptx_core.media.batch import MediaBatch, MediaItem
 
 DEFAULT_LAYERS = 4
@@ -25,12 +23,7 @@ _LAST_WEIGHT = 1 / 3
 """Of CTC at the end of a training, as a share of the first."""
 
 
-def _file(name: str) -> Any:
-    """A file of this folder, by name: an exported model takes along its encoder, but no reader."""
-    return importlib.import_module(f"looptx_core.media.audio.{name}")
-
-
-class Audio(Medium):
+class Audio(FolderMedium):
     """Recordings at 16 kHz, 80 ms a token, in one row of time on every axis."""
 
     name, noun, plural = "audio", "recording", "recordings"
@@ -74,7 +67,7 @@ class Audio(Medium):
         }
 
     def measure(self, source: Source, config: ModelConfig, where: str | None = None) -> Grid:
-        return _file("read").measure(source, config, where)
+        return self.module("read").measure(source, config, where)
 
     def read(
         self,
@@ -83,23 +76,23 @@ class Audio(Medium):
         where: str | None = None,
         augment: Any = None,
     ) -> MediaItem:
-        return _file("read").read_recording(source, config, where, augment)
+        return self.module("read").read_recording(source, config, where, augment)
 
     def pieces(
         self, source: Source, config: ModelConfig, where: str | None = None
     ) -> Iterator[Chunk]:
-        return _file("read").pieces(source, config, where)
+        return self.module("read").pieces(source, config, where)
 
     def longest(self, grid: Grid) -> int:
         """At the slowest speed."""
-        return int(grid[0] / _file("augment").SLOWEST) + 1
+        return int(grid[0] / self.module("augment").SLOWEST) + 1
 
     def blank(self, grid: Grid, config: ModelConfig, draw: Any) -> MediaItem | None:
         if draw.random() >= _BLANK:
             return None
         from looptx_core.media.audio.features import STEP
 
-        return _file("read").item_of(_file("augment").quiet(grid[0] * STEP, draw))
+        return self.module("read").item_of(self.module("augment").quiet(grid[0] * STEP, draw))
 
     def groups(self, grid: Grid, config: ModelConfig) -> Tensor | None:
         import torch
@@ -139,15 +132,3 @@ class Audio(Medium):
         stem = 2 * 3 * (4 * 80 * width + 2 * width**2)
         ends = 2 * 2 * width * (config.d_model + (257 if config.audio.ctc_weight else 0))
         return config.audio.layers * block + stem + ends
-
-    def inspect(self, walk: Walk, item: MediaItem) -> dict[str, Any]:
-        return _file("maps").inspect(walk, item)
-
-    def sentences(self, found: Mapping[str, Any]) -> list[str]:
-        return _file("maps").sentences(found)
-
-    def lines(self, found: Mapping[str, Any]) -> list[str]:
-        return _file("maps").lines(found)
-
-    def figures(self, found: Mapping[str, Any], number: int) -> dict[str, Any]:
-        return _file("maps").figures(found, number)

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from looptx_core.media.base import Grid, Medium, MediumLosses, Source
+from looptx_core.media.base import FolderMedium, Grid, MediumLosses, Source
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from looptx_core.config.model import ModelConfig
-    from looptx_core.media.base import Walk
     from looptx_core.media.batch import MediaBatch, MediaItem
 
 DEFAULT_LAYERS = 4
 """Blocks of the encoder that a model gets when its data has images and nothing else is said."""
 
 
-def _file(name: str) -> Any:
-    """A file of this folder, by name: an exported model takes along its encoder, but no reader."""
-    return importlib.import_module(f"looptx_core.media.image.{name}")
-
-
-class Image(Medium):
+class Image(FolderMedium):
     """Images, upright and in their own proportions, as patches in one group of attention."""
 
     name, noun, plural = "image", "picture", "pictures"
@@ -52,10 +45,10 @@ class Image(Medium):
         return f"an encoder of {config.vision_layers} blocks"
 
     def files(self, config: ModelConfig) -> dict[str, Any]:
-        return {"preprocessor_config.json": _file("read").preprocessor(config)}
+        return {"preprocessor_config.json": self.module("read").preprocessor(config)}
 
     def measure(self, source: Source, config: ModelConfig, where: str | None = None) -> Grid:
-        return _file("read").measure(source, config, where)
+        return self.module("read").measure(source, config, where)
 
     def read(
         self,
@@ -64,7 +57,7 @@ class Image(Medium):
         where: str | None = None,
         augment: Any = None,
     ) -> MediaItem:
-        return _file("read").read_picture(source, config, where, augment)
+        return self.module("read").read_picture(source, config, where, augment)
 
     def positions(self, grid: Grid) -> Tensor:
         """Row and column."""
@@ -109,15 +102,3 @@ class Image(Medium):
         from looptx_core.media.image.masked import reconstruct, reconstruction_losses
 
         return reconstruction_losses(reconstruct(head, states, numbers, batch))
-
-    def inspect(self, walk: Walk, item: MediaItem) -> dict[str, Any]:
-        return _file("maps").inspect(walk, item)
-
-    def sentences(self, found: Mapping[str, Any]) -> list[str]:
-        return _file("maps").sentences(found)
-
-    def lines(self, found: Mapping[str, Any]) -> list[str]:
-        return _file("maps").lines(found)
-
-    def figures(self, found: Mapping[str, Any], number: int) -> dict[str, Any]:
-        return _file("maps").figures(found, number)

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from looptx_core.media.base import Grid, Medium, Source
+from looptx_core.media.base import FolderMedium, Grid, Source
 from looptx_core.media.image.medium import Image
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from looptx_core.config.model import ModelConfig
-    from looptx_core.media.base import Walk
     from looptx_core.media.batch import MediaItem
 
 DEFAULT_FRAMES = 16
 """Frames of a clip that a model sees when its data has clips and nothing else is said."""
 
 
-def _file(name: str) -> Any:
-    """A file of this folder, by name: an exported model takes along no reader."""
-    return importlib.import_module(f"looptx_core.media.video.{name}")
-
-
-class Video(Medium):
+class Video(FolderMedium):
     """Clips as tubelets of two frames, each read as a picture, one after another in time.
 
     A tubelet's patches stand like a picture's at the moment when it is shown, time being a third
@@ -67,7 +60,7 @@ class Video(Medium):
         where: str | None = None,
         augment: Any = None,
     ) -> MediaItem:
-        return _file("read").read_clip(source, config, where)
+        return self.module("read").read_clip(source, config, where)
 
     def length(self, grid: Grid) -> int:
         steps, rows, columns, _ = grid
@@ -93,15 +86,3 @@ class Video(Medium):
     def flops(self, config: ModelConfig) -> int:
         """Of one place of two patches, beside those of its frame."""
         return Image().flops(config) + 2 * config.vision_width * 3 * config.patch_size**2
-
-    def inspect(self, walk: Walk, item: MediaItem) -> dict[str, Any]:
-        return _file("maps").inspect(walk, item)
-
-    def sentences(self, found: Mapping[str, Any]) -> list[str]:
-        return _file("maps").sentences(found)
-
-    def lines(self, found: Mapping[str, Any]) -> list[str]:
-        return _file("maps").lines(found)
-
-    def figures(self, found: Mapping[str, Any], number: int) -> dict[str, Any]:
-        return _file("maps").figures(found, number)
