@@ -223,8 +223,12 @@ def times(listener: Listener, records: list[dict[str, Any]]) -> list[dict[str, A
         seconds += item.length * STEP / RATE
         listener.hear([item])
     took, busy = time.perf_counter() - begun, time.process_time() - cpu
-    return [{"recordings": len(records), "seconds_of_sound": seconds,
-             "real_time_factor": took / seconds, "processor_time_factor": busy / seconds}]  # fmt: skip
+    return [{
+        "recordings": len(records),
+        "seconds_of_sound": seconds,
+        "real_time_factor": took / seconds,
+        "processor_time_factor": busy / seconds,
+    }]  # fmt: skip
 
 
 def main() -> int:

