@@ -50,7 +50,7 @@ from looptx_core.checkpoint.registry import bundled_model
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CLIPS = {"kokoro": 900, "flite": 2500, "espeak": 4000}
 """Recordings to train on by synthesiser."""
-TIMES = {"kokoro": 6, "flite": 1, "espeak": 1}
+TIMES = {"kokoro": 10, "flite": 1, "espeak": 1}
 """How often `train.jsonl` lists each."""
 TEXTS = 6000
 """Lines of `words.jsonl`, drawn as what the clips say."""
@@ -141,14 +141,11 @@ def asterisk() -> list[tuple[Path, str]]:
     for line in gzip.decompress(lists.read_bytes()).decode().splitlines():
         name, _, said = line.partition(":")
         file = folder / f"{name.strip()}.wav"
-        if (
-            (said := said.strip())
-            and said[0] != "["
-            and not line.startswith(";")
-            and file.is_file()
-        ):
-            found.append((file, plain(said)))
-    return [pair for pair in found if pair[1]]
+        if line.startswith(";") or said.strip().startswith("[") or not file.is_file():
+            continue
+        if text := plain(said):
+            found.append((file, text))
+    return found
 
 
 def is_held_out(text: str) -> bool:
