@@ -1,7 +1,7 @@
 """Recordings with their texts: what the model that hears is trained on, and what it is tested on.
 
     pip install onnxruntime==1.32.0
-    python -m benchmarks.sound.data [train] [test]
+    python -m benchmarks.sound.data [train] [test] [sample]
 
 writes into `benchmarks/.data/sound`:
 - `train.jsonl`, `words.jsonl`: what `voices.py` says, and the texts alone for a tokenizer. Digits,
@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.record import ROOT
 from benchmarks.sound.voices import (
     ESPEAK_ACCENTS,
     ESPEAK_SPEAKERS,
@@ -48,7 +49,7 @@ from benchmarks.sound.voices import (
 from looptx_core.checkpoint.registry import bundled_model
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-CLIPS = {"kokoro": 900, "flite": 2500, "espeak": 4000}
+CLIPS = {"kokoro": 279, "flite": 1029, "espeak": 1746}
 """Recordings to train on by synthesiser."""
 TIMES = {"kokoro": 10, "flite": 1, "espeak": 1}
 """How often `train.jsonl` lists each."""
@@ -231,6 +232,11 @@ def build_tests() -> None:
     write_lines(FOLDER / "digits.jsonl", _digit_strings())
 
 
+def build_sample() -> None:
+    """`examples/hello.wav`, by a voice that is not trained on."""
+    save(ROOT / "examples" / "hello.wav", Kokoro().speak("hello world", ("af_heart",), 1.0, 1.0))
+
+
 def _digit_strings() -> Iterator[dict[str, Any]]:
     kokoro, draw = None, np.random.default_rng(0)
     strings = [draw.choice(DIGITS, 5) for _ in range(STRINGS * (len(HELD_OUT) + 1))]
@@ -285,4 +291,6 @@ if __name__ == "__main__":
         build_train(kinds)
     if "test" in wanted:
         build_tests()
+    if "sample" in wanted:
+        build_sample()
     list_train()
