@@ -51,6 +51,8 @@ class TrainResult:
     verdict: str = ""
     caption_loss_by_loop: list[float] = field(default_factory=list)
     """Held-out nats a token of texts beside items of media."""
+    best_step: int | None = None
+    """With `keep_best`: the step whose weights the model has."""
     swapped: Swapped | None = None
     """Under NVMe offload: the swap files and the traffic, in bytes."""
 
@@ -106,6 +108,7 @@ def finish_training(
         flops=float(module.flops),
         verdict=verdict(evaluation.loss_by_loop),
         caption_loss_by_loop=by_part[RECORDS].loss_by_loop if records else [],
+        best_step=module.best_step,
         swapped=module.swapped,
     )
     plot_run(metrics, probes, folder / "curves.png")
@@ -122,6 +125,7 @@ def finish_training(
         facts={
             "data": names + [Path(item).name for item in records],
             "steps": result.steps,
+            **({"best_step": module.best_step} if module.best_step else {}),
             "tokens": steps * config.batch_size * config.seq_len,
             "seed": config.seed,
             "loop_schedule": config.loop_schedule,

@@ -39,8 +39,10 @@ from looptx_core.parallel.strategy import (
 )
 from looptx_core.training.callbacks import (
     AtSetup,
+    BestWeights,
     Checkpoints,
     JsonLines,
+    Profile,
     StopCleanly,
     WholeFiles,
     lost_worker,
@@ -54,6 +56,7 @@ from looptx_core.training.finish import TrainResult, finish_training
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.kernel_trial import enable_kernels
 from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
+from looptx_core.training.optimizer import learning_rate_factor
 
 
 def fit_vocabulary(model: ModelConfig, vocab_size: int, asked: bool) -> ModelConfig:
@@ -255,12 +258,16 @@ def fit(
         if resume:
             metrics.cut_back(begin_at)
         if config.steps <= begin_at < last_step:
-            metrics.mark_stretch(begin_at, last_step, config.lr * config.min_lr)
+            last_lr = config.lr * learning_rate_factor(config)(config.steps)
+            metrics.mark_stretch(begin_at, last_step, last_lr)
         remove_partial(checkpoints)
 
     stop, final = StopCleanly(checkpoints, config.max_minutes), FinalCheckpoint(checkpoints)
+    best = BestWeights(checkpoints / "best", metrics.file) if config.keep_best else None
     at_end = [gathered] if gathered else [final] if sharded else []
-    ours = [*callbacks, AtSetup(begin), stop, *at_end]
+    ours = [*callbacks, AtSetup(begin), stop, *at_end, *([best] if best else [])]
+    if config.profile:
+        ours.append(Profile(folder / "profile", config.profile, begin_at))
     with quiet_lightning(), own_environment(folder):
         trainer = _trainer(config, last_step, folder, precision, device, strategy, ours, metrics)
         if device.type == "cpu":
@@ -306,6 +313,9 @@ def fit(
         model = module.model = gathered.model(model)
     else:
         model.to(torch.device("cpu"))
+    if best and (found := best.load(module)):
+        module.best_step = found
+        report(f"best: step {found}, held-out loss {best.lowest:.4f}; the model is made of it")
     module.swapped, module.begun_at = final.swapped, begin_at
     model.config = replace(model.config, loops=module.schedule.deepest)
     model.eval()
