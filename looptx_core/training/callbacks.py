@@ -164,10 +164,10 @@ class Profile(L.Callback):
         self._profiler: torch.profiler.profile | None = None
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        if self._profiler is None and self.first <= trainer.global_step < self.last:
-            if trainer.is_global_zero:
-                self._profiler = torch.profiler.profile()
-                self._profiler.start()
+        here = trainer.is_global_zero and self.first <= trainer.global_step < self.last
+        if here and self._profiler is None:
+            self._profiler = torch.profiler.profile()
+            self._profiler.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step >= self.last:
