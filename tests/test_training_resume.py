@@ -280,3 +280,38 @@ def test_numbers_and_places_are_taken_by_one(place: Path) -> None:
         from looptx_core.checkpoint.registry import next_run_dir
 
         next_run_dir("runs/train-1", "train", False)
+
+
+def test_training_goes_on_with_a_models_weights(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its shape, its tokenizer and its lineage, at a lower learning rate."""
+    import torch
+
+    from looptx_core.checkpoint.folder import load_model
+
+    trained("--steps", "6")
+    text = bundled_text().read_text("utf-8")[200_000:230_000]
+    Path("more.txt").write_text(text)
+    capsys.readouterr()
+    on = ["train", "--init", "run", "--data", "more.txt", "--val-batches", "1", "--seq-len", "16",
+          "--batch-size", "2", "--val-every", "1", "--log-every", "1"]  # fmt: skip
+    assert main([*on, "--steps", "2", "--out", "on", "--warmup", "0", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    rates = [line["lr"] for line in lines if "train_loss" in line]
+    assert rates[0] == pytest.approx(2e-3 * 64), "a width of 16"
+    first, second = load_model("run/final"), load_model("on/final")
+    assert first.tokenizer.to_str() == second.tokenizer.to_str()
+    assert first.config.d_model == second.config.d_model == 16
+    assert [model["name"] for model in second.facts["lineage"]] == ["run"]
+    assert second.facts["steps"] == 2
+
+    # A step of no length leaves the weights as they were.
+    assert main([*on, "--steps", "1", "--out", "still", "--lr", "1e-30", "--quiet"]) == 0
+    old, still = first.model.state_dict(), load_model("still/final").model.state_dict()
+    assert all(torch.equal(value, still[name]) for name, value in old.items())
+    capsys.readouterr()
+    for wrong, named in (("--preset small", "preset"), ("--set model.d_ff=64", "model.d_ff")):
+        assert main([*on, *wrong.split(), "--out", "no"]) == 2
+        assert named in capsys.readouterr().err and not Path("no").exists()
+    assert main(["train", "--resume", "on", "--quiet"]) == 0

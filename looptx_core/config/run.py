@@ -209,6 +209,8 @@ class TrainConfig(RunConfig):
 
     preset: str = "nano"
     """nano, small, medium, 1b or 7b."""
+    init: str | None = None
+    """Go on from a model's weights, with its shape and tokenizer, and a lower learning rate."""
     document_mask: bool = True
     """Tokens attend within their own document only."""
     mix: str = "1:1"
@@ -236,6 +238,14 @@ class TrainConfig(RunConfig):
                 f"`mask_patches` {self.mask_patches}: a share below 1 of the patches of pictures; "
                 "give pictures with texts too, as `data` pairs.jsonl"
             )
+
+
+def continued_lr(d_model: int) -> float:
+    """The default peak of the learning rate for a model that is trained already.
+
+    A tenth of the presets' own at their widths, which falls about as the square of the width.
+    """
+    return max(2e-5, 2e-3 * (128 / d_model) ** 2)
 
 
 def parse_mix(text: str) -> tuple[float, float]:
