@@ -34,8 +34,8 @@ _PANELS = {
     """,
     "Model and depth": """
         model loop_schedule loops min_loops max_loops mean_loops deeper_by loss_threshold
-        grow_share deeper_share explore loss_at loss_prior bitnet exit threshold prompt_loops draft_loops
-        speculate compare_loops kv_policy kv_type decode_tokens
+        grow_share deeper_share explore loss_at loss_prior bitnet exit threshold prompt_loops
+        draft_loops speculate compare_loops kv_policy kv_type decode_tokens
     """,
     "Adapters": """
         adapter merge_adapter quantization dora lora_per_loop lora_alpha lora_dropout rslora
