@@ -203,7 +203,7 @@ def _unfinished(rng: random.Random, run: Path) -> None:
             content = json.loads(facts.read_bytes())
             content.pop("finished", None)
             facts.write_bytes(mutations.written(content))
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             pass
 
 
