@@ -6,16 +6,25 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from looptx_core.documents import lines_of, parse_json
+from looptx_core.documents import lines_of, open_input, parse_json
 from looptx_core.errors import DataError
 
 FILE = "metrics.jsonl"
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a line that a kill left half-written is none."""
-    records = []
-    text = file.read_text("utf-8", errors="replace") if file.exists() else ""
+    """The records of a `metrics.jsonl`; a line that a kill left half-written is none.
+
+    Raises `DataError` where it is no file that can be read.
+    """
+    records: list[dict[str, Any]] = []
+    if not file.exists():
+        return records
+    try:
+        with open_input(file, pipes=False) as stream:
+            text = stream.read().decode("utf-8", errors="replace")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); remove it") from error
     for line in lines_of(text):
         with suppress(DataError):
             record = parse_json(line, str(file), any_number=True)  # a loss may be NaN

@@ -9,7 +9,14 @@ from looptx_core.errors import UsageError
 
 _AT_LEAST_1 = (
     *("steps", "seq_len", "batch_size", "micro_batch", "devices", "nodes", "save_every", "keep"),
-    *("val_every", "val_batches", "log_every", "loops", "max_loops", "lora_rank", "vocab_size"),
+    *(
+        "val_every",
+        "val_batches",
+        "log_every",
+        "loops",
+        "max_loops",
+        "lora_rank",
+    ),
     *("max_new_tokens", "min_loops", "prompt_loops", "shard_tokens", "limit"),
 )
 RANGES = {
@@ -24,6 +31,7 @@ RANGES = {
     **dict.fromkeys(
         ("lr", "max_minutes", "mean_loops", "lora_alpha", "repetition_penalty"), "(0, inf)"
     ),
+    "vocab_size": "[1, 16777216]",
     "finetune_steps": "(0, inf)",
     **dict.fromkeys(("min_lr", "warmup", "deeper_share", "explore", "min_p"), "[0, 1]"),
     "top_p": "(0, 1]",
