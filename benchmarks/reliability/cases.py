@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,13 +162,15 @@ class Case:
     stdin: bytes = b""
 
 
-def make(seed: int, number: int, sound: Path, folder: Path) -> Case:
+def make(
+    seed: int, number: int, sound: Path, folder: Path, areas: Mapping[str, Area] = AREAS
+) -> Case:
     """Put the inputs of case `number` into an empty folder. The same numbers, the same case."""
     rng = random.Random(f"{seed}/{number}")
-    area = rng.choices(list(AREAS), [a.share for a in AREAS.values()])[0]
+    area = rng.choices(list(areas), [a.share for a in areas.values()])[0]
     if area == "options":
         return _options(rng, sound, folder)
-    chosen = AREAS[area]
+    chosen = areas[area]
     source = rng.choice(chosen.spoilt)
     command = rng.choice(chosen.commands)
     for name in (*chosen.needs, source):

@@ -19,10 +19,35 @@ CHATS = [
     {"messages": [{"role": "user", "content": f"Say {n}."},
                   {"role": "assistant", "content": f"{n}"}]} for n in range(12)
 ]  # fmt: skip
+COMMANDS = (
+    "tokenize text.txt --vocab-size 400 --out shards",
+    "train --config train.yaml --data shards --out run",
+    "train --config train.yaml --data pairs.jsonl --data shards --out seeing --seq-len 32 "
+    "--set model.vision_layers=1 --set model.patch_size=8 --set model.max_patches=16",
+    "finetune --model run --data questions.jsonl --lora --steps 2 --batch-size 2 "
+    "--seq-len 64 --out tuned --precision float32",
+    "convert --model run --to-bitnet --direct --data shards --seed 1 --out ternary",
+    "convert --model run --to-hf --out hf",
+    "train --config train.yaml --data sounds.jsonl --data clips.jsonl --data shards "
+    "--out sensing --seq-len 48 --set model.audio.layers=1 --set model.audio.width=32 "
+    "--set model.vision_layers=1 --set model.patch_size=8 --set model.max_patches=16 "
+    "--set model.video.frames=4",
+)
 
 
 def make(folder: Path) -> None:
     """Fill a folder. Raises `RuntimeError` where one of the commands fails."""
+    write_files(folder)
+    for command in COMMANDS:
+        done = run(command.split(), folder, seconds=120, most_bytes=4 << 30)
+        if done.code and "ternary" not in command:
+            raise RuntimeError(f"looptx {command}\n{done.err}")
+    _llama(folder / "llama", folder / "shards/tokenizer.json")
+    _gguf(folder / "llama", folder / "llama.gguf")
+
+
+def write_files(folder: Path) -> None:
+    """What needs no command of looptx."""
     folder.mkdir(parents=True, exist_ok=True)
     _texts(folder)
     _pictures(folder)
@@ -35,25 +60,6 @@ def make(folder: Path) -> None:
         "gradient_clipping": 1.0, "zero_allow_untested_optimizer": True,
     }))  # fmt: skip
     (folder / "generate.yaml").write_text(json.dumps({"temperature": 0.5, "top_k": 3, "loops": 2}))
-    for command in (
-        "tokenize text.txt --vocab-size 400 --out shards",
-        "train --config train.yaml --data shards --out run",
-        "train --config train.yaml --data pairs.jsonl --data shards --out seeing --seq-len 32 "
-        "--set model.vision_layers=1 --set model.patch_size=8 --set model.max_patches=16",
-        "finetune --model run --data questions.jsonl --lora --steps 2 --batch-size 2 "
-        "--seq-len 64 --out tuned --precision float32",
-        "convert --model run --to-bitnet --direct --data shards --seed 1 --out ternary",
-        "convert --model run --to-hf --out hf",
-        "train --config train.yaml --data sounds.jsonl --data clips.jsonl --data shards "
-        "--out sensing --seq-len 48 --set model.audio.layers=1 --set model.audio.width=32 "
-        "--set model.vision_layers=1 --set model.patch_size=8 --set model.max_patches=16 "
-        "--set model.video.frames=4",
-    ):
-        done = run(command.split(), folder, seconds=120, most_bytes=4 << 30)
-        if done.code and "ternary" not in command:
-            raise RuntimeError(f"looptx {command}\n{done.err}")
-    _llama(folder / "llama", folder / "shards/tokenizer.json")
-    _gguf(folder / "llama", folder / "llama.gguf")
 
 
 def _texts(folder: Path) -> None:
