@@ -98,6 +98,19 @@ def test_a_log_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "none") == []
 
 
+def test_values_of_other_types_are_left_out(tmp_path: Path) -> None:
+    good = ['{"step": 2, "train_loss": 3.5, "lr": 1}',
+            '{"step": 2, "val_loss": 1.0, "val_loss_by_loop": [1.5, 1.0]}',
+            '{"step": 2, "stretch": {"from": 2, "to": 4, "lr": 0.1}}']  # fmt: skip
+    none = ["5", "[]", "{}", '{"step": "2"}', '{"step": true}', f'{{"step": {10**30}}}']
+    wrong = ['"val_loss": "x"', '"lr": {}', '"stretch": 1', '"val_loss_by_loop": 1.0',
+             '"val_loss_by_loop": []', '"val_loss_by_loop": [1.0, null]']  # fmt: skip
+    lines = [*good, *none, *(f'{{"step": 3, {part}}}' for part in wrong)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    found = read_metrics(tmp_path / "metrics.jsonl")
+    assert found == [*map(json.loads, good), *[{"step": 3}] * len(wrong)]
+
+
 def test_a_kill_before_the_records_of_a_checkpoint(tmp_path: Path) -> None:
     """Then the one before serves, or the start, and the log has no gap."""
     log = tmp_path / "metrics.jsonl"
