@@ -33,6 +33,7 @@ from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.resolve import resolve
 from looptx_core.documents import (
     MOST_BYTES,
+    arriving,
     has_half,
     known_kind,
     lines_of,
@@ -216,9 +217,13 @@ def _prompt_of(where: str, value: Any) -> str:
 
 def _from_stdin() -> str:
     """All of standard input, without a byte order mark and the last newline."""
-    raw = sys.stdin.buffer.read(MOST_BYTES + 1)
-    if len(raw) > MOST_BYTES:
-        raise DataError(f"standard input: over {MOST_BYTES:,} bytes, too large for a prompt")
+    parts, size = [], 0
+    for part in arriving(sys.stdin.buffer):
+        parts.append(part)
+        size += len(part)
+        if size > MOST_BYTES:
+            raise DataError(f"standard input: over {MOST_BYTES:,} bytes, too large for a prompt")
+    raw = b"".join(parts)
     try:
         return raw.decode("utf-8-sig").rstrip("\n")
     except UnicodeDecodeError as error:

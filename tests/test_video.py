@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,9 @@ def test_bad_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             VIDEO.read(content, WATCHING)
     with pytest.raises(DataError, match="no such clip"):
         VIDEO.read(tmp_path / "none.webp", WATCHING)
+    os.mkfifo(tmp_path / "pipe.webp")
+    with pytest.raises(DataError, match="not a regular file"):
+        VIDEO.read(tmp_path / "pipe.webp", WATCHING)
     monkeypatch.setattr("looptx_core.media.video.read.MOST_FRAMES", 2)
     with pytest.raises(DataError, match="over 2 frames"):
         VIDEO.read(clip([1, 60, 120]), WATCHING)

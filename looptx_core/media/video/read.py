@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 
 from looptx_core.config.model import ModelConfig
+from looptx_core.documents import open_input
 from looptx_core.errors import DataError, MissingError
 from looptx_core.media.base import POSITION, Source
 from looptx_core.media.batch import MediaItem
@@ -136,7 +136,7 @@ def _is_container(source: Source, name: str) -> bool:
         if isinstance(source, bytes):
             head = source[:12]
         else:
-            with Path(source).open("rb") as file:
+            with open_input(source, pipes=False) as file:
                 head = file.read(12)
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such clip; check the path") from error
