@@ -49,7 +49,7 @@ OPTIONS = {
         --qlora --no-qlora --quantization --dora --no-dora --lora-per-loop --no-lora-per-loop
         --lora-rank --lora-alpha --lora-dropout --rslora --no-rslora --target-modules --columns
         --train-on-prompt --no-train-on-prompt --too-long --val-fraction --config --resume
-        --overwrite --json --quiet
+        --overwrite --epochs --dry-run --json --quiet
     """,
     "generate": """
         --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
@@ -89,7 +89,7 @@ OPTIONS = {
         --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every --keep
         --val-every --val-batches --log-every --preset --document-mask
         --no-document-mask --mix --mask-patches --bitnet
-        --no-bitnet --set --config --resume --overwrite --dry-run --force --json
+        --no-bitnet --epochs --set --config --resume --overwrite --dry-run --force --json
         --quiet
     """,
 }

@@ -22,7 +22,8 @@ RANGES = {
         "[0, inf)",
     ),
     **dict.fromkeys(
-        ("lr", "max_minutes", "mean_loops", "lora_alpha", "repetition_penalty"), "(0, inf)"
+        ("lr", "epochs", "max_minutes", "mean_loops", "lora_alpha", "repetition_penalty"),
+        "(0, inf)",
     ),
     "finetune_steps": "(0, inf)",
     **dict.fromkeys(("min_lr", "warmup", "deeper_share", "explore", "min_p"), "[0, 1]"),

@@ -21,9 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import safe_open
 from torch import nn
 
@@ -41,15 +38,22 @@ from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import ExitSettings
 from looptx_core.documents import check_links, read_json
 from looptx_core.errors import DataError, UsageError
+from looptx_core.finetuning.quiet_peft import without_bitsandbytes
 from looptx_core.machine.integrity import check_folder, write_digests
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.schema import typed
+
+with without_bitsandbytes():
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.constants import DUMMY_TARGET_MODULES
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "looptx.json"
 _SHARED = "default"
 _PROBED = 64  # values of each tensor in a fingerprint
 
 
+@without_bitsandbytes()
 def attach(model: LoopedTransformer, config: FinetuneConfig) -> PeftModel:
     """Freeze the model and give it adapters, in place; they and the confidence head train.
 
@@ -184,7 +188,7 @@ def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> L
     names = [_SHARED, *_loop_names(loops)]
     _check_parts(folder, loops)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), without_bitsandbytes():
             warnings.simplefilter("ignore")
             peft = PeftModel.from_pretrained(base.model, str(folder), local_files_only=True)
             for name in names[1:]:
