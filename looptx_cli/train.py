@@ -168,9 +168,7 @@ def train(
     note(f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet)
 
 
-def _in_steps(
-    settings: TrainConfig, vocab_size: int, until: int | None
-) -> tuple[TrainConfig, str]:
+def _in_steps(settings: TrainConfig, vocab_size: int, until: int | None) -> tuple[TrainConfig, str]:
     """The settings with the steps that their epochs come to, and a line that says so."""
     with large_imports():
         from looptx_core.data.batches import window_count

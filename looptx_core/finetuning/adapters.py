@@ -28,6 +28,7 @@ from looptx_core.atomic import write_folder
 from looptx_core.checkpoint.card import lineage_table
 from looptx_core.checkpoint.folder import (
     LoadedModel,
+    as_float,
     read_chat_template,
     read_exit,
     tokenizer_config,
@@ -185,6 +186,7 @@ def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> L
     folder = Path(folder)
     loops = loops_of(folder)
     _check_base(base, folder)
+    base = as_float(base)
     names = [_SHARED, *_loop_names(loops)]
     _check_parts(folder, loops)
     try:

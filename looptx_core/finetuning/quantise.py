@@ -52,8 +52,8 @@ def _narrow(model: LoopedTransformer) -> None:
     embedding, head = model.embedding, model.head
     tied = head.weight is embedding.weight
     with init_empty_weights():
-        model.embedding = _NarrowEmbedding(embedding.num_embeddings, embedding.embedding_dim)
-        model.head = _NarrowHead(head.in_features, head.out_features, bias=False)
+        model.embedding = _NarrowEmbedding(*embedding.weight.shape)
+        model.head = _NarrowHead(*reversed(head.weight.shape), bias=False)
     narrow = [nn.Parameter(layer.weight.detach().bfloat16(), requires_grad=False)
               for layer in (embedding, head)]  # fmt: skip
     model.embedding.weight = narrow[0]

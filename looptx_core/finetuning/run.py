@@ -14,6 +14,7 @@ import torch
 from looptx_core.checkpoint.card import descended
 from looptx_core.checkpoint.folder import (
     LoadedModel,
+    as_float,
     load_model,
     read_chat_template,
     save_model,
@@ -134,7 +135,7 @@ def prepare(
     matches nothing, a model that is ternary or examples that are too long, `DataError` for
     unusable data or models.
     """
-    loaded = load_model(base, dtype=torch.float32)
+    loaded = as_float(load_model(base, dtype=torch.float32))
     model = loaded.model
     if config.seq_len > loaded.config.max_seq_len:
         raise UsageError(
