@@ -12,7 +12,7 @@ OUTPUT = "Output"
 
 _MOST_USED = {
     "train": "data out preset init set steps max_minutes batch_size lr resume",
-    "finetune": "model data out lora qlora lora_rank steps lr batch_size resume",
+    "finetune": "model data out lora qlora lora_rank epochs lr batch_size resume",
     "generate": "model adapter image chat max_new_tokens loops exit temperature seed "
     "show_iterations",
     "chat": "model adapter image system max_new_tokens loops exit temperature show_iterations",
@@ -45,7 +45,8 @@ _PANELS = {
         max_new_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos
     """,
     "Optimiser": """
-        steps finetune_steps direct max_minutes lr lr_schedule min_lr warmup lr_decay weight_decay
+        steps epochs finetune_steps direct max_minutes lr lr_schedule min_lr warmup lr_decay
+        weight_decay
         optimizer beta2 clip
     """,
     "Hardware": """

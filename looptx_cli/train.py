@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from looptx_cli.console import note, stdout, with_flags
+from looptx_cli.console import note, stdout
+from looptx_cli.dry_run import show_training
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields, with_set
 from looptx_cli.runs import (
-    SCHEMA_VERSION,
     last_step,
+    refuse_two_lengths,
     resumed,
     run_folder,
     settle,
@@ -27,8 +26,9 @@ from looptx_core.config.run import TrainConfig, continued_lr
 from looptx_core.errors import UsageError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from looptx_core.checkpoint.folder import LoadedModel
-    from looptx_core.parallel.plan import Plan
     from looptx_core.training.run import TrainResult
 
 SECTIONS = {"model": ModelConfig}
@@ -72,6 +72,7 @@ def train(
         resolved = resolve(TrainConfig, SECTIONS, flags=flags, config=config)
         if resolved.values["offload"] == "nvme" and not resolved.given("preset"):
             resolved = _to_try_swapping(flags, config)
+        refuse_two_lengths(resolved)
     settings = resolved.build(TrainConfig)
     until = None
     if resume is not None and not dry_run:
@@ -88,9 +89,20 @@ def train(
         model_config = resolved.build(ModelConfig, "model")
     with large_imports():
         from looptx_core.parallel.plan import check_memory, plan
+        from looptx_core.training.step_time import estimate_time
 
+    tokenizer = source.tokenizer if source else None
+    if settings.epochs is not None:
+        settings, told = _in_steps(settings, model_config.vocab_size, tokenizer, until)
+        settle(resolved, {"steps": settings.steps}, "`epochs`")
+        note(told, quiet)
     if dry_run:
-        _show_plan(plan(model_config, settings), as_json)
+        found = plan(model_config, settings)
+        time = estimate_time(
+            model_config, settings, lambda: _time_new_model(model_config, settings, quiet),
+            found.fits,
+        )  # fmt: skip
+        show_training(found, time, as_json)
         return
     settings.check_context(model_config.max_seq_len)
     if not force:
@@ -122,7 +134,6 @@ def train(
             model_config = medium.enable(model_config)
             what = f"{medium.plural}: {medium.describe(model_config)}"
             note(f"{what}; {medium.size_key} sets it", quiet)
-    tokenizer = source.tokenizer if source else None
     if texts:
         shards = resolve_data(texts, model_config.vocab_size, tokenizer)
     else:
@@ -192,6 +203,39 @@ def _source(settings: TrainConfig, resolved: Resolved) -> LoadedModel:
     return load_model(found.folder, dtype=torch.float32)
 
 
+def _in_steps(
+    settings: TrainConfig, vocab_size: int, tokenizer: Tokenizer | None, until: int | None
+) -> tuple[TrainConfig, str]:
+    """The settings with the steps that their epochs come to, and a line that says so."""
+    with large_imports():
+        from looptx_core.data.batches import window_count
+        from looptx_core.data.bundled import bundled_shards
+        from looptx_core.data.records import media_named
+        from looptx_core.data.resolve import resolve_data
+        from looptx_core.data.shards import Manifest
+        from looptx_core.training.epochs import epochs_told, in_steps
+
+    if media_named(settings.data):
+        raise UsageError(
+            "--epochs counts passes over text, and this data has records of media beside it; "
+            "give --steps"
+        )
+    if given := settings.data:
+        shards = resolve_data(given, vocab_size, tokenizer)
+    else:
+        shards = bundled_shards(vocab_size, tokenizer)
+    windows = window_count(Manifest.read(shards).splits["train"].tokens, settings.seq_len)
+    settings = in_steps(settings, windows)
+    return settings, epochs_told(settings, until or settings.steps, windows)
+
+
+def _time_new_model(model: ModelConfig, settings: TrainConfig, quiet: bool) -> float:
+    note("timing a few steps", quiet)
+    with large_imports():
+        from looptx_core.training.trial import time_new_model
+    return time_new_model(model, settings)
+
+
 # Layers large enough that DeepSpeed swaps them, for a few steps.
 _TRIAL = "a trial of --offload nvme"
 _TRIAL_VALUES = {"steps": 20, "batch_size": 8, "seq_len": 128, "val_batches": 2}
@@ -251,43 +295,3 @@ def _show_result(result: TrainResult, beside: str) -> None:
         )
     out.print(f"model: {result.model_folder}, curves: {result.folder / 'curves.png'}",
               soft_wrap=True)  # fmt: skip
-
-
-def _show_plan(plan: Plan, as_json: bool) -> None:
-    if as_json:
-        document = {"schema_version": SCHEMA_VERSION, **plan.to_dict()}
-        document["advice"] = with_flags(plan.advice)
-        sys.stdout.write(json.dumps(document) + "\n")
-        return
-    out = stdout()
-
-    def row(name: str, size: int, more: str = "") -> None:
-        out.print(f"{name:>24}: {size / 2**30:8.3f} GiB{more}", highlight=False, soft_wrap=True)
-
-    out.print(f"{plan.parameters:,} parameters", highlight=False)
-    for loops, flops in plan.flops_per_token.items():
-        out.print(f"{loops:>4} loops: {flops:.3g} FLOPs a token forward, read out once")
-    row("KV cache, generating", plan.cache, " a full context")
-    spread = plan.spread
-    count = f"{spread.world} process{'es' if spread.world > 1 else ''}"
-    cut = "nothing cut" if spread.kind in ("none", "ddp") else spread.kind
-    out.print(
-        f"\nEach of {count}, {cut}, {plan.precision}, "
-        f"{plan.rows} sequence{'s' if plan.rows > 1 else ''} a pass, nothing offloaded:",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
-    for part, size in plan.bytes.items():
-        row(part, size)
-    row("at the peak", plan.total)
-    out.print()
-    for line in plan.offload.reasons:
-        out.print(f"- {line}", highlight=False, soft_wrap=True)
-    for hold in plan.offload.arithmetic:
-        parts = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in hold.bytes.items())
-        row(f"{hold.place}, {hold.by}", hold.total,
-            f" of {hold.usable / 2**30:.3f} usable = {parts}")  # fmt: skip
-    names = ", ".join(plan.machine.gpu_names) or "no GPU"
-    row(
-        "RAM here", plan.machine.ram, f"; {names}; {plan.machine.disk / 2**30:.0f} GiB of disk free"
-    )
-    out.print(with_flags(plan.verdict), soft_wrap=True)

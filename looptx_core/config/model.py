@@ -29,6 +29,14 @@ SECTIONS: dict[str, type] = {"audio": AudioConfig, "video": VideoConfig}
 """The media whose settings are a section, by its key."""
 
 
+STORED_AS = {
+    "ternary": "ternary weights, trained through floats",
+    "packed": "ternary weights, two bits each",
+    "int8": "int8 weights, a scale for each row",
+}
+"""For people: the kinds of `ModelConfig.linear` that are not plain floats."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a looped transformer: prelude, a core that is iterated, coda.
@@ -84,9 +92,10 @@ class ModelConfig:
     """Dropout on each residual branch, in training only."""
     tie_embeddings: bool = True
     """One matrix serves as embedding and as output head."""
-    linear: Literal["float", "ternary", "packed"] = "float"
-    """The blocks' linear layers: float; ternary, trained through latent float weights; or packed,
-    the same with two bits a weight, to run. See `looptx_core.model.bitnet`."""
+    linear: Literal["float", "ternary", "packed", "int8"] = "float"
+    """The blocks' linear layers: float; ternary, trained through latent float weights; packed, the
+    same with two bits a weight, to run; or int8, with the embedding and the head, to run. See
+    `looptx_core.model.bitnet` and `looptx_core.model.int8`."""
 
     vision_layers: int = 0
     """Blocks of the encoder of pictures; 0: the model reads text only."""
@@ -153,8 +162,8 @@ class ModelConfig:
             f"activation must be gelu or silu, not {self.activation!r}",
         )
         need(
-            self.linear in ("float", "ternary", "packed"),
-            f"linear must be float, ternary or packed, not {self.linear!r}",
+            self.linear in ("float", "ternary", "packed", "int8"),
+            f"linear must be float, ternary, packed or int8, not {self.linear!r}",
         )
         need(0.0 < self.retain < 1.0, f"retain must lie between 0 and 1, not {self.retain}")
         for name in ("patch_size", "max_patches", "vision_width"):

@@ -33,6 +33,7 @@ from looptx_core.generation.request import (
     Prompt,
     Request,
     Step,
+    TokenPrompt,
 )
 from looptx_core.generation.running_batch import RunningBatch, WorkCounters
 from looptx_core.generation.sampling import check
@@ -279,11 +280,15 @@ class Engine:
             return prompt.messages[-1]["content"]
         if isinstance(prompt, MediaPrompt):
             return prompt.text
+        if isinstance(prompt, TokenPrompt):
+            prompt = prompt.ids
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(list(prompt))
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, MediaPrompt | ChatPrompt):
             return self._encode_media(prompt)
+        if isinstance(prompt, TokenPrompt):
+            return list(prompt.ids)
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
             prompt = [*self.opening, *ids]

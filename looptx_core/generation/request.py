@@ -43,7 +43,15 @@ class ChatPrompt:
     media: tuple[MediaItem, ...] = ()
 
 
-Prompt = str | Sequence[int] | MediaPrompt | ChatPrompt
+@dataclass(frozen=True)
+class TokenPrompt:
+    """Token ids, with the items of media that stand at their placeholders."""
+
+    ids: tuple[int, ...]
+    media: tuple[MediaItem, ...] = ()
+
+
+Prompt = str | Sequence[int] | MediaPrompt | ChatPrompt | TokenPrompt
 
 
 class Step(NamedTuple):

@@ -45,6 +45,7 @@ from looptx_core.model.fused import can_use_fused, cross_entropy
 from looptx_core.model.layer_state import KVState, LayerState, StateSpec
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_tables
+from looptx_core.model.vocabulary import new_embedding, new_head, tie_head
 
 
 class Score(NamedTuple):
@@ -125,7 +126,7 @@ class LoopedTransformer(nn.Module):
         self.attend: Attend = sdpa
         # Called with the loop before each iteration, so that a loop can switch to its own weights.
         self.enter_loop: Callable[[int], object] | None = None
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = new_embedding(config)
         self.media = media_for(config)
         for medium in self.media:
             if (encoder := medium.encoder(config)) is not None:
@@ -135,9 +136,8 @@ class LoopedTransformer(nn.Module):
         self.core = nn.ModuleList(Block(config) for _ in range(config.core_layers))
         self.coda = nn.ModuleList(Block(config) for _ in range(config.coda_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.head = new_head(config)
+        tie_head(self)
         self.confidence = ConfidenceHead(config)
         for medium in self.media:
             if (head := medium.head(config)) is not None:
@@ -295,7 +295,7 @@ class LoopedTransformer(nn.Module):
         self, batch: int, capacity: int, loops: int, policy: str = "fill", kind: str = "float"
     ) -> LoopCache:
         """An empty cache of this model's type and on its device, see `LoopCache`."""
-        weight = self.embedding.weight
+        weight = self.norm.weight
         return LoopCache(
             self.config,
             batch,
