@@ -23,8 +23,12 @@ _MOST = {
     **dict.fromkeys(("d_model", "vision_width", "d_ff", "head_dim", "confidence_width"), 1 << 20),
     **{"vocab_size": 1 << 24, "n_heads": 1 << 16, "max_loops": 1 << 16, "max_seq_len": 1 << 31},
     **{"gain_width": 1 << 20, "patch_size": 1 << 12, "max_patches": 1 << 20},
+    **dict.fromkeys(("memory_window", "memory_block"), 1 << 20),
 }
 """What no model comes near, so that a damaged config.json asks for no more memory than there is."""
+_MEMORY_KEYS = (
+    "memory", "memory_window", "memory_block", "memory_per_loop", "infini_delta",
+)  # fmt: skip
 SECTIONS: dict[str, type] = {"audio": AudioConfig, "video": VideoConfig}
 """The media whose settings are a section, by its key."""
 
@@ -68,7 +72,7 @@ class ModelConfig:
     """Its units that tell what one more loop would bring, asked for after every loop; 0: a
     sixteenth of d_model, 8 at least."""
     injection: Literal["decay", "bridge", "add", "none"] = "decay"
-    """How the prelude's output enters each loop; see `looptx_core.model.loop.Injection`."""
+    """How the prelude's output enters each loop; see `looptx_core.model.injection.Injection`."""
     retain: float = 0.88
     """decay: the share of the state that a loop keeps before any training, between 0 and 1; the
     rest is the embedding's."""
@@ -87,6 +91,18 @@ class ModelConfig:
     linear: Literal["float", "ternary", "packed"] = "float"
     """The blocks' linear layers: float; ternary, trained through latent float weights; or packed,
     the same with two bits a weight, to run. See `looptx_core.model.bitnet`."""
+
+    memory: Literal["none", "infini", "delta"] = "none"
+    """What the core remembers beyond a window of exact attention: nothing, and attention is full;
+    Infini-attention (arXiv 2404.07143); or a gated delta rule (arXiv 2412.06464)."""
+    memory_window: int = 128
+    """Tokens that a layer with a memory attends to exactly, a multiple of memory_block."""
+    memory_block: int = 64
+    """Tokens that leave this window, and are written into the memory, at once."""
+    memory_per_loop: bool = False
+    """Each loop has a memory of its own, for ablations; else all loops of a layer share one."""
+    infini_delta: bool = False
+    """infini: write only what the memory does not return yet, the paper's Linear + Delta."""
 
     vision_layers: int = 0
     """Blocks of the encoder of pictures; 0: the model reads text only."""
@@ -184,7 +200,27 @@ class ModelConfig:
             and all(isinstance(section, Mapping) for section in self.media.values()),
             "media must hold a section of settings for each medium",
         )
+        need(
+            self.memory in ("none", "infini", "delta"),
+            f"memory must be none, infini or delta, not {self.memory!r}",
+        )
+        need(self.memory_block >= 1, f"memory_block must be at least 1, not {self.memory_block}")
+        need(
+            self.memory_window >= 1 and self.memory_window % self.memory_block == 0,
+            f"memory_window ({self.memory_window}) must be a multiple of memory_block "
+            f"({self.memory_block})",
+        )
         need(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), not {self.dropout}")
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the model attends within a window and remembers what left it."""
+        return self.memory != "none"
+
+    @property
+    def context_limit(self) -> int | None:
+        """The most tokens of a text; None for a model with a memory, which reads without end."""
+        return None if self.has_memory else self.max_seq_len
 
     @property
     def confidence_units(self) -> int:
@@ -201,9 +237,11 @@ class ModelConfig:
         return self.prelude_layers + loops * self.core_layers + self.coda_layers
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of config.json; media that the model has not have none."""
+        """The keys of config.json; media and a memory that the model has not have none."""
         found = asdict(self)
         absent = [name for name, part in SECTIONS.items() if getattr(self, name) == part()]
+        if self.memory == "none":
+            absent += _MEMORY_KEYS
         for name in (*absent, *(() if self.media else ("media",))):
             del found[name]
         return found

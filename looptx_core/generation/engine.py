@@ -316,10 +316,11 @@ class Engine:
         check(options)
         config, tokens = self.model.config, self._encode(prompt)
         check_ids(tokens, config.vocab_size, f"prompt {index + 1}")
-        if len(tokens) >= config.max_seq_len:
+        most = config.context_limit
+        if most is not None and len(tokens) >= most:
             raise UsageError(
                 f"prompt {index + 1} has {len(tokens)} tokens and the model's context holds "
-                f"{config.max_seq_len}, new tokens included; shorten the prompt"
+                f"{most}, new tokens included; shorten the prompt"
             )
         own = resolve_exit(self.exit_settings, options, config)
         if options.speculate and not self.model.new_cache(1, 1, 1).can_roll_back:
@@ -327,6 +328,7 @@ class Engine:
                 "`speculate`: drafted tokens have to be taken back, and this model's layers can't "
                 "take back what they remember; leave out `speculate`"
             )
+        limit = len(tokens) + options.max_new_tokens
         return Request(
             index=index,
             options=options,
@@ -337,7 +339,7 @@ class Engine:
                 self.tokenizer, options.stop, () if isinstance(prompt, ChatPrompt) else tokens
             ),
             seen=tokens,
-            limit=min(len(tokens) + options.max_new_tokens, config.max_seq_len),
+            limit=limit if most is None else min(limit, most),
             ends=frozenset(self.ends or (self.end,)),
             known=self.known,
             media=getattr(prompt, "media", ()),

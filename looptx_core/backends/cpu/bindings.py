@@ -49,6 +49,8 @@ def unsupported_reason(model: LoopedTransformer) -> str | None:
     kinds = {type(layer) for block in all_blocks(model) for layer in block_layers(block)}
     if kinds not in ({nn.Linear}, {TernaryLinear}) or type(model.head) is not nn.Linear:
         return f"its layers are {', '.join(sorted(kind.__name__ for kind in kinds))}"
+    if model.config.has_memory:
+        return "its layers have a memory beyond their window"
     if model.config.head_dim > 1024:
         return "its heads are too wide"
     if model.injection.kind == "bridge":
