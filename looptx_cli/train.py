@@ -21,9 +21,10 @@ from looptx_cli.runs import (
     summary,
     write_line,
 )
-from looptx_core.config.model import ModelConfig
+from looptx_core.config.model import ModelConfig, fitting_memory
 from looptx_core.config.resolve import Resolved, config_file, dotted, resolve
 from looptx_core.config.run import TrainConfig
+from looptx_core.errors import UsageError
 
 if TYPE_CHECKING:
     from looptx_core.parallel.plan import Plan
@@ -44,6 +45,14 @@ def train(
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of these settings.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="delta|infini",
+            help="Remember what leaves a window of attention, which fits --seq-len; texts of any "
+            "length can then be read.",
+        ),
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with this run, exactly.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show size and cost only.")] = False,
@@ -58,17 +67,26 @@ def train(
     looptx train --data my.txt --steps 2000 --out runs/mine
     looptx train --data data --preset small --max-minutes 60
     looptx train --set model.d_model=256 --set model.core_layers=4
+    looptx train --memory delta --seq-len 1024 --batch-size 8
     looptx train --resume runs/mine
     looptx train --zero3 --offload nvme
     looptx train --preset 1b --dry-run
     """
     flags = with_set(flags, set_, SECTIONS)
+    if memory is not None:
+        if flags.get("model.memory"):
+            raise UsageError("--memory and --set model.memory say the same; leave one out")
+        flags["model.memory"] = memory
     if resume is not None:
         resolved = resumed(resume, flags, "train", TrainConfig, SECTIONS, config)
     else:
         resolved = resolve(TrainConfig, SECTIONS, flags=flags, config=config)
         if resolved.values["offload"] == "nvme" and not resolved.given("preset"):
             resolved = _to_try_swapping(flags, config)
+        if resolved.values["model.memory"] != "none":
+            fitting = fitting_memory(resolved.values["seq_len"])
+            mine = {key: value for key, value in fitting.items() if not resolved.given(key)}
+            resolved = settle(resolved, mine, "seq_len")
     settings = resolved.build(TrainConfig)
     until = None
     if resume is not None and not dry_run:
@@ -233,7 +251,8 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     out.print(f"{plan.parameters:,} parameters", highlight=False)
     for loops, flops in plan.flops_per_token.items():
         out.print(f"{loops:>4} loops: {flops:.3g} FLOPs a token forward, read out once")
-    row("KV cache, generating", plan.cache, " a full context")
+    row("KV cache, generating", plan.cache,
+        " a text of any length" if plan.reads_on else " a full context")  # fmt: skip
     spread = plan.spread
     count = f"{spread.world} process{'es' if spread.world > 1 else ''}"
     cut = "nothing cut" if spread.kind in ("none", "ddp") else spread.kind

@@ -244,7 +244,9 @@ def test_the_past_beyond_the_window_matters() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer([TEXT, TEXT + " in my purse, and nothing particular to interest me"], 276)
+    return train_tokenizer(
+        [TEXT, TEXT + " in my purse, and nothing particular to interest me"], 276
+    )
 
 
 @pytest.mark.parametrize("policy", ["fill", "last"])
@@ -336,7 +338,9 @@ def test_training_at_mixed_depths_is_each_row_alone(recompute: bool) -> None:
         (F.cross_entropy(logits, tokens[row, 1:]) / 3).backward()
     for name, parameter in model.named_parameters():
         if ".memory." in name or "core" in name:
-            torch.testing.assert_close(together[name], parameter.grad, rtol=1e-3, atol=1e-7)  # losses are float32
+            torch.testing.assert_close(
+                together[name], parameter.grad, rtol=1e-3, atol=1e-7
+            )  # losses are float32
 
 
 def test_the_rule_by_loss_measures_and_starts_over() -> None:

@@ -249,3 +249,13 @@ class ModelConfig:
     @classmethod
     def keys(cls) -> list[str]:
         return [field.name for field in fields(cls)]
+
+
+def fitting_memory(seq_len: int) -> dict[str, int]:
+    """The keys of a memory's window and block that suit sequences of this length in training.
+
+    Gates move only if a memory is written and read several times in a sequence: here in
+    about eight blocks, of 64 tokens at most, of which the window holds two.
+    """
+    block = min(64, max(8, 1 << (seq_len // 8).bit_length() - 1))
+    return {"model.memory_window": 2 * block, "model.memory_block": block}

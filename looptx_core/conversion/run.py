@@ -26,6 +26,7 @@ from looptx_core.checkpoint.registry import resolve_adapter, resolve_model
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.conversion.huggingface import from_huggingface, to_huggingface
+from looptx_core.conversion.memory import with_memory
 from looptx_core.conversion.pretrained import Looping, is_plain, open_plain
 from looptx_core.conversion.source_check import (
     Span,
@@ -138,6 +139,11 @@ def convert(
         report(f"replaces {out}: {there}, once the new one is whole")
     if config.to_bitnet and source.config.linear == "packed":
         raise UsageError(f"{source.folder}: its weights are ternary already; leave `to_bitnet` out")
+    if config.to_hf and source.config.has_memory:
+        raise UsageError(
+            f"{source.folder}: transformers' format has no memory; leave `to_hf` out, or take a "
+            "model without one"
+        )
     stored = source.model.embedding.weight.dtype
     model = source.model.float()
     checked = _compare(config, model, source.tokenizer, plain, report) if plain else {}
@@ -154,6 +160,8 @@ def convert(
     bytes_before = _folder_bytes(source.folder)
 
     after, exit_settings, steps = before, source.exit, 0
+    if config.memory:
+        model = with_memory(model, config.memory, config.memory_window, config.memory_block)
     if config.to_bitnet:
         if model.config.linear == "float":
             model = to_ternary(model, [next(iter(batches.train_dataloader()))])
@@ -162,7 +170,7 @@ def convert(
         model = pack_model(model)
     dtype = DTYPES[config.dtype] if config.dtype else stored
     model = model.to(dtype)
-    if config.to_bitnet or dtype != stored:
+    if config.to_bitnet or config.memory or dtype != stored:
         memory_after = running_bytes(model)
         after = _evaluate(model.float(), batches, loops)
         model = model.to(dtype)
@@ -182,6 +190,10 @@ def convert(
             + ("trained through the rounding" if steps else "only rounded"), **done,
         )  # fmt: skip
         facts["ternary"] = f"trained {steps} steps" if steps else "rounded"
+    elif config.memory:
+        losses = {key: facts[key] for key in facts if key.startswith("loss_by_loop")}
+        facts = descended(source.facts, source.name, losses,
+                          method=f"a {config.memory} memory, not yet trained")  # fmt: skip
     elif not config.merge_adapter:  # the same model in another form
         facts["converted_from"] = source.name
     weights, files = model_files(

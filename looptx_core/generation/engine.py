@@ -93,7 +93,8 @@ class Engine:
         precision: see `select_backend`.
 
     A prompt that is text begins with the tokens that the tokenizer's post-processor adds. The
-    attribute `counters` counts the work done.
+    attribute `counters` counts the work done, and a function that is set as `on_prompt` is called
+    with the tokens of each pass over a prompt.
 
     Raises `UsageError` for a `batch_size` below 1 and for an unknown kernel or precision,
     `MissingError` for a kernel that this machine can't run.
@@ -126,6 +127,7 @@ class Engine:
         with _evaluation_mode(model):  # a back end may copy the model
             self.backend, self.kernel = select_backend(model, kernel, precision)
         self.counters = WorkCounters()
+        self.on_prompt: Callable[[int], object] | None = None
         self._spare: LoopCache | None = None
 
     def generate(
@@ -235,7 +237,9 @@ class Engine:
         cache = self._cache(requests[0].exit.settings, rows, needed, loops)
         try:
             with _evaluation_mode(self.model):
-                yield RunningBatch(self.backend, cache, self.counters)
+                batch = RunningBatch(self.backend, cache, self.counters)
+                batch.on_prompt = self.on_prompt
+                yield batch
         finally:
             if self.backend.reuses_cache and rows == 1:
                 self._spare = cache

@@ -389,8 +389,11 @@ class LoopedTransformer(nn.Module):
         for columns in cache.parts(tokens.shape[1], rows):
             x = self.look_up(tokens[:, columns]) if whole is None else whole[:, columns]
             view = cache.view(x.shape[1], rows)
-            yield x, self.context(
-                x.shape[1], view, layout=None if layout is None else layout.part(columns)
+            yield (
+                x,
+                self.context(
+                    x.shape[1], view, layout=None if layout is None else layout.part(columns)
+                ),
             )
 
     def layout(
