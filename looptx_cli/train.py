@@ -252,7 +252,7 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     for loops, flops in plan.flops_per_token.items():
         out.print(f"{loops:>4} loops: {flops:.3g} FLOPs a token forward, read out once")
     row("KV cache, generating", plan.cache,
-        " a text of any length" if plan.reads_on else " a full context")  # fmt: skip
+        f", {plan.cache:,} bytes, a text of any length" if plan.reads_on else " a full context")  # fmt: skip
     spread = plan.spread
     count = f"{spread.world} process{'es' if spread.world > 1 else ''}"
     cut = "nothing cut" if spread.kind in ("none", "ddp") else spread.kind

@@ -6,7 +6,7 @@ this at a few hundred tokens, with `infini`, `infini` with delta, `delta`, and w
 and no memory; then the filler gets longer. Nothing but its length changes. Reading is timed beside
 it: tokens a second, and the bytes that a text's state takes.
 
-    python -m benchmarks.memory.run [--kinds delta infini] [--seeds 0] [--steps 600]
+    python -m benchmarks.memory.run [--kinds delta infini] [--seeds 0] [--steps 200]
     python -m benchmarks.memory.run --filler 32768 131072 1048576 --rows 30 30 5
 
 Resumable: what stands in the record is not repeated.
@@ -16,11 +16,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_model, save_model
 
-from benchmarks.common.record import results_file, rows_so_far, write
+from benchmarks.common.record import results_file, rows_so_far, slug, write
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.model.block import Block
@@ -122,6 +125,24 @@ def train(kind: str, seed: int, args: argparse.Namespace) -> tuple[LoopedTransfo
     return model.eval(), float(np.mean(losses[-50:])), time.monotonic() - began
 
 
+def trained(
+    kind: str, seed: int, args: argparse.Namespace
+) -> tuple[LoopedTransformer, float, float]:
+    """`train`, or what it made before, where `--models` has a folder for it."""
+    if not args.models:
+        return train(kind, seed, args)
+    file = Path(args.models) / f"{slug(kind)}-{seed}-{args.steps}.safetensors"
+    if not file.exists():
+        model, loss, seconds = train(kind, seed, args)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_model(model, str(file), {"loss": str(loss), "seconds": str(seconds)})
+    model = build(kind, seed, args).eval()
+    load_model(model, file)
+    with safe_open(file, "pt") as stored:
+        facts = stored.metadata()
+    return model, float(facts["loss"]), float(facts["seconds"])
+
+
 @torch.inference_mode()
 def asked(
     model: LoopedTransformer, length: int, place: float, rows: int, seed: int
@@ -156,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-2)
@@ -164,11 +185,12 @@ def main() -> None:
     parser.add_argument("--loops", type=int, default=2)
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--block", type=int, default=32)
-    parser.add_argument("--filler", nargs="+", type=int, default=[256, 1024, 32_768])
-    parser.add_argument("--rows", nargs="+", type=int, default=[30, 30, 30])
+    parser.add_argument("--models", help="Keep the trained models in this folder.")
+    parser.add_argument("--filler", nargs="+", type=int, default=[1024, 32_768])
+    parser.add_argument("--rows", nargs="+", type=int, default=[30, 30])
     args = parser.parse_args()
     settings = {key: value for key, value in vars(args).items()
-                if key not in ("kinds", "seeds", "filler", "rows")}  # fmt: skip
+                if key not in ("kinds", "seeds", "filler", "rows", "models")}  # fmt: skip
     rows = rows_so_far(results_file("memory.run"))
     for seed in args.seeds:
         for kind in args.kinds:
@@ -184,7 +206,7 @@ def main() -> None:
             ]
             if not todo:
                 continue
-            model, loss, seconds = train(kind, seed, args)
+            model, loss, seconds = trained(kind, seed, args)
             for length, count, place in todo:
                 found = asked(model, length, PLACES[place], count, seed)
                 print(f"{kind}, seed {seed}, {length:,} at the {place}: {found}", flush=True)

@@ -57,7 +57,7 @@ def token_flops(config: ModelConfig, context: float) -> TokenFlops:
 
 
 def _memory_products(config: ModelConfig) -> tuple[int, int]:
-    """FLOPs of a core layer's memory for one token: of a read, in every loop, and of its folding."""
+    """FLOPs of a core layer's memory for one token: of a loop's read, and of its folding."""
     if not config.has_memory:
         return 0, 0
     width, heads = config.head_dim, config.n_kv_heads

@@ -14,7 +14,6 @@ from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.muon import Muon
 
-
 _GATE_LR = 0.01
 """The least learning rate of a memory's own parameters. At those of large models its gates stay
 where they start, and the memory is never used."""
