@@ -76,7 +76,8 @@ def show_training(plan: Plan, time: TimeEstimate | None, as_json: bool) -> None:
     for loops, flops in plan.flops_per_token.items():
         name = "loop: " if loops == 1 else "loops:"
         say(f"{loops:>4} {name} {flops:.3g} FLOPs a token forward, read out once")
-    say_size("KV cache, generating", plan.cache, " a full context")
+    told = f", {plan.cache:,} bytes, a text of any length" if plan.reads_on else " a full context"
+    say_size("KV cache, generating", plan.cache, told)
     spread = plan.spread
     count = f"{spread.world} process{'es' if spread.world > 1 else ''}"
     cut = "nothing cut" if spread.kind in ("none", "ddp") else spread.kind

@@ -27,6 +27,7 @@ from looptx_cli.model_options import (
     Video,
 )
 from looptx_cli.options import with_fields
+from looptx_cli.reading import reading_shown
 from looptx_cli.streaming import given_media, print_now, read_items, stream
 from looptx_core.api import load
 from looptx_core.config.generation import GenerationOptions
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from looptx_core.media.batch import MediaItem
 
 SCHEMA_VERSION = 1
+_SHOWN, _END = 20_000, 400  # characters of a prompt that are shown whole, and of the end of others
 
 
 @with_fields(GenerationOptions)
@@ -58,6 +60,10 @@ def generate(
     ] = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="A prompt a line, or JSON lines with `prompt`.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(help="One prompt, a whole file; of any length for a model with a memory."),
     ] = None,
     model: Model = None,
     adapter: Adapter = None,
@@ -98,12 +104,16 @@ def generate(
     looptx generate --chat "Who are you?" --adapter runs/finetune-1
     looptx generate "Call me" --json | jq .tokens[0]
     looptx generate --prompts-file prompts.txt --loops 4 --temperature 0
+    looptx generate --prompt-file book.txt --model runs/with-memory
     looptx generate "Call me" --speculate 4
     """
     resolved = resolve(GenerationOptions, flags=flags, config=config)
     options = resolved.build(GenerationOptions)
     depths = _depths(compare_loops)
     texts: list[Prompt] = [*(prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
+    if prompt_file:
+        mend = "check --prompt-file"
+        texts.append(read_text(prompt_file, mend=mend, pipes=True).rstrip("\n"))
     files = given_media(image=image, audio=audio, video=video)
     if timestamps and (len(audio or ()) != 1 or len(files) > 1 or texts or chat or compare_loops):
         raise UsageError("--timestamps goes with one --audio and nothing else to read")
@@ -144,7 +154,8 @@ def generate(
     elif depths:
         _compare(engine, texts, options, depths, as_json)
     elif as_json:
-        results = [result.to_dict() for result in engine.complete(texts, options)]
+        with reading_shown(engine, sum(map(engine.length, texts)), quiet):
+            results = [result.to_dict() for result in engine.complete(texts, options)]
         document = results[0] if len(results) == 1 else {"results": results}
         print_now(json.dumps({"schema_version": SCHEMA_VERSION, **document}) + "\n")
     elif len(texts) == 1:
@@ -235,15 +246,17 @@ def _stream(
     engine: Engine, prompt: Prompt, options: GenerationOptions, iterations: bool, quiet: bool
 ) -> None:
     """Print a continuation as it is generated, and its figures."""
-    result = stream(engine, prompt, options, iterations, quiet, _before(engine, prompt))
+    with reading_shown(engine, engine.length(prompt), quiet):
+        result = stream(engine, prompt, options, iterations, quiet, _before(engine, prompt))
     _summarise(engine, result, iterations, quiet)
 
 
 def _before(engine: Engine, prompt: Prompt) -> str:
-    """The text to print before a continuation; nothing before a chat's answer."""
+    """The text to print before a continuation, of a long one the end; of a chat nothing."""
     from looptx_core.generation.engine import ChatPrompt
 
-    return "" if isinstance(prompt, ChatPrompt) else engine.text_of(prompt)
+    text = "" if isinstance(prompt, ChatPrompt) else engine.text_of(prompt)
+    return text if len(text) <= _SHOWN else "…" + text[-_END:]
 
 
 def _show(

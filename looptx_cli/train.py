@@ -20,7 +20,7 @@ from looptx_cli.runs import (
     summary,
     write_line,
 )
-from looptx_core.config.model import ModelConfig
+from looptx_core.config.model import ModelConfig, fitting_memory
 from looptx_core.config.resolve import Resolved, config_file, dotted, resolve
 from looptx_core.config.run import TrainConfig, continued_lr
 from looptx_core.errors import UsageError
@@ -46,6 +46,14 @@ def train(
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of these settings.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="delta|infini",
+            help="Remember what leaves a window of attention, which fits --seq-len; texts of any "
+            "length can then be read.",
+        ),
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with this run, exactly.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show size and cost only.")] = False,
@@ -61,11 +69,16 @@ def train(
     looptx train --data data --preset small --max-minutes 60
     looptx train --set model.d_model=256 --set model.core_layers=4
     looptx train --init runs/mine --data more.txt
+    looptx train --memory delta --seq-len 1024 --batch-size 8
     looptx train --resume runs/mine
     looptx train --zero3 --offload nvme
     looptx train --preset 1b --dry-run
     """
     flags = with_set(flags, set_, SECTIONS)
+    if memory is not None:
+        if flags.get("model.memory"):
+            raise UsageError("--memory and --set model.memory say the same; leave one out")
+        flags["model.memory"] = memory
     if resume is not None:
         resolved = resumed(resume, flags, "train", TrainConfig, SECTIONS, config)
     else:
@@ -73,6 +86,10 @@ def train(
         if resolved.values["offload"] == "nvme" and not resolved.given("preset"):
             resolved = _to_try_swapping(flags, config)
         refuse_two_lengths(resolved)
+        if resolved.values["model.memory"] != "none":
+            fitting = fitting_memory(resolved.values["seq_len"])
+            mine = {key: value for key, value in fitting.items() if not resolved.given(key)}
+            resolved = settle(resolved, mine, "seq_len")
     settings = resolved.build(TrainConfig)
     until = None
     if resume is not None and not dry_run:

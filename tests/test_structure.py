@@ -54,15 +54,15 @@ OPTIONS = {
     "generate": """
         --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
         --kv-policy --kv-type --speculate --draft-loops --temperature --top-k --top-p --min-p
-        --repetition-penalty --seed --stop --ignore-eos --no-ignore-eos --prompts-file --model
-        --adapter --image --audio --video --chat --timestamps --show-iterations --compare-loops
-        --attention --precision --kernel --config --json --quiet
+        --repetition-penalty --seed --stop --ignore-eos --no-ignore-eos --prompts-file --prompt-file
+        --model --adapter --image --audio --video --chat --timestamps --show-iterations
+        --compare-loops --attention --precision --kernel --config --json --quiet
     """,
     "convert": """
         --model --from-hf --from-gguf --core --max-loops --out --to-bitnet --no-to-bitnet --direct
-        --no-direct --finetune-steps --max-minutes --lr --data --seed --adapter --merge-adapter
-        --no-merge-adapter --to-hf --no-to-hf --dtype --shard-size --config --overwrite --json
-        --quiet
+        --no-direct --finetune-steps --max-minutes --lr --data --seed --memory --memory-window
+        --memory-block --adapter --merge-adapter --no-merge-adapter --to-hf --no-to-hf --dtype
+        --shard-size --config --overwrite --json --quiet
     """,
     "doctor": """
         --build --path --json --quiet
@@ -88,8 +88,8 @@ OPTIONS = {
         --no-grad-checkpointing --devices --nodes --strategy --zero3 --no-zero3 --offload
         --nvme-path --deepspeed-config --save-every --keep --keep-best --no-keep-best --val-every
         --val-batches --log-every --profile --preset --init --document-mask --no-document-mask --mix
-        --mask-patches --bitnet --no-bitnet --set --config --resume --overwrite --dry-run --force
-        --json --quiet
+        --mask-patches --bitnet --no-bitnet --set --config --memory --resume --overwrite --dry-run
+        --force --json --quiet
     """,
 }
 

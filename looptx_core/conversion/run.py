@@ -26,6 +26,7 @@ from looptx_core.checkpoint.registry import resolve_adapter, resolve_model
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.conversion.huggingface import from_huggingface, to_huggingface
+from looptx_core.conversion.memory import with_memory
 from looptx_core.conversion.pretrained import Looping, is_plain, open_plain
 from looptx_core.conversion.source_check import (
     Span,
@@ -143,6 +144,11 @@ def convert(
     if config.dtype == "int8" and source.config.linear in ("ternary", "packed"):
         raise UsageError(f"{source.folder}: its weights are ternary, smaller than int8; leave "
                          "`dtype` int8 out")  # fmt: skip
+    if config.to_hf and source.config.has_memory:
+        raise UsageError(
+            f"{source.folder}: transformers' format has no memory; leave `to_hf` out, or take a "
+            "model without one"
+        )
     was = torch.int8 if source.config.linear == "int8" else source.model.norm.weight.dtype
     memory_before = running_bytes(source.model.float())
     model = to_float(source.model)
@@ -159,6 +165,8 @@ def convert(
     bytes_before = _folder_bytes(source.folder)
 
     after, exit_settings, steps = before, source.exit, 0
+    if config.memory:
+        model = with_memory(model, config.memory, config.memory_window, config.memory_block)
     if config.to_bitnet:
         if model.config.linear == "float":
             model = to_ternary(model, [next(iter(batches.train_dataloader()))])
@@ -169,7 +177,7 @@ def convert(
     kind = DTYPES[config.dtype] if config.dtype else floats
     model = to_int8(model) if kind == torch.int8 else model.to(kind)
     memory_after = running_bytes(model)
-    if config.to_bitnet or kind != was:
+    if config.to_bitnet or config.memory or kind != was:
         after = _evaluate(model.float(), batches, loops)
         model = model.to(torch.float32 if kind == torch.int8 else kind)
         if loops == model.config.max_loops:
@@ -186,6 +194,10 @@ def convert(
             + ("trained through the rounding" if steps else "only rounded"), **done,
         )  # fmt: skip
         facts["ternary"] = f"trained {steps} steps" if steps else "rounded"
+    elif config.memory:
+        losses = {key: facts[key] for key in facts if key.startswith("loss_by_loop")}
+        facts = descended(source.facts, source.name, losses,
+                          method=f"a {config.memory} memory, not yet trained")  # fmt: skip
     elif not config.merge_adapter:  # the same model in another form
         facts["converted_from"] = source.name
     weights, files = model_files(

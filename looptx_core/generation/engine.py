@@ -94,7 +94,8 @@ class Engine:
         precision: see `select_backend`.
 
     A prompt that is text begins with the tokens that the tokenizer's post-processor adds. The
-    attribute `counters` counts the work done.
+    attribute `counters` counts the work done, and a function that is set as `on_prompt` is called
+    with the tokens of each pass over a prompt.
 
     Raises `UsageError` for a `batch_size` below 1 and for an unknown kernel or precision,
     `MissingError` for a kernel that this machine can't run.
@@ -127,6 +128,7 @@ class Engine:
         with _evaluation_mode(model):  # a back end may copy the model
             self.backend, self.kernel = select_backend(model, kernel, precision)
         self.counters = WorkCounters()
+        self.on_prompt: Callable[[int], object] | None = None
         self._spare: LoopCache | None = None
 
     def generate(
@@ -236,7 +238,9 @@ class Engine:
         cache = self._cache(requests[0].exit.settings, rows, needed, loops)
         try:
             with _evaluation_mode(self.model):
-                yield RunningBatch(self.backend, cache, self.counters)
+                batch = RunningBatch(self.backend, cache, self.counters)
+                batch.on_prompt = self.on_prompt
+                yield batch
         finally:
             if self.backend.reuses_cache and rows == 1:
                 self._spare = cache
@@ -321,10 +325,11 @@ class Engine:
         check(options)
         config, tokens = self.model.config, self._encode(prompt)
         check_ids(tokens, config.vocab_size, f"prompt {index + 1}")
-        if len(tokens) >= config.max_seq_len:
+        most = config.context_limit
+        if most is not None and len(tokens) >= most:
             raise UsageError(
                 f"prompt {index + 1} has {len(tokens)} tokens and the model's context holds "
-                f"{config.max_seq_len}, new tokens included; shorten the prompt"
+                f"{most}, new tokens included; shorten the prompt"
             )
         own = resolve_exit(self.exit_settings, options, config)
         if options.speculate and not self.model.new_cache(1, 1, 1).can_roll_back:
@@ -332,6 +337,7 @@ class Engine:
                 "`speculate`: drafted tokens have to be taken back, and this model's layers can't "
                 "take back what they remember; leave out `speculate`"
             )
+        limit = len(tokens) + options.max_new_tokens
         return Request(
             index=index,
             options=options,
@@ -342,7 +348,7 @@ class Engine:
                 self.tokenizer, options.stop, () if isinstance(prompt, ChatPrompt) else tokens
             ),
             seen=tokens,
-            limit=min(len(tokens) + options.max_new_tokens, config.max_seq_len),
+            limit=limit if most is None else min(limit, most),
             ends=frozenset(self.ends or (self.end,)),
             known=self.known,
             media=getattr(prompt, "media", ()),

@@ -8,7 +8,7 @@ a full batch (continuous batching over depth, arXiv 2608.09444).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,6 +79,8 @@ class RunningBatch:
     ) -> None:
         self.backend, self.cache = backend, cache
         self.counters = counters or WorkCounters()
+        self.on_prompt: Callable[[int], object] | None = None
+        """Called with the tokens of each pass over a prompt."""
         self._active: list[_ActiveRow] = []
         self._pass: Pass | None = None  # over all active rows; None if they have changed
         # Both (active rows, 1, d_model); None if no row is active.
@@ -96,15 +98,17 @@ class RunningBatch:
 
         Returns what their last tokens predict.
         """
-        run = self.backend.begin(self.cache, rows, tokens.shape[1], tokens, media)
-        embedding = run.embed(tokens)
-        state = run.iterate(embedding, embedding, [1] * len(rows), loops)
-        logits = run.logits(state, last=True)[:, -1]
         depths = [loops] * len(rows)
-        if self.cache.needs_backfill(loops):
-            run.backfill(state, embedding, depths)
-        self.cache.view(tokens.shape[1], rows).advance()
-        self.counters.prompt += tokens.numel()
+        for run, part in self.backend.prompt(self.cache, rows, tokens, media):
+            embedding = run.embed(part)
+            state = run.iterate(embedding, embedding, [1] * len(rows), loops)
+            logits = run.logits(state, last=True)[:, -1]
+            if self.cache.needs_backfill(loops):
+                run.backfill(state, embedding, depths)
+            self.cache.view(part.shape[1], rows).advance()
+            self.counters.prompt += part.numel()
+            if self.on_prompt:
+                self.on_prompt(part.numel())
         odds = [logit for logit, _ in run.confidence(state[:, -1:], depths)]
         return StepOutput(list(rows), logits, depths, odds)
 
