@@ -68,7 +68,7 @@ class ModelConfig:
     """Its units that tell what one more loop would bring, asked for after every loop; 0: a
     sixteenth of d_model, 8 at least."""
     injection: Literal["decay", "bridge", "add", "none"] = "decay"
-    """How the prelude's output enters each loop; see `looptx_core.model.loop.Injection`."""
+    """How the prelude's output enters each loop; see `looptx_core.model.injection.Injection`."""
     retain: float = 0.88
     """decay: the share of the state that a loop keeps before any training, between 0 and 1; the
     rest is the embedding's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -49,26 +49,42 @@ def build_optimizer(model: LoopedTransformer, config: RunConfig) -> torch.optim.
     Muon's steps have AdamW's size, so that one learning rate serves both; its products run in the
     type that this machine multiplies fastest. Weights decay on matrices only.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
     blocks = [model.prelude, model.core, model.coda, *model.encoders().values()]
     muon_takes = [p for part in blocks for p in part.parameters() if p.dim() == 2]
-    chosen = {id(p) for p in muon_takes if p.requires_grad and config.optimizer == "muon"}
-    rest = [p for p in trained if id(p) not in chosen]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
-    if not chosen:
-        return adamw
-    precision, _ = choose_precision("auto", muon_takes[0].device)
-    muon = Muon(
-        [p for p in trained if id(p) in chosen],
+    return split_optimizer(
+        model.parameters(),
+        muon_takes if config.optimizer == "muon" else (),
         lr=config.lr,
         weight_decay=config.weight_decay,
-        products=torch.bfloat16 if precision == "bf16" else torch.float32,
+        beta2=config.beta2,
     )
-    return ChainedOptimizer(muon, adamw)
+
+
+def split_optimizer(
+    parameters: Iterable[torch.nn.Parameter],
+    muon_takes: Iterable[torch.nn.Parameter],
+    *,
+    lr: float,
+    weight_decay: float,
+    beta2: float,
+) -> torch.optim.Optimizer:
+    """Muon for the matrices in `muon_takes`, AdamW for the other parameters that are trained."""
+    trained = [p for p in parameters if p.requires_grad]
+    wanted = {id(p) for p in muon_takes}
+    chosen = [p for p in trained if id(p) in wanted]
+    rest = [p for p in trained if id(p) not in wanted]
+    groups = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=True)
+    if not chosen:
+        return adamw
+    precision, _ = choose_precision("auto", chosen[0].device)
+    products = torch.bfloat16 if precision == "bf16" else torch.float32
+    return ChainedOptimizer(
+        Muon(chosen, lr=lr, weight_decay=weight_decay, products=products), adamw
+    )
 
 
 def build_adamw(model: LoopedTransformer, config: RunConfig) -> torch.optim.AdamW:
@@ -96,14 +112,19 @@ def shape_of(parameter: torch.Tensor) -> torch.Size:
 
 
 def learning_rate_factor(config: RunConfig) -> Callable[[int], float]:
-    """Step -> share of the peak: a linear warm-up, then a cosine down to `min_lr`."""
-    warmup = max(1, round(config.warmup * config.steps))
+    """`rise_and_fall` by a run's settings."""
+    return rise_and_fall(config.steps, config.warmup, config.min_lr)
+
+
+def rise_and_fall(steps: int, warmup_share: float, least: float) -> Callable[[int], float]:
+    """Step -> share of the peak: a linear warm-up, then a cosine down to the share `least`."""
+    warmup = max(1, round(warmup_share * steps))
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        done = min(1.0, (step - warmup) / max(1, config.steps - warmup))
-        return config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+        done = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * done))
 
     return factor
 
