@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,8 @@ from looptx_cli.runs import (
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.resolve import Resolved, config_file, dotted, resolve
 from looptx_core.config.run import TrainConfig
+from looptx_core.errors import DataError, UsageError
+from looptx_core.media.registry import MEDIA
 
 if TYPE_CHECKING:
     from looptx_core.parallel.plan import Plan
@@ -92,7 +95,7 @@ def train(
         from looptx_core.data.records import media_named, read_records
         from looptx_core.data.resolve import resolve_data
         from looptx_core.data.shards import Manifest
-        from looptx_core.media.registry import MEDIA, media_for
+        from looptx_core.media.registry import media_for
         from looptx_core.training.run import check, fit_vocabulary, train
 
     inputs = (*settings.data, config_file(config), settings.deepspeed_config)
@@ -111,11 +114,13 @@ def train(
             model_config = medium.enable(model_config)
             what = f"{medium.plural}: {medium.describe(model_config)}"
             note(f"{what}; {medium.size_key} sets it", quiet)
+    model_config = _with_codec(model_config, settings)
+    text_vocabulary = model_config.draw.first_code or model_config.vocab_size
     if texts:
-        shards = resolve_data(texts, model_config.vocab_size)
+        shards = resolve_data(texts, text_vocabulary)
     else:
         note("text: the bundled one, Moby Dick, and generated lines that need depth", quiet)
-        shards = bundled_shards(model_config.vocab_size)
+        shards = bundled_shards(text_vocabulary)
 
     model_config = fit_vocabulary(
         model_config, Manifest.read(shards).vocab_size, resolved.given("model.vocab_size")
@@ -156,6 +161,31 @@ def train(
     for name in used:
         note(f"try next: looptx generate --{name} FILE --model {folder} --show-iterations", quiet)
     note(f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet)
+
+
+def _with_codec(model: ModelConfig, settings: TrainConfig) -> ModelConfig:
+    """The model's configuration with what its codec says."""
+    draw = model.draw
+    if settings.codec is None:
+        if draw.codec:
+            raise UsageError("this model draws; give its codec by `codec`")
+        if settings.direction == "write":
+            raise UsageError("`direction` write needs a codec; give it by `codec`")
+        return model
+    from looptx_core.checkpoint.codec_folder import load_codec
+
+    codec, fingerprint = load_codec(settings.codec)
+    if draw.codec not in ("", fingerprint):
+        raise DataError(
+            f"{settings.codec}: another codec than the one that this model was trained with, "
+            f"{draw.codec[:12]}; give that one"
+        )
+    shape = {"rows": codec.config.rows, "columns": codec.config.columns,
+             "levels": codec.config.levels}  # fmt: skip
+    layers = model.vision_layers or MEDIA["image"].enable(model).vision_layers
+    return replace(
+        model, vision_layers=layers, draw=replace(draw, codec=fingerprint, **shape)
+    )
 
 
 # Layers large enough that DeepSpeed swaps them, for a few steps.

@@ -35,7 +35,7 @@ class TokenizeConfig:
     """Stop a codec's training after so many minutes."""
     batch_size: int = 64
     """Pictures a step of a codec."""
-    lr: float = 3e-3
+    lr: float = 1e-2
     """Peak learning rate of a codec."""
 
     def __post_init__(self) -> None:

@@ -112,7 +112,7 @@ def train(
         read = read_records(records, config.skip_bad)
         batches = MixedData(
             data, read, model_config, mix=config.weights, skip_bad=config.skip_bad,
-            augment=config.augment, **batching,
+            augment=config.augment, direction=config.direction, **batching,
         )  # fmt: skip
         left_out = f", {read.skipped} left out" if config.skip_bad else ""
         what = ", ".join(medium.plural for medium in read.media)
@@ -124,12 +124,14 @@ def train(
         model_config = replace(model_config, linear="ternary")
     torch.manual_seed(config.seed)
     model = LoopedTransformer(model_config)
+    model.share_code_rows()
     module, steps = fit(
         model, batches, config, folder=folder, advice=resuming("train", folder), resume=resume,
         until=until, callbacks=callbacks, report=report, watch=watch,
     )  # fmt: skip
     if not is_first():
         return None
+    module.model.fold_code_rows()
     return finish_training(
         module.model, module, batches, config, data, records, folder, steps, started
     )
