@@ -160,6 +160,8 @@ def train(
         note(f"pack it: looptx convert --to-bitnet --model {folder}", quiet)
     for name in used:
         note(f"try next: looptx generate --{name} FILE --model {folder} --show-iterations", quiet)
+    if settings.codec:
+        note(f'try next: looptx generate "cat face" --draw drawn.png --model {folder}', quiet)
     note(f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet)
 
 

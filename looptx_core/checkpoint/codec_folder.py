@@ -18,7 +18,6 @@ from looptx_core.checkpoint.weights import read_tensors, refuse_pickle
 from looptx_core.config.codec import CodecConfig
 from looptx_core.documents import check_links, read_json, some, to_json
 from looptx_core.errors import DataError
-from looptx_core.machine.integrity import check_digest, sha256_of
 from looptx_core.media.codec.codec import Codec
 from looptx_core.media.codec.opened import keep_codec
 from looptx_core.model.empty_weights import init_empty_weights
@@ -36,8 +35,6 @@ class _Document:
     format_version: int
     command: str
     shape: dict[str, Any]
-    sha256: str
-    """Of codec.safetensors."""
     fingerprint: str
     """Of shape and weights: models that learned these codes name it."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -48,31 +45,20 @@ def save_codec(folder: str | Path, codec: Codec, facts: Mapping[str, Any]) -> st
 
     Raises `LooptxError` where it can't be written.
     """
-    prints: list[str] = []
-
-    def write(place: Path) -> None:
-        save_file({k: v.contiguous() for k, v in codec.state_dict().items()}, place / WEIGHTS)
-        prints.append(_write_shape(place, codec.config, facts))
-
-    write_folder(Path(folder), write)
-    keep_codec(prints[0], codec, facts)
-    return prints[0]
-
-
-def _write_shape(place: Path, config: CodecConfig, facts: Mapping[str, Any]) -> str:
-    """Write codec.json beside the weights."""
-    digest, shape = sha256_of(place / WEIGHTS), json.loads(json.dumps(asdict(config)))
-    found = fingerprint_of(shape, digest)
-    document = _Document(FORMAT_VERSION, "codec", shape, digest, found, dict(facts))
-    (place / SHAPE).write_text(to_json(asdict(document)), "utf-8")
+    write_folder(Path(folder), lambda place: write_codec(place, codec, facts))
+    found = fingerprint_of(codec)
+    keep_codec(found, codec, facts)
     return found
 
 
-def copy_codec(place: Path, codec: Codec, facts: Mapping[str, Any]) -> None:
-    """Write a codec into a folder that is being made."""
-    place.mkdir()
+def write_codec(place: Path, codec: Codec, facts: Mapping[str, Any]) -> None:
+    """Write a codec's files into a folder that is being made."""
+    place.mkdir(exist_ok=True)
     save_file({k: v.contiguous() for k, v in codec.state_dict().items()}, place / WEIGHTS)
-    _write_shape(place, codec.config, facts)
+    document = _Document(
+        FORMAT_VERSION, "codec", asdict(codec.config), fingerprint_of(codec), dict(facts)
+    )
+    (place / SHAPE).write_text(to_json(asdict(document)), "utf-8")
 
 
 def load_codec(folder: str | Path) -> tuple[Codec, str]:
@@ -101,8 +87,6 @@ def load_codec(folder: str | Path) -> tuple[Codec, str]:
     blocks = config.encoder_layers + config.prelude_layers + config.core_layers + config.coda_layers
     if blocks > len(stored) or largest > total_elements(stored):
         raise DataError(f"{file}: asks for more than {WEIGHTS} holds; {_MEND}")
-    if document.fingerprint != fingerprint_of(document.shape, document.sha256):
-        raise DataError(f"{file}: its fingerprint is not of its shape and weights; {_MEND}")
     with init_empty_weights():
         codec = Codec(config)
     expected = codec.state_dict()
@@ -111,14 +95,18 @@ def load_codec(folder: str | Path) -> tuple[Codec, str]:
     )
     if missing := sorted(expected.keys() - found.keys()):
         raise DataError(f"{folder / WEIGHTS}: lacks {some(missing)}; {_MEND}")
-    check_digest(folder / WEIGHTS, document.sha256, _MEND)
     codec.load_state_dict(found, assign=True)
     codec.eval().requires_grad_(False)
+    if document.fingerprint != fingerprint_of(codec):
+        raise DataError(f"{folder}: its fingerprint is not of its shape and weights; {_MEND}")
     keep_codec(document.fingerprint, codec, document.facts)
     return codec, document.fingerprint
 
 
-def fingerprint_of(shape: Mapping[str, Any], digest: str) -> str:
-    """Of a codec's shape and of its weights' digest."""
-    text = json.dumps([shape, digest], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def fingerprint_of(codec: Codec) -> str:
+    """Of a codec's shape and of its weights, however they are stored."""
+    digest = hashlib.sha256(json.dumps(asdict(codec.config), sort_keys=True).encode())
+    for name, tensor in sorted(codec.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

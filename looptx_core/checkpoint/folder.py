@@ -27,7 +27,7 @@ from torch import Tensor
 import looptx_core
 from looptx_core.atomic import write_file, write_folder
 from looptx_core.checkpoint.card import model_card
-from looptx_core.checkpoint.codec_folder import copy_codec, load_codec
+from looptx_core.checkpoint.codec_folder import load_codec, write_codec
 from looptx_core.checkpoint.special_tokens import SpecialTokens
 from looptx_core.checkpoint.weights import check_size, load_weights, tensors_of
 from looptx_core.config.generation import ExitSettings
@@ -184,7 +184,7 @@ def write_model(
         save_torch_state_dict(weights, place, max_shard_size=max_shard_size)
         for name, content in files.items():
             if isinstance(content, Opened):
-                copy_codec(place / name, content.codec, content.facts)
+                write_codec(place / name, content.codec, content.facts)
                 continue
             text = content if isinstance(content, str) else to_json(content)
             (place / name).write_text(text, "utf-8")

@@ -28,7 +28,7 @@ RANGES = {
     **dict.fromkeys(("min_lr", "warmup", "deeper_share", "explore", "min_p"), "[0, 1]"),
     "top_p": "(0, 1]",
     "draw_steps": "[1, 1000]",
-    "draw_guidance": "[0, 100]",
+    **dict.fromkeys(("guidance", "draw_guidance"), "[0, 100]"),
     **dict.fromkeys(("beta2", "lora_dropout", "mask_patches"), "[0, 1)"),
     "val_fraction": "(0, 1)",
     "loss_prior": "(-100, 100)",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.generation import GenerationOptions
+from looptx_core.generation.guidance import Unprompted
 from looptx_core.generation.outputs import Output, open_item
 from looptx_core.generation.running_batch import StepOutput
 from looptx_core.generation.sampling import chances, sample
@@ -144,11 +145,15 @@ class Request:
     """The length at which it stops, in tokens, with the prompt."""
     ends: frozenset[int]
     """The tokens that end a text."""
+    prompt_tokens: int
+    """Tokens of its prompt."""
     known: int
     """Size of the tokenizer's vocabulary; the model's may be padded to a round number."""
     media: tuple[MediaItem, ...] = ()
     writers: Mapping[str, Writer] = field(default_factory=dict)
     """The writers of the media that the model writes."""
+    unprompted: Unprompted | None = None
+    """With guidance: what writes the same item after no prompt."""
     forced_tokens: Sequence[int] = ()
     """Tokens to take instead of drawing any."""
     likeliest: list[int] = field(default_factory=list)
@@ -180,6 +185,9 @@ class Request:
         """The logits of the tokens that may follow `seen`, text or the codes of an open item, and
         the ids that a penalty on repetitions looks at: codes may be repeated."""
         if item := open_item(self.writers, seen):
+            if self.unprompted is not None and len(seen) - len(item.written) == self.prompt_tokens:
+                without = at_least_float(self.unprompted.logits(item.written))
+                logits = without + self.options.guidance * (logits - without)
             return item.restrict(logits), torch.zeros(0, dtype=torch.long, device=logits.device)
         text = [token for token in seen if token < self.known]
         return logits[: self.known], torch.tensor(text, device=logits.device)
