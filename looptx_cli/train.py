@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,8 +24,7 @@ from looptx_cli.runs import (
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.resolve import Resolved, config_file, dotted, resolve
 from looptx_core.config.run import TrainConfig
-from looptx_core.errors import DataError, UsageError
-from looptx_core.media.registry import MEDIA
+from looptx_core.errors import UsageError
 
 if TYPE_CHECKING:
     from looptx_core.parallel.plan import Plan
@@ -95,7 +93,7 @@ def train(
         from looptx_core.data.records import media_named, read_records
         from looptx_core.data.resolve import resolve_data
         from looptx_core.data.shards import Manifest
-        from looptx_core.media.registry import media_for
+        from looptx_core.media.registry import MEDIA, media_for
         from looptx_core.training.run import check, fit_vocabulary, train
 
     inputs = (*settings.data, config_file(config), settings.deepspeed_config)
@@ -174,20 +172,9 @@ def _with_codec(model: ModelConfig, settings: TrainConfig) -> ModelConfig:
         if settings.direction == "write":
             raise UsageError("`direction` write needs a codec; give it by `codec`")
         return model
-    from looptx_core.checkpoint.codec_folder import load_codec
+    from looptx_core.checkpoint.codec_folder import with_codec
 
-    codec, fingerprint = load_codec(settings.codec)
-    if draw.codec not in ("", fingerprint):
-        raise DataError(
-            f"{settings.codec}: another codec than the one that this model was trained with, "
-            f"{draw.codec[:12]}; give that one"
-        )
-    shape = {"rows": codec.config.rows, "columns": codec.config.columns,
-             "levels": codec.config.levels}  # fmt: skip
-    layers = model.vision_layers or MEDIA["image"].enable(model).vision_layers
-    return replace(
-        model, vision_layers=layers, draw=replace(draw, codec=fingerprint, **shape)
-    )
+    return with_codec(model, settings.codec)
 
 
 # Layers large enough that DeepSpeed swaps them, for a few steps.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from looptx_core.atomic import write_folder
 from looptx_core.checkpoint.header import read_header, total_elements
 from looptx_core.checkpoint.weights import read_tensors, refuse_pickle
 from looptx_core.config.codec import CodecConfig
+from looptx_core.config.model import ModelConfig
 from looptx_core.documents import check_links, read_json, some, to_json
 from looptx_core.errors import DataError
 from looptx_core.media.codec.codec import Codec
 from looptx_core.media.codec.opened import keep_codec
+from looptx_core.media.registry import MEDIA
 from looptx_core.model.empty_weights import init_empty_weights
 from looptx_core.schema import typed
 
@@ -101,6 +103,29 @@ def load_codec(folder: str | Path) -> tuple[Codec, str]:
         raise DataError(f"{folder}: its fingerprint is not of its shape and weights; {_MEND}")
     keep_codec(document.fingerprint, codec, document.facts)
     return codec, document.fingerprint
+
+
+def with_codec(model: ModelConfig, folder: str | Path) -> ModelConfig:
+    """The configuration of a model that draws by the codec of a folder.
+
+    Raises `DataError` for a folder that can't be read, and for a model of another codec.
+    """
+    codec, fingerprint = load_codec(folder)
+    draw, shape = model.draw, codec.config
+    if draw.codec not in ("", fingerprint):
+        raise DataError(
+            f"{folder}: another codec than the one that this model was trained with, "
+            f"{draw.codec[:12]}; give that one"
+        )
+    if not model.vision_layers:
+        model = MEDIA["image"].enable(model)
+    size = {"rows": shape.rows, "columns": shape.columns, "levels": shape.levels}
+    return replace(model, draw=replace(draw, codec=fingerprint, **size))
+
+
+def read_facts(folder: str | Path) -> Mapping[str, Any]:
+    """What a codec's folder says of its training. Raises `DataError` for an unreadable one."""
+    return typed(_Document, read_json(Path(folder) / SHAPE), str(folder), mend=_MEND).facts
 
 
 def fingerprint_of(codec: Codec) -> str:

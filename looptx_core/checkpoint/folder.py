@@ -213,6 +213,8 @@ def load_model(
         model = LoopedTransformer(config)
     load_weights(model, folder, device=device, dtype=dtype)
     if config.draw.codec:
+        if not (folder / CODEC).is_dir():
+            raise DataError(f"{folder}: {CODEC}, by which it draws, is missing; {COPY_AGAIN}")
         _, found = load_codec(folder / CODEC)
         if found != config.draw.codec:
             raise DataError(

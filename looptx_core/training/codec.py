@@ -155,11 +155,9 @@ def train_codec(
             optimizer.step()
             averaged.update(step)
             value = float(loss.detach())
-            if not math.isfinite(value):
-                raise NotFinite(
-                    f"the loss is {value} at step {step + 1}; lower `lr` ({settings.lr:g})"
-                )
             done = step + 1
+            if not math.isfinite(value):
+                raise NotFinite(f"the loss is {value} at step {done}; lower `lr` ({settings.lr:g})")
             on_progress(done, settings.steps, value)
             if settings.max_minutes and time.monotonic() - began > 60 * settings.max_minutes:
                 break

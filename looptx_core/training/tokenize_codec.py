@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from looptx_core.errors import UsageError
 from looptx_core.machine.device import best_device
 from looptx_core.media.codec.codec import Codec
 from looptx_core.training.codec import CodecReport, judge_codec, train_codec
+from looptx_core.training.module import NotFinite
 
 Progress = Callable[[str, int, int, float | None], object]
 """(read or train, done, all, the loss)."""
@@ -51,5 +53,7 @@ def make_codec(
     seconds = time.monotonic() - began
     report = judge_codec(codec, held, settings.seed)
     report.steps, report.seconds = steps, seconds
+    if not all(map(math.isfinite, report.psnr.values())):
+        raise NotFinite(f"what the codec makes is not finite; lower `lr` ({settings.lr:g})")
     codec.cpu()
     return report, save_codec(folder, codec, {**asdict(report), "pictures": len(trained)})
