@@ -13,6 +13,7 @@ import typer
 
 from looptx_cli.console import note, shown, stdout
 from looptx_cli.conversation import Conversation
+from looptx_cli.drawing import check_target
 from looptx_cli.imports import large_imports
 from looptx_cli.model_options import (
     Adapter,
@@ -73,6 +74,9 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="A prompt is a turn of a chat, which the model answers.")
     ] = False,
+    draw: Annotated[
+        Path | None, typer.Option(help="Draw the prompt into this file, a PNG, JPEG or WebP.")
+    ] = None,
     timestamps: Annotated[
         bool,
         typer.Option(
@@ -100,6 +104,7 @@ def generate(
     looptx generate --audio hello.wav
     looptx generate --audio talk.mp3 --timestamps
     looptx generate --video wave.webp
+    looptx generate "cat face" --draw drawn.png --guidance 2
     looptx generate "Call me" --adapter runs/finetune-1
     looptx generate --chat "Who are you?" --adapter runs/finetune-1
     looptx generate "Call me" --json | jq .tokens[0]
@@ -117,11 +122,15 @@ def generate(
     files = given_media(image=image, audio=audio, video=video)
     if timestamps and (len(audio or ()) != 1 or len(files) > 1 or texts or chat or compare_loops):
         raise UsageError("--timestamps goes with one --audio and nothing else to read")
+    if draw is not None:
+        if len(texts) > 1 or timestamps or chat or compare_loops:
+            raise UsageError("--draw goes with one prompt, and neither a chat nor several depths")
+        check_target(draw)
     if files and len(texts) > 1:
         flag = f"--{next(iter(files))}"
         raise UsageError(f"{flag} goes with one prompt; give one, or none for a caption")
-    if files and not texts and not chat:
-        texts = [""]
+    if (files or draw) and not texts and not chat:
+        texts = [""] if files or sys.stdin.isatty() else []
     for text in texts:
         if has_half(str(text)):
             raise UsageError("a prompt is not UTF-8; convert it")
@@ -130,6 +139,8 @@ def generate(
         texts = [_from_stdin()]
 
     abilities = frozenset(MEDIA[name].ability for name in files)
+    if draw is not None:
+        abilities |= {MEDIA["image"].write_ability}
     with large_imports():
         loaded = load(
             model, adapter=adapter, attention=attention, precision=precision, kernel=kernel,
@@ -145,6 +156,9 @@ def generate(
         _transcribe(engine, files["audio"][0], options, as_json)
         return
     items = read_items(engine, files)
+    if draw is not None:
+        _draw(engine, str(texts[0]), items, options, draw, show_iterations, as_json, quiet)
+        return
     if chat:
         texts = [_message(str(text), items) for text in texts]
     elif items and not interactive:
@@ -180,6 +194,45 @@ def _transcribe(engine: Engine, file: Path, options: GenerationOptions, as_json:
         document = joined(segments).to_dict()
         document["segments"] = [segment.to_dict() for segment in segments]
         print_now(json.dumps({"schema_version": SCHEMA_VERSION, **document}) + "\n")
+
+
+def _draw(
+    engine: Engine,
+    text: str,
+    items: tuple[MediaItem, ...],
+    options: GenerationOptions,
+    file: Path,
+    iterations: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Draw a text into a file."""
+    from looptx_cli.drawing import check_room, drawn, map_lines, show_picture, write_map
+    from looptx_core.generation.engine import MediaPrompt
+
+    prompt = MediaPrompt(text, items, write="image")
+    length = check_room(engine, engine.length(prompt), options)
+    (result,) = engine.complete([prompt], replace(options, max_new_tokens=length))
+    picture, media = drawn(result, file)
+    config = engine.model.config
+    if iterations:
+        place = write_map(media, picture, config.draw.columns, config.max_loops)
+        note(f"loops and confidence: {place}", quiet)
+    if as_json:
+        document = {**result.to_dict(), "media": [media]}
+        print_now(json.dumps({"schema_version": SCHEMA_VERSION, **document}) + "\n")
+        return
+    show_picture(picture, file)
+    if iterations:
+        print_now("\n".join(map_lines(media, config.draw.columns)) + "\n")
+    note(
+        f"{length} codes, {result.mean_loops:.2f} loops a code of {config.max_loops}, drawn in "
+        f"{result.tokens[-1].seconds:.2f} s, {options.draw_steps} steps of diffusion in "
+        f"{media['elapsed']:.2f} s",
+        quiet,
+    )
+    if not iterations:
+        note("try next: --show-iterations, --guidance 2, or another --seed", quiet)
 
 
 def _with_items(text: str, items: tuple[MediaItem, ...]) -> Prompt:

@@ -20,7 +20,7 @@ _MOST_USED = {
     "max_loops",
     "evaluate": "model tasks loops limit out include_path",
     "convert": "model out from_gguf from_hf core to_bitnet to_hf dtype adapter data",
-    "tokenize": "data out vocab_size tokenizer text_key",
+    "tokenize": "data out vocab_size tokenizer text_key codec",
     "doctor": "build path",
     "compare": "out format",
 }
@@ -30,7 +30,7 @@ _PANELS = {
     "Data": """
         seq_len batch_size micro_batch workers augment skip_bad document_mask mix mask_patches
         val_fraction val_batches train_on_prompt too_long prompts_file data text_key columns seed
-        audio video timestamps limit include_path tasks
+        audio video timestamps limit include_path tasks codec direction draw
     """,
     "Model and depth": """
         model loop_schedule loops min_loops max_loops mean_loops deeper_by loss_threshold
@@ -42,7 +42,8 @@ _PANELS = {
         target_modules
     """,
     "Sampling": """
-        max_new_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos
+        max_new_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos guidance
+        draw_steps draw_guidance
     """,
     "Optimiser": """
         steps epochs finetune_steps direct max_minutes lr lr_schedule min_lr warmup lr_decay

@@ -151,21 +151,24 @@ def train(
             model_config = medium.enable(model_config)
             what = f"{medium.plural}: {medium.describe(model_config)}"
             note(f"{what}; {medium.size_key} sets it", quiet)
+    model_config = _with_codec(model_config, settings)
+    text_vocabulary = model_config.draw.first_code or model_config.vocab_size
     if texts:
-        shards = resolve_data(texts, model_config.vocab_size, tokenizer)
+        shards = resolve_data(texts, text_vocabulary, tokenizer)
     else:
         note("text: the bundled one, Moby Dick, and generated lines that need depth", quiet)
-        shards = bundled_shards(model_config.vocab_size, tokenizer)
+        shards = bundled_shards(text_vocabulary, tokenizer)
 
     manifest = Manifest.read(shards)
     origin = {"data": manifest.fingerprint, "tokenizer": manifest.tokenizer}
+    vocabulary = manifest.vocab_size
     if source is not None:
         origin["model"] = fingerprint(source.folder)
         note(f"init: {source.name}, learning rate {settings.lr:g}", quiet)
-    else:
-        model_config = fit_vocabulary(
-            model_config, manifest.vocab_size, resolved.given("model.vocab_size")
-        )
+        vocabulary = source.config.vocab_size - source.config.draw.codes
+    model_config = fit_vocabulary(
+        model_config, vocabulary, resolved.given("model.vocab_size") and source is None
+    )
     shape = dotted(model_config.to_dict(), "model")
     if records:
         origin["media data"] = read_records(records, settings.skip_bad).fingerprint
@@ -200,6 +203,8 @@ def train(
         note(f"pack it: looptx convert --to-bitnet --model {folder}", quiet)
     for name in used:
         note(f"try next: looptx generate --{name} FILE --model {folder} --show-iterations", quiet)
+    if settings.codec:
+        note(f'try next: looptx generate "cat face" --draw drawn.png --model {folder}', quiet)
     note(f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet)
 
 
@@ -251,6 +256,20 @@ def _time_new_model(model: ModelConfig, settings: TrainConfig, quiet: bool) -> f
     with large_imports():
         from looptx_core.training.trial import time_new_model
     return time_new_model(model, settings)
+
+
+def _with_codec(model: ModelConfig, settings: TrainConfig) -> ModelConfig:
+    """The model's configuration with what its codec says."""
+    draw = model.draw
+    if settings.codec is None:
+        if draw.codec:
+            raise UsageError("this model draws; give its codec by `codec`")
+        if settings.direction == "write":
+            raise UsageError("`direction` write needs a codec; give it by `codec`")
+        return model
+    from looptx_core.checkpoint.codec_folder import with_codec
+
+    return with_codec(model, settings.codec)
 
 
 # Layers large enough that DeepSpeed swaps them, for a few steps.

@@ -34,8 +34,8 @@ OPTIONS = {
         --adapter --config --overwrite --json --quiet
     """,
     "tokenize": """
-        --data --out --vocab-size --tokenizer --val-fraction --text-key --seed --config --overwrite
-        --json --quiet
+        --data --out --vocab-size --tokenizer --val-fraction --text-key --seed --codec --steps
+        --max-minutes --batch-size --lr --set --config --overwrite --json --quiet
     """,
     "finetune": """
         --data --out --seed --steps --epochs --max-minutes --seq-len --batch-size --micro-batch
@@ -54,9 +54,10 @@ OPTIONS = {
     "generate": """
         --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
         --kv-policy --kv-type --speculate --draft-loops --temperature --top-k --top-p --min-p
-        --repetition-penalty --seed --stop --ignore-eos --no-ignore-eos --prompts-file --prompt-file
-        --model --adapter --image --audio --video --chat --timestamps --show-iterations
-        --compare-loops --attention --precision --kernel --config --json --quiet
+        --repetition-penalty --seed --stop --guidance --draw-steps --draw-guidance --ignore-eos
+        --no-ignore-eos --prompts-file --prompt-file --model --adapter --image --audio --video
+        --chat --draw --timestamps --show-iterations --compare-loops --attention --precision
+        --kernel --config --json --quiet
     """,
     "convert": """
         --model --from-hf --from-gguf --core --max-loops --out --to-bitnet --no-to-bitnet --direct
@@ -70,8 +71,9 @@ OPTIONS = {
     "chat": """
         --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
         --kv-policy --kv-type --speculate --draft-loops --temperature --top-k --top-p --min-p
-        --repetition-penalty --seed --stop --ignore-eos --no-ignore-eos --model --adapter --image
-        --audio --video --system --show-iterations --attention --precision --kernel --config --quiet
+        --repetition-penalty --seed --stop --guidance --draw-steps --draw-guidance --ignore-eos
+        --no-ignore-eos --model --adapter --image --audio --video --system --show-iterations
+        --attention --precision --kernel --config --quiet
     """,
     "compare": """
         --format --out --overwrite --json --quiet
@@ -88,8 +90,8 @@ OPTIONS = {
         --no-grad-checkpointing --devices --nodes --strategy --zero3 --no-zero3 --offload
         --nvme-path --deepspeed-config --save-every --keep --keep-best --no-keep-best --val-every
         --val-batches --log-every --profile --preset --init --document-mask --no-document-mask --mix
-        --mask-patches --bitnet --no-bitnet --set --config --memory --resume --overwrite --dry-run
-        --force --json --quiet
+        --codec --direction --mask-patches --bitnet --no-bitnet --set --config --memory --resume
+        --overwrite --dry-run --force --json --quiet
     """,
 }
 

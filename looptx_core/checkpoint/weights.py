@@ -46,7 +46,7 @@ def load_weights(
     expected = tensors_of(model, None)
     found: dict[str, Tensor] = {}
     for file in weight_files(folder):
-        found |= _read_tensors(file, expected, torch.device(device), dtype, rename)
+        found |= read_tensors(file, expected, torch.device(device), dtype, rename)
     # What is there already, and not on the meta device, may be absent from the folder.
     missing = sorted(name for name in expected.keys() - found.keys() if expected[name].is_meta)
     if missing:
@@ -167,7 +167,7 @@ def tensors_of(model: LoopedTransformer, dtype: torch.dtype | None) -> dict[str,
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
 
-def _read_tensors(
+def read_tensors(
     file: Path,
     expected: Mapping[str, Tensor],
     device: torch.device,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from looptx_core.config.media import AudioConfig, VideoConfig
+from looptx_core.config.media import AudioConfig, DrawConfig, VideoConfig
 from looptx_core.errors import UsageError
 from looptx_core.schema import typed
 
@@ -29,8 +29,8 @@ _MOST = {
 _MEMORY_KEYS = (
     "memory", "memory_window", "memory_block", "memory_per_loop", "infini_delta",
 )  # fmt: skip
-SECTIONS: dict[str, type] = {"audio": AudioConfig, "video": VideoConfig}
-"""The media whose settings are a section, by its key."""
+SECTIONS: dict[str, type] = {"audio": AudioConfig, "video": VideoConfig, "draw": DrawConfig}
+"""What a model reads and writes beside text and pictures, by the key of its section."""
 
 
 STORED_AS = {
@@ -131,6 +131,8 @@ class ModelConfig:
     """How the model hears."""
     video: VideoConfig = field(default_factory=VideoConfig)
     """How the model watches."""
+    draw: DrawConfig = field(default_factory=DrawConfig)
+    """How the model draws."""
     media: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     """Settings of further media by name; each has a folder in `looptx_core.media`."""
 
@@ -203,6 +205,16 @@ class ModelConfig:
             or (self.vision_layers > 0 and self.video.token < self.vocab_size),
             "video.frames needs the encoder of pictures, vision_layers, and video.token a token "
             f"of {self.vocab_size}",
+        )
+        draw = self.draw
+        need(
+            not draw.codec or (self.vision_layers > 0 and draw.token < self.vocab_size),
+            "draw needs the encoder of pictures, vision_layers, and draw.token a token of "
+            f"{self.vocab_size}",
+        )
+        need(
+            not draw.first_code or draw.first_code + draw.codes <= self.vocab_size,
+            f"{draw.codes} codes from {draw.first_code} on are no tokens of {self.vocab_size}",
         )
         need(
             isinstance(self.media, Mapping)

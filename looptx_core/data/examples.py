@@ -32,6 +32,9 @@ from looptx_core.media.base import Grid
 from looptx_core.media.batch import MediaItem, batch_items, to_entries
 from looptx_core.media.registry import MEDIA, media_for, writers
 
+CODES_COUNT = 20
+"""What all codes of a record count together as targets, in words."""
+
 
 @dataclass
 class Examples:
@@ -171,10 +174,12 @@ class _Encoder:
             ids, counted = encode_turns(zip(roles, turns), self.tokenizer)
         elif self.record.form == "prompt":
             before, after = turns
-            if self.files or not before:
+            if self.record.files or not before:
                 before = [end, *before]  # as generation begins
             ids = [*before, *after, end]
             counted = [False] * len(before) + [True] * (len(after) + 1)
+            if isinstance(self.record.turns[1].content[0], MediaFile):
+                counted[len(before)] = False  # who asks for a picture opens it
         else:
             ids = [end, *turns[0], end]
             # The end before a text is the end of another text; an item has none before it.
@@ -267,7 +272,10 @@ class PackedExamples(Dataset[dict[str, Tensor]]):
         self.examples, self.seq_len, self.padding = examples, seq_len, padding
         self.config, self.seed, self.augment = config, seed, augment
         self.rows = pack([self._room(example) for example in examples], seq_len + 1)
-        counted = sum(int(example.counted[1:].sum()) for example in examples)
+        self._codes = [
+            (w.first_code, w.codes) for w in (writers(config).values() if config else ())
+        ]
+        counted = float(sum(self.targets(example)[1:].sum() for example in examples))
         self._weight = seq_len * len(self.rows) / max(1, counted)
         """Of a target that counts: 1 in the mean over all targets, padding included."""
 
@@ -296,6 +304,18 @@ class PackedExamples(Dataset[dict[str, Tensor]]):
                 items += read
             texts.append((number, example))
         return self.sequence(index, texts) | to_entries(batch_items(items))
+
+    def targets(self, example: Example) -> np.ndarray:
+        """How much each token counts as a target, (tokens,) float32: 1, or 0 where it does not.
+
+        A picture has more codes than its text has words, so that all of them together count what
+        `CODES_COUNT` words do.
+        """
+        found = example.counted.astype(np.float32)
+        for first, codes in self._codes:
+            is_code = example.counted & (example.ids >= first) & (example.ids < first + codes)
+            found[is_code] = min(1.0, CODES_COUNT / max(1, int(is_code.sum())))
+        return found
 
     def _room(self, example: Example) -> int:
         """The tokens that it may take once its items are changed for training."""
@@ -338,7 +358,7 @@ class PackedExamples(Dataset[dict[str, Tensor]]):
             place = slice(start, start + len(example.ids))
             tokens[place] = torch.from_numpy(example.ids.astype(np.int64))
             documents[place] = number
-            counted[place] = torch.from_numpy(example.counted.astype(np.float32))
+            counted[place] = torch.from_numpy(self.targets(example))
             counted[start] = 0
             start = place.stop
         return {

@@ -26,6 +26,7 @@ from looptx_core.data.chat import ChatTemplate, chat_prompt
 from looptx_core.data.content import content_ids
 from looptx_core.data.tokenizer import check_ids, end_id, opening_ids, vocabulary_size
 from looptx_core.errors import UsageError
+from looptx_core.generation.guidance import Unprompted
 from looptx_core.generation.request import (
     ChatPrompt,
     Generation,
@@ -338,11 +339,18 @@ class Engine:
                 "take back what they remember; leave out `speculate`"
             )
         limit = len(tokens) + options.max_new_tokens
+        prompt_exit = fixed_exit(options.prompt_loops or own.max_loops, own.settings)
+        unprompted = None
+        if options.guidance != 1 and isinstance(prompt, MediaPrompt) and prompt.write is not None:
+            start = [self.end, self._writer(prompt.write).opens]
+            unprompted = Unprompted.of(self.backend, start, options, own, prompt_exit)
         return Request(
             index=index,
             options=options,
             exit=own,
-            prompt_exit=fixed_exit(options.prompt_loops or own.max_loops, own.settings),
+            prompt_exit=prompt_exit,
+            unprompted=unprompted,
+            prompt_tokens=len(tokens),
             # An answer in a chat does not continue the prompt's text.
             text=TextStream(
                 self.tokenizer, options.stop, () if isinstance(prompt, ChatPrompt) else tokens

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.generation import GenerationOptions
+from looptx_core.generation.guidance import Unprompted
 from looptx_core.generation.outputs import Output, open_item
 from looptx_core.generation.running_batch import StepOutput
 from looptx_core.generation.sampling import chances, sample
@@ -98,6 +99,26 @@ class Generation:
         return [step.output for step in self.tokens if step.output is not None]
 
     @property
+    def media(self) -> list[dict[str, Any]]:
+        """The items of media that were written, each with its codes' loops and confidence."""
+        found = []
+        for place, step in enumerate(self.tokens):
+            if (output := step.output) is not None:
+                own = self.tokens[place + 1 - len(output.ids) : place + 1]
+                found.append(
+                    {
+                        "kind": output.medium,
+                        "file": None,
+                        "codes": list(output.ids),
+                        "loops": [token.loops for token in own],
+                        "confidence": [token.confidence for token in own],
+                        "seconds": None,
+                        "elapsed": output.elapsed,
+                    }
+                )
+        return found
+
+    @property
     def tokens_per_second(self) -> float:
         """Of this request, counting the time of its prompt too."""
         return len(self.tokens) / self.tokens[-1].seconds
@@ -132,11 +153,15 @@ class Request:
     """The length at which it stops, in tokens, with the prompt."""
     ends: frozenset[int]
     """The tokens that end a text."""
+    prompt_tokens: int
+    """Tokens of its prompt."""
     known: int
     """Size of the tokenizer's vocabulary; the model's may be padded to a round number."""
     media: tuple[MediaItem, ...] = ()
     writers: Mapping[str, Writer] = field(default_factory=dict)
     """The writers of the media that the model writes."""
+    unprompted: Unprompted | None = None
+    """With guidance: what writes the same item after no prompt."""
     forced_tokens: Sequence[int] = ()
     """Tokens to take instead of drawing any."""
     likeliest: list[int] = field(default_factory=list)
@@ -153,21 +178,27 @@ class Request:
         greedy = self.options.temperature == 0 and self.options.repetition_penalty == 1.0
         if greedy and not open_item(self.writers, self.seen):
             return best
-        seen = torch.tensor(self.seen, device=logits.device)
-        return sample(self._possible(logits, self.seen), self.options, seen, self.generator)
+        possible, seen = self._possible(logits, self.seen)
+        return sample(possible, self.options, seen, self.generator)
 
     def chances(self, logits: Tensor, seen: Sequence[int]) -> Tensor:
         """Each token's probability to be drawn after `seen`, from logits (vocab_size,).
 
         (known,), or (vocab_size,) within an item of a medium.
         """
-        so_far = torch.tensor(seen, device=logits.device)
-        return chances(self._possible(logits, seen), self.options, so_far)
+        possible, so_far = self._possible(logits, seen)
+        return chances(possible, self.options, so_far)
 
-    def _possible(self, logits: Tensor, seen: Sequence[int]) -> Tensor:
-        """The logits of the tokens that may follow `seen`: text, or the codes of an open item."""
-        item = open_item(self.writers, seen)
-        return item.restrict(logits) if item else logits[: self.known]
+    def _possible(self, logits: Tensor, seen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The logits of the tokens that may follow `seen`, text or the codes of an open item, and
+        the ids that a penalty on repetitions looks at: codes may be repeated."""
+        if item := open_item(self.writers, seen):
+            if self.unprompted is not None and len(seen) - len(item.written) == self.prompt_tokens:
+                without = at_least_float(self.unprompted.logits(item.written))
+                logits = without + self.options.guidance * (logits - without)
+            return item.restrict(logits), torch.zeros(0, dtype=torch.long, device=logits.device)
+        text = [token for token in seen if token < self.known]
+        return logits[: self.known], torch.tensor(text, device=logits.device)
 
     def take(self, token: int) -> tuple[str, Output | None, str | None]:
         """Append a token: returns its text, the item that it finishes, and the finish reason.
@@ -187,7 +218,7 @@ class Request:
             text += self.text.finish()
         reason = "stop" if self.text.stopped else reason
         self.done = reason is not None
-        return text, item and item.finish(token), reason
+        return text, item and item.finish(token, self.options), reason
 
 
 def next_tokens(requests: Sequence[Request], output: StepOutput) -> list[Step]:

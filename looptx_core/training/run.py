@@ -119,7 +119,7 @@ def train(
         read = read_records(records, config.skip_bad)
         batches = MixedData(
             data, read, model_config, mix=config.weights, skip_bad=config.skip_bad,
-            augment=config.augment, **batching,
+            augment=config.augment, direction=config.direction, **batching,
         )  # fmt: skip
         left_out = f", {read.skipped} left out" if config.skip_bad else ""
         what = ", ".join(medium.plural for medium in read.media)
@@ -133,12 +133,15 @@ def train(
     model = LoopedTransformer(model_config)
     if init is not None:
         take_weights(model, init.model)
+    if init is None or not init.config.draw.codes:
+        model.share_code_rows()
     module, steps = fit(
         model, batches, config, folder=folder, advice=resuming("train", folder), resume=resume,
         until=until, callbacks=callbacks, report=report, watch=watch,
     )  # fmt: skip
     if not is_first():
         return None
+    module.model.fold_code_rows()
     return finish_training(
         module.model, module, batches, config, data, records, folder, steps, started, init
     )
@@ -151,6 +154,9 @@ def take_weights(model: LoopedTransformer, source: LoopedTransformer) -> None:
     """
     own = {name: value.shape for name, value in model.state_dict().items()}
     given = source.state_dict()
+    for name in ("embedding.weight", "head.weight"):  # codes follow the rows of the text
+        if len(given[name]) < own[name][0] and model.config.draw.codes:
+            given[name] = torch.cat([given[name], model.state_dict()[name][len(given[name]) :]])
     strange = [name for name, value in given.items() if own.get(name) != value.shape]
     new = own.keys() - given.keys()
     encoders = tuple(f"{name}." for name, part in model.named_modules()

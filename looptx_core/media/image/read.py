@@ -199,6 +199,11 @@ def _grid(image: Image.Image, config: ModelConfig) -> tuple[int, int]:
     return grid_of(height, width, config.patch_size, config.max_patches)
 
 
+def upright(image: Image.Image, where: str | None) -> Image.Image:
+    """An opened picture, turned as its header says, on white."""
+    return _flat(_colours(ImageOps.exif_transpose(image), where or "the picture"), WHITE)
+
+
 def opaque(image: Image.Image, size: tuple[int, int], name: str) -> Image.Image:
     """A picture on white, in red, green and blue, at this width and height."""
     return _flat(_colours(image, name), WHITE).resize(size, Image.Resampling.BICUBIC)
