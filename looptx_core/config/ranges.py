@@ -11,20 +11,22 @@ _AT_LEAST_1 = (
     *("steps", "seq_len", "batch_size", "micro_batch", "devices", "nodes", "save_every", "keep"),
     *("val_every", "val_batches", "log_every", "loops", "max_loops", "lora_rank", "vocab_size"),
     *("max_new_tokens", "min_loops", "prompt_loops", "shard_tokens", "limit"),
+    *("max_batch", "max_context"),
 )
 RANGES = {
     **dict.fromkeys(_AT_LEAST_1, "[1, inf)"),
     **dict.fromkeys(
         (
             *("workers", "decode_tokens", "weight_decay", "clip", "temperature", "top_k"),
-            "speculate",
+            *("speculate", "max_queue", "drain_seconds"),
         ),
         "[0, inf)",
     ),
     **dict.fromkeys(
         ("lr", "max_minutes", "mean_loops", "lora_alpha", "repetition_penalty"), "(0, inf)"
     ),
-    "finetune_steps": "(0, inf)",
+    **dict.fromkeys(("finetune_steps", "request_timeout"), "(0, inf)"),
+    "port": "[0, 65535]",
     **dict.fromkeys(("min_lr", "warmup", "deeper_share", "explore", "min_p"), "[0, 1]"),
     "top_p": "(0, 1]",
     **dict.fromkeys(("beta2", "lora_dropout", "mask_patches"), "[0, 1)"),

@@ -23,6 +23,7 @@ class Image(FolderMedium):
 
     name, noun, plural = "image", "picture", "pictures"
     marker, ability = "<|image|>", "vision"
+    part = "image_url"
     suffixes = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
     grid_names = ("rows", "columns")
     axes = 2
