@@ -7,9 +7,6 @@ import base64
 import json
 
 import pytest
-
-pytest.importorskip("fastapi")
-
 from serving_cases import CONFIG, client_of, service_of, small_engine, until
 
 from looptx_core.config.generation import GenerationOptions
