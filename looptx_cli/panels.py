@@ -19,6 +19,7 @@ _MOST_USED = {
     "inspect-loops": "model data out prompt text image audio calibrate target_loss_increase "
     "max_loops",
     "evaluate": "model tasks loops limit out include_path",
+    "serve": "model adapter host port api_key max_batch max_context precision",
     "convert": "model out from_gguf from_hf core to_bitnet to_hf dtype adapter data",
     "tokenize": "data out vocab_size tokenizer text_key codec",
     "doctor": "build path",
@@ -53,6 +54,9 @@ _PANELS = {
     "Hardware": """
         precision attention kernel compile grad_checkpointing devices nodes strategy zero3 offload
         nvme_path deepspeed_config
+    """,
+    "Server": """
+        host port api_key max_batch max_queue max_context request_timeout drain_seconds
     """,
     "Checkpoints": "save_every keep keep_best val_every shard_size",
     OUTPUT: "config overwrite dry_run force log_every profile json as_json quiet help",

@@ -75,6 +75,10 @@ OPTIONS = {
         --no-ignore-eos --model --adapter --image --audio --video --system --show-iterations
         --attention --precision --kernel --config --quiet
     """,
+    "serve": """
+        --host --port --api-key --max-batch --max-queue --max-context --request-timeout
+        --drain-seconds --model --adapter --attention --precision --kernel --config --quiet
+    """,
     "compare": """
         --format --out --overwrite --json --quiet
     """,

@@ -14,7 +14,6 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -29,17 +28,18 @@ from looptx_core.errors import UsageError
 from looptx_core.generation.guidance import Unprompted
 from looptx_core.generation.request import (
     ChatPrompt,
+    ForcedScores,
     Generation,
     MediaPrompt,
     Prompt,
     Request,
     Step,
+    TextScores,
     TokenPrompt,
 )
 from looptx_core.generation.running_batch import RunningBatch, WorkCounters
 from looptx_core.generation.sampling import check
-from looptx_core.generation.scheduler import serve
-from looptx_core.generation.speculative import speculate
+from looptx_core.generation.scheduler import Scheduler, serve
 from looptx_core.generation.text import TextStream
 from looptx_core.media.base import Writer
 from looptx_core.media.registry import MEDIA, writers
@@ -52,32 +52,6 @@ from looptx_core.stopping.rule import fixed_exit
 _CAPACITY_STEP = 256
 
 __all__ = ["ChatPrompt", "Engine", "ForcedScores", "Generation", "MediaPrompt", "Prompt", "Step"]
-
-
-class ForcedScores(NamedTuple):
-    """Given texts of one length, scored as if they were being generated."""
-
-    loss: Tensor
-    """Nats, (batch, tokens after the prompt)."""
-    hit: Tensor
-    """1 where the most likely token is the text's, else 0, of the same shape."""
-    loops: Tensor
-    """Loops that ran to predict each token, of the same shape."""
-    seconds: float
-    """Time without the prompt's pass."""
-    bytes_per_token: int
-    """Size of the cache for one row."""
-
-
-class TextScores(NamedTuple):
-    """One text's tokens after its prompt, scored as if they were being generated."""
-
-    logprobs: list[float]
-    """Nats."""
-    hits: list[bool]
-    """Whether the most likely token is the text's."""
-    loops: list[int]
-    """Loops that ran to predict each token."""
 
 
 class Engine:
@@ -144,7 +118,7 @@ class Engine:
         model's context.
         """
         each = _for_each(prompts, options)
-        return self._generate([self._request(i, *pair) for i, pair in enumerate(each)])
+        return self._generate([self.request(i, *pair) for i, pair in enumerate(each)])
 
     def complete(
         self,
@@ -214,7 +188,7 @@ class Engine:
             own = replace(
                 options, max_new_tokens=len(text) - prompt, ignore_eos=True, stop=(), speculate=0
             )
-            requests.append(self._request(index, list(text[:prompt]), own))
+            requests.append(self.request(index, list(text[:prompt]), own))
             requests[-1].forced_tokens = text[prompt:]
         steps: list[list[Step]] = [[] for _ in requests]
         # Prompts of one length share a pass.
@@ -230,6 +204,20 @@ class Engine:
             )
             found.append((scores, [step.seconds for step in own_steps]))
         return found, batch.cache.bytes_per_token
+
+    @contextlib.contextmanager
+    def lasting(self, rows: int, context: int) -> Iterator[Scheduler]:
+        """A scheduler that requests may join at any time, with the model's own cache.
+
+        rows: requests that run at once. context: tokens of each, its prompt included. To be entered
+        and used in one thread, in torch's inference mode.
+        """
+        own = self.exit_settings
+        cache = self.model.new_cache(
+            rows, context, self.model.config.max_loops, own.kv_policy, own.kv_type
+        )
+        with _evaluation_mode(self.model):
+            yield Scheduler(RunningBatch(self.backend, cache, self.counters))
 
     @contextlib.contextmanager
     def _batch(self, requests: Sequence[Request], rows: int) -> Iterator[RunningBatch]:
@@ -322,7 +310,12 @@ class Engine:
             )
         return self.writers[name]
 
-    def _request(self, index: int, prompt: Prompt, options: GenerationOptions) -> Request:
+    def request(self, index: int, prompt: Prompt, options: GenerationOptions) -> Request:
+        """A request for a `Scheduler`. Its steps bear the index.
+
+        Raises `UsageError` for settings out of range and for a prompt that fills the context,
+        `DataError` for token ids that the model does not have.
+        """
         check(options)
         config, tokens = self.model.config, self._encode(prompt)
         check_ids(tokens, config.vocab_size, f"prompt {index + 1}")
@@ -369,9 +362,10 @@ class Engine:
         def kind(request: Request) -> tuple[str, str]:
             return request.exit.settings.kv_policy, request.exit.settings.kv_type
 
+        # One by one, so that each has a cache of one row, which CUDA graphs need.
         for request in [request for request in requests if request.options.speculate]:
             with self._batch([request], 1) as batch:
-                yield from speculate(batch, request)
+                yield from serve(batch, [request])
         requests = [request for request in requests if not request.options.speculate]
 
         # A cache has one policy and number type; requests with others run in batches of their own.

@@ -106,6 +106,8 @@ class Medium:
     """What a model that reads it is said to have; see `checkpoint.registry.abilities`."""
     write_ability: str = ""
     """What a model that writes it is said to have."""
+    part: str = ""
+    """The type of a part of a chat message that holds an item, as OpenAI's API names it."""
     write_key: str | None = None
     """The key of a record's part that the model learns to write, where it can."""
     grid_names: tuple[str, ...] = ("length",)

@@ -24,6 +24,7 @@ class Image(FolderMedium):
     name, noun, plural = "image", "picture", "pictures"
     marker, ability = "<|image|>", "vision"
     write_key, write_ability = "draw", "drawing"
+    part = "image_url"
     suffixes = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
     grid_names = ("rows", "columns")
     axes = 2
