@@ -13,11 +13,15 @@ import pytest
 import torch
 from audio_cases import SHAPE
 from PIL import Image
+from tokenizers import Tokenizer
 
 from looptx_cli.main import main
+from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.media import AudioConfig, VideoConfig
 from looptx_core.config.model import ModelConfig
 from looptx_core.errors import DataError, MissingError, UsageError
+from looptx_core.generation.engine import Engine, MediaPrompt
+from looptx_core.generation.watch import Watch
 from looptx_core.media.batch import MediaItem, batch_items, lay_out
 from looptx_core.media.image.read import read_picture
 from looptx_core.media.registry import MEDIA
@@ -113,7 +117,7 @@ def test_bad_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             VIDEO.read(content, WATCHING)
     with pytest.raises(DataError, match="no such clip"):
         VIDEO.read(tmp_path / "none.webp", WATCHING)
-    monkeypatch.setattr("looptx_core.media.video.read.MOST_FRAMES", 2)
+    monkeypatch.setattr("looptx_core.media.video.frames.MOST_FRAMES", 2)
     with pytest.raises(DataError, match="over 2 frames"):
         VIDEO.read(clip([1, 60, 120]), WATCHING)
     with pytest.raises(UsageError, match=r"video\.frames needs the encoder of pictures"):
@@ -144,6 +148,37 @@ def test_a_clip_in_pieces_has_the_states_of_the_whole() -> None:
     feed([22])
     assert torch.allclose(torch.cat(states, 1), whole.state, atol=1e-9)
     assert torch.allclose(torch.cat(logits, 1), whole.logits, atol=1e-9)
+
+
+def test_frames_that_come_one_by_one_are_the_clip(tokenizer: Tokenizer) -> None:
+    """An answer at any time is that to the clip so far, and leaves no trace."""
+    engine = Engine(model_of().float(), tokenizer, kernel="torch")
+    frames = np.random.default_rng(3).integers(0, 256, (9, 8, 8, 3)).astype(np.uint8)
+    greedy = {"temperature": 0.0, "max_new_tokens": 3, "ignore_eos": True}
+
+    def whole(some: Any) -> list[tuple[int, float]]:
+        item = tubelets(some, 0.16, WATCHING)
+        found = engine.complete([MediaPrompt("a", (item,))], GenerationOptions(**greedy))[0]
+        return [(step.id, round(step.logprob, 4)) for step in found.tokens]
+
+    watch = Watch(engine)
+    with pytest.raises(UsageError, match="no frame came yet"):
+        watch.ask()
+    for number, frame in enumerate(frames):
+        watch.feed(frame, number * 0.08)
+        if number in (0, 4, 5, 8):
+            # Four steps fit; the fifth makes the older half of those before it be forgotten.
+            first = 4 if number == 8 else 0
+            for _ in range(2):
+                answer = watch.ask("a", **greedy)
+                told = [(step.id, round(step.logprob, 4)) for step in answer.tokens]
+                assert told == whole(frames[first : number + 1]), number
+    with pytest.raises(UsageError, match="feed them in order"):
+        watch.feed(frames[0], 0.1)
+    late = Watch(engine, 12.5)
+    late.feed(frames[0], 0)
+    late.feed(frames[1], 3600.0)  # a still hour is no work
+    assert engine.counters.prompt < 3000 and late.ask("a", **greedy).tokens
 
 
 def test_time_is_80_ms_in_sound_and_in_clips() -> None:

@@ -123,7 +123,7 @@ class Engine:
         self.chat_template = chat_template
         self.ends, self.opening = tuple(ends), opening_ids(tokenizer)
         self.writers = writers(model.config)
-        with _evaluation_mode(model):  # a back end may copy the model
+        with evaluation_mode(model):  # a back end may copy the model
             self.backend, self.kernel = select_backend(model, kernel, precision)
         self.counters = WorkCounters()
         self._spare: LoopCache | None = None
@@ -140,7 +140,7 @@ class Engine:
         model's context.
         """
         each = _for_each(prompts, options)
-        return self._generate([self._request(i, *pair) for i, pair in enumerate(each)])
+        return self._generate([self.request(i, *pair) for i, pair in enumerate(each)])
 
     def complete(
         self,
@@ -155,17 +155,23 @@ class Engine:
             if watch:
                 watch(step)
         return [
-            Generation(
-                prompt=self.text_of(prompt),
-                text="".join(step.text for step in steps),
-                tokens=steps,
-                prompt_tokens=self.length(prompt),
-                finish_reason=steps[-1].finish_reason or "length",
-                exit=resolve_exit(self.exit_settings, option, self.model.config),
-                model=self.name,
-            )
+            self.generation(self.text_of(prompt), self.length(prompt), option, steps)
             for (prompt, option), steps in zip(_for_each(prompts, options), tokens)
         ]
+
+    def generation(
+        self, prompt: str, length: int, options: GenerationOptions, steps: list[Step]
+    ) -> Generation:
+        """A finished request of its tokens. length: the prompt's, in tokens."""
+        return Generation(
+            prompt=prompt,
+            text="".join(step.text for step in steps),
+            tokens=steps,
+            prompt_tokens=length,
+            finish_reason=steps[-1].finish_reason or "length",
+            exit=resolve_exit(self.exit_settings, options, self.model.config),
+            model=self.name,
+        )
 
     @torch.inference_mode()
     def score_texts(
@@ -210,7 +216,7 @@ class Engine:
             own = replace(
                 options, max_new_tokens=len(text) - prompt, ignore_eos=True, stop=(), speculate=0
             )
-            requests.append(self._request(index, list(text[:prompt]), own))
+            requests.append(self.request(index, list(text[:prompt]), own))
             requests[-1].forced_tokens = text[prompt:]
         steps: list[list[Step]] = [[] for _ in requests]
         # Prompts of one length share a pass.
@@ -234,7 +240,7 @@ class Engine:
         loops = max(max(r.exit.max_loops, r.prompt_exit.max_loops) for r in requests)
         cache = self._cache(requests[0].exit.settings, rows, needed, loops)
         try:
-            with _evaluation_mode(self.model):
+            with evaluation_mode(self.model):
                 yield RunningBatch(self.backend, cache, self.counters)
         finally:
             if self.backend.reuses_cache and rows == 1:
@@ -271,7 +277,7 @@ class Engine:
 
     def length(self, prompt: Prompt) -> int:
         """The number of tokens of a prompt."""
-        return len(self._encode(prompt))
+        return len(self.encode(prompt))
 
     def text_of(self, prompt: Prompt) -> str:
         """The text of a prompt, to show before its continuation; a chat's last message."""
@@ -281,7 +287,8 @@ class Engine:
             return prompt.text
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(list(prompt))
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt, with the placeholders of its items."""
         if isinstance(prompt, MediaPrompt | ChatPrompt):
             return self._encode_media(prompt)
         if isinstance(prompt, str):
@@ -312,9 +319,10 @@ class Engine:
             )
         return self.writers[name]
 
-    def _request(self, index: int, prompt: Prompt, options: GenerationOptions) -> Request:
+    def request(self, index: int, prompt: Prompt, options: GenerationOptions) -> Request:
+        """A prompt and its settings, checked; number `index` of its batch."""
         check(options)
-        config, tokens = self.model.config, self._encode(prompt)
+        config, tokens = self.model.config, self.encode(prompt)
         check_ids(tokens, config.vocab_size, f"prompt {index + 1}")
         if len(tokens) >= config.max_seq_len:
             raise UsageError(
@@ -363,7 +371,7 @@ class Engine:
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: LoopedTransformer) -> Iterator[None]:
+def evaluation_mode(model: LoopedTransformer) -> Iterator[None]:
     """Put the model into evaluation mode; afterwards each module is in its former mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
