@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,11 @@ from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine
 from looptx_core.generation.request import Generation, MediaPrompt
 from looptx_core.generation.session import Session
+from looptx_core.generation.transcribe import Segment
 from looptx_core.media.batch import MediaItem
 from looptx_core.media.image.read import opened
+from looptx_core.media.registry import MEDIA
+from looptx_core.media.video.frames import Frame
 from looptx_core.media.video.read import Eye, tubelets
 
 _ROOM = 512
@@ -143,6 +147,37 @@ class Watch:
 
     def _places(self, item: MediaItem) -> list[int]:
         return [self.config.video.token] * item.length
+
+
+def narrate(
+    engine: Engine,
+    frames: Iterable[Frame],
+    every: float,
+    prompt: str = "",
+    rate: float = 12.5,
+    options: GenerationOptions | None = None,
+) -> Iterator[Segment]:
+    """What happens in a clip that goes on, each time so many seconds have passed, and at its end.
+
+    every: seconds between answers, above 0. prompt: what is asked; the clip stands at its marker,
+    or before it. rate: see `Watch`, whose errors this raises.
+    """
+    marker = MEDIA["video"].marker
+    before, _, asked = prompt.rpartition(marker)
+    if marker in before:
+        raise UsageError(f"{prompt.count(marker)} {marker} in a text for 1 clip; write it once")
+    watch, start, until = Watch(engine, rate, before=before, options=options), 0.0, 0.0
+
+    def told(end: float) -> Segment:
+        answer = watch.ask(asked)
+        return Segment(start, end, answer.text.strip(), answer)
+
+    for begin, until, frame in frames:
+        if begin >= start + every - 1e-6:
+            yield told(begin)
+            start = begin
+        watch.feed(frame, begin)
+    yield told(until)
 
 
 def _picture(frame: Image.Image | np.ndarray | bytes) -> Image.Image:
