@@ -213,9 +213,7 @@ def _narrate(
     from looptx_core.media.video.frames import frames_of_pipe
 
     frames = frames_of_pipe(piped_frames(), fps, "standard input")
-    _print_segments(
-        narrate(engine, frames, every, prompt, min(fps, 12.5), options), as_json
-    )
+    _print_segments(narrate(engine, frames, every, prompt, min(fps, 12.5), options), as_json)
 
 
 def _print_segments(segments: Iterable[Segment], as_json: bool) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from looptx_core.generation.engine import Engine, Generation, Prompt, Step
     from looptx_core.media.batch import MediaItem
 
+
 def print_now(text: str) -> None:
     """Text to stdout, at once."""
     sys.stdout.write(text)

@@ -75,6 +75,14 @@ def train(
         until = last_step(resume, settings.steps, flags["steps"], lambda line: note(line, quiet))
         if not until:
             return
+    tokenizer = None
+    if settings.init:
+        with large_imports():
+            from looptx_core.training.start import load_start
+        start = load_start(settings.init)
+        tokenizer, own = start.tokenizer, dotted(start.config.to_dict(), "model")
+        own = {key: value for key, value in own.items() if not resolved.given(key)}
+        resolved = settle(resolved, own, f"--init {settings.init}")
     model_config = resolved.build(ModelConfig, "model")
     with large_imports():
         from looptx_core.parallel.plan import check_memory, plan
@@ -112,14 +120,15 @@ def train(
             what = f"{medium.plural}: {medium.describe(model_config)}"
             note(f"{what}; {medium.size_key} sets it", quiet)
     if texts:
-        shards = resolve_data(texts, model_config.vocab_size)
+        shards = resolve_data(texts, model_config.vocab_size, tokenizer)
     else:
         note("text: the bundled one, Moby Dick, and generated lines that need depth", quiet)
-        shards = bundled_shards(model_config.vocab_size)
+        shards = bundled_shards(model_config.vocab_size, tokenizer)
 
-    model_config = fit_vocabulary(
-        model_config, Manifest.read(shards).vocab_size, resolved.given("model.vocab_size")
-    )
+    if not settings.init:
+        model_config = fit_vocabulary(
+            model_config, Manifest.read(shards).vocab_size, resolved.given("model.vocab_size")
+        )
     shape = dotted(model_config.to_dict(), "model")
     manifest = Manifest.read(shards)
     origin = {"data": manifest.fingerprint, "tokenizer": manifest.tokenizer}

@@ -73,6 +73,7 @@ def test_frames_are_taken_by_their_time(form: str) -> None:
     """A frame that is shown three times as long counts three times."""
     item = VIDEO.read(clip([0, 80, 240, 160], [80, 240, 80, 80], form), WATCHING)
     assert item.grid == (4, 2, 2, 2)
+    assert VIDEO.measure(clip([0, 80, 240, 160], [80, 240, 80, 80], form), WATCHING) == item.grid
     found = shades(item)
     assert all(abs(a - b) <= 2 for a, b in zip(found, [0, 0, 80, 80, 80, 80, 240, 160]))
 
@@ -82,6 +83,8 @@ def test_one_frame_and_a_long_clip() -> None:
     assert still.grid[0] == 1 and len(set(shades(still))) == 1
     long = VIDEO.read(clip([n % 2 * 9 + n // 2 for n in range(400)], 100, "GIF"), WATCHING)
     assert long.grid == (4, 2, 2, 125)
+    for made in (clip([80]), clip([0, 90, 180], 30)):
+        assert VIDEO.measure(made, WATCHING) == VIDEO.read(made, WATCHING).grid
     assert shades(long) == sorted(shades(long)) and long.features.shape[0] == 16
 
 

@@ -4,11 +4,11 @@
     python -m benchmarks.pictures.emoji
 
 writes into `benchmarks/.data/emoji`:
-- `restyled.jsonl`: `VARIANTS` other drawings of each picture of `train.jsonl`, with its captions; see
-  `benchmarks/pictures/restyle.py`.
 - `train.jsonl`: of names that are not held out, in the styles to train on, each with up to three
   captions, "cat face", "animal mammal: cat face" and "animal mammal, pet: cat face": the emoji
   data's own subcategory, and what Unicode's annotations say of it that its name does not.
+- `restyled.jsonl`: `VARIANTS` other drawings of each picture of `train.jsonl`, by
+  `benchmarks/pictures/restyle.py`, with its captions.
 - `words.jsonl`: texts as "animal mammal: okapi", the nouns of WordNet 3.1 that have one of those
   kinds, and the captions to train on; text alone, without a picture.
 - `all.jsonl`: each picture with `style`, `group`, `kind` and `unseen`.
@@ -180,7 +180,9 @@ def restyled(records: list[dict[str, Any]], kept: dict[str, Kept]) -> list[dict[
         for number in range(VARIANTS):
             file = Path("restyled") / Path(record["image"]).with_suffix(f".{number}.webp")
             (FOLDER / file).parent.mkdir(parents=True, exist_ok=True)
-            drawn = restyle(picture, kept[record["image"]], np.random.default_rng([seed, number]), SIDE)
+            drawn = restyle(
+                picture, kept[record["image"]], np.random.default_rng([seed, number]), SIDE
+            )
             drawn.save(FOLDER / file, quality=90, method=0)
             found.append(record | {"image": str(file)})
     return found

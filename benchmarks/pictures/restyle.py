@@ -38,7 +38,9 @@ def restyle(picture: Image.Image, kept: Kept, rng: np.random.Generator, side: in
     """Another drawing of a picture, RGBA, side x side pixels."""
     box = picture.getchannel("A").getbbox() or (0, 0, *picture.size)
     found = _warped(picture.crop(box), kept, rng, side)
-    shade = rng.choice([_as_it_is, _flat, _line_drawing, _glyph, _lit], p=(0.3, 0.25, 0.15, 0.1, 0.2))
+    shade = rng.choice(
+        [_as_it_is, _flat, _line_drawing, _glyph, _lit], p=(0.3, 0.25, 0.15, 0.1, 0.2)
+    )
     found = shade(found, rng)
     found = _other_colours(found, kept, rng)
     if rng.random() < 0.5:
@@ -53,9 +55,7 @@ def restyle(picture: Image.Image, kept: Kept, rng: np.random.Generator, side: in
     return found
 
 
-def _warped(
-    picture: Image.Image, kept: Kept, rng: np.random.Generator, side: int
-) -> Image.Image:
+def _warped(picture: Image.Image, kept: Kept, rng: np.random.Generator, side: int) -> Image.Image:
     """Turned, scaled, sheared, bent a little, and seen from the other side half of the time."""
     angle = np.deg2rad(np.clip(rng.normal(0, 12), -30, 30))
     scale = np.exp(rng.uniform(-0.1, 0.35) + rng.uniform(-0.12, 0.12, 2))

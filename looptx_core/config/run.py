@@ -193,6 +193,8 @@ class TrainConfig(RunConfig):
 
     preset: str = "nano"
     """nano, small, medium, 1b or 7b."""
+    init: str | None = None
+    """A run or a model folder to go on with: its weights, its shape and its tokenizer."""
     document_mask: bool = True
     """Tokens attend within their own document only."""
     mix: str = "1:1"

@@ -88,7 +88,9 @@ class Session:
             self.cache.truncate(self.cache.length - length)
             self.cache.shift = shift
             self.cache.shifted = bool((shift != 0).any())
-        return self.engine.generation(self.engine.text_of(ids), len(self.ids) + len(ids), own, steps)
+        return self.engine.generation(
+            self.engine.text_of(ids), len(self.ids) + len(ids), own, steps
+        )
 
     @torch.inference_mode()
     def clear(self) -> None:

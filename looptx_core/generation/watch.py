@@ -172,11 +172,12 @@ def narrate(
         answer = watch.ask(asked)
         return Segment(start, end, answer.text.strip(), answer)
 
-    for begin, until, frame in frames:
+    for begin, end, frame in frames:
         if begin >= start + every - 1e-6:
             yield told(begin)
             start = begin
         watch.feed(frame, begin)
+        until = end
     yield told(until)
 
 

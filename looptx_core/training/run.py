@@ -54,6 +54,7 @@ from looptx_core.training.finish import TrainResult, finish_training
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.kernel_trial import enable_kernels
 from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
+from looptx_core.training.start import copy_weights, load_start
 
 
 def fit_vocabulary(model: ModelConfig, vocab_size: int, asked: bool) -> ModelConfig:
@@ -87,8 +88,9 @@ def train(
     report: Callable[[str], object] = lambda line: None,
     watch: Callable[[str], object] | None = None,
 ) -> TrainResult | None:
-    """Train a new model on the shards `data`, with its run in `folder`, and write `folder`/final.
+    """Train a model, a new one or `config.init`, and write `folder`/final.
 
+    data: a folder of shards. folder: of the run.
     records: files of records with media, as for `read_records`, mixed with the shards by
     `config.mix`; `model_config` has these media. The other arguments, and the errors, are those of
     `fit`. Returns None in all processes of the run but the first.
@@ -124,6 +126,11 @@ def train(
         model_config = replace(model_config, linear="ternary")
     torch.manual_seed(config.seed)
     model = LoopedTransformer(model_config)
+    if config.init and not resume:
+        start = load_start(config.init)
+        new = copy_weights(model, start)
+        news = f"; new are {', '.join(new[:3])}{' and others' if new[3:] else ''}" if new else ""
+        report(f"weights: those of {start.name}{news}")
     module, steps = fit(
         model, batches, config, folder=folder, advice=resuming("train", folder), resume=resume,
         until=until, callbacks=callbacks, report=report, watch=watch,

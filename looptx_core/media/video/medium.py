@@ -57,6 +57,9 @@ class Video(FolderMedium):
     def describe(self, config: ModelConfig) -> str:
         return f"up to {config.video.frames} frames, by the encoder of pictures"
 
+    def measure(self, source: Source, config: ModelConfig, where: str | None = None) -> Grid:
+        return self.module("read").measure_clip(source, config, where)
+
     def read(
         self,
         source: Source,

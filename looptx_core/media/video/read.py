@@ -59,16 +59,56 @@ class Eye:
         self.size: tuple[int, int] | None = None
         """Width and height in pixels, once a frame was seen."""
 
-    def see(self, frame: Image.Image) -> np.ndarray:
-        """(height, width, 3) from 0 to 255. Raises `DataError` for one of no bearable size."""
+    def fit(self, frame: Image.Image) -> None:
+        """Take the first frame's size for all; errors as of `see`."""
         check_size(*frame.size, self.name)
         if self.size is None:
             patch, most = self.config.patch_size, self.config.video.max_patches
             rows, columns = grid_of(frame.height, frame.width, patch, most)
             self.size = columns * patch, rows * patch
+
+    def see(self, frame: Image.Image) -> np.ndarray:
+        """(height, width, 3) from 0 to 255. Raises `DataError` for one of no bearable size."""
+        self.fit(frame)
+        assert self.size is not None
         if self.change is not None:
             return (changed(in_colour(frame, self.name), self.size, self.change) + 1) * 127.5
         return np.asarray(opaque(frame, self.size, self.name), np.float32)
+
+
+def measure_clip(
+    source: Source, config: ModelConfig, where: str | None = None
+) -> tuple[int, int, int, int]:
+    """The grid of a clip, from its frames' times. Errors: those of `read_clip`."""
+    name = where or ("the clip" if isinstance(source, bytes) else str(source))
+    eye, end = Eye(config, name), 0.0
+    for number, (_, until, frame) in enumerate(frames_of(source, name)):
+        end = until
+        if number >= MOST_FRAMES:
+            raise DataError(_too_many(name))
+        if not number:
+            eye.fit(frame)
+    if eye.size is None:
+        raise DataError(f"{name}: a clip without frames; give another")
+    count, rate = _moments(end, config.video.frames)
+    width, height = (side // config.patch_size for side in eye.size)
+    return count // 2, height, width, _positions(2 / rate)
+
+
+def _moments(end: float, most: int) -> tuple[int, float]:
+    """How many frames of a clip of so many seconds are looked at, two a step, and how many a
+    second."""
+    rate = min(FASTEST, most / max(end, 1e-3))
+    return max(2, 2 * int(min(most, end * rate + 1e-6) // 2)), rate
+
+
+def _positions(seconds: float) -> int:
+    """Of one step."""
+    return max(1, round(seconds / POSITION))
+
+
+def _too_many(name: str) -> str:
+    return f"{name}: over {MOST_FRAMES:,} frames; cut the clip first"
 
 
 def _evenly(
@@ -80,7 +120,7 @@ def _evenly(
     for number, (begin, until, frame) in enumerate(frames):
         end = until
         if number >= MOST_FRAMES:
-            raise DataError(f"{name}: over {MOST_FRAMES:,} frames; cut the clip first")
+            raise DataError(_too_many(name))
         if int(begin / slot) not in kept:
             kept[int(begin / slot)] = begin, eye.see(frame)
         if len(kept) > 4 * most:  # a clip of any length keeps a bounded number
@@ -91,8 +131,8 @@ def _evenly(
             kept = merged
     if not kept:
         raise DataError(f"{name}: a clip without frames; give another")
-    rate = min(FASTEST, most / max(end, 1e-3))
-    times = np.arange(max(2, 2 * int(min(most, end * rate + 1e-6) // 2))) / rate
+    count, rate = _moments(end, most)
+    times = np.arange(count) / rate
     begins = [begin for begin, _ in kept.values()]
     chosen = np.maximum(np.searchsorted(begins, times + 1e-6) - 1, 0)
     shown = [pixels for _, pixels in kept.values()]
@@ -114,5 +154,4 @@ def tubelets(frames: Iterable[np.ndarray], seconds: float, config: ModelConfig) 
     )
     steps, rows, columns = count // 2, height // side, width // side
     features = cut.permute(0, 2, 4, 1, 3, 5, 6).reshape(steps * rows * columns, -1)
-    positions = max(1, round(seconds / POSITION))
-    return MediaItem("video", features, (steps, rows, columns, positions))
+    return MediaItem("video", features, (steps, rows, columns, _positions(seconds)))
