@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,16 @@ def test_bad_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("looptx_core.media.video.frames.MOST_FRAMES", 2)
     with pytest.raises(DataError, match="over 2 frames"):
         VIDEO.read(clip([1, 60, 120]), WATCHING)
+    monkeypatch.undo()
+    monkeypatch.setattr("looptx_core.media.video.frames.MOST_PIXELS", 128)
+    with pytest.raises(DataError, match="over 128 pixels in all frames"):
+        VIDEO.read(clip([1, 60, 120]), WATCHING)
+    claims = bytearray(clip([0, 200], form="PNG"))  # 100,000 frames, by its header alone
+    at = claims.index(b"acTL")
+    claims[at + 4 : at + 8] = (100_000).to_bytes(4, "big")
+    claims[at + 12 : at + 16] = zlib.crc32(claims[at : at + 12]).to_bytes(4, "big")
+    with pytest.raises(DataError, match="over 20,000 frames"):
+        VIDEO.read(bytes(claims), WATCHING)
     with pytest.raises(UsageError, match=r"video\.frames needs the encoder of pictures"):
         replace(SHAPE, video=VideoConfig(frames=8))
 

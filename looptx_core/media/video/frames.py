@@ -7,7 +7,7 @@ A pipe has PNG, JPEG or PPM pictures one after another, as ffmpeg's image2pipe w
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ FASTEST = 25.0
 """The most frames a second that are looked at."""
 MOST_FRAMES = 20_000
 """Of a clip that is read: a small file can claim far more."""
+MOST_PIXELS = 50_000_000_000
+"""Of all frames together, so that no small file takes hours."""
 _STILL = 0.1  # seconds that a frame is shown where its file says nothing
 _LONGEST_HEADER = 4096  # bytes of a PPM
 _PNG, _JPEG, _PPM = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"P6"
@@ -31,7 +33,22 @@ Frame = tuple[float, float, Image.Image]
 
 def frames_of(source: Source, name: str) -> Iterator[Frame]:
     """The frames of a file or of its bytes. name: what errors call it."""
-    return _by_av(source, name) if _is_container(source, name) else _by_pillow(source, name)
+    frames = _by_av(source, name) if _is_container(source, name) else _by_pillow(source, name)
+    return within_limits(frames, name)
+
+
+def within_limits(frames: Iterable[Frame], name: str) -> Iterator[Frame]:
+    """The same frames. Raises `DataError` where they are too many, or too large together."""
+    pixels = 0
+    for number, frame in enumerate(frames):
+        if number >= MOST_FRAMES:
+            raise DataError(f"{name}: over {MOST_FRAMES:,} frames; cut the clip first")
+        pixels += frame[2].width * frame[2].height
+        if pixels > MOST_PIXELS:
+            raise DataError(
+                f"{name}: over {MOST_PIXELS:,} pixels in all frames; cut the clip, or scale it down"
+            )
+        yield frame
 
 
 def frames_of_pipe(pipe: io.BufferedIOBase, rate: float, name: str) -> Iterator[Frame]:

@@ -15,7 +15,7 @@ from looptx_core.media.base import POSITION, Source
 from looptx_core.media.batch import MediaItem
 from looptx_core.media.image.augment import Change, changed, draw_change
 from looptx_core.media.image.read import check_size, grid_of, in_colour, opaque
-from looptx_core.media.video.frames import FASTEST, MOST_FRAMES, Frame, frames_of, frames_of_pipe
+from looptx_core.media.video.frames import FASTEST, Frame, frames_of, frames_of_pipe, within_limits
 
 
 def read_clip(
@@ -33,7 +33,7 @@ def read_clip(
         augment: draws a change of place, scale, turn and colours for all frames alike, for
             training. Nothing is mirrored, in space or in time.
     Raises:
-        DataError: no clip, damaged, over 20,000 frames, or frames that are no pictures.
+        DataError: no clip, damaged, beyond the limits of `frames`, or frames that are no pictures.
         MissingError: an MP4, WebM or the like, without PyAV.
     """
     name = where or ("the clip" if isinstance(source, bytes) else str(source))
@@ -48,7 +48,7 @@ def read_pipe(
 
     rate: frames a second. Raises `DataError` as `frames_of_pipe` does.
     """
-    return _evenly(frames_of_pipe(pipe, rate, name), config, name)
+    return _evenly(within_limits(frames_of_pipe(pipe, rate, name), name), config, name)
 
 
 class Eye:
@@ -82,11 +82,9 @@ def measure_clip(
     """The grid of a clip, from its frames' times. Errors: those of `read_clip`."""
     name = where or ("the clip" if isinstance(source, bytes) else str(source))
     eye, end = Eye(config, name), 0.0
-    for number, (_, until, frame) in enumerate(frames_of(source, name)):
+    for _, until, frame in frames_of(source, name):
         end = until
-        if number >= MOST_FRAMES:
-            raise DataError(_too_many(name))
-        if not number:
+        if eye.size is None:
             eye.fit(frame)
     if eye.size is None:
         raise DataError(f"{name}: a clip without frames; give another")
@@ -107,20 +105,14 @@ def _positions(seconds: float) -> int:
     return max(1, round(seconds / POSITION))
 
 
-def _too_many(name: str) -> str:
-    return f"{name}: over {MOST_FRAMES:,} frames; cut the clip first"
-
-
 def _evenly(
     frames: Iterable[Frame], config: ModelConfig, name: str, change: Change | None = None
 ) -> MediaItem:
     eye, most = Eye(config, name, change), config.video.frames
     kept: dict[int, tuple[float, np.ndarray]] = {}
     end, slot = 0.0, 1 / FASTEST
-    for number, (begin, until, frame) in enumerate(frames):
+    for begin, until, frame in frames:
         end = until
-        if number >= MOST_FRAMES:
-            raise DataError(_too_many(name))
         if int(begin / slot) not in kept:
             kept[int(begin / slot)] = begin, eye.see(frame)
         if len(kept) > 4 * most:  # a clip of any length keeps a bounded number
