@@ -98,12 +98,11 @@ def train(
             return
     source = _source(settings, resolved) if settings.init else None
     if source is not None:
-        model_config = source.config
-        if not resolved.given("lr"):
-            lower = {"lr": continued_lr(model_config.d_model)}
-            settings = settle(resolved, lower, "`init`").build(TrainConfig)
-    else:
-        model_config = resolved.build(ModelConfig, "model")
+        own = dotted(source.config.to_dict(), "model")
+        own["lr"] = continued_lr(source.config.d_model)
+        own = {key: value for key, value in own.items() if not resolved.given(key)}
+        settings = settle(resolved, own, "`init`").build(TrainConfig)
+    model_config = resolved.build(ModelConfig, "model")
     with large_imports():
         from looptx_core.parallel.plan import check_memory, plan
         from looptx_core.training.step_time import estimate_time
@@ -209,18 +208,14 @@ def train(
 
 
 def _source(settings: TrainConfig, resolved: Resolved) -> LoadedModel:
-    """The model that `init` names; `UsageError` for what would change its shape."""
+    """The model that `init` names. Raises `UsageError` for a preset beside it."""
     import torch
 
     from looptx_core.checkpoint.folder import load_model
     from looptx_core.checkpoint.registry import resolve_model
 
-    shaped = [key for key in ("preset", *resolved.values)
-              if key.startswith(("preset", "model.")) and resolved.given(key)]  # fmt: skip
-    if shaped and "`init`" not in (resolved.origins[key] for key in shaped):
-        raise UsageError(
-            f"`init` takes the model's own shape; leave out `{shaped[0]}`, or train a new model"
-        )
+    if resolved.given("preset"):
+        raise UsageError("`init` brings the model's own shape; leave out `preset`")
     found = resolve_model(settings.init, need=frozenset({"weights"}))
     return load_model(found.folder, dtype=torch.float32)
 

@@ -100,7 +100,7 @@ class Engine:
         self.chat_template = chat_template
         self.ends, self.opening = tuple(ends), opening_ids(tokenizer)
         self.writers = writers(model.config)
-        with _evaluation_mode(model):  # a back end may copy the model
+        with evaluation_mode(model):  # a back end may copy the model
             self.backend, self.kernel = select_backend(model, kernel, precision)
         self.counters = WorkCounters()
         self.on_prompt: Callable[[int], object] | None = None
@@ -133,17 +133,23 @@ class Engine:
             if watch:
                 watch(step)
         return [
-            Generation(
-                prompt=self.text_of(prompt),
-                text="".join(step.text for step in steps),
-                tokens=steps,
-                prompt_tokens=self.length(prompt),
-                finish_reason=steps[-1].finish_reason or "length",
-                exit=resolve_exit(self.exit_settings, option, self.model.config),
-                model=self.name,
-            )
+            self.generation(self.text_of(prompt), self.length(prompt), option, steps)
             for (prompt, option), steps in zip(_for_each(prompts, options), tokens)
         ]
+
+    def generation(
+        self, prompt: str, length: int, options: GenerationOptions, steps: list[Step]
+    ) -> Generation:
+        """A finished request of its tokens. length: the prompt's, in tokens."""
+        return Generation(
+            prompt=prompt,
+            text="".join(step.text for step in steps),
+            tokens=steps,
+            prompt_tokens=length,
+            finish_reason=steps[-1].finish_reason or "length",
+            exit=resolve_exit(self.exit_settings, options, self.model.config),
+            model=self.name,
+        )
 
     @torch.inference_mode()
     def score_texts(
@@ -216,7 +222,7 @@ class Engine:
         cache = self.model.new_cache(
             rows, context, self.model.config.max_loops, own.kv_policy, own.kv_type
         )
-        with _evaluation_mode(self.model):
+        with evaluation_mode(self.model):
             yield Scheduler(RunningBatch(self.backend, cache, self.counters))
 
     @contextlib.contextmanager
@@ -226,7 +232,7 @@ class Engine:
         loops = max(max(r.exit.max_loops, r.prompt_exit.max_loops) for r in requests)
         cache = self._cache(requests[0].exit.settings, rows, needed, loops)
         try:
-            with _evaluation_mode(self.model):
+            with evaluation_mode(self.model):
                 batch = RunningBatch(self.backend, cache, self.counters)
                 batch.on_prompt = self.on_prompt
                 yield batch
@@ -265,7 +271,7 @@ class Engine:
 
     def length(self, prompt: Prompt) -> int:
         """The number of tokens of a prompt."""
-        return len(self._encode(prompt))
+        return len(self.encode(prompt))
 
     def text_of(self, prompt: Prompt) -> str:
         """The text of a prompt, to show before its continuation; a chat's last message."""
@@ -277,7 +283,8 @@ class Engine:
             prompt = prompt.ids
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(list(prompt))
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt, with the placeholders of its items."""
         if isinstance(prompt, MediaPrompt | ChatPrompt):
             return self._encode_media(prompt)
         if isinstance(prompt, TokenPrompt):
@@ -317,7 +324,7 @@ class Engine:
         `DataError` for token ids that the model does not have.
         """
         check(options)
-        config, tokens = self.model.config, self._encode(prompt)
+        config, tokens = self.model.config, self.encode(prompt)
         check_ids(tokens, config.vocab_size, f"prompt {index + 1}")
         most = config.context_limit
         if most is not None and len(tokens) >= most:
@@ -376,7 +383,7 @@ class Engine:
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: LoopedTransformer) -> Iterator[None]:
+def evaluation_mode(model: LoopedTransformer) -> Iterator[None]:
     """Put the model into evaluation mode; afterwards each module is in its former mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from looptx_core.errors import UsageError
@@ -156,6 +157,10 @@ class Medium:
         return {}
 
     # Reading
+
+    def claims(self, file: Path) -> bool:
+        """Whether a file in a folder of media is of this medium."""
+        return file.suffix.lower() in self.suffixes
 
     def longest(self, grid: Grid) -> int:
         """The most tokens that an item takes once it is changed for training."""
