@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -22,6 +22,14 @@ COLOURS = {"red": (220, 20, 20), "green": (20, 200, 40), "blue": (20, 40, 220),
 def build(config: CodecConfig = CONFIG, seed: int = 0) -> Codec:
     torch.manual_seed(seed)
     return Codec(config).eval()
+
+
+def telling(seed: int = 0) -> Codec:
+    """One that has learned nothing either, but whose codes tell the colours apart."""
+    codec = build(seed=seed)
+    with torch.no_grad():
+        codec.encoder.digits.weight.mul_(8)
+    return codec
 
 
 def pictures(count: int) -> Tensor:
