@@ -21,10 +21,11 @@ from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.directions import in_directions
-from looptx_core.data.examples import CODES_COUNT, PackedExamples, encode_record
+from looptx_core.data.example import CODES_COUNT, code_ranges, target_weights
+from looptx_core.data.examples import encode_record
 from looptx_core.data.records import read_records
 from looptx_core.data.shards import Manifest
-from looptx_core.errors import DataError, UsageError
+from looptx_core.errors import DataError
 from looptx_core.generation.engine import Engine, MediaPrompt
 from looptx_core.media.registry import MEDIA, writers
 from looptx_core.model.loop import LoopedTransformer
@@ -51,9 +52,7 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures of one colour with its name, as records."""
     folder = tmp_path_factory.mktemp("drawings")
     named = codec_cases.write_pictures(folder / "all", 16)
-    records = [
-        {"image": f"all/{file}", "text": name, "group": file} for file, name in named
-    ]
+    records = [{"image": f"all/{file}", "text": name, "group": file} for file, name in named]
     (folder / "all.jsonl").write_text("\n".join(map(json.dumps, records)))
     return folder
 
@@ -123,9 +122,7 @@ def test_it_reads_too(engine: Engine, loaded: LoadedModel, drawings: Path, run: 
 
 
 @pytest.mark.parametrize("guidance", [0.0, 4.0])
-def test_guidance_by_its_definition(
-    engine: Engine, loaded: LoadedModel, guidance: float
-) -> None:
+def test_guidance_by_its_definition(engine: Engine, loaded: LoadedModel, guidance: float) -> None:
     """u + guidance (c - u), with c after the name and u after none; in a batch as alone."""
     first, codes = loaded.config.draw.first_code, loaded.config.draw.codes
     opens = loaded.config.draw.token
@@ -137,8 +134,7 @@ def test_guidance_by_its_definition(
         for step in result.tokens:
             with torch.no_grad():
                 c, u = (
-                    loaded.model(torch.tensor([seen]), 2).logits[0, -1]
-                    for seen in (prompted, free)
+                    loaded.model(torch.tensor([seen]), 2).logits[0, -1] for seen in (prompted, free)
                 )
             mixed = (u + guidance * (c - u))[first : first + codes]
             assert step.id == first + int(mixed.argmax())
@@ -205,12 +201,11 @@ def test_records_in_both_directions(
     unasked = [way for way in example.ways if way.ids.tolist() == [0, draw.token, *codes, 0]]
     assert len(example.ways) == 10 and len(unasked) == 1
     assert both[0].group == both[1].group == "0.png"
-    packed = PackedExamples([example], 32, 0, config)
-    assert packed.targets(example)[example.counted].tolist() == [1.0] * 5
-    long = example._replace(
-        ids=np.array([0, draw.token, *codes * 25, 0]), counted=np.array([False, False, *[True] * 101])
-    )
-    targets = packed.targets(long)
+    ranges = code_ranges(config)
+    assert target_weights(example, ranges)[example.counted].tolist() == [1.0] * 5
+    ids = np.array([0, draw.token, *codes * 25, 0])
+    long = example._replace(ids=ids, counted=np.arange(len(ids)) > 1)
+    targets = target_weights(long, ranges)
     assert targets[-1] == 1 and targets[:-1].sum() == pytest.approx(CODES_COUNT)
     with pytest.raises(DataError, match="writes no pictures"):
         encode_record(write[0], loaded.tokenizer, SHAPE)

@@ -59,9 +59,7 @@ def main() -> int:
     parser.add_argument("--codec", type=Path, default=DATA / "codec")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    records = list(
-        map(json.loads, (fetch_emoji() / "all.jsonl").read_text("utf-8").splitlines())
-    )
+    records = list(map(json.loads, (fetch_emoji() / "all.jsonl").read_text("utf-8").splitlines()))
     codec, fingerprint = load_codec(arguments.codec)
     config, few = codec.config, arguments.check
     known = [r for r in records if not r["unseen"] and r["style"] not in TEST]

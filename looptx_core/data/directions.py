@@ -20,9 +20,7 @@ def in_directions(records: Records, direction: str, written: Collection[str]) ->
     """
     if not written or direction == "read":
         return records
-    found = [
-        way for record in records.records for way in _ways(record, direction, written)
-    ]
+    found = [way for record in records.records for way in _ways(record, direction, written)]
     return replace(records, records=found)
 
 

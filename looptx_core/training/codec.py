@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.corpus import TokenizeConfig
-from looptx_core.training.module import NotFinite
 from looptx_core.media.base import Grid
-from looptx_core.media.codec.codec import Codec
+from looptx_core.media.codec.codec import Codec, is_block
 from looptx_core.model import fused
+from looptx_core.training.module import NotFinite
 from looptx_core.training.optimizer import rise_and_fall, split_optimizer
 
 _STEEPEST = 0.05  # 1 - t is no smaller in the velocity (JiT)
@@ -129,7 +129,7 @@ def train_codec(
     Raises `NotFinite` for a loss that is NaN or infinite.
     """
     began = time.monotonic()
-    blocks = [p for name, p in codec.named_parameters() if p.dim() == 2 and _is_block(name)]
+    blocks = [p for name, p in codec.named_parameters() if p.dim() == 2 and is_block(name)]
     optimizer = split_optimizer(
         codec.parameters(), blocks, lr=settings.lr, weight_decay=0.05, beta2=0.95
     )
@@ -221,7 +221,3 @@ def decibels(squared_error: Tensor) -> Tensor:
 def from_bytes(pictures: Tensor) -> Tensor:
     """Bytes as numbers from -1 to 1."""
     return pictures.float() / 127.5 - 1
-
-
-def _is_block(name: str) -> bool:
-    return any(part in name for part in (".blocks.", ".prelude.", ".core.", ".coda."))
