@@ -12,7 +12,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -387,9 +386,6 @@ class ExampleData(Batches):
 
     train: PackedExamples
     val: PackedExamples
-
-    def __init__(self, train: PackedExamples, val: PackedExamples, **how: Any) -> None:
-        super().__init__(train, val, **how)
 
     @property
     def fingerprint(self) -> str:

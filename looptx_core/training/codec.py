@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.corpus import TokenizeConfig
+from looptx_core.config.run import RunConfig
 from looptx_core.media.base import Grid
 from looptx_core.media.codec.codec import Codec, is_block
 from looptx_core.model import fused
 from looptx_core.training.module import NotFinite
-from looptx_core.training.optimizer import rise_and_fall, split_optimizer
+from looptx_core.training.optimizer import learning_rate_factor, split_optimizer
 
 _STEEPEST = 0.05  # 1 - t is no smaller in the velocity (JiT)
 _REGRESSION = 0.25  # of each batch, at t = 0
@@ -134,7 +135,7 @@ def train_codec(
         codec.parameters(), blocks, lr=settings.lr, weight_decay=0.05, beta2=0.95
     )
     peaks = [group["lr"] for group in optimizer.param_groups]
-    factor = rise_and_fall(settings.steps, 0.05, 0.02)
+    factor = learning_rate_factor(RunConfig(steps=settings.steps, min_lr=0.02))
     averaged = Averaged(list(codec.parameters()))
     device = next(codec.parameters()).device
     order = Order(len(pictures), settings.batch_size, settings.seed)
