@@ -224,10 +224,8 @@ def _codec_progress(quiet: bool) -> Iterator[Callable[[str, int, int, float | No
         now = time.monotonic()
         if not quiet and now - last >= _LINE_EVERY:
             last = now
-            note(
-                f"{texts[stage]}: {done:,} of {of:,}"
-                + ("" if loss is None else f", loss {loss:.3f}")
-            )
+            told = "" if loss is None else f", loss {loss:.3f}"
+            note(f"{texts[stage]}: {done:,} of {of:,}{told}")
 
     yield tell
 

@@ -151,6 +151,7 @@ def train(
             what = f"{medium.plural}: {medium.describe(model_config)}"
             note(f"{what}; {medium.size_key} sets it", quiet)
     model_config = _with_codec(model_config, settings)
+    tokenizer = source.tokenizer if source else None
     text_vocabulary = model_config.draw.first_code or model_config.vocab_size
     if texts:
         shards = resolve_data(texts, text_vocabulary, tokenizer)
@@ -255,11 +256,10 @@ def _time_new_model(model: ModelConfig, settings: TrainConfig, quiet: bool) -> f
 
 def _with_codec(model: ModelConfig, settings: TrainConfig) -> ModelConfig:
     """The model's configuration with what its codec says."""
-    draw = model.draw
     if settings.codec is None:
-        if draw.codec:
+        if model.draw.codec and not settings.init:
             raise UsageError("this model draws; give its codec by `codec`")
-        if settings.direction == "write":
+        if settings.direction == "write" and not model.draw.codec:
             raise UsageError("`direction` write needs a codec; give it by `codec`")
         return model
     from looptx_core.checkpoint.codec_folder import with_codec

@@ -24,6 +24,14 @@ def build(config: CodecConfig = CONFIG, seed: int = 0) -> Codec:
     return Codec(config).eval()
 
 
+def telling(seed: int = 0) -> Codec:
+    """One that has learned nothing either, but whose codes tell the colours apart."""
+    codec = build(seed=seed)
+    with torch.no_grad():
+        codec.encoder.digits.weight.mul_(8)
+    return codec
+
+
 def pictures(count: int) -> Tensor:
     """(count, 4, 48) of bytes, in turn of each colour, with a little noise."""
     colours = torch.tensor(list(COLOURS.values()), dtype=torch.float32)

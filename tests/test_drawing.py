@@ -21,7 +21,8 @@ from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.directions import in_directions
-from looptx_core.data.examples import CODES_COUNT, PackedExamples, encode_record
+from looptx_core.data.example import CODES_COUNT, code_ranges, target_weights
+from looptx_core.data.examples import encode_record
 from looptx_core.data.records import read_records
 from looptx_core.data.shards import Manifest
 from looptx_core.errors import DataError
@@ -42,7 +43,7 @@ GREEDY = GenerationOptions(temperature=0, max_new_tokens=4)
 def codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A codec that has learned nothing, under which the colours have codes of their own."""
     folder = tmp_path_factory.mktemp("codecs") / "c"
-    save_codec(folder, codec_cases.build(seed=1), {"steps": 0})
+    save_codec(folder, codec_cases.telling(seed=26), {"steps": 0})
     return folder
 
 
@@ -51,7 +52,7 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures of one colour with its name, as records."""
     folder = tmp_path_factory.mktemp("drawings")
     named = codec_cases.write_pictures(folder / "all", 16)
-    records = [{"image": f"all/{file}", "text": name} for file, name in named]
+    records = [{"image": f"all/{file}", "text": name, "group": file} for file, name in named]
     (folder / "all.jsonl").write_text("\n".join(map(json.dumps, records)))
     return folder
 
@@ -68,8 +69,8 @@ def run(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:  # fmt: skip
     settings = TrainConfig(
-        steps=80, seq_len=32, batch_size=8, mix="0:1", lr=1e-2, val_every=80, val_batches=1,
-        optimizer="adamw", save_every=80, augment=False, mean_loops=1.0, codec=str(codec_folder),
+        steps=60, seq_len=32, batch_size=8, mix="0:1", lr=1e-2, val_every=60, val_batches=1,
+        optimizer="adamw", save_every=60, augment=False, mean_loops=1.0, codec=str(codec_folder),
     )  # fmt: skip
     out = tmp_path_factory.mktemp("runs") / "a"
     result = train(
@@ -199,14 +200,12 @@ def test_records_in_both_directions(
     assert example.counted.tolist() == [False] * (len(name) + 2) + [True] * 5
     unasked = [way for way in example.ways if way.ids.tolist() == [0, draw.token, *codes, 0]]
     assert len(example.ways) == 10 and len(unasked) == 1
-    assert both[0].group == both[1].group == "red"
-    packed = PackedExamples([example], 32, 0, config)
-    assert packed.targets(example)[example.counted].tolist() == [1.0] * 5
-    long = example._replace(
-        ids=np.array([0, draw.token, *codes * 25, 0]),
-        counted=np.array([False, False, *[True] * 101]),
-    )
-    targets = packed.targets(long)
+    assert both[0].group == both[1].group == "0.png"
+    ranges = code_ranges(config)
+    assert target_weights(example, ranges)[example.counted].tolist() == [1.0] * 5
+    ids = np.array([0, draw.token, *codes * 25, 0])
+    long = example._replace(ids=ids, counted=np.arange(len(ids)) > 1)
+    targets = target_weights(long, ranges)
     assert targets[-1] == 1 and targets[:-1].sum() == pytest.approx(CODES_COUNT)
     with pytest.raises(DataError, match="writes no pictures"):
         encode_record(write[0], loaded.tokenizer, SHAPE)

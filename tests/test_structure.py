@@ -55,8 +55,8 @@ OPTIONS = {
         --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
         --kv-policy --kv-type --speculate --draft-loops --temperature --top-k --top-p --min-p
         --repetition-penalty --seed --stop --guidance --draw-steps --draw-guidance --ignore-eos
-        --no-ignore-eos --prompts-file --prompt-file --model --adapter --image --audio --video
-        --chat --draw --timestamps --show-iterations --compare-loops --attention --precision
+        --no-ignore-eos --prompts-file --prompt-file --model --adapter --image --audio --video --fps
+        --every --chat --draw --timestamps --show-iterations --compare-loops --attention --precision
         --kernel --config --json --quiet
     """,
     "convert": """

@@ -30,6 +30,8 @@ from looptx_core.media.image.coded import read_patches
 from looptx_core.training.codec import decibels, from_bytes, judge_codec
 
 SEED = 0
+JUDGED = 250
+"""Pictures of each set that are judged."""
 FITTED = 2000
 """Pictures that the linear codec is fitted to."""
 
@@ -68,7 +70,7 @@ def main() -> int:
     }
     rows = []
     for name, some in sets.items():
-        judged = patches_of(some, config, 8 if few else 500)
+        judged = patches_of(some, config, 8 if few else JUDGED)
         report = judge_codec(codec, judged, SEED)
         rows.append(
             {

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from looptx_core.errors import UsageError
 
-_MOST = {"rows": 1 << 10, "columns": 1 << 10, "first_code": 1 << 24, "layers": 10_000, "width": 1 << 20, "max_seconds": 3600.0, "token": 1 << 24,
-         "frames": 1 << 16, "ctc_weight": 100.0, "fps": 1000.0}  # fmt: skip
+_MOST = {"layers": 10_000, "width": 1 << 20, "max_seconds": 3600.0, "token": 1 << 24,
+         "frames": 1 << 16, "ctc_weight": 100.0, "fps": 1000.0, "rows": 1 << 10,
+         "columns": 1 << 10, "first_code": 1 << 24}  # fmt: skip
 """What no model comes near, so that a damaged config.json asks for no more memory than there is."""
 
 

@@ -49,7 +49,7 @@ def read_pictures(
     each = config.rows * config.columns * config.values
     if each * len(named) > MOST_BYTES:
         raise UsageError(
-            f"{len(named):,} pictures of {each:,} bytes are more than {MOST_BYTES >> 30} GiB, which "
+            f"{len(named):,} pictures of {each:,} bytes are over {MOST_BYTES >> 30} GiB, and all "
             "are held in memory; give fewer"
         )
     pictures = torch.empty(len(named), config.rows * config.columns, config.values,

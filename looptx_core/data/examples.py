@@ -12,7 +12,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from torch.utils.data import Dataset
 from looptx_core.config.model import ModelConfig
 from looptx_core.data.chat import encode_turns
 from looptx_core.data.datamodule import Batches
-from looptx_core.data.example import Example
+from looptx_core.data.example import Example, code_ranges, target_weights
 from looptx_core.data.records import MediaFile, Record, Turn, parse, raw_records, rename_columns
 from looptx_core.data.split import hold_out
 from looptx_core.data.tokenizer import PAD, end_id
@@ -31,9 +30,6 @@ from looptx_core.errors import DataError, UsageError
 from looptx_core.media.base import Grid
 from looptx_core.media.batch import MediaItem, batch_items, to_entries
 from looptx_core.media.registry import MEDIA, media_for, writers
-
-CODES_COUNT = 20
-"""What all codes of a record count together as targets, in words."""
 
 
 @dataclass
@@ -177,9 +173,8 @@ class _Encoder:
             if self.record.files or not before:
                 before = [end, *before]  # as generation begins
             ids = [*before, *after, end]
-            counted = [False] * len(before) + [True] * (len(after) + 1)
-            if isinstance(self.record.turns[1].content[0], MediaFile):
-                counted[len(before)] = False  # who asks for a picture opens it
+            opens = isinstance(self.record.turns[1].content[0], MediaFile)  # as who asks for it
+            counted = [False] * (len(before) + opens) + [True] * (len(after) + 1 - opens)
         else:
             ids = [end, *turns[0], end]
             # The end before a text is the end of another text; an item has none before it.
@@ -272,10 +267,8 @@ class PackedExamples(Dataset[dict[str, Tensor]]):
         self.examples, self.seq_len, self.padding = examples, seq_len, padding
         self.config, self.seed, self.augment = config, seed, augment
         self.rows = pack([self._room(example) for example in examples], seq_len + 1)
-        self._codes = [
-            (w.first_code, w.codes) for w in (writers(config).values() if config else ())
-        ]
-        counted = float(sum(self.targets(example)[1:].sum() for example in examples))
+        self._codes = code_ranges(config)
+        counted = float(sum(target_weights(example, self._codes)[1:].sum() for example in examples))
         self._weight = seq_len * len(self.rows) / max(1, counted)
         """Of a target that counts: 1 in the mean over all targets, padding included."""
 
@@ -304,18 +297,6 @@ class PackedExamples(Dataset[dict[str, Tensor]]):
                 items += read
             texts.append((number, example))
         return self.sequence(index, texts) | to_entries(batch_items(items))
-
-    def targets(self, example: Example) -> np.ndarray:
-        """How much each token counts as a target, (tokens,) float32: 1, or 0 where it does not.
-
-        A picture has more codes than its text has words, so that all of them together count what
-        `CODES_COUNT` words do.
-        """
-        found = example.counted.astype(np.float32)
-        for first, codes in self._codes:
-            is_code = example.counted & (example.ids >= first) & (example.ids < first + codes)
-            found[is_code] = min(1.0, CODES_COUNT / max(1, int(is_code.sum())))
-        return found
 
     def _room(self, example: Example) -> int:
         """The tokens that it may take once its items are changed for training."""
@@ -358,7 +339,7 @@ class PackedExamples(Dataset[dict[str, Tensor]]):
             place = slice(start, start + len(example.ids))
             tokens[place] = torch.from_numpy(example.ids.astype(np.int64))
             documents[place] = number
-            counted[place] = torch.from_numpy(self.targets(example))
+            counted[place] = torch.from_numpy(target_weights(example, self._codes))
             counted[start] = 0
             start = place.stop
         return {
@@ -405,9 +386,6 @@ class ExampleData(Batches):
 
     train: PackedExamples
     val: PackedExamples
-
-    def __init__(self, train: PackedExamples, val: PackedExamples, **how: Any) -> None:
-        super().__init__(train, val, **how)
 
     @property
     def fingerprint(self) -> str:

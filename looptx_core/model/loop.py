@@ -425,14 +425,20 @@ class LoopedTransformer(nn.Module):
         found = {m.name: self._modules.get(getattr(m, role)) for m in self.media}
         return {name: module for name, module in found.items() if module is not None}
 
-    def share_code_rows(self) -> None:
-        """Let the rows of codes share a part while they are trained; see `CodeRows`."""
+    def share_code_rows(self, learned: bool = False) -> None:
+        """Let the rows of codes share a part while they are trained; see `CodeRows`.
+
+        learned: the rows are kept, and what they share starts at 0; else the other way round.
+        """
         draw = self.config.draw
         if draw.codes and draw.digits:
             self.code_rows = CodeRows(draw.first_code, draw.levels, self.config.d_model)
             with torch.no_grad():
-                for rows in self._vocabulary():
-                    rows[draw.first_code : draw.first_code + draw.codes] = 0
+                if learned:
+                    self.code_rows.table.zero_()
+                else:
+                    for rows in self._vocabulary():
+                        rows[draw.first_code : draw.first_code + draw.codes] = 0
 
     def fold_code_rows(self) -> None:
         """Make ordinary rows of what codes share, for good."""

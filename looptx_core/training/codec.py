@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.corpus import TokenizeConfig
+from looptx_core.config.run import RunConfig
 from looptx_core.media.base import Grid
-from looptx_core.media.codec.codec import Codec
+from looptx_core.media.codec.codec import Codec, is_block
 from looptx_core.model import fused
 from looptx_core.training.module import NotFinite
-from looptx_core.training.optimizer import rise_and_fall, split_optimizer
+from looptx_core.training.optimizer import learning_rate_factor, split_optimizer
 
 _STEEPEST = 0.05  # 1 - t is no smaller in the velocity (JiT)
 _REGRESSION = 0.25  # of each batch, at t = 0
@@ -129,12 +130,12 @@ def train_codec(
     Raises `NotFinite` for a loss that is NaN or infinite.
     """
     began = time.monotonic()
-    blocks = [p for name, p in codec.named_parameters() if p.dim() == 2 and _is_block(name)]
+    blocks = [p for name, p in codec.named_parameters() if p.dim() == 2 and is_block(name)]
     optimizer = split_optimizer(
         codec.parameters(), blocks, lr=settings.lr, weight_decay=0.05, beta2=0.95
     )
     peaks = [group["lr"] for group in optimizer.param_groups]
-    factor = rise_and_fall(settings.steps, 0.05, 0.02)
+    factor = learning_rate_factor(RunConfig(steps=settings.steps, min_lr=0.02))
     averaged = Averaged(list(codec.parameters()))
     device = next(codec.parameters()).device
     order = Order(len(pictures), settings.batch_size, settings.seed)
@@ -221,7 +222,3 @@ def decibels(squared_error: Tensor) -> Tensor:
 def from_bytes(pictures: Tensor) -> Tensor:
     """Bytes as numbers from -1 to 1."""
     return pictures.float() / 127.5 - 1
-
-
-def _is_block(name: str) -> bool:
-    return any(part in name for part in (".blocks.", ".prelude.", ".core.", ".coda."))

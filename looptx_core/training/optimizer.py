@@ -137,33 +137,24 @@ def shape_of(parameter: torch.Tensor) -> torch.Size:
 
 
 def learning_rate_factor(config: RunConfig) -> Callable[[int], float]:
-    """`rise_and_fall` by a run's settings."""
-    return rise_and_fall(
-        config.steps, config.warmup, config.min_lr, kind=config.lr_schedule, decay=config.lr_decay
-    )
+    """Step -> share of the peak: a linear warm-up, then what `lr_schedule` says.
 
-
-def rise_and_fall(
-    steps: int, warmup_share: float, least: float, *, kind: str = "cosine", decay: float = 1.0
-) -> Callable[[int], float]:
-    """Step -> share of the peak: a linear warm-up, then what `RunConfig.lr_schedule` calls `kind`.
-
-    least: the last share. decay: of wsd, the share of the steps over which it falls. From step
-    `steps` on it is the last value, for runs that continue beyond their steps.
+    From step `config.steps` on it is the last value, for runs that continue beyond their steps.
     """
-    warmup = max(1, round(warmup_share * steps))
-    falls = steps - warmup
-    if kind == "wsd":
-        falls = min(falls, max(1, round(decay * steps)))
+    warmup = max(1, round(config.warmup * config.steps))
+    falls = config.steps - warmup
+    if config.lr_schedule == "wsd":
+        falls = min(falls, max(1, round(config.lr_decay * config.steps)))
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        if kind == "constant":
+        if config.lr_schedule == "constant":
             return 1.0
-        done = min(1.0, max(0.0, (step - (steps - falls)) / max(1, falls)))
-        above = 0.5 * (1 + math.cos(math.pi * done)) if kind == "cosine" else 1 - done
-        return least + (1 - least) * above
+        done = min(1.0, max(0.0, (step - (config.steps - falls)) / max(1, falls)))
+        cosine = config.lr_schedule == "cosine"
+        above = 0.5 * (1 + math.cos(math.pi * done)) if cosine else 1 - done
+        return config.min_lr + (1 - config.min_lr) * above
 
     return factor
 

@@ -137,15 +137,13 @@ def train(
         new = copy_weights(model, init)
         news = f"; new are {', '.join(new[:3])}{' and others' if new[3:] else ''}" if new else ""
         report(f"weights: those of {init.name}{news}")
-    if init is None or not init.config.draw.codes:
-        model.share_code_rows()
+    model.share_code_rows(learned=init is not None and bool(init.config.draw.codes))
     module, steps = fit(
         model, batches, config, folder=folder, advice=resuming("train", folder), resume=resume,
         until=until, callbacks=callbacks, report=report, watch=watch,
     )  # fmt: skip
     if not is_first():
         return None
-    module.model.fold_code_rows()
     return finish_training(
         module.model, module, batches, config, data, records, folder, steps, started, init
     )

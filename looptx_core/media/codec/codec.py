@@ -54,9 +54,7 @@ class Codec(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth))
-            elif (".blocks." in name and parameter.dim() >= 2) or (
-                any(part in name for part in ("prelude", "core", "coda")) and parameter.dim() >= 2
-            ):
+            elif is_block(name) and parameter.dim() >= 2:
                 nn.init.normal_(parameter, std=0.02)
 
     def values(self, patches: Tensor, grid: Grid) -> Tensor:
@@ -91,3 +89,8 @@ class Codec(nn.Module):
     def grid(self) -> Grid:
         """Rows and columns of a picture's patches."""
         return self.config.rows, self.config.columns
+
+
+def is_block(name: str) -> bool:
+    """Whether a parameter, by its name in a codec, belongs to a block."""
+    return any(part in name for part in (".blocks.", ".prelude.", ".core.", ".coda."))
