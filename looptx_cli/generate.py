@@ -182,15 +182,14 @@ def generate(
     if timestamps:
         _transcribe(engine, files["audio"][0], options, as_json)
         return
-    items = read_items(engine, files)
-    if draw is not None:
-        _draw(engine, str(texts[0]), items, options, draw, show_iterations, as_json, quiet)
-        return
     if every:
         assert rate is not None
         _narrate(engine, str(texts[0]), options, rate, every, as_json)
         return
     items = read_items(engine, files, rate)
+    if draw is not None:
+        _draw(engine, str(texts[0]), items, options, draw, show_iterations, as_json, quiet)
+        return
     if chat:
         texts = [_message(str(text), items) for text in texts]
     elif items and not interactive:

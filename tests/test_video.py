@@ -138,7 +138,6 @@ def test_bad_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe.webp")
     with pytest.raises(DataError, match="not a regular file"):
         VIDEO.read(tmp_path / "pipe.webp", WATCHING)
-    monkeypatch.setattr("looptx_core.media.video.read.MOST_FRAMES", 2)
     monkeypatch.setattr("looptx_core.media.video.frames.MOST_FRAMES", 2)
     with pytest.raises(DataError, match="over 2 frames"):
         VIDEO.read(clip([1, 60, 120]), WATCHING)

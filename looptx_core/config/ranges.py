@@ -24,6 +24,7 @@ _NAMES = {
     "(0, 1]": "top_p",
     "[0, 1)": "beta2 lora_dropout mask_patches",
     "(0, 1)": "val_fraction",
+    "[1, 1048576]": "memory_window memory_block",
     "[1, 16777216]": "vocab_size",
     "[1, 1000]": "draw_steps",
     "[0, 100]": "guidance draw_guidance",
