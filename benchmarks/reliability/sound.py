@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 from benchmarks.reliability.forks import run
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "steps": 4, "seq_len": 16, "batch_size": 2, "save_every": 2, "val_every": 2, "val_batches": 1,
     "log_every": 1, "precision": "float32",
     "model": {"d_model": 32, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "d_ff": 32,
