@@ -21,8 +21,10 @@ from typing import Any
 
 from benchmarks.reliability import forks, sound
 
-SETTINGS: dict[str, Any] = {**sound.SETTINGS, "steps": 30, "save_every": 4, "val_every": 10, "keep": 3,
-            "model": {**sound.SETTINGS["model"], "dropout": 0.1}}  # fmt: skip
+SETTINGS: dict[str, Any] = {
+    **sound.SETTINGS, "steps": 30, "save_every": 4, "val_every": 10, "keep": 3,
+    "model": {**sound.SETTINGS["model"], "dropout": 0.1},
+}  # fmt: skip
 CLOCK = ("tokens_per_second",)
 
 
