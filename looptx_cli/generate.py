@@ -104,7 +104,7 @@ def generate(
     options = resolved.build(GenerationOptions)
     depths = _depths(compare_loops)
     texts: list[Prompt] = [*(prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
-    files = given_media(image=image, audio=audio, video=video)
+    files = given_media(quiet, image=image, audio=audio, video=video)
     if timestamps and (len(audio or ()) != 1 or len(files) > 1 or texts or chat or compare_loops):
         raise UsageError("--timestamps goes with one --audio and nothing else to read")
     if files and len(texts) > 1:
