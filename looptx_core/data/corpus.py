@@ -255,7 +255,7 @@ def _sources(files: Sequence[Path], if_none: str) -> Iterator[Source]:
     if not files:
         raise DataError(if_none)
     for file in files:
-        if medium := media_of_file(file.suffix):
+        if medium := media_of_file(file):
             raise DataError(
                 f"{file}: a {medium.noun}; {medium.plural} with their texts are not tokenised "
                 "ahead, give them to looptx train --data as they are"
