@@ -141,7 +141,7 @@ def generate(
     if prompt_file:
         mend = "check --prompt-file"
         texts.append(read_text(prompt_file, mend=mend, pipes=True).rstrip("\n"))
-    files = given_media(image=image, audio=audio, video=video)
+    files = given_media(quiet, image=image, audio=audio, video=video)
     if timestamps and (len(audio or ()) != 1 or len(files) > 1 or texts or chat or compare_loops):
         raise UsageError("--timestamps goes with one --audio and nothing else to read")
     if draw is not None:
