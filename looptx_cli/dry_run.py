@@ -11,6 +11,7 @@ from looptx_cli.console import stdout, with_flags
 from looptx_cli.runs import SCHEMA_VERSION
 
 if TYPE_CHECKING:
+    from looptx_core.conversion.plan import ConversionPlan
     from looptx_core.finetuning.plan import FinetunePlan
     from looptx_core.parallel.plan import Plan
     from looptx_core.training.step_time import TimeEstimate
@@ -119,3 +120,18 @@ def show_finetuning(plan: FinetunePlan, as_json: bool) -> None:
         say_size(part, size)
     say_size("at the peak", plan.need.total)
     say_time(plan.time)
+
+
+def show_conversion(plan: ConversionPlan, as_json: bool) -> None:
+    """Of `looptx convert`."""
+    if as_json:
+        print_document(plan.to_dict())
+        return
+    for number, step in enumerate(plan.does, 1):
+        say(f"{number}. {with_flags(step)}")
+    say(
+        f"{plan.parameters:,} parameters; {plan.bytes_before:,} bytes are read, and the weights "
+        f"that are written take {plan.bytes_after:,}"
+    )
+    if plan.time is not None:
+        say_time(plan.time)

@@ -38,18 +38,17 @@ OPTIONS = {
         --json --quiet
     """,
     "finetune": """
-        --data --out --seed --steps --max-minutes --seq-len --batch-size --micro-batch --workers
-        --augment --no-augment --skip-bad --no-skip-bad --lr --min-lr --warmup --weight-decay
-        --optimizer --beta2 --clip --loop-schedule --loops --max-loops --mean-loops --deeper-by
-        --loss-threshold --deeper-share --explore --loss-at --loss-prior --precision --attention
-        --compile --no-compile --grad-checkpointing --no-grad-checkpointing --devices --nodes
-        --strategy
-        --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every --keep
-        --val-every --val-batches --log-every --model --lora --no-lora
-        --qlora --no-qlora --quantization --dora --no-dora --lora-per-loop --no-lora-per-loop
-        --lora-rank --lora-alpha --lora-dropout --rslora --no-rslora --target-modules --columns
-        --train-on-prompt --no-train-on-prompt --too-long --val-fraction --config --resume
-        --overwrite --epochs --dry-run --json --quiet
+        --data --out --seed --steps --epochs --max-minutes --seq-len --batch-size --micro-batch
+        --workers --augment --no-augment --skip-bad --no-skip-bad --lr --min-lr --warmup
+        --weight-decay --optimizer --beta2 --clip --loop-schedule --loops --max-loops --mean-loops
+        --deeper-by --loss-threshold --deeper-share --explore --loss-at --loss-prior --precision
+        --attention --compile --no-compile --grad-checkpointing --no-grad-checkpointing --devices
+        --nodes --strategy --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every
+        --keep --val-every --val-batches --log-every --model --lora --no-lora --qlora --no-qlora
+        --quantization --dora --no-dora --lora-per-loop --no-lora-per-loop --lora-rank --lora-alpha
+        --lora-dropout --rslora --no-rslora --target-modules --columns --train-on-prompt
+        --no-train-on-prompt --too-long --val-fraction --config --resume --overwrite --dry-run
+        --json --quiet
     """,
     "generate": """
         --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
@@ -61,8 +60,8 @@ OPTIONS = {
     "convert": """
         --model --from-hf --from-gguf --core --max-loops --out --to-bitnet --no-to-bitnet --direct
         --no-direct --finetune-steps --max-minutes --lr --data --seed --adapter --merge-adapter
-        --no-merge-adapter --to-hf --no-to-hf --dtype --shard-size --config --overwrite --json
-        --quiet
+        --no-merge-adapter --to-hf --no-to-hf --dtype --shard-size --config --overwrite --dry-run
+        --json --quiet
     """,
     "doctor": """
         --build --path --json --quiet
@@ -80,17 +79,15 @@ OPTIONS = {
         --json --quiet
     """,
     "train": """
-        --data --out --seed --steps --max-minutes --seq-len --batch-size --micro-batch --workers
-        --augment --no-augment --skip-bad --no-skip-bad --lr --min-lr --warmup --weight-decay
-        --optimizer --beta2 --clip --loop-schedule --loops --max-loops --mean-loops --deeper-by
-        --loss-threshold --deeper-share --explore --loss-at --loss-prior --precision --attention
-        --compile --no-compile --grad-checkpointing --no-grad-checkpointing --devices --nodes
-        --strategy
-        --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every --keep
-        --val-every --val-batches --log-every --preset --document-mask
-        --no-document-mask --mix --mask-patches --bitnet
-        --no-bitnet --epochs --set --config --resume --overwrite --dry-run --force --json
-        --quiet
+        --data --out --seed --steps --epochs --max-minutes --seq-len --batch-size --micro-batch
+        --workers --augment --no-augment --skip-bad --no-skip-bad --lr --min-lr --warmup
+        --weight-decay --optimizer --beta2 --clip --loop-schedule --loops --max-loops --mean-loops
+        --deeper-by --loss-threshold --deeper-share --explore --loss-at --loss-prior --precision
+        --attention --compile --no-compile --grad-checkpointing --no-grad-checkpointing --devices
+        --nodes --strategy --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every
+        --keep --val-every --val-batches --log-every --preset --document-mask --no-document-mask
+        --mix --mask-patches --bitnet --no-bitnet --set --config --resume --overwrite --dry-run
+        --force --json --quiet
     """,
 }
 
