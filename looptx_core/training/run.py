@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -54,6 +55,9 @@ from looptx_core.training.finish import TrainResult, finish_training
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.kernel_trial import enable_kernels
 from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
+
+_log = logging.getLogger(__name__)
+"""Of reasons, which few need: the command line shows them with --debug."""
 
 
 def fit_vocabulary(model: ModelConfig, vocab_size: int, asked: bool) -> ModelConfig:
@@ -202,11 +206,11 @@ def fit(
     last_step = until or config.steps
     device = best_device()
     precision, why = choose_precision(config.precision, device, config.sharding)
-    report(f"precision: {precision}, {why}")
+    _log.info("precision: %s, %s", precision, why)
     backend = choose_backend(
         config.attention, device, torch.bfloat16 if precision == "bf16" else torch.float32
     )
-    report(f"attention: {backend.name}, {backend.reason}")
+    _log.info("attention: %s, %s", backend.name, backend.reason)
     model.attend = backend.attend
     gathered = None
     if config.sharding == "fsdp":
@@ -263,9 +267,13 @@ def fit(
     ours = [*callbacks, AtSetup(begin), stop, *at_end]
     with quiet_lightning(), own_environment(folder):
         trainer = _trainer(config, last_step, folder, precision, device, strategy, ours, metrics)
+        chosen = f"precision: {precision}; attention: {backend.name}"
         if device.type == "cpu":
             wanted = precision == "float32" and not config.compile
-            report(f"kernels: {enable_kernels(model.config, config, folder, wanted, resume)}")
+            kernels = enable_kernels(model.config, config, folder, wanted, resume)
+            _log.info("kernels: %s", kernels)
+            chosen += f"; kernels: {'fused' if kernels.startswith('fused') else 'plain torch'}"
+        report(chosen)
         if config.compile:
             compile_forward(model)
         try:
