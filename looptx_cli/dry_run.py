@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from looptx_cli.console import stdout, with_flags
 from looptx_cli.runs import SCHEMA_VERSION
+from looptx_core.words import counted
 
 if TYPE_CHECKING:
     from looptx_core.conversion.plan import ConversionPlan
@@ -45,7 +46,8 @@ def say_time(time: TimeEstimate | None) -> None:
         else f"by its FLOPs a step takes some {step}, and none was tried"
     )
     say(
-        f"time: about {duration(time.seconds)} for {time.steps:,} steps, an estimate: {how}; "
+        f"time: about {duration(time.seconds)} for {counted(time.steps, 'step')}, an estimate: "
+        f"{how}; "
         "evaluations and saves come on top"
     )
 
@@ -75,15 +77,14 @@ def show_training(plan: Plan, time: TimeEstimate | None, as_json: bool) -> None:
         return
     say(f"{plan.parameters:,} parameters")
     for loops, flops in plan.flops_per_token.items():
-        name = "loop: " if loops == 1 else "loops:"
-        say(f"{loops:>4} {name} {flops:.3g} FLOPs a token forward, read out once")
+        say(f"{counted(loops, 'loop'):>8}: {flops:.3g} FLOPs a token forward, read out once")
     say_size("KV cache, generating", plan.cache, " a full context")
     spread = plan.spread
-    count = f"{spread.world} process{'es' if spread.world > 1 else ''}"
+    count = counted(spread.world, "process", "processes")
     cut = "nothing cut" if spread.kind in ("none", "ddp") else spread.kind
     say(
         f"\nEach of {count}, {cut}, {plan.precision}, "
-        f"{plan.rows} sequence{'s' if plan.rows > 1 else ''} a pass, nothing offloaded:"
+        f"{counted(plan.rows, 'sequence')} a pass, nothing offloaded:"
     )
     for part, size in plan.bytes.items():
         say_size(part, size)
@@ -113,8 +114,8 @@ def show_finetuning(plan: FinetunePlan, as_json: bool) -> None:
         f"({share:.1%}), and the confidence head"
     )
     say(
-        f"{plan.examples:,} examples to train on, {plan.held_out:,} held out; {plan.epochs:.3g} "
-        f"epochs, {plan.steps:,} steps"
+        f"{counted(plan.examples, 'example')} to train on, {plan.held_out:,} held out; "
+        f"{plan.epochs:.3g} epochs, {counted(plan.steps, 'step')}"
     )
     for part, size in plan.need.to_dict().items():
         say_size(part, size)

@@ -27,6 +27,7 @@ from looptx_core.model.storage import Kind, like, to_float
 from looptx_core.outputs import check_output
 from looptx_core.training.step_time import TimeEstimate, estimate_time
 from looptx_core.training.trial import time_steps
+from looptx_core.words import counted
 
 Report = Callable[[str], object]
 
@@ -82,7 +83,8 @@ def plan_conversion(
     if config.to_bitnet and not config.direct and shape.linear != "ternary":
         data = evaluation_data(config, source, True, report, rows=BATCH)
         does.append(
-            f"train {config.finetune_steps:,} steps through ternary rounding on {data.name}, for "
+            f"train {counted(config.finetune_steps, 'step')} through ternary rounding on "
+            f"{data.name}, for "
             f"{config.max_minutes:g} minutes at most"
         )
         batches, model = data.batches, to_float(source.model.float())

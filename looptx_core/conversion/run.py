@@ -47,6 +47,7 @@ from looptx_core.outputs import check_output
 from looptx_core.training.calibration import calibrate
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all
 from looptx_core.training.run import fit
+from looptx_core.words import counted
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
           "int8": torch.int8}  # fmt: skip
@@ -175,7 +176,7 @@ def convert(
             source.facts, source.name, losses, method="ternary weights, "
             + ("trained through the rounding" if steps else "only rounded"), **done,
         )  # fmt: skip
-        facts["ternary"] = f"trained {steps} steps" if steps else "rounded"
+        facts["ternary"] = f"trained {counted(steps, 'step')}" if steps else "rounded"
     elif not config.merge_adapter:  # the same model in another form
         facts["converted_from"] = source.name
     weights, files = model_files(

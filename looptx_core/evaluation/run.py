@@ -14,6 +14,7 @@ from looptx_core.errors import MissingError, UsageError
 from looptx_core.evaluation.measure import Result, measure
 from looptx_core.evaluation.scoring import Scorer
 from looptx_core.evaluation.task import NeedsHarness, Task, own_tasks, read_task
+from looptx_core.words import counted
 
 if TYPE_CHECKING:
     from looptx_core.generation.engine import Engine
@@ -63,7 +64,8 @@ def evaluate(
             tasks |= facts
         results.sort(key=lambda row: [*tasks].index(row.task))
     if cut := max(scorer.cut for scorer in scorers):
-        report(f"{cut} prompts are longer than the model's context; only their ends were read")
+        what = counted(cut, "prompt longer", "prompts longer")
+        report(f"{what} than the model's context: read from the end only")
     return {
         "schema_version": SCHEMA_VERSION,
         "model": engine.name,

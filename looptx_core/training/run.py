@@ -55,6 +55,7 @@ from looptx_core.training.finish import TrainResult, finish_training
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.kernel_trial import enable_kernels
 from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
+from looptx_core.words import counted
 
 _log = logging.getLogger(__name__)
 """Of reasons, which few need: the command line shows them with --debug."""
@@ -120,7 +121,7 @@ def train(
         )  # fmt: skip
         left_out = f", {read.skipped} left out" if config.skip_bad else ""
         what = ", ".join(medium.plural for medium in read.media)
-        report(f"{what}: {len(read.records)} records{left_out}")
+        report(f"{what}: {counted(len(read.records), 'record')}{left_out}")
         report_unlabelled(batches.unlabelled, report)
     else:
         batches = TokenData(data, **batching)
@@ -327,7 +328,8 @@ def _report_other_world_size(
     before = processes_of(checkpoint)
     if before not in (None, config.world_size):
         report(
-            f"resumed: {before} processes saved and {config.world_size} go on; weights, moments "
+            f"resumed: {counted(before or 0, 'process', 'processes')} saved and "
+            f"{config.world_size} go on; weights, moments "
             "and the place in the data are the same, but sums over processes are ordered anew, and "
             "dropout and depths by loss are drawn anew, so the run is another to the last bits"
         )
