@@ -47,8 +47,7 @@ def say_time(time: TimeEstimate | None) -> None:
     )
     say(
         f"time: about {duration(time.seconds)} for {counted(time.steps, 'step')}, an estimate: "
-        f"{how}; "
-        "evaluations and saves come on top"
+        f"{how}; evaluations and saves come on top"
     )
 
 

@@ -215,8 +215,7 @@ def last_step(folder: Path, steps: int, asked: int | None, report: Callable[[str
     if asked is not None and done < until:
         raise UsageError(
             f"--steps can't change before the run has done its {counted(until, 'step')}; leave "
-            "it out, or "
-            "start a new run"
+            "it out, or start a new run"
         )
     if asked is not None and asked > done:
         return asked

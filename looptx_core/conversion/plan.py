@@ -84,8 +84,7 @@ def plan_conversion(
         data = evaluation_data(config, source, True, report, rows=BATCH)
         does.append(
             f"train {counted(config.finetune_steps, 'step')} through ternary rounding on "
-            f"{data.name}, for "
-            f"{config.max_minutes:g} minutes at most"
+            f"{data.name}, for {config.max_minutes:g} minutes at most"
         )
         batches, model = data.batches, to_float(source.model.float())
         model = to_ternary(model, [next(iter(batches.train_dataloader()))])

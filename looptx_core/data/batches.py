@@ -117,8 +117,7 @@ def text_windows(
         if not len(windows):
             raise DataError(
                 f"{folder}: the {split} split has {counted(len(windows.tokens), 'token')}, fewer "
-                "than one "
-                f"sequence of {seq_len}; add text or pass a smaller `seq_len`"
+                f"than one sequence of {seq_len}; add text or pass a smaller `seq_len`"
             )
         parts.append(windows)
     return parts

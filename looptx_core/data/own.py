@@ -236,8 +236,7 @@ def _records(
     if found.skipped or found.dropped or found.truncated:
         report(
             f"data: left out {counted(found.skipped, 'record')} that can't be used and "
-            f"{found.dropped} that "
-            f"are too long; shortened {found.truncated}"
+            f"{found.dropped} that are too long; shortened {found.truncated}"
         )
     train, val = split_packed(
         found.kept,
