@@ -44,6 +44,7 @@ def convert(
     looptx convert --from-hf a-hf --out a-again
     looptx convert --from-gguf model-Q4_K_M.gguf --core auto
     looptx convert --adapter runs/finetune-1 --merge-adapter
+    looptx convert --memory delta --model runs/a
     """
     settings = resolve(ConvertConfig, flags=flags, config=config).build(ConvertConfig)
 
@@ -81,6 +82,8 @@ def convert(
             f"('{result.out}', trust_remote_code=True) in transformers",
             quiet,
         )
+    elif settings.memory:
+        note(f"try next: looptx finetune --model {result.out} --seq-len 1024", quiet)
     else:
         note(f'try next: looptx generate "Call me" --model {result.out} --show-iterations', quiet)
 

@@ -77,7 +77,8 @@ def show_training(plan: Plan, time: TimeEstimate | None, as_json: bool) -> None:
     say(f"{plan.parameters:,} parameters")
     for loops, flops in plan.flops_per_token.items():
         say(f"{counted(loops, 'loop'):>8}: {flops:.3g} FLOPs a token forward, read out once")
-    say_size("KV cache, generating", plan.cache, " a full context")
+    told = f", {plan.cache:,} bytes, a text of any length" if plan.reads_on else " a full context"
+    say_size("KV cache, generating", plan.cache, told)
     spread = plan.spread
     count = counted(spread.world, "process", "processes")
     cut = "nothing cut" if spread.kind in ("none", "ddp") else spread.kind

@@ -20,13 +20,16 @@ from looptx_cli.runs import (
     summary,
     write_line,
 )
-from looptx_core.config.model import ModelConfig
+from looptx_core.config.model import ModelConfig, fitting_memory
 from looptx_core.config.resolve import Resolved, config_file, dotted, resolve
-from looptx_core.config.run import TrainConfig
+from looptx_core.config.run import TrainConfig, continued_lr
 from looptx_core.errors import UsageError
 from looptx_core.words import counted
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from looptx_core.checkpoint.folder import LoadedModel
     from looptx_core.training.run import TrainResult
 
 SECTIONS = {"model": ModelConfig}
@@ -44,6 +47,14 @@ def train(
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of these settings.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="delta|infini",
+            help="Remember what leaves a window of attention, which fits --seq-len; texts of any "
+            "length can then be read.",
+        ),
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with this run, exactly.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show size and cost only.")] = False,
@@ -58,11 +69,17 @@ def train(
     looptx train --data my.txt --steps 2000 --out runs/mine
     looptx train --data data --preset small --max-minutes 60
     looptx train --set model.d_model=256 --set model.core_layers=4
+    looptx train --init runs/mine --data more.txt
+    looptx train --memory delta --seq-len 1024 --batch-size 8
     looptx train --resume runs/mine
     looptx train --zero3 --offload nvme
     looptx train --preset 1b --dry-run
     """
     flags = with_set(flags, set_, SECTIONS)
+    if memory is not None:
+        if flags.get("model.memory"):
+            raise UsageError("--memory and --set model.memory say the same; leave one out")
+        flags["model.memory"] = memory
     if resume is not None:
         resolved = resumed(resume, flags, "train", TrainConfig, SECTIONS, config)
     else:
@@ -70,19 +87,30 @@ def train(
         if resolved.values["offload"] == "nvme" and not resolved.given("preset"):
             resolved = _to_try_swapping(flags, config)
         refuse_two_lengths(resolved)
+        if resolved.values["model.memory"] != "none":
+            fitting = fitting_memory(resolved.values["seq_len"])
+            mine = {key: value for key, value in fitting.items() if not resolved.given(key)}
+            resolved = settle(resolved, mine, "seq_len")
     settings = resolved.build(TrainConfig)
     until = None
     if resume is not None and not dry_run:
         until = last_step(resume, settings.steps, flags["steps"], lambda line: note(line, quiet))
         if not until:
             return
+    source = _source(settings, resolved) if settings.init else None
+    if source is not None:
+        own = dotted(source.config.to_dict(), "model")
+        own["lr"] = continued_lr(source.config.d_model)
+        own = {key: value for key, value in own.items() if not resolved.given(key)}
+        settings = settle(resolved, own, "`init`").build(TrainConfig)
     model_config = resolved.build(ModelConfig, "model")
     with large_imports():
         from looptx_core.parallel.plan import check_memory, plan
         from looptx_core.training.step_time import estimate_time
 
+    tokenizer = source.tokenizer if source else None
     if settings.epochs is not None:
-        settings, told = _in_steps(settings, model_config.vocab_size, until)
+        settings, told = _in_steps(settings, model_config.vocab_size, tokenizer, until)
         settle(resolved, {"steps": settings.steps}, "`epochs`")
         note(told, quiet)
     if dry_run:
@@ -99,6 +127,7 @@ def train(
 
     with large_imports():
         from looptx_cli.progress import train_progress
+        from looptx_core.checkpoint.weights import fingerprint
         from looptx_core.data.bundled import bundled_shards
         from looptx_core.data.records import media_named, read_records
         from looptx_core.data.resolve import resolve_data
@@ -106,7 +135,7 @@ def train(
         from looptx_core.media.registry import MEDIA, media_for
         from looptx_core.training.run import check, fit_vocabulary, train
 
-    inputs = (*settings.data, config_file(config), settings.deepspeed_config)
+    inputs = (*settings.data, settings.init, config_file(config), settings.deepspeed_config)
     run = run_folder(
         resume, settings.out, "train", overwrite, inputs, lambda line: note(line, quiet)
     )
@@ -122,23 +151,31 @@ def train(
             model_config = medium.enable(model_config)
             what = f"{medium.plural}: {medium.describe(model_config)}"
             note(f"{what}; {medium.size_key} sets it", quiet)
+    model_config = _with_codec(model_config, settings)
+    tokenizer = source.tokenizer if source else None
+    text_vocabulary = model_config.draw.first_code or model_config.vocab_size
     if texts:
-        shards = resolve_data(texts, model_config.vocab_size)
+        shards = resolve_data(texts, text_vocabulary, tokenizer)
     else:
         note("text: the bundled one, Moby Dick, and generated lines that need depth", quiet)
-        shards = bundled_shards(model_config.vocab_size)
+        shards = bundled_shards(text_vocabulary, tokenizer)
 
-    model_config = fit_vocabulary(
-        model_config, Manifest.read(shards).vocab_size, resolved.given("model.vocab_size")
-    )
-    shape = dotted(model_config.to_dict(), "model")
     manifest = Manifest.read(shards)
     origin = {"data": manifest.fingerprint, "tokenizer": manifest.tokenizer}
+    vocabulary = manifest.vocab_size
+    if source is not None:
+        origin["model"] = fingerprint(source.folder)
+        note(f"init: {source.name}, learning rate {settings.lr:g}", quiet)
+        vocabulary = source.config.vocab_size - source.config.draw.codes
+    model_config = fit_vocabulary(
+        model_config, vocabulary, resolved.given("model.vocab_size") and source is None
+    )
+    shape = dotted(model_config.to_dict(), "model")
     if records:
         origin["media data"] = read_records(records, settings.skip_bad).fingerprint
     run.until = until
     with run:
-        settled = settle(resolved, shape, "the data")
+        settled = settle(resolved, shape, "`init`" if source else "the data")
         folder = run.begin(settled, origin, lambda line: note(line, quiet))
         note(f"run: {folder}", quiet)
         result = train(
@@ -147,6 +184,7 @@ def train(
             data=shards,
             records=records,
             folder=folder,
+            init=source,
             resume=resume is not None,
             until=until,
             callbacks=[train_progress(until or settings.steps, quiet or as_json)],
@@ -166,10 +204,27 @@ def train(
         note(f"pack it: looptx convert --to-bitnet --model {folder}", quiet)
     for name in used:
         note(f"try next: looptx generate --{name} FILE --model {folder} --show-iterations", quiet)
+    if settings.codec:
+        note(f'try next: looptx generate "cat face" --draw drawn.png --model {folder}', quiet)
     note(f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet)
 
 
-def _in_steps(settings: TrainConfig, vocab_size: int, until: int | None) -> tuple[TrainConfig, str]:
+def _source(settings: TrainConfig, resolved: Resolved) -> LoadedModel:
+    """The model that `init` names. Raises `UsageError` for a preset beside it."""
+    import torch
+
+    from looptx_core.checkpoint.folder import load_model
+    from looptx_core.checkpoint.registry import resolve_model
+
+    if resolved.given("preset"):
+        raise UsageError("`init` brings the model's own shape; leave out `preset`")
+    found = resolve_model(settings.init, need=frozenset({"weights"}))
+    return load_model(found.folder, dtype=torch.float32)
+
+
+def _in_steps(
+    settings: TrainConfig, vocab_size: int, tokenizer: Tokenizer | None, until: int | None
+) -> tuple[TrainConfig, str]:
     """The settings with the steps that their epochs come to, and a line that says so."""
     with large_imports():
         from looptx_core.data.batches import window_count
@@ -184,8 +239,10 @@ def _in_steps(settings: TrainConfig, vocab_size: int, until: int | None) -> tupl
             "--epochs counts passes over text, and this data has records of media beside it; "
             "give --steps"
         )
-    given = settings.data
-    shards = resolve_data(given, vocab_size) if given else bundled_shards(vocab_size)
+    if given := settings.data:
+        shards = resolve_data(given, vocab_size, tokenizer)
+    else:
+        shards = bundled_shards(vocab_size, tokenizer)
     windows = window_count(Manifest.read(shards).splits["train"].tokens, settings.seq_len)
     settings = in_steps(settings, windows)
     return settings, epochs_told(settings, until or settings.steps, windows)
@@ -196,6 +253,19 @@ def _time_new_model(model: ModelConfig, settings: TrainConfig, quiet: bool) -> f
     with large_imports():
         from looptx_core.training.trial import time_new_model
     return time_new_model(model, settings)
+
+
+def _with_codec(model: ModelConfig, settings: TrainConfig) -> ModelConfig:
+    """The model's configuration with what its codec says."""
+    if settings.codec is None:
+        if model.draw.codec and not settings.init:
+            raise UsageError("this model draws; give its codec by `codec`")
+        if settings.direction == "write" and not model.draw.codec:
+            raise UsageError("`direction` write needs a codec; give it by `codec`")
+        return model
+    from looptx_core.checkpoint.codec_folder import with_codec
+
+    return with_codec(model, settings.codec)
 
 
 # Layers large enough that DeepSpeed swaps them, for a few steps.

@@ -13,6 +13,7 @@ from looptx_core.checkpoint.folder import LoadedModel
 from looptx_core.checkpoint.weights import tensors_of
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.model import STORED_AS
+from looptx_core.conversion.memory import with_memory
 from looptx_core.conversion.run import (
     DTYPES,
     check_kinds,
@@ -92,13 +93,18 @@ def plan_conversion(
         time = estimate_time(shape, settings, lambda: time_steps(model, batches, settings))
     elif config.to_bitnet:
         does.append("round the weights to ternary, without training")
+    model = source.model
+    if config.memory:
+        does.append(f"give its layers a memory of the kind {config.memory}, not yet trained")
+        floats = to_float(model.float())
+        model = with_memory(floats, config.memory, config.memory_window, config.memory_block)
     kind, dtype = _stored(config, source)
     if config.dtype:
         does.append(f"store {STORED_AS.get(kind) or f'{_name(dtype)} weights'}")
     if config.to_hf:
         does.append("add the code that transformers needs")
     does.append(f"write {out}" + (f", in place of {there}" if there else ""))
-    stored = tensors_of(like(source.model, kind), dtype)
+    stored = tensors_of(like(model, kind), dtype)
     return ConversionPlan(
         source=str(source.folder),
         out=str(out),

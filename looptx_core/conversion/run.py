@@ -21,6 +21,7 @@ from looptx_core.checkpoint.folder import (
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.conversion.huggingface import to_huggingface
+from looptx_core.conversion.memory import with_memory
 from looptx_core.conversion.source import (
     BATCH,
     PLAIN_BATCH,
@@ -150,6 +151,8 @@ def convert(
     bytes_before = folder_bytes(source.folder)
 
     after, exit_settings, steps = before, source.exit, 0
+    if config.memory:
+        model = with_memory(model, config.memory, config.memory_window, config.memory_block)
     if config.to_bitnet:
         if model.config.linear == "float":
             model = to_ternary(model, [next(iter(batches.train_dataloader()))])
@@ -160,7 +163,7 @@ def convert(
     kind = DTYPES[config.dtype] if config.dtype else floats
     model = to_int8(model) if kind == torch.int8 else model.to(kind)
     memory_after = running_bytes(model)
-    if config.to_bitnet or kind != was:
+    if config.to_bitnet or config.memory or kind != was:
         after = _evaluate(model.float(), batches, loops)
         model = model.to(torch.float32 if kind == torch.int8 else kind)
         if loops == model.config.max_loops:
@@ -177,6 +180,10 @@ def convert(
             + ("trained through the rounding" if steps else "only rounded"), **done,
         )  # fmt: skip
         facts["ternary"] = f"trained {counted(steps, 'step')}" if steps else "rounded"
+    elif config.memory:
+        losses = {key: facts[key] for key in facts if key.startswith("loss_by_loop")}
+        facts = descended(source.facts, source.name, losses,
+                          method=f"a {config.memory} memory, not yet trained")  # fmt: skip
     elif not config.merge_adapter:  # the same model in another form
         facts["converted_from"] = source.name
     weights, files = model_files(
@@ -266,6 +273,11 @@ def check_kinds(config: ConvertConfig, source: LoadedModel) -> None:
     if config.dtype == "int8" and kind in ("ternary", "packed"):
         raise UsageError(
             f"{source.folder}: its weights are ternary, smaller than int8; leave `dtype` int8 out"
+        )
+    if config.to_hf and source.config.has_memory:
+        raise UsageError(
+            f"{source.folder}: transformers' format has no memory; leave `to_hf` out, or take a "
+            "model without one"
         )
 
 

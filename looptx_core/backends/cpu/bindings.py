@@ -52,6 +52,8 @@ def unsupported_reason(model: LoopedTransformer) -> str | None:
     kinds = {type(layer) for block in all_blocks(model) for layer in block_layers(block)}
     if len(kinds) > 1 or not kinds <= _KNOWN or type(model.head) not in (nn.Linear, Int8Linear):
         return f"its layers are {', '.join(sorted(kind.__name__ for kind in kinds))}"
+    if model.config.has_memory:
+        return "its layers have a memory beyond their window"
     if model.config.head_dim > 1024:
         return "its heads are too wide"
     if model.injection.kind == "bridge":
