@@ -388,7 +388,8 @@ def _show(
 
 def _summarise(engine: Engine, result: Generation, iterations: bool, quiet: bool) -> None:
     """Print the figures and what to try next; to stdout with --show-iterations, else as a note."""
-    from looptx_cli.render import compute_told, counted
+    from looptx_cli.render import compute_told
+    from looptx_core.words import counted
 
     deepest = engine.model.config.max_loops
     saved = compute_told(engine.compute_saved(result))
