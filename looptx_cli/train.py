@@ -251,8 +251,8 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     out.print(f"{plan.parameters:,} parameters", highlight=False)
     for loops, flops in plan.flops_per_token.items():
         out.print(f"{loops:>4} loops: {flops:.3g} FLOPs a token forward, read out once")
-    row("KV cache, generating", plan.cache,
-        f", {plan.cache:,} bytes, a text of any length" if plan.reads_on else " a full context")  # fmt: skip
+    of = f", {plan.cache:,} bytes, a text of any length" if plan.reads_on else " a full context"
+    row("KV cache, generating", plan.cache, of)
     spread = plan.spread
     count = f"{spread.world} process{'es' if spread.world > 1 else ''}"
     cut = "nothing cut" if spread.kind in ("none", "ddp") else spread.kind

@@ -146,6 +146,9 @@ def convert(
         )
     stored = source.model.embedding.weight.dtype
     model = source.model.float()
+    remembering = model
+    if config.memory:
+        remembering = with_memory(model, config.memory, config.memory_window, config.memory_block)
     checked = _compare(config, model, source.tokenizer, plain, report) if plain else {}
     trains = config.to_bitnet and not config.direct and source.config.linear == "float"
     judged = plain is not None and not config.to_bitnet
@@ -160,8 +163,7 @@ def convert(
     bytes_before = _folder_bytes(source.folder)
 
     after, exit_settings, steps = before, source.exit, 0
-    if config.memory:
-        model = with_memory(model, config.memory, config.memory_window, config.memory_block)
+    model = remembering
     if config.to_bitnet:
         if model.config.linear == "float":
             model = to_ternary(model, [next(iter(batches.train_dataloader()))])

@@ -156,6 +156,27 @@ def check(config: RunConfig, folder: Path) -> None:
     check_strategy(config, folder)
 
 
+def check_memory_use(
+    model: ModelConfig, config: RunConfig, report: Callable[[str], object]
+) -> None:
+    """Raise `UsageError` where a model with a memory can't be trained so, and report where its
+    memory would not be trained."""
+    if not model.has_memory:
+        return
+    if config.compile:
+        raise UsageError("`compile` can't compile a model with a memory; leave it out")
+    if config.sharding not in ("none", "ddp"):
+        raise UsageError(
+            f"a memory's weights are read between layers, and {config.sharding} gathers them layer "
+            "by layer; pass `strategy` ddp"
+        )
+    if config.seq_len <= model.memory_window:
+        report(
+            f"memory: not trained, as sequences of {config.seq_len} tokens fit into its window; "
+            f"give `seq_len` {8 * model.memory_block} or more"
+        )
+
+
 def resuming(command: str, folder: Path) -> str:
     """A message that says how to resume a stopped run."""
     return f"go on with looptx {command} --resume {folder}"
@@ -193,6 +214,7 @@ def fit(
     infinite, `DataError` for unusable data or checkpoints, `LooptxError` if a checkpoint can't be
     written or another process is gone.
     """
+    check_memory_use(model.config, config, report)
     # A short run gets at least one line of metrics and one validation.
     config = replace(
         config,
