@@ -52,7 +52,7 @@ def test_a_trained_model_gets_closed_gates(kind) -> None:
     found = with_memory(plain, kind, 16, 8)
     tokens = torch.randint(0, 64, (2, 40))
     one, other = (model(tokens[:, :16], 3).logits for model in (found, plain))
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-7)  # angles of RoPE are float64 here
     after = found(tokens, 3).logits
     for block in found.core:
         block.attention.memory.gate_bias.fill_(-torch.inf)

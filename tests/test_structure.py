@@ -54,13 +54,15 @@ OPTIONS = {
     "generate": """
         --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
         --kv-policy --kv-type --speculate --draft-loops --temperature --top-k --top-p --min-p
-        --repetition-penalty --seed --stop --ignore-eos --no-ignore-eos --prompts-file --model
+        --repetition-penalty --seed --stop --ignore-eos --no-ignore-eos --prompts-file --prompt-file
+        --model
         --adapter --image --audio --video --chat --timestamps --show-iterations --compare-loops
         --attention --precision --kernel --config --json --quiet
     """,
     "convert": """
         --model --from-hf --from-gguf --core --max-loops --out --to-bitnet --no-to-bitnet --direct
-        --no-direct --finetune-steps --max-minutes --lr --data --seed --adapter --merge-adapter
+        --no-direct --finetune-steps --max-minutes --lr --data --seed --memory --memory-window
+        --memory-block --adapter --merge-adapter
         --no-merge-adapter --to-hf --no-to-hf --dtype --shard-size --config --overwrite --json
         --quiet
     """,
@@ -89,7 +91,7 @@ OPTIONS = {
         --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every --keep
         --val-every --val-batches --log-every --preset --document-mask
         --no-document-mask --mix --mask-patches --bitnet
-        --no-bitnet --set --config --resume --overwrite --dry-run --force --json
+        --no-bitnet --set --memory --config --resume --overwrite --dry-run --force --json
         --quiet
     """,
 }
