@@ -83,8 +83,8 @@ def _show(result: ConvertResult) -> None:
         out.print(line, soft_wrap=True)
 
     if result.loss_by_loop != result.loss_by_loop_before:
-        title = f"Held-out loss, nats a token, on {result.judged_by}"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        say(f"Held-out loss, nats a token, on {result.judged_by}")
+        table = Table(box=None, pad_edge=False)
         for name in ("loops", "before", "after"):
             table.add_column(name, justify="right")
         losses = zip(result.loss_by_loop_before, result.loss_by_loop)

@@ -18,8 +18,8 @@ from looptx_core.media.batch import MediaBatch
 from looptx_core.model.flops import parameter_count, state_bytes, token_flops
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.parallel.memory import count
+from looptx_core.training.memory_check import check_memory_use
 from looptx_core.training.optimizer import build_adamw, build_optimizer
-from looptx_core.training.run import check_memory_use
 
 CONFIG = ModelConfig(vocab_size=64, d_model=16, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=24,
                      core_layers=2, max_loops=3, max_seq_len=40, memory="delta", memory_window=16,

@@ -59,8 +59,9 @@ class ConvertConfig:
 
     to_hf: bool = False
     """Write a folder that transformers opens by itself, with trust_remote_code."""
-    dtype: Literal["float32", "bf16", "fp16"] | None = None
-    """Number type of the stored weights; absent: as they are."""
+    dtype: Literal["float32", "bf16", "fp16", "int8"] | None = None
+    """Number type of the stored weights; int8: the matrices, each row with a scale; absent: as
+    they are."""
     shard_size: str = "5GB"
     """The most bytes in a file of weights, such as 500MB."""
 
@@ -78,6 +79,11 @@ class ConvertConfig:
             raise UsageError(f"`memory` and `{other}` are two steps; leave one of them out")
         if self.direct and not self.to_bitnet:
             raise UsageError("`direct` is a way of `to_bitnet`; pass both")
+        if self.dtype == "int8" and (self.to_bitnet or self.to_hf):
+            raise UsageError(
+                "`dtype` int8 is looptx's own storage of a model that is neither ternary nor for "
+                "transformers; leave out `to_bitnet` and `to_hf`, or give another `dtype`"
+            )
         if self.merge_adapter != bool(self.adapter):
             raise UsageError("`adapter` and `merge_adapter` go together; pass both")
         if self.foreign and (self.model or self.adapter):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from looptx_core.config.media import AudioConfig, VideoConfig
+from looptx_core.config.media import AudioConfig, DrawConfig, VideoConfig
 from looptx_core.errors import UsageError
 from looptx_core.schema import typed
 
@@ -29,8 +29,16 @@ _MOST = {
 _MEMORY_KEYS = (
     "memory", "memory_window", "memory_block", "memory_per_loop", "infini_delta",
 )  # fmt: skip
-SECTIONS: dict[str, type] = {"audio": AudioConfig, "video": VideoConfig}
-"""The media whose settings are a section, by its key."""
+SECTIONS: dict[str, type] = {"audio": AudioConfig, "video": VideoConfig, "draw": DrawConfig}
+"""What a model reads and writes beside text and pictures, by the key of its section."""
+
+
+STORED_AS = {
+    "ternary": "ternary weights, trained through floats",
+    "packed": "ternary weights, two bits each",
+    "int8": "int8 weights, a scale for each row",
+}
+"""For people: the kinds of `ModelConfig.linear` that are not plain floats."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +96,10 @@ class ModelConfig:
     """Dropout on each residual branch, in training only."""
     tie_embeddings: bool = True
     """One matrix serves as embedding and as output head."""
-    linear: Literal["float", "ternary", "packed"] = "float"
-    """The blocks' linear layers: float; ternary, trained through latent float weights; or packed,
-    the same with two bits a weight, to run. See `looptx_core.model.bitnet`."""
+    linear: Literal["float", "ternary", "packed", "int8"] = "float"
+    """The blocks' linear layers: float; ternary, trained through latent float weights; packed, the
+    same with two bits a weight, to run; or int8, with the embedding and the head, to run. See
+    `looptx_core.model.bitnet` and `looptx_core.model.int8`."""
 
     memory: Literal["none", "infini", "delta"] = "none"
     """What the core remembers beyond a window of exact attention: nothing, and attention is full;
@@ -122,6 +131,8 @@ class ModelConfig:
     """How the model hears."""
     video: VideoConfig = field(default_factory=VideoConfig)
     """How the model watches."""
+    draw: DrawConfig = field(default_factory=DrawConfig)
+    """How the model draws."""
     media: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     """Settings of further media by name; each has a folder in `looptx_core.media`."""
 
@@ -169,8 +180,8 @@ class ModelConfig:
             f"activation must be gelu or silu, not {self.activation!r}",
         )
         need(
-            self.linear in ("float", "ternary", "packed"),
-            f"linear must be float, ternary or packed, not {self.linear!r}",
+            self.linear in ("float", "ternary", "packed", "int8"),
+            f"linear must be float, ternary, packed or int8, not {self.linear!r}",
         )
         need(0.0 < self.retain < 1.0, f"retain must lie between 0 and 1, not {self.retain}")
         for name in ("patch_size", "max_patches", "vision_width"):
@@ -194,6 +205,16 @@ class ModelConfig:
             or (self.vision_layers > 0 and self.video.token < self.vocab_size),
             "video.frames needs the encoder of pictures, vision_layers, and video.token a token "
             f"of {self.vocab_size}",
+        )
+        draw = self.draw
+        need(
+            not draw.codec or (self.vision_layers > 0 and draw.token < self.vocab_size),
+            "draw needs the encoder of pictures, vision_layers, and draw.token a token of "
+            f"{self.vocab_size}",
+        )
+        need(
+            not draw.first_code or draw.first_code + draw.codes <= self.vocab_size,
+            f"{draw.codes} codes from {draw.first_code} on are no tokens of {self.vocab_size}",
         )
         need(
             isinstance(self.media, Mapping)

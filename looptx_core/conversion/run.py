@@ -47,12 +47,14 @@ from looptx_core.data.own import FILE as OWN_DATA
 from looptx_core.data.own import OwnData, given_data, open_data, own_data
 from looptx_core.errors import Interrupted, MissingError, UsageError
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.storage import to_float, to_int8
 from looptx_core.outputs import check_output
 from looptx_core.training.calibration import calibrate
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all
 from looptx_core.training.run import fit
 
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+          "int8": torch.int8}  # fmt: skip
 _WARM_UP = 0.25  # of the steps
 _SEQ_LEN, _BATCH, _VAL_BATCHES = 128, 32, 4
 _PLAIN_BATCH = 8  # of a plain model that is not trained on: such models are large
@@ -139,13 +141,17 @@ def convert(
         report(f"replaces {out}: {there}, once the new one is whole")
     if config.to_bitnet and source.config.linear == "packed":
         raise UsageError(f"{source.folder}: its weights are ternary already; leave `to_bitnet` out")
+    if config.dtype == "int8" and source.config.linear in ("ternary", "packed"):
+        raise UsageError(f"{source.folder}: its weights are ternary, smaller than int8; leave "
+                         "`dtype` int8 out")  # fmt: skip
     if config.to_hf and source.config.has_memory:
         raise UsageError(
             f"{source.folder}: transformers' format has no memory; leave `to_hf` out, or take a "
             "model without one"
         )
-    stored = source.model.embedding.weight.dtype
-    model = source.model.float()
+    was = torch.int8 if source.config.linear == "int8" else source.model.norm.weight.dtype
+    memory_before = running_bytes(source.model.float())
+    model = to_float(source.model)
     remembering = model
     if config.memory:
         remembering = with_memory(model, config.memory, config.memory_window, config.memory_block)
@@ -158,7 +164,6 @@ def convert(
     # Later loops of a plain model are its first until they are trained.
     loops = 1 if judged else model.config.max_loops
     batches = held_out.batches
-    memory_before = running_bytes(model)
     before = _evaluate(model, batches, loops)
     bytes_before = _folder_bytes(source.folder)
 
@@ -170,16 +175,15 @@ def convert(
             if trains:
                 steps = _finetune(model, batches, config, out, callbacks, report)
         model = pack_model(model)
-    dtype = DTYPES[config.dtype] if config.dtype else stored
-    model = model.to(dtype)
-    if config.to_bitnet or config.memory or dtype != stored:
-        memory_after = running_bytes(model)
+    floats = torch.float32 if was == torch.int8 else was
+    kind = DTYPES[config.dtype] if config.dtype else floats
+    model = to_int8(model) if kind == torch.int8 else model.to(kind)
+    memory_after = running_bytes(model)
+    if config.to_bitnet or config.memory or kind != was:
         after = _evaluate(model.float(), batches, loops)
-        model = model.to(dtype)
+        model = model.to(torch.float32 if kind == torch.int8 else kind)
         if loops == model.config.max_loops:
             exit_settings = calibrate(exit_settings, after)
-    else:
-        memory_after = running_bytes(model)
 
     facts = dict(source.facts) | {"loss_by_loop": [round(x, 4) for x in after.loss_by_loop]}
     if after is not before:

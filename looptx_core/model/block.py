@@ -16,6 +16,7 @@ from looptx_core.model.attention import Attend, VarlenBatch, sdpa
 from looptx_core.model.bitnet import BitLinear, IntegerProduct, TernaryLinear
 from looptx_core.model.cache import CacheView
 from looptx_core.model.fused import can_use_fused, gelu_gate, multi_linear
+from looptx_core.model.int8 import Int8Linear
 from looptx_core.model.layer_state import Attended
 from looptx_core.model.memory import LayerMemory, Remembered, without_rope
 from looptx_core.model.norm import HeadNorm, RMSNorm
@@ -144,6 +145,8 @@ def linear(config: ModelConfig, width: int, out: int, normed: bool = True) -> nn
     """A linear layer of the configured kind. normed: whether its input comes from a norm."""
     if config.linear == "float":
         return nn.Linear(width, out, bias=False)
+    if config.linear == "int8":
+        return Int8Linear(width, out)
     norm = nn.Identity() if normed else RMSNorm(width, config.norm_eps)
     return (BitLinear if config.linear == "ternary" else TernaryLinear)(width, out, norm)
 

@@ -89,7 +89,7 @@ def parameter_count(config: ModelConfig) -> int:
     from looptx_core.model.empty_weights import init_empty_weights
     from looptx_core.model.loop import LoopedTransformer
 
-    if config.linear == "packed":  # packed weights are buffers
-        config = replace(config, linear="ternary")
+    if config.linear in ("packed", "int8"):  # whose weights are buffers
+        config = replace(config, linear="ternary" if config.linear == "packed" else "float")
     with init_empty_weights():
         return sum(p.numel() for p in LoopedTransformer(config).parameters())

@@ -1,4 +1,4 @@
-"""How the prelude's output enters each loop."""
+"""How what is looped gets its input back at every loop."""
 
 from __future__ import annotations
 

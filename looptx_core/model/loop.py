@@ -40,6 +40,7 @@ from looptx_core.model.attention import (
 )
 from looptx_core.model.block import Block, ForwardContext, FusedProjection
 from looptx_core.model.cache import CacheView, LoopCache
+from looptx_core.model.code_rows import CodeRows
 from looptx_core.model.confidence import Confidence, ConfidenceHead
 from looptx_core.model.fused import can_use_fused, cross_entropy
 from looptx_core.model.injection import Injection
@@ -49,6 +50,7 @@ from looptx_core.model.memory_state import MemoryState, WindowState
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_tables
 from looptx_core.model.segments import iterate_blocks
+from looptx_core.model.vocabulary import new_embedding, new_head, tie_head
 
 
 class Score(NamedTuple):
@@ -83,7 +85,7 @@ class LoopedTransformer(nn.Module):
         self.attend: Attend = sdpa
         # Called with the loop before each iteration, so that a loop can switch to its own weights.
         self.enter_loop: Callable[[int], object] | None = None
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = new_embedding(config)
         self.media = media_for(config)
         for medium in self.media:
             if (encoder := medium.encoder(config)) is not None:
@@ -95,9 +97,9 @@ class LoopedTransformer(nn.Module):
         )
         self.coda = nn.ModuleList(Block(config) for _ in range(config.coda_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.head = new_head(config)
+        tie_head(self)
+        self.code_rows: CodeRows | None = None
         self.confidence = ConfidenceHead(config)
         for medium in self.media:
             if (head := medium.head(config)) is not None:
@@ -215,6 +217,8 @@ class LoopedTransformer(nn.Module):
         encoded: from `encode`, if that was called before.
         """
         x = self.embedding(tokens)
+        if self.code_rows is not None:
+            x = x + self.code_rows.embed(tokens).to(x.dtype)
         for name, read in (self.encode(media) if encoded is None else encoded).items():
             places = tokens == MEDIA[name].token(self.config)
             x = x.masked_scatter(places[..., None], read.vectors.to(x.dtype))
@@ -297,7 +301,7 @@ class LoopedTransformer(nn.Module):
         self, batch: int, capacity: int, loops: int, policy: str = "fill", kind: str = "float"
     ) -> LoopCache:
         """An empty cache of this model's type and on its device, see `LoopCache`."""
-        weight = self.embedding.weight
+        weight = self.norm.weight
         return LoopCache(
             self.config,
             batch,
@@ -317,9 +321,16 @@ class LoopedTransformer(nn.Module):
             state = block(state, ctx, view and view.coda(layer))
         return self.norm(state)
 
+    def logits(self, decoded: Tensor) -> Tensor:
+        """The head on `coda_hidden`'s output, (..., d_model) -> (..., vocab_size)."""
+        logits = self.head(decoded)
+        if self.code_rows is not None:
+            logits = logits + self.code_rows.logits(decoded, logits.shape[-1])
+        return logits
+
     def score(self, decoded: Tensor, targets: Tensor) -> Score:
         """Score the head. decoded: `coda_hidden`'s, (tokens, d_model). targets: (tokens,) ids."""
-        logits = self.head(decoded).float()
+        logits = self.logits(decoded).float()
         if can_use_fused(logits, operation="loss"):
             return Score(*cross_entropy(logits, targets))
         losses = F.cross_entropy(logits, targets, reduction="none")
@@ -359,7 +370,7 @@ class LoopedTransformer(nn.Module):
             state = embedding = self.run_prelude(x, ctx)
             for _, after in self.iterate(state, embedding, ctx, range(1, loops + 1)):
                 state = after
-            outputs.append((self.head(self.coda_hidden(state, ctx)), state))
+            outputs.append((self.logits(self.coda_hidden(state, ctx)), state))
             if ctx.view is not None:
                 ctx.view.advance()
         logits, state = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -413,6 +424,33 @@ class LoopedTransformer(nn.Module):
     def _modules_of(self, role: str) -> dict[str, nn.Module]:
         found = {m.name: self._modules.get(getattr(m, role)) for m in self.media}
         return {name: module for name, module in found.items() if module is not None}
+
+    def share_code_rows(self, learned: bool = False) -> None:
+        """Let the rows of codes share a part while they are trained; see `CodeRows`.
+
+        learned: the rows are kept, and what they share starts at 0; else the other way round.
+        """
+        draw = self.config.draw
+        if draw.codes and draw.digits:
+            self.code_rows = CodeRows(draw.first_code, draw.levels, self.config.d_model)
+            with torch.no_grad():
+                if learned:
+                    self.code_rows.table.zero_()
+                else:
+                    for rows in self._vocabulary():
+                        rows[draw.first_code : draw.first_code + draw.codes] = 0
+
+    def fold_code_rows(self) -> None:
+        """Make ordinary rows of what codes share, for good."""
+        if self.code_rows is not None:
+            for rows in self._vocabulary():
+                self.code_rows.add_to(rows.data)
+            self.code_rows = None
+
+    def _vocabulary(self) -> list[nn.Parameter]:
+        """The matrices that have a row for each token."""
+        tied = self.head.weight is self.embedding.weight
+        return [self.embedding.weight] if tied else [self.embedding.weight, self.head.weight]
 
     def fuse_projections(self) -> None:
         """Prepare for decoding: projections of the same input become one matrix product."""

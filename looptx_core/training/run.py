@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 
 from looptx_core.atomic import remove_partial
+from looptx_core.checkpoint.folder import LoadedModel
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.processes import is_first
 from looptx_core.config.run import RunConfig, TrainConfig
@@ -39,8 +40,10 @@ from looptx_core.parallel.strategy import (
 )
 from looptx_core.training.callbacks import (
     AtSetup,
+    BestWeights,
     Checkpoints,
     JsonLines,
+    Profile,
     StopCleanly,
     WholeFiles,
     lost_worker,
@@ -53,7 +56,10 @@ from looptx_core.training.compiled import compile_forward, uncompile_forward
 from looptx_core.training.finish import TrainResult, finish_training
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.kernel_trial import enable_kernels
+from looptx_core.training.memory_check import check_memory_use
 from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
+from looptx_core.training.optimizer import learning_rate_factor
+from looptx_core.training.start import copy_weights
 
 
 def fit_vocabulary(model: ModelConfig, vocab_size: int, asked: bool) -> ModelConfig:
@@ -81,17 +87,21 @@ def train(
     data: Path,
     records: Sequence[str | Path] = (),
     folder: Path,
+    init: LoadedModel | None = None,
     resume: bool = False,
     until: int | None = None,
     callbacks: Sequence[L.Callback] = (),
     report: Callable[[str], object] = lambda line: None,
     watch: Callable[[str], object] | None = None,
 ) -> TrainResult | None:
-    """Train a new model on the shards `data`, with its run in `folder`, and write `folder`/final.
+    """Train a model on the shards `data`, with its run in `folder`, and write `folder`/final.
 
+    data: a folder of shards. folder: of the run.
     records: files of records with media, as for `read_records`, mixed with the shards by
-    `config.mix`; `model_config` has these media. The other arguments, and the errors, are those of
-    `fit`. Returns None in all processes of the run but the first.
+    `config.mix`; `model_config` has these media. init: the model whose weights are the first ones;
+    the shards have its tokenizer, and `model_config` its shape, perhaps with further media. The
+    other arguments, and the errors, are those of `fit`. Returns None in all processes of the run
+    but the first.
     """
     started = time.monotonic()
     config.check_hidden_shares(bool(records))
@@ -112,7 +122,7 @@ def train(
         read = read_records(records, config.skip_bad)
         batches = MixedData(
             data, read, model_config, mix=config.weights, skip_bad=config.skip_bad,
-            augment=config.augment, **batching,
+            augment=config.augment, direction=config.direction, **batching,
         )  # fmt: skip
         left_out = f", {read.skipped} left out" if config.skip_bad else ""
         what = ", ".join(medium.plural for medium in read.media)
@@ -124,6 +134,11 @@ def train(
         model_config = replace(model_config, linear="ternary")
     torch.manual_seed(config.seed)
     model = LoopedTransformer(model_config)
+    if init is not None:
+        new = copy_weights(model, init)
+        news = f"; new are {', '.join(new[:3])}{' and others' if new[3:] else ''}" if new else ""
+        report(f"weights: those of {init.name}{news}")
+    model.share_code_rows(learned=init is not None and bool(init.config.draw.codes))
     module, steps = fit(
         model, batches, config, folder=folder, advice=resuming("train", folder), resume=resume,
         until=until, callbacks=callbacks, report=report, watch=watch,
@@ -131,7 +146,7 @@ def train(
     if not is_first():
         return None
     return finish_training(
-        module.model, module, batches, config, data, records, folder, steps, started
+        module.model, module, batches, config, data, records, folder, steps, started, init
     )
 
 
@@ -154,27 +169,6 @@ def check(config: RunConfig, folder: Path) -> None:
         config.attention, device, torch.bfloat16 if precision == "bf16" else torch.float32
     )
     check_strategy(config, folder)
-
-
-def check_memory_use(
-    model: ModelConfig, config: RunConfig, report: Callable[[str], object]
-) -> None:
-    """Raise `UsageError` where a model with a memory can't be trained so, and report where its
-    memory would not be trained."""
-    if not model.has_memory:
-        return
-    if config.compile:
-        raise UsageError("`compile` can't compile a model with a memory; leave it out")
-    if config.sharding not in ("none", "ddp"):
-        raise UsageError(
-            f"a memory's weights are read between layers, and {config.sharding} gathers them layer "
-            "by layer; pass `strategy` ddp"
-        )
-    if config.seq_len <= model.memory_window:
-        report(
-            f"memory: not trained, as sequences of {config.seq_len} tokens fit into its window; "
-            f"give `seq_len` {8 * model.memory_block} or more"
-        )
 
 
 def resuming(command: str, folder: Path) -> str:
@@ -277,12 +271,16 @@ def fit(
         if resume:
             metrics.cut_back(begin_at)
         if config.steps <= begin_at < last_step:
-            metrics.mark_stretch(begin_at, last_step, config.lr * config.min_lr)
+            last_lr = config.lr * learning_rate_factor(config)(config.steps)
+            metrics.mark_stretch(begin_at, last_step, last_lr)
         remove_partial(checkpoints)
 
     stop, final = StopCleanly(checkpoints, config.max_minutes), FinalCheckpoint(checkpoints)
+    best = BestWeights(checkpoints / "best", metrics.file) if config.keep_best else None
     at_end = [gathered] if gathered else [final] if sharded else []
-    ours = [*callbacks, AtSetup(begin), stop, *at_end]
+    ours = [*callbacks, AtSetup(begin), stop, *at_end, *([best] if best else [])]
+    if config.profile:
+        ours.append(Profile(folder / "profile", config.profile, begin_at))
     with quiet_lightning(), own_environment(folder):
         trainer = _trainer(config, last_step, folder, precision, device, strategy, ours, metrics)
         if device.type == "cpu":
@@ -328,6 +326,9 @@ def fit(
         model = module.model = gathered.model(model)
     else:
         model.to(torch.device("cpu"))
+    if best and (found := best.load(module)):
+        module.best_step = found
+        report(f"best: step {found}, held-out loss {best.lowest:.4f}; the model is made of it")
     module.swapped, module.begun_at = final.swapped, begin_at
     model.config = replace(model.config, loops=module.schedule.deepest)
     model.eval()
