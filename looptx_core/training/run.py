@@ -57,6 +57,7 @@ from looptx_core.training.compiled import compile_forward, uncompile_forward
 from looptx_core.training.finish import TrainResult, finish_training
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.kernel_trial import enable_kernels
+from looptx_core.training.memory_check import check_memory_use
 from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
 from looptx_core.training.optimizer import learning_rate_factor
 from looptx_core.training.start import copy_weights
@@ -212,6 +213,7 @@ def fit(
     infinite, `DataError` for unusable data or checkpoints, `LooptxError` if a checkpoint can't be
     written or another process is gone.
     """
+    check_memory_use(model.config, config, report)
     # A short run gets at least one line of metrics and one validation.
     config = replace(
         config,
