@@ -51,8 +51,8 @@ def check_target(file: Path) -> None:
 
 def check_room(engine: Engine, prompt_tokens: int, options: GenerationOptions) -> int:
     """The codes of a picture. Raises `UsageError` where they find no room."""
-    length = engine.writers["image"].length
-    holds = engine.model.config.max_seq_len
+    config = engine.model.config
+    length, holds = config.draw.rows * config.draw.columns, config.max_seq_len
     if prompt_tokens + length > holds:
         raise UsageError(
             f"the prompt has {prompt_tokens:,} tokens, a picture takes {length}, and the model's "

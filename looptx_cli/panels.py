@@ -20,7 +20,7 @@ _MOST_USED = {
     "max_loops",
     "evaluate": "model tasks loops limit out include_path",
     "convert": "model out from_gguf from_hf core to_bitnet to_hf dtype adapter data",
-    "tokenize": "data out vocab_size tokenizer text_key codec",
+    "tokenize": "data out vocab_size tokenizer text_key codec set",
     "doctor": "build path",
     "compare": "out format",
 }
