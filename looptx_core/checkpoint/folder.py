@@ -15,7 +15,7 @@ A folder appears whole or not at all (`atomic.py`); its weights are read by `wei
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from looptx_core.media.codec.opened import Opened, opened_codec
 from looptx_core.model.empty_weights import init_empty_weights
 from looptx_core.model.flops import parameter_count
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.storage import to_float
 from looptx_core.outputs import check_model_target
 from looptx_core.schema import typed
 
@@ -128,7 +129,7 @@ def model_files(
     """What `save_model` writes: tensors by name, and files by name, JSON documents or texts."""
     _check_vocabulary(tokenizer, model.config, "the tokenizer")
     weights = tensors_of(model, dtype)
-    stored = next(iter(weights.values())).dtype
+    stored = next(t.dtype for t in weights.values() if t.is_floating_point())
     config = {
         "model_type": MODEL_TYPE,
         "architectures": [type(model).__name__],
@@ -236,6 +237,12 @@ def load_model(
         read_chat_template(folder),
         SpecialTokens.read(folder, tokenizer),
     )
+
+
+def as_float(loaded: LoadedModel) -> LoadedModel:
+    """The same with float weights in place of int8 ones, to train or to change them."""
+    model = to_float(loaded.model)
+    return replace(loaded, model=model, config=model.config)
 
 
 def tokenizer_config(

@@ -21,6 +21,7 @@ from looptx_core.documents import open_input, read_json, short, some
 from looptx_core.errors import DataError
 from looptx_core.media.registry import media_for
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.vocabulary import tie_head
 from looptx_core.schema import typed
 
 _PROBED = 64  # values of each tensor in a fingerprint
@@ -54,8 +55,7 @@ def load_weights(
             "model's, so copy the folder again"
         )
     model.load_state_dict(found, strict=False, assign=True)
-    if model.config.tie_embeddings:
-        model.head.weight = model.embedding.weight
+    tie_head(model)
     assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()]), "a tensor is unset"
 
 

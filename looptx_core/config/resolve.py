@@ -28,6 +28,7 @@ from looptx_core.config.inspection import MEDIA_PATHS, InspectConfig
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import get_preset, suggestion
 from looptx_core.config.run import TrainConfig
+from looptx_core.config.serving import ServeConfig
 from looptx_core.config.yaml_file import Lines, read_yaml
 from looptx_core.documents import short
 from looptx_core.errors import DataError, UsageError
@@ -263,7 +264,7 @@ def _environment(hints: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, 
     # A variable of another command is fine here, a name that no command has is a mistake.
     known = {_variable(key) for key in keys_of({"": TrainConfig, **_SCHEMAS})}
     others = (TokenizeConfig, FinetuneConfig, ConvertConfig, GenerationOptions, InspectConfig,
-              EvaluateConfig)  # fmt: skip
+              EvaluateConfig, ServeConfig)  # fmt: skip
     for other in others:
         known |= {_variable(key) for key in keys_of({"": other})}
     known |= ours.keys() | _OTHER_VARIABLES

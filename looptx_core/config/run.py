@@ -22,6 +22,8 @@ class RunConfig:
 
     steps: int = 600
     """Optimizer steps; fixes the schedule of the learning rate."""
+    epochs: float | None = None
+    """Passes over the data, in place of `steps`."""
     max_minutes: float | None = None
     """Stop after so many minutes, saved; the learning rate's schedule does not change."""
     seq_len: int = 128

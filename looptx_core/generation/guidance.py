@@ -60,7 +60,7 @@ class Unprompted:
         """The logits, (vocab_size,), of what follows these codes; called after each code."""
         if not self.done:
             tokens = torch.tensor([list(self.prompt)], device=self.backend.device)
-            output = self.batch.prompt([0], tokens, self.prompt_exit.max_loops)
+            output = self.batch.prompt([0], tokens, self.prompt_exit.max_loops).last
             self.done = len(self.prompt)
         while (read := self.done - len(self.prompt)) < len(written):
             self.batch.add([0], [written[read]], [self.exit])

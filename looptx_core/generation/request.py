@@ -44,7 +44,15 @@ class ChatPrompt:
     media: tuple[MediaItem, ...] = ()
 
 
-Prompt = str | Sequence[int] | MediaPrompt | ChatPrompt
+@dataclass(frozen=True)
+class TokenPrompt:
+    """Token ids, with the items of media that stand at their placeholders."""
+
+    ids: tuple[int, ...]
+    media: tuple[MediaItem, ...] = ()
+
+
+Prompt = str | Sequence[int] | MediaPrompt | ChatPrompt | TokenPrompt
 
 
 class Step(NamedTuple):
@@ -67,6 +75,16 @@ class Step(NamedTuple):
     """Of a request's last token: length, stop (a stop string) or end (of the document)."""
     output: Output | None = None
     """The item of a medium that this token finishes, if any."""
+    likeliest: tuple[tuple[int, float], ...] = ()
+    """Ids and log-probabilities of the most likely tokens, as many as the request asked for."""
+
+
+class Score(NamedTuple):
+    """A token of a prompt, as full depth predicted it."""
+
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]
+    """As of a `Step`."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +149,33 @@ class Generation:
         }
 
 
-@dataclass
+class ForcedScores(NamedTuple):
+    """Given texts of one length, scored as if they were being generated."""
+
+    loss: Tensor
+    """Nats, (batch, tokens after the prompt)."""
+    hit: Tensor
+    """1 where the most likely token is the text's, else 0, of the same shape."""
+    loops: Tensor
+    """Loops that ran to predict each token, of the same shape."""
+    seconds: float
+    """Time without the prompt's pass."""
+    bytes_per_token: int
+    """Size of the cache for one row."""
+
+
+class TextScores(NamedTuple):
+    """One text's tokens after its prompt, scored as if they were being generated."""
+
+    logprobs: list[float]
+    """Nats."""
+    hits: list[bool]
+    """Whether the most likely token is the text's."""
+    loops: list[int]
+    """Loops that ran to predict each token."""
+
+
+@dataclass(eq=False)
 class Request:
     """A prompt that is being continued: its settings, its random generator and its tokens."""
 
@@ -158,6 +202,12 @@ class Request:
     """Tokens to take instead of drawing any."""
     likeliest: list[int] = field(default_factory=list)
     """With forced tokens: the token that was most likely, for each."""
+    top_logprobs: int = 0
+    """How many of the most likely tokens to record with each."""
+    score_prompt: bool = False
+    """Whether to score the prompt's own tokens."""
+    prompt_scores: list[Score] = field(default_factory=list)
+    """Of the prompt's tokens but the first, which nothing predicts."""
     generator: torch.Generator = field(default_factory=torch.Generator)
     began: float = field(default_factory=time.perf_counter)
     done: bool = False
@@ -229,15 +279,38 @@ def record(requests: Sequence[Request], ids: Sequence[int], output: StepOutput) 
     logs = logits.log_softmax(-1)
     logprobs = logs.gather(1, chosen)[:, 0].tolist()
     top_logits = top_log_odds(logs).tolist()
+    likeliest = [_likeliest(row, request) for request, row in zip(requests, logs)]
     now = time.perf_counter()
-    columns = (requests, ids, output.loops, output.log_odds, top_logits, logprobs)
+    columns = (requests, ids, output.loops, output.log_odds, top_logits, logprobs, likeliest)
     steps = []
-    for request, token, loops, odds, top_logit, logprob in zip(*columns):
+    for request, token, loops, odds, top_logit, logprob, tops in zip(*columns):
         text, finished, reason = request.take(token)
         confidence = reported_confidence(odds, top_logit, request.exit.settings)
         figures = (loops, confidence, logprob, now - request.began)
-        steps.append(Step(request.index, token, text, *figures, reason, finished))
+        steps.append(Step(request.index, token, text, *figures, reason, finished, tops))
     return steps
+
+
+def score_prompts(requests: Sequence[Request], logits: Tensor, start: int) -> None:
+    """Record the scores of a piece of prompts, for the requests that want them.
+
+    logits: (rows, length, vocab_size), after the tokens from `start` on.
+    """
+    for request, own in zip(requests, logits):
+        following = request.seen[start + 1 : start + 1 + len(own)]
+        if request.score_prompt and following:
+            logs = at_least_float(own[: len(following)]).log_softmax(-1)
+            chosen = torch.tensor(following, device=logs.device)[:, None]
+            for row, logprob in zip(logs, logs.gather(1, chosen)[:, 0].tolist()):
+                request.prompt_scores.append(Score(logprob, _likeliest(row, request)))
+
+
+def _likeliest(logs: Tensor, request: Request) -> tuple[tuple[int, float], ...]:
+    """The most likely tokens that the request asked for. logs: (vocab_size,)."""
+    if not request.top_logprobs:
+        return ()
+    found = logs[: request.known].topk(min(request.top_logprobs, request.known))
+    return tuple(zip(found.indices.tolist(), found.values.tolist()))
 
 
 def at_least_float(logits: Tensor) -> Tensor:

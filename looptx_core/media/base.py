@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from looptx_core.errors import UsageError
@@ -106,6 +107,8 @@ class Medium:
     """What a model that reads it is said to have; see `checkpoint.registry.abilities`."""
     write_ability: str = ""
     """What a model that writes it is said to have."""
+    part: str = ""
+    """The type of a part of a chat message that holds an item, as OpenAI's API names it."""
     write_key: str | None = None
     """The key of a record's part that the model learns to write, where it can."""
     grid_names: tuple[str, ...] = ("length",)
@@ -154,6 +157,10 @@ class Medium:
         return {}
 
     # Reading
+
+    def claims(self, file: Path) -> bool:
+        """Whether a file in a folder of media is of this medium."""
+        return file.suffix.lower() in self.suffixes
 
     def longest(self, grid: Grid) -> int:
         """The most tokens that an item takes once it is changed for training."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from looptx_core.media.base import FolderMedium, Grid, MediumLosses, Source, Writer
@@ -24,6 +25,7 @@ class Image(FolderMedium):
     name, noun, plural = "image", "picture", "pictures"
     marker, ability = "<|image|>", "vision"
     write_key, write_ability = "draw", "drawing"
+    part = "image_url"
     suffixes = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
     grid_names = ("rows", "columns")
     axes = 2
@@ -47,6 +49,13 @@ class Image(FolderMedium):
 
     def files(self, config: ModelConfig) -> dict[str, Any]:
         return {"preprocessor_config.json": self.module("read").preprocessor(config)}
+
+    def claims(self, file: Path) -> bool:
+        return super().claims(file) and not self.moves(file)
+
+    def moves(self, file: Path) -> bool:
+        """Whether a WebP or GIF has several frames, and so is a clip."""
+        return file.suffix.lower() in (".webp", ".gif") and self.module("read").moves(file)
 
     def measure(self, source: Source, config: ModelConfig, where: str | None = None) -> Grid:
         return self.module("read").measure(source, config, where)
