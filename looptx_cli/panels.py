@@ -21,7 +21,7 @@ _MOST_USED = {
     "evaluate": "model tasks loops limit out include_path",
     "serve": "model adapter host port api_key max_batch max_context precision",
     "convert": "model out from_gguf from_hf core to_bitnet to_hf dtype adapter data",
-    "tokenize": "data out vocab_size tokenizer text_key codec",
+    "tokenize": "data out vocab_size tokenizer text_key codec set",
     "doctor": "build path",
     "compare": "out format",
 }

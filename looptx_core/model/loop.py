@@ -447,7 +447,7 @@ class LoopedTransformer(nn.Module):
                 self.code_rows.add_to(rows.data)
             self.code_rows = None
 
-    def _vocabulary(self) -> list[nn.Parameter]:
+    def _vocabulary(self) -> list[Tensor]:
         """The matrices that have a row for each token."""
         tied = self.head.weight is self.embedding.weight
         return [self.embedding.weight] if tied else [self.embedding.weight, self.head.weight]

@@ -68,6 +68,8 @@ class Gathered(L.Callback):
         """A model that is not cut, with these weights; in the other processes without any."""
         with init_empty_weights():
             plain = LoopedTransformer(like.config)
+            if like.code_rows is not None:
+                plain.share_code_rows()
         plain.attend = like.attend
         if self.weights:
             plain.load_state_dict(self.weights, assign=True)
