@@ -19,8 +19,9 @@ def check(options: GenerationOptions) -> None:
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make seen tokens less likely (CTRL, arXiv 1909.05858). logits (vocab,), seen (n,) ids."""
-    values = logits[seen]
-    return logits.index_put((seen,), torch.where(values > 0, values / penalty, values * penalty))
+    values, most = logits[seen], torch.finfo(logits.dtype).max
+    changed = torch.where(values > 0, values / penalty, values * penalty)
+    return logits.index_put((seen,), changed.clamp(-most, most))
 
 
 def keep(logits: Tensor, options: GenerationOptions) -> Tensor:
