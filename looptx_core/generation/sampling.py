@@ -41,7 +41,7 @@ def keep(logits: Tensor, options: GenerationOptions) -> Tensor:
         if options.top_p < 1:
             ordered, order = chances.sort(descending=True, stable=True)
             # The sum before a token decides, so that the token that crosses the bound stays.
-            inside = ordered.cumsum(-1) - ordered < options.top_p
+            inside = ordered.cumsum(-1) - ordered < max(options.top_p, _SMALLEST)
             kept &= torch.zeros_like(kept).index_put((order,), inside)
     return kept
 
