@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 import signal
 import socket
+import subprocess
 import time
 
 import openai
@@ -185,3 +188,19 @@ def test_the_harness_over_http_agrees_with_the_one_in_process():
     assert [hit for _, hit in found] == [hit for _, hit in expected]
     values = [value for value, _ in expected]
     assert [value for value, _ in found] == pytest.approx(values, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_fuzzer_of_the_schema_finds_no_server_error(engine):
+    st = shutil.which("st") or os.environ.get("SCHEMATHESIS")
+    if st is None:
+        pytest.skip("schemathesis is not installed")
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance"
+    with service_of(engine, max_context=64) as service, served(service) as (address, _):
+        done = subprocess.run(
+            [st, "run", f"{address}/openapi.json", "--checks", checks, "--max-examples", "40",
+             "--suppress-health-check", "all", "--phases", "coverage,fuzzing"],
+            capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-4000:]
+        assert service.idle and service.worker.load[:2] == (0, 0)
