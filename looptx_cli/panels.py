@@ -11,7 +11,7 @@ MOST_USED = "Most used"
 OUTPUT = "Output"
 
 _MOST_USED = {
-    "train": "data out preset set steps max_minutes batch_size lr resume config",
+    "train": "data out preset init set steps max_minutes batch_size lr resume",
     "finetune": "model data out lora qlora lora_rank steps lr batch_size resume",
     "generate": "model adapter image chat max_new_tokens loops exit temperature seed "
     "show_iterations",
@@ -33,9 +33,9 @@ _PANELS = {
         audio video fps every timestamps limit include_path tasks
     """,
     "Model and depth": """
-        model init loop_schedule loops min_loops max_loops mean_loops deeper_by loss_threshold
-        deeper_share explore loss_at loss_prior bitnet exit threshold prompt_loops draft_loops
-        speculate compare_loops kv_policy kv_type decode_tokens
+        model loop_schedule loops min_loops max_loops mean_loops deeper_by loss_threshold
+        grow_share deeper_share explore loss_at loss_prior bitnet exit threshold prompt_loops
+        draft_loops speculate compare_loops kv_policy kv_type decode_tokens
     """,
     "Adapters": """
         adapter merge_adapter quantization dora lora_per_loop lora_alpha lora_dropout rslora
@@ -45,14 +45,15 @@ _PANELS = {
         max_new_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos
     """,
     "Optimiser": """
-        steps finetune_steps direct max_minutes lr min_lr warmup weight_decay optimizer beta2 clip
+        steps finetune_steps direct max_minutes lr lr_schedule min_lr warmup lr_decay weight_decay
+        optimizer beta2 clip
     """,
     "Hardware": """
         precision attention kernel compile grad_checkpointing devices nodes strategy zero3 offload
         nvme_path deepspeed_config
     """,
-    "Checkpoints": "save_every keep val_every shard_size",
-    OUTPUT: "config overwrite dry_run force log_every json as_json quiet help",
+    "Checkpoints": "save_every keep keep_best val_every shard_size",
+    OUTPUT: "config overwrite dry_run force log_every profile json as_json quiet help",
 }
 """The panels below it, in their order, each with its flags by parameter name."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,11 +22,14 @@ from looptx_cli.runs import (
     summary,
     write_line,
 )
+from looptx_core.config.model import SECTIONS as MEDIA_SECTIONS
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.resolve import Resolved, config_file, dotted, resolve
-from looptx_core.config.run import TrainConfig
+from looptx_core.config.run import TrainConfig, continued_lr
+from looptx_core.errors import UsageError
 
 if TYPE_CHECKING:
+    from looptx_core.checkpoint.folder import LoadedModel
     from looptx_core.parallel.plan import Plan
     from looptx_core.training.run import TrainResult
 
@@ -58,6 +62,7 @@ def train(
     looptx train --data my.txt --steps 2000 --out runs/mine
     looptx train --data data --preset small --max-minutes 60
     looptx train --set model.d_model=256 --set model.core_layers=4
+    looptx train --init runs/mine --data more.txt
     looptx train --resume runs/mine
     looptx train --zero3 --offload nvme
     looptx train --preset 1b --dry-run
@@ -75,15 +80,14 @@ def train(
         until = last_step(resume, settings.steps, flags["steps"], lambda line: note(line, quiet))
         if not until:
             return
-    tokenizer = None
-    if settings.init:
-        with large_imports():
-            from looptx_core.training.start import load_start
-        start = load_start(settings.init)
-        tokenizer, own = start.tokenizer, dotted(start.config.to_dict(), "model")
-        own = {key: value for key, value in own.items() if not resolved.given(key)}
-        resolved = settle(resolved, own, f"--init {settings.init}")
-    model_config = resolved.build(ModelConfig, "model")
+    source = _source(settings, resolved) if settings.init else None
+    if source is not None:
+        model_config = source.config
+        if not resolved.given("lr"):
+            lower = {"lr": continued_lr(model_config.d_model)}
+            settings = settle(resolved, lower, "`init`").build(TrainConfig)
+    else:
+        model_config = resolved.build(ModelConfig, "model")
     with large_imports():
         from looptx_core.parallel.plan import check_memory, plan
 
@@ -96,6 +100,7 @@ def train(
 
     with large_imports():
         from looptx_cli.progress import train_progress
+        from looptx_core.checkpoint.weights import fingerprint
         from looptx_core.data.bundled import bundled_shards
         from looptx_core.data.records import media_named, read_records
         from looptx_core.data.resolve import resolve_data
@@ -103,7 +108,7 @@ def train(
         from looptx_core.media.registry import MEDIA, media_for
         from looptx_core.training.run import check, fit_vocabulary, train
 
-    inputs = (*settings.data, config_file(config), settings.deepspeed_config)
+    inputs = (*settings.data, settings.init, config_file(config), settings.deepspeed_config)
     run = run_folder(
         resume, settings.out, "train", overwrite, inputs, lambda line: note(line, quiet)
     )
@@ -119,24 +124,28 @@ def train(
             model_config = medium.enable(model_config)
             what = f"{medium.plural}: {medium.describe(model_config)}"
             note(f"{what}; {medium.size_key} sets it", quiet)
+    tokenizer = source.tokenizer if source else None
     if texts:
         shards = resolve_data(texts, model_config.vocab_size, tokenizer)
     else:
         note("text: the bundled one, Moby Dick, and generated lines that need depth", quiet)
         shards = bundled_shards(model_config.vocab_size, tokenizer)
 
-    if not settings.init:
-        model_config = fit_vocabulary(
-            model_config, Manifest.read(shards).vocab_size, resolved.given("model.vocab_size")
-        )
-    shape = dotted(model_config.to_dict(), "model")
     manifest = Manifest.read(shards)
     origin = {"data": manifest.fingerprint, "tokenizer": manifest.tokenizer}
+    if source is not None:
+        origin["model"] = fingerprint(source.folder)
+        note(f"init: {source.name}, learning rate {settings.lr:g}", quiet)
+    else:
+        model_config = fit_vocabulary(
+            model_config, manifest.vocab_size, resolved.given("model.vocab_size")
+        )
+    shape = dotted(model_config.to_dict(), "model")
     if records:
         origin["media data"] = read_records(records, settings.skip_bad).fingerprint
     run.until = until
     with run:
-        settled = settle(resolved, shape, "the data")
+        settled = settle(resolved, shape, "`init`" if source else "the data")
         folder = run.begin(settled, origin, lambda line: note(line, quiet))
         note(f"run: {folder}", quiet)
         result = train(
@@ -145,6 +154,7 @@ def train(
             data=shards,
             records=records,
             folder=folder,
+            init=source,
             resume=resume is not None,
             until=until,
             callbacks=[train_progress(until or settings.steps, quiet or as_json)],
@@ -165,6 +175,34 @@ def train(
     for name in used:
         note(f"try next: looptx generate --{name} FILE --model {folder} --show-iterations", quiet)
     note(f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet)
+
+
+def _source(settings: TrainConfig, resolved: Resolved) -> LoadedModel:
+    """The model that `init` names, with the sections of media that it gets now; `UsageError` for
+    what would change its shape."""
+    import torch
+
+    from looptx_core.checkpoint.folder import load_model
+    from looptx_core.checkpoint.registry import resolve_model
+    from looptx_core.media.registry import MEDIA, media_for
+
+    found = resolve_model(settings.init, need=frozenset({"weights"}))
+    loaded = load_model(found.folder, dtype=torch.float32)
+    new = [name for name, medium in MEDIA.items() if medium not in media_for(loaded.config)]
+    free = tuple(f"model.{name}." for name in new)
+    shaped = [key for key in ("preset", *resolved.values)
+              if key.startswith(("preset", "model.")) and not key.startswith(free)
+              and resolved.given(key)]  # fmt: skip
+    if shaped and "`init`" not in (resolved.origins[key] for key in shaped):
+        raise UsageError(
+            f"`init` takes the model's own shape; leave out `{shaped[0]}`, or train a new model"
+        )
+    asked = {
+        name: resolved.build(schema, f"model.{name}")
+        for name, schema in MEDIA_SECTIONS.items()
+        if name in new
+    }
+    return replace(loaded, config=replace(loaded.config, **asked))
 
 
 # Layers large enough that DeepSpeed swaps them, for a few steps.

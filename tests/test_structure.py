@@ -39,17 +39,16 @@ OPTIONS = {
     """,
     "finetune": """
         --data --out --seed --steps --max-minutes --seq-len --batch-size --micro-batch --workers
-        --augment --no-augment --skip-bad --no-skip-bad --lr --min-lr --warmup --weight-decay
-        --optimizer --beta2 --clip --loop-schedule --loops --max-loops --mean-loops --deeper-by
-        --loss-threshold --deeper-share --explore --loss-at --loss-prior --precision --attention
-        --compile --no-compile --grad-checkpointing --no-grad-checkpointing --devices --nodes
-        --strategy
-        --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every --keep
-        --val-every --val-batches --log-every --model --lora --no-lora
-        --qlora --no-qlora --quantization --dora --no-dora --lora-per-loop --no-lora-per-loop
-        --lora-rank --lora-alpha --lora-dropout --rslora --no-rslora --target-modules --columns
-        --train-on-prompt --no-train-on-prompt --too-long --val-fraction --config --resume
-        --overwrite --json --quiet
+        --augment --no-augment --skip-bad --no-skip-bad --lr --lr-schedule --min-lr --warmup
+        --lr-decay --weight-decay --optimizer --beta2 --clip --loop-schedule --loops --max-loops
+        --mean-loops --grow-share --deeper-by --loss-threshold --deeper-share --explore --loss-at
+        --loss-prior --precision --attention --compile --no-compile --grad-checkpointing
+        --no-grad-checkpointing --devices --nodes --strategy --zero3 --no-zero3 --offload
+        --nvme-path --deepspeed-config --save-every --keep --keep-best --no-keep-best --val-every
+        --val-batches --log-every --profile --model --lora --no-lora --qlora --no-qlora
+        --quantization --dora --no-dora --lora-per-loop --no-lora-per-loop --lora-rank --lora-alpha
+        --lora-dropout --rslora --no-rslora --target-modules --columns --train-on-prompt
+        --no-train-on-prompt --too-long --val-fraction --config --resume --overwrite --json --quiet
     """,
     "generate": """
         --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
@@ -81,16 +80,15 @@ OPTIONS = {
     """,
     "train": """
         --data --out --seed --steps --max-minutes --seq-len --batch-size --micro-batch --workers
-        --augment --no-augment --skip-bad --no-skip-bad --lr --min-lr --warmup --weight-decay
-        --optimizer --beta2 --clip --loop-schedule --loops --max-loops --mean-loops --deeper-by
-        --loss-threshold --deeper-share --explore --loss-at --loss-prior --precision --attention
-        --compile --no-compile --grad-checkpointing --no-grad-checkpointing --devices --nodes
-        --strategy
-        --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every --keep
-        --val-every --val-batches --log-every --preset --document-mask
-        --no-document-mask --mix --mask-patches --bitnet
-        --no-bitnet --set --config --resume --overwrite --dry-run --force --json
-        --quiet
+        --augment --no-augment --skip-bad --no-skip-bad --lr --lr-schedule --min-lr --warmup
+        --lr-decay --weight-decay --optimizer --beta2 --clip --loop-schedule --loops --max-loops
+        --mean-loops --grow-share --deeper-by --loss-threshold --deeper-share --explore --loss-at
+        --loss-prior --precision --attention --compile --no-compile --grad-checkpointing
+        --no-grad-checkpointing --devices --nodes --strategy --zero3 --no-zero3 --offload
+        --nvme-path --deepspeed-config --save-every --keep --keep-best --no-keep-best --val-every
+        --val-batches --log-every --profile --preset --init --document-mask --no-document-mask --mix
+        --mask-patches --bitnet --no-bitnet --set --config --resume --overwrite --dry-run --force
+        --json --quiet
     """,
 }
 

@@ -5,6 +5,7 @@ Safetensors only: a pickle is refused, since reading one can run its code.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from looptx_core.errors import DataError
 from looptx_core.media.registry import media_for
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.schema import typed
+
+_PROBED = 64  # values of each tensor in a fingerprint
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -118,6 +121,21 @@ def weight_files(folder: Path) -> list[Path]:
         if file.suffix in PICKLES:
             refuse_pickle(file)
     raise DataError(f"{folder}: {WEIGHTS} is missing; copy the model again")
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells a base from another, whatever its number type: names, shapes, some values."""
+    total: dict[str, bytes] = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as data:
+            for name in data.keys():  # noqa: SIM118, it is no mapping
+                tensor = data.get_tensor(name)
+                last = tensor.numel() - 1  # float32 rounds it up in a tensor of over 2^24 values
+                places = torch.linspace(0, last, _PROBED).long().clamp(max=last)
+                values = tensor.flatten()[places].to(torch.bfloat16).view(torch.int16)
+                shape = f"{name} {list(tensor.shape)}".encode()
+                total[name] = shape + values.numpy().tobytes()
+    return hashlib.sha256(b"".join(total[name] for name in sorted(total))).hexdigest()
 
 
 def refuse_pickle(file: Path) -> None:

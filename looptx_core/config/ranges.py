@@ -8,7 +8,17 @@ from typing import Any
 from looptx_core.errors import UsageError
 
 _AT_LEAST_1 = (
-    *("steps", "seq_len", "batch_size", "micro_batch", "devices", "nodes", "save_every", "keep"),
+    *(
+        "steps",
+        "seq_len",
+        "batch_size",
+        "micro_batch",
+        "devices",
+        "nodes",
+        "save_every",
+        "keep",
+        "profile",
+    ),
     *("val_every", "val_batches", "log_every", "loops", "max_loops", "lora_rank", "vocab_size"),
     *("max_new_tokens", "min_loops", "prompt_loops", "shard_tokens", "limit"),
 )
@@ -25,7 +35,9 @@ RANGES = {
         ("lr", "max_minutes", "mean_loops", "lora_alpha", "repetition_penalty"), "(0, inf)"
     ),
     "finetune_steps": "(0, inf)",
-    **dict.fromkeys(("min_lr", "warmup", "deeper_share", "explore", "min_p"), "[0, 1]"),
+    **dict.fromkeys(
+        ("min_lr", "warmup", "lr_decay", "grow_share", "deeper_share", "explore", "min_p"), "[0, 1]"
+    ),
     "top_p": "(0, 1]",
     **dict.fromkeys(("beta2", "lora_dropout", "mask_patches"), "[0, 1)"),
     "val_fraction": "(0, 1)",

@@ -41,8 +41,8 @@ _OTHER_VARIABLES = {"LOOPTX_CACHE", "LOOPTX_CONFIG", "LOOPTX_MODEL", "LOOPTX_DEB
                     "LOOPTX_KERNELS"}  # fmt: skip
 
 # A `~` at the start of these is the home folder, in quotes and in files too.
-_PATHS = {"data", "out", "tokenizer", "model", "adapter", "from_hf", "from_gguf", "nvme_path",
-          "deepspeed_config", "include_path", *MEDIA_PATHS}  # fmt: skip
+_PATHS = {"data", "out", "tokenizer", "model", "adapter", "from_hf", "from_gguf", "init",
+          "nvme_path", "deepspeed_config", "include_path", *MEDIA_PATHS}  # fmt: skip
 
 _SCHEMAS: dict[str, type] = {"model": ModelConfig}
 

@@ -12,7 +12,6 @@ no adapter: it is trained whole and stored with them (PEFT's `modules_to_save`).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -36,7 +34,7 @@ from looptx_core.checkpoint.folder import (
     tokenizer_config,
 )
 from looptx_core.checkpoint.header import read_header
-from looptx_core.checkpoint.weights import check_finite, refuse_pickle, weight_files
+from looptx_core.checkpoint.weights import check_finite, fingerprint, refuse_pickle
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import ExitSettings
 from looptx_core.documents import check_links, read_json
@@ -47,7 +45,6 @@ from looptx_core.schema import typed
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "looptx.json"
 _SHARED = "default"
-_PROBED = 64  # values of each tensor in a fingerprint
 
 
 def attach(model: LoopedTransformer, config: FinetuneConfig) -> PeftModel:
@@ -232,21 +229,6 @@ def loops_of(folder: Path) -> int:
     while (folder / f"loop_{count + 1}" / CONFIG).is_file():
         count += 1
     return count
-
-
-def fingerprint(folder: Path) -> str:
-    """What tells a base from another, whatever its number type: names, shapes, some values."""
-    total: dict[str, bytes] = {}
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as data:
-            for name in data.keys():  # noqa: SIM118, it is no mapping
-                tensor = data.get_tensor(name)
-                last = tensor.numel() - 1  # float32 rounds it up in a tensor of over 2^24 values
-                places = torch.linspace(0, last, _PROBED).long().clamp(max=last)
-                values = tensor.flatten()[places].to(torch.bfloat16).view(torch.int16)
-                shape = f"{name} {list(tensor.shape)}".encode()
-                total[name] = shape + values.numpy().tobytes()
-    return hashlib.sha256(b"".join(total[name] for name in sorted(total))).hexdigest()
 
 
 def _check_base(base: LoadedModel, folder: Path) -> None:

@@ -20,6 +20,7 @@ from looptx_core.checkpoint.folder import (
     update_generation_config,
 )
 from looptx_core.checkpoint.metrics_log import read_metrics
+from looptx_core.checkpoint.weights import fingerprint
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.processes import is_first
@@ -31,7 +32,7 @@ from looptx_core.data.own import FILE as OWN_DATA
 from looptx_core.data.own import OwnData
 from looptx_core.data.tokenizer import fingerprint as tokenizer_fingerprint
 from looptx_core.errors import UsageError
-from looptx_core.finetuning.adapters import attach, fingerprint, load_adapter, save_adapter, targets
+from looptx_core.finetuning.adapters import attach, load_adapter, save_adapter, targets
 from looptx_core.finetuning.quantise import quantise, stored_bytes
 from looptx_core.machine.device import on_best_device
 from looptx_core.media.registry import MEDIA

@@ -48,6 +48,7 @@ class LoopedLM(L.LightningModule):
         self.evaluation: LoopEvaluation | None = None
         self.swapped: Swapped | None = None
         self.begun_at = 0  # the step that a resumed run went on from
+        self.best_step: int | None = None  # whose weights were kept as the best
         self.flops: Tensor
         self.register_buffer("flops", torch.zeros((), dtype=torch.float64))
         self._parts: list[LoopEvaluation] = []

@@ -1,4 +1,4 @@
-"""Optimizers, warm-up and cosine, and clipping by part."""
+"""Optimizers, schedules of the learning rate, and clipping by part."""
 
 from __future__ import annotations
 
@@ -96,14 +96,24 @@ def shape_of(parameter: torch.Tensor) -> torch.Size:
 
 
 def learning_rate_factor(config: RunConfig) -> Callable[[int], float]:
-    """Step -> share of the peak: a linear warm-up, then a cosine down to `min_lr`."""
+    """Step -> share of the peak: a linear warm-up, then what `lr_schedule` says.
+
+    From step `config.steps` on it is the last value, for runs that continue beyond their steps.
+    """
     warmup = max(1, round(config.warmup * config.steps))
+    falls = config.steps - warmup
+    if config.lr_schedule == "wsd":
+        falls = min(falls, max(1, round(config.lr_decay * config.steps)))
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        done = min(1.0, (step - warmup) / max(1, config.steps - warmup))
-        return config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+        if config.lr_schedule == "constant":
+            return 1.0
+        done = min(1.0, max(0.0, (step - (config.steps - falls)) / max(1, falls)))
+        cosine = config.lr_schedule == "cosine"
+        above = 0.5 * (1 + math.cos(math.pi * done)) if cosine else 1 - done
+        return config.min_lr + (1 - config.min_lr) * above
 
     return factor
 

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 
 from looptx_core.atomic import remove_partial
+from looptx_core.checkpoint.folder import LoadedModel
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.processes import is_first
 from looptx_core.config.run import RunConfig, TrainConfig
@@ -39,8 +40,10 @@ from looptx_core.parallel.strategy import (
 )
 from looptx_core.training.callbacks import (
     AtSetup,
+    BestWeights,
     Checkpoints,
     JsonLines,
+    Profile,
     StopCleanly,
     WholeFiles,
     lost_worker,
@@ -54,7 +57,7 @@ from looptx_core.training.finish import TrainResult, finish_training
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.kernel_trial import enable_kernels
 from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
-from looptx_core.training.start import copy_weights, load_start
+from looptx_core.training.optimizer import learning_rate_factor
 
 
 def fit_vocabulary(model: ModelConfig, vocab_size: int, asked: bool) -> ModelConfig:
@@ -82,18 +85,20 @@ def train(
     data: Path,
     records: Sequence[str | Path] = (),
     folder: Path,
+    init: LoadedModel | None = None,
     resume: bool = False,
     until: int | None = None,
     callbacks: Sequence[L.Callback] = (),
     report: Callable[[str], object] = lambda line: None,
     watch: Callable[[str], object] | None = None,
 ) -> TrainResult | None:
-    """Train a model, a new one or `config.init`, and write `folder`/final.
+    """Train a model on the shards `data`, with its run in `folder`, and write `folder`/final.
 
-    data: a folder of shards. folder: of the run.
     records: files of records with media, as for `read_records`, mixed with the shards by
-    `config.mix`; `model_config` has these media. The other arguments, and the errors, are those of
-    `fit`. Returns None in all processes of the run but the first.
+    `config.mix`; `model_config` has these media. init: the model whose weights are the first ones;
+    the shards have its tokenizer, and `model_config` its shape, perhaps with further media. The
+    other arguments, and the errors, are those of `fit`. Returns None in all processes of the run
+    but the first.
     """
     started = time.monotonic()
     config.check_hidden_shares(bool(records))
@@ -126,11 +131,8 @@ def train(
         model_config = replace(model_config, linear="ternary")
     torch.manual_seed(config.seed)
     model = LoopedTransformer(model_config)
-    if config.init and not resume:
-        start = load_start(config.init)
-        new = copy_weights(model, start)
-        news = f"; new are {', '.join(new[:3])}{' and others' if new[3:] else ''}" if new else ""
-        report(f"weights: those of {start.name}{news}")
+    if init is not None:
+        take_weights(model, init.model)
     module, steps = fit(
         model, batches, config, folder=folder, advice=resuming("train", folder), resume=resume,
         until=until, callbacks=callbacks, report=report, watch=watch,
@@ -138,8 +140,27 @@ def train(
     if not is_first():
         return None
     return finish_training(
-        module.model, module, batches, config, data, records, folder, steps, started
+        module.model, module, batches, config, data, records, folder, steps, started, init
     )
+
+
+def take_weights(model: LoopedTransformer, source: LoopedTransformer) -> None:
+    """Give a model the weights of another of its shape; media that the other lacks keep their own.
+
+    Raises `UsageError` for weights that have no place in the model.
+    """
+    own = {name: value.shape for name, value in model.state_dict().items()}
+    given = source.state_dict()
+    strange = [name for name, value in given.items() if own.get(name) != value.shape]
+    new = own.keys() - given.keys()
+    encoders = tuple(f"{name}." for name, part in model.named_modules()
+                     if part in model.encoders().values())  # fmt: skip
+    strange += [name for name in new if not name.startswith(encoders)]
+    if strange:
+        raise UsageError(
+            f"`init`: {strange[0]} does not fit the model's shape; leave out what changes the shape"
+        )
+    model.load_state_dict(given, strict=False)
 
 
 def report_unlabelled(counts: Mapping[str, int], report: Callable[[str], object]) -> None:
@@ -262,12 +283,16 @@ def fit(
         if resume:
             metrics.cut_back(begin_at)
         if config.steps <= begin_at < last_step:
-            metrics.mark_stretch(begin_at, last_step, config.lr * config.min_lr)
+            last_lr = config.lr * learning_rate_factor(config)(config.steps)
+            metrics.mark_stretch(begin_at, last_step, last_lr)
         remove_partial(checkpoints)
 
     stop, final = StopCleanly(checkpoints, config.max_minutes), FinalCheckpoint(checkpoints)
+    best = BestWeights(checkpoints / "best", metrics.file) if config.keep_best else None
     at_end = [gathered] if gathered else [final] if sharded else []
-    ours = [*callbacks, AtSetup(begin), stop, *at_end]
+    ours = [*callbacks, AtSetup(begin), stop, *at_end, *([best] if best else [])]
+    if config.profile:
+        ours.append(Profile(folder / "profile", config.profile, begin_at))
     with quiet_lightning(), own_environment(folder):
         trainer = _trainer(config, last_step, folder, precision, device, strategy, ours, metrics)
         if device.type == "cpu":
@@ -313,6 +338,9 @@ def fit(
         model = module.model = gathered.model(model)
     else:
         model.to(torch.device("cpu"))
+    if best and (found := best.load(module)):
+        module.best_step = found
+        report(f"best: step {found}, held-out loss {best.lowest:.4f}; the model is made of it")
     module.swapped, module.begun_at = final.swapped, begin_at
     model.config = replace(model.config, loops=module.schedule.deepest)
     model.eval()
