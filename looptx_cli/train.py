@@ -197,7 +197,7 @@ def _source(settings: TrainConfig, resolved: Resolved) -> LoadedModel:
         raise UsageError(
             f"`init` takes the model's own shape; leave out `{shaped[0]}`, or train a new model"
         )
-    asked = {
+    asked: dict[str, Any] = {
         name: resolved.build(schema, f"model.{name}")
         for name, schema in MEDIA_SECTIONS.items()
         if name in new
