@@ -283,6 +283,8 @@ def test_frames_that_come_one_by_one_are_the_clip(tokenizer: Tokenizer) -> None:
                 answer = watch.ask("a", **greedy)
                 told = [(step.id, round(step.logprob, 4)) for step in answer.tokens]
                 assert told == whole(frames[first : number + 1]), number
+    with pytest.raises(DataError, match="the frame: float64 numbers of shape"):
+        watch.feed(np.zeros((8, 8)), 0.7)
     with pytest.raises(UsageError, match="feed them in order"):
         watch.feed(frames[0], 0.1)
     late = Watch(engine, 12.5)
