@@ -18,15 +18,12 @@ from audio_cases import SHAPE
 from PIL import Image
 from tokenizers import Tokenizer
 
-from looptx_cli import train as train_command
 from looptx_cli.main import main
-from looptx_cli.options import with_set
+from looptx_core.checkpoint.folder import load_model
 from looptx_core.checkpoint.registry import bundled_model
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.media import AudioConfig, VideoConfig
 from looptx_core.config.model import ModelConfig
-from looptx_core.config.resolve import resolve
-from looptx_core.config.run import TrainConfig
 from looptx_core.data.records import media_named, read_records
 from looptx_core.errors import DataError, MissingError, UsageError
 from looptx_core.generation.engine import Engine, MediaPrompt
@@ -37,7 +34,7 @@ from looptx_core.media.registry import MEDIA
 from looptx_core.media.video.frames import frames_of
 from looptx_core.media.video.read import read_pipe, tubelets
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.run import take_weights
+from looptx_core.training.start import copy_weights
 
 VIDEO = MEDIA["video"]
 WATCHING = replace(
@@ -332,24 +329,16 @@ def test_a_picture_model_keeps_what_it_knows(cat: Path) -> None:
 
 
 def test_a_model_of_pictures_can_be_trained_on_to_watch() -> None:
-    """`init` leaves the sizes of media open that the model has not."""
-    flags = {"init": str(bundled_model("picture-model"))}
-    asked = with_set(flags, ["model.video.frames=8"], train_command.SECTIONS)
-    resolved = resolve(TrainConfig, train_command.SECTIONS, flags=asked)
-    source = train_command._source(resolved.build(TrainConfig), resolved)
-    assert source.config.video.frames == 8 and source.config.vision_layers == 4
+    """It keeps what it sees, and gets what a clip needs besides."""
+    source = load_model(bundled_model("picture-model"))
     torch.manual_seed(0)
-    model = LoopedTransformer(source.config)
-    take_weights(model, source.model)
+    model = LoopedTransformer(replace(source.config, video=VideoConfig(frames=8)))
+    assert copy_weights(model, source) == ["vision.later.weight"]
     item = MediaItem("video", torch.rand(16, 2 * 3 * 144), (1, 4, 4, 2))
     picture = MediaItem("image", item.features[:, : 3 * 144], (4, 4))
     seen = model.encoders()["video"](batch_items([item])["video"])
     before = source.model.encoders()["image"](batch_items([picture])["image"])
     assert torch.allclose(seen, before, atol=1e-5)
-    asked = with_set(flags, ["model.d_model=64"], train_command.SECTIONS)
-    with pytest.raises(UsageError, match="`init` takes the model's own shape"):
-        resolved = resolve(TrainConfig, train_command.SECTIONS, flags=asked)
-        train_command._source(resolved.build(TrainConfig), resolved)
 
 
 def test_commands(
