@@ -3,25 +3,17 @@
 import re
 
 from benchmarks.common.record import Record, Row
-from benchmarks.common.tables import newest, one, pick, source, table
+from benchmarks.common.tables import one, pick, records, source, table
 
 LIMITS = "an internal error, more than 10 s of processor time, a crash, or more than 2 GB"
 
 
 def section() -> str:
-    fuzz, kills, failures = (
-        newest(f"reliability.{name}") for name in ("fuzz", "kills", "failures")
-    )
-    return f"""\
-## Does a bad input, a kill or a full disk do harm?
-
-{_inputs(fuzz)}
-
-{_kills(kills)}
-
-{_failures(failures)}
-
-{source(fuzz, kills, failures)}"""
+    parts = {"fuzz": _inputs, "kills": _kills, "failures": _failures}
+    found = {name: records(f"reliability.{name}")[:1] for name in parts}
+    told = [parts[name](record) for name, own in found.items() for record in own]
+    sources = source(*(record for own in found.values() for record in own))
+    return "\n\n".join(["## Does a bad input, a kill or a full disk do harm?", *told, sources])
 
 
 def _inputs(record: Record) -> str:
