@@ -138,6 +138,9 @@ def convert(
     was = torch.int8 if source.config.linear == "int8" else source.model.norm.weight.dtype
     memory_before = running_bytes(source.model.float())
     model = to_float(source.model)
+    remembering = model
+    if config.memory:
+        remembering = with_memory(model, config.memory, config.memory_window, config.memory_block)
     checked = compare_with_source(config, model, source.tokenizer, plain, report) if plain else {}
     trains = config.to_bitnet and not config.direct and model.config.linear == "float"
     judged = plain is not None and not config.to_bitnet
@@ -151,8 +154,7 @@ def convert(
     bytes_before = folder_bytes(source.folder)
 
     after, exit_settings, steps = before, source.exit, 0
-    if config.memory:
-        model = with_memory(model, config.memory, config.memory_window, config.memory_block)
+    model = remembering
     if config.to_bitnet:
         if model.config.linear == "float":
             model = to_ternary(model, [next(iter(batches.train_dataloader()))])

@@ -77,7 +77,7 @@ def split_optimizer(
     parameters: Iterable[torch.nn.Parameter],
     muon_takes: Iterable[torch.nn.Parameter],
     *,
-    memories: Sequence[torch.nn.Parameter] = (),
+    memories: Sequence[torch.Tensor] = (),
     lr: float,
     weight_decay: float,
     beta2: float,

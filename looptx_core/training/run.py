@@ -29,6 +29,7 @@ from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.media.registry import MEDIA, media_for
 from looptx_core.model import fused
 from looptx_core.model.attention import choose_backend
+from looptx_core.model.code_rows import share_code_rows
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.parallel.deepspeed.checkpoint import Checkpoint
 from looptx_core.parallel.ranks import lost_peer
@@ -57,6 +58,7 @@ from looptx_core.training.compiled import compile_forward, uncompile_forward
 from looptx_core.training.finish import TrainResult, finish_training
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.kernel_trial import enable_kernels
+from looptx_core.training.memory_check import check_memory_use
 from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
 from looptx_core.training.optimizer import learning_rate_factor
 from looptx_core.training.start import copy_weights
@@ -142,7 +144,7 @@ def train(
         new = copy_weights(model, init)
         news = f"; new are {', '.join(new[:3])}{' and others' if new[3:] else ''}" if new else ""
         report(f"weights: those of {init.name}{news}")
-    model.share_code_rows(learned=init is not None and bool(init.config.draw.codes))
+    share_code_rows(model, learned=init is not None and bool(init.config.draw.codes))
     module, steps = fit(
         model, batches, config, folder=folder, advice=resuming("train", folder), resume=resume,
         until=until, callbacks=callbacks, report=report, watch=watch,
@@ -212,6 +214,7 @@ def fit(
     infinite, `DataError` for unusable data or checkpoints, `LooptxError` if a checkpoint can't be
     written or another process is gone.
     """
+    check_memory_use(model.config, config, report)
     # A short run gets at least one line of metrics and one validation.
     config = replace(
         config,

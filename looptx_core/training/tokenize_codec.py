@@ -14,11 +14,10 @@ from looptx_core.checkpoint.codec_folder import save_codec
 from looptx_core.config.codec import CodecConfig
 from looptx_core.config.corpus import TokenizeConfig
 from looptx_core.data.codec_pictures import read_pictures
-from looptx_core.errors import UsageError
+from looptx_core.errors import LooptxError, UsageError
 from looptx_core.machine.device import best_device
 from looptx_core.media.codec.codec import Codec
 from looptx_core.training.codec import CodecReport, judge_codec, train_codec
-from looptx_core.training.module import NotFinite
 
 Progress = Callable[[str, int, int, float | None], object]
 """(read or train, done, all, the loss)."""
@@ -54,6 +53,6 @@ def make_codec(
     report = judge_codec(codec, held, settings.seed)
     report.steps, report.seconds = steps, seconds
     if not all(map(math.isfinite, report.psnr.values())):
-        raise NotFinite(f"what the codec makes is not finite; lower `lr` ({settings.lr:g})")
+        raise LooptxError(f"what the codec makes is not finite; lower `lr` ({settings.lr:g})")
     codec.cpu()
     return report, save_codec(folder, codec, {**asdict(report), "pictures": len(trained)})
