@@ -65,7 +65,7 @@ from looptx_core.training.start import copy_weights
 from looptx_core.words import counted
 
 _log = logging.getLogger(__name__)
-"""Of reasons, which few need: the command line shows them with --debug."""
+"""Of reasons, which few need: a handler that takes them is the caller's to add."""
 
 
 def fit_vocabulary(model: ModelConfig, vocab_size: int, asked: bool) -> ModelConfig:
