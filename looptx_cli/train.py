@@ -213,13 +213,13 @@ def _source(settings: TrainConfig, resolved: Resolved) -> LoadedModel:
     """The model that `init` names. Raises `UsageError` for a preset beside it."""
     import torch
 
-    from looptx_core.checkpoint.folder import load_model
+    from looptx_core.checkpoint.folder import as_float, load_model
     from looptx_core.checkpoint.registry import resolve_model
 
     if resolved.given("preset"):
         raise UsageError("`init` brings the model's own shape; leave out `preset`")
     found = resolve_model(settings.init, need=frozenset({"weights"}))
-    return load_model(found.folder, dtype=torch.float32)
+    return as_float(load_model(found.folder, dtype=torch.float32))
 
 
 def _in_steps(

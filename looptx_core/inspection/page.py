@@ -108,6 +108,8 @@ def _opening(document: Document) -> str:
         "layers": f"{layers[0]} + {layers[1]} x {facts['max_loops']} loops + {layers[2]}",
         "width": f"{facts['d_model']}, {facts['n_heads']} heads",
         "vocabulary, context": f"{facts['vocab_size']:,} ids, {facts['max_seq_len']:,} tokens",
+        "made from": facts.get("base"),
+        "by": facts.get("method"),
         "trained on": _listed(facts.get("data")),
         "steps": _counted(facts.get("steps")) + _counted(facts.get("tokens"), " ({} tokens)"),
         "measured on": f"{document['tokens']:,} held-out tokens",

@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # looking at text needs no trainer
     from looptx_core.data.datamodule import Batches
 
 SCHEMA_VERSION = 1
+_OF_TRAINING = ("base", "method", "data", "steps", "tokens")
 SHOWN_INCREASE = 0.005
 """The rise of the loss at which rules are compared where none is asked for."""
 _MEMORY_TEXTS = 8  # sequences to read with a memory and without
@@ -167,7 +168,7 @@ def _facts(loaded: LoadedModel) -> Document:
         "n_heads": config.n_heads,
         "vocab_size": config.vocab_size,
         "max_seq_len": config.max_seq_len,
-        **{key: facts[key] for key in ("data", "steps", "tokens") if key in facts},
+        **{key: facts[key] for key in _OF_TRAINING if key in facts},
     }
 
 
