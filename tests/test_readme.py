@@ -161,6 +161,14 @@ def test_bare_generate_describes_a_picture(installed: Installed, tmp_path: Path)
     assert "loops a token" in done.stdout
 
 
+def test_bare_generate_writes_what_is_said(installed: Path, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "examples/hello.wav", tmp_path)
+    done = looptx("looptx generate --audio hello.wav", tmp_path, installed)
+    assert done.returncode == 0, done.stderr
+    assert "bundled" in done.stderr and "try next" in done.stderr
+    assert "hello world" in done.stdout
+
+
 EXAMPLES = {
     "own_trainer": "10 loops:",
     "finetune_lora": "Where ends g ->",

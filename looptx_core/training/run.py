@@ -238,6 +238,7 @@ def fit(
         gathered = Gathered()
     else:
         module = LoopedLM(model, config)
+    module.train()  # one that was loaded would have no dropout, and its encoders no loss of their own
 
     checkpoints, metrics = folder / "checkpoints", JsonLines(folder / "metrics.jsonl", watch)
     start_from = None
