@@ -140,7 +140,7 @@ def generate(
     if prompt_file:
         mend = "check --prompt-file"
         texts.append(read_text(prompt_file, mend=mend, pipes=True).rstrip("\n"))
-    files = given_media(image=image, audio=audio, video=video)
+    files = given_media(quiet, image=image, audio=audio, video=video)
     if timestamps and (len(audio or ()) != 1 or len(files) > 1 or texts or chat or compare_loops):
         raise UsageError("--timestamps goes with one --audio and nothing else to read")
     if draw is not None:
@@ -348,7 +348,8 @@ def _show(
 
 def _summarise(engine: Engine, result: Generation, iterations: bool, quiet: bool) -> None:
     """Print the figures and what to try next; to stdout with --show-iterations, else as a note."""
-    from looptx_cli.render import compute_told, counted
+    from looptx_cli.render import compute_told
+    from looptx_core.words import counted
 
     deepest = engine.model.config.max_loops
     saved = compute_told(engine.compute_saved(result))
