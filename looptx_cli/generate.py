@@ -13,7 +13,7 @@ import typer
 
 from looptx_cli.console import note, shown, stdout
 from looptx_cli.conversation import Conversation
-from looptx_cli.drawing import check_target, draw_picture
+from looptx_cli.drawing import SCHEMA_VERSION, check_target, draw_picture
 from looptx_cli.imports import large_imports
 from looptx_cli.model_options import (
     Adapter,
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from looptx_core.generation.transcribe import Segment
     from looptx_core.media.batch import MediaItem
 
-SCHEMA_VERSION = 1
 _SHOWN, _END = 20_000, 400  # characters of a prompt that are shown whole, and of the end of others
 PIPE_FPS = 25.0
 """Frames a second of a pipe, where nothing is said."""

@@ -125,7 +125,7 @@ def train_codec(
     """Train on pictures (n, patches, numbers) of bytes; returns the number of steps done.
 
     Batch, times and noise of a step are functions of the seed and of the step. The codec ends with
-    its averaged weights, in evaluation mode.
+    its averaged weights, in evaluation mode, after an interruption too.
 
     Raises `LooptxError` for a loss that is NaN or infinite.
     """
@@ -166,8 +166,8 @@ def train_codec(
                 break
     finally:
         fused.enable_fused(False)
-    averaged.put_back()
-    codec.eval()
+        averaged.put_back()
+        codec.eval()
     return done
 
 
