@@ -33,6 +33,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import PRESETS
 from looptx_core.config.resolve import field_help
 from looptx_core.config.run import TrainConfig
+from looptx_core.config.serving import ServeConfig
 
 REFERENCE = Path(__file__).parent / "reference"
 _BLOCK = re.compile(r"(<!-- generated: ([\w -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -46,6 +47,7 @@ SCHEMAS: dict[str, type] = {
     "chat": GenerationOptions,
     "inspect-loops": InspectConfig,
     "evaluate": EvaluateConfig,
+    "serve": ServeConfig,
     "model": ModelConfig,
     "exit": ExitSettings,
 }

@@ -39,6 +39,7 @@ def convert(
     looptx convert --from-hf a-hf --out a-again
     looptx convert --from-gguf model-Q4_K_M.gguf --core auto
     looptx convert --adapter runs/finetune-1 --merge-adapter
+    looptx convert --memory delta --model runs/a
     """
     settings = resolve(ConvertConfig, flags=flags, config=config).build(ConvertConfig)
 
@@ -67,6 +68,8 @@ def convert(
             f"('{result.out}', trust_remote_code=True) in transformers",
             quiet,
         )
+    elif settings.memory:
+        note(f"try next: looptx finetune --model {result.out} --seq-len 1024", quiet)
     else:
         note(f'try next: looptx generate "Call me" --model {result.out} --show-iterations', quiet)
 
@@ -80,8 +83,8 @@ def _show(result: ConvertResult) -> None:
         out.print(line, soft_wrap=True)
 
     if result.loss_by_loop != result.loss_by_loop_before:
-        title = f"Held-out loss, nats a token, on {result.judged_by}"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        say(f"Held-out loss, nats a token, on {result.judged_by}")
+        table = Table(box=None, pad_edge=False)
         for name in ("loops", "before", "after"):
             table.add_column(name, justify="right")
         losses = zip(result.loss_by_loop_before, result.loss_by_loop)

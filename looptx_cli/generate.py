@@ -13,6 +13,7 @@ import typer
 
 from looptx_cli.console import note, shown, stdout
 from looptx_cli.conversation import Conversation
+from looptx_cli.drawing import check_target
 from looptx_cli.imports import large_imports
 from looptx_cli.model_options import (
     Adapter,
@@ -26,6 +27,7 @@ from looptx_cli.model_options import (
     ShowIterations,
 )
 from looptx_cli.options import with_fields
+from looptx_cli.reading import reading_shown
 from looptx_cli.streaming import (
     given_media,
     piped_frames,
@@ -38,6 +40,7 @@ from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.resolve import resolve
 from looptx_core.documents import (
     MOST_BYTES,
+    arriving,
     has_half,
     known_kind,
     lines_of,
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
     from looptx_core.media.batch import MediaItem
 
 SCHEMA_VERSION = 1
+_SHOWN, _END = 20_000, 400  # characters of a prompt that are shown whole, and of the end of others
 PIPE_FPS = 25.0
 """Frames a second of a pipe, where nothing is said."""
 
@@ -65,6 +69,10 @@ def generate(
     ] = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="A prompt a line, or JSON lines with `prompt`.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(help="One prompt, a whole file; of any length for a model with a memory."),
     ] = None,
     model: Model = None,
     adapter: Adapter = None,
@@ -87,6 +95,9 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="A prompt is a turn of a chat, which the model answers.")
     ] = False,
+    draw: Annotated[
+        Path | None, typer.Option(help="Draw the prompt into this file, a PNG, JPEG or WebP.")
+    ] = None,
     timestamps: Annotated[
         bool,
         typer.Option(
@@ -114,20 +125,29 @@ def generate(
     looptx generate --audio hello.wav
     looptx generate --audio talk.mp3 --timestamps
     looptx generate --video wave.webp
+    looptx generate "cat face" --draw drawn.png --guidance 2
     ffmpeg -i in.mp4 -f image2pipe -c:v png - | looptx generate --video - --every 2
     looptx generate "Call me" --adapter runs/finetune-1
     looptx generate --chat "Who are you?" --adapter runs/finetune-1
     looptx generate "Call me" --json | jq .tokens[0]
     looptx generate --prompts-file prompts.txt --loops 4 --temperature 0
+    looptx generate --prompt-file book.txt --model runs/with-memory
     looptx generate "Call me" --speculate 4
     """
     resolved = resolve(GenerationOptions, flags=flags, config=config)
     options = resolved.build(GenerationOptions)
     depths = _depths(compare_loops)
     texts: list[Prompt] = [*(prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
+    if prompt_file:
+        mend = "check --prompt-file"
+        texts.append(read_text(prompt_file, mend=mend, pipes=True).rstrip("\n"))
     files = given_media(image=image, audio=audio, video=video)
     if timestamps and (len(audio or ()) != 1 or len(files) > 1 or texts or chat or compare_loops):
         raise UsageError("--timestamps goes with one --audio and nothing else to read")
+    if draw is not None:
+        if len(texts) > 1 or timestamps or chat or compare_loops:
+            raise UsageError("--draw goes with one prompt, and neither a chat nor several depths")
+        check_target(draw)
     rate = _pipe_rate(files.get("video", ()), fps, every)
     if rate and chat and not texts:
         raise UsageError("--video - takes standard input, so give the message as an argument")
@@ -136,8 +156,8 @@ def generate(
     if files and len(texts) > 1:
         flag = f"--{next(iter(files))}"
         raise UsageError(f"{flag} goes with one prompt; give one, or none for a caption")
-    if files and not texts and not chat:
-        texts = [""]
+    if (files or draw) and not texts and not chat:
+        texts = [""] if files or sys.stdin.isatty() else []
     for text in texts:
         if has_half(str(text)):
             raise UsageError("a prompt is not UTF-8; convert it")
@@ -146,6 +166,8 @@ def generate(
         texts = [_from_stdin()]
 
     abilities = frozenset(MEDIA[name].ability for name in files)
+    if draw is not None:
+        abilities |= {MEDIA["image"].write_ability}
     with large_imports():
         loaded = load(
             model, adapter=adapter, attention=attention, precision=precision, kernel=kernel,
@@ -165,6 +187,9 @@ def generate(
         _narrate(engine, str(texts[0]), options, rate, every, as_json)
         return
     items = read_items(engine, files, rate)
+    if draw is not None:
+        _draw(engine, str(texts[0]), items, options, draw, show_iterations, as_json, quiet)
+        return
     if chat:
         texts = [_message(str(text), items) for text in texts]
     elif items and not interactive:
@@ -174,7 +199,8 @@ def generate(
     elif depths:
         _compare(engine, texts, options, depths, as_json)
     elif as_json:
-        results = [result.to_dict() for result in engine.complete(texts, options)]
+        with reading_shown(engine, sum(map(engine.length, texts)), quiet):
+            results = [result.to_dict() for result in engine.complete(texts, options)]
         document = results[0] if len(results) == 1 else {"results": results}
         print_now(json.dumps({"schema_version": SCHEMA_VERSION, **document}) + "\n")
     elif len(texts) == 1:
@@ -232,6 +258,45 @@ def _print_segments(segments: Iterable[Segment], as_json: bool) -> None:
         print_now(json.dumps({"schema_version": SCHEMA_VERSION, **document}) + "\n")
 
 
+def _draw(
+    engine: Engine,
+    text: str,
+    items: tuple[MediaItem, ...],
+    options: GenerationOptions,
+    file: Path,
+    iterations: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Draw a text into a file."""
+    from looptx_cli.drawing import check_room, drawn, map_lines, show_picture, write_map
+    from looptx_core.generation.engine import MediaPrompt
+
+    prompt = MediaPrompt(text, items, write="image")
+    length = check_room(engine, engine.length(prompt), options)
+    (result,) = engine.complete([prompt], replace(options, max_new_tokens=length))
+    picture, media = drawn(result, file)
+    config = engine.model.config
+    if iterations:
+        place = write_map(media, picture, config.draw.columns, config.max_loops)
+        note(f"loops and confidence: {place}", quiet)
+    if as_json:
+        document = {**result.to_dict(), "media": [media]}
+        print_now(json.dumps({"schema_version": SCHEMA_VERSION, **document}) + "\n")
+        return
+    show_picture(picture, file)
+    if iterations:
+        print_now("\n".join(map_lines(media, config.draw.columns)) + "\n")
+    note(
+        f"{length} codes, {result.mean_loops:.2f} loops a code of {config.max_loops}, drawn in "
+        f"{result.tokens[-1].seconds:.2f} s, {options.draw_steps} steps of diffusion in "
+        f"{media['elapsed']:.2f} s",
+        quiet,
+    )
+    if not iterations:
+        note("try next: --show-iterations, --guidance 2, or another --seed", quiet)
+
+
 def _with_items(text: str, items: tuple[MediaItem, ...]) -> Prompt:
     from looptx_core.generation.engine import MediaPrompt
 
@@ -278,9 +343,13 @@ def _prompt_of(where: str, value: Any) -> str:
 
 def _from_stdin() -> str:
     """All of standard input, without a byte order mark and the last newline."""
-    raw = sys.stdin.buffer.read(MOST_BYTES + 1)
-    if len(raw) > MOST_BYTES:
-        raise DataError(f"standard input: over {MOST_BYTES:,} bytes, too large for a prompt")
+    parts, size = [], 0
+    for part in arriving(sys.stdin.buffer):
+        parts.append(part)
+        size += len(part)
+        if size > MOST_BYTES:
+            raise DataError(f"standard input: over {MOST_BYTES:,} bytes, too large for a prompt")
+    raw = b"".join(parts)
     try:
         return raw.decode("utf-8-sig").rstrip("\n")
     except UnicodeDecodeError as error:
@@ -292,15 +361,17 @@ def _stream(
     engine: Engine, prompt: Prompt, options: GenerationOptions, iterations: bool, quiet: bool
 ) -> None:
     """Print a continuation as it is generated, and its figures."""
-    result = stream(engine, prompt, options, iterations, quiet, _before(engine, prompt))
+    with reading_shown(engine, engine.length(prompt), quiet):
+        result = stream(engine, prompt, options, iterations, quiet, _before(engine, prompt))
     _summarise(engine, result, iterations, quiet)
 
 
 def _before(engine: Engine, prompt: Prompt) -> str:
-    """The text to print before a continuation; nothing before a chat's answer."""
+    """The text to print before a continuation, of a long one the end; of a chat nothing."""
     from looptx_core.generation.engine import ChatPrompt
 
-    return "" if isinstance(prompt, ChatPrompt) else engine.text_of(prompt)
+    text = "" if isinstance(prompt, ChatPrompt) else engine.text_of(prompt)
+    return text if len(text) <= _SHOWN else "…" + text[-_END:]
 
 
 def _show(

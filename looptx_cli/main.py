@@ -32,6 +32,7 @@ COMMANDS = {
     "convert": "Make a model smaller, or one for other tools.",
     "generate": "Write text, each token as deep as it needs.",
     "chat": "Talk with a model.",
+    "serve": "Answer over HTTP, as OpenAI does.",
     "inspect-loops": "See what each loop brings, and when to stop.",
     "evaluate": "Measure a model on tasks, by depth.",
     "runs": "List the runs, and how far they came.",

@@ -12,15 +12,16 @@ OUTPUT = "Output"
 
 _MOST_USED = {
     "train": "data out preset init set steps max_minutes batch_size lr resume",
-    "finetune": "model data out lora qlora lora_rank steps lr batch_size resume",
+    "finetune": "model data out lora qlora lora_rank epochs lr batch_size resume",
     "generate": "model adapter image chat max_new_tokens loops exit temperature seed "
     "show_iterations",
     "chat": "model adapter image system max_new_tokens loops exit temperature show_iterations",
     "inspect-loops": "model data out prompt text image audio calibrate target_loss_increase "
     "max_loops",
     "evaluate": "model tasks loops limit out include_path",
+    "serve": "model adapter host port api_key max_batch max_context precision",
     "convert": "model out from_gguf from_hf core to_bitnet to_hf dtype adapter data",
-    "tokenize": "data out vocab_size tokenizer text_key",
+    "tokenize": "data out vocab_size tokenizer text_key codec",
     "doctor": "build path",
     "compare": "out format",
 }
@@ -30,7 +31,7 @@ _PANELS = {
     "Data": """
         seq_len batch_size micro_batch workers augment skip_bad document_mask mix mask_patches
         val_fraction val_batches train_on_prompt too_long prompts_file data text_key columns seed
-        audio video fps every timestamps limit include_path tasks
+        audio video fps every timestamps limit include_path tasks codec direction draw
     """,
     "Model and depth": """
         model loop_schedule loops min_loops max_loops mean_loops deeper_by loss_threshold
@@ -42,15 +43,20 @@ _PANELS = {
         target_modules
     """,
     "Sampling": """
-        max_new_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos
+        max_new_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos guidance
+        draw_steps draw_guidance
     """,
     "Optimiser": """
-        steps finetune_steps direct max_minutes lr lr_schedule min_lr warmup lr_decay weight_decay
+        steps epochs finetune_steps direct max_minutes lr lr_schedule min_lr warmup lr_decay
+        weight_decay
         optimizer beta2 clip
     """,
     "Hardware": """
         precision attention kernel compile grad_checkpointing devices nodes strategy zero3 offload
         nvme_path deepspeed_config
+    """,
+    "Server": """
+        host port api_key max_batch max_queue max_context request_timeout drain_seconds
     """,
     "Checkpoints": "save_every keep keep_best val_every shard_size",
     OUTPUT: "config overwrite dry_run force log_every profile json as_json quiet help",

@@ -192,6 +192,12 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
+def refuse_two_lengths(resolved: Resolved) -> None:
+    """Raise `UsageError` where both the steps of a new run and its epochs are given."""
+    if resolved.values["epochs"] is not None and resolved.given("steps"):
+        raise UsageError("--epochs and --steps each say how long the run is; leave one out")
+
+
 def last_step(folder: Path, steps: int, asked: int | None, report: Callable[[str], object]) -> int:
     """The step to which a resumed run goes on; 0 where it has finished and nothing is to do.
 

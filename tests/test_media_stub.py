@@ -113,7 +113,7 @@ class _Singer(Writer):
         bits = [int(bit) for bit in high]
         return [self.first_code + 2 * (number % 2) + bit for number, bit in enumerate(bits)]
 
-    def render(self, written: Sequence[int]) -> bytes:
+    def render(self, written: Sequence[int], options: GenerationOptions) -> bytes:
         return json.dumps([code - self.first_code for code in written]).encode()
 
 

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,33 @@ def test_bare_evaluate_takes_its_own_tasks(installed: Path, tmp_path: Path) -> N
     assert "bundled" in done.stderr and "try next" in done.stderr
     for task in ("hops", "p_hop", "arithmetic", "continuation", "text"):
         assert re.search(rf"^{task} ", done.stdout, re.M)
+
+
+def test_bare_serve_answers_until_it_is_ended(installed: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "looptx_cli.main", "serve"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed), "LOOPTX_PORT": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        address = process.stdout.readline().strip()
+        body = json.dumps({"prompt": "Call me", "max_tokens": 3}).encode()
+        kind = {"Content-Type": "application/json"}
+        asked = urllib.request.Request(f"{address}/v1/completions", body, kind)
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            [choice] = json.load(answer)["choices"]
+        assert len(choice["looptx"]["loops"]) == 3
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            assert b"</script>" in answer.read()
+    finally:
+        process.terminate()
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 0, told
+    assert "bundled" in told and f"try next: curl {address}/v1/completions" in told
 
 
 @pytest.mark.slow

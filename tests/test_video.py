@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import zlib
 from dataclasses import replace
@@ -17,15 +18,10 @@ from audio_cases import SHAPE
 from PIL import Image
 from tokenizers import Tokenizer
 
-from looptx_cli import train as train_command
 from looptx_cli.main import main
-from looptx_cli.options import with_set
-from looptx_core.checkpoint.registry import bundled_model
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.media import AudioConfig, VideoConfig
 from looptx_core.config.model import ModelConfig
-from looptx_core.config.resolve import resolve
-from looptx_core.config.run import TrainConfig
 from looptx_core.data.records import media_named, read_records
 from looptx_core.errors import DataError, MissingError, UsageError
 from looptx_core.generation.engine import Engine, MediaPrompt
@@ -36,7 +32,6 @@ from looptx_core.media.registry import MEDIA
 from looptx_core.media.video.frames import frames_of
 from looptx_core.media.video.read import read_pipe, tubelets
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.run import take_weights
 
 VIDEO = MEDIA["video"]
 WATCHING = replace(
@@ -140,6 +135,9 @@ def test_bad_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             VIDEO.read(content, WATCHING)
     with pytest.raises(DataError, match="no such clip"):
         VIDEO.read(tmp_path / "none.webp", WATCHING)
+    os.mkfifo(tmp_path / "pipe.webp")
+    with pytest.raises(DataError, match="not a regular file"):
+        VIDEO.read(tmp_path / "pipe.webp", WATCHING)
     monkeypatch.setattr("looptx_core.media.video.frames.MOST_FRAMES", 2)
     with pytest.raises(DataError, match="over 2 frames"):
         VIDEO.read(clip([1, 60, 120]), WATCHING)
@@ -327,27 +325,6 @@ def test_a_picture_model_keeps_what_it_knows(cat: Path) -> None:
     )
 
 
-def test_a_model_of_pictures_can_be_trained_on_to_watch() -> None:
-    """`init` leaves the sizes of media open that the model has not."""
-    flags = {"init": str(bundled_model("picture-model"))}
-    asked = with_set(flags, ["model.video.frames=8"], train_command.SECTIONS)
-    resolved = resolve(TrainConfig, train_command.SECTIONS, flags=asked)
-    source = train_command._source(resolved.build(TrainConfig), resolved)
-    assert source.config.video.frames == 8 and source.config.vision_layers == 4
-    torch.manual_seed(0)
-    model = LoopedTransformer(source.config)
-    take_weights(model, source.model)
-    item = MediaItem("video", torch.rand(16, 2 * 3 * 144), (1, 4, 4, 2))
-    picture = MediaItem("image", item.features[:, : 3 * 144], (4, 4))
-    seen = model.encoders()["video"](batch_items([item])["video"])
-    before = source.model.encoders()["image"](batch_items([picture])["image"])
-    assert torch.allclose(seen, before, atol=1e-5)
-    asked = with_set(flags, ["model.d_model=64"], train_command.SECTIONS)
-    with pytest.raises(UsageError, match="`init` takes the model's own shape"):
-        resolved = resolve(TrainConfig, train_command.SECTIONS, flags=asked)
-        train_command._source(resolved.build(TrainConfig), resolved)
-
-
 def test_commands(
     tmp_path: Path, colour_shards: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -369,6 +346,14 @@ def test_commands(
     assert main(["train", "--config", str(tmp_path / "c.yaml"), *data, *run]) == 0
     assert "Texts beside clips" in capsys.readouterr().out
     shared = ["--video", str(tmp_path / "1.webp"), "--model", str(tmp_path / "run"), "--quiet"]
+    more = ["--init", str(tmp_path / "run"), "--set", "model.video.frames=8", "--seq-len", "48"]
+    more += ["--steps", "1", "--val-batches", "1", "--mix", "0:1", "--out", str(tmp_path / "more")]
+    assert main(["train", *data, *more]) == 0
+    assert "weights: those of run" in capsys.readouterr().err
+    kept = json.loads((tmp_path / "more" / "final" / "config.json").read_text())
+    assert (kept["d_model"], kept["video"]["frames"]) == (48, 8)
+    assert main(["train", *data, *more, "--overwrite", "--set", "model.d_model=24"]) == 2
+    assert "leave out the keys of model that change its shape" in capsys.readouterr().err
     frames = b"".join(encoded(shade, "PNG") for shade in (40, 200, 100, 90))
     piped = ["generate", "--model", str(tmp_path / "run"), "--quiet", "--video", "-"]
     for code, flags, says in (

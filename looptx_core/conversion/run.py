@@ -26,6 +26,7 @@ from looptx_core.checkpoint.registry import resolve_adapter, resolve_model
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.conversion.huggingface import from_huggingface, to_huggingface
+from looptx_core.conversion.memory import with_memory
 from looptx_core.conversion.pretrained import Looping, is_plain, open_plain
 from looptx_core.conversion.source_check import (
     Span,
@@ -46,12 +47,14 @@ from looptx_core.data.own import FILE as OWN_DATA
 from looptx_core.data.own import OwnData, given_data, open_data, own_data
 from looptx_core.errors import Interrupted, MissingError, UsageError
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.storage import to_float, to_int8
 from looptx_core.outputs import check_output
 from looptx_core.training.calibration import calibrate
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all
 from looptx_core.training.run import fit
 
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+          "int8": torch.int8}  # fmt: skip
 _WARM_UP = 0.25  # of the steps
 _SEQ_LEN, _BATCH, _VAL_BATCHES = 128, 32, 4
 _PLAIN_BATCH = 8  # of a plain model that is not trained on: such models are large
@@ -138,8 +141,17 @@ def convert(
         report(f"replaces {out}: {there}, once the new one is whole")
     if config.to_bitnet and source.config.linear == "packed":
         raise UsageError(f"{source.folder}: its weights are ternary already; leave `to_bitnet` out")
-    stored = source.model.embedding.weight.dtype
-    model = source.model.float()
+    if config.dtype == "int8" and source.config.linear in ("ternary", "packed"):
+        raise UsageError(f"{source.folder}: its weights are ternary, smaller than int8; leave "
+                         "`dtype` int8 out")  # fmt: skip
+    if config.to_hf and source.config.has_memory:
+        raise UsageError(
+            f"{source.folder}: transformers' format has no memory; leave `to_hf` out, or take a "
+            "model without one"
+        )
+    was = torch.int8 if source.config.linear == "int8" else source.model.norm.weight.dtype
+    memory_before = running_bytes(source.model.float())
+    model = to_float(source.model)
     checked = _compare(config, model, source.tokenizer, plain, report) if plain else {}
     trains = config.to_bitnet and not config.direct and source.config.linear == "float"
     judged = plain is not None and not config.to_bitnet
@@ -149,27 +161,27 @@ def convert(
     # Later loops of a plain model are its first until they are trained.
     loops = 1 if judged else model.config.max_loops
     batches = held_out.batches
-    memory_before = running_bytes(model)
     before = _evaluate(model, batches, loops)
     bytes_before = _folder_bytes(source.folder)
 
     after, exit_settings, steps = before, source.exit, 0
+    if config.memory:
+        model = with_memory(model, config.memory, config.memory_window, config.memory_block)
     if config.to_bitnet:
         if model.config.linear == "float":
             model = to_ternary(model, [next(iter(batches.train_dataloader()))])
             if trains:
                 steps = _finetune(model, batches, config, out, callbacks, report)
         model = pack_model(model)
-    dtype = DTYPES[config.dtype] if config.dtype else stored
-    model = model.to(dtype)
-    if config.to_bitnet or dtype != stored:
-        memory_after = running_bytes(model)
+    floats = torch.float32 if was == torch.int8 else was
+    kind = DTYPES[config.dtype] if config.dtype else floats
+    model = to_int8(model) if kind == torch.int8 else model.to(kind)
+    memory_after = running_bytes(model)
+    if config.to_bitnet or config.memory or kind != was:
         after = _evaluate(model.float(), batches, loops)
-        model = model.to(dtype)
+        model = model.to(torch.float32 if kind == torch.int8 else kind)
         if loops == model.config.max_loops:
             exit_settings = calibrate(exit_settings, after)
-    else:
-        memory_after = running_bytes(model)
 
     facts = dict(source.facts) | {"loss_by_loop": [round(x, 4) for x in after.loss_by_loop]}
     if after is not before:
@@ -182,6 +194,10 @@ def convert(
             + ("trained through the rounding" if steps else "only rounded"), **done,
         )  # fmt: skip
         facts["ternary"] = f"trained {steps} steps" if steps else "rounded"
+    elif config.memory:
+        losses = {key: facts[key] for key in facts if key.startswith("loss_by_loop")}
+        facts = descended(source.facts, source.name, losses,
+                          method=f"a {config.memory} memory, not yet trained")  # fmt: skip
     elif not config.merge_adapter:  # the same model in another form
         facts["converted_from"] = source.name
     weights, files = model_files(

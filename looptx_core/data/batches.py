@@ -39,7 +39,7 @@ class Windows(Dataset[dict[str, Tensor]]):
         self.tokens, self.seq_len, self.end = tokens, seq_len, end
 
     def __len__(self) -> int:
-        return max(0, (len(self.tokens) - 1) // self.seq_len)
+        return window_count(len(self.tokens), self.seq_len)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """tokens: (seq_len + 1,) int64. ids: the window's number. documents: (seq_len,)."""
@@ -51,6 +51,11 @@ class Windows(Dataset[dict[str, Tensor]]):
             ends = item["tokens"][:-1] == self.end
             item["documents"] = ends.cumsum(0) - ends.long()  # an end belongs to what it ends
         return item
+
+
+def window_count(tokens: int, seq_len: int) -> int:
+    """How many windows a stream of so many tokens has."""
+    return max(0, (tokens - 1) // seq_len)
 
 
 class SeededBatches:

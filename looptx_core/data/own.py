@@ -189,7 +189,7 @@ def open_data(
     mixed = MixedData(
         shards, read_records(data.media, skip_bad), config, seq_len=limit, micro_batch=few,
         mix=parse_mix(own.get("mix") or ("0:1" if only else "1:1")), skip_bad=skip_bad,
-        augment=own.get("augment", True), **how,
+        augment=own.get("augment", True), direction=own.get("direction", "both"), **how,
     )  # fmt: skip
     if only:  # no text was named, so none judges
         mixed.val = mixed.val_parts[RECORDS]

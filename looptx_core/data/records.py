@@ -30,7 +30,7 @@ from looptx_core.config.finetune import parse_columns
 from looptx_core.data.chat import check_messages
 from looptx_core.data.content import insert_items
 from looptx_core.data.corpus import Corpus, visible_files
-from looptx_core.documents import check_characters, read_text
+from looptx_core.documents import check_characters, is_one_of, read_text
 from looptx_core.errors import DataError, UsageError
 from looptx_core.media.base import Medium
 from looptx_core.media.registry import MEDIA, media_of_file
@@ -231,7 +231,7 @@ def _in_our_form(record: Any, where: str) -> Any:
             return {**record, "prompt": f"{asked}\n\n", "response": output}
         case {"conversations": [*turns]} if "messages" not in record:
             for turn in turns:
-                if not isinstance(turn, dict) or turn.get("from") not in _SPEAKERS:
+                if not isinstance(turn, dict) or not is_one_of(turn.get("from"), _SPEAKERS):
                     raise DataError(
                         f"{where}: a turn of conversations needs a value of text and a from of "
                         f"{', '.join(_SPEAKERS)}; mend this record"

@@ -103,4 +103,5 @@ class Session:
         device = self.engine.backend.device
         batch = RunningBatch(self.engine.backend, self.cache, self.engine.counters)
         tokens = torch.tensor([list(ids)], device=device)
-        return batch.prompt([0], tokens, self.loops, to_device(batch_items(items), device))
+        media = to_device(batch_items(items), device)
+        return batch.prompt([0], tokens, self.loops, media).last

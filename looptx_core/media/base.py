@@ -18,6 +18,7 @@ from looptx_core.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from looptx_core.config.generation import GenerationOptions
     from looptx_core.config.model import ModelConfig
     from looptx_core.media.batch import MediaBatch, MediaItem
 
@@ -104,6 +105,10 @@ class Medium:
     """Of files of this medium, in lower case."""
     ability: str
     """What a model that reads it is said to have; see `checkpoint.registry.abilities`."""
+    write_ability: str = ""
+    """What a model that writes it is said to have."""
+    part: str = ""
+    """The type of a part of a chat message that holds an item, as OpenAI's API names it."""
     write_key: str | None = None
     """The key of a record's part that the model learns to write, where it can."""
     grid_names: tuple[str, ...] = ("length",)
@@ -285,6 +290,10 @@ class Medium:
 
     # Writing
 
+    def writes(self, settings: Mapping[str, Any]) -> bool:
+        """Whether a model writes this medium. settings: the keys of its config.json."""
+        return False
+
     def codes(self, config: ModelConfig) -> int:
         """The rows of the vocabulary that a model of this configuration needs to write."""
         return 0
@@ -351,6 +360,6 @@ class Writer:
         """
         raise NotImplementedError
 
-    def render(self, written: Sequence[int]) -> bytes:
-        """The content of the file that a whole item makes."""
+    def render(self, written: Sequence[int], options: GenerationOptions) -> bytes:
+        """The content of the file that a whole item makes, by a request's settings."""
         raise NotImplementedError

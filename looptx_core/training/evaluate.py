@@ -116,7 +116,7 @@ def evaluate_loops(
     losses, hits, norms, logits, gains, changes, odds = [], [], [], [], [], [], []
     before = embedding = model.embed(inputs, ctx, media=media)
     for loop, state in model.iterate(embedding, embedding, ctx, range(1, loops + 1)):
-        predicted = model.head(model.coda_hidden(state, ctx)).float()
+        predicted = model.logits(model.coda_hidden(state, ctx)).float()
         loss = F.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="none")
         losses.append(loss.view(targets.shape)[counted])
         hits.append((predicted.argmax(-1) == targets)[counted])

@@ -75,6 +75,7 @@ def finish_training(
 
     started: `time.monotonic` at the start. The other arguments are those of `train` and `fit`.
     """
+    model.fold_code_rows()
     loops = module.schedule.max_loops
 
     def measure() -> tuple[dict[str, LoopEvaluation], dict[str, list[float]]]:

@@ -58,6 +58,7 @@ from looptx_core.training.hardware import choose_precision
 from looptx_core.training.kernel_trial import enable_kernels
 from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
 from looptx_core.training.optimizer import learning_rate_factor
+from looptx_core.training.start import copy_weights
 
 
 def fit_vocabulary(model: ModelConfig, vocab_size: int, asked: bool) -> ModelConfig:
@@ -94,6 +95,7 @@ def train(
 ) -> TrainResult | None:
     """Train a model on the shards `data`, with its run in `folder`, and write `folder`/final.
 
+    data: a folder of shards. folder: of the run.
     records: files of records with media, as for `read_records`, mixed with the shards by
     `config.mix`; `model_config` has these media. init: the model whose weights are the first ones;
     the shards have its tokenizer, and `model_config` its shape, perhaps with further media. The
@@ -119,7 +121,7 @@ def train(
         read = read_records(records, config.skip_bad)
         batches = MixedData(
             data, read, model_config, mix=config.weights, skip_bad=config.skip_bad,
-            augment=config.augment, **batching,
+            augment=config.augment, direction=config.direction, **batching,
         )  # fmt: skip
         left_out = f", {read.skipped} left out" if config.skip_bad else ""
         what = ", ".join(medium.plural for medium in read.media)
@@ -132,7 +134,10 @@ def train(
     torch.manual_seed(config.seed)
     model = LoopedTransformer(model_config)
     if init is not None:
-        take_weights(model, init.model)
+        new = copy_weights(model, init)
+        news = f"; new are {', '.join(new[:3])}{' and others' if new[3:] else ''}" if new else ""
+        report(f"weights: those of {init.name}{news}")
+    model.share_code_rows(learned=init is not None and bool(init.config.draw.codes))
     module, steps = fit(
         model, batches, config, folder=folder, advice=resuming("train", folder), resume=resume,
         until=until, callbacks=callbacks, report=report, watch=watch,
@@ -142,25 +147,6 @@ def train(
     return finish_training(
         module.model, module, batches, config, data, records, folder, steps, started, init
     )
-
-
-def take_weights(model: LoopedTransformer, source: LoopedTransformer) -> None:
-    """Give a model the weights of another of its shape; media that the other lacks keep their own.
-
-    Raises `UsageError` for weights that have no place in the model.
-    """
-    own = {name: value.shape for name, value in model.state_dict().items()}
-    given = source.state_dict()
-    strange = [name for name, value in given.items() if own.get(name) != value.shape]
-    new = own.keys() - given.keys()
-    encoders = tuple(f"{name}." for name, part in model.named_modules()
-                     if part in model.encoders().values())  # fmt: skip
-    strange += [name for name in new if not name.startswith(encoders)]
-    if strange:
-        raise UsageError(
-            f"`init`: {strange[0]} does not fit the model's shape; leave out what changes the shape"
-        )
-    model.load_state_dict(given, strict=False)
 
 
 def report_unlabelled(counts: Mapping[str, int], report: Callable[[str], object]) -> None:

@@ -207,6 +207,11 @@ def _grid(image: Image.Image, config: ModelConfig) -> tuple[int, int]:
     return grid_of(height, width, config.patch_size, config.max_patches)
 
 
+def upright(image: Image.Image, where: str | None) -> Image.Image:
+    """An opened picture, turned as its header says, on white."""
+    return on_ground(in_colour(ImageOps.exif_transpose(image), where or "the picture"), WHITE)
+
+
 def opaque(image: Image.Image, size: tuple[int, int], name: str) -> Image.Image:
     """A picture on white, in red, green and blue, at this width and height."""
     return on_ground(in_colour(image, name), WHITE).resize(size, Image.Resampling.BICUBIC)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from looptx_core.documents import open_input
 from looptx_core.errors import DataError, MissingError
 from looptx_core.media.base import Source
 from looptx_core.media.image.read import MOST_BYTES, check_size, opened
@@ -208,7 +208,7 @@ def _is_container(source: Source, name: str) -> bool:
         if isinstance(source, bytes):
             head = source[:12]
         else:
-            with Path(source).open("rb") as file:
+            with open_input(source, pipes=False) as file:
                 head = file.read(12)
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such clip; check the path") from error

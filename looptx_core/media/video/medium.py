@@ -30,6 +30,7 @@ class Video(FolderMedium):
 
     name, noun, plural = "video", "clip", "clips"
     marker, ability = "<|video|>", "watching"
+    part = "video_url"
     suffixes = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".apng")
     grid_names = ("steps", "rows", "columns", "positions")
     axes = 3
