@@ -362,6 +362,14 @@ def test_commands(
     assert main(["train", "--config", str(tmp_path / "c.yaml"), *data, *run]) == 0
     assert "Texts beside clips" in capsys.readouterr().out
     shared = ["--video", str(tmp_path / "1.webp"), "--model", str(tmp_path / "run"), "--quiet"]
+    more = ["--init", str(tmp_path / "run"), "--set", "model.video.frames=8", "--seq-len", "48"]
+    more += ["--steps", "1", "--val-batches", "1", "--mix", "0:1", "--out", str(tmp_path / "more")]
+    assert main(["train", *data, *more]) == 0
+    assert "weights: those of run" in capsys.readouterr().err
+    kept = json.loads((tmp_path / "more" / "final" / "config.json").read_text())
+    assert (kept["d_model"], kept["video"]["frames"]) == (48, 8)
+    assert main(["train", *data, *more, "--overwrite", "--set", "model.d_model=24"]) == 2
+    assert "leave out the keys of model that change its shape" in capsys.readouterr().err
     frames = b"".join(encoded(shade, "PNG") for shade in (40, 200, 100, 90))
     piped = ["generate", "--model", str(tmp_path / "run"), "--quiet", "--video", "-"]
     for code, flags, says in (

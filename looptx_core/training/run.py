@@ -238,7 +238,8 @@ def fit(
         gathered = Gathered()
     else:
         module = LoopedLM(model, config)
-    module.train()  # one that was loaded would have no dropout, and its encoders no loss of their own
+    # One that was loaded would have no dropout, and its encoders no loss of their own.
+    module.train()
 
     checkpoints, metrics = folder / "checkpoints", JsonLines(folder / "metrics.jsonl", watch)
     start_from = None
