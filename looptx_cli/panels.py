@@ -12,7 +12,7 @@ OUTPUT = "Output"
 
 _MOST_USED = {
     "train": "data out preset init set steps max_minutes batch_size lr resume",
-    "finetune": "model data out lora qlora lora_rank steps lr batch_size resume",
+    "finetune": "model data out lora qlora lora_rank epochs lr batch_size resume",
     "generate": "model adapter image chat max_new_tokens loops exit temperature seed "
     "show_iterations",
     "chat": "model adapter image system max_new_tokens loops exit temperature show_iterations",
@@ -21,7 +21,7 @@ _MOST_USED = {
     "evaluate": "model tasks loops limit out include_path",
     "serve": "model adapter host port api_key max_batch max_context precision",
     "convert": "model out from_gguf from_hf core to_bitnet to_hf dtype adapter data",
-    "tokenize": "data out vocab_size tokenizer text_key",
+    "tokenize": "data out vocab_size tokenizer text_key codec set",
     "doctor": "build path",
     "compare": "out format",
 }
@@ -30,23 +30,27 @@ _MOST_USED = {
 _PANELS = {
     "Data": """
         seq_len batch_size micro_batch workers augment skip_bad document_mask mix mask_patches
-        val_fraction val_batches train_on_prompt too_long prompts_file data text_key columns seed
-        audio video timestamps limit include_path tasks
+        val_fraction val_batches train_on_prompt too_long prompts_file prompt_file data text_key
+        columns seed
+        audio video fps every timestamps limit include_path tasks codec direction draw
     """,
     "Model and depth": """
         model loop_schedule loops min_loops max_loops mean_loops deeper_by loss_threshold
         grow_share deeper_share explore loss_at loss_prior bitnet exit threshold prompt_loops
-        draft_loops speculate compare_loops kv_policy kv_type decode_tokens
+        draft_loops speculate compare_loops kv_policy kv_type decode_tokens memory memory_window
+        memory_block
     """,
     "Adapters": """
         adapter merge_adapter quantization dora lora_per_loop lora_alpha lora_dropout rslora
         target_modules
     """,
     "Sampling": """
-        max_new_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos
+        max_new_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos guidance
+        draw_steps draw_guidance
     """,
     "Optimiser": """
-        steps finetune_steps direct max_minutes lr lr_schedule min_lr warmup lr_decay weight_decay
+        steps epochs finetune_steps direct max_minutes lr lr_schedule min_lr warmup lr_decay
+        weight_decay
         optimizer beta2 clip
     """,
     "Hardware": """

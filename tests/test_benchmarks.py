@@ -112,6 +112,22 @@ def test_nested_figures_become_flat_rows():
     ]
 
 
+@pytest.mark.parametrize(
+    ("said", "heard", "wrong"),
+    [
+        ("one two three", "one two three", 0),
+        ("one two three", "", 3),
+        ("one two three", "two three four", 2),
+        ("one two", "one one two two", 2),
+        ("one two three", "one too three", 1),
+    ],
+)
+def test_wrong_words_are_counted_by_the_shortest_way(said, heard, wrong):
+    from benchmarks.sound.run import errors
+
+    assert errors(said, heard) == wrong
+
+
 def test_commands_in_the_docs_name_scripts_that_exist():
     texts = [ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("docs/**/*.md"),
              *ROOT.glob("benchmarks/**/*.md"), *ROOT.glob("looptx_core/**/*.md")]  # fmt: skip

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -274,17 +276,18 @@ def test_beside_other_ranks_pictures_text_has_the_same_gradients() -> None:
 def test_a_model_takes_the_weights_of_one_that_reads_less() -> None:
     """Media are added to a trained model; another shape is refused."""
     from looptx_core.media.registry import MEDIA
-    from looptx_core.training.run import take_weights
+    from looptx_core.training.start import copy_weights
 
     text = LoopedTransformer(replace(CONFIG, vision_layers=0)).eval()
     sees = LoopedTransformer(MEDIA["image"].enable(text.config)).eval()
+    start: Any = SimpleNamespace(model=text, name="before")
     tokens = torch.arange(10, 18)[None]
     with torch.no_grad():
         before = [*sees.states(tokens, 2)][-1]
-        take_weights(sees, text)
+        new = copy_weights(sees, start)
         expected, found = ([*m.states(tokens, 2)][-1] for m in (text, sees))
     assert torch.equal(expected, found) and not torch.equal(before, found)
-    with pytest.raises(UsageError, match="does not fit"):
-        take_weights(LoopedTransformer(replace(text.config, d_ff=8)), text)
-    with pytest.raises(UsageError, match="does not fit"):
-        take_weights(LoopedTransformer(replace(text.config, coda_layers=2)), text)
+    assert new and all(name.startswith("vision.") for name in new)
+    for change, named in (({"d_ff": 8}, "up_proj"), ({"coda_layers": 2}, "coda")):
+        with pytest.raises(UsageError, match=named):
+            copy_weights(LoopedTransformer(replace(text.config, **change)), start)

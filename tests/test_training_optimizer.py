@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from audio_cases import HEARING
 from test_training_objective import batch, model, schedule
 
 from looptx_core.config.run import TrainConfig
+from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.muon import Muon, orthogonal
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import (
@@ -82,6 +84,19 @@ def test_the_type_of_muons_products_is_in_its_state() -> None:
     other = Muon([weight], 0.1, 0.0, torch.bfloat16)
     other.load_state_dict(saved)
     assert other.param_groups[0]["products"] == "float32"
+
+
+def test_muon_leaves_convolutions_to_adamw() -> None:
+    """Their kernels are no matrices."""
+    net = LoopedTransformer(HEARING)
+    (muon, adamw) = build_optimizer(net, TrainConfig()).parts
+    encoder = net.encoders()["audio"]
+    kernels = {id(m.weight) for m in encoder.modules() if isinstance(m, torch.nn.Conv1d)}
+    taken = {id(p) for group in muon.param_groups for p in group["params"]}
+    assert kernels and not kernels & taken
+    decayed = {id(p) for g in adamw.param_groups if g["weight_decay"] for p in g["params"]}
+    assert kernels <= decayed
+    assert {id(p) for p in encoder.blocks.parameters() if p.dim() == 2} <= taken
 
 
 def test_learning_rate() -> None:

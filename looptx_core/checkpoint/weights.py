@@ -21,6 +21,7 @@ from looptx_core.documents import open_input, read_json, short, some
 from looptx_core.errors import DataError
 from looptx_core.media.registry import media_for
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.vocabulary import tie_head
 from looptx_core.schema import typed
 
 _PROBED = 64  # values of each tensor in a fingerprint
@@ -45,7 +46,7 @@ def load_weights(
     expected = tensors_of(model, None)
     found: dict[str, Tensor] = {}
     for file in weight_files(folder):
-        found |= _read_tensors(file, expected, torch.device(device), dtype, rename)
+        found |= read_tensors(file, expected, torch.device(device), dtype, rename)
     # What is there already, and not on the meta device, may be absent from the folder.
     missing = sorted(name for name in expected.keys() - found.keys() if expected[name].is_meta)
     if missing:
@@ -54,8 +55,7 @@ def load_weights(
             "model's, so copy the folder again"
         )
     model.load_state_dict(found, strict=False, assign=True)
-    if model.config.tie_embeddings:
-        model.head.weight = model.embedding.weight
+    tie_head(model)
     assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()]), "a tensor is unset"
 
 
@@ -167,7 +167,7 @@ def tensors_of(model: LoopedTransformer, dtype: torch.dtype | None) -> dict[str,
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
 
-def _read_tensors(
+def read_tensors(
     file: Path,
     expected: Mapping[str, Tensor],
     device: torch.device,

@@ -18,6 +18,7 @@ from typing import Any, TypeGuard, TypeVar, get_origin, get_type_hints
 import yaml
 
 from looptx_core.atomic import write_file
+from looptx_core.config.codec import CodecConfig
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.corpus import TokenizeConfig
 from looptx_core.config.evaluation import EvaluateConfig
@@ -42,10 +43,10 @@ _OTHER_VARIABLES = {"LOOPTX_CACHE", "LOOPTX_CONFIG", "LOOPTX_MODEL", "LOOPTX_DEB
                     "LOOPTX_KERNELS"}  # fmt: skip
 
 # A `~` at the start of these is the home folder, in quotes and in files too.
-_PATHS = {"data", "out", "tokenizer", "model", "adapter", "from_hf", "from_gguf", "init",
+_PATHS = {"codec", "data", "out", "tokenizer", "model", "adapter", "from_hf", "from_gguf", "init",
           "nvme_path", "deepspeed_config", "include_path", *MEDIA_PATHS}  # fmt: skip
 
-_SCHEMAS: dict[str, type] = {"model": ModelConfig}
+_SCHEMAS: dict[str, type] = {"model": ModelConfig, "codec_model": CodecConfig}
 
 T = TypeVar("T")
 Layer = tuple[Mapping[str, Any], Callable[[str], str]]
@@ -261,7 +262,7 @@ def _environment(hints: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, 
     """This schema's values in the environment; a list is separated by commas."""
     ours = {_variable(key): key for key in hints}
     # A variable of another command is fine here, a name that no command has is a mistake.
-    known = {_variable(key) for key in keys_of({"": TrainConfig, "model": ModelConfig})}
+    known = {_variable(key) for key in keys_of({"": TrainConfig, **_SCHEMAS})}
     others = (TokenizeConfig, FinetuneConfig, ConvertConfig, GenerationOptions, InspectConfig,
               EvaluateConfig, ServeConfig)  # fmt: skip
     for other in others:

@@ -22,6 +22,8 @@ class RunConfig:
 
     steps: int = 600
     """Optimizer steps; fixes the schedule of the learning rate."""
+    epochs: float | None = None
+    """Passes over the data, in place of `steps`."""
     max_minutes: float | None = None
     """Stop after so many minutes, saved; the learning rate's schedule does not change."""
     seq_len: int = 128
@@ -215,6 +217,10 @@ class TrainConfig(RunConfig):
     """Tokens attend within their own document only."""
     mix: str = "1:1"
     """Weights of text and of pictures, where the data has pictures with texts."""
+    codec: str | None = None
+    """A codec's folder, by which the model learns to draw; looptx tokenize --codec makes one."""
+    direction: Literal["both", "read", "write"] = "both"
+    """With a codec: whether a picture with its text is read, written or, as two records, both."""
     mask_patches: float = 0.0
     """Share of the patches to hide from the encoder and to draw back, with a loss of their own."""
     bitnet: bool = False

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.generation import GenerationOptions
+from looptx_core.generation.guidance import Unprompted
 from looptx_core.generation.outputs import Output, open_item
 from looptx_core.generation.running_batch import StepOutput
-from looptx_core.generation.sampling import chances, sample
+from looptx_core.generation.sampling import chances, check_number, sample
 from looptx_core.generation.text import TextStream
 from looptx_core.media.base import Writer
 from looptx_core.media.batch import MediaItem
@@ -43,7 +44,15 @@ class ChatPrompt:
     media: tuple[MediaItem, ...] = ()
 
 
-Prompt = str | Sequence[int] | MediaPrompt | ChatPrompt
+@dataclass(frozen=True)
+class TokenPrompt:
+    """Token ids, with the items of media that stand at their placeholders."""
+
+    ids: tuple[int, ...]
+    media: tuple[MediaItem, ...] = ()
+
+
+Prompt = str | Sequence[int] | MediaPrompt | ChatPrompt | TokenPrompt
 
 
 class Step(NamedTuple):
@@ -98,6 +107,26 @@ class Generation:
     def outputs(self) -> list[Output]:
         """The items of media that were written, in order."""
         return [step.output for step in self.tokens if step.output is not None]
+
+    @property
+    def media(self) -> list[dict[str, Any]]:
+        """The items of media that were written, each with its codes' loops and confidence."""
+        found = []
+        for place, step in enumerate(self.tokens):
+            if (output := step.output) is not None:
+                own = self.tokens[place + 1 - len(output.ids) : place + 1]
+                found.append(
+                    {
+                        "kind": output.medium,
+                        "file": None,
+                        "codes": list(output.ids),
+                        "loops": [token.loops for token in own],
+                        "confidence": [token.confidence for token in own],
+                        "seconds": None,
+                        "elapsed": output.elapsed,
+                    }
+                )
+        return found
 
     @property
     def tokens_per_second(self) -> float:
@@ -160,11 +189,15 @@ class Request:
     """The length at which it stops, in tokens, with the prompt."""
     ends: frozenset[int]
     """The tokens that end a text."""
+    prompt_tokens: int
+    """Tokens of its prompt."""
     known: int
     """Size of the tokenizer's vocabulary; the model's may be padded to a round number."""
     media: tuple[MediaItem, ...] = ()
     writers: Mapping[str, Writer] = field(default_factory=dict)
     """The writers of the media that the model writes."""
+    unprompted: Unprompted | None = None
+    """With guidance: what writes the same item after no prompt."""
     forced_tokens: Sequence[int] = ()
     """Tokens to take instead of drawing any."""
     likeliest: list[int] = field(default_factory=list)
@@ -187,21 +220,27 @@ class Request:
         greedy = self.options.temperature == 0 and self.options.repetition_penalty == 1.0
         if greedy and not open_item(self.writers, self.seen):
             return best
-        seen = torch.tensor(self.seen, device=logits.device)
-        return sample(self._possible(logits, self.seen), self.options, seen, self.generator)
+        possible, seen = self._possible(logits, self.seen)
+        return sample(possible, self.options, seen, self.generator)
 
     def chances(self, logits: Tensor, seen: Sequence[int]) -> Tensor:
         """Each token's probability to be drawn after `seen`, from logits (vocab_size,).
 
         (known,), or (vocab_size,) within an item of a medium.
         """
-        so_far = torch.tensor(seen, device=logits.device)
-        return chances(self._possible(logits, seen), self.options, so_far)
+        possible, so_far = self._possible(logits, seen)
+        return chances(possible, self.options, so_far)
 
-    def _possible(self, logits: Tensor, seen: Sequence[int]) -> Tensor:
-        """The logits of the tokens that may follow `seen`: text, or the codes of an open item."""
-        item = open_item(self.writers, seen)
-        return item.restrict(logits) if item else logits[: self.known]
+    def _possible(self, logits: Tensor, seen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The logits of the tokens that may follow `seen`, text or the codes of an open item, and
+        the ids that a penalty on repetitions looks at: codes may be repeated."""
+        if item := open_item(self.writers, seen):
+            if self.unprompted is not None and len(seen) - len(item.written) == self.prompt_tokens:
+                without = at_least_float(self.unprompted.logits(item.written))
+                logits = without + self.options.guidance * (logits - without)
+            return item.restrict(logits), torch.zeros(0, dtype=torch.long, device=logits.device)
+        text = [token for token in seen if token < self.known]
+        return logits[: self.known], torch.tensor(text, device=logits.device)
 
     def take(self, token: int) -> tuple[str, Output | None, str | None]:
         """Append a token: returns its text, the item that it finishes, and the finish reason.
@@ -221,7 +260,7 @@ class Request:
             text += self.text.finish()
         reason = "stop" if self.text.stopped else reason
         self.done = reason is not None
-        return text, item and item.finish(token), reason
+        return text, item and item.finish(token, self.options), reason
 
 
 def next_tokens(requests: Sequence[Request], output: StepOutput) -> list[Step]:
@@ -233,7 +272,10 @@ def next_tokens(requests: Sequence[Request], output: StepOutput) -> list[Step]:
 
 
 def record(requests: Sequence[Request], ids: Sequence[int], output: StepOutput) -> list[Step]:
-    """Append to each request its next token from `ids`. `output` has a row for each request."""
+    """Append to each request its next token from `ids`. `output` has a row for each request.
+
+    Raises `DataError` for logits that are no numbers.
+    """
     logits = at_least_float(output.logits)
     # Not logsumexp: for one row it wakes torch's threads, which then slow the kernel down.
     chosen = torch.tensor(ids, device=logits.device)[:, None]
@@ -245,6 +287,7 @@ def record(requests: Sequence[Request], ids: Sequence[int], output: StepOutput) 
     columns = (requests, ids, output.loops, output.log_odds, top_logits, logprobs, likeliest)
     steps = []
     for request, token, loops, odds, top_logit, logprob, tops in zip(*columns):
+        check_number(logprob)
         text, finished, reason = request.take(token)
         confidence = reported_confidence(odds, top_logit, request.exit.settings)
         figures = (loops, confidence, logprob, now - request.began)

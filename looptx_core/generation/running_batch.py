@@ -8,7 +8,7 @@ a full batch (continuous batching over depth, arXiv 2608.09444).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -97,6 +97,8 @@ class RunningBatch:
     ) -> None:
         self.backend, self.cache = backend, cache
         self.counters = counters or WorkCounters()
+        self.on_prompt: Callable[[int], object] | None = None
+        """Called with the tokens of each pass over a prompt."""
         self._active: list[_ActiveRow] = []
         self._pass: Pass | None = None  # over all active rows; None if they have changed
         # Both (active rows, 1, d_model); None if no row is active.
@@ -119,18 +121,22 @@ class RunningBatch:
 
         media: the items that stand in these pieces. every: read out every token, not the last only.
         """
-        run = self.backend.begin(self.cache, rows, tokens.shape[1], tokens, media)
-        embedding = run.embed(tokens)
-        state = run.iterate(embedding, embedding, [1] * len(rows), loops)
-        logits = run.logits(state, last=not every)
         depths = [loops] * len(rows)
-        if self.cache.needs_backfill(loops):
-            run.backfill(state, embedding, depths)
-        self.cache.view(tokens.shape[1], rows).advance()
-        self.counters.prompt += tokens.numel()
+        found: list[Tensor] = []
+        for run, part in self.backend.prompt(self.cache, rows, tokens, media):
+            embedding = run.embed(part)
+            state = run.iterate(embedding, embedding, [1] * len(rows), loops)
+            logits = run.logits(state, last=not every)
+            found = [*found, logits] if every else [logits]  # of a long prompt only the last
+            if self.cache.needs_backfill(loops):
+                run.backfill(state, embedding, depths)
+            self.cache.view(part.shape[1], rows).advance()
+            self.counters.prompt += part.numel()
+            if self.on_prompt:
+                self.on_prompt(part.numel())
         odds = [logit for logit, _ in run.confidence(state[:, -1:], depths)]
-        last = StepOutput(list(rows), logits[:, -1], depths, odds)
-        return PromptOutput(last, logits if every else None)
+        last = StepOutput(list(rows), found[-1][:, -1], depths, odds)
+        return PromptOutput(last, torch.cat(found, 1) if every else None)
 
     def add(self, rows: Sequence[int], tokens: Sequence[int], exits: Sequence[Exit]) -> None:
         """Let rows join: their next tokens run the prelude and wait for the next `step`."""

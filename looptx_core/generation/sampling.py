@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.ranges import check_ranges
-from looptx_core.errors import UsageError
+from looptx_core.errors import DataError, UsageError
 
 _SMALLEST = 1e-30
 """Smaller divisors are 0 in the logits' type, or make infinities of them."""
@@ -63,10 +65,24 @@ def chances(logits: Tensor, options: GenerationOptions, seen: Tensor) -> Tensor:
     return logits.masked_fill(~keep(logits, options), float("-inf")).softmax(-1).double().cpu()
 
 
+def check_number(chance: float) -> None:
+    """Raise `DataError` for a probability, or its logarithm, that is NaN."""
+    if math.isnan(chance):
+        raise DataError(
+            "the model's logits are no numbers, so its weights are damaged or overflow; copy the "
+            "model again"
+        )
+
+
 def pick(chances: Tensor, generator: torch.Generator) -> int:
-    """Draw a token by its probability, (vocab,); a certain one uses no random number."""
+    """Draw a token by its probability, (vocab,); a certain one uses no random number.
+
+    Raises `DataError` for probabilities that are NaN.
+    """
     best = int(chances.argmax())
-    if chances[best] == 1:
+    highest = float(chances[best])
+    check_number(highest)
+    if highest == 1:
         return best
     return int(torch.multinomial(chances, 1, generator=generator))
 

@@ -85,6 +85,10 @@ def sdpa(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | VarlenBatch | None
 ) -> Tensor:
     """torch's fused attention, which runs everywhere; for training on a CPU, our own kernel."""
+    if _slow_in_half(queries, keys, values):
+        with torch.autocast("cpu", enabled=False):
+            out = sdpa(queries.float(), keys.float(), values.float(), mask)
+        return out.to(values.dtype)
     if _trains(queries, keys, values) and (isinstance(mask, VarlenBatch) or mask is None):
         return causal_attention(queries, keys, values, None if mask is None else mask.first)
     mask = mask.mask() if isinstance(mask, VarlenBatch) else mask
@@ -101,6 +105,17 @@ def sdpa(
         attn_mask=mask,
         is_causal=mask is None and queries.shape[2] > 1,
         enable_gqa=queries.shape[1] != keys.shape[1],
+    )
+
+
+def _slow_in_half(*inputs: Tensor) -> bool:
+    """Whether a backward pass will follow in bf16 on a CPU, which costs torch's attention six times
+    what it does in float32."""
+    return (
+        inputs[0].device.type == "cpu"
+        and torch.is_autocast_enabled("cpu")
+        and torch.is_grad_enabled()
+        and any(x.requires_grad for x in inputs)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -28,6 +29,7 @@ from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.media.registry import MEDIA, media_for
 from looptx_core.model import fused
 from looptx_core.model.attention import choose_backend
+from looptx_core.model.code_rows import share_code_rows
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.parallel.deepspeed.checkpoint import Checkpoint
 from looptx_core.parallel.ranks import lost_peer
@@ -56,8 +58,14 @@ from looptx_core.training.compiled import compile_forward, uncompile_forward
 from looptx_core.training.finish import TrainResult, finish_training
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.kernel_trial import enable_kernels
+from looptx_core.training.memory_check import check_memory_use
 from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
 from looptx_core.training.optimizer import learning_rate_factor
+from looptx_core.training.start import copy_weights
+from looptx_core.words import counted
+
+_log = logging.getLogger(__name__)
+"""Of reasons, which few need."""
 
 
 def fit_vocabulary(model: ModelConfig, vocab_size: int, asked: bool) -> ModelConfig:
@@ -94,6 +102,7 @@ def train(
 ) -> TrainResult | None:
     """Train a model on the shards `data`, with its run in `folder`, and write `folder`/final.
 
+    data: a folder of shards. folder: of the run.
     records: files of records with media, as for `read_records`, mixed with the shards by
     `config.mix`; `model_config` has these media. init: the model whose weights are the first ones;
     the shards have its tokenizer, and `model_config` its shape, perhaps with further media. The
@@ -119,11 +128,11 @@ def train(
         read = read_records(records, config.skip_bad)
         batches = MixedData(
             data, read, model_config, mix=config.weights, skip_bad=config.skip_bad,
-            augment=config.augment, **batching,
+            augment=config.augment, direction=config.direction, **batching,
         )  # fmt: skip
         left_out = f", {read.skipped} left out" if config.skip_bad else ""
         what = ", ".join(medium.plural for medium in read.media)
-        report(f"{what}: {len(read.records)} records{left_out}")
+        report(f"{what}: {counted(len(read.records), 'record')}{left_out}")
         report_unlabelled(batches.unlabelled, report)
     else:
         batches = TokenData(data, **batching)
@@ -132,7 +141,10 @@ def train(
     torch.manual_seed(config.seed)
     model = LoopedTransformer(model_config)
     if init is not None:
-        take_weights(model, init.model)
+        new = copy_weights(model, init)
+        news = f"; new are {', '.join(new[:3])}{' and others' if new[3:] else ''}" if new else ""
+        report(f"weights: those of {init.name}{news}")
+    share_code_rows(model, learned=init is not None and bool(init.config.draw.codes))
     module, steps = fit(
         model, batches, config, folder=folder, advice=resuming("train", folder), resume=resume,
         until=until, callbacks=callbacks, report=report, watch=watch,
@@ -142,25 +154,6 @@ def train(
     return finish_training(
         module.model, module, batches, config, data, records, folder, steps, started, init
     )
-
-
-def take_weights(model: LoopedTransformer, source: LoopedTransformer) -> None:
-    """Give a model the weights of another of its shape; media that the other lacks keep their own.
-
-    Raises `UsageError` for weights that have no place in the model.
-    """
-    own = {name: value.shape for name, value in model.state_dict().items()}
-    given = source.state_dict()
-    strange = [name for name, value in given.items() if own.get(name) != value.shape]
-    new = own.keys() - given.keys()
-    encoders = tuple(f"{name}." for name, part in model.named_modules()
-                     if part in model.encoders().values())  # fmt: skip
-    strange += [name for name in new if not name.startswith(encoders)]
-    if strange:
-        raise UsageError(
-            f"`init`: {strange[0]} does not fit the model's shape; leave out what changes the shape"
-        )
-    model.load_state_dict(given, strict=False)
 
 
 def report_unlabelled(counts: Mapping[str, int], report: Callable[[str], object]) -> None:
@@ -221,6 +214,7 @@ def fit(
     infinite, `DataError` for unusable data or checkpoints, `LooptxError` if a checkpoint can't be
     written or another process is gone.
     """
+    check_memory_use(model.config, config, report)
     # A short run gets at least one line of metrics and one validation.
     config = replace(
         config,
@@ -230,11 +224,11 @@ def fit(
     last_step = until or config.steps
     device = best_device()
     precision, why = choose_precision(config.precision, device, config.sharding)
-    report(f"precision: {precision}, {why}")
+    _log.info("precision: %s, %s", precision, why)
     backend = choose_backend(
         config.attention, device, torch.bfloat16 if precision == "bf16" else torch.float32
     )
-    report(f"attention: {backend.name}, {backend.reason}")
+    _log.info("attention: %s, %s", backend.name, backend.reason)
     model.attend = backend.attend
     gathered = None
     if config.sharding == "fsdp":
@@ -244,6 +238,8 @@ def fit(
         gathered = Gathered()
     else:
         module = LoopedLM(model, config)
+    # One that was loaded would have no dropout, and its encoders no loss of their own.
+    module.train()
 
     checkpoints, metrics = folder / "checkpoints", JsonLines(folder / "metrics.jsonl", watch)
     start_from = None
@@ -295,9 +291,13 @@ def fit(
         ours.append(Profile(folder / "profile", config.profile, begin_at))
     with quiet_lightning(), own_environment(folder):
         trainer = _trainer(config, last_step, folder, precision, device, strategy, ours, metrics)
+        chosen = f"precision: {precision}; attention: {backend.name}"
         if device.type == "cpu":
             wanted = precision == "float32" and not config.compile
-            report(f"kernels: {enable_kernels(model.config, config, folder, wanted, resume)}")
+            kernels = enable_kernels(model.config, config, folder, wanted, resume)
+            _log.info("kernels: %s", kernels)
+            chosen += f"; kernels: {'fused' if kernels.startswith('fused') else 'plain torch'}"
+        report(chosen)
         if config.compile:
             compile_forward(model)
         try:
@@ -354,7 +354,8 @@ def _report_other_world_size(
     before = processes_of(checkpoint)
     if before not in (None, config.world_size):
         report(
-            f"resumed: {before} processes saved and {config.world_size} go on; weights, moments "
+            f"resumed: {counted(before or 0, 'process', 'processes')} saved and "
+            f"{config.world_size} go on; weights, moments "
             "and the place in the data are the same, but sums over processes are ordered anew, and "
             "dropout and depths by loss are drawn anew, so the run is another to the last bits"
         )
