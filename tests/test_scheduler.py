@@ -93,9 +93,12 @@ def test_who_joins_later_and_who_leaves_change_nothing(engine, small_pieces):
     assert len({s.loops for s in steps}) >= 3, "the case is too easy"
 
 
-def test_a_prompt_in_pieces_is_the_same_prompt_under_fill(
-    model, tokenizer, small_pieces, monkeypatch
-):  # noqa: F811
+def test_pieces_are_the_same_prompt_under_fill(
+    model,
+    tokenizer,  # noqa: F811
+    small_pieces,
+    monkeypatch,
+):
     engine = Engine(model, tokenizer, SETTINGS)
     [pieces] = engine.complete([LONG], GREEDY)
     monkeypatch.setattr(scheduler, "split_prompt", split_prompt)
