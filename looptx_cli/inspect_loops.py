@@ -193,6 +193,16 @@ def _show(document: dict[str, Any]) -> None:
                 f"{row['tokens_per_second']:.0f}",
             )
         out.print(cache)
+    if memory := document["memory"]:
+        heads = range(len(memory["gates"][0]))
+        gates = table("Gates of the memory", "layer", *(f"head {head + 1}" for head in heads))
+        for layer, shares in enumerate(memory["gates"], 1):
+            gates.add_row(str(layer), *(f"{share:.0%}" for share in shares))
+        out.print(gates)
+        losses = table("Loss by position", "from token", "with memory", "without it")
+        for row in zip(memory["positions"], memory["loss"], memory["loss_without"]):
+            losses.add_row(f"{row[0]:,}", *(f"{loss:.4f}" for loss in row[1:]))
+        out.print(losses)
     for medium in MEDIA.values():
         for item in document[medium.plural]:
             for line in medium.lines(item):

@@ -38,10 +38,8 @@ def restyle(picture: Image.Image, kept: Kept, rng: np.random.Generator, side: in
     """Another drawing of a picture, RGBA, side x side pixels."""
     box = picture.getchannel("A").getbbox() or (0, 0, *picture.size)
     found = _warped(picture.crop(box), kept, rng, side)
-    shade = rng.choice(
-        [_as_it_is, _flat, _line_drawing, _glyph, _lit], p=(0.3, 0.25, 0.15, 0.1, 0.2)
-    )
-    found = shade(found, rng)
+    ways = (_as_it_is, _flat, _line_drawing, _glyph, _lit)
+    found = ways[rng.choice(len(ways), p=(0.3, 0.25, 0.15, 0.1, 0.2))](found, rng)
     found = _other_colours(found, kept, rng)
     if rng.random() < 0.5:
         found = _outlined(found, rng)

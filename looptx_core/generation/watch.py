@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.errors import UsageError
@@ -16,10 +15,9 @@ from looptx_core.generation.request import Generation, MediaPrompt
 from looptx_core.generation.session import Session
 from looptx_core.generation.transcribe import Segment
 from looptx_core.media.batch import MediaItem
-from looptx_core.media.image.read import opened
 from looptx_core.media.registry import MEDIA
 from looptx_core.media.video.frames import Frame
-from looptx_core.media.video.read import Eye, tubelets
+from looptx_core.media.video.read import Eye, Still, tubelets
 
 _ROOM = 512
 """The most tokens that a question and its answer may have together."""
@@ -64,18 +62,17 @@ class Watch:
         self._shown: np.ndarray | None = None
         self._looks = 0
 
-    def feed(self, frame: Image.Image | np.ndarray | bytes, seconds: float) -> None:
+    def feed(self, frame: Still, seconds: float) -> None:
         """A frame that is shown from this time on, counted from the clip's beginning.
 
-        frame: a picture, its pixels (height, width, 3) from 0 to 255, or a file's content. All
-        frames are scaled to the first one's patches. Raises `UsageError` for a time before the last
-        frame's, `DataError` for what is no picture.
+        All frames are scaled to the first one's size. Raises `UsageError` for a time before the
+        last frame's, and as `Eye.see` does.
         """
         if not self.seconds <= seconds < float("inf"):
             raise UsageError(
                 f"a frame at {seconds:g} s after one at {self.seconds:g} s; feed them in order"
             )
-        pixels = self._eye.see(_picture(frame))
+        pixels = self._eye.see(frame)
         if self._shown is None:
             self._begin()
         else:
@@ -95,17 +92,15 @@ class Watch:
         return self._session.answer([*self._places(item), *ids], [item], **options)
 
     def _begin(self) -> None:
-        """Make the cache, once the first frame tells how many patches a step has."""
-        assert self._eye.size is not None
-        patch = self.config.patch_size
-        each = (self._eye.size[0] // patch) * (self._eye.size[1] // patch)
+        """Make the cache, once the first frame tells how many tokens a step has."""
+        each = self._eye.tokens
         context = self.config.max_seq_len - len(self._first)
         room = min(_ROOM, context // 2)
         # One step more is waiting beside those that are remembered.
         self._most = min(self.config.video.frames // 2, (context - room) // each) - 1
         if self._most < 0:
             raise UsageError(
-                f"a step of {each} patches leaves no room in a context of "
+                f"a step of {each} tokens leaves no room in a context of "
                 f"{self.config.max_seq_len} tokens; use a model with a longer one"
             )
         columns = len(self._first) + (self._most + 1) * each + room
@@ -179,13 +174,3 @@ def narrate(
         watch.feed(frame, begin)
         until = end
     yield told(until)
-
-
-def _picture(frame: Image.Image | np.ndarray | bytes) -> Image.Image:
-    if isinstance(frame, Image.Image):
-        return frame
-    if isinstance(frame, np.ndarray):
-        return Image.fromarray(frame.astype(np.uint8))
-    with opened(frame, "the frame") as image:
-        image.load()
-        return image.copy()

@@ -33,6 +33,16 @@ _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(
     (400, 401, 403, 404, 408, 413, 429, 500, 503), _ERROR
 )
 
+_FIGURES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "In Prometheus' format.", "content": {"text/plain": {}}}
+}
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "An answer, or its pieces as server-sent events.",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+}
+
 
 def build_app(service: Service) -> ASGIApp:
     """The whole application for a service that runs."""
@@ -43,11 +53,11 @@ def build_app(service: Service) -> ASGIApp:
     app.get("/", response_class=HTMLResponse)(endpoints.page)
     app.get("/health")(endpoints.health)
     app.get("/version")(endpoints.version)
-    app.get("/metrics", response_class=Response)(endpoints.metrics)
+    app.get("/metrics", responses=_FIGURES, response_class=Response)(endpoints.metrics)
     app.get("/v1/models")(endpoints.models)
     app.get("/v1/models/{name:path}")(endpoints.model)
-    app.post("/v1/completions")(endpoints.completions)
-    app.post("/v1/chat/completions")(endpoints.chat)
+    app.post("/v1/completions", responses=_ANSWERS)(endpoints.completions)
+    app.post("/v1/chat/completions", responses=_ANSWERS)(endpoints.chat)
     app.post("/tokenize")(endpoints.tokenize)
     app.post("/detokenize")(endpoints.detokenize)
     app.post("/looptx/exit")(endpoints.change_exit)
@@ -128,7 +138,7 @@ class Endpoints:
         answer = Completion(self.name, texts, asked.logprobs)
         exchange = await self._open(jobs, answer)
 
-        def told(job: Job) -> str:
+        def prompt_text(job: Job) -> str:
             return job.prompt if isinstance(job.prompt, str) else self._decode(job)
 
         def ids(job: Job) -> list[int]:
@@ -141,7 +151,7 @@ class Endpoints:
             heads = None
             if asked.echo:
                 heads = lambda index: answer.prompt_piece(  # noqa: E731
-                    index, told(jobs[index]), ids(jobs[index]), scores(jobs[index])
+                    index, prompt_text(jobs[index]), ids(jobs[index]), scores(jobs[index])
                 )
             stream = Stream(exchange, answer, asked, most == 0, heads)
             return stream.response()
@@ -153,7 +163,7 @@ class Endpoints:
             steps = steps if most else []
             text = "".join(step.text for step in steps)
             if asked.echo:
-                whole = told(job) + text
+                whole = prompt_text(job) + text
                 choices.append(answer.echoed(index, steps, whole, ids(job), scores(job)))
             else:
                 choices.append(answer.choice(index, steps, text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,7 +15,7 @@ from looptx_core.errors import DataError
 from looptx_core.media.base import POSITION, Source
 from looptx_core.media.batch import MediaItem
 from looptx_core.media.image.augment import Change, changed, draw_change
-from looptx_core.media.image.read import check_size, grid_of, in_colour, opaque
+from looptx_core.media.image.read import check_size, grid_of, in_colour, opaque, opened
 from looptx_core.media.video.frames import FASTEST, Frame, frames_of, frames_of_pipe, within_limits
 
 
@@ -51,6 +52,10 @@ def read_pipe(
     return _evenly(within_limits(frames_of_pipe(pipe, rate, name), name), config, name)
 
 
+Still = Image.Image | np.ndarray | bytes
+"""A frame: a picture, its pixels (height, width, 3) from 0 to 255, or a picture file's content."""
+
+
 class Eye:
     """Sees frames as a model does: all of the first one's size, in patches."""
 
@@ -67,8 +72,16 @@ class Eye:
             rows, columns = grid_of(frame.height, frame.width, patch, most)
             self.size = columns * patch, rows * patch
 
-    def see(self, frame: Image.Image) -> np.ndarray:
-        """(height, width, 3) from 0 to 255. Raises `DataError` for one of no bearable size."""
+    @property
+    def tokens(self) -> int:
+        """Of a step of two frames."""
+        assert self.size is not None, "no frame was seen"
+        return math.prod(side // self.config.patch_size for side in self.size)
+
+    def see(self, still: Still) -> np.ndarray:
+        """(height, width, 3) from 0 to 255. Raises `DataError` for one that can't be read or is of
+        no bearable size."""
+        frame = _picture(still, self.name)
         self.fit(frame)
         assert self.size is not None
         if self.change is not None:
@@ -103,6 +116,21 @@ def _moments(end: float, most: int) -> tuple[int, float]:
 def _positions(seconds: float) -> int:
     """Of one step."""
     return max(1, round(seconds / POSITION))
+
+
+def _picture(still: Still, name: str) -> Image.Image:
+    if isinstance(still, Image.Image):
+        return still
+    if isinstance(still, np.ndarray):
+        if still.ndim != 3 or still.shape[2] != 3 or still.dtype != np.uint8:
+            raise DataError(
+                f"{name}: {still.dtype} numbers of shape {still.shape}; give uint8 of (height, "
+                "width, 3)"
+            )
+        return Image.fromarray(still)
+    with opened(still, name) as image:
+        image.load()
+        return image.copy()
 
 
 def _evenly(
