@@ -106,6 +106,7 @@ def train(
     model_config = resolved.build(ModelConfig, "model")
     with large_imports():
         from looptx_core.parallel.plan import check_memory, plan
+        from looptx_core.parallel.strategy import check_deepspeed_file
         from looptx_core.training.step_time import estimate_time
 
     tokenizer = source.tokenizer if source else None
@@ -114,6 +115,7 @@ def train(
         settle(resolved, {"steps": settings.steps}, "`epochs`")
         note(told, quiet)
     if dry_run:
+        check_deepspeed_file(settings)
         found = plan(model_config, settings)
         time = estimate_time(
             model_config, settings, lambda: _time_new_model(model_config, settings, quiet),
