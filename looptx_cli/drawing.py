@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from looptx_cli.console import is_plain, stdout
+from looptx_cli.console import is_plain, note, stdout
+from looptx_cli.streaming import print_now
 from looptx_core.errors import LooptxError, UsageError
 
 if TYPE_CHECKING:
@@ -16,7 +19,10 @@ if TYPE_CHECKING:
     from looptx_core.config.generation import GenerationOptions
     from looptx_core.generation.engine import Engine, Generation
     from looptx_core.generation.outputs import Output
+    from looptx_core.media.batch import MediaItem
 
+SCHEMA_VERSION = 1
+"""Of the documents of `looptx generate`."""
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 """What is drawn to, by the file's ending, as Pillow names it."""
 _CELL = 24  # pixels of a code in the map of loops and confidence
@@ -49,10 +55,48 @@ def check_target(file: Path) -> None:
         raise UsageError(f"--draw {file}: may not be written to; choose another place")
 
 
+def draw_picture(
+    engine: Engine,
+    text: str,
+    items: tuple[MediaItem, ...],
+    options: GenerationOptions,
+    file: Path,
+    iterations: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Draw a text into a file."""
+    from looptx_core.generation.engine import MediaPrompt
+
+    prompt = MediaPrompt(text, items, write="image")
+    length = check_room(engine, engine.length(prompt), options)
+    (result,) = engine.complete([prompt], replace(options, max_new_tokens=length))
+    picture, media = drawn(result, file)
+    config = engine.model.config
+    if iterations:
+        place = write_map(media, picture, config.draw.columns, config.max_loops)
+        note(f"loops and confidence: {place}", quiet)
+    if as_json:
+        document = {**result.to_dict(), "media": [media]}
+        print_now(json.dumps({"schema_version": SCHEMA_VERSION, **document}) + "\n")
+        return
+    show_picture(picture, file)
+    if iterations:
+        print_now("\n".join(map_lines(media, config.draw.columns)) + "\n")
+    note(
+        f"{length} codes, {result.mean_loops:.2f} loops a code of {config.max_loops}, drawn in "
+        f"{result.tokens[-1].seconds:.2f} s, {options.draw_steps} steps of diffusion in "
+        f"{media['elapsed']:.2f} s",
+        quiet,
+    )
+    if not iterations:
+        note("try next: --show-iterations, --guidance 2, or another --seed", quiet)
+
+
 def check_room(engine: Engine, prompt_tokens: int, options: GenerationOptions) -> int:
     """The codes of a picture. Raises `UsageError` where they find no room."""
-    length = engine.writers["image"].length
-    holds = engine.model.config.max_seq_len
+    config = engine.model.config
+    length, holds = config.draw.rows * config.draw.columns, config.max_seq_len
     if prompt_tokens + length > holds:
         raise UsageError(
             f"the prompt has {prompt_tokens:,} tokens, a picture takes {length}, and the model's "

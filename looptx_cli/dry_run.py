@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from looptx_cli.console import stdout, with_flags
 from looptx_cli.runs import SCHEMA_VERSION
+from looptx_core.words import counted
 
 if TYPE_CHECKING:
+    from looptx_core.conversion.plan import ConversionPlan
     from looptx_core.finetuning.plan import FinetunePlan
     from looptx_core.parallel.plan import Plan
     from looptx_core.training.step_time import TimeEstimate
@@ -44,8 +46,8 @@ def say_time(time: TimeEstimate | None) -> None:
         else f"by its FLOPs a step takes some {step}, and none was tried"
     )
     say(
-        f"time: about {duration(time.seconds)} for {time.steps:,} steps, an estimate: {how}; "
-        "evaluations and saves come on top"
+        f"time: about {duration(time.seconds)} for {counted(time.steps, 'step')}, an estimate: "
+        f"{how}; evaluations and saves come on top"
     )
 
 
@@ -74,16 +76,15 @@ def show_training(plan: Plan, time: TimeEstimate | None, as_json: bool) -> None:
         return
     say(f"{plan.parameters:,} parameters")
     for loops, flops in plan.flops_per_token.items():
-        name = "loop: " if loops == 1 else "loops:"
-        say(f"{loops:>4} {name} {flops:.3g} FLOPs a token forward, read out once")
+        say(f"{counted(loops, 'loop'):>8}: {flops:.3g} FLOPs a token forward, read out once")
     told = f", {plan.cache:,} bytes, a text of any length" if plan.reads_on else " a full context"
     say_size("KV cache, generating", plan.cache, told)
     spread = plan.spread
-    count = f"{spread.world} process{'es' if spread.world > 1 else ''}"
+    count = counted(spread.world, "process", "processes")
     cut = "nothing cut" if spread.kind in ("none", "ddp") else spread.kind
     say(
         f"\nEach of {count}, {cut}, {plan.precision}, "
-        f"{plan.rows} sequence{'s' if plan.rows > 1 else ''} a pass, nothing offloaded:"
+        f"{counted(plan.rows, 'sequence')} a pass, nothing offloaded:"
     )
     for part, size in plan.bytes.items():
         say_size(part, size)
@@ -113,10 +114,25 @@ def show_finetuning(plan: FinetunePlan, as_json: bool) -> None:
         f"({share:.1%}), and the confidence head"
     )
     say(
-        f"{plan.examples:,} examples to train on, {plan.held_out:,} held out; {plan.epochs:.3g} "
-        f"epochs, {plan.steps:,} steps"
+        f"{counted(plan.examples, 'example')} to train on, {plan.held_out:,} held out; "
+        f"{plan.epochs:.3g} epochs, {counted(plan.steps, 'step')}"
     )
     for part, size in plan.need.to_dict().items():
         say_size(part, size)
     say_size("at the peak", plan.need.total)
     say_time(plan.time)
+
+
+def show_conversion(plan: ConversionPlan, as_json: bool) -> None:
+    """Of `looptx convert`."""
+    if as_json:
+        print_document(plan.to_dict())
+        return
+    for number, step in enumerate(plan.does, 1):
+        say(f"{number}. {with_flags(step)}")
+    say(
+        f"{plan.parameters:,} parameters; {plan.bytes_before:,} bytes are read, and the weights "
+        f"that are written take {plan.bytes_after:,}"
+    )
+    if plan.time is not None:
+        say_time(plan.time)

@@ -22,6 +22,7 @@ from looptx_cli.runs import (
 )
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.resolve import config_file, resolve
+from looptx_core.words import counted
 
 if TYPE_CHECKING:
     from looptx_core.finetuning.answers import HeldOutAnswers
@@ -153,7 +154,7 @@ def _show(result: FinetuneResult) -> None:
 
     share = result.trainable / result.parameters
     say(
-        f"{result.method}: {result.steps:,} steps in {result.seconds:,.0f} s, "
+        f"{result.method}: {counted(result.steps, 'step')} in {result.seconds:,.0f} s, "
         f"{result.trainable:,} parameters trained ({share:.1%} of the base's)"
     )
     say(f"confidence: calibration error {result.ece_before:.3f} before, {result.ece:.3f} after")

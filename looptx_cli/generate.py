@@ -13,7 +13,7 @@ import typer
 
 from looptx_cli.console import note, shown, stdout
 from looptx_cli.conversation import Conversation
-from looptx_cli.drawing import check_target
+from looptx_cli.drawing import SCHEMA_VERSION, check_target, draw_picture
 from looptx_cli.imports import large_imports
 from looptx_cli.model_options import (
     Adapter,
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from looptx_core.generation.transcribe import Segment
     from looptx_core.media.batch import MediaItem
 
-SCHEMA_VERSION = 1
 _SHOWN, _END = 20_000, 400  # characters of a prompt that are shown whole, and of the end of others
 PIPE_FPS = 25.0
 """Frames a second of a pipe, where nothing is said."""
@@ -141,7 +140,7 @@ def generate(
     if prompt_file:
         mend = "check --prompt-file"
         texts.append(read_text(prompt_file, mend=mend, pipes=True).rstrip("\n"))
-    files = given_media(image=image, audio=audio, video=video)
+    files = given_media(quiet, image=image, audio=audio, video=video)
     if timestamps and (len(audio or ()) != 1 or len(files) > 1 or texts or chat or compare_loops):
         raise UsageError("--timestamps goes with one --audio and nothing else to read")
     if draw is not None:
@@ -188,7 +187,7 @@ def generate(
         return
     items = read_items(engine, files, rate)
     if draw is not None:
-        _draw(engine, str(texts[0]), items, options, draw, show_iterations, as_json, quiet)
+        draw_picture(engine, str(texts[0]), items, options, draw, show_iterations, as_json, quiet)
         return
     if chat:
         texts = [_message(str(text), items) for text in texts]
@@ -256,45 +255,6 @@ def _print_segments(segments: Iterable[Segment], as_json: bool) -> None:
         document = joined(found).to_dict()
         document["segments"] = [segment.to_dict() for segment in found]
         print_now(json.dumps({"schema_version": SCHEMA_VERSION, **document}) + "\n")
-
-
-def _draw(
-    engine: Engine,
-    text: str,
-    items: tuple[MediaItem, ...],
-    options: GenerationOptions,
-    file: Path,
-    iterations: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Draw a text into a file."""
-    from looptx_cli.drawing import check_room, drawn, map_lines, show_picture, write_map
-    from looptx_core.generation.engine import MediaPrompt
-
-    prompt = MediaPrompt(text, items, write="image")
-    length = check_room(engine, engine.length(prompt), options)
-    (result,) = engine.complete([prompt], replace(options, max_new_tokens=length))
-    picture, media = drawn(result, file)
-    config = engine.model.config
-    if iterations:
-        place = write_map(media, picture, config.draw.columns, config.max_loops)
-        note(f"loops and confidence: {place}", quiet)
-    if as_json:
-        document = {**result.to_dict(), "media": [media]}
-        print_now(json.dumps({"schema_version": SCHEMA_VERSION, **document}) + "\n")
-        return
-    show_picture(picture, file)
-    if iterations:
-        print_now("\n".join(map_lines(media, config.draw.columns)) + "\n")
-    note(
-        f"{length} codes, {result.mean_loops:.2f} loops a code of {config.max_loops}, drawn in "
-        f"{result.tokens[-1].seconds:.2f} s, {options.draw_steps} steps of diffusion in "
-        f"{media['elapsed']:.2f} s",
-        quiet,
-    )
-    if not iterations:
-        note("try next: --show-iterations, --guidance 2, or another --seed", quiet)
 
 
 def _with_items(text: str, items: tuple[MediaItem, ...]) -> Prompt:
@@ -388,7 +348,8 @@ def _show(
 
 def _summarise(engine: Engine, result: Generation, iterations: bool, quiet: bool) -> None:
     """Print the figures and what to try next; to stdout with --show-iterations, else as a note."""
-    from looptx_cli.render import compute_told, counted
+    from looptx_cli.render import compute_told
+    from looptx_core.words import counted
 
     deepest = engine.model.config.max_loops
     saved = compute_told(engine.compute_saved(result))

@@ -21,7 +21,7 @@ _MOST_USED = {
     "evaluate": "model tasks loops limit out include_path",
     "serve": "model adapter host port api_key max_batch max_context precision",
     "convert": "model out from_gguf from_hf core to_bitnet to_hf dtype adapter data",
-    "tokenize": "data out vocab_size tokenizer text_key codec",
+    "tokenize": "data out vocab_size tokenizer text_key codec set",
     "doctor": "build path",
     "compare": "out format",
 }
@@ -30,13 +30,15 @@ _MOST_USED = {
 _PANELS = {
     "Data": """
         seq_len batch_size micro_batch workers augment skip_bad document_mask mix mask_patches
-        val_fraction val_batches train_on_prompt too_long prompts_file data text_key columns seed
+        val_fraction val_batches train_on_prompt too_long prompts_file prompt_file data text_key
+        columns seed
         audio video fps every timestamps limit include_path tasks codec direction draw
     """,
     "Model and depth": """
         model loop_schedule loops min_loops max_loops mean_loops deeper_by loss_threshold
         grow_share deeper_share explore loss_at loss_prior bitnet exit threshold prompt_loops
-        draft_loops speculate compare_loops kv_policy kv_type decode_tokens
+        draft_loops speculate compare_loops kv_policy kv_type decode_tokens memory memory_window
+        memory_block
     """,
     "Adapters": """
         adapter merge_adapter quantization dora lora_per_loop lora_alpha lora_dropout rslora

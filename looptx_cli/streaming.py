@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from looptx_cli.console import is_plain, note, shown, stdout
+from looptx_cli.samples import or_sample
 from looptx_core.errors import UsageError
 from looptx_core.media.registry import MEDIA
 
@@ -68,9 +69,9 @@ def stream(
     return result
 
 
-def given_media(**files: Sequence[Path] | None) -> dict[str, Sequence[Path]]:
-    """The files of each medium that were given."""
-    return {name: some for name, some in files.items() if some}
+def given_media(quiet: bool = False, **files: Iterable[Path] | None) -> dict[str, Sequence[Path]]:
+    """The files of each medium that were given, or the samples that they name."""
+    return {name: [or_sample(file, quiet) for file in some] for name, some in files.items() if some}
 
 
 def read_items(

@@ -18,6 +18,7 @@ from looptx_core.config.codec import CodecConfig
 from looptx_core.config.corpus import TokenizeConfig
 from looptx_core.config.resolve import Resolved, config_file, field_help, resolve
 from looptx_core.errors import UsageError
+from looptx_core.words import counted
 
 SCHEMA_VERSION = 1
 SECTIONS = {"codec_model": CodecConfig}
@@ -137,7 +138,8 @@ def tokenize(
         return
     splits = ", ".join(f"{name} {counts.tokens:,}" for name, counts in manifest.splits.items())
     stdout().print(
-        f"{manifest.documents:,} documents, {manifest.bytes:,} bytes -> {manifest.tokens:,} tokens "
+        f"{counted(manifest.documents, 'document')}, {manifest.bytes:,} bytes -> "
+        f"{counted(manifest.tokens, 'token')} "
         f"({splits}), {manifest.bytes_per_token:.2f} bytes a token, "
         f"vocabulary {manifest.vocab_size:,}, {seconds:.1f} s -> {folder}",
         soft_wrap=True,

@@ -24,6 +24,7 @@ from looptx_core.config.model import ModelConfig, fitting_memory
 from looptx_core.config.resolve import Resolved, config_file, dotted, resolve
 from looptx_core.config.run import TrainConfig, continued_lr
 from looptx_core.errors import UsageError
+from looptx_core.words import counted
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -212,13 +213,13 @@ def _source(settings: TrainConfig, resolved: Resolved) -> LoadedModel:
     """The model that `init` names. Raises `UsageError` for a preset beside it."""
     import torch
 
-    from looptx_core.checkpoint.folder import load_model
+    from looptx_core.checkpoint.folder import as_float, load_model
     from looptx_core.checkpoint.registry import resolve_model
 
     if resolved.given("preset"):
         raise UsageError("`init` brings the model's own shape; leave out `preset`")
     found = resolve_model(settings.init, need=frozenset({"weights"}))
-    return load_model(found.folder, dtype=torch.float32)
+    return as_float(load_model(found.folder, dtype=torch.float32))
 
 
 def _in_steps(
@@ -305,7 +306,7 @@ def _show_result(result: TrainResult, beside: str) -> None:
     before = result.steps_before
     now = f", {result.steps - before:,} of them now:" if before else ","
     out.print(
-        f"{result.steps:,} steps{now} {result.tokens:,} tokens in {result.seconds:,.0f} s "
+        f"{counted(result.steps, 'step')}{now} {result.tokens:,} tokens in {result.seconds:,.0f} s "
         f"({rate:,.0f} tokens/s), {result.flops:.3g} FLOPs",
         soft_wrap=True,
     )

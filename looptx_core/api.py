@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from looptx_core.training.evaluate import LoopEvaluation
 
 Report = Callable[[str], object]
+_log = logging.getLogger(__name__)
 
 
 def load(
@@ -39,8 +41,8 @@ def load(
     model: a run or a model folder; None: the newest finished run under ./runs that has the
     `abilities`, else the bundled model. adapter: an adapter's run or folder, on its own base or on
     `model`. attention, precision, kernel: see `choose_backend` and `select_backend`. batch_size:
-    the most prompts that run at once. report: called with a line for each choice; `Model.choices`
-    has them too.
+    the most prompts that run at once. report: called with a line for each choice that most users
+    want to know; `Model.choices` has all of them.
 
     Raises:
         DataError: there is no such model, or it is damaged.
@@ -78,7 +80,8 @@ def load(
     dtype = torch.bfloat16 if precision == "bf16" and not rounded else torch.float32
     loaded = load_resolved(found, device=device, dtype=dtype)
     chosen = choose_backend(attention, device, dtype)
-    choose(f"attention: {chosen.name}, {chosen.reason}")
+    choices.append(f"attention: {chosen.name}, {chosen.reason}")
+    _log.info(choices[-1])
     loaded.model.attend = chosen.attend
     template = loaded.chat_template
     own = template in (None, TEMPLATE)

@@ -17,10 +17,12 @@ from looptx_cli.main import main
 from looptx_core.api import load
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.checkpoint.registry import abilities
+from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.media import AudioConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.shards import Manifest
 from looptx_core.errors import DataError, UsageError
+from looptx_core.finetuning.run import finetune, prepare
 from looptx_core.generation.engine import MediaPrompt
 from looptx_core.generation.transcribe import _repeated
 from looptx_core.media.audio.read import item_of
@@ -66,6 +68,17 @@ def test_what_is_said_is_learned(run: Path) -> None:
     unlike = [words.split()[0] != words.split()[1] for words in wanted]
     by_chance = [f == w for f, w, two in zip(said[1::2], wanted, unlike) if two]
     assert sum(right) >= 7 and sum(by_chance) <= 3
+
+
+def test_finetuning_goes_on_with_the_encoders_own_loss(
+    run: Path, recordings: Path, tmp_path: Path
+) -> None:
+    config = FinetuneConfig(steps=2, seq_len=24, batch_size=4, log_every=1, max_loops=1)
+    prepared = prepare(config, base=run / "final", data=[str(recordings)])
+    finetune(prepared, folder=tmp_path / "b")
+    lines = (tmp_path / "b/metrics.jsonl").read_text().splitlines()
+    losses = [line["audio_loss"] for line in map(json.loads, lines) if "train_loss" in line]
+    assert len(losses) == 2 and min(losses) > 0
 
 
 def test_a_model_folder_says_that_it_hears(run: Path) -> None:

@@ -14,14 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from looptx_cli.main import main
-from looptx_core.checkpoint.codec_folder import load_codec, save_codec
+from looptx_core.checkpoint.codec_folder import load_codec, read_facts, save_codec
 from looptx_core.config.codec import CodecConfig
 from looptx_core.config.corpus import TokenizeConfig
-from looptx_core.errors import DataError, UsageError
+from looptx_core.errors import DataError, Interrupted, UsageError
 from looptx_core.media.codec.codec import Codec
 from looptx_core.media.codec.quantiser import Quantiser, digits_of, one_hot_digits
 from looptx_core.media.image.coded import read_patches, to_picture
 from looptx_core.training.codec import Order, codec_loss, from_bytes, judge_codec, train_codec
+from looptx_core.training.tokenize_codec import make_codec
 
 LEVELS = [(8, 5, 5, 5), (8, 6, 5), (7, 5, 5, 5, 5), (2, 3), (2,)]
 
@@ -220,6 +221,20 @@ def test_damaged_codecs(
 def test_shapes_that_fit_no_codec(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="codec: "):
         replace(codec_cases.CONFIG, **wrong)
+
+
+def test_an_interrupted_training_keeps_what_it_learned(tmp_path: Path) -> None:
+    codec_cases.write_pictures(tmp_path / "pictures", 8)
+    settings = TokenizeConfig(data=(str(tmp_path / "pictures"),), steps=9, batch_size=4)
+
+    def stop(stage: str, done: int, of: int, loss: float | None) -> None:
+        if (stage, done) == ("train", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="stopped at step 2 of 9"):
+        make_codec(settings, codec_cases.CONFIG, tmp_path / "c", stop)
+    load_codec(tmp_path / "c")
+    assert read_facts(tmp_path / "c") == {"steps": 2, "pictures": 7}
 
 
 def test_the_command_trains_one(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -297,12 +298,36 @@ def test_number_types(model: Path, shards: Path, tmp_path: Path) -> None:
     }
 
 
+def test_a_dry_run_tells_what_would_be_written(
+    model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    base = load_model(model)
+    save_model(Path("m8"), to_int8(base.model), base.tokenizer, exit_settings=base.exit, facts={})
+    command = ["convert", "--dry-run", "--data", str(shards), "--json", "--model"]
+    assert main([*command, str(model), "--dtype", "int8"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    stored = load_file("m8/model.safetensors").values()
+    assert found["bytes_after"] == sum(t.numel() * t.element_size() for t in stored)
+    assert found["seconds"] is None and found["out"] == "small-int8"
+    monkeypatch.setattr("looptx_core.training.trial.fit", lambda *_, **how: _steps(how))
+    assert main([*command, "m8", "--to-bitnet", "--finetune-steps", "7"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "train 7 steps" in found["does"][1] and found["seconds"] == pytest.approx(7 * 0.5)
+    assert [path.name for path in tmp_path.iterdir()] == ["m8"]
+
+
+def _steps(how: dict[str, Any]) -> None:
+    how["callbacks"][0].ends = [1.0, 1.5, 2.0]
+
+
 def test_int8_is_stored_and_runs(
     model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A quarter of the bytes, for a loss that moves by little; back in floats it is the same."""
-    monkeypatch.setattr("looptx_core.conversion.run._BATCH", 4)
-    monkeypatch.setattr("looptx_core.conversion.run._VAL_BATCHES", 1)
+    monkeypatch.setattr("looptx_core.conversion.source.BATCH", 4)
+    monkeypatch.setattr("looptx_core.conversion.source.VAL_BATCHES", 1)
     out, again = tmp_path / "m8", tmp_path / "floats"
     common = {"data": (str(shards),)}
     result = convert(ConvertConfig(model=str(model), dtype="int8", out=str(out), **common))

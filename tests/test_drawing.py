@@ -28,6 +28,7 @@ from looptx_core.data.shards import Manifest
 from looptx_core.errors import DataError
 from looptx_core.generation.engine import Engine, MediaPrompt
 from looptx_core.media.registry import MEDIA, writers
+from looptx_core.model.code_rows import fold_code_rows, share_code_rows
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.run import fit_vocabulary, train
 
@@ -165,7 +166,7 @@ def test_codes_in_pictures_and_words_in_texts(loaded: LoadedModel) -> None:
 def test_shared_rows_become_ordinary_ones(config: ModelConfig, tied: bool) -> None:
     torch.manual_seed(0)
     model = LoopedTransformer(replace(config, tie_embeddings=tied)).double()
-    model.share_code_rows()
+    share_code_rows(model)
     assert model.code_rows is not None
     model.double()
     first, codes = config.draw.first_code, config.draw.codes
@@ -174,7 +175,7 @@ def test_shared_rows_become_ordinary_ones(config: ModelConfig, tied: bool) -> No
     before = model(tokens, 2).logits
     before.square().sum().backward()
     assert model.code_rows.table.grad is not None and model.code_rows.table.grad.any()
-    model.fold_code_rows()
+    fold_code_rows(model)
     assert model.code_rows is None
     assert torch.allclose(model(tokens, 2).logits, before, atol=1e-12)
     rows = model.embedding.weight[first : first + codes]

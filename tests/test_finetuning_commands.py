@@ -245,7 +245,7 @@ def test_a_merged_model_tells_base_and_adapter_apart(tiny: Path, tmp_path: Path)
     over."""
     from looptx_core.checkpoint.folder import load_model
     from looptx_core.config.finetune import FinetuneConfig
-    from looptx_core.finetuning.adapters import attach, save_adapter
+    from looptx_core.finetuning.adapters import attach, load_adapter, save_adapter
     from looptx_core.finetuning.merge import merge
 
     base = load_model(tiny)
@@ -253,6 +253,8 @@ def test_a_merged_model_tells_base_and_adapter_apart(tiny: Path, tmp_path: Path)
     facts = {"data": ["qa.jsonl"], "method": "LoRA", "steps": 7, "base": "x", "facts": 1, "kept": 2}
     save_adapter(tmp_path / "fit", peft, base, exit_settings=base.exit, facts=facts)
     found = merge(tiny, tmp_path / "fit").facts
+    shown = load_adapter(load_model(tiny), tmp_path / "fit").facts
+    assert shown == facts, "what is shown of an adapter is its own training"
     assert found.pop("lineage") == [{"name": "tiny"}]
     assert found == {"base": "tiny", "adapter": "fit", "method": "LoRA, merged",
                      "data": ["qa.jsonl"], "steps": 7}  # fmt: skip

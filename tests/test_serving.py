@@ -212,6 +212,11 @@ def test_nothing_is_ignored_and_bad_values_are_named(service):
 
 
 def test_neutral_values_pass(service):
+    for extreme in (
+        {"repetition_penalty": 5e-324}, {"repetition_penalty": 1e300}, {"temperature": 5e-324},
+        {"temperature": 1e300}, {"top_p": 5e-324}, {"threshold": -1e300},
+    ):  # fmt: skip
+        completion(service, prompt="a whale", max_tokens=3, **extreme)
     completion(
         service, prompt="a", max_tokens=1, frequency_penalty=0.0, presence_penalty=0, logit_bias={},
         user="someone", suffix=None, best_of=1, logprobs=None, seed=None, stop=None, n=None,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 import signal
 import socket
+import subprocess
 import time
 
 import openai
@@ -151,3 +154,53 @@ def test_the_first_signal_drains_and_the_second_does_not_wait(engine):
             server.handle_exit(signal.SIGTERM, None)
             assert server.hurried and server.force_exit
         assert time.monotonic() - began < 10
+
+
+@pytest.mark.slow
+def test_the_harness_over_http_agrees_with_the_one_in_process():
+    """lm-eval's local-completions: echoed log-probabilities of token ids, several at once."""
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("tenacity")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from looptx_core.api import load
+    from looptx_core.checkpoint.registry import bundled_model
+    from looptx_core.evaluation.harness import LooptxLM
+    from looptx_core.evaluation.scoring import Scorer
+
+    engine = load(bundled_model()).engine
+    pairs = [
+        ("Call me", " Ishmael"),
+        ("map bf da ee fe cd hh gh aa:", " f E c A"),
+        ("never mind how long precisely. " * 20, "I thought I would sail about a little"),
+        ("", "whale"),
+    ]
+    asked = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    own = LooptxLM(scorer=Scorer(engine, engine.model.config.max_loops, GenerationOptions(), 8))
+    expected = own.loglikelihood(asked)
+    with service_of(engine, chats=False) as service, served(service) as (address, _):
+        over_http = LocalCompletionsAPI(
+            base_url=f"{address}/v1/completions", model=engine.name, batch_size=2,
+            tokenizer=str(bundled_model()), num_concurrent=1,
+        )  # fmt: skip
+        found = over_http.loglikelihood(asked)
+    assert [hit for _, hit in found] == [hit for _, hit in expected]
+    values = [value for value, _ in expected]
+    assert [value for value, _ in found] == pytest.approx(values, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_fuzzer_of_the_schema_finds_no_server_error(engine):
+    st = shutil.which("st") or os.environ.get("SCHEMATHESIS")
+    if st is None:
+        pytest.skip("schemathesis is not installed")
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance"
+    with service_of(engine, max_context=64) as service, served(service) as (address, _):
+        done = subprocess.run(
+            [st, "run", f"{address}/openapi.json", "--checks", checks, "--max-examples", "40",
+             "--suppress-health-check", "all", "--phases", "coverage,fuzzing"],
+            capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-4000:]
+        assert service.idle and service.worker.load[:2] == (0, 0)

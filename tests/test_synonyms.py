@@ -112,3 +112,13 @@ def test_a_resumed_run_keeps_its_shape(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "config.yaml").write_text("steps: 4\n")
     wrong = ["--resume", str(tmp_path), "--set", "model.d_model=64"]
     assert "--set model.d_model can't change on --resume" in error(capsys, "train", *wrong)
+
+
+def test_a_resumed_run_takes_no_other_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("config.yaml", "c.yaml"):
+        (tmp_path / name).write_text("steps: 4\n")
+    wrong = ["--resume", str(tmp_path), "--config", str(tmp_path / "c.yaml")]
+    for command in ("train", "finetune"):
+        assert "--config has no effect on --resume" in error(capsys, command, *wrong)

@@ -181,8 +181,8 @@ def test_the_score_of_a_read_out(kernel: bool) -> None:
 @pytest.mark.parametrize("can", [True, False])
 def test_a_score_takes_the_kernel_where_it_can(monkeypatch: pytest.MonkeyPatch, can: bool) -> None:
     taken = (torch.ones(3), torch.zeros(3), torch.ones(3))
-    monkeypatch.setattr("looptx_core.model.loop.cross_entropy", lambda *_: taken)
-    monkeypatch.setattr("looptx_core.model.loop.can_use_fused", lambda *_, **__: can)
+    monkeypatch.setattr("looptx_core.model.score.cross_entropy", lambda *_: taken)
+    monkeypatch.setattr("looptx_core.model.score.can_use_fused", lambda *_, **__: can)
     score = model().score(torch.ones(3, 32), torch.arange(3))
     assert all(a is b for a, b in zip(score, taken)) == can
 

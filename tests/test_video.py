@@ -19,6 +19,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from looptx_cli.main import main
+from looptx_core.checkpoint.folder import load_model
+from looptx_core.checkpoint.registry import bundled_model
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.media import AudioConfig, VideoConfig
 from looptx_core.config.model import ModelConfig
@@ -32,6 +34,7 @@ from looptx_core.media.registry import MEDIA
 from looptx_core.media.video.frames import frames_of
 from looptx_core.media.video.read import read_pipe, tubelets
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.start import copy_weights
 
 VIDEO = MEDIA["video"]
 WATCHING = replace(
@@ -323,6 +326,19 @@ def test_a_picture_model_keeps_what_it_knows(cat: Path) -> None:
     assert torch.equal(
         encoder(batch_items([item])["image"]), encoder(batch_items([still])["video"])
     )
+
+
+def test_a_model_of_pictures_can_be_trained_on_to_watch() -> None:
+    """It keeps what it sees, and gets what a clip needs besides."""
+    source = load_model(bundled_model("picture-model"))
+    torch.manual_seed(0)
+    model = LoopedTransformer(replace(source.config, video=VideoConfig(frames=8)))
+    assert copy_weights(model, source) == ["vision.later.weight"]
+    item = MediaItem("video", torch.rand(16, 2 * 3 * 144), (1, 4, 4, 2))
+    picture = MediaItem("image", item.features[:, : 3 * 144], (4, 4))
+    seen = model.encoders()["video"](batch_items([item])["video"])
+    before = source.model.encoders()["image"](batch_items([picture])["image"])
+    assert torch.allclose(seen, before, atol=1e-5)
 
 
 def test_commands(

@@ -1,7 +1,11 @@
-"""What a codec of pictures keeps, by loops and steps, beside the best linear one of its size.
+r"""What a codec of pictures keeps, by loops and steps, beside the best linear one of its size.
 
     python -m benchmarks.pictures.emoji
-    looptx tokenize --codec picture benchmarks/.data/emoji/train.jsonl --out benchmarks/.data/codec
+    looptx tokenize --codec picture benchmarks/.data/emoji/train.jsonl \
+        --out benchmarks/.data/codec --steps 2000 --batch-size 32 --max-minutes 27 \
+        --val-fraction 0.04 --set codec_model.width=96 \
+        --set codec_model.encoder_width=96 --set codec_model.encoder_layers=2 \
+        --set codec_model.max_loops=3
     python -m benchmarks.drawing.codec [--codec FOLDER] [--check]
 
 Judged on emoji held out by name. The control is linear: as many principal components of a patch as

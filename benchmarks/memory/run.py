@@ -1,10 +1,10 @@
 """Does a memory find a passkey in texts far longer than those it was trained on?
 
-A row is a sentence of 24 words again and again, and somewhere in it five digits, each after its
-ordinal. Later the digits are asked for. Models of one shape (a prelude block, a looped block) learn
-this at a few hundred tokens, with `infini`, `infini` with delta, `delta`, and with the same window
-and no memory; then the filler gets longer. Nothing but its length changes. Reading is timed beside
-it: tokens a second, and the bytes that a text's state takes.
+A row is a sentence of 24 words again and again, and somewhere in it up to four keys of five digits,
+each digit after a label of its own. At the end they are asked for, beyond the window. Models of one
+shape (a prelude block, a looped block) learn this at a few hundred tokens, with `delta`, `infini`,
+`infini` with delta, and with the same window and no memory; then the filler gets longer. Nothing
+but its length changes. Reading is timed beside it, with the bytes that a text's state takes.
 
     python -m benchmarks.memory.run [--kinds delta infini] [--seeds 0] [--steps 200]
     python -m benchmarks.memory.run --filler 32768 131072 1048576 --rows 30 30 5
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,11 +33,13 @@ from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import build_optimizer, clip_by_part, learning_rate_factor
 
-WORDS, DIGITS = 24, 5
-DIGIT, ORDINAL, KEY, ASK, VOCAB = WORDS, WORDS + 10, WORDS + 15, WORDS + 16, WORDS + 17
-SPAN = 1 + 2 * DIGITS  # KEY or ASK, and an ordinal and a digit five times
+WORDS, KEYS, DIGITS = 24, 4, 5
+DIGIT, LABEL = WORDS, WORDS + 10
+KEY = LABEL + KEYS * DIGITS
+ASK, VOCAB = KEY + 1, KEY + 2
+SPAN = 1 + 2 * DIGITS  # KEY or ASK, and a label and a digit five times
 SLOT = SPAN + 1
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "delta": {"memory": "delta"},
     "infini": {"memory": "infini"},
     "infini with delta": {"memory": "infini", "infini_delta": True},
@@ -45,11 +48,14 @@ KINDS = {
 PLACES = {"start": 0.0, "middle": 0.5, "end": 1.0}
 
 
-def phrase(opens: int, digits: np.ndarray) -> np.ndarray:
-    """(rows, SPAN) tokens: KEY or ASK, then the digits after their ordinals."""
+def phrase(opens: int, key: np.ndarray, digits: np.ndarray) -> np.ndarray:
+    """(rows, SPAN) tokens: KEY or ASK, then the digits of each row's key after their labels.
+
+    key: (rows,). digits: (rows, DIGITS).
+    """
     found = np.empty((len(digits), SPAN), dtype=np.int64)
     found[:, 0] = opens
-    found[:, 1::2] = ORDINAL + np.arange(DIGITS)
+    found[:, 1::2] = LABEL + key[:, None] * DIGITS + np.arange(DIGITS)
     found[:, 2::2] = DIGIT + digits
     return found
 
@@ -59,22 +65,26 @@ def filler(rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
     return (rng.integers(WORDS, size=(rows, 1)) + np.arange(length)) % WORDS
 
 
-def batch(rng: np.random.Generator, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(
+    rng: np.random.Generator, rows: int, length: int, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens to train on, (rows, length + 1), and the weights of their successors, (rows, length).
 
-    The key is in one of the first slots of the row, and up to five later slots ask for it.
+    The last slots of a row ask for one to four keys, and these are further away than the window.
     """
     tokens = filler(rng, rows, length + 1)
     weights = np.zeros((rows, length), dtype=np.float32)
-    digits = rng.integers(10, size=(rows, DIGITS))
-    keys, asks = phrase(KEY, digits), phrase(ASK, digits)
     slots = length // SLOT
+    before = slots - KEYS - window // SLOT
     for row in range(rows):
-        key = rng.integers(slots // 2)
-        tokens[row, key * SLOT : key * SLOT + SPAN] = keys[row]
-        later = np.arange(key + 1, slots)
-        for slot in {*rng.choice(later, size=min(4, len(later)), replace=False), slots - 1}:
-            tokens[row, slot * SLOT : slot * SLOT + SPAN] = asks[row]
+        keys = rng.permutation(KEYS)[: rng.integers(1, KEYS + 1)]
+        digits = rng.integers(10, size=(len(keys), DIGITS))
+        places = rng.choice(before, size=len(keys), replace=False)
+        asks = slots - 1 - rng.permutation(KEYS)[: len(keys)]
+        for slot, spoken in zip(places, phrase(KEY, keys, digits)):
+            tokens[row, slot * SLOT : slot * SLOT + SPAN] = spoken
+        for slot, spoken in zip(asks, phrase(ASK, keys, digits)):
+            tokens[row, slot * SLOT : slot * SLOT + SPAN] = spoken
             weights[row, slot * SLOT + 1 : slot * SLOT + SPAN : 2] = 1
     return torch.from_numpy(tokens), torch.from_numpy(weights)
 
@@ -107,7 +117,7 @@ def train(kind: str, seed: int, args: argparse.Namespace) -> tuple[LoopedTransfo
     rng = np.random.default_rng((seed, 1))
     began, losses = time.monotonic(), []
     for step in range(args.steps):
-        tokens, weights = batch(rng, args.batch, args.length)
+        tokens, weights = batch(rng, args.batch, args.length, args.window)
         loss = loop_loss(
             model, tokens, schedule, step, torch.arange(args.batch),
             weights=weights / weights.mean(), loss_at="last",
@@ -145,27 +155,35 @@ def trained(
 
 @torch.inference_mode()
 def asked(
-    model: LoopedTransformer, length: int, place: float, rows: int, seed: int
+    model: LoopedTransformer, length: int, place: str, rows: int, seed: int
 ) -> dict[str, float]:
-    """The share of digits that are right after a filler of this length, and how it was read."""
-    rng = np.random.default_rng((seed, 2, length, int(100 * place)))
+    """The share of digits that are right after a filler of this length, and how it was read.
+
+    place: where the key is, of `PLACES`; or `four`: four keys, of which the first is asked.
+    """
+    rng = np.random.default_rng((seed, 2, length, len(place)))
     tokens = filler(rng, rows, length)
-    digits = rng.integers(10, size=(rows, DIGITS))
+    keys = rng.permuted(np.tile(np.arange(KEYS), (rows, 1)), axis=1)
+    digits = rng.integers(10, size=(rows, KEYS, DIGITS))
     # At the end, and yet beyond the window.
     last = length - 2 * model.config.memory_window - SPAN
-    first = round(place * last)
-    tokens[:, first : first + SPAN] = phrase(KEY, digits)
+    shares = [0.0, 0.25, 0.5, 1.0] if place == "four" else [PLACES[place]]
+    for number, share in enumerate(shares):
+        first = round(share * last)
+        spoken = phrase(KEY, keys[:, number], digits[:, number])
+        tokens[:, first : first + SPAN] = spoken
     cache = model.new_cache(rows, length + SPAN, model.config.loops)
     began, loops = time.monotonic(), range(1, model.config.loops + 1)
     for x, ctx in model.passes(torch.from_numpy(tokens), cache):
         start = model.run_prelude(x, ctx)
-        for _, state in model.iterate(start, start, ctx, loops):
-            model.coda_hidden(state, ctx)
+        for _ in model.iterate(start, start, ctx, loops):
+            pass
         assert ctx.view is not None
         ctx.view.advance()
     seconds = time.monotonic() - began
-    logits = model(torch.from_numpy(phrase(ASK, digits)), cache=cache).logits[:, 1::2]
-    right = logits[..., DIGIT : DIGIT + 10].argmax(-1) == torch.from_numpy(digits)
+    question = torch.from_numpy(phrase(ASK, keys[:, 0], digits[:, 0]))
+    logits = model(question, cache=cache).logits[:, 1::2]
+    right = logits[..., DIGIT : DIGIT + 10].argmax(-1) == torch.from_numpy(digits[:, 0])
     return {
         "accuracy": round(float(right.float().mean()), 4),
         "tokens_per_second": round(rows * length / seconds),
@@ -178,8 +196,8 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--loops", type=int, default=2)
@@ -197,7 +215,7 @@ def main() -> None:
             todo = [
                 (length, count, place)
                 for length, count in zip(args.filler, args.rows, strict=True)
-                for place in PLACES
+                for place in (*PLACES, "four")
                 if not any(
                     (row["kind"], row["seed"], row["filler"], row["place"])
                     == (kind, seed, length, place)
@@ -208,7 +226,7 @@ def main() -> None:
                 continue
             model, loss, seconds = trained(kind, seed, args)
             for length, count, place in todo:
-                found = asked(model, length, PLACES[place], count, seed)
+                found = asked(model, length, place, count, seed)
                 print(f"{kind}, seed {seed}, {length:,} at the {place}: {found}", flush=True)
                 rows.append({
                     "kind": kind, "seed": seed, "filler": length, "place": place, "keys": count,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 from benchmarks.reliability.forks import run
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "steps": 4, "seq_len": 16, "batch_size": 2, "save_every": 2, "val_every": 2, "val_batches": 1,
     "log_every": 1, "precision": "float32",
     "model": {"d_model": 32, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "d_ff": 32,
@@ -141,7 +142,7 @@ def _clips(folder: Path) -> None:
 def _tasks(folder: Path) -> None:
     """One task of each kind, and its lines."""
     folder.mkdir(exist_ok=True)
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "choice": {"output_type": "multiple_choice", "doc_to_choice": "choices",
                    "metric_list": [{"metric": "acc"}], "metadata": {"chance": 0.5}},
         "answer": {"output_type": "generate_until",
@@ -209,8 +210,10 @@ def _gguf(llama: Path, file: Path) -> None:
         "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 0,
     }  # fmt: skip
     writer = gguf.GGUFWriter(file, "llama")
-    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
-           list: writer.add_array}  # fmt: skip
+    add: dict[type, Any] = {
+        int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+        list: writer.add_array,
+    }  # fmt: skip
     for key, value in values.items():
         add[type(value)](key, value)
     names = {

@@ -1,7 +1,7 @@
 """Recordings with their texts: what the model that hears is trained on, and what it is tested on.
 
     pip install onnxruntime==1.32.0
-    python -m benchmarks.sound.data [train] [test]
+    python -m benchmarks.sound.data [train] [test] [sample]
 
 writes into `benchmarks/.data/sound`:
 - `train.jsonl`, `words.jsonl`: what `voices.py` says, and the texts alone for a tokenizer. Digits,
@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.record import ROOT
 from benchmarks.sound.voices import (
     ESPEAK_ACCENTS,
     ESPEAK_SPEAKERS,
@@ -48,9 +49,9 @@ from benchmarks.sound.voices import (
 from looptx_core.checkpoint.registry import bundled_model
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-CLIPS = {"kokoro": 900, "flite": 2500, "espeak": 4000}
+CLIPS = {"kokoro": 279, "flite": 1029, "espeak": 1746}
 """Recordings to train on by synthesiser."""
-TIMES = {"kokoro": 6, "flite": 1, "espeak": 1}
+TIMES = {"kokoro": 10, "flite": 1, "espeak": 1}
 """How often `train.jsonl` lists each."""
 TEXTS = 6000
 """Lines of `words.jsonl`, drawn as what the clips say."""
@@ -141,14 +142,11 @@ def asterisk() -> list[tuple[Path, str]]:
     for line in gzip.decompress(lists.read_bytes()).decode().splitlines():
         name, _, said = line.partition(":")
         file = folder / f"{name.strip()}.wav"
-        if (
-            (said := said.strip())
-            and said[0] != "["
-            and not line.startswith(";")
-            and file.is_file()
-        ):
-            found.append((file, plain(said)))
-    return [pair for pair in found if pair[1]]
+        if line.startswith(";") or said.strip().startswith("[") or not file.is_file():
+            continue
+        if text := plain(said):
+            found.append((file, text))
+    return found
 
 
 def is_held_out(text: str) -> bool:
@@ -234,6 +232,11 @@ def build_tests() -> None:
     write_lines(FOLDER / "digits.jsonl", _digit_strings())
 
 
+def build_sample() -> None:
+    """`examples/hello.wav`, by a voice that is not trained on."""
+    save(ROOT / "examples" / "hello.wav", Kokoro().speak("hello world", ("af_heart",), 1.0, 1.0))
+
+
 def _digit_strings() -> Iterator[dict[str, Any]]:
     kokoro, draw = None, np.random.default_rng(0)
     strings = [draw.choice(DIGITS, 5) for _ in range(STRINGS * (len(HELD_OUT) + 1))]
@@ -288,4 +291,6 @@ if __name__ == "__main__":
         build_train(kinds)
     if "test" in wanted:
         build_tests()
+    if "sample" in wanted:
+        build_sample()
     list_train()

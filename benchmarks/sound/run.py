@@ -33,9 +33,9 @@ from looptx_core.generation.request import Generation
 from looptx_core.media.audio.augment import noise
 from looptx_core.media.audio.features import FRAMES, MELS, RATE, STEP, log_mels
 from looptx_core.media.audio.read import item_of
+from looptx_core.media.base import Encoded
 from looptx_core.media.batch import MediaItem, batch_items
 from looptx_core.media.registry import MEDIA
-from looptx_core.training.evaluate import evaluate_loops
 
 SEED = 0
 PARTS = ("digits", "words", "asterisk", "nothing", "time")
@@ -159,41 +159,54 @@ def ranked_words(listener: Listener, records: list[dict[str, Any]]) -> list[dict
     alone = losses(listener, None, words)  # (loops, words)
     items = [listener.item(record) for record in records]
 
-    def ranks(heard: Sequence[MediaItem]) -> dict[str, torch.Tensor]:
-        """Whether each recording's own word is first, (loops, words), by the way to rank."""
-        cost = torch.stack([losses(listener, item, words) for item in heard], 1)
+    def costs(heard: Sequence[MediaItem]) -> torch.Tensor:
+        """(loops, recordings, words)"""
+        return torch.stack([losses(listener, item, words) for item in heard], 1)
+
+    def ranks(cost: torch.Tensor) -> dict[str, torch.Tensor]:
+        """How often each recording's own word is first, by loop, for three ways to rank."""
         usual = -torch.logsumexp(-cost, 1, keepdim=True)
         ways = {"no sound": alone[:, None] - cost, "other sounds": usual - cost,
                 "nothing": -cost}  # fmt: skip
         return {way: (score.argmax(-1) == right).double().mean(-1) for way, score in ways.items()}
 
-    for way, share in ranks(items).items():
+    own = costs(items)
+    for way, share in ranks(own).items():
         for loops in listener.depths:
             rows.append({"less": way, "loops": loops, "first": float(share[loops - 1])})
-    for name, change in (("frames shuffled", shuffled), ("silence", silent)):
-        share = ranks([change(item) for item in items])["no sound"]
-        rows.append({"control": name, "first": float(share[-1])})
-    share = ranks(items[-1:] + items[:-1])["no sound"]
-    rows.append({"control": "the recording before", "first": float(share[-1])})
+    controls = {
+        "frames shuffled": costs([shuffled(item) for item in items]),
+        "the recording before": own.roll(1, 1),
+        "silence": costs([silent(item) for item in items]),
+    }
+    for name, cost in controls.items():
+        rows.append({"control": name, "first": float(ranks(cost)["no sound"][-1])})
     return rows
 
 
+@torch.no_grad()
 def losses(listener: Listener, item: MediaItem | None, texts: Sequence[str]) -> torch.Tensor:
     """Nats of each text in all, its end included, after each loop: (loops, texts)."""
-    loaded, end = listener.loaded, 0
-    sound = [loaded.config.audio.token] * (item.length if item else 0)
-    rows = [[end, *sound, *loaded.tokenizer.encode(text).ids, end] for text in texts]
+    model, end = listener.loaded.model, 0
+    sound = [model.config.audio.token] * (item.length if item else 0)
+    rows = [[end, *sound, *listener.loaded.tokenizer.encode(text).ids, end] for text in texts]
     tokens = torch.full((len(rows), max(map(len, rows))), end)
     counted = torch.zeros(tokens.shape, dtype=torch.bool)
     for row, ids in enumerate(rows):
         tokens[row, : len(ids)] = torch.tensor(ids)
         counted[row, len(sound) + 1 : len(ids)] = True
-    counted = counted[:, 1:]
-    media = batch_items([item] * len(rows)) if item else None
-    loops = listener.depths[-1]
-    found = evaluate_loops(loaded.model, tokens, loops, counted, media=media)
-    sums = torch.zeros(loops, len(rows), dtype=torch.float64)
-    return sums.index_add_(1, counted.nonzero()[:, 0], found.token_loss.double())
+    inputs, targets, counted = tokens[:, :-1], tokens[:, 1:], counted[:, 1:]
+    encoded = model.encode(batch_items([item]) if item else None)  # once for all texts
+    encoded = {name: Encoded(read.vectors.repeat(len(rows), 1)) for name, read in encoded.items()}
+    layout = model.layout(inputs, batch_items([item] * len(rows)) if item else {})
+    ctx = model.context(inputs.shape[1], layout=layout)
+    start, found = model.embed(inputs, ctx, encoded=encoded), []
+    for _, state in model.iterate(start, start, ctx, range(1, listener.depths[-1] + 1)):
+        predicted = model.head(model.coda_hidden(state, ctx)[counted])
+        each = torch.nn.functional.cross_entropy(predicted, targets[counted], reduction="none")
+        sums = torch.zeros(len(rows), dtype=torch.float64)
+        found.append(sums.index_add_(0, counted.nonzero()[:, 0], each.double()))
+    return torch.stack(found)
 
 
 def nothing_said(listener: Listener) -> list[dict[str, Any]]:

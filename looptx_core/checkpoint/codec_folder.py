@@ -119,8 +119,10 @@ def with_codec(model: ModelConfig, folder: str | Path) -> ModelConfig:
         )
     if not model.vision_layers:
         model = MEDIA["image"].enable(model)
-    size = {"rows": shape.rows, "columns": shape.columns, "levels": shape.levels}
-    return replace(model, draw=replace(draw, codec=fingerprint, **size))
+    drawn = replace(
+        draw, codec=fingerprint, rows=shape.rows, columns=shape.columns, levels=shape.levels
+    )
+    return replace(model, draw=drawn)
 
 
 def read_facts(folder: str | Path) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ from looptx_core.data.shards import Shards, Tokens
 from looptx_core.data.tokenizer import end_id
 from looptx_core.errors import DataError
 from looptx_core.media.batch import is_entry
+from looptx_core.words import counted
 
 
 class Sequences(Protocol):
@@ -115,8 +116,8 @@ def text_windows(
         windows = Windows(shards.tokens(split), seq_len, end)
         if not len(windows):
             raise DataError(
-                f"{folder}: the {split} split has {len(windows.tokens)} tokens, fewer than one "
-                f"sequence of {seq_len}; add text or pass a smaller `seq_len`"
+                f"{folder}: the {split} split has {counted(len(windows.tokens), 'token')}, fewer "
+                f"than one sequence of {seq_len}; add text or pass a smaller `seq_len`"
             )
         parts.append(windows)
     return parts

@@ -77,7 +77,7 @@ def code_ranges(config: ModelConfig | None) -> list[range]:
 def target_weights(example: Example, codes: Iterable[range]) -> np.ndarray:
     """How much each token counts as a target, (tokens,) float32: 1, or 0 where it does not.
 
-    A picture has more codes than its text has words, so that all of them together count what
+    An item has more codes than its text has words, so that all of them together count what
     `CODES_COUNT` words do.
     """
     found = example.counted.astype(np.float32)

@@ -110,7 +110,7 @@ class MixedData(Batches):
         mix: tuple[float, float],
         skip_bad: bool = False,
         augment: bool = True,
-        direction: str = "both",
+        direction: str = "read",
         document_mask: bool = True,
         seed: int = 0,
         **how: Any,

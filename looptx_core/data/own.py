@@ -31,6 +31,7 @@ from looptx_core.documents import read_json, some
 from looptx_core.errors import DataError
 from looptx_core.media.registry import MEDIA, media_for
 from looptx_core.schema import typed
+from looptx_core.words import counted
 
 FILE = "data.json"
 FORMAT_VERSION = 1
@@ -234,8 +235,8 @@ def _records(
     )
     if found.skipped or found.dropped or found.truncated:
         report(
-            f"data: left out {found.skipped} records that can't be used and {found.dropped} that "
-            f"are too long; shortened {found.truncated}"
+            f"data: left out {counted(found.skipped, 'record')} that can't be used and "
+            f"{found.dropped} that are too long; shortened {found.truncated}"
         )
     train, val = split_packed(
         found.kept,

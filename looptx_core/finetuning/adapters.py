@@ -212,8 +212,16 @@ def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> L
         model=model.eval(),
         exit=exit_settings,
         folder=folder,
+        facts=own_facts(folder) or base.facts,
         chat_template=read_chat_template(folder) or base.chat_template,
     )
+
+
+def own_facts(folder: Path) -> dict[str, Any]:
+    """What an adapter tells of its training; PEFT's own tells nothing."""
+    file = folder / FACTS
+    found = read_json(file).get("facts") if file.is_file() else None
+    return found if isinstance(found, dict) else {}
 
 
 def check_adapter(folder: Path) -> None:

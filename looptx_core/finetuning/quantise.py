@@ -52,9 +52,9 @@ def _narrow(model: LoopedTransformer) -> None:
     embedding, head = model.embedding, model.head
     tied = head.weight is embedding.weight
     with init_empty_weights():
-        model.embedding = _NarrowEmbedding(*embedding.weight.shape)
-        rows, columns = head.weight.shape
-        model.head = _NarrowHead(columns, rows, bias=False)
+        words, width = embedding.weight.shape
+        model.embedding = _NarrowEmbedding(words, width)
+        model.head = _NarrowHead(width, words, bias=False)
     narrow = [nn.Parameter(layer.weight.detach().bfloat16(), requires_grad=False)
               for layer in (embedding, head)]  # fmt: skip
     model.embedding.weight = narrow[0]

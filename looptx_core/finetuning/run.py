@@ -48,6 +48,7 @@ from looptx_core.training.evaluate import LoopEvaluation, evaluate_all
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.metrics import calibration_error
 from looptx_core.training.run import fit, report_unlabelled, resuming
+from looptx_core.words import counted
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -317,7 +318,7 @@ def _data(
     lost = f"; dropped {examples.dropped}, truncated {examples.truncated} as too long"
     report(
         f"examples: {len(train.examples):,} to train on, {len(val.examples):,} held out, packed "
-        f"into {len(train):,} sequences, {train.fill:.0%} full"
+        f"into {counted(len(train), 'sequence')}, {train.fill:.0%} full"
         + "".join(f"; {count:,} {MEDIA[name].plural}" for name, count in examples.media.items())
         + (lost if examples.dropped or examples.truncated else "")
         + (f"; left out {examples.skipped} that can't be used" if examples.skipped else "")

@@ -340,16 +340,13 @@ class Engine:
             )
         limit = len(tokens) + options.max_new_tokens
         prompt_exit = fixed_exit(options.prompt_loops or own.max_loops, own.settings)
-        unprompted = None
-        if options.guidance != 1 and isinstance(prompt, MediaPrompt) and prompt.write is not None:
-            start = [self.end, self._writer(prompt.write).opens]
-            unprompted = Unprompted.of(self.backend, start, options, own, prompt_exit)
+        empty = [self.end, tokens[-1]] if getattr(prompt, "write", None) else []
         return Request(
             index=index,
             options=options,
             exit=own,
             prompt_exit=prompt_exit,
-            unprompted=unprompted,
+            unprompted=Unprompted.of(self.backend, empty, options, own, prompt_exit),
             prompt_tokens=len(tokens),
             # An answer in a chat does not continue the prompt's text.
             text=TextStream(

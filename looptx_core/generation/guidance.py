@@ -45,8 +45,14 @@ class Unprompted:
         options: GenerationOptions,
         exit: Exit,
         prompt_exit: Exit,
-    ) -> Unprompted:
-        """For a request with these settings. Raises `UsageError` where they exclude guidance."""
+    ) -> Unprompted | None:
+        """For a request with these settings; None where they ask for no guidance.
+
+        prompt: the empty one, up to what opens the item; without tokens nothing is asked for.
+        Raises `UsageError` for settings that exclude guidance.
+        """
+        if options.guidance == 1 or not prompt:
+            return None
         if options.speculate:
             raise UsageError("`guidance` and `speculate` exclude each other; leave one out")
         room = len(prompt) + options.max_new_tokens

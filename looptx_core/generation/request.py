@@ -14,7 +14,7 @@ from looptx_core.config.generation import GenerationOptions
 from looptx_core.generation.guidance import Unprompted
 from looptx_core.generation.outputs import Output, open_item
 from looptx_core.generation.running_batch import StepOutput
-from looptx_core.generation.sampling import chances, sample
+from looptx_core.generation.sampling import chances, check_number, sample
 from looptx_core.generation.text import TextStream
 from looptx_core.media.base import Writer
 from looptx_core.media.batch import MediaItem
@@ -272,7 +272,10 @@ def next_tokens(requests: Sequence[Request], output: StepOutput) -> list[Step]:
 
 
 def record(requests: Sequence[Request], ids: Sequence[int], output: StepOutput) -> list[Step]:
-    """Append to each request its next token from `ids`. `output` has a row for each request."""
+    """Append to each request its next token from `ids`. `output` has a row for each request.
+
+    Raises `DataError` for logits that are no numbers.
+    """
     logits = at_least_float(output.logits)
     # Not logsumexp: for one row it wakes torch's threads, which then slow the kernel down.
     chosen = torch.tensor(ids, device=logits.device)[:, None]
@@ -284,6 +287,7 @@ def record(requests: Sequence[Request], ids: Sequence[int], output: StepOutput) 
     columns = (requests, ids, output.loops, output.log_odds, top_logits, logprobs, likeliest)
     steps = []
     for request, token, loops, odds, top_logit, logprob, tops in zip(*columns):
+        check_number(logprob)
         text, finished, reason = request.take(token)
         confidence = reported_confidence(odds, top_logit, request.exit.settings)
         figures = (loops, confidence, logprob, now - request.began)

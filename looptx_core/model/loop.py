@@ -17,18 +17,15 @@ and no coda the whole stack is looped.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.media.base import Encoded
 from looptx_core.media.batch import Layout, Media, lay_out
-from looptx_core.media.encoder import Encoder
 from looptx_core.media.registry import MEDIA, media_for
 from looptx_core.model.attention import (
     Attend,
@@ -42,26 +39,16 @@ from looptx_core.model.block import Block, ForwardContext, FusedProjection
 from looptx_core.model.cache import CacheView, LoopCache
 from looptx_core.model.code_rows import CodeRows
 from looptx_core.model.confidence import Confidence, ConfidenceHead
-from looptx_core.model.fused import can_use_fused, cross_entropy
+from looptx_core.model.initial import initialise
 from looptx_core.model.injection import Injection
 from looptx_core.model.layer_state import KVState, LayerState, StateSpec
 from looptx_core.model.memory import window_mask
 from looptx_core.model.memory_state import MemoryState, WindowState
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_tables
+from looptx_core.model.score import Score, score
 from looptx_core.model.segments import iterate_blocks
 from looptx_core.model.vocabulary import new_embedding, new_head, tie_head
-
-
-class Score(NamedTuple):
-    """How well the logits predict their targets. Each field is (tokens,)."""
-
-    loss: Tensor
-    """Nats."""
-    hit: Tensor
-    """1 where the top token is the target, else 0."""
-    top: Tensor
-    """The probability of the top token, without a gradient."""
 
 
 class LoopOutput(NamedTuple):
@@ -104,32 +91,7 @@ class LoopedTransformer(nn.Module):
         for medium in self.media:
             if (head := medium.head(config)) is not None:
                 self.add_module(medium.head_name, head)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw weights from a normal distribution of standard deviation 0.02.
-
-        The projections that end a residual branch get GPT-2's smaller one, 0.02 / sqrt(2 * depth).
-        The depth counts the blocks of a pass of half the maximal loops, so that a learning rate
-        carries over between loop counts (arXiv 2606.18524 scales the branches themselves).
-        """
-        depth = self.config.effective_layers((1 + self.config.max_loops) // 2)
-        for name, parameter in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth))
-            elif parameter.dim() >= 2:
-                nn.init.normal_(parameter, std=0.02)
-        for encoder in self.encoders().values():
-            if isinstance(encoder, Encoder):
-                encoder.reset_stem()
-        # The halting bias starts low, so that an untrained head is unsure (ACT, arXiv 1603.08983).
-        nn.init.zeros_(self.confidence.hidden.bias)
-        nn.init.ones_(self.confidence.gate.bias)
-        with torch.no_grad():
-            self.confidence.out.bias.zero_()[0] = -3.0
-            self.confidence.gain.bias.zero_()
-        if self.injection.kind == "bridge":
-            nn.init.zeros_(self.injection.bridge.weight)
+        initialise(self)
 
     # The parts of a forward pass. The engine and the trainer use them one by one.
 
@@ -179,13 +141,8 @@ class LoopedTransformer(nn.Module):
             positions, self.config.head_dim, self.config.rope_theta, _compute_dtype(weight),
             far=self.config.has_memory,
         )  # fmt: skip
-        return ForwardContext(
-            rotary,
-            mask,
-            self.attend,
-            view,
-            documents=documents if self.config.has_memory else None,
-        )
+        kept = documents if self.config.has_memory else None
+        return ForwardContext(rotary, mask, self.attend, view, documents=kept)
 
     def encode(self, media: Media | None) -> dict[str, Encoded]:
         """What the encoder of each medium makes of its items."""
@@ -330,13 +287,7 @@ class LoopedTransformer(nn.Module):
 
     def score(self, decoded: Tensor, targets: Tensor) -> Score:
         """Score the head. decoded: `coda_hidden`'s, (tokens, d_model). targets: (tokens,) ids."""
-        logits = self.logits(decoded).float()
-        if can_use_fused(logits, operation="loss"):
-            return Score(*cross_entropy(logits, targets))
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        top_logit, top = logits.detach().max(-1)
-        probability = (top_logit - logits.detach().logsumexp(-1)).exp()
-        return Score(losses, (top == targets).float(), probability)
+        return score(self.logits(decoded).float(), targets)
 
     def states(
         self,
@@ -399,13 +350,8 @@ class LoopedTransformer(nn.Module):
         whole = self.look_up(tokens, media) if media else None
         for columns in cache.parts(tokens.shape[1], rows):
             x = self.look_up(tokens[:, columns]) if whole is None else whole[:, columns]
-            view = cache.view(x.shape[1], rows)
-            yield (
-                x,
-                self.context(
-                    x.shape[1], view, layout=None if layout is None else layout.part(columns)
-                ),
-            )
+            view, part = cache.view(x.shape[1], rows), layout and layout.part(columns)
+            yield x, self.context(x.shape[1], view, layout=part)
 
     def layout(
         self, tokens: Tensor, media: Media | None, padding: Tensor | None = None
@@ -425,29 +371,7 @@ class LoopedTransformer(nn.Module):
         found = {m.name: self._modules.get(getattr(m, role)) for m in self.media}
         return {name: module for name, module in found.items() if module is not None}
 
-    def share_code_rows(self, learned: bool = False) -> None:
-        """Let the rows of codes share a part while they are trained; see `CodeRows`.
-
-        learned: the rows are kept, and what they share starts at 0; else the other way round.
-        """
-        draw = self.config.draw
-        if draw.codes and draw.digits:
-            self.code_rows = CodeRows(draw.first_code, draw.levels, self.config.d_model)
-            with torch.no_grad():
-                if learned:
-                    self.code_rows.table.zero_()
-                else:
-                    for rows in self._vocabulary():
-                        rows[draw.first_code : draw.first_code + draw.codes] = 0
-
-    def fold_code_rows(self) -> None:
-        """Make ordinary rows of what codes share, for good."""
-        if self.code_rows is not None:
-            for rows in self._vocabulary():
-                self.code_rows.add_to(rows.data)
-            self.code_rows = None
-
-    def _vocabulary(self) -> list[nn.Parameter]:
+    def vocabulary(self) -> list[Tensor]:
         """The matrices that have a row for each token."""
         tied = self.head.weight is self.embedding.weight
         return [self.embedding.weight] if tied else [self.embedding.weight, self.head.weight]

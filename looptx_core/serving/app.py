@@ -33,6 +33,16 @@ _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(
     (400, 401, 403, 404, 408, 413, 429, 500, 503), _ERROR
 )
 
+_FIGURES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "In Prometheus' format.", "content": {"text/plain": {}}}
+}
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "An answer, or its pieces as server-sent events.",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+}
+
 
 def build_app(service: Service) -> ASGIApp:
     """The whole application for a service that runs."""
@@ -43,11 +53,11 @@ def build_app(service: Service) -> ASGIApp:
     app.get("/", response_class=HTMLResponse)(endpoints.page)
     app.get("/health")(endpoints.health)
     app.get("/version")(endpoints.version)
-    app.get("/metrics", response_class=Response)(endpoints.metrics)
+    app.get("/metrics", responses=_FIGURES, response_class=Response)(endpoints.metrics)
     app.get("/v1/models")(endpoints.models)
     app.get("/v1/models/{name:path}")(endpoints.model)
-    app.post("/v1/completions")(endpoints.completions)
-    app.post("/v1/chat/completions")(endpoints.chat)
+    app.post("/v1/completions", responses=_ANSWERS)(endpoints.completions)
+    app.post("/v1/chat/completions", responses=_ANSWERS)(endpoints.chat)
     app.post("/tokenize")(endpoints.tokenize)
     app.post("/detokenize")(endpoints.detokenize)
     app.post("/looptx/exit")(endpoints.change_exit)

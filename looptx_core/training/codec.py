@@ -18,10 +18,10 @@ from torch import Tensor
 
 from looptx_core.config.corpus import TokenizeConfig
 from looptx_core.config.run import RunConfig
+from looptx_core.errors import LooptxError
 from looptx_core.media.base import Grid
 from looptx_core.media.codec.codec import Codec, is_block
 from looptx_core.model import fused
-from looptx_core.training.module import NotFinite
 from looptx_core.training.optimizer import learning_rate_factor, split_optimizer
 
 _STEEPEST = 0.05  # 1 - t is no smaller in the velocity (JiT)
@@ -125,9 +125,9 @@ def train_codec(
     """Train on pictures (n, patches, numbers) of bytes; returns the number of steps done.
 
     Batch, times and noise of a step are functions of the seed and of the step. The codec ends with
-    its averaged weights, in evaluation mode.
+    its averaged weights, in evaluation mode, after an interruption too.
 
-    Raises `NotFinite` for a loss that is NaN or infinite.
+    Raises `LooptxError` for a loss that is NaN or infinite.
     """
     began = time.monotonic()
     blocks = [p for name, p in codec.named_parameters() if p.dim() == 2 and is_block(name)]
@@ -158,14 +158,16 @@ def train_codec(
             value = float(loss.detach())
             done = step + 1
             if not math.isfinite(value):
-                raise NotFinite(f"the loss is {value} at step {done}; lower `lr` ({settings.lr:g})")
+                raise LooptxError(
+                    f"the loss is {value} at step {done}; lower `lr` ({settings.lr:g})"
+                )
             on_progress(done, settings.steps, value)
             if settings.max_minutes and time.monotonic() - began > 60 * settings.max_minutes:
                 break
     finally:
         fused.enable_fused(False)
-    averaged.put_back()
-    codec.eval()
+        averaged.put_back()
+        codec.eval()
     return done
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from looptx_core.config.run import RunConfig
+from looptx_core.words import counted
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -27,6 +28,6 @@ def epochs_told(config: RunConfig, steps: int, sequences: int) -> str:
     """A line on how long a run is."""
     epochs = steps * config.batch_size / sequences
     return (
-        f"epochs: {epochs:.3g}, {steps:,} steps with {config.batch_size:,} of the {sequences:,} "
-        "sequences each"
+        f"epochs: {epochs:.3g}, {counted(steps, 'step')} with {config.batch_size:,} of the "
+        f"{counted(sequences, 'sequence')} each"
     )

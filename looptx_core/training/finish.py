@@ -22,6 +22,7 @@ from looptx_core.data.own import FILE as OWN_DATA
 from looptx_core.data.own import OwnData
 from looptx_core.data.probes import probe_batches, read_probes
 from looptx_core.machine.device import on_best_device
+from looptx_core.model.code_rows import fold_code_rows
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.parallel.strategy import Swapped
 from looptx_core.training.calibration import calibrate
@@ -75,7 +76,7 @@ def finish_training(
 
     started: `time.monotonic` at the start. The other arguments are those of `train` and `fit`.
     """
-    model.fold_code_rows()
+    fold_code_rows(model)
     loops = module.schedule.max_loops
 
     def measure() -> tuple[dict[str, LoopEvaluation], dict[str, list[float]]]:

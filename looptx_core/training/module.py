@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.run import RunConfig
-from looptx_core.errors import LooptxError
+from looptx_core.errors import DataError, LooptxError
 from looptx_core.media.batch import from_entries, hide
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.parallel.strategy import Swapped, shards_optimizer
@@ -138,7 +138,10 @@ class LoopedLM(L.LightningModule):
         self._parts = []
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self._parts.append(evaluate_batch(self.model, batch, self.schedule.max_loops))
+        try:
+            self._parts.append(evaluate_batch(self.model, batch, self.schedule.max_loops))
+        except DataError as error:
+            raise NotFinite(self.global_step) from error
 
     def on_validation_epoch_end(self) -> None:
         total = self._parts[0]

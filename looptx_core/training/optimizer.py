@@ -19,7 +19,7 @@ _GATE_LR = 0.01
 where they start, and the memory is never used."""
 
 
-def memory_parameters(model: LoopedTransformer) -> list[torch.Tensor]:
+def memory_parameters(model: LoopedTransformer) -> list[torch.nn.Parameter]:
     """The trained parameters of the core's memories, which don't decay."""
     return [p for name, p in model.named_parameters() if ".memory." in name and p.requires_grad]
 
@@ -77,7 +77,7 @@ def split_optimizer(
     parameters: Iterable[torch.nn.Parameter],
     muon_takes: Iterable[torch.nn.Parameter],
     *,
-    memories: Sequence[torch.nn.Parameter] = (),
+    memories: Sequence[torch.Tensor] = (),
     lr: float,
     weight_decay: float,
     beta2: float,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -28,6 +29,7 @@ from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.media.registry import MEDIA, media_for
 from looptx_core.model import fused
 from looptx_core.model.attention import choose_backend
+from looptx_core.model.code_rows import share_code_rows
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.parallel.deepspeed.checkpoint import Checkpoint
 from looptx_core.parallel.ranks import lost_peer
@@ -56,9 +58,14 @@ from looptx_core.training.compiled import compile_forward, uncompile_forward
 from looptx_core.training.finish import TrainResult, finish_training
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.kernel_trial import enable_kernels
+from looptx_core.training.memory_check import check_memory_use
 from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
 from looptx_core.training.optimizer import learning_rate_factor
 from looptx_core.training.start import copy_weights
+from looptx_core.words import counted
+
+_log = logging.getLogger(__name__)
+"""Of reasons, which few need."""
 
 
 def fit_vocabulary(model: ModelConfig, vocab_size: int, asked: bool) -> ModelConfig:
@@ -125,7 +132,7 @@ def train(
         )  # fmt: skip
         left_out = f", {read.skipped} left out" if config.skip_bad else ""
         what = ", ".join(medium.plural for medium in read.media)
-        report(f"{what}: {len(read.records)} records{left_out}")
+        report(f"{what}: {counted(len(read.records), 'record')}{left_out}")
         report_unlabelled(batches.unlabelled, report)
     else:
         batches = TokenData(data, **batching)
@@ -137,7 +144,7 @@ def train(
         new = copy_weights(model, init)
         news = f"; new are {', '.join(new[:3])}{' and others' if new[3:] else ''}" if new else ""
         report(f"weights: those of {init.name}{news}")
-    model.share_code_rows(learned=init is not None and bool(init.config.draw.codes))
+    share_code_rows(model, learned=init is not None and bool(init.config.draw.codes))
     module, steps = fit(
         model, batches, config, folder=folder, advice=resuming("train", folder), resume=resume,
         until=until, callbacks=callbacks, report=report, watch=watch,
@@ -207,6 +214,7 @@ def fit(
     infinite, `DataError` for unusable data or checkpoints, `LooptxError` if a checkpoint can't be
     written or another process is gone.
     """
+    check_memory_use(model.config, config, report)
     # A short run gets at least one line of metrics and one validation.
     config = replace(
         config,
@@ -216,11 +224,11 @@ def fit(
     last_step = until or config.steps
     device = best_device()
     precision, why = choose_precision(config.precision, device, config.sharding)
-    report(f"precision: {precision}, {why}")
+    _log.info("precision: %s, %s", precision, why)
     backend = choose_backend(
         config.attention, device, torch.bfloat16 if precision == "bf16" else torch.float32
     )
-    report(f"attention: {backend.name}, {backend.reason}")
+    _log.info("attention: %s, %s", backend.name, backend.reason)
     model.attend = backend.attend
     gathered = None
     if config.sharding == "fsdp":
@@ -230,6 +238,8 @@ def fit(
         gathered = Gathered()
     else:
         module = LoopedLM(model, config)
+    # One that was loaded would have no dropout, and its encoders no loss of their own.
+    module.train()
 
     checkpoints, metrics = folder / "checkpoints", JsonLines(folder / "metrics.jsonl", watch)
     start_from = None
@@ -281,9 +291,13 @@ def fit(
         ours.append(Profile(folder / "profile", config.profile, begin_at))
     with quiet_lightning(), own_environment(folder):
         trainer = _trainer(config, last_step, folder, precision, device, strategy, ours, metrics)
+        chosen = f"precision: {precision}; attention: {backend.name}"
         if device.type == "cpu":
             wanted = precision == "float32" and not config.compile
-            report(f"kernels: {enable_kernels(model.config, config, folder, wanted, resume)}")
+            kernels = enable_kernels(model.config, config, folder, wanted, resume)
+            _log.info("kernels: %s", kernels)
+            chosen += f"; kernels: {'fused' if kernels.startswith('fused') else 'plain torch'}"
+        report(chosen)
         if config.compile:
             compile_forward(model)
         try:
@@ -340,7 +354,8 @@ def _report_other_world_size(
     before = processes_of(checkpoint)
     if before not in (None, config.world_size):
         report(
-            f"resumed: {before} processes saved and {config.world_size} go on; weights, moments "
+            f"resumed: {counted(before or 0, 'process', 'processes')} saved and "
+            f"{config.world_size} go on; weights, moments "
             "and the place in the data are the same, but sums over processes are ordered anew, and "
             "dropout and depths by loss are drawn anew, so the run is another to the last bits"
         )

@@ -6,8 +6,6 @@ float32, so they are the same on one machine with one number of threads.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +14,7 @@ from looptx_core.media.base import Grid
 from looptx_core.media.codec.detokeniser import Detokeniser, block_config, grid_positions
 from looptx_core.media.codec.quantiser import Quantiser
 from looptx_core.media.encoder import Encoder
+from looptx_core.model.weights import draw_weights
 
 
 class PatchEncoder(Encoder):
@@ -45,17 +44,8 @@ class Codec(nn.Module):
         self.encoder = PatchEncoder(config)
         self.quantiser = Quantiser(config.levels)
         self.detokeniser = Detokeniser(config)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw weights by the rule of `LoopedTransformer.reset_parameters`."""
-        blocks = block_config(self.config)
-        depth = blocks.effective_layers((1 + self.config.max_loops) // 2)
-        for name, parameter in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth))
-            elif is_block(name) and parameter.dim() >= 2:
-                nn.init.normal_(parameter, std=0.02)
+        depth = block_config(config).effective_layers((1 + config.max_loops) // 2)
+        draw_weights(((n, p) for n, p in self.named_parameters() if is_block(n)), depth)
 
     def values(self, patches: Tensor, grid: Grid) -> Tensor:
         """The codes' values, (batch, patches, digits), with a gradient for the encoder."""
