@@ -37,7 +37,7 @@ def serve(
     looptx serve
     looptx serve --model runs/a --port 9000
     looptx serve --adapter runs/finetune-1 --precision int8 --max-batch 32
-    LOOPTX_API_KEY=secret looptx serve --host 0.0.0.0
+    looptx serve --host 0.0.0.0 --api-key secret
 
     The address itself is a page to try the model on. Ctrl-C lets running requests finish.
     """

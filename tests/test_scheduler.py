@@ -13,7 +13,7 @@ from test_generation import SETTINGS, facts, tokenizer  # noqa: F401
 
 from looptx_core.generation import prompts, scheduler
 from looptx_core.generation.engine import Engine
-from looptx_core.generation.prompts import cut
+from looptx_core.generation.prompts import split_prompt
 from looptx_core.media.batch import MediaItem
 from looptx_core.media.registry import MEDIA
 from looptx_core.model.loop import LoopedTransformer
@@ -43,11 +43,13 @@ def engine(request, model, tokenizer):  # noqa: F811
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """Prompts are cut every 6 tokens, and at most 6 are read before others go on."""
-    monkeypatch.setattr(scheduler, "PIECE", 6)
+    """Prompts are split_prompt every 6 tokens, and at most 6 are read before others go on."""
+    monkeypatch.setattr(scheduler, "PREFILL_CHUNK", 6)
     monkeypatch.setattr(scheduler, "_ALONE", 12)
     monkeypatch.setattr(
-        scheduler, "cut", lambda seen, media, config: cut(seen, media, config, piece=6)
+        scheduler,
+        "split_prompt",
+        lambda seen, media, config: split_prompt(seen, media, config, piece=6),
     )
 
 
@@ -94,7 +96,7 @@ def test_who_joins_later_and_who_leaves_change_nothing(engine, small_pieces):
 def test_a_prompt_in_pieces_is_the_same_prompt_under_fill(model, tokenizer, small_pieces):  # noqa: F811
     engine = Engine(model, tokenizer, SETTINGS)
     [pieces] = engine.complete([LONG], GREEDY)
-    scheduler.cut = cut  # as it is; the fixture takes it back
+    scheduler.split_prompt = split_prompt  # as it is; the fixture takes it back
     [whole] = engine.complete([LONG], GREEDY)
     (exact, close), (same, numbers) = facts(pieces), facts(whole)
     assert exact == same and close.expected == numbers
@@ -154,14 +156,14 @@ def test_no_piece_ends_within_an_item():
     token = MEDIA["image"].token(config)
     items = [MediaItem("image", torch.zeros(4, 1), (2, 2)) for _ in range(3)]
     seen = [9] * 4 + [token] * 4 + [9] * 5 + [token] * 8 + [9]
-    pieces = cut(seen, items, config, piece=6)
+    pieces = split_prompt(seen, items, config, piece=6)
     assert [(piece.start, piece.end, len(piece.items)) for piece in pieces] == [
         (0, 8, 1),
         (8, 21, 2),
         (21, 22, 0),
     ]
-    assert [(p.start, p.end) for p in cut(range(300), (), config)] == [
-        (0, prompts.PIECE),
-        (prompts.PIECE, 2 * prompts.PIECE),
-        (2 * prompts.PIECE, 300),
+    assert [(p.start, p.end) for p in split_prompt(range(300), (), config)] == [
+        (0, prompts.PREFILL_CHUNK),
+        (prompts.PREFILL_CHUNK, 2 * prompts.PREFILL_CHUNK),
+        (2 * prompts.PREFILL_CHUNK, 300),
     ]

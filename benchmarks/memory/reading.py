@@ -29,7 +29,7 @@ def read(model: LoopedTransformer, ids: Tensor, loops: int) -> tuple[Tensor, flo
     """The next token's log-probabilities, seconds of CPU time, and bytes of the state."""
     cache = model.new_cache(1, ids.shape[1], loops)
     began = time.process_time()
-    output = RunningBatch(TorchBackend(model), cache).prompt([0], ids, loops)
+    output = RunningBatch(TorchBackend(model), cache).prompt([0], ids, loops).last
     return output.logits[0].log_softmax(-1), time.process_time() - began, cache.nbytes
 
 

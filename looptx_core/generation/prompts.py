@@ -2,7 +2,7 @@
 
 What a model remembers may depend on where a prompt is cut (under the KV policy `last`, the shallow
 loops of a piece see the deepest entries of the pieces before). So the length is fixed, and a prompt
-is read in the same pieces alone, in a batch and by a server.
+is read in the same pieces alone, in a batch and by a server (chunked prefill).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.media.batch import MediaItem
 from looptx_core.media.registry import MEDIA
 
-PIECE = 128
+PREFILL_CHUNK = 128
 """Tokens of a piece. A piece that would end within an item of a medium goes on to the item's end,
 because tokens of an item may attend to each other both ways."""
 
 
-class Piece(NamedTuple):
+class PromptChunk(NamedTuple):
     """The tokens `start` to `end` - 1 of a prompt, and the items that stand there."""
 
     start: int
@@ -28,9 +28,12 @@ class Piece(NamedTuple):
     items: tuple[MediaItem, ...] = ()
 
 
-def cut(
-    tokens: Sequence[int], items: Sequence[MediaItem], config: ModelConfig, piece: int = PIECE
-) -> list[Piece]:
+def split_prompt(
+    tokens: Sequence[int],
+    items: Sequence[MediaItem],
+    config: ModelConfig,
+    piece: int = PREFILL_CHUNK,
+) -> list[PromptChunk]:
     """The pieces of a prompt, in order."""
     places = {MEDIA[name].token(config): name for name in {item.medium for item in items}}
     waiting: dict[str, deque[MediaItem]] = {name: deque() for name in places.values()}
@@ -47,6 +50,6 @@ def cut(
             while left > 0 and waiting[name]:
                 here.append(waiting[name].popleft())
                 left -= here[-1].length
-        pieces.append(Piece(start, end, tuple(here)))
+        pieces.append(PromptChunk(start, end, tuple(here)))
         start = end
     return pieces

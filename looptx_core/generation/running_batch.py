@@ -121,11 +121,13 @@ class RunningBatch:
 
         media: the items that stand in these pieces. every: read out every token, not the last only.
         """
-        depths, found = [loops] * len(rows), []
+        depths = [loops] * len(rows)
+        found: list[Tensor] = []
         for run, part in self.backend.prompt(self.cache, rows, tokens, media):
             embedding = run.embed(part)
             state = run.iterate(embedding, embedding, [1] * len(rows), loops)
-            found.append(run.logits(state, last=not every))
+            logits = run.logits(state, last=not every)
+            found = [*found, logits] if every else [logits]  # of a long prompt only the last
             if self.cache.needs_backfill(loops):
                 run.backfill(state, embedding, depths)
             self.cache.view(part.shape[1], rows).advance()

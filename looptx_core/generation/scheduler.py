@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from looptx_core.generation.prompts import PIECE, Piece, cut
+from looptx_core.generation.prompts import PREFILL_CHUNK, PromptChunk, split_prompt
 from looptx_core.generation.request import Request, Step, next_tokens, score_prompts
 from looptx_core.generation.running_batch import RunningBatch, StepOutput
 from looptx_core.generation.speculative import draft_and_verify
@@ -27,12 +27,12 @@ _ALONE = 1024
 
 
 @dataclass(eq=False)
-class _Reading:
+class _Prefill:
     """A request whose prompt is being read."""
 
     row: int
     request: Request
-    pieces: deque[Piece]
+    pieces: deque[PromptChunk]
 
     @property
     def kind(self) -> tuple[int, int, int]:
@@ -52,7 +52,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._free = deque(range(len(batch.cache.lengths)))
         self._owners: dict[int, Request] = {}
-        self._reading: list[_Reading] = []
+        self._prefills: list[_Prefill] = []
         self._drafting: list[int] = []
         # Rows in the core that have had no token since a piece was read.
         self._owed: set[int] = set()
@@ -94,9 +94,9 @@ class Scheduler:
             row, request = self._free.popleft(), self._waiting.popleft()
             self._owners[row] = request
             config = self.batch.backend.model.config
-            pieces = deque(cut(request.seen, request.media, config))
-            self._reading.append(_Reading(row, request, pieces))
-        steps = [] if self._owed else self._read()
+            pieces = deque(split_prompt(request.seen, request.media, config))
+            self._prefills.append(_Prefill(row, request, pieces))
+        steps = [] if self._owed else self._prefill()
         for row in list(self._drafting):
             drawn = list(draft_and_verify(self.batch, row, self._owners[row]))
             steps += drawn
@@ -106,16 +106,16 @@ class Scheduler:
             steps += self._take(output)
         return steps
 
-    def _read(self) -> list[Step]:
+    def _prefill(self) -> list[Step]:
         """Read the next pieces of prompts, by arrival, those of a kind together."""
         steps: list[Step] = []
         streaming = self.batch.rows
-        room = PIECE if streaming or self._drafting else _ALONE
-        while self._reading and room > 0:
-            first = self._reading[0]
+        room = PREFILL_CHUNK if streaming or self._drafting else _ALONE
+        while self._prefills and room > 0:
+            first = self._prefills[0]
             length = first.pieces[0].end - first.pieces[0].start
-            alike = [own for own in self._reading if own.kind == first.kind]
-            if room <= PIECE:
+            alike = [own for own in self._prefills if own.kind == first.kind]
+            if room <= PREFILL_CHUNK:
                 if steps and length > room:
                     break
                 alike = alike[: max(1, room // length)]
@@ -124,7 +124,7 @@ class Scheduler:
             steps += self._take(self._run(alike))
         return steps
 
-    def _run(self, alike: list[_Reading]) -> StepOutput:
+    def _run(self, alike: list[_Prefill]) -> StepOutput:
         """Run the next pieces of these; what the prompts predict that are finished by them."""
         device = self.batch.backend.device
         pieces = [own.pieces.popleft() for own in alike]
@@ -143,7 +143,7 @@ class Scheduler:
         )
         if output.logits is not None:
             score_prompts([own.request for own in alike], output.logits, start)
-        self._reading = [own for own in self._reading if own.pieces]
+        self._prefills = [own for own in self._prefills if own.pieces]
         return output.last.of([i for i, own in enumerate(alike) if not own.pieces])
 
     def _take(self, output: StepOutput) -> list[Step]:
@@ -169,7 +169,7 @@ class Scheduler:
     def _release(self, row: int) -> None:
         """Free the row of a request, wherever the request stands."""
         del self._owners[row]
-        self._reading = [own for own in self._reading if own.row != row]
+        self._prefills = [own for own in self._prefills if own.row != row]
         self._drafting = [own for own in self._drafting if own != row]
         self._owed.discard(row)
         if row in self.batch.rows:

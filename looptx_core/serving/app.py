@@ -138,7 +138,7 @@ class Endpoints:
         answer = Completion(self.name, texts, asked.logprobs)
         exchange = await self._open(jobs, answer)
 
-        def told(job: Job) -> str:
+        def prompt_text(job: Job) -> str:
             return job.prompt if isinstance(job.prompt, str) else self._decode(job)
 
         def ids(job: Job) -> list[int]:
@@ -151,7 +151,7 @@ class Endpoints:
             heads = None
             if asked.echo:
                 heads = lambda index: answer.prompt_piece(  # noqa: E731
-                    index, told(jobs[index]), ids(jobs[index]), scores(jobs[index])
+                    index, prompt_text(jobs[index]), ids(jobs[index]), scores(jobs[index])
                 )
             stream = Stream(exchange, answer, asked, most == 0, heads)
             return stream.response()
@@ -163,7 +163,7 @@ class Endpoints:
             steps = steps if most else []
             text = "".join(step.text for step in steps)
             if asked.echo:
-                whole = told(job) + text
+                whole = prompt_text(job) + text
                 choices.append(answer.echoed(index, steps, whole, ids(job), scores(job)))
             else:
                 choices.append(answer.choice(index, steps, text))

@@ -78,14 +78,14 @@ class Metrics:
             self.early.inc()
         if step.finish_reason is not None:
             self.finished.labels(step.finish_reason).inc()
-            self.forget(job)
+            self.drop(job)
 
     def lost(self, job: Job) -> None:
         """A job ended without its last token."""
         self.failed.inc()
-        self.forget(job)
+        self.drop(job)
 
-    def forget(self, job: Job) -> None:
+    def drop(self, job: Job) -> None:
         self._last.pop(job, None)
 
     def text(self) -> bytes:

@@ -47,11 +47,11 @@ class Exchange:
             self._events.append((job.owner[1], event))
             self._service.metrics.token(job, event)
             if event.finish_reason is not None:
-                self._leave(job)
+                self._end_job(job)
         elif isinstance(event, Failed):
             self._error = self._error or event.error
             self._service.metrics.lost(job)
-            self._leave(job)
+            self._end_job(job)
         else:
             self._accepted += 1
         self._changed.set()
@@ -88,7 +88,7 @@ class Exchange:
         for job in list(self._open):
             self._service.worker.cancel(job)
             self._service.metrics.lost(job)
-            self._leave(job)
+            self._end_job(job)
 
     def end(self) -> None:
         """Cut what has not ended: the server ends."""
@@ -96,7 +96,7 @@ class Exchange:
         self.cut = True
         self._changed.set()
 
-    def _leave(self, job: Job) -> None:
+    def _end_job(self, job: Job) -> None:
         self._open.discard(job)
         self._service.left(self, not self._open)
 
