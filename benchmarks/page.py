@@ -17,8 +17,8 @@ from benchmarks.common.tables import all_records
 PAGE = ROOT / "docs" / "benchmarks.md"
 QUESTIONS = (
     "p_hop", "depth_pays", "recipe", "exits", "decode_speed", "batches", "speculation",
-    "kv_cache", "start_time", "train_speed", "scale", "ternary", "finetuning", "pictures",
-    "sound", "tokenizing", "mutation",
+    "kv_cache", "serving", "start_time", "train_speed", "scale", "ternary", "finetuning",
+    "pictures", "sound", "drawing", "tokenizing", "mutation", "reliability",
 )  # fmt: skip
 INTRODUCTION = """\
 # Benchmarks

@@ -23,6 +23,7 @@ import typer
 from looptx_cli.console import flags_of, with_flags
 from looptx_cli.main import command_function, load_command
 from looptx_core import errors
+from looptx_core.config.codec import CodecConfig
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.corpus import TokenizeConfig
 from looptx_core.config.evaluation import EvaluateConfig
@@ -33,6 +34,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import PRESETS
 from looptx_core.config.resolve import field_help
 from looptx_core.config.run import TrainConfig
+from looptx_core.config.serving import ServeConfig
 
 REFERENCE = Path(__file__).parent / "reference"
 _BLOCK = re.compile(r"(<!-- generated: ([\w -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -46,8 +48,10 @@ SCHEMAS: dict[str, type] = {
     "chat": GenerationOptions,
     "inspect-loops": InspectConfig,
     "evaluate": EvaluateConfig,
+    "serve": ServeConfig,
     "model": ModelConfig,
     "exit": ExitSettings,
+    "codec": CodecConfig,
 }
 """The dataclass behind a command's flags, or behind a part of a file."""
 
@@ -153,7 +157,8 @@ def _annotations(command: str) -> dict[str, Any]:
 def _helps(schema: type) -> dict[str, str]:
     """The help of each field, without the default that `field_help` adds."""
     return {
-        name: re.sub(r" \(default [^()]*\)$", "", text) for name, text in field_help(schema).items()
+        name: re.sub(r" \(default [^()]*(\([^()]*\))?\)$", "", text)
+        for name, text in field_help(schema).items()
     }
 
 

@@ -54,7 +54,7 @@ def chat(
     echo "Who are you?" | looptx chat --quiet
     """
     options = resolve(GenerationOptions, flags=flags, config=config).build(GenerationOptions)
-    files = given_media(image=image, audio=audio, video=video)
+    files = given_media(quiet, image=image, audio=audio, video=video)
     with large_imports():
         loaded = load(
             model, adapter=adapter, attention=attention, precision=precision, kernel=kernel,

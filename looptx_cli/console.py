@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -35,6 +36,21 @@ def note(message: str, quiet: bool = False) -> None:
     """One line on stderr, with parameters as flags, unless --quiet."""
     if not quiet:
         stderr().print(with_flags(message), soft_wrap=True)
+
+
+def show_reasons() -> None:
+    """From here on, write to stderr what the library notes on its choices."""
+    log = logging.getLogger("looptx_core")
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        log.addHandler(_ToStderr())
+
+
+class _ToStderr(logging.Handler):
+    """A line for each record, on the stderr of its moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
 
 
 _flags: dict[str, str] = {}  # of the running command, by the parameter that each sets

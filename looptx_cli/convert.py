@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from looptx_cli.console import note, stdout
+from looptx_cli.dry_run import show_conversion
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_core.config.conversion import ConvertConfig
@@ -26,6 +27,9 @@ def convert(
     flags: dict[str, Any],
     config: Annotated[Path | None, typer.Option(help="A YAML file of these settings.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done and written only.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no notes.")] = False,
 ) -> None:
@@ -35,10 +39,12 @@ def convert(
     looptx convert --to-bitnet
     looptx convert --to-bitnet --model runs/a --finetune-steps 1000 --max-minutes 30
     looptx convert --to-bitnet --direct --out rounded
+    looptx convert --dtype int8 --model runs/a --out small
     looptx convert --to-hf --model runs/a --dtype bf16
     looptx convert --from-hf a-hf --out a-again
     looptx convert --from-gguf model-Q4_K_M.gguf --core auto
     looptx convert --adapter runs/finetune-1 --merge-adapter
+    looptx convert --memory delta --model runs/a
     """
     settings = resolve(ConvertConfig, flags=flags, config=config).build(ConvertConfig)
 
@@ -46,6 +52,15 @@ def convert(
         from looptx_cli.progress import train_progress
         from looptx_core.conversion.run import convert
 
+    if dry_run:
+        from looptx_core.conversion.plan import plan_conversion
+
+        found = plan_conversion(
+            settings, overwrite=overwrite, inputs=[config_file(config)],
+            report=lambda line: note(line, quiet),
+        )  # fmt: skip
+        show_conversion(found, as_json)
+        return
     result = convert(
         settings,
         overwrite=overwrite,
@@ -67,6 +82,8 @@ def convert(
             f"('{result.out}', trust_remote_code=True) in transformers",
             quiet,
         )
+    elif settings.memory:
+        note(f"try next: looptx finetune --model {result.out} --seq-len 1024", quiet)
     else:
         note(f'try next: looptx generate "Call me" --model {result.out} --show-iterations', quiet)
 
@@ -80,8 +97,8 @@ def _show(result: ConvertResult) -> None:
         out.print(line, soft_wrap=True)
 
     if result.loss_by_loop != result.loss_by_loop_before:
-        title = f"Held-out loss, nats a token, on {result.judged_by}"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        say(f"Held-out loss, nats a token, on {result.judged_by}")
+        table = Table(box=None, pad_edge=False)
         for name in ("loops", "before", "after"):
             table.add_column(name, justify="right")
         losses = zip(result.loss_by_loop_before, result.loss_by_loop)

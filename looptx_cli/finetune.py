@@ -8,13 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from looptx_cli.console import note, stdout
+from looptx_cli.dry_run import show_finetuning
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
-from looptx_cli.runs import last_step, resumed, run_folder, settle, summary, write_line
+from looptx_cli.runs import (
+    last_step,
+    refuse_two_lengths,
+    resumed,
+    run_folder,
+    settle,
+    summary,
+    write_line,
+)
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.resolve import config_file, resolve
+from looptx_core.words import counted
 
 if TYPE_CHECKING:
+    from looptx_core.finetuning.answers import HeldOutAnswers
     from looptx_core.finetuning.run import FinetuneResult
 
 
@@ -24,6 +35,7 @@ def finetune(
     config: Annotated[Path | None, typer.Option(help="A YAML file of these settings.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with this run, exactly.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show size and cost only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no notes.")] = False,
 ) -> None:
@@ -32,9 +44,10 @@ def finetune(
     \b
     looptx finetune --lora --qlora
     looptx finetune --data qa.jsonl --model runs/a --lora
-    looptx finetune --data qa.jsonl --steps 1000
+    looptx finetune --data qa.jsonl --epochs 3
     looptx finetune --data chats.parquet --qlora --quantization int8
     looptx finetune --data qa.csv --columns prompt=question --columns response=answer
+    looptx finetune --data qa.jsonl --lora --dry-run
     looptx finetune --data hf:NAME --lora --seq-len 512 --too-long drop
 
     A line of data is {"prompt", "response"}, {"messages": [{"role", "content"}]} or {"text"}, each
@@ -46,6 +59,7 @@ def finetune(
         resolved = resumed(resume, flags, "finetune", FinetuneConfig, config=config)
     else:
         resolved = resolve(FinetuneConfig, flags=flags, config=config)
+        refuse_two_lengths(resolved)
     settings = resolved.build(FinetuneConfig)
     until = None
     if resume is not None:
@@ -80,18 +94,27 @@ def finetune(
         note(line, quiet)
 
     check(settings, run.where)
-    prepared = prepare(settings, base=base.folder, data=data, until=until, report=report)
-    found = {"model": str(base.folder.resolve())}
+    prepared = prepare(
+        settings, base=base.folder, data=data, until=until, judge=not dry_run, report=report
+    )
+    if dry_run:
+        from looptx_core.finetuning.plan import plan_finetune
+
+        report("timing a few steps")
+        show_finetuning(plan_finetune(prepared), as_json)
+        return
+    settle(resolved, {"model": str(base.folder.resolve())}, base.reason)
+    settle(resolved, {"steps": prepared.config.steps}, "`epochs`")
     run.until = until
     with run:
-        folder = run.begin(settle(resolved, found, base.reason), prepared.origin, report)
+        folder = run.begin(resolved, prepared.origin, report)
         note(f"run: {folder}, {settings.method}", quiet)
         result = finetune(
             prepared,
             folder=folder,
             resume=resume is not None,
             until=until,
-            callbacks=[train_progress(until or settings.steps, quiet or as_json)],
+            callbacks=[train_progress(until or prepared.config.steps, quiet or as_json)],
             report=report,
             watch=write_line if as_json else None,
         )
@@ -131,7 +154,7 @@ def _show(result: FinetuneResult) -> None:
 
     share = result.trainable / result.parameters
     say(
-        f"{result.method}: {result.steps:,} steps in {result.seconds:,.0f} s, "
+        f"{result.method}: {counted(result.steps, 'step')} in {result.seconds:,.0f} s, "
         f"{result.trainable:,} parameters trained ({share:.1%} of the base's)"
     )
     say(f"confidence: calibration error {result.ece_before:.3f} before, {result.ece:.3f} after")
@@ -142,5 +165,35 @@ def _show(result: FinetuneResult) -> None:
             f"loss {result.quantised_loss:.3f} on the quantised base, "
             f"{result.loss_by_loop[-1]:.3f} on the full-precision one, where the adapter runs"
         )
+    if result.answers is not None:
+        _show_answers(result.answers)
     what = "adapter" if (result.model_folder / "adapter_config.json").exists() else "model"
     say(f"{what}: {result.model_folder}, curves: {result.folder / 'curves.png'}")
+
+
+def _show_answers(answers: HeldOutAnswers) -> None:
+    """A few prompts with what was expected and given, and how many answers are exact."""
+    from rich.table import Table
+
+    out = stdout()
+    table = Table(title="Held-out answers", title_justify="left", box=None, pad_edge=False)
+    table.add_column("", width=1)
+    for name, ratio in (("prompt", 2), ("expected", 1), ("given", 1)):
+        table.add_column(name, ratio=ratio, overflow="fold")
+    for answer in answers.shown:
+        texts = (answer.prompt, answer.expected, answer.given)
+        table.add_row("=" if answer.exact else "x", *(_clipped(text) for text in texts))
+    out.print(table)
+    few = f", of {answers.of:,} held out" if answers.of > answers.records else ""
+    out.print(
+        f"exact match: {answers.share:.1%} of {answers.records:,} held-out answers{few}",
+        soft_wrap=True,
+    )
+
+
+def _clipped(text: str, most: int = 120) -> str:
+    """A text on one line, its middle left out where it is long: prompts often end in what is
+    asked."""
+    line = " ".join(text.split())
+    half = most // 2
+    return line if len(line) <= most else f"{line[:half]} … {line[-half:]}"

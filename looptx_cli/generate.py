@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,7 @@ import typer
 
 from looptx_cli.console import note, shown, stdout
 from looptx_cli.conversation import Conversation
+from looptx_cli.drawing import SCHEMA_VERSION, check_target, draw_picture
 from looptx_cli.imports import large_imports
 from looptx_cli.model_options import (
     Adapter,
@@ -24,15 +25,22 @@ from looptx_cli.model_options import (
     Model,
     Precision,
     ShowIterations,
-    Video,
 )
 from looptx_cli.options import with_fields
-from looptx_cli.streaming import given_media, print_now, read_items, stream
+from looptx_cli.reading import reading_shown
+from looptx_cli.streaming import (
+    given_media,
+    piped_frames,
+    print_now,
+    read_items,
+    stream,
+)
 from looptx_core.api import load
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.resolve import resolve
 from looptx_core.documents import (
     MOST_BYTES,
+    arriving,
     has_half,
     known_kind,
     lines_of,
@@ -44,9 +52,12 @@ from looptx_core.media.registry import MEDIA
 
 if TYPE_CHECKING:
     from looptx_core.generation.engine import ChatPrompt, Engine, Generation, Prompt
+    from looptx_core.generation.transcribe import Segment
     from looptx_core.media.batch import MediaItem
 
-SCHEMA_VERSION = 1
+_SHOWN, _END = 20_000, 400  # characters of a prompt that are shown whole, and of the end of others
+PIPE_FPS = 25.0
+"""Frames a second of a pipe, where nothing is said."""
 
 
 @with_fields(GenerationOptions)
@@ -58,14 +69,34 @@ def generate(
     prompts_file: Annotated[
         Path | None, typer.Option(help="A prompt a line, or JSON lines with `prompt`.")
     ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(help="One prompt, a whole file; of any length for a model with a memory."),
+    ] = None,
     model: Model = None,
     adapter: Adapter = None,
     image: Image = None,
     audio: Audio = None,
-    video: Video = None,
+    video: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A clip, before the prompt or at its <|video|>; may be repeated. -: PNG, JPEG or "
+            "PPM frames from a pipe."
+        ),
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames a second of --video -; absent: 25.")
+    ] = None,
+    every: Annotated[
+        float | None,
+        typer.Option(help="With --video -, answer each time so many seconds of it have passed."),
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="A prompt is a turn of a chat, which the model answers.")
     ] = False,
+    draw: Annotated[
+        Path | None, typer.Option(help="Draw the prompt into this file, a PNG, JPEG or WebP.")
+    ] = None,
     timestamps: Annotated[
         bool,
         typer.Option(
@@ -93,24 +124,39 @@ def generate(
     looptx generate --audio hello.wav
     looptx generate --audio talk.mp3 --timestamps
     looptx generate --video wave.webp
+    looptx generate "cat face" --draw drawn.png --guidance 2
+    ffmpeg -i in.mp4 -f image2pipe -c:v png - | looptx generate --video - --every 2
     looptx generate "Call me" --adapter runs/finetune-1
     looptx generate --chat "Who are you?" --adapter runs/finetune-1
     looptx generate "Call me" --json | jq .tokens[0]
     looptx generate --prompts-file prompts.txt --loops 4 --temperature 0
+    looptx generate --prompt-file book.txt --model runs/with-memory
     looptx generate "Call me" --speculate 4
     """
     resolved = resolve(GenerationOptions, flags=flags, config=config)
     options = resolved.build(GenerationOptions)
     depths = _depths(compare_loops)
     texts: list[Prompt] = [*(prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
-    files = given_media(image=image, audio=audio, video=video)
+    if prompt_file:
+        mend = "check --prompt-file"
+        texts.append(read_text(prompt_file, mend=mend, pipes=True).rstrip("\n"))
+    files = given_media(quiet, image=image, audio=audio, video=video)
     if timestamps and (len(audio or ()) != 1 or len(files) > 1 or texts or chat or compare_loops):
         raise UsageError("--timestamps goes with one --audio and nothing else to read")
+    if draw is not None:
+        if len(texts) > 1 or timestamps or chat or compare_loops:
+            raise UsageError("--draw goes with one prompt, and neither a chat nor several depths")
+        check_target(draw)
+    rate = _pipe_rate(files.get("video", ()), fps, every)
+    if rate and chat and not texts:
+        raise UsageError("--video - takes standard input, so give the message as an argument")
+    if every and (len(texts) > 1 or len(files) > 1 or chat or depths or show_iterations):
+        raise UsageError("--every goes with --video - and one prompt, and nothing else")
     if files and len(texts) > 1:
         flag = f"--{next(iter(files))}"
         raise UsageError(f"{flag} goes with one prompt; give one, or none for a caption")
-    if files and not texts and not chat:
-        texts = [""]
+    if (files or draw) and not texts and not chat:
+        texts = [""] if files or sys.stdin.isatty() else []
     for text in texts:
         if has_half(str(text)):
             raise UsageError("a prompt is not UTF-8; convert it")
@@ -119,6 +165,8 @@ def generate(
         texts = [_from_stdin()]
 
     abilities = frozenset(MEDIA[name].ability for name in files)
+    if draw is not None:
+        abilities |= {MEDIA["image"].write_ability}
     with large_imports():
         loaded = load(
             model, adapter=adapter, attention=attention, precision=precision, kernel=kernel,
@@ -133,7 +181,14 @@ def generate(
     if timestamps:
         _transcribe(engine, files["audio"][0], options, as_json)
         return
-    items = read_items(engine, files)
+    if every:
+        assert rate is not None
+        _narrate(engine, str(texts[0]), options, rate, every, as_json)
+        return
+    items = read_items(engine, files, rate)
+    if draw is not None:
+        draw_picture(engine, str(texts[0]), items, options, draw, show_iterations, as_json, quiet)
+        return
     if chat:
         texts = [_message(str(text), items) for text in texts]
     elif items and not interactive:
@@ -143,7 +198,8 @@ def generate(
     elif depths:
         _compare(engine, texts, options, depths, as_json)
     elif as_json:
-        results = [result.to_dict() for result in engine.complete(texts, options)]
+        with reading_shown(engine, sum(map(engine.length, texts)), quiet):
+            results = [result.to_dict() for result in engine.complete(texts, options)]
         document = results[0] if len(results) == 1 else {"results": results}
         print_now(json.dumps({"schema_version": SCHEMA_VERSION, **document}) + "\n")
     elif len(texts) == 1:
@@ -153,20 +209,51 @@ def generate(
             _show(engine, text, result, show_iterations, quiet)
 
 
+def _pipe_rate(clips: Sequence[Path], fps: float | None, every: float | None) -> float | None:
+    """Frames a second of a pipe, None without one. Raises `UsageError` for flags of a pipe that
+    are bad or have none."""
+    piped = [str(clip) for clip in clips].count("-")
+    for flag, value in (("--fps", fps), ("--every", every)):
+        if value is not None and not 0 < value < float("inf"):
+            raise UsageError(f"{flag} {value:g}: above 0")
+        if value is not None and not piped:
+            raise UsageError(f"{flag} goes with --video -, a pipe of frames")
+    if piped > 1 or (every and len(clips) > 1):
+        raise UsageError("--video - goes once, as there is one standard input")
+    return fps or PIPE_FPS if piped else None
+
+
 def _transcribe(engine: Engine, file: Path, options: GenerationOptions, as_json: bool) -> None:
     """What is said when, a line a piece, as it is heard."""
-    from looptx_core.generation.transcribe import joined, transcribe
+    from looptx_core.generation.transcribe import transcribe
+
+    _print_segments(transcribe(engine, str(file), options), as_json)
+
+
+def _narrate(
+    engine: Engine, prompt: str, options: GenerationOptions, fps: float, every: float, as_json: bool
+) -> None:
+    """What happens when, a line each time, as it is seen."""
+    from looptx_core.generation.watch import narrate
+    from looptx_core.media.video.frames import frames_of_pipe
+
+    frames = frames_of_pipe(piped_frames(), fps, "standard input")
+    _print_segments(narrate(engine, frames, every, prompt, min(fps, 12.5), options), as_json)
+
+
+def _print_segments(segments: Iterable[Segment], as_json: bool) -> None:
+    from looptx_core.generation.transcribe import joined
     from looptx_core.media.base import clock
 
-    segments = []
-    for segment in transcribe(engine, str(file), options):
-        segments.append(segment)
+    found = []
+    for segment in segments:
+        found.append(segment)
         if not as_json:
             start, end = clock(segment.start), clock(segment.end)
             print_now(shown(f"[{start} - {end}] {segment.text}\n"))
     if as_json:
-        document = joined(segments).to_dict()
-        document["segments"] = [segment.to_dict() for segment in segments]
+        document = joined(found).to_dict()
+        document["segments"] = [segment.to_dict() for segment in found]
         print_now(json.dumps({"schema_version": SCHEMA_VERSION, **document}) + "\n")
 
 
@@ -216,9 +303,13 @@ def _prompt_of(where: str, value: Any) -> str:
 
 def _from_stdin() -> str:
     """All of standard input, without a byte order mark and the last newline."""
-    raw = sys.stdin.buffer.read(MOST_BYTES + 1)
-    if len(raw) > MOST_BYTES:
-        raise DataError(f"standard input: over {MOST_BYTES:,} bytes, too large for a prompt")
+    parts, size = [], 0
+    for part in arriving(sys.stdin.buffer):
+        parts.append(part)
+        size += len(part)
+        if size > MOST_BYTES:
+            raise DataError(f"standard input: over {MOST_BYTES:,} bytes, too large for a prompt")
+    raw = b"".join(parts)
     try:
         return raw.decode("utf-8-sig").rstrip("\n")
     except UnicodeDecodeError as error:
@@ -230,15 +321,17 @@ def _stream(
     engine: Engine, prompt: Prompt, options: GenerationOptions, iterations: bool, quiet: bool
 ) -> None:
     """Print a continuation as it is generated, and its figures."""
-    result = stream(engine, prompt, options, iterations, quiet, _before(engine, prompt))
+    with reading_shown(engine, engine.length(prompt), quiet):
+        result = stream(engine, prompt, options, iterations, quiet, _before(engine, prompt))
     _summarise(engine, result, iterations, quiet)
 
 
 def _before(engine: Engine, prompt: Prompt) -> str:
-    """The text to print before a continuation; nothing before a chat's answer."""
+    """The text to print before a continuation, of a long one the end; of a chat nothing."""
     from looptx_core.generation.engine import ChatPrompt
 
-    return "" if isinstance(prompt, ChatPrompt) else engine.text_of(prompt)
+    text = "" if isinstance(prompt, ChatPrompt) else engine.text_of(prompt)
+    return text if len(text) <= _SHOWN else "…" + text[-_END:]
 
 
 def _show(
@@ -255,7 +348,8 @@ def _show(
 
 def _summarise(engine: Engine, result: Generation, iterations: bool, quiet: bool) -> None:
     """Print the figures and what to try next; to stdout with --show-iterations, else as a note."""
-    from looptx_cli.render import compute_told, counted
+    from looptx_cli.render import compute_told
+    from looptx_core.words import counted
 
     deepest = engine.model.config.max_loops
     saved = compute_told(engine.compute_saved(result))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 from looptx_cli.console import is_plain, note, stdout
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
+from looptx_cli.streaming import given_media
 from looptx_core.config.inspection import InspectConfig
 from looptx_core.config.resolve import config_file, resolve
 from looptx_core.documents import printable
@@ -47,6 +49,9 @@ def inspect_loops(
     looptx inspect-loops --audio hello.wav
     """
     settings = resolve(InspectConfig, flags=flags, config=config).build(InspectConfig)
+    shown = given_media(quiet, **{name: map(Path, f) for name, f in settings.media.items()})
+    found_media: dict[str, Any] = {name: tuple(map(str, f)) for name, f in shown.items()}
+    settings = replace(settings, **found_media)
 
     from looptx_core.checkpoint.registry import next_run_dir, numbered, resolve_model
 
@@ -188,6 +193,16 @@ def _show(document: dict[str, Any]) -> None:
                 f"{row['tokens_per_second']:.0f}",
             )
         out.print(cache)
+    if memory := document["memory"]:
+        heads = range(len(memory["gates"][0]))
+        gates = table("Gates of the memory", "layer", *(f"head {head + 1}" for head in heads))
+        for layer, shares in enumerate(memory["gates"], 1):
+            gates.add_row(str(layer), *(f"{share:.0%}" for share in shares))
+        out.print(gates)
+        losses = table("Loss by position", "from token", "with memory", "without it")
+        for row in zip(memory["positions"], memory["loss"], memory["loss_without"]):
+            losses.add_row(f"{row[0]:,}", *(f"{loss:.4f}" for loss in row[1:]))
+        out.print(losses)
     for medium in MEDIA.values():
         for item in document[medium.plural]:
             for line in medium.lines(item):

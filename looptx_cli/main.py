@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from looptx_cli.console import is_plain, know_flags, with_flags
+from looptx_cli.console import is_plain, know_flags, show_reasons, with_flags
 from looptx_cli.imports import large_imports
 from looptx_cli.panels import PanelledCommand
 from looptx_cli.synonyms import command_hint, flag_hint
@@ -32,6 +32,7 @@ COMMANDS = {
     "convert": "Make a model smaller, or one for other tools.",
     "generate": "Write text, each token as deep as it needs.",
     "chat": "Talk with a model.",
+    "serve": "Answer over HTTP, as OpenAI does.",
     "inspect-loops": "See what each loop brings, and when to stop.",
     "evaluate": "Measure a model on tasks, by depth.",
     "runs": "List the runs, and how far they came.",
@@ -55,7 +56,7 @@ def command_function(name: str) -> Any:
 def load_command(name: str) -> Any:
     """Import a command's module and make it a command of Click's."""
     alone = typer.Typer(add_completion=False)
-    epilog = "--debug shows the traceback of an error."
+    epilog = "--debug shows the traceback of an error, and the reasons of choices."
     alone.command(name, cls=PanelledCommand, epilog=epilog)(command_function(name))
     return typer.main.get_command(alone)
 
@@ -115,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_streams()
     know_flags({})
     args, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
+    if debug:
+        show_reasons()
     if is_plain(sys.stdout):
         os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
     try:
@@ -133,7 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, line = _explain(error)
         if debug:
             traceback.print_exc()
-        typer.echo(f"looptx: error: {printable(' '.join(line.split()))}", err=True)
+        # Who stops a command has made no error.
+        kind = "" if code == Interrupted.exit_code else "error: "
+        typer.echo(f"looptx: {kind}{printable(' '.join(line.split()))}", err=True)
         return code
     if code == Interrupted.exit_code:  # Click turned a KeyboardInterrupt into a code
         typer.echo("looptx: interrupted", err=True)

@@ -82,7 +82,8 @@ def with_set(
             raise UsageError(f"--set {pair}: unknown key '{key}'{hint}")
         if joined.get(key) not in (None, [], ()):
             raise UsageError(f"--set {pair}: {key} is given twice; leave one out")
-        joined[key] = value
+        is_list = get_origin(keys.get(key)) is tuple
+        joined[key] = [part for part in value.split(",") if part] if is_list else value
     return joined
 
 

@@ -11,16 +11,17 @@ MOST_USED = "Most used"
 OUTPUT = "Output"
 
 _MOST_USED = {
-    "train": "data out preset set steps max_minutes batch_size lr resume config",
-    "finetune": "model data out lora qlora lora_rank steps lr batch_size resume",
+    "train": "data out preset init set steps max_minutes batch_size lr resume",
+    "finetune": "model data out lora qlora lora_rank epochs lr batch_size resume",
     "generate": "model adapter image chat max_new_tokens loops exit temperature seed "
     "show_iterations",
     "chat": "model adapter image system max_new_tokens loops exit temperature show_iterations",
     "inspect-loops": "model data out prompt text image audio calibrate target_loss_increase "
     "max_loops",
     "evaluate": "model tasks loops limit out include_path",
+    "serve": "model adapter host port api_key max_batch max_context precision",
     "convert": "model out from_gguf from_hf core to_bitnet to_hf dtype adapter data",
-    "tokenize": "data out vocab_size tokenizer text_key",
+    "tokenize": "data out vocab_size tokenizer text_key codec set",
     "doctor": "build path",
     "compare": "out format",
 }
@@ -29,30 +30,38 @@ _MOST_USED = {
 _PANELS = {
     "Data": """
         seq_len batch_size micro_batch workers augment skip_bad document_mask mix mask_patches
-        val_fraction val_batches train_on_prompt too_long prompts_file data text_key columns seed
-        audio video timestamps limit include_path tasks
+        val_fraction val_batches train_on_prompt too_long prompts_file prompt_file data text_key
+        columns seed
+        audio video fps every timestamps limit include_path tasks codec direction draw
     """,
     "Model and depth": """
         model loop_schedule loops min_loops max_loops mean_loops deeper_by loss_threshold
-        deeper_share explore loss_at loss_prior bitnet exit threshold prompt_loops draft_loops
-        speculate compare_loops kv_policy kv_type decode_tokens
+        grow_share deeper_share explore loss_at loss_prior bitnet exit threshold prompt_loops
+        draft_loops speculate compare_loops kv_policy kv_type decode_tokens memory memory_window
+        memory_block
     """,
     "Adapters": """
         adapter merge_adapter quantization dora lora_per_loop lora_alpha lora_dropout rslora
         target_modules
     """,
     "Sampling": """
-        max_new_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos
+        max_new_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos guidance
+        draw_steps draw_guidance
     """,
     "Optimiser": """
-        steps finetune_steps direct max_minutes lr min_lr warmup weight_decay optimizer beta2 clip
+        steps epochs finetune_steps direct max_minutes lr lr_schedule min_lr warmup lr_decay
+        weight_decay
+        optimizer beta2 clip
     """,
     "Hardware": """
         precision attention kernel compile grad_checkpointing devices nodes strategy zero3 offload
         nvme_path deepspeed_config
     """,
-    "Checkpoints": "save_every keep val_every shard_size",
-    OUTPUT: "config overwrite dry_run force log_every json as_json quiet help",
+    "Server": """
+        host port api_key max_batch max_queue max_context request_timeout drain_seconds
+    """,
+    "Checkpoints": "save_every keep keep_best val_every shard_size",
+    OUTPUT: "config overwrite dry_run force log_every profile json as_json quiet help",
 }
 """The panels below it, in their order, each with its flags by parameter name."""
 

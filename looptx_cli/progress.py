@@ -21,7 +21,6 @@ _SHOWN = {
     "train_loss": "loss {:.3f}",
     "val_loss": "held-out {:.3f}",
     "mean_loops": "loops {:.1f}",
-    "confidence_error": "calibration {:.2f}",
 }
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from looptx_core.data.hops import check_answers
 from looptx_core.documents import printable
+from looptx_core.words import counted
 
 if TYPE_CHECKING:
     from looptx_core.generation.engine import Generation, Step
@@ -104,19 +105,14 @@ def legend(result: Generation, deepest: int) -> Text:
     text = Text("\n")
     for loops in sorted({step.loops for step in others}):
         count = sum(step.loops == loops for step in others)
-        text.append(f"{loops} loop{'s' * (loops != 1)}", style=depth_colour(loops, deepest))
+        text.append(counted(loops, "loop"), style=depth_colour(loops, deepest))
         text.append(f" x{count}  ")
     text.append("under each token its loops and its confidence in %\n", style="dim")
     return text.append(
-        f"* comes from the prompt, which ran {first.loops} loop{'s' * (first.loops != 1)} "
+        f"* comes from the prompt, which ran {counted(first.loops, 'loop')} "
         "whatever the token needs",
         style="dim",
     )
-
-
-def counted(count: int, noun: str) -> str:
-    """'1 token', '2 tokens'."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def compute_told(saved: float) -> str:

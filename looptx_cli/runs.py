@@ -27,6 +27,7 @@ from looptx_core.config.resolve import Resolved, flag_name, read_resolved, write
 from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.outputs import check_output, holds_anything
 from looptx_core.schema import coerce
+from looptx_core.words import counted
 
 SCHEMA_VERSION = 1
 # What may change where a sharded run goes on; its checkpoints fit any of these.
@@ -192,6 +193,12 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
+def refuse_two_lengths(resolved: Resolved) -> None:
+    """Raise `UsageError` where both the steps of a new run and its epochs are given."""
+    if resolved.values["epochs"] is not None and resolved.given("steps"):
+        raise UsageError("--epochs and --steps each say how long the run is; leave one out")
+
+
 def last_step(folder: Path, steps: int, asked: int | None, report: Callable[[str], object]) -> int:
     """The step to which a resumed run goes on; 0 where it has finished and nothing is to do.
 
@@ -207,14 +214,14 @@ def last_step(folder: Path, steps: int, asked: int | None, report: Callable[[str
         return until
     if asked is not None and done < until:
         raise UsageError(
-            f"--steps can't change before the run has done its {until:,} steps; leave it out, or "
-            "start a new run"
+            f"--steps can't change before the run has done its {counted(until, 'step')}; leave "
+            "it out, or start a new run"
         )
     if asked is not None and asked > done:
         return asked
     if asked is not None and asked < done:
         raise UsageError(f"--steps {asked}: this run has done {done:,} steps; give more")
-    report(f"{folder}: finished, {done:,} steps; --steps N with more of them goes on")
+    report(f"{folder}: finished, {counted(done, 'step')}; --steps N with more of them goes on")
     return 0
 
 

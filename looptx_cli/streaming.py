@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from looptx_cli.console import is_plain, note, shown, stdout
+from looptx_cli.samples import or_sample
+from looptx_core.errors import UsageError
 from looptx_core.media.registry import MEDIA
 
 if TYPE_CHECKING:
@@ -66,12 +69,34 @@ def stream(
     return result
 
 
-def given_media(**files: Sequence[Path] | None) -> dict[str, Sequence[Path]]:
-    """The files of each medium that were given."""
-    return {name: some for name, some in files.items() if some}
+def given_media(quiet: bool = False, **files: Iterable[Path] | None) -> dict[str, Sequence[Path]]:
+    """The files of each medium that were given, or the samples that they name."""
+    return {name: [or_sample(file, quiet) for file in some] for name, some in files.items() if some}
 
 
-def read_items(engine: Engine, files: Mapping[str, Sequence[Path]]) -> tuple[MediaItem, ...]:
-    """The files of each medium, decoded."""
+def read_items(
+    engine: Engine, files: Mapping[str, Sequence[Path]], fps: float | None = None
+) -> tuple[MediaItem, ...]:
+    """The files of each medium, decoded.
+
+    fps: where it is given, the clip `-` is a pipe of so many frames a second on standard input.
+    """
     config = engine.model.config
-    return tuple(MEDIA[name].read(file, config) for name, some in files.items() for file in some)
+
+    def read(name: str, file: Path) -> MediaItem:
+        if fps and name == "video" and str(file) == "-":
+            from looptx_core.media.video.read import read_pipe
+
+            return read_pipe(piped_frames(), config, fps, "standard input")
+        return MEDIA[name].read(file, config)
+
+    return tuple(read(name, file) for name, some in files.items() for file in some)
+
+
+def piped_frames() -> io.BufferedIOBase:
+    """Standard input, as a pipe of frames. Raises `UsageError` where it is a terminal."""
+    if sys.stdin.isatty():
+        raise UsageError(
+            "--video - reads frames from a pipe, such as ffmpeg -i in.mp4 -f image2pipe -c:v png -"
+        )
+    return cast(io.BufferedIOBase, sys.stdin.buffer)

@@ -45,9 +45,8 @@ COMMANDS = {
 
 FLAGS = {
     "learning-rate": ("--lr",),
-    "epochs": ("--steps",),
-    "num-epochs": ("--steps",),
-    "num-train-epochs": ("--steps",),
+    "num-epochs": ("--epochs",),
+    "num-train-epochs": ("--epochs",),
     "max-steps": ("--steps",),
     "num-steps": ("--steps",),
     "iters": ("--steps",),
@@ -134,9 +133,6 @@ SHAPE = {
 """The key of a model's shape; the keys' own names are known beside these."""
 
 NOTES = {
-    "epochs": "looptx counts optimizer steps, not epochs",
-    "num-epochs": "looptx counts optimizer steps, not epochs",
-    "num-train-epochs": "looptx counts optimizer steps, not epochs",
     "warmup-steps": "as a share of the steps",
     "gradient-accumulation-steps": "the batch is cut into passes of so many sequences",
     "grad-accum": "the batch is cut into passes of so many sequences",

@@ -1,4 +1,4 @@
-"""looptx tokenize: from text to a tokenizer and packed shards."""
+"""looptx tokenize: from text to a tokenizer and packed shards, or from pictures to a codec."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from typing import Annotated
 import typer
 
 from looptx_cli.console import note, stderr, stdout
+from looptx_cli.imports import large_imports
+from looptx_cli.options import with_set
+from looptx_core.config.codec import CodecConfig
 from looptx_core.config.corpus import TokenizeConfig
-from looptx_core.config.resolve import config_file, field_help, resolve
+from looptx_core.config.resolve import Resolved, config_file, field_help, resolve
 from looptx_core.errors import UsageError
+from looptx_core.words import counted
 
 SCHEMA_VERSION = 1
+SECTIONS = {"codec_model": CodecConfig}
 _HELP = field_help(TokenizeConfig)
 _STAGES = {"read": "Reading the text", "encode": "Encoding"}
 _LINE_EVERY = 10.0  # seconds between plain lines of progress
@@ -33,6 +38,19 @@ def tokenize(
     val_fraction: Annotated[float | None, typer.Option(help=_HELP["val_fraction"])] = None,
     text_key: Annotated[str | None, typer.Option(help=_HELP["text_key"])] = None,
     seed: Annotated[int | None, typer.Option(help=_HELP["seed"])] = None,
+    codec: Annotated[str | None, typer.Option(help=_HELP["codec"], metavar="picture")] = None,
+    steps: Annotated[int | None, typer.Option(help=_HELP["steps"])] = None,
+    max_minutes: Annotated[float | None, typer.Option(help=_HELP["max_minutes"])] = None,
+    batch_size: Annotated[int | None, typer.Option(help=_HELP["batch_size"])] = None,
+    lr: Annotated[float | None, typer.Option(help=_HELP["lr"])] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any key of a codec's shape, as codec_model.levels=8,6,5; may be repeated.",
+        ),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of these settings.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
@@ -40,11 +58,14 @@ def tokenize(
 ) -> None:
     """Turn text into tokens: a byte-level BPE vocabulary and packed shards.
 
+    With --codec, train a codec instead, which turns pictures into codes.
+
     \b
     looptx tokenize
     looptx tokenize corpus/*.txt --vocab-size 4096 --out data
     looptx tokenize talks.jsonl --text-key body --tokenizer data
     cat notes.txt | looptx tokenize - --json
+    looptx tokenize --codec picture drawings/ --out codecs/drawings
 
     Takes text, JSON lines, Parquet, folders, globs and standard input.
     """
@@ -61,9 +82,21 @@ def tokenize(
         "val_fraction": val_fraction,
         "text_key": text_key,
         "seed": seed,
+        "codec": codec,
+        "steps": steps,
+        "max_minutes": max_minutes,
+        "batch_size": batch_size,
+        "lr": lr,
     }
-    resolved = resolve(TokenizeConfig, flags=flags, config=config)
+    flags = with_set(flags, set_, SECTIONS)
+    resolved = resolve(TokenizeConfig, SECTIONS, flags=flags, config=config)
     settings = resolved.build(TokenizeConfig)
+    if settings.codec:
+        _train_codec(resolved, settings, config_file(config), overwrite, as_json, quiet)
+        return
+    for name in ("steps", "max_minutes", "batch_size", "lr"):
+        if flags[name] is not None:
+            raise UsageError(f"`{name}` is of a codec's training; add `codec` picture")
     if settings.tokenizer and vocab_size:
         raise UsageError("--tokenizer brings its own vocabulary; leave --vocab-size out")
     next_run_dir(
@@ -105,12 +138,98 @@ def tokenize(
         return
     splits = ", ".join(f"{name} {counts.tokens:,}" for name, counts in manifest.splits.items())
     stdout().print(
-        f"{manifest.documents:,} documents, {manifest.bytes:,} bytes -> {manifest.tokens:,} tokens "
+        f"{counted(manifest.documents, 'document')}, {manifest.bytes:,} bytes -> "
+        f"{counted(manifest.tokens, 'token')} "
         f"({splits}), {manifest.bytes_per_token:.2f} bytes a token, "
         f"vocabulary {manifest.vocab_size:,}, {seconds:.1f} s -> {folder}",
         soft_wrap=True,
     )
     note(f"try next: looptx train --data {folder}", quiet)
+
+
+def _train_codec(
+    resolved: Resolved,
+    settings: TokenizeConfig,
+    file: str | Path | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Train a codec and print how good it is."""
+    from looptx_core.checkpoint.registry import next_run_dir, numbered
+
+    shape = resolved.build(CodecConfig, "codec_model")
+    next_run_dir(
+        settings.out, "codec", overwrite, inputs=(*settings.data, file),
+        report=lambda line: note(line, quiet),
+    )  # fmt: skip
+    with large_imports():
+        from looptx_core.training.tokenize_codec import make_codec
+    with numbered(settings.out, "codec") as folder, _codec_progress(quiet) as on_progress:
+        report, fingerprint = make_codec(settings, shape, folder, on_progress)
+    if as_json:
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "codec": settings.codec,
+            "codes": shape.codes,
+            "tokens": shape.rows * shape.columns,
+            "bits": report.bits,
+            "psnr": {str(steps): value for steps, value in report.psnr.items()},
+            "psnr_by_loop": report.psnr_by_loop,
+            "codes_used": report.codes_used,
+            "held_out": report.held_out,
+            "steps": report.steps,
+            "seconds": report.seconds,
+            "fingerprint": fingerprint,
+            "out": str(folder),
+        }
+        typer.echo(json.dumps(document))
+        return
+    by_steps = ", ".join(f"{v:.2f} dB in {n} step{'s' * (n > 1)}" for n, v in report.psnr.items())
+    by_loop = "  ".join(f"{value:.2f}" for value in report.psnr_by_loop)
+    out = stdout()
+    out.print(
+        f"{report.held_out:,} held-out pictures: PSNR {by_steps}; by loop in one step: {by_loop}",
+        soft_wrap=True,
+    )
+    out.print(
+        f"{shape.rows * shape.columns} codes of {shape.codes:,} a picture, {report.bits:.0f} bits; "
+        f"{report.codes_used:.0%} of the codes used; {report.steps:,} steps in "
+        f"{report.seconds:,.0f} s -> {folder}",
+        soft_wrap=True,
+    )
+    note(f"try next: looptx train --codec {folder} --data PICTURES_WITH_TEXTS", quiet)
+
+
+@contextmanager
+def _codec_progress(quiet: bool) -> Iterator[Callable[[str, int, int, float | None], object]]:
+    """A bar on a terminal, else a plain line every few seconds."""
+    texts = {"read": "Reading pictures", "train": "Training the codec"}
+    console = stderr()
+    if not quiet and console.is_terminal:
+        from rich.progress import Progress as Bars
+
+        with Bars(console=console, transient=True) as bars:
+            tasks = {stage: bars.add_task(text, start=False) for stage, text in texts.items()}
+
+            def show(stage: str, done: int, of: int, loss: float | None) -> None:
+                bars.start_task(tasks[stage])
+                told = texts[stage] if loss is None else f"{texts[stage]}, loss {loss:.3f}"
+                bars.update(tasks[stage], completed=done, total=of, description=told)
+
+            yield show
+        return
+    last = 0.0
+
+    def tell(stage: str, done: int, of: int, loss: float | None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if not quiet and now - last >= _LINE_EVERY:
+            last = now
+            told = "" if loss is None else f", loss {loss:.3f}"
+            note(f"{texts[stage]}: {done:,} of {of:,}{told}")
+
+    yield tell
 
 
 @contextmanager

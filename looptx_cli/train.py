@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from looptx_cli.console import note, stdout, with_flags
+from looptx_cli.console import note, stdout
+from looptx_cli.dry_run import show_training
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields, with_set
 from looptx_cli.runs import (
-    SCHEMA_VERSION,
     last_step,
+    refuse_two_lengths,
     resumed,
     run_folder,
     settle,
     summary,
     write_line,
 )
-from looptx_core.config.model import ModelConfig
+from looptx_core.config.model import ModelConfig, fitting_memory
 from looptx_core.config.resolve import Resolved, config_file, dotted, resolve
-from looptx_core.config.run import TrainConfig
+from looptx_core.config.run import TrainConfig, continued_lr
+from looptx_core.errors import UsageError
+from looptx_core.words import counted
 
 if TYPE_CHECKING:
-    from looptx_core.parallel.plan import Plan
+    from tokenizers import Tokenizer
+
+    from looptx_core.checkpoint.folder import LoadedModel
     from looptx_core.training.run import TrainResult
 
 SECTIONS = {"model": ModelConfig}
@@ -44,6 +47,14 @@ def train(
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of these settings.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="delta|infini",
+            help="Remember what leaves a window of attention, which fits --seq-len; texts of any "
+            "length can then be read.",
+        ),
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with this run, exactly.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show size and cost only.")] = False,
@@ -58,29 +69,59 @@ def train(
     looptx train --data my.txt --steps 2000 --out runs/mine
     looptx train --data data --preset small --max-minutes 60
     looptx train --set model.d_model=256 --set model.core_layers=4
+    looptx train --init runs/mine --data more.txt
+    looptx train --memory delta --seq-len 1024 --batch-size 8
     looptx train --resume runs/mine
     looptx train --zero3 --offload nvme
     looptx train --preset 1b --dry-run
     """
     flags = with_set(flags, set_, SECTIONS)
+    if memory is not None:
+        if flags.get("model.memory"):
+            raise UsageError("--memory and --set model.memory say the same; leave one out")
+        flags["model.memory"] = memory
     if resume is not None:
         resolved = resumed(resume, flags, "train", TrainConfig, SECTIONS, config)
     else:
         resolved = resolve(TrainConfig, SECTIONS, flags=flags, config=config)
         if resolved.values["offload"] == "nvme" and not resolved.given("preset"):
             resolved = _to_try_swapping(flags, config)
+        refuse_two_lengths(resolved)
+        if resolved.values["model.memory"] != "none":
+            fitting = fitting_memory(resolved.values["seq_len"])
+            mine = {key: value for key, value in fitting.items() if not resolved.given(key)}
+            resolved = settle(resolved, mine, "seq_len")
     settings = resolved.build(TrainConfig)
     until = None
     if resume is not None and not dry_run:
         until = last_step(resume, settings.steps, flags["steps"], lambda line: note(line, quiet))
         if not until:
             return
+    source = _source(settings, resolved) if settings.init else None
+    if source is not None:
+        own = dotted(source.config.to_dict(), "model")
+        own["lr"] = continued_lr(source.config.d_model)
+        own = {key: value for key, value in own.items() if not resolved.given(key)}
+        settings = settle(resolved, own, "`init`").build(TrainConfig)
     model_config = resolved.build(ModelConfig, "model")
     with large_imports():
         from looptx_core.parallel.plan import check_memory, plan
+        from looptx_core.parallel.strategy import check_deepspeed_file
+        from looptx_core.training.step_time import estimate_time
 
+    tokenizer = source.tokenizer if source else None
+    if settings.epochs is not None:
+        settings, told = _in_steps(settings, model_config.vocab_size, tokenizer, until)
+        settle(resolved, {"steps": settings.steps}, "`epochs`")
+        note(told, quiet)
     if dry_run:
-        _show_plan(plan(model_config, settings), as_json)
+        check_deepspeed_file(settings)
+        found = plan(model_config, settings)
+        time = estimate_time(
+            model_config, settings, lambda: _time_new_model(model_config, settings, quiet),
+            found.fits,
+        )  # fmt: skip
+        show_training(found, time, as_json)
         return
     settings.check_context(model_config.max_seq_len)
     if not force:
@@ -88,6 +129,7 @@ def train(
 
     with large_imports():
         from looptx_cli.progress import train_progress
+        from looptx_core.checkpoint.weights import fingerprint
         from looptx_core.data.bundled import bundled_shards
         from looptx_core.data.records import media_named, read_records
         from looptx_core.data.resolve import resolve_data
@@ -95,7 +137,7 @@ def train(
         from looptx_core.media.registry import MEDIA, media_for
         from looptx_core.training.run import check, fit_vocabulary, train
 
-    inputs = (*settings.data, config_file(config), settings.deepspeed_config)
+    inputs = (*settings.data, settings.init, config_file(config), settings.deepspeed_config)
     run = run_folder(
         resume, settings.out, "train", overwrite, inputs, lambda line: note(line, quiet)
     )
@@ -111,23 +153,31 @@ def train(
             model_config = medium.enable(model_config)
             what = f"{medium.plural}: {medium.describe(model_config)}"
             note(f"{what}; {medium.size_key} sets it", quiet)
+    model_config = _with_codec(model_config, settings)
+    tokenizer = source.tokenizer if source else None
+    text_vocabulary = model_config.draw.first_code or model_config.vocab_size
     if texts:
-        shards = resolve_data(texts, model_config.vocab_size)
+        shards = resolve_data(texts, text_vocabulary, tokenizer)
     else:
         note("text: the bundled one, Moby Dick, and generated lines that need depth", quiet)
-        shards = bundled_shards(model_config.vocab_size)
+        shards = bundled_shards(text_vocabulary, tokenizer)
 
-    model_config = fit_vocabulary(
-        model_config, Manifest.read(shards).vocab_size, resolved.given("model.vocab_size")
-    )
-    shape = dotted(model_config.to_dict(), "model")
     manifest = Manifest.read(shards)
     origin = {"data": manifest.fingerprint, "tokenizer": manifest.tokenizer}
+    vocabulary = manifest.vocab_size
+    if source is not None:
+        origin["model"] = fingerprint(source.folder)
+        note(f"init: {source.name}, learning rate {settings.lr:g}", quiet)
+        vocabulary = source.config.vocab_size - source.config.draw.codes
+    model_config = fit_vocabulary(
+        model_config, vocabulary, resolved.given("model.vocab_size") and source is None
+    )
+    shape = dotted(model_config.to_dict(), "model")
     if records:
         origin["media data"] = read_records(records, settings.skip_bad).fingerprint
     run.until = until
     with run:
-        settled = settle(resolved, shape, "the data")
+        settled = settle(resolved, shape, "`init`" if source else "the data")
         folder = run.begin(settled, origin, lambda line: note(line, quiet))
         note(f"run: {folder}", quiet)
         result = train(
@@ -136,6 +186,7 @@ def train(
             data=shards,
             records=records,
             folder=folder,
+            init=source,
             resume=resume is not None,
             until=until,
             callbacks=[train_progress(until or settings.steps, quiet or as_json)],
@@ -155,7 +206,68 @@ def train(
         note(f"pack it: looptx convert --to-bitnet --model {folder}", quiet)
     for name in used:
         note(f"try next: looptx generate --{name} FILE --model {folder} --show-iterations", quiet)
+    if settings.codec:
+        note(f'try next: looptx generate "cat face" --draw drawn.png --model {folder}', quiet)
     note(f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet)
+
+
+def _source(settings: TrainConfig, resolved: Resolved) -> LoadedModel:
+    """The model that `init` names. Raises `UsageError` for a preset beside it."""
+    import torch
+
+    from looptx_core.checkpoint.folder import as_float, load_model
+    from looptx_core.checkpoint.registry import resolve_model
+
+    if resolved.given("preset"):
+        raise UsageError("`init` brings the model's own shape; leave out `preset`")
+    found = resolve_model(settings.init, need=frozenset({"weights"}))
+    return as_float(load_model(found.folder, dtype=torch.float32))
+
+
+def _in_steps(
+    settings: TrainConfig, vocab_size: int, tokenizer: Tokenizer | None, until: int | None
+) -> tuple[TrainConfig, str]:
+    """The settings with the steps that their epochs come to, and a line that says so."""
+    with large_imports():
+        from looptx_core.data.batches import window_count
+        from looptx_core.data.bundled import bundled_shards
+        from looptx_core.data.records import media_named
+        from looptx_core.data.resolve import resolve_data
+        from looptx_core.data.shards import Manifest
+        from looptx_core.training.epochs import epochs_told, in_steps
+
+    if media_named(settings.data):
+        raise UsageError(
+            "--epochs counts passes over text, and this data has records of media beside it; "
+            "give --steps"
+        )
+    if given := settings.data:
+        shards = resolve_data(given, vocab_size, tokenizer)
+    else:
+        shards = bundled_shards(vocab_size, tokenizer)
+    windows = window_count(Manifest.read(shards).splits["train"].tokens, settings.seq_len)
+    settings = in_steps(settings, windows)
+    return settings, epochs_told(settings, until or settings.steps, windows)
+
+
+def _time_new_model(model: ModelConfig, settings: TrainConfig, quiet: bool) -> float:
+    note("timing a few steps", quiet)
+    with large_imports():
+        from looptx_core.training.trial import time_new_model
+    return time_new_model(model, settings)
+
+
+def _with_codec(model: ModelConfig, settings: TrainConfig) -> ModelConfig:
+    """The model's configuration with what its codec says."""
+    if settings.codec is None:
+        if model.draw.codec and not settings.init:
+            raise UsageError("this model draws; give its codec by `codec`")
+        if settings.direction == "write" and not model.draw.codec:
+            raise UsageError("`direction` write needs a codec; give it by `codec`")
+        return model
+    from looptx_core.checkpoint.codec_folder import with_codec
+
+    return with_codec(model, settings.codec)
 
 
 # Layers large enough that DeepSpeed swaps them, for a few steps.
@@ -196,7 +308,7 @@ def _show_result(result: TrainResult, beside: str) -> None:
     before = result.steps_before
     now = f", {result.steps - before:,} of them now:" if before else ","
     out.print(
-        f"{result.steps:,} steps{now} {result.tokens:,} tokens in {result.seconds:,.0f} s "
+        f"{counted(result.steps, 'step')}{now} {result.tokens:,} tokens in {result.seconds:,.0f} s "
         f"({rate:,.0f} tokens/s), {result.flops:.3g} FLOPs",
         soft_wrap=True,
     )
@@ -217,43 +329,3 @@ def _show_result(result: TrainResult, beside: str) -> None:
         )
     out.print(f"model: {result.model_folder}, curves: {result.folder / 'curves.png'}",
               soft_wrap=True)  # fmt: skip
-
-
-def _show_plan(plan: Plan, as_json: bool) -> None:
-    if as_json:
-        document = {"schema_version": SCHEMA_VERSION, **plan.to_dict()}
-        document["advice"] = with_flags(plan.advice)
-        sys.stdout.write(json.dumps(document) + "\n")
-        return
-    out = stdout()
-
-    def row(name: str, size: int, more: str = "") -> None:
-        out.print(f"{name:>24}: {size / 2**30:8.3f} GiB{more}", highlight=False, soft_wrap=True)
-
-    out.print(f"{plan.parameters:,} parameters", highlight=False)
-    for loops, flops in plan.flops_per_token.items():
-        out.print(f"{loops:>4} loops: {flops:.3g} FLOPs a token forward, read out once")
-    row("KV cache, generating", plan.cache, " a full context")
-    spread = plan.spread
-    count = f"{spread.world} process{'es' if spread.world > 1 else ''}"
-    cut = "nothing cut" if spread.kind in ("none", "ddp") else spread.kind
-    out.print(
-        f"\nEach of {count}, {cut}, {plan.precision}, "
-        f"{plan.rows} sequence{'s' if plan.rows > 1 else ''} a pass, nothing offloaded:",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
-    for part, size in plan.bytes.items():
-        row(part, size)
-    row("at the peak", plan.total)
-    out.print()
-    for line in plan.offload.reasons:
-        out.print(f"- {line}", highlight=False, soft_wrap=True)
-    for hold in plan.offload.arithmetic:
-        parts = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in hold.bytes.items())
-        row(f"{hold.place}, {hold.by}", hold.total,
-            f" of {hold.usable / 2**30:.3f} usable = {parts}")  # fmt: skip
-    names = ", ".join(plan.machine.gpu_names) or "no GPU"
-    row(
-        "RAM here", plan.machine.ram, f"; {names}; {plan.machine.disk / 2**30:.0f} GiB of disk free"
-    )
-    out.print(with_flags(plan.verdict), soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
     from looptx_core.generation.engine import Engine
     from looptx_core.generation.request import Generation, Prompt, Step
     from looptx_core.generation.transcribe import Segment
+    from looptx_core.generation.watch import Watch
     from looptx_core.media.base import Source
     from looptx_core.training.evaluate import LoopEvaluation
 
 Report = Callable[[str], object]
+_log = logging.getLogger(__name__)
 
 
 def load(
@@ -38,8 +41,8 @@ def load(
     model: a run or a model folder; None: the newest finished run under ./runs that has the
     `abilities`, else the bundled model. adapter: an adapter's run or folder, on its own base or on
     `model`. attention, precision, kernel: see `choose_backend` and `select_backend`. batch_size:
-    the most prompts that run at once. report: called with a line for each choice; `Model.choices`
-    has them too.
+    the most prompts that run at once. report: called with a line for each choice that most users
+    want to know; `Model.choices` has all of them.
 
     Raises:
         DataError: there is no such model, or it is damaged.
@@ -77,7 +80,8 @@ def load(
     dtype = torch.bfloat16 if precision == "bf16" and not rounded else torch.float32
     loaded = load_resolved(found, device=device, dtype=dtype)
     chosen = choose_backend(attention, device, dtype)
-    choose(f"attention: {chosen.name}, {chosen.reason}")
+    choices.append(f"attention: {chosen.name}, {chosen.reason}")
+    _log.info(choices[-1])
     loaded.model.attend = chosen.attend
     template = loaded.chat_template
     own = template in (None, TEMPLATE)
@@ -137,6 +141,16 @@ class Model:
         from looptx_core.generation.transcribe import transcribe
 
         return list(transcribe(self.engine, recording, _options(options)))
+
+    def watch(self, rate: float = 12.5, before: str = "", **options: Any) -> Watch:
+        """A clip that goes on: `feed` it frames as they come, and `ask` at any time.
+
+        rate: frames a second that the model looks at. before: text in front of the clip. Raises
+        `UsageError` for a model that reads no clips.
+        """
+        from looptx_core.generation.watch import Watch
+
+        return Watch(self.engine, rate, before=before, options=_options(options))
 
     def chat(self, messages: str | Sequence[Mapping[str, str]], **options: Any) -> Generation:
         """Answer a message, or a conversation of `{"role": …, "content": …}`.

@@ -22,6 +22,7 @@ from looptx_core.machine.disk import disk_speed
 from looptx_core.machine.facts import Machine, free_ram, is_memory, this_machine
 from looptx_core.parallel.deepspeed.library import version_obstacle
 from looptx_core.parallel.deepspeed.ops import OPS, TRIAL, Op, inspect_op
+from looptx_core.words import counted
 
 SCHEMA_VERSION = 1
 _MARK = "looptx-found:"
@@ -157,8 +158,8 @@ def _torch(machine: Machine) -> list[Check]:
     import torch
 
     vectors = torch.backends.cpu.get_cpu_capability()
-    checks = [Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads, "
-                                   f"{vectors}")]  # fmt: skip
+    threads = counted(torch.get_num_threads(), "thread")
+    checks = [Check("torch", "ok", f"{torch.__version__}, {threads}, {vectors}")]
     if machine.gpu_memory:
         gpus = ", ".join(
             f"{name} with {size / 2**30:.0f} GiB"
@@ -227,7 +228,11 @@ def _uses(machine: Machine, checks: list[Check], ops: list[Op]) -> list[Use]:
     state = {check.name: check for check in checks}
     on_gpu = bool(machine.gpu_memory)
     device = torch.device("cuda" if on_gpu else "cpu")
-    where = machine.gpu_names[0] if on_gpu else f"{torch.get_num_threads()} threads of the CPU"
+    where = (
+        machine.gpu_names[0]
+        if on_gpu
+        else f"{counted(torch.get_num_threads(), 'thread')} of the CPU"
+    )
     precision, why = choose_precision("auto", device)
     uses = [
         Use("train", True, f"{where}, {precision}", why),

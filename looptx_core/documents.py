@@ -7,14 +7,16 @@ line that names the file, the place and the remedy. `schema.py` checks what was 
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import math
 import os
 import re
 import select
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +26,8 @@ MOST_BYTES = 64 << 20
 """Of a small file. The largest honest ones are indexes of weights and lists of metrics."""
 PIPE_SECONDS = 5.0
 """How long a writer of a pipe is waited for."""
+_SIGNAL_MILLISECONDS = 500
+_PIECE = 1 << 16
 MOST_DEPTH = 64
 """Levels of lists and mappings within each other."""
 COPY_AGAIN = "copy the model again"
@@ -72,7 +76,7 @@ def known_kind(first: bytes) -> str | None:
     return next((kind for magic, kind in _KINDS.items() if first.startswith(magic)), None)
 
 
-def open_input(file: str | os.PathLike[str], *, pipes: bool = True) -> BinaryIO:
+def open_input(file: str | os.PathLike[str], *, pipes: bool = True) -> io.BufferedReader:
     """Open what a user named, so that reading it comes to an end.
 
     pipes: accept a pipe too, as a shell's `<(...)` is one, that somebody writes to.
@@ -100,6 +104,25 @@ def open_input(file: str | os.PathLike[str], *, pipes: bool = True) -> BinaryIO:
     except BaseException:
         os.close(handle)
         raise
+
+
+def arriving(stream: BinaryIO) -> Iterator[bytes]:
+    """The bytes of a buffered stream as they come, to its end, 64 KiB or less at a time.
+
+    A signal whose handler stops the program is noticed within half a second, also one that comes
+    just before a read begins to wait; such a read would wait for the next byte.
+    """
+    waiting, known = select.poll(), False
+    with contextlib.suppress(OSError):  # a stream in memory, which is not waited for
+        waiting.register(stream.fileno(), select.POLLIN)
+        known = True
+    while True:
+        while known and not waiting.poll(_SIGNAL_MILLISECONDS):
+            pass
+        part = stream.read1(_PIECE)  # type: ignore[attr-defined]
+        if not part:
+            return
+        yield part
 
 
 def _has_writer(pipe: int) -> bool:
@@ -227,6 +250,11 @@ _HALF = re.compile("[\ud800-\udfff]")
 def has_half(text: str) -> bool:
     """Whether a text holds half of a surrogate pair, and so is no Unicode text."""
     return not text.isascii() and _HALF.search(text) is not None
+
+
+def is_one_of(value: Any, names: Container[str]) -> bool:
+    """Whether a value that a file holds, of whatever type, is one of these names."""
+    return isinstance(value, str) and value in names
 
 
 def printable(text: str, keep: str = "") -> str:

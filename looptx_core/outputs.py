@@ -68,6 +68,7 @@ OUTPUTS = {
         "manifest.json",
         ("manifest.json", "tokenizer.json", "probes.jsonl", "train-*.bin", "val-*.bin"),
     ),
+    "codec": Output("codec of looptx tokenize", "codec.json", ("codec.json", "codec.safetensors")),
     "inspect-loops": Output(
         "report of looptx inspect-loops",
         "report.json",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,9 @@ def test_what_a_header_claims(tmp_path: Path) -> None:
     assert torch.equal(AUDIO.read(bytes(lies), HEARING).features, honest.features)
     with pytest.raises(DataError, match=r"no such recording; check the path"):
         AUDIO.read(tmp_path / "none.wav", HEARING)
+    os.mkfifo(tmp_path / "pipe.wav")
+    with pytest.raises(DataError, match="not a regular file"):
+        AUDIO.read(tmp_path / "pipe.wav", HEARING)
 
 
 def test_three_hours_are_refused_by_the_header(tmp_path: Path) -> None:

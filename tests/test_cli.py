@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -249,7 +250,26 @@ def test_the_help_of_a_field_spells_flags() -> None:
 def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     _replace_command(monkeypatch, KeyboardInterrupt())
     assert main(["tokenize"]) == 130
-    assert "interrupted" in capsys.readouterr().err
+    assert capsys.readouterr().err == "looptx: interrupted\n"
+
+
+def test_reasons_are_for_those_who_ask(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = logging.getLogger("looptx_core")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "level", log.level)
+
+    def choose() -> None:
+        logging.getLogger("looptx_core.api").info("attention: sdpa, of its own")
+
+    alone = typer.Typer()
+    alone.command()(choose)
+    command = typer.main.get_command(alone)
+    monkeypatch.setattr(cli, "load_command", lambda name: command)
+    for flags, told in ([], ""), (["--debug"], "attention: sdpa, of its own\n"):
+        assert main(["doctor", *flags]) == 0
+        assert capsys.readouterr().err == told
 
 
 def test_a_closed_pipe_is_quiet() -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from looptx_cli.main import main
 from looptx_core.checkpoint.folder import load_model, save_model
@@ -284,16 +283,6 @@ def test_a_merge_that_would_lose_something(
     assert not (tmp_path / "x").exists()
 
 
-def test_number_types(model: Path, shards: Path, tmp_path: Path) -> None:
-    result = convert(
-        ConvertConfig(model=str(model), dtype="bf16", data=(str(shards),), out=str(tmp_path / "b"))
-    )
-    assert result.bits_per_weight == 16 and result.rise < 0.01
-    assert {t.dtype for t in load_file(tmp_path / "b" / "model.safetensors").values()} == {
-        torch.bfloat16
-    }
-
-
 def test_a_ctrl_c_writes_nothing(
     model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +300,7 @@ def test_a_ctrl_c_writes_nothing(
 BAD = {
     "nothing": ([], 2, "nothing to convert"),
     "direct alone": (["--direct", "--dtype", "bf16"], 2, "--to-bitnet"),
+    "int8 for others": (["--dtype", "int8", "--to-hf"], 2, "leave out --to-bitnet and --to-hf"),
     "adapter alone": (["--adapter", "a", "--dtype", "bf16"], 2, "go together"),
     "two sources": (["--from-hf", "a", "--model", "b"], 2, "leave --model"),
     "no such folder": (["--from-hf", "nowhere"], 4, "check --from-hf"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import math
 import re
 import sys
 from dataclasses import replace
@@ -239,6 +240,11 @@ def test_another_model_is_not_the_source() -> None:
         model.core[0].mlp.up_proj.weight[0, 0] += 0.1
     with pytest.raises(DataError, match="one loop is not the source"):
         logit_difference(model, source, tokens)
+    for value in (0.0, math.nan):
+        with torch.no_grad():
+            source.lm_head.weight.fill_(value)
+        with pytest.raises(DataError, match=f"the source's largest logit is {value}"):
+            logit_difference(model, source, tokens)
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
@@ -310,6 +316,7 @@ BAD = {
     "no merges": (dict(tokenizer__ggml__merges=None), "no merges"),
     "another kind of tokenizer": (dict(tokenizer__ggml__model="llama"), "byte-level BPE"),
     "unknown words": (dict(tokenizer__ggml__pre="tekken"), "pre-tokenizer is 'tekken'"),
+    "a list of names of words": (dict(tokenizer__ggml__pre=["a"]), "pre-tokenizer is"),
     "an end that is no token": (dict(tokenizer__ggml__eos_token_id=999), "eos 999"),
     "no number of layers": (dict(llama__block_count=None), "llama.block_count is missing"),
     "another number of layers": (dict(llama__block_count=6), "lack"),

@@ -23,6 +23,7 @@ from looptx_core.machine import kernels
 from looptx_core.model.attention import explicit
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.storage import to_int8
 from looptx_core.stopping.calibration import calibrated
 from looptx_core.stopping.rule import Exit, ExitSignals, fixed_exit
 
@@ -138,6 +139,13 @@ def test_rounded_weights_are_the_rounded_models(precision: str, bound: float) ->
         assert max(differences(model, precision).values()) < bound
         moved = [(a - b).abs().max() for a, b in zip(model.parameters(), plain.parameters())]
         assert max(moved) > 1e-4, "rounding must have changed something"
+
+
+def test_stored_int8_moves_are_torchs() -> None:
+    for changes in ({}, {"d_model": 37, "d_ff": 53, "head_dim": 6, "tie_embeddings": False}):
+        model = to_int8(make(replace(SMALL, **changes)))
+        assert max(differences(model).values()) < 1e-3
+        assert CpuBackend(model).draft_kernel is not None
 
 
 @pytest.mark.parametrize("changes", [{}, {"d_model": 256, "d_ff": 512, "head_dim": 64}])

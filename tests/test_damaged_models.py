@@ -14,11 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from looptx_core.api import load
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.checkpoint.header import read_header
 from looptx_core.checkpoint.registry import resolve_adapter, resolve_model
+from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.errors import DataError, UsageError
+from looptx_core.evaluation.scoring import Scorer
 
 
 def edit(file: str, **values: Any) -> Callable[[Path], None]:
@@ -95,6 +98,26 @@ def test_a_damaged_model_is_refused_at_once(tiny: Path, tmp_path: Path, case: st
         load_model(folder)
     assert time.process_time() - began < 5
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_numbers_that_overflow_are_told_where_they_are_used(tiny: Path, tmp_path: Path) -> None:
+    """Each weight is a number, so that only what is made of them tells."""
+    folder = shutil.copytree(tiny, tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: tensor.fill_(3e38) if "mlp" in name else tensor
+               for name, tensor in weights.items()}, folder / "model.safetensors")  # fmt: skip
+    (folder / "digests.json").unlink(missing_ok=True)
+    for kernel in ("torch", "auto"):
+        model = load(folder, kernel=kernel)
+        for temperature in (0.0, 1.0):
+            with pytest.raises(DataError, match="logits are no numbers"):
+                model.generate("a", temperature=temperature, max_new_tokens=2)
+    with pytest.raises(DataError, match="loss is not finite"):
+        model.evaluate("some text")
+    for depth in (1, "auto"):
+        scorer = Scorer(model.engine, depth, GenerationOptions(), 2)
+        with pytest.raises(DataError, match="logits are no numbers"):
+            scorer.score([scorer.line([0, 5], [6])])
 
 
 def test_the_header_is_what_the_file_holds(tiny: Path) -> None:

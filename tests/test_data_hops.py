@@ -23,7 +23,7 @@ def test_hop_lines_answer_what_their_table_says() -> None:
                 place, hops = arrows[place], hops + 1
             assert answer == place.upper()
             steps.setdefault(hops, []).append(answer)
-        asked = int(probe.group.removesuffix(" hops"))
+        asked = int(probe.group.split()[0])
         assert [probe.text[start:end] for start, end in probe.answers] == steps[asked]
         assert set(steps) <= set(range(1, MAX_HOPS + 1))
     assert not set(hop_lines(3, 100)) & {probe.text for probe in hop_probes(3, 100)}

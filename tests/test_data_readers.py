@@ -63,6 +63,17 @@ def test_a_pipe_is_spooled(tmp_path: Path) -> None:
     os.close(reader)
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
+def test_what_has_no_end_is_refused(tmp_path: Path, name: str) -> None:
+    """Also a file that became a device after it was found."""
+    (tmp_path / name).write_text("")
+    with Corpus([str(tmp_path / name)]) as corpus:
+        (tmp_path / name).unlink()
+        (tmp_path / name).symlink_to("/dev/zero")
+        with pytest.raises(DataError, match="not a regular file"):
+            list(corpus.records())
+
+
 def test_text_is_kept_byte_for_byte_except_for_a_bom(tmp_path: Path) -> None:
     text = "a\r\nb\x00\x1c\u2028c\t" + "é" * (PIECE - 7) + "🐋" * PIECE
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())

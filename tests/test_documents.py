@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from looptx_core.config.run import TrainConfig
 from looptx_core.config.yaml_file import read_yaml
 from looptx_core.documents import (
     MOST_DEPTH,
+    arriving,
     check_links,
     parse_json,
     read_json,
@@ -93,6 +97,26 @@ def test_large_files_and_no_files(tmp_path: Path) -> None:
             read_text(tmp_path / name)
     with pytest.raises(DataError, match="cannot be read"):
         read_text(Path("a\0b"))
+
+
+def test_a_signal_is_noticed_while_a_stream_is_waited_for() -> None:
+    """One that another thread takes does not interrupt the read, as one just before it does not."""
+    reader, writer = os.pipe()
+    os.write(writer, b"some")
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    send = lambda: signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # noqa: E731
+    later = [threading.Timer(0.1, send), threading.Timer(5, os.close, [writer])]
+    try:
+        with os.fdopen(reader, "rb") as stream, pytest.raises(KeyboardInterrupt):
+            for part in arriving(stream):
+                assert part == b"some"
+                for timer in later:
+                    timer.start()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        later[1].cancel()
+    os.close(writer)
+    assert list(arriving(io.BytesIO(b"in memory"))) == [b"in memory"]
 
 
 def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:

@@ -61,6 +61,23 @@ def test_hops_need_depth_and_exits_save_some(engine) -> None:
     assert found["enough"][0]["loops"] == 4
 
 
+def test_sentences_on_depth() -> None:
+    """What is right already gains nothing more, and one loop is a loop."""
+    from looptx_core.evaluation.run import sentences
+
+    def told(*values: float, metric: str = "accuracy") -> str:
+        rows = [{"task": "t", "metric": metric, "loops": loops, "value": value, "stderr": 0.0,
+                 "mean_loops": loops} for loops, value in enumerate(values, 1)]  # fmt: skip
+        best = values.index(max(values)) + 1
+        enough = [{"task": "t", "metric": metric, "loops": best}]
+        return sentences({"tasks": {}, "results": rows, "enough": enough})[0]
+
+    assert told(0.5, 0.9) == "t: still gains at 2 loops (0.900 ± 0.000), the deepest."
+    assert told(0.5, 1.0) == "t: all right at 2 loops (1.000 ± 0.000), and no sooner."
+    assert told(0.9, 1.0, metric="bits_per_byte").startswith("t: still gains")
+    assert told(0.9, 0.5) == "t: nothing is gained beyond one loop (0.900 ± 0.000)."
+
+
 def test_depth_that_is_enough() -> None:
     from looptx_core.evaluation.measure import Result
     from looptx_core.evaluation.run import enough

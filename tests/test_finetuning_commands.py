@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from finetuning_cases import QUICK, SHAPE
@@ -18,9 +19,16 @@ from looptx_core.checkpoint.registry import resolve_adapter, resolve_model
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
+from looptx_core.config.resolve import read_resolved
 from looptx_core.conversion.ternary import pack_model
+from looptx_core.data.example import Example
+from looptx_core.data.tokenizer import end_id
+from looptx_core.finetuning.adapters import attach
+from looptx_core.finetuning.answers import Answer, answer_held_out
+from looptx_core.finetuning.quiet_peft import without_bitsandbytes
 from looptx_core.finetuning.run import finetune, prepare
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.epochs import in_steps
 
 FLAGS = ["--steps", "2", "--seq-len", "64", "--batch-size", "4", "--precision", "float32"]
 
@@ -49,20 +57,91 @@ def test_finetune_then_generate(tiny, questions, workplace, capsys) -> None:
     assert "bundled model" in capsys.readouterr().err
 
 
+def resolved_steps() -> int:
+    return read_resolved("runs/finetune-1/config.yaml", FinetuneConfig).values["steps"]
+
+
 def test_json_lines_end_with_a_summary(tiny, questions, workplace, capsys) -> None:
-    assert main(["finetune", "--model", str(tiny), "--data", str(questions), "--qlora", "--json",
-                 *FLAGS]) == 0  # fmt: skip
+    command = ["finetune", "--model", str(tiny), "--data", str(questions), "--qlora", "--json"]
+    assert main([*command, "--epochs", "0.4", *FLAGS[2:]]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     last = lines[-1]["summary"]
-    assert lines[0]["step"] == 2 and len(last["loss_by_loop"]) == 3
+    assert len(last["loss_by_loop"]) == 3
+    # The run's own settings say in steps how long it is.
+    steps = last["steps"]
+    assert resolved_steps() == steps == lines[-2]["step"] > 1
+    answers = last["answers"]
+    assert answers["records"] == answers["of"] > 1 and answers["exact"] == 0
+    shown = answers["shown"]
+    texts = {
+        (q["prompt"], q["response"]) for q in map(json.loads, questions.read_text().splitlines())
+    }
+    assert {(a["prompt"], a["expected"]) for a in shown} <= texts and len(shown) > 1
+    assert json.loads(Path("runs/finetune-1/run.json").read_text())["exact_match"] == 0.0
     assert 0 <= last["ece"] <= 1 and 0 <= last["ece_before"] <= 1
     assert last["quantised_loss"] == pytest.approx(last["loss_by_loop"][-1], rel=0.1)
+
+
+def test_a_dry_run_makes_nothing(tiny, questions, workplace, capsys) -> None:
+    command = ["finetune", "--model", str(tiny), "--data", str(questions), "--lora", "--dry-run"]
+    assert main([*command, *FLAGS, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"] == 2 and 0 < found["trainable"] < found["parameters"]
+    assert found["total"] == sum(found["bytes"].values()) > found["bytes"]["weights"]
+    assert found["seconds"] == pytest.approx(2 * found["seconds_per_step"]) and found["seconds"] > 0
+    assert not list(workplace.iterdir())
+
+
+def test_plain_adapters_leave_bitsandbytes_out(tiny: Path, monkeypatch) -> None:
+    """It takes seconds to import, and writes to the terminal."""
+    from peft.import_utils import is_bnb_available
+
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    base = load_model(tiny)
+    with without_bitsandbytes():
+        assert not is_bnb_available()
+    attach(base.model, FinetuneConfig(lora=True))
+    assert "bitsandbytes" not in sys.modules and is_bnb_available()
+
+
+def test_held_out_answers_are_asked_as_in_training(tiny: Path) -> None:
+    """An example that the model knows by heart is exact; a text has no answer."""
+    base = load_model(tiny)
+    encode, end = base.tokenizer.encode, end_id(base.tokenizer)
+    prompt, answer = encode("map ab: Where ends a").ids, encode("b d").ids
+
+    def example(ids: list[int], counted: int) -> Example:
+        learned = np.arange(len(ids)) >= len(ids) - counted
+        return Example(np.array(ids, np.int32), learned)
+
+    given = example([*prompt, *answer, end], len(answer) + 1)
+    text = example([*prompt, end], len(prompt) + 1)
+    found = answer_held_out(base.model, base, ExitSettings(), [given, text])
+    assert found is not None and (found.records, found.of, found.exact) == (1, 1, 0)
+    (shown,) = found.shown
+    assert (shown.prompt, shown.expected) == ("map ab: Where ends a", "b d")
+    assert answer_held_out(base.model, base, ExitSettings(), [text]) is None
+    assert Answer("p", " b d", "b d ").exact and not shown.exact
+    # What it does say is what is expected, once a record says so.
+    said = encode(shown.given).ids
+    again = answer_held_out(
+        base.model, base, ExitSettings(), [example([*prompt, *said, end], len(said) + 1)]
+    )
+    assert again is not None and again.shown[0].expected == shown.given
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1.0, 3), (0.3, 1), (2.0, 5), (0.01, 1)])
+def test_epochs_in_steps(epochs: float, steps: int) -> None:
+    config = in_steps(FinetuneConfig(epochs=epochs, batch_size=4), sequences=10)
+    assert config.steps == steps
+    assert in_steps(FinetuneConfig(steps=7), sequences=10).steps == 7
 
 
 BAD_INPUT = {
     "no target": (["--lora", "--target-modules", "q_prj"], 2, "there are down_proj, gate_proj"),
     "tied head": (["--lora", "--target-modules", "head"], 2, "shares its weights"),
     "too long": (["--seq-len", "8"], 2, "--too-long drop or truncate"),
+    "two lengths": (["--epochs", "2", "--steps", "3"], 2, "--epochs and --steps each say how long"),
     "beyond the context": (["--seq-len", "500"], 2, "exceeds the model's context"),
     "beyond the loops": (["--max-loops", "9"], 2, "exceeds the model's max_loops"),
     "rank": (["--lora-rank", "0"], 2, "--lora-rank must be at least 1"),
@@ -166,7 +245,7 @@ def test_a_merged_model_tells_base_and_adapter_apart(tiny: Path, tmp_path: Path)
     over."""
     from looptx_core.checkpoint.folder import load_model
     from looptx_core.config.finetune import FinetuneConfig
-    from looptx_core.finetuning.adapters import attach, save_adapter
+    from looptx_core.finetuning.adapters import attach, load_adapter, save_adapter
     from looptx_core.finetuning.merge import merge
 
     base = load_model(tiny)
@@ -174,6 +253,8 @@ def test_a_merged_model_tells_base_and_adapter_apart(tiny: Path, tmp_path: Path)
     facts = {"data": ["qa.jsonl"], "method": "LoRA", "steps": 7, "base": "x", "facts": 1, "kept": 2}
     save_adapter(tmp_path / "fit", peft, base, exit_settings=base.exit, facts=facts)
     found = merge(tiny, tmp_path / "fit").facts
+    shown = load_adapter(load_model(tiny), tmp_path / "fit").facts
+    assert shown == facts, "what is shown of an adapter is its own training"
     assert found.pop("lineage") == [{"name": "tiny"}]
     assert found == {"base": "tiny", "adapter": "fit", "method": "LoRA, merged",
                      "data": ["qa.jsonl"], "steps": 7}  # fmt: skip

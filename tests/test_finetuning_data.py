@@ -228,6 +228,9 @@ def test_sharegpt_is_a_conversation() -> None:
     [
         ({"conversations": [{"from": "narrator", "value": "x"}]}, "needs a value of text"),
         ({"conversations": [{"from": "gpt", "value": 3}]}, "content of text"),
+        ({"conversations": [{"from": {"a": 1}, "value": "x"}]}, "needs a value of text"),
+        ({"messages": [{"role": {"a": 1}, "content": "x"}]}, "needs a role"),
+        ({"messages": [{"role": [], "content": "x"}]}, "needs a role"),
         ({"instruction": "a", "input": 3, "output": "b"}, "input must be text"),
     ],
 )

@@ -14,12 +14,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from looptx_core.checkpoint.folder import LoadedModel, load_model, save_model
+from looptx_core.checkpoint.weights import fingerprint
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import PRESETS
 from looptx_core.config.run import TrainConfig
 from looptx_core.errors import UsageError
-from looptx_core.finetuning.adapters import attach, fingerprint, load_adapter
+from looptx_core.finetuning.adapters import attach, load_adapter
 from looptx_core.finetuning.merge import merge, merge_adapter
 from looptx_core.finetuning.quantise import quantise, stored_bytes
 from looptx_core.finetuning.run import finetune, prepare

@@ -55,10 +55,10 @@ def test_pictures_stand_where_generation_puts_them(seeing: Path) -> None:
     asked += [ChatPrompt(({"role": "user", "content": text},), (red,))
               for text in ("ab", "a<|image|>b")]  # fmt: skip
     for example, prompt in zip(found.kept, asked):
-        ids = engine._encode(prompt)
+        ids = engine.encode(prompt)
         assert example.ids[: len(ids)].tolist() == ids
         assert not example.counted[: len(ids)].any() and example.counted[len(ids) :].all()
-    joined = engine._encode(MediaPrompt("ab<|image|>c", (red,)))
+    joined = engine.encode(MediaPrompt("ab<|image|>c", (red,)))
     assert found.kept[4].ids.tolist() == [*joined, engine.end]
     assert (found.kept[4].ids[found.kept[4].counted] != loaded.config.image_token).all()
 

@@ -26,9 +26,11 @@ OF_ALL = {"--help", "--debug", "--version"}
 # The commands that print what these modules say; a command's own module is that command's.
 PRINTED_BY = {
     "looptx_cli/conversation.py": ("generate", "chat"),
+    "looptx_cli/drawing.py": ("generate",),
     "looptx_cli/model_options.py": ("generate", "chat"),
     "looptx_cli/options.py": ("train",),  # --set
     "looptx_cli/runs.py": ("train", "finetune"),
+    "looptx_cli/streaming.py": ("generate",),
 }
 # Tables of spellings, with tests of their own.
 NO_MESSAGES = {"looptx_cli/synonyms.py", "looptx_cli/panels.py"}

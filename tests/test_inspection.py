@@ -239,7 +239,7 @@ def test_the_report(inspected):
     assert {row["policy"] for row in document["kv_policies"]} == {"fill", "last"}
     assert 0 <= document["ece"] < 0.1 and 0.7 < document["auroc"] <= 1
     hops = {task["name"]: task for task in document["tasks"]}
-    assert hops["4 hops"]["mean_loops"] > hops["1 hops"]["mean_loops"] + 1
+    assert hops["4 hops"]["mean_loops"] > hops["1 hop"]["mean_loops"] + 1
     test = document["trace"]["deletion"]
     assert test["influential"] > test["random"]
     stored = json.loads((inspected / "model/generation_config.json").read_text())["exit"]

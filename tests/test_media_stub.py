@@ -113,7 +113,7 @@ class _Singer(Writer):
         bits = [int(bit) for bit in high]
         return [self.first_code + 2 * (number % 2) + bit for number, bit in enumerate(bits)]
 
-    def render(self, written: Sequence[int]) -> bytes:
+    def render(self, written: Sequence[int], options: GenerationOptions) -> bytes:
         return json.dumps([code - self.first_code for code in written]).encode()
 
 
@@ -339,7 +339,7 @@ def test_one_grammar_of_records(run: Path, melodies: Path, colour_shards: Path) 
     )
     engine = Engine(loaded.model, loaded.tokenizer)
     asked = ChatPrompt(({"role": "user", "content": "a<|tones|>b"},), (melody,))
-    assert engine._encode(asked) == turns
+    assert engine.encode(asked) == turns
     for example, before in zip(found.kept, ([engine.end, *text], turns, [engine.end, *text])):
         assert example.ids[: len(before)].tolist() == before
         assert not example.counted[example.ids == READ].any()

@@ -13,7 +13,8 @@ from looptx_core.errors import UsageError
 from looptx_core.model.attention import Recording, choose_backend, explicit
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.confidence import relative_change
-from looptx_core.model.loop import Injection, LoopedTransformer
+from looptx_core.model.injection import Injection
+from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rounding import KINDS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from test_training_runs import SETTINGS
 
 from looptx_cli.main import main
 from looptx_core.atomic import _machine, put_in_place, temporary_beside
-from looptx_core.errors import UsageError
+from looptx_core.errors import LooptxError, UsageError
 from looptx_core.outputs import (
     OUTPUTS,
     _matches,
@@ -258,3 +259,21 @@ def test_a_run_that_was_killed_before_it_began_takes_no_place(tmp_path: Path) ->
     (tmp_path / "run/notes.txt").touch()
     with pytest.raises(UsageError, match="exists"):
         check_output(tmp_path / "run", "train", overwrite=False)
+
+
+def test_a_report_on_a_full_disk_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures do not fit: nothing of the new report stays, and all of the old one."""
+    from looptx_core.inspection import figures
+    from looptx_core.inspection.report import write_report
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "loops.png")
+
+    monkeypatch.setattr(figures, "plot_figures", fails)
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "report.json").write_text('{"command": "inspect-loops"}')
+    for name in ("new", "old"):
+        with pytest.raises(LooptxError, match="No space left"):
+            write_report({}, tmp_path / name)
+    assert [file.name for file in tmp_path.rglob("*")] == ["old", "report.json"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from picture_cases import CONFIG, build, letters, row
 
+import looptx_core
 from looptx_cli.main import main
 from looptx_core.checkpoint.folder import load_model, save_model
 from looptx_core.checkpoint.registry import abilities
@@ -100,6 +101,23 @@ def test_train_generate_and_resume_with_pictures(
     assert code == 0, err
     one, two = (load_model(f"runs/{name}/final").model.state_dict() for name in "ab")
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_missing_file_of_a_samples_name(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The sample is taken and named; a file of that name is not replaced by it."""
+    command = ["generate", "--max-new-tokens", "1", "--temperature", "0", "--json", "--image"]
+    assert main([*command, "pictures/cat.png"]) == 0
+    shown = capsys.readouterr()
+    assert "pictures/cat.png: no such file; this is the sample that looptx ships" in shown.err
+    sample = Path(looptx_core.__file__).parent / "assets/samples/cat.png"
+    assert main([*command, str(sample)]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == json.loads(shown.out)["text"]
+    Path("cat.png").write_bytes(b"mine")
+    assert main([*command, "cat.png"]) == 4
+    assert "cat.png: not a picture" in capsys.readouterr().err
+    assert main([*command, "dog.png"]) == 4
 
 
 def test_bad_use_of_pictures(cat: Path, tmp_path: Path, run) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from picture_cases import CONFIG, IMG, build, letters, png, row
 
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.run import TrainConfig
+from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine, MediaPrompt
 from looptx_core.media.batch import MediaBatch, hidden_numbers, hide, lay_out
 from looptx_core.media.image.masked import reconstruct
@@ -268,3 +271,23 @@ def test_beside_other_ranks_pictures_text_has_the_same_gradients() -> None:
     finally:
         torch.distributed.destroy_process_group()
     assert found and all(grad is not None and not grad.any() for grad in found)
+
+
+def test_a_model_takes_the_weights_of_one_that_reads_less() -> None:
+    """Media are added to a trained model; another shape is refused."""
+    from looptx_core.media.registry import MEDIA
+    from looptx_core.training.start import copy_weights
+
+    text = LoopedTransformer(replace(CONFIG, vision_layers=0)).eval()
+    sees = LoopedTransformer(MEDIA["image"].enable(text.config)).eval()
+    start: Any = SimpleNamespace(model=text, name="before")
+    tokens = torch.arange(10, 18)[None]
+    with torch.no_grad():
+        before = [*sees.states(tokens, 2)][-1]
+        new = copy_weights(sees, start)
+        expected, found = ([*m.states(tokens, 2)][-1] for m in (text, sees))
+    assert torch.equal(expected, found) and not torch.equal(before, found)
+    assert new and all(name.startswith("vision.") for name in new)
+    for change, named in (({"d_ff": 8}, "up_proj"), ({"coda_layers": 2}, "coda")):
+        with pytest.raises(UsageError, match=named):
+            copy_weights(LoopedTransformer(replace(text.config, **change)), start)

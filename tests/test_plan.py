@@ -25,6 +25,7 @@ from looptx_core.parallel.memory import (
     rank_need,
 )
 from looptx_core.parallel.plan import plan
+from looptx_core.training import step_time
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import LoopLoss, loop_loss
 from looptx_core.training.optimizer import build_optimizer
@@ -285,15 +286,20 @@ def test_advice_is_followed_by_a_fit() -> None:
     assert "smaller `preset`" in tiny.advice
 
 
-def test_the_dry_run_shows_the_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_dry_run_shows_the_arithmetic(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_time, "_LONGEST", 0.0)  # so that none is tried
     assert main(["train", "--dry-run", "--preset", "small", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["seconds"] == 2000 * found["seconds_per_step"] > 0
     assert found["schema_version"] == 1 and found["fits"] in (True, False)
     assert found["total"] == sum(found["bytes"].values())
     assert found["offload"]["optimizer"] == "none" and found["spread"]["kind"] == "none"
     assert main(["train", "--dry-run", "--preset", "small"]) == 0
     text = capsys.readouterr().out
-    for word in ("weights", "gradients", "optimizer", "activations", "at the peak", "nothing"):
+    for word in ("weights", "gradients", "optimizer", "activations", "at the peak", "nothing",
+                 "2,000 steps, an estimate: by its FLOPs"):  # fmt: skip
         assert word in text
 
 

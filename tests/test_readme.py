@@ -9,9 +9,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forked_commands import Done, Installed
 
 ROOT = Path(__file__).parent.parent
 # The commands are verbatim; only the run's length is cut, by the documented variables.
@@ -27,7 +30,7 @@ SHORT = {
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
     """The wheel's content in a folder of its own."""
     folder = tmp_path_factory.mktemp("wheel")
     quiet = {"check": True, "capture_output": True, "cwd": ROOT}
@@ -36,22 +39,16 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (wheel,) = folder.glob("*.whl")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
     subprocess.run([*pip, folder / "site", wheel], **quiet)
-    return folder / "site"
+    commands = Installed(folder / "site")
+    yield commands
+    commands.close()
 
 
-def looptx(command: str, where: Path, site: Path, **env: str) -> subprocess.CompletedProcess[str]:
+def looptx(command: str, where: Path, installed: Installed, **env: str) -> Done:
     words = shlex.split(command)
     assert words[0] == "looptx"
     arguments = [part for word in words[1:] for part in _glob(word, where)]
-    return subprocess.run(
-        [sys.executable, "-m", "looptx_cli.main", *arguments],
-        cwd=where,
-        env={**os.environ, "PYTHONPATH": str(site), **SHORT, **env},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return installed.run(arguments, where, {**SHORT, **env})
 
 
 def _glob(word: str, where: Path) -> list[str]:
@@ -59,7 +56,7 @@ def _glob(word: str, where: Path) -> list[str]:
     return found or [word]
 
 
-def test_the_readme(installed: Path, tmp_path: Path) -> None:
+def test_the_readme(installed: Installed, tmp_path: Path) -> None:
     text = (ROOT / "looptx_core/assets/moby-dick.txt").read_text("utf-8")
     (tmp_path / "corpus").mkdir()
     for number in range(4):
@@ -97,21 +94,21 @@ def test_the_readme_names_real_flags() -> None:
         "looptx inspect-loops",
     ],
 )
-def test_bare_commands(command: str, installed: Path, tmp_path: Path) -> None:
+def test_bare_commands(command: str, installed: Installed, tmp_path: Path) -> None:
     done = looptx(command, tmp_path, installed)
     assert done.returncode == 0, done.stderr
     assert "try next" in done.stderr and done.stdout
     assert (tmp_path / "runs" / f"{command.split()[1]}-1").is_dir()
 
 
-def test_bare_generate_takes_the_bundled_model(installed: Path, tmp_path: Path) -> None:
+def test_bare_generate_takes_the_bundled_model(installed: Installed, tmp_path: Path) -> None:
     done = looptx('looptx generate "Call me"', tmp_path, installed)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Call me") and len(done.stdout) > len("Call me\n")
     assert "bundled" in done.stderr and "try next" in done.stderr
 
 
-def test_bare_evaluate_takes_its_own_tasks(installed: Path, tmp_path: Path) -> None:
+def test_bare_evaluate_takes_its_own_tasks(installed: Installed, tmp_path: Path) -> None:
     done = looptx("looptx evaluate", tmp_path, installed)
     assert done.returncode == 0, done.stderr
     assert "bundled" in done.stderr and "try next" in done.stderr
@@ -119,8 +116,35 @@ def test_bare_evaluate_takes_its_own_tasks(installed: Path, tmp_path: Path) -> N
         assert re.search(rf"^{task} ", done.stdout, re.M)
 
 
+def test_bare_serve_answers_until_it_is_ended(installed: Installed, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "looptx_cli.main", "serve"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed.site), "LOOPTX_PORT": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        address = process.stdout.readline().strip()
+        body = json.dumps({"prompt": "Call me", "max_tokens": 3}).encode()
+        kind = {"Content-Type": "application/json"}
+        asked = urllib.request.Request(f"{address}/v1/completions", body, kind)
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            [choice] = json.load(answer)["choices"]
+        assert len(choice["looptx"]["loops"]) == 3
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            assert b"</script>" in answer.read()
+    finally:
+        process.terminate()
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 0, told
+    assert "bundled" in told and f"try next: curl {address}/v1/completions" in told
+
+
 @pytest.mark.slow
-def test_bare_training_that_swaps(installed: Path, tmp_path: Path) -> None:
+def test_bare_training_that_swaps(installed: Installed, tmp_path: Path) -> None:
     done = looptx("looptx train --zero3 --offload nvme", tmp_path, installed, OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr
     assert re.search(
@@ -129,7 +153,7 @@ def test_bare_training_that_swaps(installed: Path, tmp_path: Path) -> None:
     assert "try next" in done.stderr and not (tmp_path / "runs/train-1/swap").exists()
 
 
-def test_bare_generate_describes_a_picture(installed: Path, tmp_path: Path) -> None:
+def test_bare_generate_describes_a_picture(installed: Installed, tmp_path: Path) -> None:
     shutil.copy(ROOT / "examples/cat.png", tmp_path)
     done = looptx("looptx generate --image cat.png --show-iterations", tmp_path, installed)
     assert done.returncode == 0, done.stderr
@@ -153,11 +177,11 @@ EXAMPLES = {
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_the_examples(example: str, installed: Path, tmp_path: Path) -> None:
+def test_the_examples(example: str, installed: Installed, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, ROOT / f"examples/{example}.py", "--steps", "3"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(installed)},
+        env={**os.environ, "PYTHONPATH": str(installed.site)},
         capture_output=True,
         text=True,
         timeout=200,

@@ -1,12 +1,17 @@
-"""The fuzz run of benchmarks/reliability: a case is its numbers, and a bad end is seen."""
+"""The fuzz run of benchmarks/reliability: a case is its numbers, a bad end is seen, 50 end well."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
+
+from looptx_cli.main import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,3 +60,42 @@ def test_a_bad_end_is_seen(sort: str) -> None:
     assert judge(Outcome(**good), ["runs", "--json"]) is None
     found = judge(Outcome(**{**good, **BAD_ENDS[sort]}), ["runs", "--json"])
     assert found is not None and found.sort == sort
+
+
+def test_50_spoilt_inputs_end_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of the long run that need no model beside a small one, in this process."""
+    from benchmarks.reliability import cases, sound
+    from benchmarks.reliability.forks import Outcome
+    from benchmarks.reliability.fuzz import judge
+
+    monkeypatch.setenv("LOOPTX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOOPTX_KERNELS", "all")  # no trial of what is fast here
+    sound.write_files(tmp_path / "sound")
+    monkeypatch.chdir(tmp_path / "sound")
+    for command in sound.COMMANDS[:2]:
+        assert main(command.split()) == 0, capsys.readouterr().err
+    names = ("shards", "run folders", "corpora", "YAML", "prompt files", "evaluation tasks")
+    areas = {name: cases.AREAS[name] for name in names}
+    areas["run folders"] = dataclasses.replace(areas["run folders"], spoilt=("run",))
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    wrong = []
+    try:
+        for number in range(50):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            case = cases.make(7, number, tmp_path / "sound", folder, areas)
+            os.chdir(folder)
+            capsys.readouterr()
+            signal.alarm(60)  # what hangs is interrupted, which is none of the codes
+            code = main(case.arguments)
+            signal.alarm(0)
+            shown = capsys.readouterr()
+            found = judge(Outcome(code, 0, "", shown.out, shown.err, 0.0, 0.0, 0), case.arguments)
+            if found:
+                wrong.append(f"{number}: {case.what}: {found}")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert wrong == []

@@ -104,3 +104,13 @@ def test_batches_over_processes() -> None:
     config = TrainConfig(batch_size=32, devices=2, nodes=2)
     assert (config.micro_batch_size, config.world_size, config.accumulation) == (8, 4, 1)
     assert config.sharding == "ddp" and TrainConfig(zero3=True).sharding == "zero3"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"train_batch_size": 8}'])
+def test_a_dry_run_reads_deepspeeds_file(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ds.json").write_text(text)
+    flags = ["--zero3", "--dry-run", "--deepspeed-config", str(tmp_path / "ds.json")]
+    assert main(["train", *flags]) == 2
+    assert f"{tmp_path / 'ds.json'}: " in capsys.readouterr().err

@@ -27,7 +27,7 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     [
         ("train --learning-rate 1e-3", "use --lr "),
         ("train --learning_rate 1e-3", "use --lr "),
-        ("train --epochs 3", "use --steps (looptx counts optimizer steps, not epochs)"),
+        ("train --num-epochs 3", "use --epochs "),
         ("train --d-model 64", "use --set model.d_model=VALUE"),
         ("train --d_model 64", "use --set model.d_model=VALUE"),
         ("train --width 64", "use --set model.d_model=VALUE"),
@@ -38,7 +38,7 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("finetune --init-from x", "use --model "),
         ("generate --preset small", "--preset is a flag of looptx train"),
         ("tokenize --output x", "use --out "),
-        ("--lr 1", "looptx has no --lr; --lr is a flag of looptx train"),
+        ("--lr 1", "looptx has no --lr; --lr is a flag of looptx tokenize, train"),
         ("train --stepz 3", "--steps"),
         ("merge a", "looptx convert --merge-adapter --adapter ADAPTER"),
         ("quantize", "looptx convert --to-bitnet"),
@@ -69,7 +69,10 @@ def test_hints_name_what_exists() -> None:
     assert synonyms.NOTES.keys() <= synonyms.FLAGS.keys()
 
 
-def test_any_key_can_be_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_any_key_can_be_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("looptx_core.training.step_time._LONGEST", 0.0)  # no step is tried
     (tmp_path / "c.yaml").write_text("model: {d_model: 32, d_ff: 48}\nlr: 0.5\n")
 
     def parameters(*more: str) -> int:
@@ -109,3 +112,13 @@ def test_a_resumed_run_keeps_its_shape(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "config.yaml").write_text("steps: 4\n")
     wrong = ["--resume", str(tmp_path), "--set", "model.d_model=64"]
     assert "--set model.d_model can't change on --resume" in error(capsys, "train", *wrong)
+
+
+def test_a_resumed_run_takes_no_other_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("config.yaml", "c.yaml"):
+        (tmp_path / name).write_text("steps: 4\n")
+    wrong = ["--resume", str(tmp_path), "--config", str(tmp_path / "c.yaml")]
+    for command in ("train", "finetune"):
+        assert "--config has no effect on --resume" in error(capsys, command, *wrong)

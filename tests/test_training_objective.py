@@ -55,6 +55,23 @@ def test_depths_are_functions_of_seed_step_and_sample() -> None:
     assert [deep.first_read(at) for at in ("last", "pair", "all")] == [3, 2, 1]
 
 
+def test_depths_grow_over_a_share_of_the_steps() -> None:
+    grows = schedule(loop_schedule="grow", steps=100, grow_share=0.5, mean_loops=4)
+    ids = torch.arange(2000)
+    by_step = [grows.depths(step, ids, unasked) for step in (0, 12, 25, 37, 49)]
+    assert by_step[0].tolist() == [1] * 2000
+    means = [float(depths.double().mean()) for depths in by_step]
+    assert means == sorted(means)
+    assert [int(depths.max()) for depths in by_step] == [1, 3, 6, 8, 10]
+    free = schedule(loop_schedule="sampled", mean_loops=4)
+    for step in (50, 99):
+        assert torch.equal(grows.depths(step, ids, unasked), free.depths(step, ids, unasked))
+    deep = schedule(loop_schedule="grow", steps=100, loops=3, grow_share=0.5)
+    assert set(deep.depths(0, ids, unasked).tolist()) == {3}
+    at_once = schedule(loop_schedule="grow", steps=100, grow_share=0.0, mean_loops=4)
+    assert torch.equal(at_once.depths(0, ids, unasked), free.depths(0, ids, unasked))
+
+
 @pytest.mark.parametrize(("loss_at", "prior"), [("pair", 0), ("all", 0), ("all", 1.5), ("last", 2)])
 def test_the_objective_is_the_mean_of_the_readouts(loss_at: str, prior: float) -> None:
     """Against one plain pass for each sequence."""
@@ -164,8 +181,8 @@ def test_the_score_of_a_read_out(kernel: bool) -> None:
 @pytest.mark.parametrize("can", [True, False])
 def test_a_score_takes_the_kernel_where_it_can(monkeypatch: pytest.MonkeyPatch, can: bool) -> None:
     taken = (torch.ones(3), torch.zeros(3), torch.ones(3))
-    monkeypatch.setattr("looptx_core.model.loop.cross_entropy", lambda *_: taken)
-    monkeypatch.setattr("looptx_core.model.loop.can_use_fused", lambda *_, **__: can)
+    monkeypatch.setattr("looptx_core.model.score.cross_entropy", lambda *_: taken)
+    monkeypatch.setattr("looptx_core.model.score.can_use_fused", lambda *_, **__: can)
     score = model().score(torch.ones(3, 32), torch.arange(3))
     assert all(a is b for a, b in zip(score, taken)) == can
 

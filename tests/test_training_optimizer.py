@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from audio_cases import HEARING
 from test_training_objective import batch, model, schedule
 
 from looptx_core.config.run import TrainConfig
+from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.muon import Muon, orthogonal
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import (
@@ -82,6 +84,19 @@ def test_the_type_of_muons_products_is_in_its_state() -> None:
     other = Muon([weight], 0.1, 0.0, torch.bfloat16)
     other.load_state_dict(saved)
     assert other.param_groups[0]["products"] == "float32"
+
+
+def test_muon_leaves_convolutions_to_adamw() -> None:
+    """Their kernels are no matrices."""
+    net = LoopedTransformer(HEARING)
+    (muon, adamw) = build_optimizer(net, TrainConfig()).parts
+    encoder = net.encoders()["audio"]
+    kernels = {id(m.weight) for m in encoder.modules() if isinstance(m, torch.nn.Conv1d)}
+    taken = {id(p) for group in muon.param_groups for p in group["params"]}
+    assert kernels and not kernels & taken
+    decayed = {id(p) for g in adamw.param_groups if g["weight_decay"] for p in g["params"]}
+    assert kernels <= decayed
+    assert {id(p) for p in encoder.blocks.parameters() if p.dim() == 2} <= taken
 
 
 def test_learning_rate() -> None:
@@ -185,3 +200,18 @@ def test_a_matrix_that_is_alone_of_its_shape_is_stepped() -> None:
     turned = orthogonal(weight.grad[None], (3.4445, -4.7750, 2.0315), 5, 1e-7)[0]
     assert torch.allclose(weight, 0.95 * start - 0.1 * 0.2 * 10**0.5 * turned, atol=1e-4)
     assert torch.equal(still, torch.ones(3, 3))  # which has no gradient
+
+
+def test_wsd_stays_and_then_falls_in_a_line() -> None:
+    settings = {"steps": 100, "warmup": 0.1, "min_lr": 0.1, "lr_decay": 0.2}
+    factor = learning_rate_factor(TrainConfig(lr_schedule="wsd", **settings))
+    assert factor(4) == pytest.approx(0.5) and {factor(s) for s in range(9, 81)} == {1.0}
+    assert factor(90) == pytest.approx(0.55) and factor(95) == pytest.approx(0.325)
+    assert factor(100) == factor(1000) == pytest.approx(0.1)
+    at_once = learning_rate_factor(TrainConfig(lr_schedule="wsd", **{**settings, "lr_decay": 1.0}))
+    assert at_once(10) == 1.0 > at_once(11), "never before the warm-up is over"
+
+
+def test_a_constant_learning_rate_stays() -> None:
+    factor = learning_rate_factor(TrainConfig(lr_schedule="constant", steps=100, warmup=0.1))
+    assert factor(4) == 0.5 and factor(9) == factor(60) == factor(1000) == 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from test_training_runs import SETTINGS
 from looptx_cli.main import main
 from looptx_core.checkpoint.run_lock import RunLock, refuse_if_running
 from looptx_core.data.corpus import bundled_text
-from looptx_core.errors import LooptxError, UsageError
+from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.training.callbacks import JsonLines, read_metrics, resume_point
 
 TRAIN = ["train", "--config", "tiny.yaml", "--quiet", "--out", "run", "--data"]
@@ -49,6 +50,45 @@ def test_the_last_evaluation_is_in_every_record(place: Path) -> None:
         written = [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]]
     assert written[-1] == pytest.approx(last["val_loss"], abs=1e-4)
     assert list(Path("run/checkpoints").glob("step-0000008.ckpt")), "for a run that is to go on"
+
+
+def test_the_best_weights_make_the_model(place: Path) -> None:
+    """Of a run whose loss rises; one that was resumed in between knows what was best before."""
+    import torch
+    from safetensors.torch import load_file
+
+    rises = ("--steps", "9", "--val-every", "3", "--save-every", "3", "--keep-best",
+             "--lr-schedule", "constant", "--lr", "6", "--warmup", "0")  # fmt: skip
+    trained(*rises)
+    losses = {r["step"]: r["val_loss"] for r in read_metrics(Path("run/metrics.jsonl"))
+              if "val_loss" in r}  # fmt: skip
+    best = min(losses, key=losses.__getitem__)
+    assert best != 9, "or this shows nothing"
+    (kept,) = Path("run/checkpoints/best").glob("*.ckpt")
+    assert kept.name == f"step-{best:07d}.ckpt"
+    facts = json.loads(Path("run/final/config.json").read_text())["facts"]
+    assert facts["best_step"] == best
+    assert facts["loss_by_loop"][-1] == pytest.approx(losses[best], abs=1e-4)
+    weights = load_file("run/final/model.safetensors")
+    saved = torch.load(kept, weights_only=True)["state_dict"]
+    norms = [name for name in saved if name.endswith("norm.weight")]
+    assert norms and all(any(torch.equal(saved[name], w) for w in weights.values())
+                         for name in norms)  # fmt: skip
+
+    # As if it had been killed after the best step was validated.
+    Path("run/checkpoints/step-0000009.ckpt").unlink()
+    Path("run/run.json").write_text(Path("run/run.json").read_text().replace("finished", "other"))
+    assert main(["train", "--resume", "run", "--quiet"]) == 0
+    again = load_file("run/final/model.safetensors")
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())
+
+
+def test_a_profile_has_the_steps_that_were_asked_for(place: Path) -> None:
+    trained("--steps", "5", "--profile", "2")
+    trace = json.loads(Path("run/profile/trace.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    assert names.count("Optimizer.step#ChainedOptimizer.step") == 2
+    assert "aten::" in Path("run/profile/table.txt").read_text()
 
 
 def test_a_single_point_can_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +126,28 @@ def test_checkpoints_decide_and_not_the_log(damage: str, place: Path, capsys) ->
     assert main(["train", "--resume", "run"]) == 0
     err = capsys.readouterr().err
     assert "resumed: at step 12" in err and "lost records" in err
+
+
+def test_a_log_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    (tmp_path / "zeros.jsonl").symlink_to("/dev/zero")
+    for name in ("metrics.jsonl", "zeros.jsonl"):
+        with pytest.raises(DataError, match="not a regular file"):
+            read_metrics(tmp_path / name)
+    assert read_metrics(tmp_path / "none") == []
+
+
+def test_values_of_other_types_are_left_out(tmp_path: Path) -> None:
+    good = ['{"step": 2, "train_loss": 3.5, "lr": 1}',
+            '{"step": 2, "val_loss": 1.0, "val_loss_by_loop": [1.5, 1.0]}',
+            '{"step": 2, "stretch": {"from": 2, "to": 4, "lr": 0.1}}']  # fmt: skip
+    none = ["5", "[]", "{}", '{"step": "2"}', '{"step": true}', f'{{"step": {10**30}}}']
+    wrong = ['"val_loss": "x"', '"lr": {}', '"stretch": 1', '"val_loss_by_loop": 1.0',
+             '"val_loss_by_loop": []', '"val_loss_by_loop": [1.0, null]']  # fmt: skip
+    lines = [*good, *none, *(f'{{"step": 3, {part}}}' for part in wrong)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    found = read_metrics(tmp_path / "metrics.jsonl")
+    assert found == [*map(json.loads, good), *[{"step": 3}] * len(wrong)]
 
 
 def test_a_kill_before_the_records_of_a_checkpoint(tmp_path: Path) -> None:
@@ -241,3 +303,38 @@ def test_numbers_and_places_are_taken_by_one(place: Path) -> None:
         from looptx_core.checkpoint.registry import next_run_dir
 
         next_run_dir("runs/train-1", "train", False)
+
+
+def test_training_goes_on_with_a_models_weights(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its shape, its tokenizer and its lineage, at a lower learning rate."""
+    import torch
+
+    from looptx_core.checkpoint.folder import load_model
+
+    trained("--steps", "6")
+    text = bundled_text().read_text("utf-8")[200_000:230_000]
+    Path("more.txt").write_text(text)
+    capsys.readouterr()
+    on = ["train", "--init", "run", "--data", "more.txt", "--val-batches", "1", "--seq-len", "16",
+          "--batch-size", "2", "--val-every", "1", "--log-every", "1"]  # fmt: skip
+    assert main([*on, "--steps", "2", "--out", "on", "--warmup", "0", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    rates = [line["lr"] for line in lines if "train_loss" in line]
+    assert rates[0] == pytest.approx(2e-3 * 64), "a width of 16"
+    first, second = load_model("run/final"), load_model("on/final")
+    assert first.tokenizer.to_str() == second.tokenizer.to_str()
+    assert first.config.d_model == second.config.d_model == 16
+    assert [model["name"] for model in second.facts["lineage"]] == ["run"]
+    assert second.facts["steps"] == 2
+
+    # A step of no length leaves the weights as they were.
+    assert main([*on, "--steps", "1", "--out", "still", "--lr", "1e-30", "--quiet"]) == 0
+    old, still = first.model.state_dict(), load_model("still/final").model.state_dict()
+    assert all(torch.equal(value, still[name]) for name, value in old.items())
+    capsys.readouterr()
+    for wrong, named in (("--preset small", "preset"), ("--set model.d_ff=64", "_proj")):
+        assert main([*on, *wrong.split(), "--out", "no"]) == 2
+        assert named in capsys.readouterr().err
+    assert main(["train", "--resume", "on", "--quiet"]) == 0

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +16,25 @@ import pytest
 import torch
 from audio_cases import SHAPE
 from PIL import Image
+from tokenizers import Tokenizer
 
 from looptx_cli.main import main
+from looptx_core.checkpoint.folder import load_model
+from looptx_core.checkpoint.registry import bundled_model
+from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.media import AudioConfig, VideoConfig
 from looptx_core.config.model import ModelConfig
+from looptx_core.data.records import media_named, read_records
 from looptx_core.errors import DataError, MissingError, UsageError
+from looptx_core.generation.engine import Engine, MediaPrompt
+from looptx_core.generation.watch import Watch
 from looptx_core.media.batch import MediaItem, batch_items, lay_out
 from looptx_core.media.image.read import read_picture
 from looptx_core.media.registry import MEDIA
-from looptx_core.media.video.read import tubelets
+from looptx_core.media.video.frames import frames_of
+from looptx_core.media.video.read import read_pipe, tubelets
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.start import copy_weights
 
 VIDEO = MEDIA["video"]
 WATCHING = replace(
@@ -66,6 +78,7 @@ def test_frames_are_taken_by_their_time(form: str) -> None:
     """A frame that is shown three times as long counts three times."""
     item = VIDEO.read(clip([0, 80, 240, 160], [80, 240, 80, 80], form), WATCHING)
     assert item.grid == (4, 2, 2, 2)
+    assert VIDEO.measure(clip([0, 80, 240, 160], [80, 240, 80, 80], form), WATCHING) == item.grid
     found = shades(item)
     assert all(abs(a - b) <= 2 for a, b in zip(found, [0, 0, 80, 80, 80, 80, 240, 160]))
 
@@ -75,6 +88,8 @@ def test_one_frame_and_a_long_clip() -> None:
     assert still.grid[0] == 1 and len(set(shades(still))) == 1
     long = VIDEO.read(clip([n % 2 * 9 + n // 2 for n in range(400)], 100, "GIF"), WATCHING)
     assert long.grid == (4, 2, 2, 125)
+    for made in (clip([80]), clip([0, 90, 180], 30)):
+        assert VIDEO.measure(made, WATCHING) == VIDEO.read(made, WATCHING).grid
     assert shades(long) == sorted(shades(long)) and long.features.shape[0] == 16
 
 
@@ -87,6 +102,7 @@ def test_a_video_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         stream.pix_fmt = "yuv420p"
         for number, pts in enumerate((0, 1, 2, 9)):  # a variable rate: the third lasts longest
             picture = Image.new("RGB", (64, 64), (number * 60,) * 3)
+            picture.paste((number * 60 + 30,) * 3, (0, 0, 64, 4))  # above
             frame = av.VideoFrame.from_image(picture)
             frame.pts = pts
             container.mux(stream.encode(frame))
@@ -95,6 +111,15 @@ def test_a_video_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = shades(item)
     assert item.grid[0] == 4 and abs(found[0]) < 12 and abs(found[-1] - 180) < 12
     assert sum(abs(shade - 120) < 12 for shade in found) >= 5
+    # A quarter turn, by the matrix of the track's header: what was above is at the right.
+    turned = bytearray(file.read_bytes())
+    matrix = turned.index(b"tkhd") + 44
+    numbers = (0, 1 << 16, 0, -1 << 16, 0, 0, 64 << 16, 0, 1 << 30)
+    turned[matrix : matrix + 36] = b"".join(n.to_bytes(4, "big", signed=True) for n in numbers)
+    upright = [frame for _, _, frame in frames_of(file.read_bytes(), "a")]
+    lying = [frame for _, _, frame in frames_of(bytes(turned), "b")]
+    for one, other in zip(upright, lying, strict=True):
+        assert other.tobytes() == one.transpose(Image.Transpose.ROTATE_270).tobytes()
     damaged = tmp_path / "damaged.mp4"
     damaged.write_bytes(file.read_bytes()[:300])
     with pytest.raises(DataError, match="damaged"):
@@ -113,11 +138,101 @@ def test_bad_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             VIDEO.read(content, WATCHING)
     with pytest.raises(DataError, match="no such clip"):
         VIDEO.read(tmp_path / "none.webp", WATCHING)
-    monkeypatch.setattr("looptx_core.media.video.read.MOST_FRAMES", 2)
+    os.mkfifo(tmp_path / "pipe.webp")
+    with pytest.raises(DataError, match="not a regular file"):
+        VIDEO.read(tmp_path / "pipe.webp", WATCHING)
+    monkeypatch.setattr("looptx_core.media.video.frames.MOST_FRAMES", 2)
     with pytest.raises(DataError, match="over 2 frames"):
         VIDEO.read(clip([1, 60, 120]), WATCHING)
+    monkeypatch.undo()
+    monkeypatch.setattr("looptx_core.media.video.frames.MOST_PIXELS", 128)
+    with pytest.raises(DataError, match="over 128 pixels in all frames"):
+        VIDEO.read(clip([1, 60, 120]), WATCHING)
+    claims = bytearray(clip([0, 200], form="PNG"))  # 100,000 frames, by its header alone
+    at = claims.index(b"acTL")
+    claims[at + 4 : at + 8] = (100_000).to_bytes(4, "big")
+    claims[at + 12 : at + 16] = zlib.crc32(claims[at : at + 12]).to_bytes(4, "big")
+    with pytest.raises(DataError, match="over 20,000 frames"):
+        VIDEO.read(bytes(claims), WATCHING)
     with pytest.raises(UsageError, match=r"video\.frames needs the encoder of pictures"):
         replace(SHAPE, video=VideoConfig(frames=8))
+
+
+def encoded(shade: int, form: str, side: int = 8) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), (shade,) * 3).save(file, form)
+    return file.getvalue()
+
+
+class Slow(io.BytesIO):
+    """A pipe that gives a few bytes at a time."""
+
+    def read1(self, size: int | None = -1) -> bytes:
+        return super().read1(11)
+
+
+def test_frames_from_a_pipe() -> None:
+    """PNG, JPEG and PPM one after another are the clip of these frames."""
+    values, forms = [0, 80, 240, 160, 20, 60], ["PNG", "JPEG", "PPM"] * 2
+    content = b"".join(encoded(*frame) for frame in zip(values, forms))
+    for pipe in (io.BytesIO(content), Slow(content)):
+        item = read_pipe(pipe, WATCHING, 12.5)
+        whole = VIDEO.read(clip(values), WATCHING)
+        assert item.grid == whole.grid
+        assert all(abs(a - b) <= 2 for a, b in zip(shades(item), shades(whole), strict=True))
+    png, jpeg, ppm = (encoded(80, form) for form in forms[:3])
+    for content, says in (
+        (png + jpeg[:-9], "frame 2: ends early"),
+        (png + b"RIFF", "frame 2: no PNG, JPEG or PPM; write frames as by ffmpeg"),
+        (ppm.replace(b"255", b"256", 1), "frame 1: a PPM of 257 values"),
+        (b"P6 999999 999999 255\n", "999999x999999 pixels"),
+        (b"P6 8 8 255\n", "ends early"),
+        (b"\x89PNG\r\n\x1a\n\xff\xff\xff\xffIHDR", "over 268,435,456 bytes"),
+        (b"", "a clip without frames"),
+    ):
+        with pytest.raises(DataError, match=says):
+            read_pipe(io.BytesIO(content), WATCHING, 25)
+
+
+def test_a_clip_is_changed_as_one_and_never_mirrored() -> None:
+    frames = []
+    for shade in (40, 200, 120):
+        image = Image.new("RGB", (32, 32), (255, 255, 255))
+        image.paste((shade, shade, shade), (0, 0, 16, 32))
+        frames.append(image)
+    file = io.BytesIO()
+    frames[0].save(file, "WEBP", save_all=True, append_images=[*frames[1:], frames[0]],
+                   duration=80, lossless=True)  # fmt: skip
+    plain = VIDEO.read(file.getvalue(), WATCHING)
+    for seed in range(20):
+        item, again = (
+            VIDEO.read(file.getvalue(), WATCHING, augment=np.random.default_rng(seed))
+            for _ in range(2)
+        )
+        assert torch.equal(item.features, again.features) and item.grid == plain.grid
+        assert not torch.equal(item.features, plain.features)
+        # The first and the last frame are the same picture, and so they stay.
+        steps = item.features.view(4, 2, 2, 2, 4, 4, 3)
+        assert torch.equal(steps[0, :, :, 0], steps[-1, :, :, 1])
+        left, right = steps[0, :, :, 0].mean((0, 2, 3, 4))
+        assert left < right
+
+
+def test_records_in_which_nothing_is_said_and_folders_of_clips(tmp_path: Path) -> None:
+    (tmp_path / "moves.webp").write_bytes(clip([0, 200]))
+    (tmp_path / "moves.gif").write_bytes(clip([0, 200], form="GIF"))
+    (tmp_path / "stays.webp").write_bytes(clip([80]))
+    (tmp_path / "stays.gif").write_bytes(clip([80], form="GIF"))
+    (tmp_path / "damaged.webp").write_bytes(clip([80])[:20])
+    for name in ("moves", "stays", "damaged"):
+        (tmp_path / f"{name}.txt").write_text("" if name == "stays" else name)
+    records = read_records([tmp_path]).records
+    assert {(r.files[0].path.name, r.files[0].medium) for r in records} == {
+        ("moves.webp", "video"), ("moves.gif", "video"), ("stays.webp", "image"),
+        ("stays.gif", "image"), ("damaged.webp", "image"),
+    }  # fmt: skip
+    assert media_named([tmp_path]) == {"image", "video"}
+    assert [r.turns[0].content[1:] for r in records if "stays" in r.where] == [(("",),)] * 2
 
 
 def test_a_clip_in_pieces_has_the_states_of_the_whole() -> None:
@@ -144,6 +259,39 @@ def test_a_clip_in_pieces_has_the_states_of_the_whole() -> None:
     feed([22])
     assert torch.allclose(torch.cat(states, 1), whole.state, atol=1e-9)
     assert torch.allclose(torch.cat(logits, 1), whole.logits, atol=1e-9)
+
+
+def test_frames_that_come_one_by_one_are_the_clip(tokenizer: Tokenizer) -> None:
+    """An answer at any time is that to the clip so far, and leaves no trace."""
+    engine = Engine(model_of().float(), tokenizer, kernel="torch")
+    frames = np.random.default_rng(3).integers(0, 256, (9, 8, 8, 3)).astype(np.uint8)
+    greedy = {"temperature": 0.0, "max_new_tokens": 3, "ignore_eos": True}
+
+    def whole(some: Any) -> list[tuple[int, float]]:
+        item = tubelets(some, 0.16, WATCHING)
+        found = engine.complete([MediaPrompt("a", (item,))], GenerationOptions(**greedy))[0]
+        return [(step.id, round(step.logprob, 4)) for step in found.tokens]
+
+    watch = Watch(engine)
+    with pytest.raises(UsageError, match="no frame came yet"):
+        watch.ask()
+    for number, frame in enumerate(frames):
+        watch.feed(frame, number * 0.08)
+        if number in (0, 4, 5, 8):
+            # Four steps fit; the fifth makes the older half of those before it be forgotten.
+            first = 4 if number == 8 else 0
+            for _ in range(2):
+                answer = watch.ask("a", **greedy)
+                told = [(step.id, round(step.logprob, 4)) for step in answer.tokens]
+                assert told == whole(frames[first : number + 1]), number
+    with pytest.raises(DataError, match="the frame: float64 numbers of shape"):
+        watch.feed(np.zeros((8, 8)), 0.7)
+    with pytest.raises(UsageError, match="feed them in order"):
+        watch.feed(frames[0], 0.1)
+    late = Watch(engine, 12.5)
+    late.feed(frames[0], 0)
+    late.feed(frames[1], 3600.0)  # a still hour is no work
+    assert engine.counters.prompt < 3000 and late.ask("a", **greedy).tokens
 
 
 def test_time_is_80_ms_in_sound_and_in_clips() -> None:
@@ -180,7 +328,23 @@ def test_a_picture_model_keeps_what_it_knows(cat: Path) -> None:
     )
 
 
-def test_commands(tmp_path: Path, colour_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_of_pictures_can_be_trained_on_to_watch() -> None:
+    """It keeps what it sees, and gets what a clip needs besides."""
+    source = load_model(bundled_model("picture-model"))
+    torch.manual_seed(0)
+    model = LoopedTransformer(replace(source.config, video=VideoConfig(frames=8)))
+    assert copy_weights(model, source) == ["vision.later.weight"]
+    item = MediaItem("video", torch.rand(16, 2 * 3 * 144), (1, 4, 4, 2))
+    picture = MediaItem("image", item.features[:, : 3 * 144], (4, 4))
+    seen = model.encoders()["video"](batch_items([item])["video"])
+    before = source.model.encoders()["image"](batch_items([picture])["image"])
+    assert torch.allclose(seen, before, atol=1e-5)
+
+
+def test_commands(
+    tmp_path: Path, colour_shards: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """A run on clips with texts is trained, asked and looked into."""
     for number in range(6):
         (tmp_path / f"{number}.webp").write_bytes(clip([40 * number, 200, 100]))
@@ -198,6 +362,25 @@ def test_commands(tmp_path: Path, colour_shards: Path, capsys: pytest.CaptureFix
     assert main(["train", "--config", str(tmp_path / "c.yaml"), *data, *run]) == 0
     assert "Texts beside clips" in capsys.readouterr().out
     shared = ["--video", str(tmp_path / "1.webp"), "--model", str(tmp_path / "run"), "--quiet"]
+    more = ["--init", str(tmp_path / "run"), "--set", "model.video.frames=8", "--seq-len", "48"]
+    more += ["--steps", "1", "--val-batches", "1", "--mix", "0:1", "--out", str(tmp_path / "more")]
+    assert main(["train", *data, *more]) == 0
+    assert "weights: those of run" in capsys.readouterr().err
+    kept = json.loads((tmp_path / "more" / "final" / "config.json").read_text())
+    assert (kept["d_model"], kept["video"]["frames"]) == (48, 8)
+    assert main(["train", *data, *more, "--overwrite", "--set", "model.d_model=24"]) == 2
+    assert "leave out the keys of model that change its shape" in capsys.readouterr().err
+    frames = b"".join(encoded(shade, "PNG") for shade in (40, 200, 100, 90))
+    piped = ["generate", "--model", str(tmp_path / "run"), "--quiet", "--video", "-"]
+    for code, flags, says in (
+        (0, ["--fps", "12.5", "--every", "0.16"], r"\[0:00.0 - 0:00.2\] .*\n\[0:00.2 - 0:00.3\]"),
+        (0, [], "."),
+        (2, ["--fps", "0"], "--fps 0: above 0"),
+        (2, ["--chat"], "give the message as an argument"),
+    ):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(frames)))
+        assert main([*piped, *flags, "--max-new-tokens", "2"]) == code
+        assert re.search(says, "".join(capsys.readouterr()))
     assert main(["generate", *shared, "--max-new-tokens", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 1 + 3 * 4
     report = ["--decode-tokens", "0", "--val-batches", "2", "--seq-len", "32"]

@@ -7,6 +7,8 @@ writes into `benchmarks/.data/emoji`:
 - `train.jsonl`: of names that are not held out, in the styles to train on, each with up to three
   captions, "cat face", "animal mammal: cat face" and "animal mammal, pet: cat face": the emoji
   data's own subcategory, and what Unicode's annotations say of it that its name does not.
+- `restyled.jsonl`: `VARIANTS` other drawings of each picture of `train.jsonl`, by
+  `benchmarks/pictures/restyle.py`, with its captions.
 - `words.jsonl`: texts as "animal mammal: okapi", the nouns of WordNet 3.1 that have one of those
   kinds, and the captions to train on; text alone, without a picture.
 - `all.jsonl`: each picture with `style`, `group`, `kind` and `unseen`.
@@ -30,12 +32,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from benchmarks.common.corpora import DATA
+from benchmarks.pictures.restyle import Kept, kept_of, restyle
 
 FOLDER = DATA / "emoji"
 SIDE = 64
+VARIANTS = 3
+"""Drawings of each picture to train on, beside its own."""
 
 
 class Style(NamedTuple):
@@ -54,12 +60,20 @@ TRAIN = {
     "fluent-flat": Style("@iconify-json/fluent-emoji-flat@1.2.6", "MIT"),
     "twemoji": Style("emoji-datasource-twitter@16.0.0", "CC-BY-4.0", "package/img/twitter/64/"),
     "emojione": Style("@iconify-json/emojione@1.2.3", "CC-BY-4.0"),
+    "emojione-mono": Style("@iconify-json/emojione-monotone@1.2.1", "CC-BY-4.0"),
+    "fluent-color": Style("@iconify-json/fluent-emoji@1.2.7", "MIT"),
+    "fluent-mono": Style("@iconify-json/fluent-emoji-high-contrast@1.2.6", "MIT"),
     "streamline": Style("@iconify-json/streamline-emojis@1.2.4", "CC-BY-4.0"),
 }
 TEST = {
     "facebook": Style("emoji-datasource-facebook@16.0.0", "", "package/img/facebook/64/"),
     "apple": Style("emoji-datasource-apple@16.0.0", "", "package/img/apple/64/"),
 }
+JUDGES = {
+    "openmoji": Style("@iconify-json/openmoji@1.2.29", "CC-BY-SA-4.0"),
+    "joypixels": Style("emojione-assets@4.5.0", "", "package/png/64/"),
+}
+"""Styles that say whether a recipe generalises: no recipe was ever chosen by them."""
 ANNOTATIONS = ("cldr-annotations-full@44.0.0", "cldr-annotations-derived-full@44.0.0")
 UNSEEN = 0.1
 _TONES = r"-1f3f[b-f]"
@@ -119,12 +133,12 @@ def is_unseen(group: str) -> bool:
 
 
 def fetch_emoji() -> Path:
-    """The folder with the four files; made when absent."""
+    """The folder with the five files; made when absent."""
     if (FOLDER / "words.jsonl").exists():
         return FOLDER
     emoji = Emoji()
     records = []
-    for style, source in {**TRAIN, **TEST}.items():
+    for style, source in {**TRAIN, **TEST, **JUDGES}.items():
         for code, picture in emoji.pictures(source):
             file = FOLDER / style / f"{code}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -142,17 +156,36 @@ def fetch_emoji() -> Path:
             name, kind = record["text"], record["kind"]
             captions = dict.fromkeys((name, f"{kind}: {name}", record["said"]))
             train.append({"image": record["image"], "text": list(captions)})
+    kept = {r["image"]: kept_of(r["text"], r["kind"]) for r in records}
     texts = [f"{kind}: {word}" for kind, word in words_by_kind()]
     texts += dict.fromkeys(caption for record in train for caption in record["text"])
     files: dict[str, list[dict[str, Any]]] = {
         "all": records,
         "train": train,
+        "restyled": restyled(train, kept),
         "words": [{"text": text} for text in texts],
     }
     for file, lines in files.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (FOLDER / f"{file}.jsonl").write_text(text, "utf-8")
     return FOLDER
+
+
+def restyled(records: list[dict[str, Any]], kept: dict[str, Kept]) -> list[dict[str, Any]]:
+    """Records of other drawings, which are written to files. kept: by picture, what stays."""
+    found = []
+    for record in records:
+        picture = Image.open(FOLDER / record["image"])
+        seed = int(hashlib.sha256(record["image"].encode()).hexdigest()[:8], 16)
+        for number in range(VARIANTS):
+            file = Path("restyled") / Path(record["image"]).with_suffix(f".{number}.webp")
+            (FOLDER / file).parent.mkdir(parents=True, exist_ok=True)
+            drawn = restyle(
+                picture, kept[record["image"]], np.random.default_rng([seed, number]), SIDE
+            )
+            drawn.save(FOLDER / file, quality=90, method=0)
+            found.append(record | {"image": str(file)})
+    return found
 
 
 class Emoji:
@@ -164,17 +197,18 @@ class Emoji:
         self.codes: dict[str, str] = {}
         """Codes by any name, letters and digits alone."""
         (data,) = (d for n, d in _members(TRAIN["noto"].package) if n == "package/emoji.json")
-        plain = {}
+        self.plain: dict[str, str] = {}
+        """Codes by what is left of them without variation selectors, which styles may lack."""
         for entry in json.loads(data):
             code = Path(entry["image"]).stem.lower()
             self.named[code] = (entry["name"].lower(), entry["subcategory"].replace("-", " "))
-            plain[code.replace("-fe0f", "")] = code
+            self.plain[code.replace("-fe0f", "")] = code
             for name in (entry["name"], *entry["short_names"]):
                 self.codes.setdefault(_squashed(name), code)
         # Iconify's names are the short ones of Unicode; Fluent's come with their codes.
         chars = dict(_members(TRAIN["fluent-flat"].package))["package/chars.json"]
         for found, name in json.loads(chars).items():
-            if code := plain.get(found.lower().replace("-fe0f", "")):
+            if code := self.plain.get(found.lower().replace("-fe0f", "")):
                 self.codes.setdefault(_squashed(name), code)
         self.annotations: dict[str, list[str]] = {}
         """Keywords by the emoji itself, without variation selectors."""
@@ -198,8 +232,8 @@ class Emoji:
         """Codes and pictures of those that have a name of their own, a skin tone does not."""
         for name, data in _members(style.package):
             if style.inside:
-                code = Path(name).stem.lower()
-                if name.startswith(style.inside) and code in self.named:
+                code = self.plain.get(Path(name).stem.lower().replace("-fe0f", ""), "")
+                if code and name.startswith(style.inside):
                     yield code, Image.open(io.BytesIO(data)).convert("RGBA")
             elif name == "package/icons.json":
                 yield from self._drawn(json.loads(data))
@@ -207,9 +241,14 @@ class Emoji:
     def _drawn(self, icons: dict) -> Iterator[tuple[str, Image.Image]]:
         from resvg_py import svg_to_bytes
 
+        def short(name: str) -> bool:
+            code = self.codes.get(_squashed(name), "")
+            return not code or _squashed(self.named[code][0]) != _squashed(name)
+
         done = set()
-        for name, icon in icons["icons"].items():
-            code = self.codes.get(_squashed(name))
+        # Full names first: "apple" may be a trade mark, where "red-apple" is the fruit.
+        for name in sorted(icons["icons"], key=short):
+            icon, code = icons["icons"][name], self.codes.get(_squashed(name))
             if code is None or code in done:
                 continue
             done.add(code)

@@ -47,13 +47,17 @@ class Captions:
         self.ranked = min(RANKED, self.loops)
         self._known: dict[str | None, dict[str, torch.Tensor]] = {}
 
+    def item(self, medium: str, file: str) -> MediaItem:
+        return MEDIA[medium].read(self.folder / file, self.loaded.config)
+
     def picture(self, record: dict[str, Any]) -> MediaItem:
-        return MEDIA["image"].read(self.folder / record["image"], self.loaded.config)
+        return self.item("image", record["image"])
 
     def losses(self, picture: MediaItem | None, names: list[str], loops: int) -> torch.Tensor:
         """Nats of each name in all, its end included, after each loop: (loops, names)."""
         encode, end = self.loaded.tokenizer.encode, 0
-        image = [self.loaded.config.image_token] * (picture.length if picture else 0)
+        token = MEDIA[picture.medium].token(self.loaded.config) if picture else 0
+        image = [token] * (picture.length if picture else 0)
         rows = [[end, *image, *encode(name).ids, end] for name in names]
         tokens = torch.full((len(rows), max(map(len, rows))), end)
         counted = torch.zeros(tokens.shape, dtype=torch.bool)

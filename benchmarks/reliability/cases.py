@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,37 @@ AREAS = {
         f"generate --model run --prompts-file {{}} {SHORT}",
         f"generate --model run --prompts-file {{}} {SHORT} --json",
     ), ("run",)),
+    "sounds": Area(3, ("sounds",), (
+        f"generate --model sensing --audio {{}} {SHORT} --json",
+        f"generate --model sensing --audio {{}} {SHORT} --timestamps",
+        "train --config train.yaml --data one.jsonl --steps 1 --seq-len 48 --out new "
+        "--set model.audio.layers=1 --set model.audio.width=32",
+    ), ("sensing", "train.yaml")),
+    "clips": Area(2, ("clips",), (
+        f"generate --model sensing --video {{}} {SHORT} --json",
+        "finetune --model sensing --data one.jsonl --steps 1 --batch-size 1 --seq-len 64 "
+        "--precision float32 --skip-bad --out new",
+    ), ("sensing",)),
+    "media records": Area(2, ("sounds.jsonl", "clips.jsonl"), (
+        "train --config train.yaml --data {} --steps 1 --seq-len 48 --out new "
+        "--set model.audio.layers=1 --set model.audio.width=32 --set model.vision_layers=1 "
+        "--set model.patch_size=8 --set model.max_patches=16 --set model.video.frames=4",
+        "finetune --model sensing --data {} --steps 1 --batch-size 1 --seq-len 64 "
+        "--precision float32 --out new",
+    ), ("sensing", "train.yaml", "sounds", "clips")),
+    "models that hear and watch": Area(1, ("sensing/final",), (
+        f"generate --model {{}} --audio sounds/0.wav {SHORT}",
+        f"generate --model {{}} --video clips/0.webp {SHORT} --json",
+    ), ("sounds", "clips")),
+    "GGUF": Area(3, ("llama.gguf",), (
+        "convert --from-gguf {} --data text.txt --out new",
+        "convert --from-gguf {} --core 0:1 --data text.txt --out new --json",
+    ), ("text.txt",)),
+    "evaluation tasks": Area(3, ("tasks",), (
+        "evaluate --model run --include-path {} --loops 1,auto --limit 3",
+        "evaluate --model run --include-path {} --tasks choice --loops 1 --limit 3 --json",
+        "evaluate --model run --include-path {} --tasks answer,passage --loops 1 --limit 3",
+    ), ("run",)),
     "options": Area(4, (), ()),
 }  # fmt: skip
 _WORDS = (
@@ -102,14 +134,20 @@ _BASES = {
     "inspect-loops": "inspect-loops --model run --data text.txt --seq-len 16 --out new",
     "runs": "runs .",
     "compare": "compare run run",
+    "evaluate": "evaluate --model run --tasks text --loops 1",
 }
 _ENDS = {  # what keeps a command short, whatever was drawn
     "train": "--dry-run",
     "finetune": "--steps 1 --batch-size 1 --max-minutes 0.05",
     "convert": "--data text.txt --direct --max-minutes 0.02",
     "generate": "--max-new-tokens 3 --speculate 0",
+    "evaluate": "--tasks text --limit 2",
     "inspect-loops": "--val-batches 1 --batch-size 2 --decode-tokens 0 --max-new-tokens 2",
 }
+_FILES_OF = {
+    "pictures": ("image", "pairs.jsonl"), "sounds": ("audio", "one.jsonl"),
+    "clips": ("video", "one.jsonl"),
+}  # fmt: skip
 # They ask for much by right, or for other machines.
 _LEFT_OUT = {"--compile", "--devices", "--nodes", "--workers", "--debug", "--help", "--from-hf"}
 
@@ -124,13 +162,15 @@ class Case:
     stdin: bytes = b""
 
 
-def make(seed: int, number: int, sound: Path, folder: Path) -> Case:
+def make(
+    seed: int, number: int, sound: Path, folder: Path, areas: Mapping[str, Area] = AREAS
+) -> Case:
     """Put the inputs of case `number` into an empty folder. The same numbers, the same case."""
     rng = random.Random(f"{seed}/{number}")
-    area = rng.choices(list(AREAS), [a.share for a in AREAS.values()])[0]
+    area = rng.choices(list(areas), [a.share for a in areas.values()])[0]
     if area == "options":
         return _options(rng, sound, folder)
-    chosen = AREAS[area]
+    chosen = areas[area]
     source = rng.choice(chosen.spoilt)
     command = rng.choice(chosen.commands)
     for name in (*chosen.needs, source):
@@ -147,10 +187,11 @@ def make(seed: int, number: int, sound: Path, folder: Path) -> Case:
     else:
         picked = spoilt
     what = f"{picked.relative_to(folder)}: {mutations.file(rng, picked)}"
-    if spoilt.name == "pictures":
+    if spoilt.name in _FILES_OF:  # the command is given the file, or records of it
         source = str(picked.relative_to(folder))
-        (folder / "pairs.jsonl").write_text(
-            "".join(json.dumps({"image": source, "text": f"cat {n}"}) + "\n" for n in range(8))
+        key, records = _FILES_OF[spoilt.name]
+        (folder / records).write_text(
+            "".join(json.dumps({key: source, "text": f"cat {n}"}) + "\n" for n in range(8))
         )
     if area == "run folders" and "--steps" in command:
         _unfinished(rng, spoilt)
@@ -165,7 +206,7 @@ def _unfinished(rng: random.Random, run: Path) -> None:
             content = json.loads(facts.read_bytes())
             content.pop("finished", None)
             facts.write_bytes(mutations.written(content))
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             pass
 
 

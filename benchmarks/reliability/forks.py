@@ -7,6 +7,7 @@ a process that takes all memory ends the fork alone.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import os
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 _ADDRESSES = 24 << 30
 """Bytes of address space that a fork may take beyond its parent's, a last fence."""
 
@@ -71,7 +73,8 @@ def _import_all(package: str) -> None:
     for module in pkgutil.walk_packages(folder, f"{package}."):
         # An export's own module is for transformers, and DeepSpeed starts much by itself.
         if not any(part in module.name for part in ("deepspeed", "modeling_looptx")):
-            importlib.import_module(module.name)
+            with contextlib.suppress(ModuleNotFoundError):  # of an extra
+                importlib.import_module(module.name)
 
 
 def run(
@@ -96,9 +99,10 @@ def run(
     """
     logs = [folder / ".out", folder / ".err"]
     began = time.monotonic()
+    parent = os.getpid()
     process = os.fork()
     if not process:
-        _child(arguments, folder, logs, stdin, environment or {}, first)
+        _child(parent, arguments, folder, logs, stdin, environment or {}, first)
     peak, ended_for, pause = 0, "", 0.002
     while True:
         done, status, usage = os.wait4(process, os.WNOHANG)
@@ -133,6 +137,7 @@ def run(
 
 
 def _child(
+    parent: int,
     arguments: Sequence[str],
     folder: Path,
     logs: list[Path],
@@ -144,6 +149,9 @@ def _child(
     code = 99
     try:
         os.setsid()
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before that call
+            os._exit(code)
         os.chdir(folder)
         os.environ.update(environment)
         for number, log in enumerate(logs, 1):

@@ -21,19 +21,23 @@ from typing import Any
 
 from benchmarks.reliability import forks, sound
 
-SETTINGS = {**sound.SETTINGS, "steps": 30, "save_every": 4, "val_every": 10, "keep": 3,
-            "model": {**sound.SETTINGS["model"], "dropout": 0.1}}  # fmt: skip
+SETTINGS: dict[str, Any] = {
+    **sound.SETTINGS, "steps": 30, "save_every": 4, "val_every": 10, "keep": 3,
+    "model": {**sound.SETTINGS["model"], "dropout": 0.1},
+}  # fmt: skip
 CLOCK = ("tokens_per_second",)
 
 
 class Trainings:
     """One training, whole or broken off, in a scratch folder."""
 
-    def __init__(self, scratch: Path, workers: int) -> None:
+    def __init__(self, scratch: Path, workers: int, **settings: Any) -> None:
         self.scratch, self.workers = scratch, workers
         scratch.mkdir(parents=True, exist_ok=True)
         os.environ.update(LOOPTX_CACHE=str(scratch / "cache"), LOOPTX_KERNELS="all")
-        (scratch / "train.yaml").write_text(json.dumps({**SETTINGS, "workers": workers}))
+        (scratch / "train.yaml").write_text(
+            json.dumps({**SETTINGS, "workers": workers, **settings})
+        )
         if not (scratch / "shards").exists():
             from looptx_core.data.corpus import bundled_text
 

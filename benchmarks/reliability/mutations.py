@@ -152,7 +152,8 @@ def spoil(rng: random.Random, tree: Any) -> Any:
                 holder[rng.choice(("x", "", "\x1b[31m", "type", "\ud800"))] = rng.choice(_VALUES)
             case 2:
                 other, theirs = rng.choice(places(tree))
-                holder[key] = json.loads(json.dumps(other[theirs]))
+                with contextlib.suppress(RecursionError):  # deep from the change before
+                    holder[key] = json.loads(json.dumps(other[theirs]))
             case 3:
                 nested: Any = holder[key]
                 for _ in range(rng.choice((1, 70, 3000))):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 from benchmarks.reliability.forks import run
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "steps": 4, "seq_len": 16, "batch_size": 2, "save_every": 2, "val_every": 2, "val_batches": 1,
     "log_every": 1, "precision": "float32",
     "model": {"d_model": 32, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "d_ff": 32,
@@ -19,33 +20,47 @@ CHATS = [
     {"messages": [{"role": "user", "content": f"Say {n}."},
                   {"role": "assistant", "content": f"{n}"}]} for n in range(12)
 ]  # fmt: skip
+COMMANDS = (
+    "tokenize text.txt --vocab-size 400 --out shards",
+    "train --config train.yaml --data shards --out run",
+    "train --config train.yaml --data pairs.jsonl --data shards --out seeing --seq-len 32 "
+    "--set model.vision_layers=1 --set model.patch_size=8 --set model.max_patches=16",
+    "finetune --model run --data questions.jsonl --lora --steps 2 --batch-size 2 "
+    "--seq-len 64 --out tuned --precision float32",
+    "convert --model run --to-bitnet --direct --data shards --seed 1 --out ternary",
+    "convert --model run --to-hf --out hf",
+    "train --config train.yaml --data sounds.jsonl --data clips.jsonl --data shards "
+    "--out sensing --seq-len 48 --set model.audio.layers=1 --set model.audio.width=32 "
+    "--set model.vision_layers=1 --set model.patch_size=8 --set model.max_patches=16 "
+    "--set model.video.frames=4",
+)
 
 
 def make(folder: Path) -> None:
     """Fill a folder. Raises `RuntimeError` where one of the commands fails."""
+    write_files(folder)
+    for command in COMMANDS:
+        done = run(command.split(), folder, seconds=120, most_bytes=4 << 30)
+        if done.code and "ternary" not in command:
+            raise RuntimeError(f"looptx {command}\n{done.err}")
+    _llama(folder / "llama", folder / "shards/tokenizer.json")
+    _gguf(folder / "llama", folder / "llama.gguf")
+
+
+def write_files(folder: Path) -> None:
+    """What needs no command of looptx."""
     folder.mkdir(parents=True, exist_ok=True)
     _texts(folder)
     _pictures(folder)
+    _sounds(folder)
+    _clips(folder)
+    _tasks(folder / "tasks")
     (folder / "train.yaml").write_text(json.dumps(SETTINGS))
     (folder / "ds.json").write_text(json.dumps({
         "zero_optimization": {"stage": 3, "overlap_comm": False, "reduce_bucket_size": 1000},
         "gradient_clipping": 1.0, "zero_allow_untested_optimizer": True,
     }))  # fmt: skip
     (folder / "generate.yaml").write_text(json.dumps({"temperature": 0.5, "top_k": 3, "loops": 2}))
-    for command in (
-        "tokenize text.txt --vocab-size 400 --out shards",
-        "train --config train.yaml --data shards --out run",
-        "train --config train.yaml --data pairs.jsonl --data shards --out seeing --seq-len 32 "
-        "--set model.vision_layers=1 --set model.patch_size=8 --set model.max_patches=16",
-        "finetune --model run --data questions.jsonl --lora --steps 2 --batch-size 2 "
-        "--seq-len 64 --out tuned --precision float32",
-        "convert --model run --to-bitnet --direct --data shards --seed 1 --out ternary",
-        "convert --model run --to-hf --out hf",
-    ):
-        done = run(command.split(), folder, seconds=120, most_bytes=4 << 30)
-        if done.code and "ternary" not in command:
-            raise RuntimeError(f"looptx {command}\n{done.err}")
-    _llama(folder / "llama", folder / "shards/tokenizer.json")
 
 
 def _texts(folder: Path) -> None:
@@ -92,6 +107,61 @@ def _pictures(folder: Path) -> None:
     ])  # fmt: skip
 
 
+def _sounds(folder: Path) -> None:
+    """Tones in each format that is promised."""
+    import numpy as np
+    import soundfile
+
+    (folder / "sounds").mkdir(exist_ok=True)
+    ends, records = ("wav", "flac", "ogg", "mp3", "aiff"), []
+    for number in range(20):
+        name = f"sounds/{number}.{ends[number % len(ends)]}"
+        time = np.arange(8_000) / 16_000
+        tone = 0.3 * np.sin(2 * np.pi * (300 + 300 * (number % 2)) * time)
+        soundfile.write(folder / name, tone.astype(np.float32), 16_000)
+        records.append({"audio": name, "text": ("low", "high")[number % 2], "group": f"v{number}"})
+    _lines(folder / "sounds.jsonl", records)
+
+
+def _clips(folder: Path) -> None:
+    """A moving square in each format that is promised."""
+    from PIL import Image
+
+    (folder / "clips").mkdir(exist_ok=True)
+    ends, records = ("webp", "gif", "png"), []
+    for number in range(12):
+        name = f"clips/{number}.{ends[number % len(ends)]}"
+        frames = [Image.new("RGB", (24, 16), (200, 90, 10 * number)) for _ in range(4)]
+        for at, frame in enumerate(frames):
+            frame.paste((0, 0, 200), (5 * at, 4, 5 * at + 5, 12))
+        frames[0].save(folder / name, save_all=True, append_images=frames[1:], duration=100)
+        records.append({"video": name, "text": f"square {number}"})
+    _lines(folder / "clips.jsonl", records)
+
+
+def _tasks(folder: Path) -> None:
+    """One task of each kind, and its lines."""
+    folder.mkdir(exist_ok=True)
+    kinds: dict[str, dict[str, Any]] = {
+        "choice": {"output_type": "multiple_choice", "doc_to_choice": "choices",
+                   "metric_list": [{"metric": "acc"}], "metadata": {"chance": 0.5}},
+        "answer": {"output_type": "generate_until",
+                   "generation_kwargs": {"until": ["\n"], "max_gen_toks": 3}},
+        "passage": {"output_type": "loglikelihood_rolling"},
+    }  # fmt: skip
+    targets = {"choice": "gold", "answer": "answer", "passage": "question"}
+    for name, keys in kinds.items():
+        (folder / f"{name}.yaml").write_text(json.dumps({
+            "task": name, "dataset_path": "json", "doc_to_text": "question",
+            "dataset_kwargs": {"data_files": {"test": "lines.jsonl"}}, "test_split": "test",
+            "doc_to_target": targets[name], **keys,
+        }))  # fmt: skip
+    _lines(folder / "lines.jsonl", [
+        {"question": f"The whale {n}", "choices": ["dives", "sings"], "gold": n % 2, "answer": "a"}
+        for n in range(6)
+    ])  # fmt: skip
+
+
 def _llama(folder: Path, tokenizer: Path) -> None:
     """A plain Llama of a few numbers, as transformers saves it."""
     import torch
@@ -117,3 +187,48 @@ def _llama(folder: Path, tokenizer: Path) -> None:
         sizes |= {f"model.layers.{layer}.{name}": size for name, size in parts.items()}
     tensors = {f"{n}.weight": torch.randn(size, generator=draw) for n, size in sizes.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def _gguf(llama: Path, file: Path) -> None:
+    """That Llama as llama.cpp stores it."""
+    import gguf
+    from safetensors.numpy import load_file
+
+    made = json.loads((llama / "tokenizer.json").read_text())["model"]
+    config = json.loads((llama / "config.json").read_text())
+    tokens = sorted(made["vocab"], key=made["vocab"].get)
+    values = {
+        "llama.block_count": 2, "llama.context_length": config["max_position_embeddings"],
+        "llama.embedding_length": 16, "llama.feed_forward_length": 24,
+        "llama.attention.head_count": 2, "llama.attention.head_count_kv": 1,
+        "llama.attention.key_length": 8, "llama.rope.freq_base": 10_000.0,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5, "general.license": "apache-2.0",
+        "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1] * len(tokens),
+        "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in made["merges"]],
+        "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 0,
+    }  # fmt: skip
+    writer = gguf.GGUFWriter(file, "llama")
+    add: dict[type, Any] = {
+        int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+        list: writer.add_array,
+    }  # fmt: skip
+    for key, value in values.items():
+        add[type(value)](key, value)
+    names = {
+        "embed_tokens": "token_embd", "norm": "output_norm", "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    for name, tensor in load_file(llama / "model.safetensors").items():
+        part = name.removeprefix("model.").removesuffix(".weight")
+        layer, inner = part.split(".", 2)[1:] if part.startswith("layers.") else ("", part)
+        before = f"blk.{layer}." if layer else ""
+        writer.add_tensor(f"{before}{names[inner]}.weight", tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -7,7 +7,7 @@ of the other methods; a back end that can loop without returning to Python overr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -113,3 +113,15 @@ class Backend(ABC):
         tokens, media: (rows, new) ids and the items of their placeholders; needed only if there
         are media.
         """
+
+    def prompt(
+        self, cache: LoopCache, rows: Sequence[int], tokens: Tensor, media: Media | None = None
+    ) -> Iterator[tuple[Pass, Tensor]]:
+        """The passes that a prompt takes, and the tokens of each, (rows, new).
+
+        Each pass has to be finished, and the cache advanced, before the next is asked for. tokens,
+        media: see `begin`.
+        """
+        for columns in cache.parts(tokens.shape[1], rows):
+            part = tokens[:, columns]
+            yield self.begin(cache, rows, part.shape[1], part, media), part

@@ -210,6 +210,8 @@ def unsupported_reason(model: LoopedTransformer) -> str | None:
     """Why the model can't be recorded, in a few words; None if it can."""
     if model.norm.weight.device.type != "cuda":
         return f"the model is on {model.norm.weight.device.type}"
+    if model.config.has_memory:
+        return "its layers have a memory beyond their window"
     blocks = [part for part in model.modules() if isinstance(part, Block)]
     layers = [part for block in blocks for part in block.modules() if isinstance(part, nn.Linear)]
     odd = {type(layer).__name__ for layer in layers if type(layer) not in (nn.Linear, BitLinear)}

@@ -10,6 +10,7 @@ from looptx_core.backends.cpu.rounding import rounded_copy
 from looptx_core.backends.cpu.structs import PRECISIONS, load_kernel
 from looptx_core.backends.cuda_graphs import CudaGraphBackend
 from looptx_core.backends.torch_backend import TorchBackend
+from looptx_core.config.model import STORED_AS
 from looptx_core.errors import MissingError, UsageError
 from looptx_core.model.loop import LoopedTransformer
 
@@ -48,7 +49,8 @@ def select_backend(
         try:
             load_kernel()  # may fail, so before the model is copied
             backend = CpuBackend(rounded_copy(model, precision), precision)
-            return backend, f"native, weights in {precision}"
+            kind = STORED_AS.get(model.config.linear, f"weights in {precision}")
+            return backend, f"native, {kind}"
         except MissingError as error:
             why = str(error)
     if kernel == "native" or rounded:

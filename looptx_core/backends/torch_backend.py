@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,14 +29,30 @@ class TorchBackend(Backend):
     ) -> Pass:
         return TorchPass.of(self.model, cache, rows, new, tokens, media)
 
+    def prompt(
+        self, cache: LoopCache, rows: Sequence[int], tokens: Tensor, media: Media | None = None
+    ) -> Iterator[tuple[Pass, Tensor]]:
+        if not media:  # an item may lie in two passes
+            yield from super().prompt(cache, rows, tokens)
+            return
+        first = 0
+        for x, ctx in self.model.passes(tokens, cache, rows, media):
+            yield TorchPass(self.model, ctx, x=x), tokens[:, first : first + x.shape[1]]
+            first += x.shape[1]
+
 
 class TorchPass(Pass):
     """See `Pass`."""
 
     def __init__(
-        self, model: LoopedTransformer, ctx: ForwardContext, media: Media | None = None
+        self,
+        model: LoopedTransformer,
+        ctx: ForwardContext,
+        media: Media | None = None,
+        x: Tensor | None = None,
     ) -> None:
-        self.model, self.ctx, self.media = model, ctx, media
+        """x: what `LoopedTransformer.look_up` returned for the tokens, if it was called before."""
+        self.model, self.ctx, self.media, self.x = model, ctx, media, x
 
     @classmethod
     def of(
@@ -56,7 +72,8 @@ class TorchPass(Pass):
         return cls(model, ctx, media)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return self.model.embed(tokens, self.ctx, self.media)
+        x = self.model.look_up(tokens, self.media) if self.x is None else self.x
+        return self.model.run_prelude(x, self.ctx)
 
     def iterate(
         self, state: Tensor, embedding: Tensor, loops: Sequence[int], count: int = 1

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from looptx_core.config.generation import ExitSettings
-from looptx_core.config.model import ModelConfig
+from looptx_core.config.model import STORED_AS, ModelConfig
 
 _FRONT_MATTER = {
     "license": "apache-2.0",
@@ -42,6 +42,7 @@ def model_card(
         "vocabulary": config.vocab_size,
         "context, tokens": config.max_seq_len,
         "exit rule": exit.rule,
+        **({"weights": STORED_AS[config.linear]} if config.linear in STORED_AS else {}),
     }
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",

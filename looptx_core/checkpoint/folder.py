@@ -3,6 +3,7 @@
     config.json             shape, format_version, fingerprint of the tokenizer, facts
     model.safetensors       or shards with model.safetensors.index.json; tied tensors once
     tokenizer.json          and tokenizer_config.json
+    codec-picture/          of a model that draws, its codec, as in `codec_folder.py`
     generation_config.json  end and padding ids; under `exit` the model's own exit rule
     ...                     what the model's media store, such as preprocessor_config.json
     digests.json            SHA-256 of the files of weights
@@ -14,7 +15,7 @@ A folder appears whole or not at all (`atomic.py`); its weights are read by `wei
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor
 import looptx_core
 from looptx_core.atomic import write_file, write_folder
 from looptx_core.checkpoint.card import model_card
+from looptx_core.checkpoint.codec_folder import load_codec, write_codec
 from looptx_core.checkpoint.special_tokens import SpecialTokens
 from looptx_core.checkpoint.weights import check_size, load_weights, tensors_of
 from looptx_core.config.generation import ExitSettings
@@ -34,13 +36,16 @@ from looptx_core.data.tokenizer import fingerprint, load_tokenizer, vocabulary_s
 from looptx_core.documents import COPY_AGAIN, check_links, read_json, read_text, to_json
 from looptx_core.errors import DataError
 from looptx_core.machine.integrity import check_folder, write_digests
+from looptx_core.media.codec.opened import Opened, opened_codec
 from looptx_core.model.empty_weights import init_empty_weights
 from looptx_core.model.flops import parameter_count
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.storage import to_float
 from looptx_core.outputs import check_model_target
 from looptx_core.schema import typed
 
 MODEL_TYPE = "looptx"
+CODEC = "codec-picture"
 _NOT_SHAPE = {
     *("model_type", "architectures", "format_version", "torch_dtype", "looptx_version"),
     *("tokenizer_fingerprint", "facts", "command"),
@@ -124,7 +129,7 @@ def model_files(
     """What `save_model` writes: tensors by name, and files by name, JSON documents or texts."""
     _check_vocabulary(tokenizer, model.config, "the tokenizer")
     weights = tensors_of(model, dtype)
-    stored = next(iter(weights.values())).dtype
+    stored = next(t.dtype for t in weights.values() if t.is_floating_point())
     config = {
         "model_type": MODEL_TYPE,
         "architectures": [type(model).__name__],
@@ -149,7 +154,14 @@ def model_files(
         ),
         "config.json": config,
         **_media_files(model),
+        **_codecs(model),
     }
+
+
+def _codecs(model: LoopedTransformer) -> dict[str, Any]:
+    """The codec by which the model draws, by its folder's name."""
+    draw = model.config.draw
+    return {CODEC: opened_codec(draw.codec)} if draw.codec else {}
 
 
 def _media_files(model: LoopedTransformer) -> dict[str, Any]:
@@ -172,6 +184,9 @@ def write_model(
     def write(place: Path) -> None:
         save_torch_state_dict(weights, place, max_shard_size=max_shard_size)
         for name, content in files.items():
+            if isinstance(content, Opened):
+                write_codec(place / name, content.codec, content.facts)
+                continue
             text = content if isinstance(content, str) else to_json(content)
             (place / name).write_text(text, "utf-8")
         write_digests(place)
@@ -198,6 +213,15 @@ def load_model(
     with init_empty_weights():
         model = LoopedTransformer(config)
     load_weights(model, folder, device=device, dtype=dtype)
+    if config.draw.codec:
+        if not (folder / CODEC).is_dir():
+            raise DataError(f"{folder}: {CODEC}, by which it draws, is missing; {COPY_AGAIN}")
+        _, found = load_codec(folder / CODEC)
+        if found != config.draw.codec:
+            raise DataError(
+                f"{folder / CODEC}: another codec than the one that this model was trained with; "
+                "put that one back"
+            )
     check_folder(folder)
     facts = settings.get("facts") or {}
     if not isinstance(facts, dict):
@@ -213,6 +237,12 @@ def load_model(
         read_chat_template(folder),
         SpecialTokens.read(folder, tokenizer),
     )
+
+
+def as_float(loaded: LoadedModel) -> LoadedModel:
+    """The same with float weights in place of int8 ones, to train or to change them."""
+    model = to_float(loaded.model)
+    return replace(loaded, model=model, config=model.config)
 
 
 def tokenizer_config(

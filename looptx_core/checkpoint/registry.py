@@ -169,10 +169,11 @@ def abilities(folder: Path) -> frozenset[str]:
     if (folder / "model.safetensors").is_file():
         read_header(folder / "model.safetensors")
     try:
-        media = [medium for medium in MEDIA.values() if medium.enabled(config)]
+        media = [medium.ability for medium in MEDIA.values() if medium.enabled(config)]
+        media += [medium.write_ability for medium in MEDIA.values() if medium.writes(config)]
     except (TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{folder / 'config.json'}: {error}; copy the model again") from error
-    return frozenset({"weights", *(medium.ability for medium in media)})
+    return frozenset({"weights", *media})
 
 
 def _but(skipped: list[str]) -> str:

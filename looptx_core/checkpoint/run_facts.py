@@ -35,6 +35,10 @@ class _Facts:
     """The last step of a run that goes on beyond its settings."""
     finished: int | None = None
     """The steps of a whole run."""
+    exact_match: float | None = None
+    """The share of held-out prompts that a finetuned model answers exactly as expected."""
+    answered: int | None = None
+    """How many such prompts were asked."""
 
     def __post_init__(self) -> None:
         for name, steps in (("until", self.until), ("finished", self.finished)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -144,7 +144,7 @@ def _listed(facts: Mapping[str, Any] | None, key: str) -> list[Any]:
 def _numbers(values: Iterable[Any]) -> Iterable[float]:
     """Those that are finite numbers."""
     for value in values:
-        if type(value) in (int, float) and math.isfinite(value):
+        if type(value) in (int, float) and abs(value) <= sys.float_info.max:  # of ints, too
             yield float(value)
 
 

@@ -5,6 +5,7 @@ Safetensors only: a pickle is refused, since reading one can run its code.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,10 @@ from looptx_core.documents import open_input, read_json, short, some
 from looptx_core.errors import DataError
 from looptx_core.media.registry import media_for
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.vocabulary import tie_head
 from looptx_core.schema import typed
+
+_PROBED = 64  # values of each tensor in a fingerprint
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -42,7 +46,7 @@ def load_weights(
     expected = tensors_of(model, None)
     found: dict[str, Tensor] = {}
     for file in weight_files(folder):
-        found |= _read_tensors(file, expected, torch.device(device), dtype, rename)
+        found |= read_tensors(file, expected, torch.device(device), dtype, rename)
     # What is there already, and not on the meta device, may be absent from the folder.
     missing = sorted(name for name in expected.keys() - found.keys() if expected[name].is_meta)
     if missing:
@@ -51,8 +55,7 @@ def load_weights(
             "model's, so copy the folder again"
         )
     model.load_state_dict(found, strict=False, assign=True)
-    if model.config.tie_embeddings:
-        model.head.weight = model.embedding.weight
+    tie_head(model)
     assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()]), "a tensor is unset"
 
 
@@ -120,6 +123,21 @@ def weight_files(folder: Path) -> list[Path]:
     raise DataError(f"{folder}: {WEIGHTS} is missing; copy the model again")
 
 
+def fingerprint(folder: Path) -> str:
+    """What tells a base from another, whatever its number type: names, shapes, some values."""
+    total: dict[str, bytes] = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as data:
+            for name in data.keys():  # noqa: SIM118, it is no mapping
+                tensor = data.get_tensor(name)
+                last = tensor.numel() - 1  # float32 rounds it up in a tensor of over 2^24 values
+                places = torch.linspace(0, last, _PROBED).long().clamp(max=last)
+                values = tensor.flatten()[places].to(torch.bfloat16).view(torch.int16)
+                shape = f"{name} {list(tensor.shape)}".encode()
+                total[name] = shape + values.numpy().tobytes()
+    return hashlib.sha256(b"".join(total[name] for name in sorted(total))).hexdigest()
+
+
 def refuse_pickle(file: Path) -> None:
     """Raise `DataError` for a file that is a pickle by its name or its first bytes."""
     try:
@@ -149,7 +167,7 @@ def tensors_of(model: LoopedTransformer, dtype: torch.dtype | None) -> dict[str,
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
 
-def _read_tensors(
+def read_tensors(
     file: Path,
     expected: Mapping[str, Tensor],
     device: torch.device,

@@ -44,6 +44,14 @@ class ConvertConfig:
     seed: int = 0
     """to_bitnet: seed of the order of the data and of the depths."""
 
+    memory: Literal["infini", "delta"] | None = None
+    """Give the model a memory of what leaves a window of attention, with gates that start nearly
+    closed; train or finetune it afterwards."""
+    memory_window: int = 128
+    """memory: tokens that are attended to exactly, a multiple of memory_block."""
+    memory_block: int = 64
+    """memory: tokens that are written into it at once."""
+
     adapter: str | None = None
     """An adapter of looptx finetune, for `merge_adapter`."""
     merge_adapter: bool = False
@@ -51,21 +59,31 @@ class ConvertConfig:
 
     to_hf: bool = False
     """Write a folder that transformers opens by itself, with trust_remote_code."""
-    dtype: Literal["float32", "bf16", "fp16"] | None = None
-    """Number type of the stored weights; absent: as they are."""
+    dtype: Literal["float32", "bf16", "fp16", "int8"] | None = None
+    """Number type of the stored weights; int8: the matrices, each row with a scale; absent: as
+    they are."""
     shard_size: str = "5GB"
     """The most bytes in a file of weights, such as 500MB."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        steps = (self.to_bitnet, self.to_hf, self.foreign, self.dtype, self.merge_adapter)
+        steps = (self.to_bitnet, self.to_hf, self.foreign, self.dtype, self.merge_adapter,
+                 self.memory)  # fmt: skip
         if not any(steps):
             raise UsageError(
                 "nothing to convert to; pass `to_bitnet`, `to_hf`, `from_hf` FOLDER, `from_gguf` "
-                "FILE, `dtype` or `adapter` A with `merge_adapter`"
+                "FILE, `dtype`, `memory` or `adapter` A with `merge_adapter`"
             )
+        if self.memory and (self.to_bitnet or self.to_hf):
+            other = "to_bitnet" if self.to_bitnet else "to_hf"
+            raise UsageError(f"`memory` and `{other}` are two steps; leave one of them out")
         if self.direct and not self.to_bitnet:
             raise UsageError("`direct` is a way of `to_bitnet`; pass both")
+        if self.dtype == "int8" and (self.to_bitnet or self.to_hf):
+            raise UsageError(
+                "`dtype` int8 is looptx's own storage of a model that is neither ternary nor for "
+                "transformers; leave out `to_bitnet` and `to_hf`, or give another `dtype`"
+            )
         if self.merge_adapter != bool(self.adapter):
             raise UsageError("`adapter` and `merge_adapter` go together; pass both")
         if self.foreign and (self.model or self.adapter):
@@ -93,6 +111,7 @@ class ConvertConfig:
         steps = (
             (bool(self.foreign), "looptx"),
             (self.merge_adapter, "merged"),
+            (self.memory is not None, self.memory),
             (self.to_bitnet, "bitnet"),
             (self.dtype is not None, self.dtype),
             (self.to_hf, "hf"),

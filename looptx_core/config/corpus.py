@@ -1,8 +1,9 @@
-"""What turning text into shards needs to know."""
+"""What turning text into shards, and pictures into codes, needs to know."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from looptx_core.config.ranges import check_ranges
 
@@ -15,7 +16,7 @@ class TokenizeConfig:
     """Files, folders or globs, - for standard input, hf:NAME[@CONFIG][:SPLIT] for the package
     datasets; absent: the bundled text."""
     out: str | None = None
-    """The folder of shards; absent: runs/tokenize-<n>."""
+    """The folder of shards, or of a codec; absent: runs/tokenize-<n> or runs/codec-<n>."""
     vocab_size: int = 2048
     """Tokens of the vocabulary to learn, special ones included."""
     tokenizer: str | None = None
@@ -25,7 +26,17 @@ class TokenizeConfig:
     text_key: str = "text"
     """The key or column of the text in JSON lines and Parquet."""
     seed: int = 0
-    """Seed of the split."""
+    """Seed of the split, and of a codec's training."""
+    codec: Literal["picture"] | None = None
+    """Train a codec instead: what turns pictures into codes, which a model can learn to write."""
+    steps: int = 4000
+    """Optimizer steps of a codec."""
+    max_minutes: float | None = None
+    """Stop a codec's training after so many minutes."""
+    batch_size: int = 64
+    """Pictures a step of a codec."""
+    lr: float = 1e-2
+    """Peak learning rate of a codec."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -97,5 +97,12 @@ class GenerationOptions:
     """Seed of this request's own random generator."""
     stop: tuple[str, ...] = field(default=())
     """Stop before any of these strings."""
+    guidance: float = 1.0
+    """How far the codes of a picture follow its text; 1: as the model has them. Each code costs
+    twice as much otherwise."""
+    draw_steps: int = 8
+    """Steps of the diffusion that makes a picture of codes; 1 is blurred and fastest."""
+    draw_guidance: float = 1.0
+    """How far that diffusion goes from what it sees without codes; 1: no further than with them."""
     ignore_eos: bool = False
     """Go on after the document's end token."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from looptx_core.errors import UsageError
 
 _MOST = {"layers": 10_000, "width": 1 << 20, "max_seconds": 3600.0, "token": 1 << 24,
-         "frames": 1 << 16, "ctc_weight": 100.0, "fps": 1000.0}  # fmt: skip
+         "frames": 1 << 16, "ctc_weight": 100.0, "fps": 1000.0, "rows": 1 << 10,
+         "columns": 1 << 10, "first_code": 1 << 24}  # fmt: skip
 """What no model comes near, so that a damaged config.json asks for no more memory than there is."""
 
 
@@ -72,3 +74,40 @@ class VideoConfig:
                 "model configuration: video.frames must be 0 or at least 2, video.max_patches at "
                 "least 1"
             )
+
+
+@dataclass(frozen=True)
+class DrawConfig:
+    """How a model draws: as codes, which are tokens after those of the text.
+
+    Raises `UsageError` for values that fit no model.
+    """
+
+    codec: str = ""
+    """The fingerprint of the codec; empty: the model does not draw."""
+    rows: int = 0
+    """Codes of a picture, downwards."""
+    columns: int = 0
+    """The same, across."""
+    levels: tuple[int, ...] = ()
+    """Of each digit of a code."""
+    first_code: int = 0
+    """The token of code 0."""
+    token: int = 8
+    """The token that begins a picture."""
+    digits: bool = True
+    """Whether codes share a vector for each level of their digits while they are trained, beside
+    one of their own; see `looptx_core.model.code_rows`."""
+
+    def __post_init__(self) -> None:
+        _check(self, "draw")
+        if self.codec and not (self.levels and min(self.levels) > 1 and self.rows and self.columns):
+            raise UsageError(
+                "model configuration: draw.rows, draw.columns and draw.levels are a codec's own; "
+                "leave them out, and give the codec"
+            )
+
+    @property
+    def codes(self) -> int:
+        """How many codes there are; 0: the model does not draw."""
+        return math.prod(self.levels) if self.codec else 0

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from looptx_core.config.media import AudioConfig, VideoConfig
+from looptx_core.config.media import AudioConfig, DrawConfig, VideoConfig
 from looptx_core.errors import UsageError
 from looptx_core.schema import typed
 
@@ -23,10 +23,22 @@ _MOST = {
     **dict.fromkeys(("d_model", "vision_width", "d_ff", "head_dim", "confidence_width"), 1 << 20),
     **{"vocab_size": 1 << 24, "n_heads": 1 << 16, "max_loops": 1 << 16, "max_seq_len": 1 << 31},
     **{"gain_width": 1 << 20, "patch_size": 1 << 12, "max_patches": 1 << 20},
+    **dict.fromkeys(("memory_window", "memory_block"), 1 << 20),
 }
 """What no model comes near, so that a damaged config.json asks for no more memory than there is."""
-SECTIONS: dict[str, type] = {"audio": AudioConfig, "video": VideoConfig}
-"""The media whose settings are a section, by its key."""
+_MEMORY_KEYS = (
+    "memory", "memory_window", "memory_block", "memory_per_loop", "infini_delta",
+)  # fmt: skip
+SECTIONS: dict[str, type] = {"audio": AudioConfig, "video": VideoConfig, "draw": DrawConfig}
+"""What a model reads and writes beside text and pictures, by the key of its section."""
+
+
+STORED_AS = {
+    "ternary": "ternary weights, trained through floats",
+    "packed": "ternary weights, two bits each",
+    "int8": "int8 weights, a scale for each row",
+}
+"""For people: the kinds of `ModelConfig.linear` that are not plain floats."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ class ModelConfig:
     """Its units that tell what one more loop would bring, asked for after every loop; 0: a
     sixteenth of d_model, 8 at least."""
     injection: Literal["decay", "bridge", "add", "none"] = "decay"
-    """How the prelude's output enters each loop; see `looptx_core.model.loop.Injection`."""
+    """How the prelude's output enters each loop; see `looptx_core.model.injection.Injection`."""
     retain: float = 0.88
     """decay: the share of the state that a loop keeps before any training, between 0 and 1; the
     rest is the embedding's."""
@@ -84,9 +96,22 @@ class ModelConfig:
     """Dropout on each residual branch, in training only."""
     tie_embeddings: bool = True
     """One matrix serves as embedding and as output head."""
-    linear: Literal["float", "ternary", "packed"] = "float"
-    """The blocks' linear layers: float; ternary, trained through latent float weights; or packed,
-    the same with two bits a weight, to run. See `looptx_core.model.bitnet`."""
+    linear: Literal["float", "ternary", "packed", "int8"] = "float"
+    """The blocks' linear layers: float; ternary, trained through latent float weights; packed, the
+    same with two bits a weight, to run; or int8, with the embedding and the head, to run. See
+    `looptx_core.model.bitnet` and `looptx_core.model.int8`."""
+
+    memory: Literal["none", "infini", "delta"] = "none"
+    """What the core remembers beyond a window of exact attention: nothing, and attention is full;
+    Infini-attention (arXiv 2404.07143); or a gated delta rule (arXiv 2412.06464)."""
+    memory_window: int = 128
+    """Tokens that a layer with a memory attends to exactly, a multiple of memory_block."""
+    memory_block: int = 64
+    """Tokens that leave this window, and are written into the memory, at once."""
+    memory_per_loop: bool = False
+    """Each loop has a memory of its own, for ablations; else all loops of a layer share one."""
+    infini_delta: bool = False
+    """infini: write only what the memory does not return yet, the paper's Linear + Delta."""
 
     vision_layers: int = 0
     """Blocks of the encoder of pictures; 0: the model reads text only."""
@@ -106,6 +131,8 @@ class ModelConfig:
     """How the model hears."""
     video: VideoConfig = field(default_factory=VideoConfig)
     """How the model watches."""
+    draw: DrawConfig = field(default_factory=DrawConfig)
+    """How the model draws."""
     media: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     """Settings of further media by name; each has a folder in `looptx_core.media`."""
 
@@ -153,8 +180,8 @@ class ModelConfig:
             f"activation must be gelu or silu, not {self.activation!r}",
         )
         need(
-            self.linear in ("float", "ternary", "packed"),
-            f"linear must be float, ternary or packed, not {self.linear!r}",
+            self.linear in ("float", "ternary", "packed", "int8"),
+            f"linear must be float, ternary, packed or int8, not {self.linear!r}",
         )
         need(0.0 < self.retain < 1.0, f"retain must lie between 0 and 1, not {self.retain}")
         for name in ("patch_size", "max_patches", "vision_width"):
@@ -179,12 +206,42 @@ class ModelConfig:
             "video.frames needs the encoder of pictures, vision_layers, and video.token a token "
             f"of {self.vocab_size}",
         )
+        draw = self.draw
+        need(
+            not draw.codec or (self.vision_layers > 0 and draw.token < self.vocab_size),
+            "draw needs the encoder of pictures, vision_layers, and draw.token a token of "
+            f"{self.vocab_size}",
+        )
+        need(
+            not draw.first_code or draw.first_code + draw.codes <= self.vocab_size,
+            f"{draw.codes} codes from {draw.first_code} on are no tokens of {self.vocab_size}",
+        )
         need(
             isinstance(self.media, Mapping)
             and all(isinstance(section, Mapping) for section in self.media.values()),
             "media must hold a section of settings for each medium",
         )
+        need(
+            self.memory in ("none", "infini", "delta"),
+            f"memory must be none, infini or delta, not {self.memory!r}",
+        )
+        need(self.memory_block >= 1, f"memory_block must be at least 1, not {self.memory_block}")
+        need(
+            self.memory_window >= 1 and self.memory_window % self.memory_block == 0,
+            f"memory_window ({self.memory_window}) must be a multiple of memory_block "
+            f"({self.memory_block})",
+        )
         need(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), not {self.dropout}")
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the model attends within a window and remembers what left it."""
+        return self.memory != "none"
+
+    @property
+    def context_limit(self) -> int | None:
+        """The most tokens of a text; None for a model with a memory, which reads without end."""
+        return None if self.has_memory else self.max_seq_len
 
     @property
     def confidence_units(self) -> int:
@@ -201,9 +258,11 @@ class ModelConfig:
         return self.prelude_layers + loops * self.core_layers + self.coda_layers
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of config.json; media that the model has not have none."""
+        """The keys of config.json; media and a memory that the model has not have none."""
         found = asdict(self)
         absent = [name for name, part in SECTIONS.items() if getattr(self, name) == part()]
+        if self.memory == "none":
+            absent += _MEMORY_KEYS
         for name in (*absent, *(() if self.media else ("media",))):
             del found[name]
         return found
@@ -211,3 +270,13 @@ class ModelConfig:
     @classmethod
     def keys(cls) -> list[str]:
         return [field.name for field in fields(cls)]
+
+
+def fitting_memory(seq_len: int) -> dict[str, int]:
+    """The keys of a memory's window and block that suit sequences of this length in training.
+
+    Gates move only if a memory is written and read several times in a sequence: here in
+    about eight blocks, of 64 tokens at most, of which the window holds two.
+    """
+    block = min(64, max(8, 1 << (seq_len // 8).bit_length() - 1))
+    return {"model.memory_window": 2 * block, "model.memory_block": block}

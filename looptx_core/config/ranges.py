@@ -7,32 +7,33 @@ from typing import Any
 
 from looptx_core.errors import UsageError
 
-_AT_LEAST_1 = (
-    *("steps", "seq_len", "batch_size", "micro_batch", "devices", "nodes", "save_every", "keep"),
-    *("val_every", "val_batches", "log_every", "loops", "max_loops", "lora_rank", "vocab_size"),
-    *("max_new_tokens", "min_loops", "prompt_loops", "shard_tokens", "limit"),
-)
-RANGES = {
-    **dict.fromkeys(_AT_LEAST_1, "[1, inf)"),
-    **dict.fromkeys(
-        (
-            *("workers", "decode_tokens", "weight_decay", "clip", "temperature", "top_k"),
-            "speculate",
-        ),
-        "[0, inf)",
-    ),
-    **dict.fromkeys(
-        ("lr", "max_minutes", "mean_loops", "lora_alpha", "repetition_penalty"), "(0, inf)"
-    ),
-    "finetune_steps": "(0, inf)",
-    **dict.fromkeys(("min_lr", "warmup", "deeper_share", "explore", "min_p"), "[0, 1]"),
-    "top_p": "(0, 1]",
-    **dict.fromkeys(("beta2", "lora_dropout", "mask_patches"), "[0, 1)"),
-    "val_fraction": "(0, 1)",
-    "loss_prior": "(-100, 100)",
-    **dict.fromkeys(("loss_threshold", "threshold"), "(-inf, inf)"),
-    "seed": "[0, 9223372036854775808)",
+_NAMES = {
+    "[1, inf)": """
+        steps seq_len batch_size micro_batch devices nodes save_every keep profile val_every
+        val_batches log_every loops max_loops min_loops prompt_loops lora_rank max_new_tokens
+        shard_tokens limit max_batch max_context
+    """,
+    "[0, inf)": """
+        workers decode_tokens weight_decay clip temperature top_k speculate max_queue drain_seconds
+    """,
+    "(0, inf)": """
+        lr epochs max_minutes mean_loops lora_alpha repetition_penalty finetune_steps
+        request_timeout
+    """,
+    "[0, 1]": "min_lr warmup lr_decay grow_share deeper_share explore min_p",
+    "(0, 1]": "top_p",
+    "[0, 1)": "beta2 lora_dropout mask_patches",
+    "(0, 1)": "val_fraction",
+    "[1, 1048576]": "memory_window memory_block",
+    "[1, 16777216]": "vocab_size",
+    "[1, 1000]": "draw_steps",
+    "[0, 100]": "guidance draw_guidance",
+    "[0, 65535]": "port",
+    "(-100, 100)": "loss_prior",
+    "(-inf, inf)": "loss_threshold threshold",
+    "[0, 9223372036854775808)": "seed",
 }
+RANGES = {name: bounds for bounds, names in _NAMES.items() for name in names.split()}
 """As in mathematics: a square bracket takes the bound in."""
 
 

@@ -18,6 +18,7 @@ from typing import Any, TypeGuard, TypeVar, get_origin, get_type_hints
 import yaml
 
 from looptx_core.atomic import write_file
+from looptx_core.config.codec import CodecConfig
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.corpus import TokenizeConfig
 from looptx_core.config.evaluation import EvaluateConfig
@@ -27,6 +28,7 @@ from looptx_core.config.inspection import MEDIA_PATHS, InspectConfig
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import get_preset, suggestion
 from looptx_core.config.run import TrainConfig
+from looptx_core.config.serving import ServeConfig
 from looptx_core.config.yaml_file import Lines, read_yaml
 from looptx_core.documents import short
 from looptx_core.errors import DataError, UsageError
@@ -41,10 +43,10 @@ _OTHER_VARIABLES = {"LOOPTX_CACHE", "LOOPTX_CONFIG", "LOOPTX_MODEL", "LOOPTX_DEB
                     "LOOPTX_KERNELS"}  # fmt: skip
 
 # A `~` at the start of these is the home folder, in quotes and in files too.
-_PATHS = {"data", "out", "tokenizer", "model", "adapter", "from_hf", "from_gguf", "nvme_path",
-          "deepspeed_config", "include_path", *MEDIA_PATHS}  # fmt: skip
+_PATHS = {"codec", "data", "out", "tokenizer", "model", "adapter", "from_hf", "from_gguf", "init",
+          "nvme_path", "deepspeed_config", "include_path", *MEDIA_PATHS}  # fmt: skip
 
-_SCHEMAS: dict[str, type] = {"model": ModelConfig}
+_SCHEMAS: dict[str, type] = {"model": ModelConfig, "codec_model": CodecConfig}
 
 T = TypeVar("T")
 Layer = tuple[Mapping[str, Any], Callable[[str], str]]
@@ -260,9 +262,9 @@ def _environment(hints: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, 
     """This schema's values in the environment; a list is separated by commas."""
     ours = {_variable(key): key for key in hints}
     # A variable of another command is fine here, a name that no command has is a mistake.
-    known = {_variable(key) for key in keys_of({"": TrainConfig, "model": ModelConfig})}
+    known = {_variable(key) for key in keys_of({"": TrainConfig, **_SCHEMAS})}
     others = (TokenizeConfig, FinetuneConfig, ConvertConfig, GenerationOptions, InspectConfig,
-              EvaluateConfig)  # fmt: skip
+              EvaluateConfig, ServeConfig)  # fmt: skip
     for other in others:
         known |= {_variable(key) for key in keys_of({"": other})}
     known |= ours.keys() | _OTHER_VARIABLES

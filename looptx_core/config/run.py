@@ -22,6 +22,8 @@ class RunConfig:
 
     steps: int = 600
     """Optimizer steps; fixes the schedule of the learning rate."""
+    epochs: float | None = None
+    """Passes over the data, in place of `steps`."""
     max_minutes: float | None = None
     """Stop after so many minutes, saved; the learning rate's schedule does not change."""
     seq_len: int = 128
@@ -39,10 +41,15 @@ class RunConfig:
 
     lr: float = 2e-2
     """Peak learning rate."""
+    lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine falls to `min_lr` over all steps, wsd stays at the peak and falls
+    to it over the last steps (arXiv 2405.18392), constant stays."""
     min_lr: float = 0.1
-    """The last learning rate, as a share of the peak (cosine)."""
+    """The last learning rate, as a share of the peak; constant has none."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises."""
+    lr_decay: float = 0.2
+    """wsd: share of the steps over which the learning rate falls."""
     weight_decay: float = 0.1
     """On matrices only."""
     optimizer: Literal["muon", "adamw"] = "muon"
@@ -52,15 +59,17 @@ class RunConfig:
     clip: float = 1.0
     """Largest norm of the gradient, of the trunk and of the confidence head apart; 0: any."""
 
-    loop_schedule: Literal["loss", "sampled", "fixed"] = "loss"
+    loop_schedule: Literal["loss", "sampled", "grow", "fixed"] = "loss"
     """How deep each sequence goes in training; see `looptx_core.training.loop_schedule`."""
     loops: int | None = None
-    """fixed: the depth (absent: the maximum). loss: the base depth (absent: 1). sampled: the least
-    (absent: 1)."""
+    """fixed: the depth (absent: the maximum). loss: the base depth (absent: 1). sampled, grow: the
+    least (absent: 1)."""
     max_loops: int | None = None
     """The most loops in training; absent: the model's maximum."""
     mean_loops: float = 3.0
     """Mean of the distribution that depths are drawn from, before its truncation."""
+    grow_share: float = 0.5
+    """grow: share of the steps over which depths rise from the least to what sampled draws."""
     deeper_by: Literal["gain", "loss"] = "gain"
     """loss: what sends a sequence deeper, the loss that the confidence head predicts one more loop
     to remove, or the loss itself."""
@@ -105,12 +114,16 @@ class RunConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """Checkpoints kept."""
+    keep_best: bool = False
+    """Keep the weights with the lowest held-out loss too, and make the model of them."""
     val_every: int = 200
     """Steps between validations."""
     val_batches: int = 4
     """Batches of one validation."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    profile: int | None = None
+    """Profile so many steps after the first two: a trace and a table, in the run's profile."""
 
     def __post_init__(self) -> None:
         from looptx_core.errors import UsageError
@@ -146,6 +159,11 @@ class RunConfig:
             raise UsageError("`deepspeed_config` needs ZeRO; add `zero3`")
         if self.offload == "nvme" and self.sharding == "zero2":
             raise UsageError("`offload` nvme needs `zero3`; ZeRO-2 offloads to the CPU alone")
+        if self.keep_best and self.sharding not in ("none", "ddp"):
+            raise UsageError(
+                f"`keep_best` with {self.sharding} is refused: no process has all weights; "
+                "leave it out"
+            )
         if self.nvme_path and self.offload not in ("nvme", "auto", None):
             raise UsageError(f"`nvme_path` does nothing under `offload` {self.offload}")
         if self.nvme_path and not zero:
@@ -193,10 +211,16 @@ class TrainConfig(RunConfig):
 
     preset: str = "nano"
     """nano, small, medium, 1b or 7b."""
+    init: str | None = None
+    """Go on from a model's weights, with its shape and tokenizer, and a lower learning rate."""
     document_mask: bool = True
     """Tokens attend within their own document only."""
     mix: str = "1:1"
     """Weights of text and of pictures, where the data has pictures with texts."""
+    codec: str | None = None
+    """A codec's folder, by which the model learns to draw; looptx tokenize --codec makes one."""
+    direction: Literal["both", "read", "write"] = "both"
+    """With a codec: whether a picture with its text is read, written or, as two records, both."""
     mask_patches: float = 0.0
     """Share of the patches to hide from the encoder and to draw back, with a loss of their own."""
     bitnet: bool = False
@@ -220,6 +244,14 @@ class TrainConfig(RunConfig):
                 f"`mask_patches` {self.mask_patches}: a share below 1 of the patches of pictures; "
                 "give pictures with texts too, as `data` pairs.jsonl"
             )
+
+
+def continued_lr(d_model: int) -> float:
+    """The default peak of the learning rate for a model that is trained already.
+
+    A tenth of the presets' own at their widths, which falls about as the square of the width.
+    """
+    return max(2e-5, 2e-3 * (128 / d_model) ** 2)
 
 
 def parse_mix(text: str) -> tuple[float, float]:

@@ -32,6 +32,7 @@ from looptx_core.conversion.pretrained import (
 )
 from looptx_core.documents import short, some
 from looptx_core.errors import DataError
+from looptx_core.model.vocabulary import tie_head
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 """The number types that are read."""
@@ -231,8 +232,7 @@ def from_gguf(gguf: GGUF, looping: Looping) -> LoadedModel:
         raise DataError(f"{file}: its tensors lack {some(missing)}; {_COPY_AGAIN}")
     weights = {ours: gguf.tensor(name) for ours, name in names.items()}
     model.load_state_dict(weights, strict=False, assign=True)
-    if config.tie_embeddings:
-        model.head.weight = model.embedding.weight
+    tie_head(model)
     facts = {"from": f"{gguf.architecture} {file.name} ({', '.join(gguf.types)})"}
     if isinstance(licence := gguf.values.get("general.license"), str):
         facts["license"] = licence

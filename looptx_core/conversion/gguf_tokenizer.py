@@ -22,6 +22,7 @@ from tokenizers import (
 
 from looptx_core.checkpoint.special_tokens import SpecialTokens
 from looptx_core.data.tokenizer import as_plain_text
+from looptx_core.documents import is_one_of
 from looptx_core.errors import DataError
 
 _GIVE_FOLDER = "convert the Hugging Face folder of this model by `from_hf`"
@@ -67,7 +68,7 @@ def read_gguf_tokenizer(
 
     model, pre = get("model"), get("pre")
     need(model == "gpt2", f"its tokenizer is {model!r}, and byte-level BPE (gpt2) is read")
-    need(pre in _KINDS, f"its pre-tokenizer is {pre!r}, and {', '.join(_KINDS)} are known")
+    need(is_one_of(pre, _KINDS), f"its pre-tokenizer is {pre!r}, and {', '.join(_KINDS)} are known")
     tokens, merges = get("tokens"), get("merges")
     need(_are_texts(tokens) and len(set(tokens)) == len(tokens), "its tokens are no list of names")
     need(_are_texts(merges), "its tokenizer has no merges")

@@ -6,34 +6,32 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from tokenizers import Tokenizer
-from torch import nn
 
 from looptx_core.checkpoint.card import descended
 from looptx_core.checkpoint.folder import (
     LoadedModel,
-    load_model,
     model_files,
     write_model,
 )
-from looptx_core.checkpoint.registry import resolve_adapter, resolve_model
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.run import TrainConfig
-from looptx_core.conversion.huggingface import from_huggingface, to_huggingface
-from looptx_core.conversion.pretrained import Looping, is_plain, open_plain
-from looptx_core.conversion.source_check import (
-    Span,
-    logit_difference,
-    sample_text,
-    second_loop_costs,
-    transformers_or_none,
+from looptx_core.conversion.huggingface import to_huggingface
+from looptx_core.conversion.memory import with_memory
+from looptx_core.conversion.source import (
+    BATCH,
+    PLAIN_BATCH,
+    SEQ_LEN,
+    VAL_BATCHES,
+    compare_with_source,
+    evaluation_data,
+    read_source,
 )
+from looptx_core.conversion.source_check import Span
 from looptx_core.conversion.ternary import (
     WarmUp,
     bits_per_weight,
@@ -43,18 +41,18 @@ from looptx_core.conversion.ternary import (
 )
 from looptx_core.data.datamodule import Batches
 from looptx_core.data.own import FILE as OWN_DATA
-from looptx_core.data.own import OwnData, given_data, open_data, own_data
-from looptx_core.errors import Interrupted, MissingError, UsageError
+from looptx_core.errors import Interrupted, UsageError
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.storage import to_float, to_int8
 from looptx_core.outputs import check_output
 from looptx_core.training.calibration import calibrate
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all
 from looptx_core.training.run import fit
+from looptx_core.words import counted
 
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+          "int8": torch.int8}  # fmt: skip
 _WARM_UP = 0.25  # of the steps
-_SEQ_LEN, _BATCH, _VAL_BATCHES = 128, 32, 4
-_PLAIN_BATCH = 8  # of a plain model that is not trained on: such models are large
 
 
 @dataclass
@@ -131,45 +129,47 @@ def convert(
         Interrupted: a Ctrl-C; nothing was written.
     """
     started = time.monotonic()
-    source, sources, plain = _read(config, report)
-    out = Path(config.out or f"{source.name.removesuffix('.gguf')}-{config.suffix}")
+    source, sources, plain = read_source(config, report)
+    out = output_folder(config, source)
     inputs = (*inputs, *config.data, config.model, config.foreign, config.adapter, *sources)
     if there := check_output(out, "convert", overwrite=overwrite, inputs=inputs):
         report(f"replaces {out}: {there}, once the new one is whole")
-    if config.to_bitnet and source.config.linear == "packed":
-        raise UsageError(f"{source.folder}: its weights are ternary already; leave `to_bitnet` out")
-    stored = source.model.embedding.weight.dtype
-    model = source.model.float()
-    checked = _compare(config, model, source.tokenizer, plain, report) if plain else {}
-    trains = config.to_bitnet and not config.direct and source.config.linear == "float"
+    check_kinds(config, source)
+    was = torch.int8 if source.config.linear == "int8" else source.model.norm.weight.dtype
+    memory_before = running_bytes(source.model.float())
+    model = to_float(source.model)
+    remembering = model
+    if config.memory:
+        remembering = with_memory(model, config.memory, config.memory_window, config.memory_block)
+    checked = compare_with_source(config, model, source.tokenizer, plain, report) if plain else {}
+    trains = config.to_bitnet and not config.direct and model.config.linear == "float"
     judged = plain is not None and not config.to_bitnet
-    held_out = _evaluation_data(
-        config, source, trains, report, rows=_PLAIN_BATCH if judged else _BATCH
+    held_out = evaluation_data(
+        config, source, trains, report, rows=PLAIN_BATCH if judged else BATCH
     )
     # Later loops of a plain model are its first until they are trained.
     loops = 1 if judged else model.config.max_loops
     batches = held_out.batches
-    memory_before = running_bytes(model)
     before = _evaluate(model, batches, loops)
-    bytes_before = _folder_bytes(source.folder)
+    bytes_before = folder_bytes(source.folder)
 
     after, exit_settings, steps = before, source.exit, 0
+    model = remembering
     if config.to_bitnet:
         if model.config.linear == "float":
             model = to_ternary(model, [next(iter(batches.train_dataloader()))])
             if trains:
                 steps = _finetune(model, batches, config, out, callbacks, report)
         model = pack_model(model)
-    dtype = DTYPES[config.dtype] if config.dtype else stored
-    model = model.to(dtype)
-    if config.to_bitnet or dtype != stored:
-        memory_after = running_bytes(model)
+    floats = torch.float32 if was == torch.int8 else was
+    kind = DTYPES[config.dtype] if config.dtype else floats
+    model = to_int8(model) if kind == torch.int8 else model.to(kind)
+    memory_after = running_bytes(model)
+    if config.to_bitnet or config.memory or kind != was:
         after = _evaluate(model.float(), batches, loops)
-        model = model.to(dtype)
+        model = model.to(torch.float32 if kind == torch.int8 else kind)
         if loops == model.config.max_loops:
             exit_settings = calibrate(exit_settings, after)
-    else:
-        memory_after = running_bytes(model)
 
     facts = dict(source.facts) | {"loss_by_loop": [round(x, 4) for x in after.loss_by_loop]}
     if after is not before:
@@ -181,7 +181,11 @@ def convert(
             source.facts, source.name, losses, method="ternary weights, "
             + ("trained through the rounding" if steps else "only rounded"), **done,
         )  # fmt: skip
-        facts["ternary"] = f"trained {steps} steps" if steps else "rounded"
+        facts["ternary"] = f"trained {counted(steps, 'step')}" if steps else "rounded"
+    elif config.memory:
+        losses = {key: facts[key] for key in facts if key.startswith("loss_by_loop")}
+        facts = descended(source.facts, source.name, losses,
+                          method=f"a {config.memory} memory, not yet trained")  # fmt: skip
     elif not config.merge_adapter:  # the same model in another form
         facts["converted_from"] = source.name
     weights, files = model_files(
@@ -201,7 +205,7 @@ def convert(
     return ConvertResult(
         out=out,
         bytes_before=bytes_before,
-        bytes_after=_folder_bytes(out),
+        bytes_after=folder_bytes(out),
         bits_per_weight=bits_per_weight(model),
         memory_before=memory_before,
         memory_after=memory_after,
@@ -213,114 +217,6 @@ def convert(
         own=held_out.own,
         **checked,
     )
-
-
-def _read(
-    config: ConvertConfig, report: Callable[[str], object]
-) -> tuple[LoadedModel, list[Path | None], Callable[[], nn.Module] | None]:
-    """The model, the folders that it was read from, and what opens it in transformers where it was
-    a plain one."""
-    looping = Looping(config.core, config.max_loops or Looping.max_loops)
-    if config.from_hf:
-        folder = Path(config.from_hf)
-        loaded = from_huggingface(folder, looping)
-        return loaded, [], partial(open_plain, folder) if is_plain(folder) else None
-    if config.from_gguf:
-        try:
-            from looptx_core.conversion.gguf_file import GGUF, from_gguf
-        except ModuleNotFoundError as error:
-            raise MissingError(
-                "`from_gguf` needs the package gguf; pip install 'looptx[gguf]'"
-            ) from error
-        file = GGUF(Path(config.from_gguf))
-        return from_gguf(file, looping), [], file.in_transformers
-    if config.adapter:
-        from looptx_core.finetuning.merge import merge  # brings PEFT
-
-        found = resolve_adapter(config.adapter, config.model)
-        assert found.adapter is not None
-        report(f"model: {found.folder}, with the adapter {found.adapter}")
-        return merge(found.folder, found.adapter), [found.folder, found.adapter], None
-    found = resolve_model(config.model, need=frozenset({"weights"}))
-    if config.model is None:
-        report(f"model: {found.folder}, {found.reason}")
-    return load_model(found.folder), [found.folder], None
-
-
-def _compare(
-    config: ConvertConfig,
-    model: LoopedTransformer,
-    tokenizer: Tokenizer,
-    plain: Callable[[], nn.Module],
-    report: Callable[[str], object],
-) -> dict[str, Any]:
-    """How far one loop is from the plain model, and what other spans would cost; for the result."""
-    tokens = sample_text(tokenizer, model.config.max_seq_len)
-    found: dict[str, Any] = {}
-    if (theirs := transformers_or_none(plain)) is None:
-        report("one loop is not compared with the source: pip install transformers for that")
-    else:
-        found["logit_difference"] = logit_difference(model, theirs, tokens)
-    if config.core:
-        first = model.config.prelude_layers
-        found["core"] = f"{first}:{first + model.config.core_layers}"
-    if config.core == "auto":
-        found["spans"] = second_loop_costs(model, tokens)
-    return found
-
-
-@dataclass
-class _EvaluationData:
-    """What a conversion trains on and judges by. note: of the data, where it is the model's."""
-
-    batches: Batches
-    name: str
-    """For people."""
-    own: bool
-    note: OwnData | None
-
-
-def _evaluation_data(
-    config: ConvertConfig,
-    source: LoadedModel,
-    trains: bool,
-    report: Callable[[str], object],
-    rows: int,
-) -> _EvaluationData:
-    """By the data that is given, else by the model's own.
-
-    Where it has none, the bundled text judges, and nothing is trained on it: `UsageError`.
-    """
-    own = own_data(source.folder, source.facts)
-    data = given_data(config.data) if config.data else own
-    lack = ""
-    if data is None:
-        lack = "what this model was trained on is not known"
-    elif not config.data and (gone := data.missing):
-        lack = f"what this model was trained on, {', '.join(gone)}, is gone"
-    if lack and trains:
-        raise UsageError(
-            f"{source.folder}: {lack}; give such data by `data`, or pass `direct`, which only "
-            "rounds"
-        )
-    mine = not lack and data is not None and own is not None and data.same_inputs(own)
-    if lack or data is None:
-        data, name = OwnData("text"), "the bundled text, which is not this model's own"
-    else:
-        name = data.name if config.data else f"the model's own data, {data.name}"
-    report(f"data: {name}")
-    batches = open_data(
-        data,
-        source.tokenizer,
-        source.config,
-        seq_len=_SEQ_LEN,
-        rows=rows,
-        batches=config.finetune_steps,
-        val_batches=_VAL_BATCHES,
-        seed=config.seed,
-        report=report,
-    )
-    return _EvaluationData(batches, name, mine, data if trains else own)
 
 
 def _evaluate(model: LoopedTransformer, batches: Batches, loops: int) -> LoopEvaluation:
@@ -337,17 +233,7 @@ def _finetune(
 ) -> int:
     """Train through the rounding; the steps that were done."""
     steps = config.finetune_steps
-    settings = TrainConfig(
-        steps=steps,
-        max_minutes=config.max_minutes,
-        lr=config.lr,
-        seed=config.seed,
-        batch_size=batches.micro_batch,
-        seq_len=min(_SEQ_LEN, model.config.max_seq_len),
-        save_every=steps + 1,
-        val_every=steps,
-        val_batches=_VAL_BATCHES,
-    )
+    settings = ternary_training(config, model, batches)
     with tempfile.TemporaryDirectory(prefix="looptx-") as folder:
         try:
             _, done = fit(
@@ -364,7 +250,45 @@ def _finetune(
     return done
 
 
-def _folder_bytes(folder: Path) -> int:
+def ternary_training(
+    config: ConvertConfig, model: LoopedTransformer, batches: Batches
+) -> TrainConfig:
+    """The settings of the training through the rounding."""
+    return TrainConfig(
+        steps=config.finetune_steps,
+        max_minutes=config.max_minutes,
+        lr=config.lr,
+        seed=config.seed,
+        batch_size=batches.micro_batch,
+        seq_len=min(SEQ_LEN, model.config.max_seq_len),
+        save_every=config.finetune_steps + 1,
+        val_every=config.finetune_steps,
+        val_batches=VAL_BATCHES,
+    )
+
+
+def check_kinds(config: ConvertConfig, source: LoadedModel) -> None:
+    """Raise `UsageError` for a model that can't be stored as asked."""
+    kind = source.config.linear
+    if config.to_bitnet and kind == "packed":
+        raise UsageError(f"{source.folder}: its weights are ternary already; leave `to_bitnet` out")
+    if config.dtype == "int8" and kind in ("ternary", "packed"):
+        raise UsageError(
+            f"{source.folder}: its weights are ternary, smaller than int8; leave `dtype` int8 out"
+        )
+    if config.to_hf and source.config.has_memory:
+        raise UsageError(
+            f"{source.folder}: transformers' format has no memory; leave `to_hf` out, or take a "
+            "model without one"
+        )
+
+
+def output_folder(config: ConvertConfig, source: LoadedModel) -> Path:
+    """The folder that is written."""
+    return Path(config.out or f"{source.name.removesuffix('.gguf')}-{config.suffix}")
+
+
+def folder_bytes(folder: Path) -> int:
     """Of a folder's files, or of a file."""
     if folder.is_file():
         return folder.stat().st_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -53,14 +54,20 @@ def sample_text(tokenizer: Tokenizer, length: int) -> Tensor:
 def logit_difference(model: LoopedTransformer, source: nn.Module, tokens: Tensor) -> float:
     """max |ours - source| / max |source| at one loop. tokens: (rows, length).
 
-    Raises `DataError` where it is over `MOST_DIFFERENCE`.
+    Raises `DataError` where it is over `MOST_DIFFERENCE`, or the source's logits are no numbers
+    or all zero.
     """
-    most = largest = 0.0
+    gaps, sizes = [], []
     for row in tokens.split(1):
         theirs = source(row).logits
-        gap = (model(row, 1).logits - theirs).abs().max()
-        most, largest = max(most, gap.item()), max(largest, theirs.abs().max().item())
-    found = most / largest
+        gaps.append((model(row, 1).logits - theirs).abs().max())
+        sizes.append(theirs.abs().max())
+    largest = torch.stack(sizes).max().item()  # unlike Python's max, it does not pass over NaN
+    if not 0 < largest < math.inf:
+        raise DataError(
+            f"the source's largest logit is {largest}; its weights are damaged, so copy it again"
+        )
+    found = torch.stack(gaps).max().item() / largest
     if not found <= MOST_DIFFERENCE:
         raise DataError(
             f"one loop is not the source: its logits differ by {found:.1e} of the largest, and "

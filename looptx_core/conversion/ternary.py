@@ -7,7 +7,6 @@ comes in by degrees (a warm-up over the first steps).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from looptx_core.model.bitnet import BitLinear, TernaryLinear, pack, ternary
-from looptx_core.model.empty_weights import init_empty_weights
+from looptx_core.model.int8 import Int8Linear
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.storage import finished, like
 from looptx_core.training.evaluate import evaluate_batch
 
 
@@ -28,22 +28,22 @@ def to_ternary(
     A layer whose input had no norm gets one; its gain starts at the root mean square that the
     input has on `batches`, over all loops, so that the layer's output keeps its size.
     """
-    new = _empty(model, "ternary")
+    new = like(model, "ternary")
     state = {**model.state_dict(), **_gains(model, batches)}
     new.load_state_dict({name: t.clone() for name, t in state.items()}, assign=True)
-    return _finished(new, model)
+    return finished(new, model)
 
 
 def pack_model(model: LoopedTransformer) -> LoopedTransformer:
     """A model of `BitLinear` layers with its ternary weights packed; it computes the same."""
-    new = _empty(model, "packed")
+    new = like(model, "packed")
     state = model.state_dict()
     for name, layer in model.named_modules():
         if isinstance(layer, BitLinear):
             values, scale = ternary(state.pop(f"{name}.weight"))
             state[f"{name}.packed"], state[f"{name}.scale"] = pack(values), scale
     new.load_state_dict(state, assign=True)
-    return _finished(new, model)
+    return finished(new, model)
 
 
 def bits_per_weight(model: LoopedTransformer) -> float:
@@ -53,6 +53,10 @@ def bits_per_weight(model: LoopedTransformer) -> float:
         if isinstance(layer, TernaryLinear):
             bits += 8 * layer.packed.numel() + 8 * layer.scale.element_size()
             weights += layer.in_features * layer.out_features
+        elif isinstance(layer, Int8Linear) and layer is not model.head:
+            tensors = (layer.weight, layer.weight_scale)
+            bits += 8 * sum(t.numel() * t.element_size() for t in tensors)
+            weights += layer.weight.numel()
     if not weights:
         linear = [m for m in model.core.modules() if isinstance(m, nn.Linear)]
         return 8.0 * linear[0].weight.element_size()
@@ -116,15 +120,3 @@ def _gains(model: LoopedTransformer, batches: Iterable[Mapping[str, Tensor]]) ->
         hook.remove()
     gains = {name: torch.stack(seen).mean().sqrt() for name, seen in squares.items()}
     return {f"{name}.norm.weight": gain.expand(widths[name]) for name, gain in gains.items()}
-
-
-def _empty(model: LoopedTransformer, linear: str) -> LoopedTransformer:
-    with init_empty_weights():
-        return LoopedTransformer(replace(model.config, linear=linear))  # type: ignore[arg-type]
-
-
-def _finished(new: LoopedTransformer, old: LoopedTransformer) -> LoopedTransformer:
-    new.attend = old.attend
-    if new.config.tie_embeddings:
-        new.head.weight = new.embedding.weight
-    return new.eval()

@@ -16,6 +16,7 @@ from looptx_core.data.shards import Shards, Tokens
 from looptx_core.data.tokenizer import end_id
 from looptx_core.errors import DataError
 from looptx_core.media.batch import is_entry
+from looptx_core.words import counted
 
 
 class Sequences(Protocol):
@@ -39,7 +40,7 @@ class Windows(Dataset[dict[str, Tensor]]):
         self.tokens, self.seq_len, self.end = tokens, seq_len, end
 
     def __len__(self) -> int:
-        return max(0, (len(self.tokens) - 1) // self.seq_len)
+        return window_count(len(self.tokens), self.seq_len)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """tokens: (seq_len + 1,) int64. ids: the window's number. documents: (seq_len,)."""
@@ -51,6 +52,11 @@ class Windows(Dataset[dict[str, Tensor]]):
             ends = item["tokens"][:-1] == self.end
             item["documents"] = ends.cumsum(0) - ends.long()  # an end belongs to what it ends
         return item
+
+
+def window_count(tokens: int, seq_len: int) -> int:
+    """How many windows a stream of so many tokens has."""
+    return max(0, (tokens - 1) // seq_len)
 
 
 class SeededBatches:
@@ -110,8 +116,8 @@ def text_windows(
         windows = Windows(shards.tokens(split), seq_len, end)
         if not len(windows):
             raise DataError(
-                f"{folder}: the {split} split has {len(windows.tokens)} tokens, fewer than one "
-                f"sequence of {seq_len}; add text or pass a smaller `seq_len`"
+                f"{folder}: the {split} split has {counted(len(windows.tokens), 'token')}, fewer "
+                f"than one sequence of {seq_len}; add text or pass a smaller `seq_len`"
             )
         parts.append(windows)
     return parts

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from looptx_core.config.model import ModelConfig
 from looptx_core.data.content import content_ids
 from looptx_core.data.tokenizer import ASSISTANT, SYSTEM, USER, end_id
+from looptx_core.documents import is_one_of
 from looptx_core.errors import DataError, UsageError
 
 ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
@@ -90,7 +91,7 @@ def check_messages(messages: Any, where: str) -> None:
         raise DataError(f"{where}: messages must be a list of {{role, content}}; mend this record")
     for message in messages:
         role = message.get("role") if isinstance(message, Mapping) else None
-        if role not in ROLES or not isinstance(message.get("content"), str):
+        if not is_one_of(role, ROLES) or not isinstance(message.get("content"), str):
             raise DataError(
                 f"{where}: a message needs a role of {', '.join(ROLES)} and a content of text; "
                 "mend this record"

@@ -16,7 +16,6 @@ import importlib.resources
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from looptx_core.data.tables import CHUNK, KINDS, Source, decoded, rows, texts
-from looptx_core.documents import check_inside, open_input
+from looptx_core.documents import arriving, check_inside, open_input
 from looptx_core.errors import DataError, LooptxError, MissingError, remedy
 from looptx_core.machine.scratch import scratch_folder
 from looptx_core.media.registry import media_of_file
@@ -149,7 +148,7 @@ class Corpus:
         total = hashlib.sha256()
         for source in self.sources:
             try:
-                with source.path.open("rb") as file:
+                with open_input(source.path) as file:
                     content = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
                 raise _unreadable(source.name, error) from error
@@ -180,12 +179,9 @@ class Corpus:
             self._spool = self._spool or self._held.enter_context(scratch_folder())
             copy = self._spool / hashlib.sha256(name.encode()).hexdigest()
             if not copy.exists():
-                with copy.open("wb") as target:
-                    if path is None:
-                        shutil.copyfileobj(sys.stdin.buffer, target, PIECE)
-                    else:
-                        with open_input(path) as stream:
-                            shutil.copyfileobj(stream, target, PIECE)
+                given = open_input(path) if path else contextlib.nullcontext(sys.stdin.buffer)
+                with given as stream, copy.open("wb") as target:
+                    target.writelines(arriving(stream))
             return Source(copy, name, "text", copy.stat().st_size)
         except OSError as error:
             raise _unreadable(name, error) from error
@@ -259,7 +255,7 @@ def _sources(files: Sequence[Path], if_none: str) -> Iterator[Source]:
     if not files:
         raise DataError(if_none)
     for file in files:
-        if medium := media_of_file(file.suffix):
+        if medium := media_of_file(file):
             raise DataError(
                 f"{file}: a {medium.noun}; {medium.plural} with their texts are not tokenised "
                 "ahead, give them to looptx train --data as they are"

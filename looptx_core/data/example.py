@@ -12,7 +12,10 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.data.records import MediaFile
 from looptx_core.media.base import Grid
 from looptx_core.media.batch import MediaItem
-from looptx_core.media.registry import MEDIA
+from looptx_core.media.registry import MEDIA, writers
+
+CODES_COUNT = 20
+"""What all codes of a record count together as targets, in words."""
 
 
 class Example(NamedTuple):
@@ -63,6 +66,25 @@ class Example(NamedTuple):
         if (times == 1).all():
             return self
         return self._replace(ids=self.ids.repeat(times), counted=self.counted.repeat(times))
+
+
+def code_ranges(config: ModelConfig | None) -> list[range]:
+    """The ids of the codes of each medium that a model writes."""
+    found = writers(config).values() if config else ()
+    return [range(writer.first_code, writer.first_code + writer.codes) for writer in found]
+
+
+def target_weights(example: Example, codes: Iterable[range]) -> np.ndarray:
+    """How much each token counts as a target, (tokens,) float32: 1, or 0 where it does not.
+
+    An item has more codes than its text has words, so that all of them together count what
+    `CODES_COUNT` words do.
+    """
+    found = example.counted.astype(np.float32)
+    for ids in codes:
+        is_code = example.counted & (example.ids >= ids.start) & (example.ids < ids.stop)
+        found[is_code] = min(1.0, CODES_COUNT / max(1, int(is_code.sum())))
+    return found
 
 
 def unlabelled(examples: Iterable[Example]) -> Counter[str]:

@@ -12,7 +12,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from torch.utils.data import Dataset
 from looptx_core.config.model import ModelConfig
 from looptx_core.data.chat import encode_turns
 from looptx_core.data.datamodule import Batches
-from looptx_core.data.example import Example
+from looptx_core.data.example import Example, code_ranges, target_weights
 from looptx_core.data.records import MediaFile, Record, Turn, parse, raw_records, rename_columns
 from looptx_core.data.split import hold_out
 from looptx_core.data.tokenizer import PAD, end_id
@@ -171,10 +170,11 @@ class _Encoder:
             ids, counted = encode_turns(zip(roles, turns), self.tokenizer)
         elif self.record.form == "prompt":
             before, after = turns
-            if self.files or not before:
+            if self.record.files or not before:
                 before = [end, *before]  # as generation begins
             ids = [*before, *after, end]
-            counted = [False] * len(before) + [True] * (len(after) + 1)
+            opens = isinstance(self.record.turns[1].content[0], MediaFile)  # as who asks for it
+            counted = [False] * (len(before) + opens) + [True] * (len(after) + 1 - opens)
         else:
             ids = [end, *turns[0], end]
             # The end before a text is the end of another text; an item has none before it.
@@ -267,7 +267,8 @@ class PackedExamples(Dataset[dict[str, Tensor]]):
         self.examples, self.seq_len, self.padding = examples, seq_len, padding
         self.config, self.seed, self.augment = config, seed, augment
         self.rows = pack([self._room(example) for example in examples], seq_len + 1)
-        counted = sum(int(example.counted[1:].sum()) for example in examples)
+        self._codes = code_ranges(config)
+        counted = float(sum(target_weights(example, self._codes)[1:].sum() for example in examples))
         self._weight = seq_len * len(self.rows) / max(1, counted)
         """Of a target that counts: 1 in the mean over all targets, padding included."""
 
@@ -338,7 +339,7 @@ class PackedExamples(Dataset[dict[str, Tensor]]):
             place = slice(start, start + len(example.ids))
             tokens[place] = torch.from_numpy(example.ids.astype(np.int64))
             documents[place] = number
-            counted[place] = torch.from_numpy(example.counted.astype(np.float32))
+            counted[place] = torch.from_numpy(target_weights(example, self._codes))
             counted[start] = 0
             start = place.stop
         return {
@@ -385,9 +386,6 @@ class ExampleData(Batches):
 
     train: PackedExamples
     val: PackedExamples
-
-    def __init__(self, train: PackedExamples, val: PackedExamples, **how: Any) -> None:
-        super().__init__(train, val, **how)
 
     @property
     def fingerprint(self) -> str:

@@ -61,7 +61,7 @@ def hop_probes(seed: int, lines: int) -> Iterator[Probe]:
     for _ in range(lines):
         text, answers = hop_line(rng)
         for hops, spans in sorted(answers.items()):
-            yield Probe(f"{hops} hops", text, spans)
+            yield Probe(f"{hops} hop{'s' * (hops > 1)}", text, spans)
 
 
 def hop_questions(seed: int, count: int, stream: int = 2) -> Iterator[dict[str, str]]:

@@ -14,6 +14,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from looptx_core.config.model import ModelConfig
 from looptx_core.data.batches import Sequences, text_windows
 from looptx_core.data.datamodule import Batches
+from looptx_core.data.directions import in_directions
 from looptx_core.data.example import Example, unlabelled
 from looptx_core.data.examples import (
     PackedExamples,
@@ -24,6 +25,7 @@ from looptx_core.data.records import Records
 from looptx_core.data.shards import open_shards
 from looptx_core.data.split import hold_out
 from looptx_core.errors import DataError
+from looptx_core.media.registry import writers
 
 TEXT, RECORDS = "text", "records"
 """The parts of a validation."""
@@ -95,7 +97,7 @@ class MixedData(Batches):
     """Batches of text and of records; the other arguments are those of `Batches`.
 
     mix: the weights of text and of records; a weight of 0 leaves the kind out. A share of the
-    records is held out, those of equal text together.
+    records is held out, those of equal text together. direction: see `in_directions`.
     """
 
     def __init__(
@@ -108,12 +110,14 @@ class MixedData(Batches):
         mix: tuple[float, float],
         skip_bad: bool = False,
         augment: bool = True,
+        direction: str = "read",
         document_mask: bool = True,
         seed: int = 0,
         **how: Any,
     ) -> None:
         self.shards = open_shards(folder, verify=True)
         tokenizer = self.shards.tokenizer
+        records = in_directions(records, direction, writers(config))
         examples = record_examples(records, tokenizer, config, seq_len, skip_bad)
         if len(examples) < 2:
             what = " or ".join(medium.plural for medium in records.media)
@@ -137,7 +141,9 @@ class MixedData(Batches):
 
 
 def _texts(example: Example) -> bytes:
-    """What an example is held out by: its group, else what it says."""
+    """What an example is held out by: its group, else what it says, or its items if nothing."""
     if example.group is not None:
         return example.group.encode()
+    if all(way.counted.sum() <= 1 for way in example.ways):
+        return repr([file.identity for file in example.files]).encode()
     return b"".join(way.ids[way.counted].tobytes() for way in example.ways)

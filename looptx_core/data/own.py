@@ -31,6 +31,7 @@ from looptx_core.documents import read_json, some
 from looptx_core.errors import DataError
 from looptx_core.media.registry import MEDIA, media_for
 from looptx_core.schema import typed
+from looptx_core.words import counted
 
 FILE = "data.json"
 FORMAT_VERSION = 1
@@ -189,7 +190,7 @@ def open_data(
     mixed = MixedData(
         shards, read_records(data.media, skip_bad), config, seq_len=limit, micro_batch=few,
         mix=parse_mix(own.get("mix") or ("0:1" if only else "1:1")), skip_bad=skip_bad,
-        augment=own.get("augment", True), **how,
+        augment=own.get("augment", True), direction=own.get("direction", "both"), **how,
     )  # fmt: skip
     if only:  # no text was named, so none judges
         mixed.val = mixed.val_parts[RECORDS]
@@ -234,8 +235,8 @@ def _records(
     )
     if found.skipped or found.dropped or found.truncated:
         report(
-            f"data: left out {found.skipped} records that can't be used and {found.dropped} that "
-            f"are too long; shortened {found.truncated}"
+            f"data: left out {counted(found.skipped, 'record')} that can't be used and "
+            f"{found.dropped} that are too long; shortened {found.truncated}"
         )
     train, val = split_packed(
         found.kept,

@@ -1,6 +1,7 @@
 """Records: the one grammar of training data, for pretraining pairs, finetuning and chats.
 
-    {"text": ...}                                  a text, or a list of texts that say the same
+    {"text": ...}                                  a text, or a list of texts that say the same;
+                                                   empty beside an item in which nothing is said
     {"prompt": ..., "response": ...}
     {"messages": [{"role": ..., "content": ...}, ...]}
     {"parts": [{"text": ...}, {"image": path}, ...]}
@@ -29,7 +30,7 @@ from looptx_core.config.finetune import parse_columns
 from looptx_core.data.chat import check_messages
 from looptx_core.data.content import insert_items
 from looptx_core.data.corpus import Corpus, visible_files
-from looptx_core.documents import check_characters, read_text
+from looptx_core.documents import check_characters, is_one_of, read_text
 from looptx_core.errors import DataError, UsageError
 from looptx_core.media.base import Medium
 from looptx_core.media.registry import MEDIA, media_of_file
@@ -151,7 +152,7 @@ def media_named(inputs: Sequence[str | Path]) -> frozenset[str]:
     found: set[str] = set()
     for item in map(Path, inputs):
         files = _media_files(item)
-        found |= {medium.name for file in files if (medium := media_of_file(file.suffix))}
+        found |= {medium.name for file in files if (medium := media_of_file(file))}
         if files or not (item.is_file() or item.is_dir()):
             continue
         try:
@@ -195,7 +196,7 @@ def parse(record: Any, where: str, folder: Path) -> Record:
             files_ = _files(record, where, folder)
             turns = [Turn(_content(text.strip() if files_ else text, files_, where))]
             form = "text"
-        case {"text": [*texts]} if _are_texts(texts):
+        case {"text": [*texts]} if _are_texts(texts, or_empty=bool(_named(record))):
             files_ = _files(record, where, folder)
             turns, form = [Turn((*files_, tuple(text.strip() for text in texts)))], "text"
         case dict():
@@ -230,7 +231,7 @@ def _in_our_form(record: Any, where: str) -> Any:
             return {**record, "prompt": f"{asked}\n\n", "response": output}
         case {"conversations": [*turns]} if "messages" not in record:
             for turn in turns:
-                if not isinstance(turn, dict) or turn.get("from") not in _SPEAKERS:
+                if not isinstance(turn, dict) or not is_one_of(turn.get("from"), _SPEAKERS):
                     raise DataError(
                         f"{where}: a turn of conversations needs a value of text and a from of "
                         f"{', '.join(_SPEAKERS)}; mend this record"
@@ -266,9 +267,10 @@ def _with_media(raw: Any, where: str, folder: Path) -> Record:
     match raw:
         case {"messages": _} | {"prompt": _} | {"parts": _}:
             record = parse(raw, where, folder)
-        case {"text": texts} if _are_texts(texts):
+        case {"text": texts} if _are_texts(texts, or_empty=True):
             record = parse(raw, where, folder)
-    if record is None or not record.files or not record.has_text:
+    silent = record is not None and raw.get("text") in ("", [""])
+    if record is None or not record.files or not (record.has_text or silent):
         medium = MEDIA[min(_named(raw) or {next(iter(MEDIA))})]
         raise DataError(
             f'{where}: needs a {medium.noun} and a text, as {{"{medium.name}": path, '
@@ -333,18 +335,20 @@ def _named(record: Any) -> set[str]:
     }
 
 
-def _are_texts(texts: Any) -> bool:
+def _are_texts(texts: Any, or_empty: bool = False) -> bool:
+    """Whether this is a text or several. or_empty: one of no characters is a text too."""
     if isinstance(texts, str):
-        return bool(texts.strip())
-    good = isinstance(texts, list) and bool(texts)
-    return good and all(isinstance(text, str) and text.strip() for text in texts)
+        texts = [texts]
+    if not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
+        return False
+    return all(text.strip() or (or_empty and not text) for text in texts)
 
 
 def _media_files(folder: Path) -> list[Path]:
     """The visible media below a folder, sorted; none for what is no folder."""
     if not folder.is_dir():
         return []
-    return [file for file in visible_files(folder) if media_of_file(file.suffix)]
+    return [file for file in visible_files(folder) if media_of_file(file)]
 
 
 _TEXTS = {".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"}
@@ -355,14 +359,14 @@ def _folder(folder: Path) -> Iterator[tuple[str, Path, Any]]:
     texts = {file.with_suffix(".txt") for file in files}
     left = [f for f in visible_files(folder) if f.suffix.lower() in _TEXTS and f not in texts]
     if left:
-        medium = media_of_file(files[0].suffix)
+        medium = media_of_file(files[0])
         assert medium is not None
         raise DataError(
             f"{folder}: holds {medium.plural}, and {left[0].name}, which is no text of one of "
             "them; give texts and files of records as a `data` of their own, elsewhere"
         )
     for file in files:
-        medium, text = media_of_file(file.suffix), file.with_suffix(".txt")
+        medium, text = media_of_file(file), file.with_suffix(".txt")
         assert medium is not None
         words = read_text(text, mend="convert it").strip() if text.exists() else None
         yield str(file), file.parent, {medium.name: str(file.resolve()), "text": words}

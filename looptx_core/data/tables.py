@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from looptx_core.documents import has_half, known_kind, parse_json, read_text
+from looptx_core.documents import has_half, known_kind, open_input, parse_json, read_text
 from looptx_core.errors import DataError
 
 CHUNK = 1 << 16  # bytes read at a time
@@ -77,7 +77,7 @@ def decoded(source: Source) -> Iterator[str]:
     """The text of a file, a chunk at a time, byte for byte except for a leading BOM."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, first = 0, b""
-    with source.path.open("rb") as file:
+    with open_input(source.path) as file:
         while True:
             raw = file.read(CHUNK)
             first = first or raw
@@ -100,7 +100,7 @@ def _not_text(where: str, at: int, first: bytes) -> DataError:
 def _lines(source: Source, parse: Callable[[str, str], T]) -> Iterator[T]:
     """`parse` of each line that is not blank, and of where it stands."""
     offset = number = 0
-    with source.path.open("rb") as file:
+    with open_input(source.path) as file:
         while raw := file.readline(RECORD_LIMIT + 1):
             number += 1
             where = f"{source.name}, line {number}"
@@ -134,7 +134,7 @@ def _jsonl_rows(source: Source) -> Iterator[tuple[str, Any]]:
 
 def _json_rows(source: Source) -> Iterator[tuple[str, Any]]:
     """The items of an array, or one object a line, as many programs write under this name."""
-    with source.path.open("rb") as file:
+    with open_input(source.path) as file:
         first = file.read(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     if first != b"[":
         yield from _jsonl_rows(source)

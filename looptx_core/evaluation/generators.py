@@ -43,7 +43,7 @@ def p_hops() -> Iterator[dict[str, Any]]:
             continue
         letters = " ".join("abcd"[value] for value in values)
         text = f"hop {hops}: {letters} = {'abcd'[answer]}"
-        yield asdict(Probe(f"{hops} hops", text, [(len(text) - 1, len(text))]))
+        yield asdict(Probe(f"{hops} hop{'s' * (hops > 1)}", text, [(len(text) - 1, len(text))]))
 
 
 def arithmetic() -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ from looptx_core.errors import MissingError, UsageError
 from looptx_core.evaluation.measure import Result, measure
 from looptx_core.evaluation.scoring import Scorer
 from looptx_core.evaluation.task import NeedsHarness, Task, own_tasks, read_task
+from looptx_core.words import counted
 
 if TYPE_CHECKING:
     from looptx_core.generation.engine import Engine
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 INSTALL = "pip install 'looptx[eval]'"
 Document = dict[str, Any]
+_SHARES = {"accuracy", "acc", "acc_norm", "exact_match"}
+"""Metrics whose best value is 1."""
 
 
 def evaluate(
@@ -44,7 +47,7 @@ def evaluate(
     tasks: Document = {}
     for task in own:
         depths = ", ".join(map(str, config.depths))
-        report(f"{task.name}: {task.metric} at {depths} loops")
+        report(f"{task.name}: {task.metric} at depth {depths}")
         for scorer in scorers:
             results.append(measure(task, scorer, config.limit))
         better[task.name, task.metric] = task.higher_is_better
@@ -54,14 +57,15 @@ def evaluate(
         from looptx_core.evaluation.harness import run_harness
 
         for scorer in scorers:
-            report(f"{', '.join(foreign)}: by lm-eval at {scorer.depth} loops")
+            report(f"{', '.join(foreign)}: by lm-eval at depth {scorer.depth}")
             rows, directions, facts = run_harness(scorer, foreign, config)
             results += rows
             better |= directions
             tasks |= facts
         results.sort(key=lambda row: [*tasks].index(row.task))
     if cut := max(scorer.cut for scorer in scorers):
-        report(f"{cut} prompts are longer than the model's context; only their ends were read")
+        what = counted(cut, "prompt longer", "prompts longer")
+        report(f"{what} than the model's context: read from the end only")
     return {
         "schema_version": SCHEMA_VERSION,
         "model": engine.name,
@@ -94,8 +98,9 @@ def enough(rows: Sequence[Result], higher_is_better: bool) -> int | None:
 
 def sentences(document: Mapping[str, Any]) -> list[str]:
     """What the depths are worth, in words, one line a task."""
-    found = []
+    found, gaining = [], False
     deepest: int | None = None
+    most = max((r["loops"] for r in document["results"] if r["loops"] != "auto"), default=0)
     for item in document["enough"]:
         name, depth = item["task"], item["loops"]
         rows = [
@@ -110,21 +115,24 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
             continue
         deepest = max(depth, deepest or 0)
         by_depth = {row["loops"]: row for row in rows}
-        text = f"{name}: nothing is gained beyond {_loops(depth)} ({_value(by_depth[depth])})"
-        if depth == max(d for d in by_depth if d != "auto"):
-            text = (
-                f"{name}: still gains at {_loops(depth)}, the deepest ({_value(by_depth[depth])})"
-            )
+        value = f"{_loops(depth)} ({_value(by_depth[depth])})"
+        perfect = item["metric"] in _SHARES and by_depth[depth]["value"] == 1
+        if depth < max(d for d in by_depth if d != "auto"):
+            text = f"{name}: nothing is gained beyond {value}"
+        elif perfect:
+            text = f"{name}: all right at {value}, and no sooner"
+        else:
+            text = f"{name}: still gains at {value}, the deepest"
+        gaining |= depth == most and not perfect
         if "auto" in by_depth:
             own = by_depth["auto"]
             text += f"; auto has {own['value']:.3f} at {own['mean_loops']:.2f} loops"
         found.append(text + ".")
     if deepest is not None and len(document["enough"]) > 1:
-        most = max(row["loops"] for row in document["results"] if row["loops"] != "auto")
         found.append(
-            f"By one standard error, no task gains beyond {_loops(deepest)}."
-            if deepest < most
-            else f"By one standard error, a task still gains at {_loops(most)}, the deepest."
+            f"By one standard error, a task still gains at {_loops(most)}, the deepest."
+            if gaining
+            else f"By one standard error, no task gains beyond {_loops(deepest)}."
         )
     return found
 

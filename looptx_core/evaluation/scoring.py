@@ -18,6 +18,7 @@ from looptx_core.config.evaluation import Depth
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.errors import DataError
 from looptx_core.generation.engine import Engine, Generation, TextScores
+from looptx_core.generation.sampling import check_number
 from looptx_core.model.flops import token_flops
 from looptx_core.stopping.resolve import resolve_exit
 
@@ -108,11 +109,15 @@ class Scorer:
 
     def score(self, lines: Sequence[Line]) -> list[TextScores]:
         """The counted tokens of each line, in order: log-probability, whether it is the most likely
-        token, and the depth that predicted it."""
+        token, and the depth that predicted it.
+
+        Raises `DataError` for a model whose logits are no numbers.
+        """
         if not lines:
             return []
         found = self._decoded(lines) if self.depth == "auto" else self._passes(lines)
         for line, scores in zip(lines, found):
+            check_number(sum(scores.logprobs))
             self._count(scores.loops, line.counted)
         return found
 

@@ -12,7 +12,6 @@ no adapter: it is trained whole and stored with them (PEFT's `modules_to_save`).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,10 +19,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import safe_open
 from torch import nn
 
@@ -31,25 +26,32 @@ from looptx_core.atomic import write_folder
 from looptx_core.checkpoint.card import lineage_table
 from looptx_core.checkpoint.folder import (
     LoadedModel,
+    as_float,
     read_chat_template,
     read_exit,
     tokenizer_config,
 )
 from looptx_core.checkpoint.header import read_header
-from looptx_core.checkpoint.weights import check_finite, refuse_pickle, weight_files
+from looptx_core.checkpoint.weights import check_finite, fingerprint, refuse_pickle
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import ExitSettings
 from looptx_core.documents import check_links, read_json
 from looptx_core.errors import DataError, UsageError
+from looptx_core.finetuning.quiet_peft import without_bitsandbytes
 from looptx_core.machine.integrity import check_folder, write_digests
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.schema import typed
 
+with without_bitsandbytes():
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "looptx.json"
 _SHARED = "default"
-_PROBED = 64  # values of each tensor in a fingerprint
 
 
+@without_bitsandbytes()
 def attach(model: LoopedTransformer, config: FinetuneConfig) -> PeftModel:
     """Freeze the model and give it adapters, in place; they and the confidence head train.
 
@@ -181,10 +183,11 @@ def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> L
     folder = Path(folder)
     loops = loops_of(folder)
     _check_base(base, folder)
+    base = as_float(base)
     names = [_SHARED, *_loop_names(loops)]
     _check_parts(folder, loops)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), without_bitsandbytes():
             warnings.simplefilter("ignore")
             peft = PeftModel.from_pretrained(base.model, str(folder), local_files_only=True)
             for name in names[1:]:
@@ -209,8 +212,16 @@ def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> L
         model=model.eval(),
         exit=exit_settings,
         folder=folder,
+        facts=own_facts(folder) or base.facts,
         chat_template=read_chat_template(folder) or base.chat_template,
     )
+
+
+def own_facts(folder: Path) -> dict[str, Any]:
+    """What an adapter tells of its training; PEFT's own tells nothing."""
+    file = folder / FACTS
+    found = read_json(file).get("facts") if file.is_file() else None
+    return found if isinstance(found, dict) else {}
 
 
 def check_adapter(folder: Path) -> None:
@@ -232,21 +243,6 @@ def loops_of(folder: Path) -> int:
     while (folder / f"loop_{count + 1}" / CONFIG).is_file():
         count += 1
     return count
-
-
-def fingerprint(folder: Path) -> str:
-    """What tells a base from another, whatever its number type: names, shapes, some values."""
-    total: dict[str, bytes] = {}
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as data:
-            for name in data.keys():  # noqa: SIM118, it is no mapping
-                tensor = data.get_tensor(name)
-                last = tensor.numel() - 1  # float32 rounds it up in a tensor of over 2^24 values
-                places = torch.linspace(0, last, _PROBED).long().clamp(max=last)
-                values = tensor.flatten()[places].to(torch.bfloat16).view(torch.int16)
-                shape = f"{name} {list(tensor.shape)}".encode()
-                total[name] = shape + values.numpy().tobytes()
-    return hashlib.sha256(b"".join(total[name] for name in sorted(total))).hexdigest()
 
 
 def _check_base(base: LoadedModel, folder: Path) -> None:

@@ -9,9 +9,8 @@ import torch
 
 from looptx_core.checkpoint.card import descended
 from looptx_core.checkpoint.folder import LoadedModel, load_model, model_name
-from looptx_core.documents import read_json
 from looptx_core.errors import UsageError
-from looptx_core.finetuning.adapters import FACTS, load_adapter, loops_of
+from looptx_core.finetuning.adapters import load_adapter, loops_of, own_facts
 from looptx_core.model.loop import LoopedTransformer
 
 
@@ -38,9 +37,7 @@ def merge(base_folder: str | Path, adapter_folder: str | Path) -> LoadedModel:
             "all loops; run it by looptx generate --adapter, or train one without `lora_per_loop`"
         )
     base = load_model(base_folder, dtype=torch.float32)
-    file = adapter / FACTS
-    found = read_json(file).get("facts") if file.is_file() else None  # PEFT's own has none
-    found = found if isinstance(found, dict) else {}
+    found = own_facts(adapter)
     told = {key: found[key] for key in ("data", "steps", "seed") if key in found}
     method = f"{found.get('method', 'LoRA')}, merged"
     facts = descended(base.facts, base.name, adapter=model_name(adapter), method=method, **told)

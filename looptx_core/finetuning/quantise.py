@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looptx_core.errors import MissingError
+from looptx_core.finetuning.quiet_peft import load_bitsandbytes
 from looptx_core.model.empty_weights import init_empty_weights
 from looptx_core.model.loop import LoopedTransformer
 
@@ -23,8 +23,6 @@ def quantise(model: LoopedTransformer, kind: str) -> None:
     arXiv 2208.07339).
     Raises `MissingError` where bitsandbytes is missing or can't run.
     """
-    # It says in each forward pass that int8 products take float16.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     _check(kind)
     for stack in (model.prelude, model.core, model.coda):
         for parent in list(stack.modules()):
@@ -54,8 +52,9 @@ def _narrow(model: LoopedTransformer) -> None:
     embedding, head = model.embedding, model.head
     tied = head.weight is embedding.weight
     with init_empty_weights():
-        model.embedding = _NarrowEmbedding(embedding.num_embeddings, embedding.embedding_dim)
-        model.head = _NarrowHead(head.in_features, head.out_features, bias=False)
+        words, width = embedding.weight.shape
+        model.embedding = _NarrowEmbedding(words, width)
+        model.head = _NarrowHead(width, words, bias=False)
     narrow = [nn.Parameter(layer.weight.detach().bfloat16(), requires_grad=False)
               for layer in (embedding, head)]  # fmt: skip
     model.embedding.weight = narrow[0]
@@ -69,7 +68,7 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def _quantised(layer: nn.Linear, kind: str) -> nn.Module:
-    import bitsandbytes as bnb
+    bnb = load_bitsandbytes()
 
     new: Any
     shape: dict[str, Any] = {

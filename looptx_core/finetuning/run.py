@@ -6,20 +6,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
-from peft import PeftModel
 
 from looptx_core.checkpoint.card import descended
 from looptx_core.checkpoint.folder import (
     LoadedModel,
+    as_float,
     load_model,
     read_chat_template,
     save_model,
     update_generation_config,
 )
 from looptx_core.checkpoint.metrics_log import read_metrics
+from looptx_core.checkpoint.run_facts import update_facts
+from looptx_core.checkpoint.weights import fingerprint
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.processes import is_first
@@ -31,7 +34,8 @@ from looptx_core.data.own import FILE as OWN_DATA
 from looptx_core.data.own import OwnData
 from looptx_core.data.tokenizer import fingerprint as tokenizer_fingerprint
 from looptx_core.errors import UsageError
-from looptx_core.finetuning.adapters import attach, fingerprint, load_adapter, save_adapter, targets
+from looptx_core.finetuning.adapters import attach, load_adapter, save_adapter, targets
+from looptx_core.finetuning.answers import HeldOutAnswers, answer_held_out
 from looptx_core.finetuning.quantise import quantise, stored_bytes
 from looptx_core.machine.device import on_best_device
 from looptx_core.media.registry import MEDIA
@@ -39,10 +43,15 @@ from looptx_core.model.loop import LoopedTransformer
 from looptx_core.stopping.calibration import reported_confidence
 from looptx_core.training.calibration import calibrate, fit_odds
 from looptx_core.training.curves import plot_run
+from looptx_core.training.epochs import epochs_told, in_steps
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.metrics import calibration_error
 from looptx_core.training.run import fit, report_unlabelled, resuming
+from looptx_core.words import counted
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass
@@ -74,6 +83,8 @@ class FinetuneResult:
     quantised_loss: float | None
     """Of a quantised base with its adapter, at the last loop; against `loss_by_loop[-1]` it is
     the gap that moving the adapter to the full-precision base leaves."""
+    answers: HeldOutAnswers | None = None
+    """To held-out prompts; None where the data has none."""
 
 
 @dataclass
@@ -88,8 +99,8 @@ class Prepared:
     batches: ExampleData
     chat_template: str | None
     peft: PeftModel | None
-    before: LoopEvaluation
-    """Of the base as it came."""
+    before: LoopEvaluation | None
+    """Of the base as it came; None for a run that is only planned."""
     trainable: int
     parameters: int
     base_bytes: int
@@ -114,17 +125,19 @@ def prepare(
     base: Path,
     data: Sequence[str],
     until: int | None = None,
+    judge: bool = True,
     report: Callable[[str], object] = lambda line: None,
 ) -> Prepared:
     """Read the model folder `base` and the examples, and make the model ready to train.
 
-    data: as for `read_examples`. until: as for `fit`. report: called with lines of one fact each.
+    data: as for `read_examples`. until: as for `fit`. judge: evaluate the base too, which a run
+    needs and a plan does not. report: called with lines of one fact each.
 
     Raises `MissingError` where bitsandbytes can't run, `UsageError` for a target module that
     matches nothing, a model that is ternary or examples that are too long, `DataError` for
     unusable data or models.
     """
-    loaded = load_model(base, dtype=torch.float32)
+    loaded = as_float(load_model(base, dtype=torch.float32))
     model = loaded.model
     if config.seq_len > loaded.config.max_seq_len:
         raise UsageError(
@@ -142,17 +155,15 @@ def prepare(
     parameters = sum(p.numel() for p in model.trunk_parameters())
     if config.adapts:
         targets(model, config.target_modules)
-    batches, chat_template = _data(config, loaded, data, until or config.steps, report)
-    before = _measured(model, batches, schedule.max_loops)
+    config, batches, chat_template = _data(config, loaded, data, until, report)
+    before = _measured(model, batches, schedule.max_loops) if judge else None
     torch.manual_seed(config.seed)
     if config.qlora:
         quantise(model, config.quantization)
     base_bytes = stored_bytes(model)
     peft = attach(model, config) if config.adapts else None
     trainable = sum(p.numel() for p in model.trunk_parameters() if p.requires_grad)
-    rows = (until or config.steps) * config.batch_size
-    epochs = rows / len(batches.train)
-    report(f"epochs: {epochs:.2g}, {rows:,} sequences of the {len(batches.train):,} that there are")
+    report(epochs_told(config, until or config.steps, len(batches.train)))
     report(
         f"trained: {trainable:,} of {parameters:,} parameters ({trainable / parameters:.1%}), "
         "and the confidence head"
@@ -188,6 +199,8 @@ def finetune(
     """
     started = time.monotonic()
     config, loaded, batches = prepared.config, prepared.base, prepared.batches
+    before = prepared.before
+    assert before is not None, "a prepared run has judged its base"
     model, peft, loops = loaded.model, prepared.peft, prepared.loops
     _, steps = fit(
         model, batches, config, folder=folder, advice=resuming("finetune", folder), resume=resume,
@@ -227,6 +240,9 @@ def finetune(
                    overwrite=True, chat_template=prepared.chat_template, files=files,
                    special=loaded.special)  # fmt: skip
     plot_run(read_metrics(folder / "metrics.jsonl"), {}, folder / "curves.png")
+    answers = answer_held_out(trained, loaded, exit_settings, batches.val.examples)
+    if answers is not None:
+        update_facts(folder, exact_match=answers.share, answered=answers.records)
     return FinetuneResult(
         folder=folder,
         model_folder=final,
@@ -237,13 +253,14 @@ def finetune(
         trainable=prepared.trainable,
         parameters=prepared.parameters,
         base_bytes=prepared.base_bytes,
-        loss_by_loop_before=prepared.before.loss_by_loop,
+        loss_by_loop_before=before.loss_by_loop,
         loss_by_loop=after.loss_by_loop,
-        accuracy_by_loop_before=prepared.before.accuracy_by_loop,
+        accuracy_by_loop_before=before.accuracy_by_loop,
         accuracy_by_loop=after.accuracy_by_loop,
-        ece_before=held_out_ece(prepared.before, loaded.exit),
+        ece_before=held_out_ece(before, loaded.exit),
         ece=held_out_ece(after, replace(exit_settings, stated=())),
         quantised_loss=quantised_loss,
+        answers=answers,
     )
 
 
@@ -264,10 +281,10 @@ def _data(
     config: FinetuneConfig,
     loaded: LoadedModel,
     data: Sequence[str],
-    steps: int,
+    until: int | None,
     report: Callable[[str], object],
-) -> tuple[ExampleData, str | None]:
-    """Batches, and the chat template to store."""
+) -> tuple[FinetuneConfig, ExampleData, str | None]:
+    """The settings with their steps, batches, and the chat template to store."""
     examples = read_examples(
         data,
         loaded.tokenizer,
@@ -287,11 +304,12 @@ def _data(
         seed=config.seed,
         augment=config.augment,
     )
+    config = in_steps(config, len(train))
     batches = ExampleData(
         train,
         val,
         micro_batch=config.micro_batch_size,
-        batches=steps * config.accumulation,
+        batches=(until or config.steps) * config.accumulation,
         val_batches=config.val_batches,
         seed=config.seed,
         workers=config.workers,
@@ -300,9 +318,9 @@ def _data(
     lost = f"; dropped {examples.dropped}, truncated {examples.truncated} as too long"
     report(
         f"examples: {len(train.examples):,} to train on, {len(val.examples):,} held out, packed "
-        f"into {len(train):,} sequences, {train.fill:.0%} full"
+        f"into {counted(len(train), 'sequence')}, {train.fill:.0%} full"
         + "".join(f"; {count:,} {MEDIA[name].plural}" for name, count in examples.media.items())
         + (lost if examples.dropped or examples.truncated else "")
         + (f"; left out {examples.skipped} that can't be used" if examples.skipped else "")
     )
-    return batches, TEMPLATE if examples.chat else read_chat_template(loaded.folder)
+    return config, batches, TEMPLATE if examples.chat else read_chat_template(loaded.folder)

@@ -14,7 +14,6 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -26,18 +25,21 @@ from looptx_core.data.chat import ChatTemplate, chat_prompt
 from looptx_core.data.content import content_ids
 from looptx_core.data.tokenizer import check_ids, end_id, opening_ids, vocabulary_size
 from looptx_core.errors import UsageError
+from looptx_core.generation.guidance import Unprompted
 from looptx_core.generation.request import (
     ChatPrompt,
+    ForcedScores,
     Generation,
     MediaPrompt,
     Prompt,
     Request,
     Step,
+    TextScores,
+    TokenPrompt,
 )
 from looptx_core.generation.running_batch import RunningBatch, WorkCounters
 from looptx_core.generation.sampling import check
-from looptx_core.generation.scheduler import serve
-from looptx_core.generation.speculative import speculate
+from looptx_core.generation.scheduler import Scheduler, serve
 from looptx_core.generation.text import TextStream
 from looptx_core.media.base import Writer
 from looptx_core.media.registry import MEDIA, writers
@@ -50,32 +52,6 @@ from looptx_core.stopping.rule import fixed_exit
 _CAPACITY_STEP = 256
 
 __all__ = ["ChatPrompt", "Engine", "ForcedScores", "Generation", "MediaPrompt", "Prompt", "Step"]
-
-
-class ForcedScores(NamedTuple):
-    """Given texts of one length, scored as if they were being generated."""
-
-    loss: Tensor
-    """Nats, (batch, tokens after the prompt)."""
-    hit: Tensor
-    """1 where the most likely token is the text's, else 0, of the same shape."""
-    loops: Tensor
-    """Loops that ran to predict each token, of the same shape."""
-    seconds: float
-    """Time without the prompt's pass."""
-    bytes_per_token: int
-    """Size of the cache for one row."""
-
-
-class TextScores(NamedTuple):
-    """One text's tokens after its prompt, scored as if they were being generated."""
-
-    logprobs: list[float]
-    """Nats."""
-    hits: list[bool]
-    """Whether the most likely token is the text's."""
-    loops: list[int]
-    """Loops that ran to predict each token."""
 
 
 class Engine:
@@ -93,7 +69,8 @@ class Engine:
         precision: see `select_backend`.
 
     A prompt that is text begins with the tokens that the tokenizer's post-processor adds. The
-    attribute `counters` counts the work done.
+    attribute `counters` counts the work done, and a function that is set as `on_prompt` is called
+    with the tokens of each pass over a prompt.
 
     Raises `UsageError` for a `batch_size` below 1 and for an unknown kernel or precision,
     `MissingError` for a kernel that this machine can't run.
@@ -123,9 +100,10 @@ class Engine:
         self.chat_template = chat_template
         self.ends, self.opening = tuple(ends), opening_ids(tokenizer)
         self.writers = writers(model.config)
-        with _evaluation_mode(model):  # a back end may copy the model
+        with evaluation_mode(model):  # a back end may copy the model
             self.backend, self.kernel = select_backend(model, kernel, precision)
         self.counters = WorkCounters()
+        self.on_prompt: Callable[[int], object] | None = None
         self._spare: LoopCache | None = None
 
     def generate(
@@ -140,7 +118,7 @@ class Engine:
         model's context.
         """
         each = _for_each(prompts, options)
-        return self._generate([self._request(i, *pair) for i, pair in enumerate(each)])
+        return self._generate([self.request(i, *pair) for i, pair in enumerate(each)])
 
     def complete(
         self,
@@ -155,17 +133,23 @@ class Engine:
             if watch:
                 watch(step)
         return [
-            Generation(
-                prompt=self.text_of(prompt),
-                text="".join(step.text for step in steps),
-                tokens=steps,
-                prompt_tokens=self.length(prompt),
-                finish_reason=steps[-1].finish_reason or "length",
-                exit=resolve_exit(self.exit_settings, option, self.model.config),
-                model=self.name,
-            )
+            self.generation(self.text_of(prompt), self.length(prompt), option, steps)
             for (prompt, option), steps in zip(_for_each(prompts, options), tokens)
         ]
+
+    def generation(
+        self, prompt: str, length: int, options: GenerationOptions, steps: list[Step]
+    ) -> Generation:
+        """A finished request of its tokens. length: the prompt's, in tokens."""
+        return Generation(
+            prompt=prompt,
+            text="".join(step.text for step in steps),
+            tokens=steps,
+            prompt_tokens=length,
+            finish_reason=steps[-1].finish_reason or "length",
+            exit=resolve_exit(self.exit_settings, options, self.model.config),
+            model=self.name,
+        )
 
     @torch.inference_mode()
     def score_texts(
@@ -210,7 +194,7 @@ class Engine:
             own = replace(
                 options, max_new_tokens=len(text) - prompt, ignore_eos=True, stop=(), speculate=0
             )
-            requests.append(self._request(index, list(text[:prompt]), own))
+            requests.append(self.request(index, list(text[:prompt]), own))
             requests[-1].forced_tokens = text[prompt:]
         steps: list[list[Step]] = [[] for _ in requests]
         # Prompts of one length share a pass.
@@ -228,14 +212,30 @@ class Engine:
         return found, batch.cache.bytes_per_token
 
     @contextlib.contextmanager
+    def lasting(self, rows: int, context: int) -> Iterator[Scheduler]:
+        """A scheduler that requests may join at any time, with the model's own cache.
+
+        rows: requests that run at once. context: tokens of each, its prompt included. To be entered
+        and used in one thread, in torch's inference mode.
+        """
+        own = self.exit_settings
+        cache = self.model.new_cache(
+            rows, context, self.model.config.max_loops, own.kv_policy, own.kv_type
+        )
+        with evaluation_mode(self.model):
+            yield Scheduler(RunningBatch(self.backend, cache, self.counters))
+
+    @contextlib.contextmanager
     def _batch(self, requests: Sequence[Request], rows: int) -> Iterator[RunningBatch]:
         """A running batch with a cache for this many of the requests at once."""
         needed = max(request.limit for request in requests) - 1
         loops = max(max(r.exit.max_loops, r.prompt_exit.max_loops) for r in requests)
         cache = self._cache(requests[0].exit.settings, rows, needed, loops)
         try:
-            with _evaluation_mode(self.model):
-                yield RunningBatch(self.backend, cache, self.counters)
+            with evaluation_mode(self.model):
+                batch = RunningBatch(self.backend, cache, self.counters)
+                batch.on_prompt = self.on_prompt
+                yield batch
         finally:
             if self.backend.reuses_cache and rows == 1:
                 self._spare = cache
@@ -271,7 +271,7 @@ class Engine:
 
     def length(self, prompt: Prompt) -> int:
         """The number of tokens of a prompt."""
-        return len(self._encode(prompt))
+        return len(self.encode(prompt))
 
     def text_of(self, prompt: Prompt) -> str:
         """The text of a prompt, to show before its continuation; a chat's last message."""
@@ -279,11 +279,16 @@ class Engine:
             return prompt.messages[-1]["content"]
         if isinstance(prompt, MediaPrompt):
             return prompt.text
+        if isinstance(prompt, TokenPrompt):
+            prompt = prompt.ids
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(list(prompt))
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt, with the placeholders of its items."""
         if isinstance(prompt, MediaPrompt | ChatPrompt):
             return self._encode_media(prompt)
+        if isinstance(prompt, TokenPrompt):
+            return list(prompt.ids)
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
             prompt = [*self.opening, *ids]
@@ -312,14 +317,20 @@ class Engine:
             )
         return self.writers[name]
 
-    def _request(self, index: int, prompt: Prompt, options: GenerationOptions) -> Request:
+    def request(self, index: int, prompt: Prompt, options: GenerationOptions) -> Request:
+        """A request for a `Scheduler`. Its steps bear the index.
+
+        Raises `UsageError` for settings out of range and for a prompt that fills the context,
+        `DataError` for token ids that the model does not have.
+        """
         check(options)
-        config, tokens = self.model.config, self._encode(prompt)
+        config, tokens = self.model.config, self.encode(prompt)
         check_ids(tokens, config.vocab_size, f"prompt {index + 1}")
-        if len(tokens) >= config.max_seq_len:
+        most = config.context_limit
+        if most is not None and len(tokens) >= most:
             raise UsageError(
                 f"prompt {index + 1} has {len(tokens)} tokens and the model's context holds "
-                f"{config.max_seq_len}, new tokens included; shorten the prompt"
+                f"{most}, new tokens included; shorten the prompt"
             )
         own = resolve_exit(self.exit_settings, options, config)
         if options.speculate and not self.model.new_cache(1, 1, 1).can_roll_back:
@@ -327,17 +338,22 @@ class Engine:
                 "`speculate`: drafted tokens have to be taken back, and this model's layers can't "
                 "take back what they remember; leave out `speculate`"
             )
+        limit = len(tokens) + options.max_new_tokens
+        prompt_exit = fixed_exit(options.prompt_loops or own.max_loops, own.settings)
+        empty = [self.end, tokens[-1]] if getattr(prompt, "write", None) else []
         return Request(
             index=index,
             options=options,
             exit=own,
-            prompt_exit=fixed_exit(options.prompt_loops or own.max_loops, own.settings),
+            prompt_exit=prompt_exit,
+            unprompted=Unprompted.of(self.backend, empty, options, own, prompt_exit),
+            prompt_tokens=len(tokens),
             # An answer in a chat does not continue the prompt's text.
             text=TextStream(
                 self.tokenizer, options.stop, () if isinstance(prompt, ChatPrompt) else tokens
             ),
             seen=tokens,
-            limit=min(len(tokens) + options.max_new_tokens, config.max_seq_len),
+            limit=limit if most is None else min(limit, most),
             ends=frozenset(self.ends or (self.end,)),
             known=self.known,
             media=getattr(prompt, "media", ()),
@@ -350,9 +366,10 @@ class Engine:
         def kind(request: Request) -> tuple[str, str]:
             return request.exit.settings.kv_policy, request.exit.settings.kv_type
 
+        # One by one, so that each has a cache of one row, which CUDA graphs need.
         for request in [request for request in requests if request.options.speculate]:
             with self._batch([request], 1) as batch:
-                yield from speculate(batch, request)
+                yield from serve(batch, [request])
         requests = [request for request in requests if not request.options.speculate]
 
         # A cache has one policy and number type; requests with others run in batches of their own.
@@ -363,7 +380,7 @@ class Engine:
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: LoopedTransformer) -> Iterator[None]:
+def evaluation_mode(model: LoopedTransformer) -> Iterator[None]:
     """Put the model into evaluation mode; afterwards each module is in its former mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from looptx_core.config.generation import GenerationOptions
 from looptx_core.media.base import Writer
 
 
@@ -21,6 +23,8 @@ class Output:
     """Its tokens, without the one that opens it."""
     content: bytes
     """The file's content."""
+    elapsed: float = 0.0
+    """Seconds that it took to make the file of the codes."""
 
 
 class OpenItem(NamedTuple):
@@ -35,12 +39,14 @@ class OpenItem(NamedTuple):
         allowed = torch.tensor(list(self.writer.allowed(self.written)), device=logits.device)
         return torch.full_like(logits, float("-inf")).index_copy(0, allowed, logits[allowed])
 
-    def finish(self, token: int) -> Output | None:
+    def finish(self, token: int, options: GenerationOptions) -> Output | None:
         """The finished item, if this token ends it."""
         ids = (*self.written, token)
         if not self.writer.finished(ids):
             return None
-        return Output(self.medium, ids, self.writer.render(ids))
+        began = time.perf_counter()
+        content = self.writer.render(ids, options)
+        return Output(self.medium, ids, content, time.perf_counter() - began)
 
 
 def open_item(writers: Mapping[str, Writer], seen: Sequence[int]) -> OpenItem | None:

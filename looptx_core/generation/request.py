@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.generation import GenerationOptions
+from looptx_core.generation.guidance import Unprompted
 from looptx_core.generation.outputs import Output, open_item
 from looptx_core.generation.running_batch import StepOutput
-from looptx_core.generation.sampling import chances, sample
+from looptx_core.generation.sampling import chances, check_number, sample
 from looptx_core.generation.text import TextStream
 from looptx_core.media.base import Writer
 from looptx_core.media.batch import MediaItem
@@ -43,7 +44,15 @@ class ChatPrompt:
     media: tuple[MediaItem, ...] = ()
 
 
-Prompt = str | Sequence[int] | MediaPrompt | ChatPrompt
+@dataclass(frozen=True)
+class TokenPrompt:
+    """Token ids, with the items of media that stand at their placeholders."""
+
+    ids: tuple[int, ...]
+    media: tuple[MediaItem, ...] = ()
+
+
+Prompt = str | Sequence[int] | MediaPrompt | ChatPrompt | TokenPrompt
 
 
 class Step(NamedTuple):
@@ -66,6 +75,16 @@ class Step(NamedTuple):
     """Of a request's last token: length, stop (a stop string) or end (of the document)."""
     output: Output | None = None
     """The item of a medium that this token finishes, if any."""
+    likeliest: tuple[tuple[int, float], ...] = ()
+    """Ids and log-probabilities of the most likely tokens, as many as the request asked for."""
+
+
+class Score(NamedTuple):
+    """A token of a prompt, as full depth predicted it."""
+
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]
+    """As of a `Step`."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +109,26 @@ class Generation:
         return [step.output for step in self.tokens if step.output is not None]
 
     @property
+    def media(self) -> list[dict[str, Any]]:
+        """The items of media that were written, each with its codes' loops and confidence."""
+        found = []
+        for place, step in enumerate(self.tokens):
+            if (output := step.output) is not None:
+                own = self.tokens[place + 1 - len(output.ids) : place + 1]
+                found.append(
+                    {
+                        "kind": output.medium,
+                        "file": None,
+                        "codes": list(output.ids),
+                        "loops": [token.loops for token in own],
+                        "confidence": [token.confidence for token in own],
+                        "seconds": None,
+                        "elapsed": output.elapsed,
+                    }
+                )
+        return found
+
+    @property
     def tokens_per_second(self) -> float:
         """Of this request, counting the time of its prompt too."""
         return len(self.tokens) / self.tokens[-1].seconds
@@ -110,7 +149,33 @@ class Generation:
         }
 
 
-@dataclass
+class ForcedScores(NamedTuple):
+    """Given texts of one length, scored as if they were being generated."""
+
+    loss: Tensor
+    """Nats, (batch, tokens after the prompt)."""
+    hit: Tensor
+    """1 where the most likely token is the text's, else 0, of the same shape."""
+    loops: Tensor
+    """Loops that ran to predict each token, of the same shape."""
+    seconds: float
+    """Time without the prompt's pass."""
+    bytes_per_token: int
+    """Size of the cache for one row."""
+
+
+class TextScores(NamedTuple):
+    """One text's tokens after its prompt, scored as if they were being generated."""
+
+    logprobs: list[float]
+    """Nats."""
+    hits: list[bool]
+    """Whether the most likely token is the text's."""
+    loops: list[int]
+    """Loops that ran to predict each token."""
+
+
+@dataclass(eq=False)
 class Request:
     """A prompt that is being continued: its settings, its random generator and its tokens."""
 
@@ -124,15 +189,25 @@ class Request:
     """The length at which it stops, in tokens, with the prompt."""
     ends: frozenset[int]
     """The tokens that end a text."""
+    prompt_tokens: int
+    """Tokens of its prompt."""
     known: int
     """Size of the tokenizer's vocabulary; the model's may be padded to a round number."""
     media: tuple[MediaItem, ...] = ()
     writers: Mapping[str, Writer] = field(default_factory=dict)
     """The writers of the media that the model writes."""
+    unprompted: Unprompted | None = None
+    """With guidance: what writes the same item after no prompt."""
     forced_tokens: Sequence[int] = ()
     """Tokens to take instead of drawing any."""
     likeliest: list[int] = field(default_factory=list)
     """With forced tokens: the token that was most likely, for each."""
+    top_logprobs: int = 0
+    """How many of the most likely tokens to record with each."""
+    score_prompt: bool = False
+    """Whether to score the prompt's own tokens."""
+    prompt_scores: list[Score] = field(default_factory=list)
+    """Of the prompt's tokens but the first, which nothing predicts."""
     generator: torch.Generator = field(default_factory=torch.Generator)
     began: float = field(default_factory=time.perf_counter)
     done: bool = False
@@ -145,21 +220,27 @@ class Request:
         greedy = self.options.temperature == 0 and self.options.repetition_penalty == 1.0
         if greedy and not open_item(self.writers, self.seen):
             return best
-        seen = torch.tensor(self.seen, device=logits.device)
-        return sample(self._possible(logits, self.seen), self.options, seen, self.generator)
+        possible, seen = self._possible(logits, self.seen)
+        return sample(possible, self.options, seen, self.generator)
 
     def chances(self, logits: Tensor, seen: Sequence[int]) -> Tensor:
         """Each token's probability to be drawn after `seen`, from logits (vocab_size,).
 
         (known,), or (vocab_size,) within an item of a medium.
         """
-        so_far = torch.tensor(seen, device=logits.device)
-        return chances(self._possible(logits, seen), self.options, so_far)
+        possible, so_far = self._possible(logits, seen)
+        return chances(possible, self.options, so_far)
 
-    def _possible(self, logits: Tensor, seen: Sequence[int]) -> Tensor:
-        """The logits of the tokens that may follow `seen`: text, or the codes of an open item."""
-        item = open_item(self.writers, seen)
-        return item.restrict(logits) if item else logits[: self.known]
+    def _possible(self, logits: Tensor, seen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The logits of the tokens that may follow `seen`, text or the codes of an open item, and
+        the ids that a penalty on repetitions looks at: codes may be repeated."""
+        if item := open_item(self.writers, seen):
+            if self.unprompted is not None and len(seen) - len(item.written) == self.prompt_tokens:
+                without = at_least_float(self.unprompted.logits(item.written))
+                logits = without + self.options.guidance * (logits - without)
+            return item.restrict(logits), torch.zeros(0, dtype=torch.long, device=logits.device)
+        text = [token for token in seen if token < self.known]
+        return logits[: self.known], torch.tensor(text, device=logits.device)
 
     def take(self, token: int) -> tuple[str, Output | None, str | None]:
         """Append a token: returns its text, the item that it finishes, and the finish reason.
@@ -179,7 +260,7 @@ class Request:
             text += self.text.finish()
         reason = "stop" if self.text.stopped else reason
         self.done = reason is not None
-        return text, item and item.finish(token), reason
+        return text, item and item.finish(token, self.options), reason
 
 
 def next_tokens(requests: Sequence[Request], output: StepOutput) -> list[Step]:
@@ -191,22 +272,49 @@ def next_tokens(requests: Sequence[Request], output: StepOutput) -> list[Step]:
 
 
 def record(requests: Sequence[Request], ids: Sequence[int], output: StepOutput) -> list[Step]:
-    """Append to each request its next token from `ids`. `output` has a row for each request."""
+    """Append to each request its next token from `ids`. `output` has a row for each request.
+
+    Raises `DataError` for logits that are no numbers.
+    """
     logits = at_least_float(output.logits)
     # Not logsumexp: for one row it wakes torch's threads, which then slow the kernel down.
     chosen = torch.tensor(ids, device=logits.device)[:, None]
     logs = logits.log_softmax(-1)
     logprobs = logs.gather(1, chosen)[:, 0].tolist()
     top_logits = top_log_odds(logs).tolist()
+    likeliest = [_likeliest(row, request) for request, row in zip(requests, logs)]
     now = time.perf_counter()
-    columns = (requests, ids, output.loops, output.log_odds, top_logits, logprobs)
+    columns = (requests, ids, output.loops, output.log_odds, top_logits, logprobs, likeliest)
     steps = []
-    for request, token, loops, odds, top_logit, logprob in zip(*columns):
+    for request, token, loops, odds, top_logit, logprob, tops in zip(*columns):
+        check_number(logprob)
         text, finished, reason = request.take(token)
         confidence = reported_confidence(odds, top_logit, request.exit.settings)
         figures = (loops, confidence, logprob, now - request.began)
-        steps.append(Step(request.index, token, text, *figures, reason, finished))
+        steps.append(Step(request.index, token, text, *figures, reason, finished, tops))
     return steps
+
+
+def score_prompts(requests: Sequence[Request], logits: Tensor, start: int) -> None:
+    """Record the scores of a piece of prompts, for the requests that want them.
+
+    logits: (rows, length, vocab_size), after the tokens from `start` on.
+    """
+    for request, own in zip(requests, logits):
+        following = request.seen[start + 1 : start + 1 + len(own)]
+        if request.score_prompt and following:
+            logs = at_least_float(own[: len(following)]).log_softmax(-1)
+            chosen = torch.tensor(following, device=logs.device)[:, None]
+            for row, logprob in zip(logs, logs.gather(1, chosen)[:, 0].tolist()):
+                request.prompt_scores.append(Score(logprob, _likeliest(row, request)))
+
+
+def _likeliest(logs: Tensor, request: Request) -> tuple[tuple[int, float], ...]:
+    """The most likely tokens that the request asked for. logs: (vocab_size,)."""
+    if not request.top_logprobs:
+        return ()
+    found = logs[: request.known].topk(min(request.top_logprobs, request.known))
+    return tuple(zip(found.indices.tolist(), found.values.tolist()))
 
 
 def at_least_float(logits: Tensor) -> Tensor:

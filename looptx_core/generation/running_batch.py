@@ -8,7 +8,7 @@ a full batch (continuous batching over depth, arXiv 2608.09444).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,6 +53,24 @@ class StepOutput(NamedTuple):
     log_odds: list[float]
     """The confidence head's logit of each row, before calibration."""
 
+    def of(self, which: Sequence[int]) -> StepOutput:
+        """Some of its rows, by their indices in `rows`."""
+        return StepOutput(
+            [self.rows[i] for i in which],
+            self.logits[list(which)],
+            [self.loops[i] for i in which],
+            [self.log_odds[i] for i in which],
+        )
+
+
+class PromptOutput(NamedTuple):
+    """What a piece of some prompts predicts."""
+
+    last: StepOutput
+    """After the last token of each row."""
+    logits: Tensor | None
+    """After every token, (rows, length, vocab_size), if that was asked for."""
+
 
 @dataclass
 class _ActiveRow:
@@ -79,6 +97,8 @@ class RunningBatch:
     ) -> None:
         self.backend, self.cache = backend, cache
         self.counters = counters or WorkCounters()
+        self.on_prompt: Callable[[int], object] | None = None
+        """Called with the tokens of each pass over a prompt."""
         self._active: list[_ActiveRow] = []
         self._pass: Pass | None = None  # over all active rows; None if they have changed
         # Both (active rows, 1, d_model); None if no row is active.
@@ -90,23 +110,33 @@ class RunningBatch:
         return len(self._active)
 
     def prompt(
-        self, rows: Sequence[int], tokens: Tensor, loops: int, media: Media | None = None
-    ) -> StepOutput:
-        """Run prompts of the same length, (rows, length), for `loops` loops.
+        self,
+        rows: Sequence[int],
+        tokens: Tensor,
+        loops: int,
+        media: Media | None = None,
+        every: bool = False,
+    ) -> PromptOutput:
+        """Run pieces of prompts, (rows, length), for `loops` loops, after what the rows hold.
 
-        Returns what their last tokens predict.
+        media: the items that stand in these pieces. every: read out every token, not the last only.
         """
-        run = self.backend.begin(self.cache, rows, tokens.shape[1], tokens, media)
-        embedding = run.embed(tokens)
-        state = run.iterate(embedding, embedding, [1] * len(rows), loops)
-        logits = run.logits(state, last=True)[:, -1]
         depths = [loops] * len(rows)
-        if self.cache.needs_backfill(loops):
-            run.backfill(state, embedding, depths)
-        self.cache.view(tokens.shape[1], rows).advance()
-        self.counters.prompt += tokens.numel()
+        found: list[Tensor] = []
+        for run, part in self.backend.prompt(self.cache, rows, tokens, media):
+            embedding = run.embed(part)
+            state = run.iterate(embedding, embedding, [1] * len(rows), loops)
+            logits = run.logits(state, last=not every)
+            found = [*found, logits] if every else [logits]  # of a long prompt only the last
+            if self.cache.needs_backfill(loops):
+                run.backfill(state, embedding, depths)
+            self.cache.view(part.shape[1], rows).advance()
+            self.counters.prompt += part.numel()
+            if self.on_prompt:
+                self.on_prompt(part.numel())
         odds = [logit for logit, _ in run.confidence(state[:, -1:], depths)]
-        return StepOutput(list(rows), logits, depths, odds)
+        last = StepOutput(list(rows), found[-1][:, -1], depths, odds)
+        return PromptOutput(last, torch.cat(found, 1) if every else None)
 
     def add(self, rows: Sequence[int], tokens: Sequence[int], exits: Sequence[Exit]) -> None:
         """Let rows join: their next tokens run the prelude and wait for the next `step`."""
@@ -120,6 +150,15 @@ class RunningBatch:
             self._embedding = torch.cat([self._embedding, start])
             self._pass = None
         self._active += [_ActiveRow(row, own) for row, own in zip(rows, exits)]
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows in the core."""
+        return [own.row for own in self._active]
+
+    def drop(self, row: int) -> None:
+        """Take a row out of the core, at whichever loop it is."""
+        self._keep([i for i, own in enumerate(self._active) if own.row != row])
 
     def step(self) -> StepOutput | None:
         """Loop until a row's exit has to be checked, and read out the rows that exit.
@@ -187,15 +226,18 @@ class RunningBatch:
             state, embedding, run = self._subset(early)
             run.backfill(state, embedding, [self._active[i].loop for i in early])
         self.cache.advance(rows)
-        stay = sorted(set(range(len(self._active))) - set(exiting))
-        self._active = [self._active[i] for i in stay]
-        self._pass = None
-        assert self._state is not None and self._embedding is not None
-        self._state = self._state[stay] if stay else None
-        self._embedding = self._embedding[stay] if stay else None
+        self._keep(sorted(set(range(len(self._active))) - set(exiting)))
         return StepOutput(
             rows,
             torch.stack([own.logits for own in gone if own.logits is not None]),
             loops,
             [own.log_odds for own in gone],
         )
+
+    def _keep(self, which: list[int]) -> None:
+        """Remove all rows from the core but these, by their indices in `_active`."""
+        self._active = [self._active[i] for i in which]
+        self._pass = None
+        assert self._state is not None and self._embedding is not None
+        self._state = self._state[which] if which else None
+        self._embedding = self._embedding[which] if which else None

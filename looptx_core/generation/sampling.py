@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.ranges import check_ranges
-from looptx_core.errors import UsageError
+from looptx_core.errors import DataError, UsageError
+
+_SMALLEST = 1e-30
+"""Smaller divisors are 0 in the logits' type, or make infinities of them."""
 
 
 def check(options: GenerationOptions) -> None:
@@ -19,7 +24,7 @@ def check(options: GenerationOptions) -> None:
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make seen tokens less likely (CTRL, arXiv 1909.05858). logits (vocab,), seen (n,) ids."""
-    values = logits[seen]
+    values, penalty = logits[seen], min(max(penalty, _SMALLEST), 1 / _SMALLEST)
     return logits.index_put((seen,), torch.where(values > 0, values / penalty, values * penalty))
 
 
@@ -38,7 +43,7 @@ def keep(logits: Tensor, options: GenerationOptions) -> Tensor:
         if options.top_p < 1:
             ordered, order = chances.sort(descending=True, stable=True)
             # The sum before a token decides, so that the token that crosses the bound stays.
-            inside = ordered.cumsum(-1) - ordered < options.top_p
+            inside = ordered.cumsum(-1) - ordered < max(options.top_p, _SMALLEST)
             kept &= torch.zeros_like(kept).index_put((order,), inside)
     return kept
 
@@ -55,15 +60,29 @@ def chances(logits: Tensor, options: GenerationOptions, seen: Tensor) -> Tensor:
         one = torch.zeros(logits.shape, dtype=torch.float64)
         one[int(logits.argmax())] = 1
         return one
-    logits = (logits - logits.max()) / options.temperature  # no overflow near 0
+    logits = (logits - logits.max()) / max(options.temperature, _SMALLEST)  # no overflow near 0
     # On the CPU in one type, so that a seed means the same tokens on every device.
     return logits.masked_fill(~keep(logits, options), float("-inf")).softmax(-1).double().cpu()
 
 
+def check_number(chance: float) -> None:
+    """Raise `DataError` for a probability, or its logarithm, that is NaN."""
+    if math.isnan(chance):
+        raise DataError(
+            "the model's logits are no numbers, so its weights are damaged or overflow; copy the "
+            "model again"
+        )
+
+
 def pick(chances: Tensor, generator: torch.Generator) -> int:
-    """Draw a token by its probability, (vocab,); a certain one uses no random number."""
+    """Draw a token by its probability, (vocab,); a certain one uses no random number.
+
+    Raises `DataError` for probabilities that are NaN.
+    """
     best = int(chances.argmax())
-    if chances[best] == 1:
+    highest = float(chances[best])
+    check_number(highest)
+    if highest == 1:
         return best
     return int(torch.multinomial(chances, 1, generator=generator))
 

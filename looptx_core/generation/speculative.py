@@ -15,33 +15,26 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from looptx_core.generation.request import Request, Step, at_least_float, next_tokens, record
+from looptx_core.generation.request import Request, Step, at_least_float, record
 from looptx_core.generation.running_batch import RunningBatch, StepOutput
 from looptx_core.generation.sampling import pick
-from looptx_core.generation.scheduler import run_prompts
 from looptx_core.stopping.resolve import draft_loops
 
-_ROW = [0]
 
+def draft_and_verify(batch: RunningBatch, row: int, request: Request) -> Iterator[Step]:
+    """Draft some tokens, verify them, and take the accepted ones and one more of full depth.
 
-def speculate(batch: RunningBatch, request: Request) -> Iterator[Step]:
-    """Generate for one request on the only row of the batch's cache, which must be empty."""
-    yield from next_tokens([request], run_prompts(batch, _ROW, [request]))
-    while not request.done:
-        yield from _round(batch, request)
-    batch.cache.reset_row(0)
-
-
-def _round(batch: RunningBatch, request: Request) -> Iterator[Step]:
-    """Draft some tokens, verify them, and take the accepted ones and one more of full depth."""
+    row: the request's in the batch's cache; the prompt and its first token are done.
+    """
     backend, cache, counters = batch.backend, batch.cache, batch.counters
+    rows = [row]
     shallow, full = draft_loops(request.options, request.exit), request.exit.max_loops
     # The last token needs no draft, and no more are drafted than the request may still take.
     drafts = min(request.options.speculate, request.limit - len(request.seen) - 1)
     states, starts, drafted, proposed = [], [], [], []
     seen = list(request.seen)
     for number in range(drafts + 1):
-        run = backend.begin(cache, _ROW)
+        run = backend.begin(cache, rows)
         embedding = run.embed(torch.tensor([seen[-1:]], device=backend.device))
         state = run.iterate(embedding, embedding, [1], shallow)
         states.append(state)
@@ -51,10 +44,10 @@ def _round(batch: RunningBatch, request: Request) -> Iterator[Step]:
             proposed.append(request.chances(logits, seen))
             drafted.append(pick(proposed[-1], request.generator))
             seen.append(drafted[-1])
-        cache.advance(_ROW)
-    cache.truncate(drafts + 1, _ROW)
+        cache.advance(rows)
+    cache.truncate(drafts + 1, rows)
     count = drafts + 1
-    run = backend.begin(cache, _ROW, count)
+    run = backend.begin(cache, rows, count)
     state, embedding = torch.cat(states, 1), torch.cat(starts, 1)
     if shallow < full:
         state = run.iterate(state, embedding, [shallow + 1], full - shallow)
@@ -65,7 +58,7 @@ def _round(batch: RunningBatch, request: Request) -> Iterator[Step]:
     counters.exit_checks += count
     counters.drafted += drafts
     outputs = run.confidence(state.transpose(0, 1), [full] * count)
-    cache.view(count, _ROW).advance()
+    cache.view(count, rows).advance()
     for number in range(count):
         target = request.chances(logits[number], request.seen)
         if number < drafts:
@@ -73,10 +66,10 @@ def _round(batch: RunningBatch, request: Request) -> Iterator[Step]:
         else:
             accepted, token = False, pick(target, request.generator)
         counters.accepted += accepted
-        output = StepOutput(_ROW, logits[number : number + 1], [full], [outputs[number][0]])
+        output = StepOutput(rows, logits[number : number + 1], [full], [outputs[number][0]])
         yield from record([request], [token], output)
         if not accepted or request.done:
-            cache.truncate(drafts - number, _ROW)
+            cache.truncate(drafts - number, rows)
             return
 
 

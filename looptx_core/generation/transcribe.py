@@ -19,13 +19,14 @@ _REPEATED = 4  # the most words that two pieces may both have
 
 
 class Segment(NamedTuple):
-    """A stretch of a recording."""
+    """A stretch of a recording or of a clip."""
 
     start: float
     """Seconds from the beginning."""
     end: float
     text: str
-    """What is said there, without the words that the stretch before has already."""
+    """What is said there, without the words that the stretch before has already; of a clip, what
+    happens up to its end."""
     generation: Generation
 
     def to_dict(self) -> dict[str, Any]:

@@ -130,9 +130,9 @@ def deletion_test(
     before it.
     """
     length = len(tokens)
-    candidates = torch.arange(2 * removed + 1, length)
-    if not len(candidates):
+    if length <= 2 * removed + 1:
         return None
+    candidates = torch.arange(2 * removed + 1, length)
     spread = torch.linspace(0, len(candidates) - 1, min(positions, len(candidates)))
     chosen = candidates[spread.long()]
     generator = torch.Generator().manual_seed(seed)

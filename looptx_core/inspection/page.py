@@ -12,6 +12,7 @@ from typing import Any
 
 from looptx_core.inspection.browser import STYLE, TIPS, TOKENS
 from looptx_core.inspection.charts import charts, threshold_text
+from looptx_core.inspection.memory import memory_sentences
 from looptx_core.inspection.stops import stops
 from looptx_core.inspection.svg import svg
 from looptx_core.media.registry import MEDIA
@@ -107,6 +108,8 @@ def _opening(document: Document) -> str:
         "layers": f"{layers[0]} + {layers[1]} x {facts['max_loops']} loops + {layers[2]}",
         "width": f"{facts['d_model']}, {facts['n_heads']} heads",
         "vocabulary, context": f"{facts['vocab_size']:,} ids, {facts['max_seq_len']:,} tokens",
+        "made from": facts.get("base"),
+        "by": facts.get("method"),
         "trained on": _listed(facts.get("data")),
         "steps": _counted(facts.get("steps")) + _counted(facts.get("tokens"), " ({} tokens)"),
         "measured on": f"{document['tokens']:,} held-out tokens",
@@ -194,6 +197,8 @@ def sentences(document: Document) -> list[str]:
             f"{simple['fixed']} does as well as the exit at about the same loops: looptx generate "
             f"--loops {simple['fixed']} --prompt-loops {simple['prompt_loops']}."
         )
+    if document.get("memory"):
+        said += memory_sentences(document["memory"])
     for medium in MEDIA.values():
         for found in document[medium.plural]:
             said += medium.sentences(found)

@@ -15,6 +15,7 @@ from looptx_core.atomic import write_folder
 from looptx_core.checkpoint.folder import LoadedModel
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.inspection import InspectConfig
+from looptx_core.data.batches import held_out, text_windows
 from looptx_core.data.probes import probe_batches, read_probes
 from looptx_core.data.shards import Shards
 from looptx_core.errors import UsageError
@@ -28,6 +29,7 @@ from looptx_core.inspection.frontier import (
 )
 from looptx_core.inspection.measure import measure_records, measure_text
 from looptx_core.inspection.media import inspect_media
+from looptx_core.inspection.memory import inspect_memory
 from looptx_core.inspection.survey import Survey, survey_lines
 from looptx_core.inspection.texts import asked_text, sample
 from looptx_core.inspection.trace import trace_text
@@ -40,8 +42,10 @@ if TYPE_CHECKING:  # looking at text needs no trainer
     from looptx_core.data.datamodule import Batches
 
 SCHEMA_VERSION = 1
+_OF_TRAINING = ("base", "method", "data", "steps", "tokens")
 SHOWN_INCREASE = 0.005
 """The rise of the loss at which rules are compared where none is asked for."""
+_MEMORY_TEXTS = 8  # sequences to read with a memory and without
 Document = dict[str, Any]
 
 
@@ -96,10 +100,17 @@ def inspect_loops(
         "tasks": tasks,
         "kv_policies": [],
         "as_good": None,
+        "memory": None,
         "trace": None,
         "sample": None,
         **{medium.plural: [] for medium in MEDIA.values()},
     }
+    if model.config.has_memory and isinstance(data, Path) and shards is not None:
+        report("reading with the memory and without it")
+        length = max(config.seq_len, 8 * model.config.memory_block)
+        _, val = text_windows(data, shards, length, document_mask=False)
+        texts = (batch["tokens"] for batch in held_out(val, _MEMORY_TEXTS, _MEMORY_TEXTS // 2))
+        document["memory"] = inspect_memory(model, texts, loops)
     if config.decode_tokens and shards is not None:
         report("decoding with real exits, for each cache policy")
         document["kv_policies"] = decode_policies(
@@ -157,7 +168,7 @@ def _facts(loaded: LoadedModel) -> Document:
         "n_heads": config.n_heads,
         "vocab_size": config.vocab_size,
         "max_seq_len": config.max_seq_len,
-        **{key: facts[key] for key in ("data", "steps", "tokens") if key in facts},
+        **{key: facts[key] for key in _OF_TRAINING if key in facts},
     }
 
 

@@ -35,12 +35,15 @@ def trace_text(
     `confidence` (at the exit by the stored settings), `signals` (of the exit rules, by name, after
     each loop; None where there is no number), `top` (for each loop the most likely tokens with
     their probabilities), `flips` (loops that changed the top token) and `influences` (earlier
-    positions with their shares in the prediction at the exit). `deletion` is a `DeletionTest`.
+    positions with their shares in the prediction at the exit). `deletion` is a `DeletionTest`. A
+    model with a memory has no influences and no deletion.
     """
     tokens = tokens[:MOST_TOKENS]
     ids = torch.tensor(tokens, device=model.embedding.weight.device)
     logits, depths, confidences, signals = _run_all_loops(model, ids, settings, loops)
-    shares = influence(model, ids, depths)
+    # What came through a memory leaves no attention to follow.
+    follows = not model.config.has_memory
+    shares = influence(model, ids, depths) if follows else torch.zeros(len(ids), len(ids))
     likeliest = logits.softmax(-1).topk(min(TOP, logits.shape[-1]))
     texts = [_shown(tokenizer, token) for token in tokens]
     records = []
@@ -71,10 +74,11 @@ def trace_text(
                 "influences": [
                     [int(source), round(float(share), 4)]
                     for share, source in zip(strongest.values, strongest.indices)
+                    if follows
                 ],
             }
         )
-    test = deletion_test(model, ids, shares, depths, seed=seed)
+    test = deletion_test(model, ids, shares, depths, seed=seed) if follows else None
     return {"tokens": records, "deletion": None if test is None else vars(test)}
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from looptx_core.atomic import replacing, write_file
-from looptx_core.documents import COPY_AGAIN, read_json, short
+from looptx_core.documents import COPY_AGAIN, open_input, read_json, short
 from looptx_core.errors import DataError, LooptxError
 from looptx_core.machine.scratch import cache_folder
 
@@ -23,7 +23,7 @@ _SETTLED = 2.0  # seconds; a file that changed just now may change again within 
 
 def sha256_of(file: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
-    with file.open("rb") as data:
+    with open_input(file, pipes=False) as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -49,9 +50,10 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
     """
     parent = parent or Path(tempfile.gettempdir())
     remove_stale(parent)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-    handle = _lock(folder, create=True)
-    try:
+    folder, handle = parent / f"{_PREFIX}{secrets.token_hex(8)}", None
+    try:  # from before it is made, so that a signal just then leaves nothing
+        folder.mkdir(mode=0o700)
+        handle = _lock(folder, create=True)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

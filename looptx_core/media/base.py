@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from looptx_core.errors import UsageError
@@ -17,6 +18,7 @@ from looptx_core.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from looptx_core.config.generation import GenerationOptions
     from looptx_core.config.model import ModelConfig
     from looptx_core.media.batch import MediaBatch, MediaItem
 
@@ -103,6 +105,10 @@ class Medium:
     """Of files of this medium, in lower case."""
     ability: str
     """What a model that reads it is said to have; see `checkpoint.registry.abilities`."""
+    write_ability: str = ""
+    """What a model that writes it is said to have."""
+    part: str = ""
+    """The type of a part of a chat message that holds an item, as OpenAI's API names it."""
     write_key: str | None = None
     """The key of a record's part that the model learns to write, where it can."""
     grid_names: tuple[str, ...] = ("length",)
@@ -151,6 +157,10 @@ class Medium:
         return {}
 
     # Reading
+
+    def claims(self, file: Path) -> bool:
+        """Whether a file in a folder of media is of this medium."""
+        return file.suffix.lower() in self.suffixes
 
     def longest(self, grid: Grid) -> int:
         """The most tokens that an item takes once it is changed for training."""
@@ -280,6 +290,10 @@ class Medium:
 
     # Writing
 
+    def writes(self, settings: Mapping[str, Any]) -> bool:
+        """Whether a model writes this medium. settings: the keys of its config.json."""
+        return False
+
     def codes(self, config: ModelConfig) -> int:
         """The rows of the vocabulary that a model of this configuration needs to write."""
         return 0
@@ -346,6 +360,6 @@ class Writer:
         """
         raise NotImplementedError
 
-    def render(self, written: Sequence[int]) -> bytes:
-        """The content of the file that a whole item makes."""
+    def render(self, written: Sequence[int], options: GenerationOptions) -> bytes:
+        """The content of the file that a whole item makes, by a request's settings."""
         raise NotImplementedError

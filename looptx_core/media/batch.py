@@ -135,12 +135,25 @@ class Layout:
 
     positions: (axes, batch, length), see `position_axes`. groups: (batch, length), tokens of one
     number attend to each other both ways, -1: to earlier ones only; None: all to earlier ones only.
-    ends: (batch,), the position that follows.
+    following: (batch, length), the position that follows each token.
     """
 
     positions: Tensor
     groups: Tensor | None
-    ends: Tensor
+    following: Tensor
+
+    @property
+    def ends(self) -> Tensor:
+        """The position that follows the last token, (batch,)."""
+        return self.following[:, -1]
+
+    def part(self, columns: slice) -> Layout:
+        """Of some columns, as if the text began with them."""
+        start = self.following[:, columns.start - 1 : columns.start] if columns.start else 0
+        groups = None if self.groups is None else self.groups[:, columns]
+        return Layout(
+            self.positions[..., columns] - start, groups, self.following[:, columns] - start
+        )
 
 
 def position_axes(config: ModelConfig) -> int:
@@ -181,8 +194,8 @@ def lay_out(
             if (own := medium.groups(grid, config)) is not None:
                 groups[row, here] = own.to(tokens.device) + count
                 count += int(own.max()) + 1
-    ends = step.cumsum(1)
-    return Layout(ends - step + offsets, groups if count else None, ends[:, -1])
+    following = step.cumsum(1)
+    return Layout(following - step + offsets, groups if count else None, following)
 
 
 def _runs(

@@ -39,7 +39,7 @@ class Encoder(nn.Module):
         self.norm = RMSNorm(width, config.norm_eps)
 
     def reset_stem(self) -> None:
-        """Start weights that differ from the rule of `LoopedTransformer.reset_parameters`."""
+        """Start weights that differ from the rule of `model.weights.draw_weights`."""
 
     def run(self, x: Tensor, positions: Tensor, there: Tensor) -> Tensor:
         """What the blocks make of items, normed, (items, rows, width).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from looptx_core.media.audio.medium import Audio
@@ -27,6 +28,6 @@ def writers(config: ModelConfig) -> dict[str, Writer]:
     return {name: writer for name, writer in found.items() if writer is not None}
 
 
-def media_of_file(suffix: str) -> Medium | None:
-    """The medium of files with this suffix ('.png'), in any case; None for text."""
-    return next((m for m in MEDIA.values() if suffix.lower() in m.suffixes), None)
+def media_of_file(file: Path) -> Medium | None:
+    """The medium of a file that exists, by its suffix; a WebP or GIF that moves is a clip."""
+    return next((medium for medium in MEDIA.values() if medium.claims(file)), None)

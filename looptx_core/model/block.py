@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,30 @@ from torch import Tensor, nn
 from looptx_core.config.model import ModelConfig
 from looptx_core.model.attention import Attend, VarlenBatch, sdpa
 from looptx_core.model.bitnet import BitLinear, IntegerProduct, TernaryLinear
-from looptx_core.model.cache import CacheView, LayerView
+from looptx_core.model.cache import CacheView
 from looptx_core.model.fused import can_use_fused, gelu_gate, multi_linear
+from looptx_core.model.int8 import Int8Linear
+from looptx_core.model.layer_state import Attended
+from looptx_core.model.memory import LayerMemory, Remembered, without_rope
 from looptx_core.model.norm import HeadNorm, RMSNorm
 from looptx_core.model.rope import Rotary, Rotate
+
+
+class Past(Protocol):
+    """What one layer remembers at one loop: of a cache, or of whole rows that run by blocks."""
+
+    def update(self, keys: Tensor, values: Tensor, mask: Tensor | VarlenBatch | None) -> Attended:
+        """See `LayerState.update`."""
+
+    def remembered(self) -> Remembered | None:
+        """See `LayerState.remembered`."""
+
+
+class Segment(Protocol):
+    """The past of a block of whole rows, see `looptx_core.model.segments`."""
+
+    def core(self, layer: int, loop: int | Tensor) -> Past:
+        """A core layer's at a loop."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +49,10 @@ class ForwardContext:
     attend: Attend = sdpa
     view: CacheView | None = None
     """The columns of a cache that these tokens fill; None without a cache."""
+    segment: Segment | None = None
+    """What these tokens attend to where they are a block of whole rows; else None."""
+    documents: Tensor | None = None
+    """(rows, length), numbers, where a memory has to tell documents apart."""
 
     def rows(self, index: Tensor | slice) -> ForwardContext:
         """The context of some rows of the batch; index: a slice or (rows,). Not with a cache."""
@@ -39,7 +64,10 @@ class ForwardContext:
         mask = self.mask
         if mask is not None:
             mask = mask[index] if isinstance(mask, VarlenBatch) else pick(mask)
-        return ForwardContext((pick(cos), pick(sin)), mask, self.attend)
+        documents = None if self.documents is None else self.documents[index]
+        return replace(
+            self, rotary=(pick(cos), pick(sin)), mask=mask, view=None, documents=documents
+        )
 
 
 class FusedProjection(nn.Module):
@@ -117,6 +145,8 @@ def linear(config: ModelConfig, width: int, out: int, normed: bool = True) -> nn
     """A linear layer of the configured kind. normed: whether its input comes from a norm."""
     if config.linear == "float":
         return nn.Linear(width, out, bias=False)
+    if config.linear == "int8":
+        return Int8Linear(width, out)
     norm = nn.Identity() if normed else RMSNorm(width, config.norm_eps)
     return (BitLinear if config.linear == "ternary" else TernaryLinear)(width, out, norm)
 
@@ -124,13 +154,13 @@ def linear(config: ModelConfig, width: int, out: int, normed: bool = True) -> nn
 class Attention(FusedProjection):
     """Grouped-query attention (arXiv 2305.13245) with RoPE.
 
-    x: (batch, length, d_model), and so is the result. memory: what the layer remembers of earlier
-    tokens; None without a cache.
+    x: (batch, length, d_model), and so is the result. past: what the layer remembers of earlier
+    tokens; None without a cache. remembers: whether it has a memory beyond its window.
     """
 
     fused_layers = ("q_proj", "k_proj", "v_proj")
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, remembers: bool = False) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         width, kv_width = (n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
@@ -139,19 +169,26 @@ class Attention(FusedProjection):
         self.v_proj = linear(config, config.d_model, kv_width)
         self.o_proj = linear(config, width, config.d_model, normed=False)
         self.q_norm, self.k_norm = _rotate_heads(config), _rotate_heads(config)
+        self.memory = LayerMemory(config) if remembers else None
 
-    def forward(self, x: Tensor, ctx: ForwardContext, memory: LayerView | None) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext, past: Past | None) -> Tensor:
         batch, length, _ = x.shape
         queries, keys, values = (
             part.view(batch, length, -1, self.head_dim) for part in self.project(x)
         )
-        queries = self.q_norm(queries, ctx.rotary).transpose(1, 2)
+        turned = self.q_norm(queries, ctx.rotary)
+        queries = turned.transpose(1, 2)
         keys = self.k_norm(keys, ctx.rotary).transpose(1, 2)
         values = values.transpose(1, 2)
         mask = ctx.mask
-        if memory is not None:
-            keys, values, mask = memory.update(keys, values, mask)
+        if past is not None:
+            keys, values, mask = past.update(keys, values, mask)
         out = ctx.attend(queries, keys, values, mask)
+        if self.memory is not None and past is not None:
+            remembered = past.remembered()
+            if remembered is not None:
+                plain = without_rope(turned, ctx.rotary).transpose(1, 2)
+                out = self.memory(out, x, plain, remembered)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
 
     def entries(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
@@ -185,17 +222,17 @@ class GeGLU(FusedProjection):
 class Block(nn.Module):
     """Pre-norm attention and GeGLU, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, remembers: bool = False) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, remembers)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = GeGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, ctx: ForwardContext, memory: LayerView | None = None) -> Tensor:
-        """x: (batch, length, d_model), and so is the result. memory: see `Attention`."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), ctx, memory))
+    def forward(self, x: Tensor, ctx: ForwardContext, past: Past | None = None) -> Tensor:
+        """x: (batch, length, d_model), and so is the result. past, remembers: see `Attention`."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), ctx, past))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 

@@ -7,7 +7,9 @@ next columns of some rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,8 +17,11 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.model import ModelConfig
-from looptx_core.model.attention import VarlenBatch
+from looptx_core.media.batch import position_axes
+from looptx_core.model.attention import VarlenBatch, with_groups
 from looptx_core.model.layer_state import POLICIES, Attended, KVState, LayerState, StateSpec
+from looptx_core.model.memory import Remembered
+from looptx_core.model.rope import rotary_tables
 
 __all__ = ["POLICIES", "CacheView", "FixedCacheView", "LayerView", "LoopCache"]
 
@@ -31,6 +36,10 @@ class LayerView(NamedTuple):
     def update(self, keys: Tensor, values: Tensor, mask: Tensor | VarlenBatch | None) -> Attended:
         """Write the new entries and return what attention reads, see `LayerState.update`."""
         return self.state.update(self.view, self.loop, keys, values, mask)
+
+    def remembered(self) -> Remembered | None:
+        """What the new tokens read besides, see `LayerState.remembered`."""
+        return self.state.remembered(self.view, self.loop)
 
 
 class LoopCache:
@@ -59,8 +68,9 @@ class LoopCache:
     ) -> None:
         def states(part: str, count: int, loops: int) -> list[LayerState]:
             spec = StateSpec(config, part, batch, capacity, loops, policy, kind, dtype, device)
-            return [new_state(spec) for _ in range(count)]
+            return [new_state(replace(spec, layer=layer)) for layer in range(count)]
 
+        self.config = config
         self.policy, self.kind, self.loops, self.dtype = policy, kind, loops, dtype
         self.prelude = states("prelude", config.prelude_layers, 1)
         self.core = states("core", config.core_layers, loops)
@@ -72,6 +82,10 @@ class LoopCache:
         self.padded = self.shifted = False
         limits = [state.capacity for state in self.layers if state.capacity is not None]
         self.capacity: int | None = min(limits, default=None)
+        # Of a model with a memory, the layers' windows are rings of this many columns.
+        self.ring = config.memory_window if config.has_memory else None
+        axes = position_axes(config) if config.has_memory else 0
+        self.positions = torch.zeros(axes, batch, self.ring or 0, dtype=torch.long, device=device)
 
     @property
     def layers(self) -> list[LayerState]:
@@ -96,6 +110,7 @@ class LoopCache:
     def pad_left(self, counts: Tensor) -> None:
         """Set how many columns at the left of each row, (batch,), are padding. Before first use."""
         assert self.length == 0, "padding is stated before the first token"
+        assert self.ring is None, "a memory would take padding for text"
         self.start = counts.to(self.start.device)
         self.shift = self.start.clone()
         self.padded = self.shifted = bool((counts > 0).any())
@@ -103,6 +118,21 @@ class LoopCache:
     def view(self, new: int, rows: Sequence[int] | None = None) -> CacheView:
         """The next `new` columns of these rows, by default of all."""
         return CacheView(self, new, list(range(len(self.lengths))) if rows is None else list(rows))
+
+    def parts(self, columns: int, rows: Sequence[int] | None = None) -> list[slice]:
+        """How these rows, all of one length, take so many columns: at once, or by blocks."""
+        if self.ring is None:
+            return [slice(0, columns)]
+        filled = {self.lengths[row] for row in (range(len(self.lengths)) if rows is None else rows)}
+        assert len(filled) == 1, "rows enter their blocks together"
+        size = self.config.memory_block
+        edges = [0, *range(size - filled.pop() % size, columns, size), columns]
+        return [slice(first, stop) for first, stop in itertools.pairwise(edges)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows, as they are allocated."""
+        return sum(state.nbytes for state in self.layers)
 
     def has_room(self, columns: int) -> bool:
         """Whether a row can hold this many columns."""
@@ -125,6 +155,7 @@ class LoopCache:
         for state in self.layers:
             state.select_rows(rows)
         self.start, self.shift = self.start[rows], self.shift[rows]
+        self.positions = self.positions[:, rows]
         self.lengths = [self.lengths[row] for row in rows.tolist()]
         self.padded = bool((self.start > 0).any())
         self.shifted = bool((self.shift != 0).any())
@@ -138,8 +169,26 @@ class LoopCache:
 
     def advance(self, rows: Sequence[int]) -> None:
         """Count the next column of these rows as filled."""
-        for row in rows:
-            self.lengths[row] += 1
+        self.fill(dict.fromkeys(rows, 1))
+
+    def fill(self, columns: Mapping[int, int]) -> None:
+        """Count so many next columns as filled, by row. Blocks that leave the window are folded."""
+        for row, count in columns.items():
+            self.lengths[row] += count
+        if self.ring is None:
+            return
+        size = self.config.memory_block
+        leaving: dict[int, list[int]] = {}
+        for row, count in columns.items():
+            length = self.lengths[row]
+            if count and length % size == 0 and length >= self.ring:
+                leaving.setdefault(length % self.ring, []).append(row)
+        for first, rows in leaving.items():
+            positions = self.positions[:, rows, first : first + size]
+            width, theta = self.config.head_dim, self.config.rope_theta
+            rotary = rotary_tables(positions, width, theta, self.dtype, far=True)
+            for state in self.core:
+                state.fold(rows, first, rotary)
 
     def truncate(self, columns: int, rows: Sequence[int] | None = None) -> None:
         """Drop the last columns of these rows, or of all, so that they can be written again."""
@@ -166,6 +215,14 @@ class CacheView:
         self.stop = max(self.first) + new
         assert cache.has_room(self.stop), "the cache is full"
         self._level = len(set(self.first)) == 1
+        ring = self.ring = cache.ring
+        if ring is not None:
+            size = cache.config.memory_block
+            assert all(first % size + new <= size for first in self.first), "a pass is in one block"
+        self.seen = self.stop if ring is None else min(self.stop, ring)
+        """Slots of a layer's store that are read."""
+        slot = self.first[0] if ring is None else self.first[0] % ring
+        self._span = slice(slot, slot + new)
         # Consecutive rows are a view of the cache; others are copied whenever they are read.
         consecutive = rows == list(range(rows[0], rows[0] + len(rows)))
         self._pick: Any = slice(rows[0], rows[0] + len(rows)) if consecutive else self._index
@@ -173,6 +230,15 @@ class CacheView:
     @cached_property
     def _index(self) -> Tensor:
         return torch.tensor(self.rows, device=self.cache.start.device)
+
+    def pick(self, by_index: bool = False) -> Any:
+        """What indexes the rows in a tensor of all; by_index: beside an index for each of them."""
+        return self._index if by_index else self._pick
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """Where the new columns stand in a layer's store, (rows or 1, new)."""
+        return self.columns if self.ring is None else self.columns % self.ring
 
     @cached_property
     def columns(self) -> Tensor:
@@ -192,10 +258,12 @@ class CacheView:
         self.cache.shifted = bool((self.cache.shift != 0).any())
 
     def mask(self) -> Tensor | None:
-        """True where a query may attend to a key, (rows or 1, 1, new, stop).
+        """True where a query may attend to a key, (rows or 1, 1, new, seen).
 
         None where plain causal attention is right.
         """
+        if self.ring is not None:
+            return self._ring_mask(self.ring)
         fresh = self.first[0] == 0
         if self._level and not self.cache.padded and (fresh or self.new == 1):
             return None
@@ -206,6 +274,30 @@ class CacheView:
             return causal
         own = columns == queries  # padding attends to itself, as softmax needs at least one key
         return (causal & (columns >= self.cache.start[self._pick, None, None, None])) | own
+
+    def _ring_mask(self, ring: int) -> Tensor:
+        columns, size = self.columns, self.cache.config.memory_block
+        last, slots = columns[:, -1:], torch.arange(self.seen, device=columns.device)
+        held = (last - (last - slots) % ring)[:, None, None]  # the column in each slot
+        oldest = (columns // size + 1) * size - ring
+        queries = columns[:, None, :, None]
+        return (held <= queries) & (held >= oldest[:, None, :, None].clamp(min=0))
+
+    def keep_positions(self, positions: Tensor) -> None:
+        """Note the new columns' positions, (axes or 1, rows or 1, new), for their folding."""
+        if self.ring is not None:
+            place = slice(None), self._index[:, None], self.slots
+            self.cache.positions[place] = positions.to(self.cache.positions)
+
+    def with_groups(self, mask: Tensor | None, groups: Tensor) -> Tensor:
+        """See `looptx_core.model.attention.with_groups`; in a ring, as far as the block goes."""
+        if self.ring is None:
+            return with_groups(mask, groups)
+        assert mask is not None and self._level
+        same = (groups[:, :, None] == groups[:, None, :]) & (groups >= 0)[:, None, :]
+        seen = mask.expand(len(groups), -1, -1, -1).clone()
+        seen[..., self._span] |= same[:, None]
+        return seen
 
     def prelude(self, layer: int) -> LayerView:
         return LayerView(self.cache.prelude[layer], self, 1)
@@ -231,7 +323,7 @@ class CacheView:
         """Write x, (rows, heads, new, width), at one depth, at each row's, or at a slice."""
         if self._level:
             rows = self._index if isinstance(depth, Tensor) else self._pick
-            store[depth, rows, :, self.first[0] : self.stop] = x
+            store[depth, rows, :, self._span] = x
             return
         if isinstance(depth, Tensor):
             depth = depth[:, None]
@@ -239,23 +331,22 @@ class CacheView:
         x = x.transpose(1, 2)
         if isinstance(depth, slice):
             x = x[:, :, None]
-        store[depth, self._index[:, None], :, self.columns] = x
+        store[depth, self._index[:, None], :, self.slots] = x
 
     def read(self, store: Tensor, depth: int | Tensor) -> Tensor:
-        """All columns up to the new ones, (rows, heads, stop, width)."""
-        rows = self._index if isinstance(depth, Tensor) else self._pick
-        return store[..., : self.stop, :][depth, rows]
+        """All columns up to the new ones, (rows, heads, seen, width)."""
+        return store[..., : self.seen, :][depth, self.pick(isinstance(depth, Tensor))]
 
     def read_new(self, store: Tensor, depth: int) -> Tensor:
         """The new columns' entries, (rows, heads, new, width)."""
         if self._level:
-            return store[depth, self._pick, :, self.first[0] : self.stop]
-        return store[depth, self._index[:, None], :, self.columns].transpose(1, 2)
+            return store[depth, self._pick, :, self._span]
+        return store[depth, self._index[:, None], :, self.slots].transpose(1, 2)
 
     def advance(self, by: int | None = None) -> None:
         """Count the first `by` of the new columns, by default all, as filled."""
-        for row, first in zip(self.rows, self.first):
-            self.cache.lengths[row] = first + (self.new if by is None else by)
+        assert all(self.cache.lengths[row] == first for row, first in zip(self.rows, self.first))
+        self.cache.fill(dict.fromkeys(self.rows, self.new if by is None else by))
 
 
 class FixedCacheView(CacheView):
@@ -268,7 +359,7 @@ class FixedCacheView(CacheView):
     """
 
     def __init__(self, cache: LoopCache, stop: int) -> None:
-        self.cache, self.new, self.rows, self.stop = cache, 1, [0], stop
+        self.cache, self.new, self.rows, self.stop, self.ring = cache, 1, [0], stop, None
         self.columns = torch.zeros(1, 1, dtype=torch.long, device=cache.start.device)
 
     def positions(self) -> Tensor:

@@ -12,6 +12,7 @@ class TokenFlops:
     """Forward FLOPs of one token, two per multiply-add, by part."""
 
     prelude: int
+    """With what a memory costs once a token, its folding."""
     loop: int
     readout: int
     """The coda, and the head's product with the vocabulary."""
@@ -41,16 +42,46 @@ def token_flops(config: ModelConfig, context: float) -> TokenFlops:
     attention = (
         config.d_model * (heads + 2 * config.n_kv_heads) * width + heads * width * config.d_model
     )
-    scores = 2 * context * heads * width
+    seen = min(context, config.memory_window) if config.has_memory else context
+    scores = 2 * seen * heads * width
+    read, fold = _memory_products(config)
     block = int(2 * (attention + 3 * config.d_model * config.d_ff + scores))
     unit = 2 * (2 * config.d_model + 1)  # of the confidence head: hidden, gate, and its output
     return TokenFlops(
-        prelude=config.prelude_layers * block,
-        loop=config.core_layers * block,
+        prelude=config.prelude_layers * block + config.core_layers * fold,
+        loop=config.core_layers * (block + read),
         readout=config.coda_layers * block + 2 * config.d_model * config.vocab_size,
         confidence=config.confidence_units * unit,
         gain=config.gain_units * unit,
     )
+
+
+def _memory_products(config: ModelConfig) -> tuple[int, int]:
+    """FLOPs of a core layer's memory for one token: of a loop's read, and of its folding."""
+    if not config.has_memory:
+        return 0, 0
+    width, heads = config.head_dim, config.n_kv_heads
+    gate = config.n_heads * config.d_model if config.memory == "delta" else 0
+    written = 2 * width * width
+    if config.memory == "delta":
+        written += config.memory_block * width + 4 * width
+    folds = config.max_loops if config.memory_per_loop else 1
+    return 2 * (config.n_heads * width * width + gate), 2 * folds * heads * written
+
+
+def state_bytes(config: ModelConfig, loops: int) -> int:
+    """Bytes of what one text's layers hold while generating, in float32 and a slot for each loop.
+
+    Of `max_seq_len` tokens; of a text of any length for a model with a memory.
+    """
+    columns = config.memory_window if config.has_memory else config.max_seq_len
+    heads, width = config.n_kv_heads, config.head_dim
+    window = 2 * 4 * columns * config.effective_layers(loops) * heads * width
+    if not config.has_memory:
+        return window
+    norm = width if config.memory == "infini" else 0
+    each = 4 * heads * (width * width + norm) + 8  # with the document's number
+    return window + config.core_layers * (loops if config.memory_per_loop else 1) * each
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -58,7 +89,7 @@ def parameter_count(config: ModelConfig) -> int:
     from looptx_core.model.empty_weights import init_empty_weights
     from looptx_core.model.loop import LoopedTransformer
 
-    if config.linear == "packed":  # packed weights are buffers
-        config = replace(config, linear="ternary")
+    if config.linear in ("packed", "int8"):  # whose weights are buffers
+        config = replace(config, linear="ternary" if config.linear == "packed" else "float")
     with init_empty_weights():
         return sum(p.numel() for p in LoopedTransformer(config).parameters())

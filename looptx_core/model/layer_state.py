@@ -1,7 +1,7 @@
 """What a layer remembers of the tokens it has seen: one object for each layer, for all its loops.
 
-`KVState` holds keys and values, with a slot for each loop, and every layer uses it today. Another
-kind of memory (a window, a compressed past) is another `LayerState`; a model chooses it in
+`KVState` holds keys and values, with a slot for each loop. Another kind of memory is another
+`LayerState`, as those of `looptx_core.model.memory_state`; a model chooses it in
 `LoopedTransformer.new_layer_state`, and the engine, batches and exits need no change.
 
 A token that exits after loop t computes no keys and values for the loops after t, but later tokens
@@ -21,7 +21,7 @@ they follow from the state alone, as in CALM's state propagation (arXiv 2207.070
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,6 +35,8 @@ from looptx_core.model.rounding import KINDS
 if TYPE_CHECKING:
     from looptx_core.model.attention import VarlenBatch
     from looptx_core.model.cache import CacheView
+    from looptx_core.model.memory import Remembered
+    from looptx_core.model.rope import Rotary
 
 POLICIES = ("fill", "last")
 
@@ -57,6 +59,8 @@ class StateSpec:
     kind: str
     dtype: torch.dtype
     device: torch.device | str
+    layer: int = 0
+    """Of its part, counted from 0."""
 
 
 class Attended(NamedTuple):
@@ -96,6 +100,16 @@ class LayerState(ABC):
         all columns up to the new ones.
         """
 
+    def remembered(self, view: CacheView, loop: int | Tensor) -> Remembered | None:
+        """What the new tokens read besides `update`'s result; None where there is nothing."""
+        return None
+
+    def fold(self, rows: Sequence[int], first: int, rotary: Rotary) -> None:  # noqa: B027
+        """Take in what the next tokens of these rows will overwrite, where the state is a window.
+
+        first: the first slot of a block. rotary: of its columns.
+        """
+
     @abstractmethod
     def needs_backfill(self, loop: int) -> bool:
         """Whether a token that exits after this loop has to write entries for deeper tokens."""
@@ -128,6 +142,11 @@ class LayerState(ABC):
     @abstractmethod
     def bytes_per_token(self) -> int:
         """Bytes that one more token of one row takes, over all loops."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows as they are allocated; 0 where a kind of state does not say."""
+        return 0
 
 
 class KVState(LayerState):
@@ -232,4 +251,8 @@ class KVState(LayerState):
     @property
     def bytes_per_token(self) -> int:
         _, batch, _, capacity, _ = self.keys.shape
-        return sum(part.nbytes for part in self._parts()) // (batch * capacity)
+        return self.nbytes // (batch * capacity)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self._parts())

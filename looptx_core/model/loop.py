@@ -17,18 +17,15 @@ and no coda the whole stack is looped.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.media.base import Encoded
 from looptx_core.media.batch import Layout, Media, lay_out
-from looptx_core.media.encoder import Encoder
 from looptx_core.media.registry import MEDIA, media_for
 from looptx_core.model.attention import (
     Attend,
@@ -40,22 +37,18 @@ from looptx_core.model.attention import (
 )
 from looptx_core.model.block import Block, ForwardContext, FusedProjection
 from looptx_core.model.cache import CacheView, LoopCache
+from looptx_core.model.code_rows import CodeRows
 from looptx_core.model.confidence import Confidence, ConfidenceHead
-from looptx_core.model.fused import can_use_fused, cross_entropy
+from looptx_core.model.initial import initialise
+from looptx_core.model.injection import Injection
 from looptx_core.model.layer_state import KVState, LayerState, StateSpec
+from looptx_core.model.memory import window_mask
+from looptx_core.model.memory_state import MemoryState, WindowState
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_tables
-
-
-class Score(NamedTuple):
-    """How well the logits predict their targets. Each field is (tokens,)."""
-
-    loss: Tensor
-    """Nats."""
-    hit: Tensor
-    """1 where the top token is the target, else 0."""
-    top: Tensor
-    """The probability of the top token, without a gradient."""
+from looptx_core.model.score import Score, score
+from looptx_core.model.segments import iterate_blocks
+from looptx_core.model.vocabulary import new_embedding, new_head, tie_head
 
 
 class LoopOutput(NamedTuple):
@@ -70,52 +63,6 @@ Step = Callable[[Tensor, Tensor, int, ForwardContext], Tensor]
 """(state, embedding, loop, context) -> the state after that loop."""
 
 
-class Injection(nn.Module):
-    """Makes the core's input at each loop from the last state and the prelude's output.
-
-    Both are (batch, length, d_model), and so is the result. The kinds are
-
-    - `decay`: sigmoid(-a) * norm(state) + b * norm(embedding) with a and b per channel; the
-      sigmoid is Parcae's exp(-softplus(a)). The share of an old state shrinks with every loop,
-      and the norm bounds its size at any depth.
-    - `bridge`: the embedding in the first loop, and embedding + W norm(state) in later ones, with W
-      = 0 at first: a trained stack of layers stays itself at one loop, whatever W becomes, and at
-      any number of loops until W is trained.
-    - `add`: norm(state) + norm(embedding), for ablations.
-    - `none`: the state as it is.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.kind = config.injection
-        if self.kind == "none":
-            return
-        self.state_norm = RMSNorm(config.d_model, config.norm_eps)
-        if self.kind == "bridge":
-            self.bridge = nn.Linear(config.d_model, config.d_model, bias=False)
-            return
-        self.embedding_norm = RMSNorm(config.d_model, config.norm_eps)
-        if self.kind == "decay":
-            kept = config.retain
-            self.decay = nn.Parameter(torch.full((config.d_model,), math.log((1 - kept) / kept)))
-            self.gain = nn.Parameter(torch.full((config.d_model,), 1 - kept))
-
-    def forward(self, state: Tensor, embedding: Tensor, loop: int | Tensor) -> Tensor:
-        """state, embedding: (batch, length, d_model). loop: the one that is entered, from 1; or
-        (batch,), each row's own."""
-        if self.kind == "none":
-            return state
-        if self.kind == "bridge":
-            if isinstance(loop, int):
-                return embedding if loop == 1 else embedding + self.bridge(self.state_norm(state))
-            later = (loop > 1).view(-1, 1, 1)
-            return embedding + self.bridge(self.state_norm(state)).where(later, 0)
-        state, embedding = self.state_norm(state), self.embedding_norm(embedding)
-        if self.kind == "add":
-            return state + embedding
-        return torch.sigmoid(-self.decay) * state + self.gain * embedding
-
-
 class LoopedTransformer(nn.Module):
     """A decoder whose core blocks are iterated. See the module's docstring for the equations."""
 
@@ -125,49 +72,26 @@ class LoopedTransformer(nn.Module):
         self.attend: Attend = sdpa
         # Called with the loop before each iteration, so that a loop can switch to its own weights.
         self.enter_loop: Callable[[int], object] | None = None
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = new_embedding(config)
         self.media = media_for(config)
         for medium in self.media:
             if (encoder := medium.encoder(config)) is not None:
                 self.add_module(medium.encoder_name, encoder)
         self.prelude = nn.ModuleList(Block(config) for _ in range(config.prelude_layers))
         self.injection = Injection(config)
-        self.core = nn.ModuleList(Block(config) for _ in range(config.core_layers))
+        self.core = nn.ModuleList(
+            Block(config, remembers=config.has_memory) for _ in range(config.core_layers)
+        )
         self.coda = nn.ModuleList(Block(config) for _ in range(config.coda_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.head = new_head(config)
+        tie_head(self)
+        self.code_rows: CodeRows | None = None
         self.confidence = ConfidenceHead(config)
         for medium in self.media:
             if (head := medium.head(config)) is not None:
                 self.add_module(medium.head_name, head)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw weights from a normal distribution of standard deviation 0.02.
-
-        The projections that end a residual branch get GPT-2's smaller one, 0.02 / sqrt(2 * depth).
-        The depth counts the blocks of a pass of half the maximal loops, so that a learning rate
-        carries over between loop counts (arXiv 2606.18524 scales the branches themselves).
-        """
-        depth = self.config.effective_layers((1 + self.config.max_loops) // 2)
-        for name, parameter in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth))
-            elif parameter.dim() >= 2:
-                nn.init.normal_(parameter, std=0.02)
-        for encoder in self.encoders().values():
-            if isinstance(encoder, Encoder):
-                encoder.reset_stem()
-        # The halting bias starts low, so that an untrained head is unsure (ACT, arXiv 1603.08983).
-        nn.init.zeros_(self.confidence.hidden.bias)
-        nn.init.ones_(self.confidence.gate.bias)
-        with torch.no_grad():
-            self.confidence.out.bias.zero_()[0] = -3.0
-            self.confidence.gain.bias.zero_()
-        if self.injection.kind == "bridge":
-            nn.init.zeros_(self.injection.bridge.weight)
+        initialise(self)
 
     # The parts of a forward pass. The engine and the trainer use them one by one.
 
@@ -190,7 +114,12 @@ class LoopedTransformer(nn.Module):
         if view is None:
             positions = torch.arange(length, device=weight.device)[None, None]
             # Rows of a single document need no mask, and causal attention is half the work.
-            if documents is not None and bool((documents != documents[:, :1]).any()):
+            if documents is None or not bool((documents != documents[:, :1]).any()):
+                documents = None
+            if self.config.has_memory:
+                groups = None if layout is None else layout.groups
+                mask = window_mask(length, self.config, weight.device, documents, groups)
+            elif documents is not None:
                 takes_varlen = layout is None and takes_documents(self.attend, weight)
                 mask = VarlenBatch.of(documents) if takes_varlen else within_documents(documents)
         else:
@@ -202,11 +131,18 @@ class LoopedTransformer(nn.Module):
                 view.set_positions(layout.ends + before[0, :, 0])
             if layout.groups is not None:
                 assert not isinstance(mask, VarlenBatch)
-                mask = with_groups(mask, layout.groups)
+                if view is not None:
+                    mask = view.with_groups(mask, layout.groups)
+                elif not self.config.has_memory:
+                    mask = with_groups(mask, layout.groups)
+        if view is not None:
+            view.keep_positions(positions)
         rotary = rotary_tables(
-            positions, self.config.head_dim, self.config.rope_theta, _compute_dtype(weight)
-        )
-        return ForwardContext(rotary, mask, self.attend, view)
+            positions, self.config.head_dim, self.config.rope_theta, _compute_dtype(weight),
+            far=self.config.has_memory,
+        )  # fmt: skip
+        kept = documents if self.config.has_memory else None
+        return ForwardContext(rotary, mask, self.attend, view, documents=kept)
 
     def encode(self, media: Media | None) -> dict[str, Encoded]:
         """What the encoder of each medium makes of its items."""
@@ -222,13 +158,31 @@ class LoopedTransformer(nn.Module):
     ) -> Tensor:
         """tokens (batch, length) -> the prelude's output (batch, length, d_model).
 
+        media, encoded: see `look_up`.
+        """
+        return self.run_prelude(self.look_up(tokens, media, encoded), ctx)
+
+    def look_up(
+        self,
+        tokens: Tensor,
+        media: Media | None = None,
+        encoded: Mapping[str, Encoded] | None = None,
+    ) -> Tensor:
+        """tokens (batch, length) -> what the prelude reads (batch, length, d_model).
+
         Encoded items of media replace the embeddings of their placeholder tokens, in order.
         encoded: from `encode`, if that was called before.
         """
         x = self.embedding(tokens)
+        if self.code_rows is not None:
+            x = x + self.code_rows.embed(tokens).to(x.dtype)
         for name, read in (self.encode(media) if encoded is None else encoded).items():
             places = tokens == MEDIA[name].token(self.config)
             x = x.masked_scatter(places[..., None], read.vectors.to(x.dtype))
+        return x
+
+    def run_prelude(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        """The prelude on what `look_up` returned."""
         view = ctx.view
         for layer, block in enumerate(self.prelude):
             x = block(x, ctx, view and view.prelude(layer))
@@ -245,7 +199,7 @@ class LoopedTransformer(nn.Module):
         if self.enter_loop:
             assert isinstance(loop, int), "loops with weights of their own are run one by one"
             self.enter_loop(loop)
-        x, view = self.injection(state, embedding, loop), ctx.view
+        x, view = self.injection(state, embedding, loop), ctx.segment or ctx.view
         for layer, block in enumerate(self.core):
             x = block(x, ctx, view and view.core(layer, loop))
         return x
@@ -268,6 +222,9 @@ class LoopedTransformer(nn.Module):
         loop, how many of the first rows still run; the others are dropped. Not with a cache.
         """
         step = step or self.step
+        if self.config.has_memory and ctx.view is None:
+            yield from iterate_blocks(self, state, embedding, ctx, loops, step, running)
+            return
         for loop in loops:
             if running is not None:
                 rows = slice(running(loop))
@@ -289,13 +246,19 @@ class LoopedTransformer(nn.Module):
 
     def new_layer_state(self, spec: StateSpec) -> LayerState:
         """What a layer remembers while decoding; a subclass may return another kind of memory."""
-        return KVState(spec)
+        if not self.config.has_memory:
+            return KVState(spec)
+        if spec.part != "core":
+            return WindowState(spec)
+        block = self.core[spec.layer]
+        assert isinstance(block, Block) and block.attention.memory is not None
+        return MemoryState(spec, block.attention.memory)
 
     def new_cache(
         self, batch: int, capacity: int, loops: int, policy: str = "fill", kind: str = "float"
     ) -> LoopCache:
         """An empty cache of this model's type and on its device, see `LoopCache`."""
-        weight = self.embedding.weight
+        weight = self.norm.weight
         return LoopCache(
             self.config,
             batch,
@@ -315,15 +278,16 @@ class LoopedTransformer(nn.Module):
             state = block(state, ctx, view and view.coda(layer))
         return self.norm(state)
 
+    def logits(self, decoded: Tensor) -> Tensor:
+        """The head on `coda_hidden`'s output, (..., d_model) -> (..., vocab_size)."""
+        logits = self.head(decoded)
+        if self.code_rows is not None:
+            logits = logits + self.code_rows.logits(decoded, logits.shape[-1])
+        return logits
+
     def score(self, decoded: Tensor, targets: Tensor) -> Score:
         """Score the head. decoded: `coda_hidden`'s, (tokens, d_model). targets: (tokens,) ids."""
-        logits = self.head(decoded).float()
-        if can_use_fused(logits, operation="loss"):
-            return Score(*cross_entropy(logits, targets))
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        top_logit, top = logits.detach().max(-1)
-        probability = (top_logit - logits.detach().logsumexp(-1)).exp()
-        return Score(losses, (top == targets).float(), probability)
+        return score(self.logits(decoded).float(), targets)
 
     def states(
         self,
@@ -352,16 +316,42 @@ class LoopedTransformer(nn.Module):
         """
         loops = loops or self.config.loops
         assert loops >= 1, "at least one loop"
-        view = None if cache is None else cache.view(tokens.shape[1])
-        layout = self.layout(tokens, media)
-        ctx = self.context(tokens.shape[1], view, layout=layout)
-        state = embedding = self.embed(tokens, ctx, media)
-        for _, after in self.iterate(state, embedding, ctx, range(1, loops + 1)):
-            state = after
-        logits = self.head(self.coda_hidden(state, ctx))
-        if view is not None:
-            view.advance()
+        outputs = []
+        for x, ctx in self.passes(tokens, cache, media=media):
+            state = embedding = self.run_prelude(x, ctx)
+            for _, after in self.iterate(state, embedding, ctx, range(1, loops + 1)):
+                state = after
+            outputs.append((self.logits(self.coda_hidden(state, ctx)), state))
+            if ctx.view is not None:
+                ctx.view.advance()
+        logits, state = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+                         for parts in zip(*outputs))  # fmt: skip
         return LoopOutput(logits, state, self.confidence(state, loops))
+
+    def passes(
+        self,
+        tokens: Tensor,
+        cache: LoopCache | None,
+        rows: Sequence[int] | None = None,
+        media: Media | None = None,
+    ) -> Iterator[tuple[Tensor, ForwardContext]]:
+        """What the prelude reads, (rows, new, d_model), and the context of each pass over a text.
+
+        A model with a memory fills a cache block by block, all others do in one pass; each pass has
+        to be finished, and the cache advanced, before the next is asked for.
+
+        tokens: (rows, length). rows: of the cache, by default all. media: see `forward`.
+        """
+        padding = cache.start if cache is not None and cache.padded else None
+        layout = self.layout(tokens, media, padding)
+        if cache is None:
+            yield self.look_up(tokens, media), self.context(tokens.shape[1], layout=layout)
+            return
+        whole = self.look_up(tokens, media) if media else None
+        for columns in cache.parts(tokens.shape[1], rows):
+            x = self.look_up(tokens[:, columns]) if whole is None else whole[:, columns]
+            view, part = cache.view(x.shape[1], rows), layout and layout.part(columns)
+            yield x, self.context(x.shape[1], view, layout=part)
 
     def layout(
         self, tokens: Tensor, media: Media | None, padding: Tensor | None = None
@@ -380,6 +370,11 @@ class LoopedTransformer(nn.Module):
     def _modules_of(self, role: str) -> dict[str, nn.Module]:
         found = {m.name: self._modules.get(getattr(m, role)) for m in self.media}
         return {name: module for name, module in found.items() if module is not None}
+
+    def vocabulary(self) -> list[Tensor]:
+        """The matrices that have a row for each token."""
+        tied = self.head.weight is self.embedding.weight
+        return [self.embedding.weight] if tied else [self.embedding.weight, self.head.weight]
 
     def fuse_projections(self) -> None:
         """Prepare for decoding: projections of the same input become one matrix product."""

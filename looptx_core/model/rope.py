@@ -21,14 +21,19 @@ def rotary_frequencies(head_dim: int, theta: float, device: torch.device | str =
     return 1.0 / theta ** (steps / head_dim)
 
 
-def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
+def rotary_tables(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, far: bool = False
+) -> Rotary:
     """Tables for `rotate`.
 
-    positions: (axes, batch or 1, length), integer; one axis where all coordinates are equal.
+    positions: (axes, batch or 1, length), integer; one axis where all coordinates are equal. far:
+    they may exceed what float32 tells apart after a product, so angles are computed in float64.
     """
     frequencies = rotary_frequencies(head_dim, theta, positions.device)
     axis = torch.arange(len(frequencies), device=positions.device) % len(positions)
-    angles = (positions[axis].float() * frequencies[:, None, None]).permute(1, 2, 0)
+    wide = torch.float64 if far else torch.float32
+    angles = positions[axis].to(wide) * frequencies[:, None, None].to(wide)
+    angles = angles.permute(1, 2, 0)
     angles = angles.unsqueeze(2)
     cos, sin = angles.cos(), angles.sin()
     # The sign is in the table, so that a turn is two products and a roll.

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from looptx_core.model.code_rows import share_code_rows
 from looptx_core.model.empty_weights import init_empty_weights
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.parallel.ranks import BarrierAtTeardown
@@ -68,6 +69,8 @@ class Gathered(L.Callback):
         """A model that is not cut, with these weights; in the other processes without any."""
         with init_empty_weights():
             plain = LoopedTransformer(like.config)
+            if like.code_rows is not None:
+                share_code_rows(plain)
         plain.attend = like.attend
         if self.weights:
             plain.load_state_dict(self.weights, assign=True)

@@ -141,7 +141,7 @@ def count(model: ModelConfig) -> Counts:
     return Counts(
         all=parameter_count(model),
         prelude=model.prelude_layers * block,
-        core=model.core_layers * block,
+        core=model.core_layers * (block + _remembering(model)),
         coda=model.coda_layers * block,
         embedding=words,
         head=0 if model.tie_embeddings else words,
@@ -150,6 +150,16 @@ def count(model: ModelConfig) -> Counts:
         block=block,
         matrix=model.d_model * max(model.d_ff, queries),
     )
+
+
+def _remembering(model: ModelConfig) -> int:
+    """Parameters of a core layer's memory."""
+    if not model.has_memory:
+        return 0
+    gates = model.n_heads
+    if model.memory == "delta":
+        gates += model.n_heads * model.d_model + 2 * model.n_kv_heads * (2 * model.head_dim + 1)
+    return gates
 
 
 @dataclass(frozen=True)
@@ -179,9 +189,13 @@ def count_activations(
     queries, keys = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
     attention = (3 if model.qk_norm else 1) * (queries + keys) + keys + 2 * queries
     # A mask is kept as numbers, once for each call of the attention.
-    mask = length if getattr(config, "document_mask", False) else 0
+    mask = length if getattr(config, "document_mask", False) or model.has_memory else 0
     block = 7 * width + attention + 4 * model.d_ff + mask
-    loop = model.core_layers * block + (0 if model.injection == "none" else 8 * width)
+    looped = block
+    if model.has_memory:  # queries without RoPE, the read, its mixture; keys once a block that sees
+        blocks = model.memory_window // model.memory_block
+        looped += 6 * queries + 2 * keys * blocks + min(length, model.memory_window) - mask
+    loop = model.core_layers * looped + (0 if model.injection == "none" else 8 * width)
     by_loop = deepest_rows(model, config, rows)
     readouts = {
         "last": rows,

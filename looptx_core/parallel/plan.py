@@ -9,7 +9,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.errors import MissingError, UsageError
 from looptx_core.machine.facts import Machine, this_machine
-from looptx_core.model.flops import token_flops
+from looptx_core.model.flops import state_bytes, token_flops
 from looptx_core.parallel.deepspeed.offload import Offload, plan_offload
 from looptx_core.parallel.memory import MemoryEstimate, ParallelLayout, count, rank_need
 
@@ -32,6 +32,8 @@ class Plan:
     offload: Offload
     cache: int
     """Of one sequence of `max_seq_len` tokens at full depth, in generation; not in `total`."""
+    reads_on: bool
+    """Whether `cache` holds a text of any length, as that of a model with a memory does."""
     machine: Machine
     advice: str
 
@@ -86,12 +88,8 @@ def plan(model: ModelConfig, config: TrainConfig, machine: Machine | None = None
         rows=rows,
         precision="bf16" if bf16 else "float32",
         offload=offload,
-        cache=2
-        * 4
-        * model.max_seq_len
-        * model.effective_layers(max_loops)
-        * model.n_kv_heads
-        * model.head_dim,
+        cache=state_bytes(model, max_loops),
+        reads_on=model.has_memory,
         machine=machine,
         advice="" if offload.fits else _advice(model, config, machine, spread, rows, bf16, asked),
     )

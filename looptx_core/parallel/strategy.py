@@ -94,6 +94,11 @@ def check_strategy(config: RunConfig, folder: Path) -> None:
     check_version()
     if config.offload == "nvme":
         check_swap_folder(Path(config.nvme_path) if config.nvme_path else None, folder)
+    check_deepspeed_file(config)
+
+
+def check_deepspeed_file(config: RunConfig) -> None:
+    """Raise `UsageError` for a file of DeepSpeed's settings that can't be used."""
     if config.deepspeed_config:
         _own_settings({}, config.deepspeed_config)
 

@@ -25,6 +25,7 @@ from looptx_core.machine.integrity import check_noted, digest_file, note_digest,
 from looptx_core.parallel.deepspeed import checkpoint as fragments
 from looptx_core.parallel.ranks import any_rank
 
+_WARM_STEPS = 2  # the first steps allocate memory and compile
 GO_BACK = "remove it to go on from the one before"
 
 
@@ -106,6 +107,86 @@ class Checkpoints(ModelCheckpoint):
             self._every_n_train_steps = 1  # save the last step too, so that a run can continue
         super().on_train_batch_end(trainer, *args, **kwargs)
         self._every_n_train_steps = every
+
+
+class BestWeights(L.Callback):
+    """Keeps the weights with the lowest held-out loss at the last loop, in a folder of their own.
+
+    What was best before a resume is read from the run's log. A callback's state is saved before the
+    validation of its step, so it would not know.
+    """
+
+    def __init__(self, folder: Path, metrics: Path) -> None:
+        self.folder, self.metrics = folder, metrics
+        self.lowest = float("inf")
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        records = read_metrics(self.metrics)
+        losses = [record["val_loss"] for record in records if "val_loss" in record]
+        self.lowest = min(losses, default=float("inf"))
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        loss = float(trainer.callback_metrics["val_loss"])
+        if loss >= self.lowest:
+            return
+        self.lowest = loss
+        best = self.folder / f"step-{trainer.global_step:07d}.ckpt"
+        trainer.save_checkpoint(best, weights_only=True)
+        for other in self.folder.glob("step-*.ckpt"):
+            if other != best:
+                trainer.strategy.remove_checkpoint(other)
+
+    def load(self, module: L.LightningModule) -> int | None:
+        """Give the module's model the best weights; returns their step, None if there are none."""
+        files = sorted(self.folder.glob("step-*.ckpt"))
+        if not files:
+            return None
+        verify_checkpoint(files[-1])
+        state = torch.load(files[-1], map_location="cpu", mmap=True, weights_only=True)
+        weights = {name: value for name, value in state["state_dict"].items()
+                   if name.startswith("model.")}  # fmt: skip
+        module.load_state_dict(weights, strict=False)
+        return step_of(files[-1])
+
+
+class Profile(L.Callback):
+    """Profiles `steps` optimizer steps of the first process by torch's profiler, once the first
+    two are over.
+
+    `folder` gets trace.json, for Perfetto or chrome://tracing, and table.txt with the operations
+    that take longest. A run that ends before writes what there is.
+    """
+
+    def __init__(self, folder: Path, steps: int, begun_at: int) -> None:
+        self.folder = folder
+        self.first = begun_at + _WARM_STEPS
+        self.last = self.first + steps
+        self._profiler: torch.profiler.profile | None = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        here = trainer.is_global_zero and self.first <= trainer.global_step < self.last
+        if here and self._profiler is None:
+            self._profiler = torch.profiler.profile()
+            self._profiler.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step >= self.last:
+            self._write()
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        if self._profiler is None:
+            return
+        profiler, self._profiler = self._profiler, None
+        profiler.stop()
+        self.folder.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(self.folder / "trace.json"))
+        averages = profiler.key_averages()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        table = averages.table(sort_by=f"self_{device}_time_total", row_limit=40)
+        write_file(self.folder / "table.txt", table + "\n")
 
 
 class WholeFiles(TorchCheckpointIO):

@@ -37,17 +37,16 @@ def plot_run(records: list[dict[str, Any]], probes: dict[str, list[float]], file
     from matplotlib import pyplot as plt
 
     train = [(r["step"], r["train_loss"]) for r in records if "train_loss" in r]
-    val = [(r["step"], r["val_loss"], r["val_loss_by_loop"]) for r in records if "val_loss" in r]
+    val = [(r["step"], r["val_loss_by_loop"]) for r in records if "val_loss_by_loop" in r]
     figure, axes = plt.subplots(1, 2 + bool(probes), figsize=(5 * (2 + bool(probes)), 4))
     over, by_loop = axes[0], axes[1]
     if train:
         over.plot(*zip(*train), color="0.7", label="training, last loop", marker=_marker(train))
     if val:
-        steps, mark = [step for step, *_ in val], _marker(val)
-        over.plot(steps, [losses[0] for *_, losses in val], label="validation, loop 1", marker=mark)
-        label = f"validation, loop {len(val[-1][2])}"
-        over.plot(steps, [loss for _, loss, _ in val], label=label, marker=mark)
-        last = val[-1][2]
+        (steps, losses), last, mark = zip(*val), val[-1][1], _marker(val)
+        over.plot(steps, [own[0] for own in losses], label="validation, loop 1", marker=mark)
+        label = f"validation, loop {len(last)}"
+        over.plot(steps, [own[-1] for own in losses], label=label, marker=mark)
         by_loop.plot(range(1, len(last) + 1), last, marker="o")
     over.set(xlabel="step", ylabel="loss (nats a token)", title="Loss")
     if train or val:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from looptx_core.errors import DataError
 from looptx_core.media.batch import Media, from_entries, to_device
 from looptx_core.model.confidence import Confidence, relative_change, top_log_odds
 from looptx_core.model.loop import LoopedTransformer
@@ -103,6 +104,8 @@ def evaluate_loops(
     tokens, targets: as in `inputs_and_targets`. counted: (batch, length) bool, the targets that
     count; all by default. documents: (batch, length), the document of each token; attention stays
     within it. observe: called after each loop. media: the items of the placeholder tokens.
+
+    Raises `DataError` for a loss that is not finite.
     """
     device = model.norm.weight.device
     tokens, media = tokens.to(device), to_device(media or {}, device)
@@ -116,7 +119,7 @@ def evaluate_loops(
     losses, hits, norms, logits, gains, changes, odds = [], [], [], [], [], [], []
     before = embedding = model.embed(inputs, ctx, media=media)
     for loop, state in model.iterate(embedding, embedding, ctx, range(1, loops + 1)):
-        predicted = model.head(model.coda_hidden(state, ctx)).float()
+        predicted = model.logits(model.coda_hidden(state, ctx)).float()
         loss = F.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="none")
         losses.append(loss.view(targets.shape)[counted])
         hits.append((predicted.argmax(-1) == targets)[counted])
@@ -130,9 +133,15 @@ def evaluate_loops(
         if observe is not None:
             observe(loop, state[counted], predicted[counted], Confidence(logits[-1], gains[-1]))
     hit, token_loss = torch.stack(hits), torch.stack(losses)
+    total = token_loss.double().sum(1).cpu()
+    if not total.isfinite().all():
+        raise DataError(
+            "the model's loss is not finite, so its weights are damaged or overflow; copy the "
+            "model again"
+        )
     return LoopEvaluation(
         tokens=int(counted.sum()),
-        loss=token_loss.double().sum(1).cpu(),
+        loss=total,
         correct=hit.double().sum(1).cpu(),
         norm=torch.stack(norms).cpu(),
         logit=torch.stack(logits).cpu(),

@@ -8,8 +8,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from looptx_core.checkpoint.folder import save_model
+from looptx_core.checkpoint.card import descended
+from looptx_core.checkpoint.folder import LoadedModel, save_model
 from looptx_core.checkpoint.metrics_log import read_metrics
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.run import TrainConfig
@@ -20,6 +22,7 @@ from looptx_core.data.own import FILE as OWN_DATA
 from looptx_core.data.own import OwnData
 from looptx_core.data.probes import probe_batches, read_probes
 from looptx_core.machine.device import on_best_device
+from looptx_core.model.code_rows import fold_code_rows
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.parallel.strategy import Swapped
 from looptx_core.training.calibration import calibrate
@@ -51,6 +54,8 @@ class TrainResult:
     verdict: str = ""
     caption_loss_by_loop: list[float] = field(default_factory=list)
     """Held-out nats a token of texts beside items of media."""
+    best_step: int | None = None
+    """With `keep_best`: the step whose weights the model has."""
     swapped: Swapped | None = None
     """Under NVMe offload: the swap files and the traffic, in bytes."""
 
@@ -65,11 +70,13 @@ def finish_training(
     folder: Path,
     steps: int,
     started: float,
+    init: LoadedModel | None = None,
 ) -> TrainResult:
     """Evaluate and calibrate a trained model, and save it to `folder`/final.
 
     started: `time.monotonic` at the start. The other arguments are those of `train` and `fit`.
     """
+    fold_code_rows(model)
     loops = module.schedule.max_loops
 
     def measure() -> tuple[dict[str, LoopEvaluation], dict[str, list[float]]]:
@@ -106,6 +113,7 @@ def finish_training(
         flops=float(module.flops),
         verdict=verdict(evaluation.loss_by_loop),
         caption_loss_by_loop=by_part[RECORDS].loss_by_loop if records else [],
+        best_step=module.best_step,
         swapped=module.swapped,
     )
     plot_run(metrics, probes, folder / "curves.png")
@@ -114,27 +122,33 @@ def finish_training(
     if not texts and names != [bundled_corpus().name]:
         texts = [str(data)]
     own = OwnData.of("text", texts, asdict(config), shards=data, media=records)
+    facts: dict[str, Any] = {
+        "data": names + [Path(item).name for item in records],
+        "steps": result.steps,
+        **({"best_step": module.best_step} if module.best_step else {}),
+        "tokens": steps * config.batch_size * config.seq_len,
+        "seed": config.seed,
+        "loop_schedule": config.loop_schedule,
+        "loss_by_loop": [round(loss, 4) for loss in result.loss_by_loop],
+        "bits_per_byte_by_loop": [round(value, 4) for value in bits],
+        "training_flops": result.flops,
+        **(
+            {"caption_loss_by_loop": [round(loss, 4) for loss in result.caption_loss_by_loop]}
+            if records
+            else {}
+        ),
+    }
+    if init is not None:
+        facts = descended(init.facts, init.name, method="training went on", **facts)
     save_model(
         result.model_folder,
         model,
         batches.shards.tokenizer,
         exit_settings=exit_settings,
-        facts={
-            "data": names + [Path(item).name for item in records],
-            "steps": result.steps,
-            "tokens": steps * config.batch_size * config.seq_len,
-            "seed": config.seed,
-            "loop_schedule": config.loop_schedule,
-            "loss_by_loop": [round(loss, 4) for loss in result.loss_by_loop],
-            "bits_per_byte_by_loop": [round(value, 4) for value in bits],
-            "training_flops": result.flops,
-            **(
-                {"caption_loss_by_loop": [round(loss, 4) for loss in result.caption_loss_by_loop]}
-                if records
-                else {}
-            ),
-        },
+        facts=facts,
         overwrite=True,
         files={OWN_DATA: own.to_dict()},
+        chat_template=init.chat_template if init else None,
+        special=init.special if init else None,
     )
     return result

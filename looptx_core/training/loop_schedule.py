@@ -6,6 +6,9 @@ resumed run repeats them and every rank runs the same loops.
 - `fixed`: every sequence runs the same number of loops.
 - `sampled`: each sequence draws its depth from a log-normal Poisson distribution, truncated to
   base..max (Huginn, arXiv 2502.05171; drawn per sequence as in Parcae, arXiv 2604.12946).
+- `grow`: drawn likewise, but mean and maximum rise linearly from the base depth over the first
+  `grow_share` of the steps. Early steps cost less, and a pretrained model that knows one loop is
+  led to more (a curriculum over depth, arXiv 2511.07384).
 - `loss`: the original design's rule. All sequences run the base depth; those with much loss left
   go deeper, to a depth drawn as above. The plain rule trains some depths too little, so there are
   two amendments. The measure is not the loss itself but how much of it one more loop is predicted
@@ -16,6 +19,7 @@ resumed run repeats them and every rank runs the same loops.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -53,6 +57,7 @@ class LoopSchedule(torch.nn.Module):
         if self.base > self.max_loops:
             raise UsageError(f"`loops` {self.base} exceeds max_loops ({self.max_loops})")
         self.mean_loops = config.mean_loops
+        self.growing_steps = config.grow_share * config.steps if self.kind == "grow" else 0.0
         self.by = config.deeper_by
         self.fixed_threshold = config.loss_threshold
         self.deeper_share = config.deeper_share
@@ -68,10 +73,11 @@ class LoopSchedule(torch.nn.Module):
         if self.kind == "fixed":
             return torch.full(ids.shape, self.base)
         draws = [np.random.default_rng((self.seed, step, sample)) for sample in ids.tolist()]
-        sampled = torch.tensor([self._depth(rng, self.base) for rng in draws])
-        if self.kind == "sampled" or self.base == self.max_loops:
+        mean, most = self._range_at(step)
+        sampled = torch.tensor([sample_depth(rng, mean, self.base, most) for rng in draws])
+        if self.kind in ("sampled", "grow") or self.base == self.max_loops:
             return sampled
-        deeper = torch.tensor([self._depth(rng, self.base + 1) for rng in draws])
+        deeper = torch.tensor([sample_depth(rng, mean, self.base + 1, most) for rng in draws])
         explores = torch.tensor([rng.random() < self.explore for rng in draws])
         by_rule = torch.where(self._above_threshold(measure(self.by)), deeper, self.base)
         return torch.where(explores, sampled, by_rule)
@@ -85,8 +91,13 @@ class LoopSchedule(torch.nn.Module):
         """The earliest loop that training reads out. loss_at: last, pair or all."""
         return {"last": self.base, "pair": max(1, self.base - 1), "all": 1}[loss_at]
 
-    def _depth(self, rng: np.random.Generator, low: int) -> int:
-        return sample_depth(rng, self.mean_loops, low, self.max_loops)
+    def _range_at(self, step: int) -> tuple[float, int]:
+        """The mean and the maximum of the depths that are drawn at a step."""
+        if step >= self.growing_steps:
+            return self.mean_loops, self.max_loops
+        grown = step / self.growing_steps
+        mean = self.base + max(0.0, self.mean_loops - self.base) * grown
+        return mean, self.base + math.floor((self.max_loops - self.base + 1) * grown)
 
     def _above_threshold(self, values: Tensor) -> Tensor:
         if self.fixed_threshold is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.run import RunConfig
-from looptx_core.errors import LooptxError
+from looptx_core.errors import DataError, LooptxError
 from looptx_core.media.batch import from_entries, hide
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.parallel.strategy import Swapped, shards_optimizer
@@ -48,6 +48,7 @@ class LoopedLM(L.LightningModule):
         self.evaluation: LoopEvaluation | None = None
         self.swapped: Swapped | None = None
         self.begun_at = 0  # the step that a resumed run went on from
+        self.best_step: int | None = None  # whose weights were kept as the best
         self.flops: Tensor
         self.register_buffer("flops", torch.zeros((), dtype=torch.float64))
         self._parts: list[LoopEvaluation] = []
@@ -137,7 +138,10 @@ class LoopedLM(L.LightningModule):
         self._parts = []
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self._parts.append(evaluate_batch(self.model, batch, self.schedule.max_loops))
+        try:
+            self._parts.append(evaluate_batch(self.model, batch, self.schedule.max_loops))
+        except DataError as error:
+            raise NotFinite(self.global_step) from error
 
     def on_validation_epoch_end(self) -> None:
         total = self._parts[0]

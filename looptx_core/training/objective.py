@@ -120,11 +120,16 @@ def loop_loss(
     state = embedding = model.embed(inputs, ctx, encoded=encoded)
     # The rule by loss chooses depths after the loops that every sequence runs.
     shared_loops = range(1, schedule.base + 1 if schedule.kind == "loss" else 1)
-    shared = [after for _, after in model.iterate(state, embedding, ctx, shared_loops, run)]
+    # A memory is written by the last loop of a block, so that there the loops start over.
+    again = model.config.has_memory
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not again):
+        shared = [after for _, after in model.iterate(state, embedding, ctx, shared_loops, run)]
     state = shared[-1] if shared else state
     depths = schedule.depths(
         step, ids, lambda by: _measure(model, state, schedule.base, labels, ctx, by, weights)
     )
+    if again:
+        shared, state = [], embedding
 
     # Sorted by depth, deepest first, the sequences that still run are always the first rows.
     order = depths.argsort(descending=True, stable=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 
 from looptx_core.atomic import remove_partial
+from looptx_core.checkpoint.folder import LoadedModel
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.processes import is_first
 from looptx_core.config.run import RunConfig, TrainConfig
@@ -27,6 +29,7 @@ from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.media.registry import MEDIA, media_for
 from looptx_core.model import fused
 from looptx_core.model.attention import choose_backend
+from looptx_core.model.code_rows import share_code_rows
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.parallel.deepspeed.checkpoint import Checkpoint
 from looptx_core.parallel.ranks import lost_peer
@@ -39,8 +42,10 @@ from looptx_core.parallel.strategy import (
 )
 from looptx_core.training.callbacks import (
     AtSetup,
+    BestWeights,
     Checkpoints,
     JsonLines,
+    Profile,
     StopCleanly,
     WholeFiles,
     lost_worker,
@@ -53,7 +58,14 @@ from looptx_core.training.compiled import compile_forward, uncompile_forward
 from looptx_core.training.finish import TrainResult, finish_training
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.kernel_trial import enable_kernels
+from looptx_core.training.memory_check import check_memory_use
 from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
+from looptx_core.training.optimizer import learning_rate_factor
+from looptx_core.training.start import copy_weights
+from looptx_core.words import counted
+
+_log = logging.getLogger(__name__)
+"""Of reasons, which few need."""
 
 
 def fit_vocabulary(model: ModelConfig, vocab_size: int, asked: bool) -> ModelConfig:
@@ -81,17 +93,21 @@ def train(
     data: Path,
     records: Sequence[str | Path] = (),
     folder: Path,
+    init: LoadedModel | None = None,
     resume: bool = False,
     until: int | None = None,
     callbacks: Sequence[L.Callback] = (),
     report: Callable[[str], object] = lambda line: None,
     watch: Callable[[str], object] | None = None,
 ) -> TrainResult | None:
-    """Train a new model on the shards `data`, with its run in `folder`, and write `folder`/final.
+    """Train a model on the shards `data`, with its run in `folder`, and write `folder`/final.
 
+    data: a folder of shards. folder: of the run.
     records: files of records with media, as for `read_records`, mixed with the shards by
-    `config.mix`; `model_config` has these media. The other arguments, and the errors, are those of
-    `fit`. Returns None in all processes of the run but the first.
+    `config.mix`; `model_config` has these media. init: the model whose weights are the first ones;
+    the shards have its tokenizer, and `model_config` its shape, perhaps with further media. The
+    other arguments, and the errors, are those of `fit`. Returns None in all processes of the run
+    but the first.
     """
     started = time.monotonic()
     config.check_hidden_shares(bool(records))
@@ -112,11 +128,11 @@ def train(
         read = read_records(records, config.skip_bad)
         batches = MixedData(
             data, read, model_config, mix=config.weights, skip_bad=config.skip_bad,
-            augment=config.augment, **batching,
+            augment=config.augment, direction=config.direction, **batching,
         )  # fmt: skip
         left_out = f", {read.skipped} left out" if config.skip_bad else ""
         what = ", ".join(medium.plural for medium in read.media)
-        report(f"{what}: {len(read.records)} records{left_out}")
+        report(f"{what}: {counted(len(read.records), 'record')}{left_out}")
         report_unlabelled(batches.unlabelled, report)
     else:
         batches = TokenData(data, **batching)
@@ -124,6 +140,11 @@ def train(
         model_config = replace(model_config, linear="ternary")
     torch.manual_seed(config.seed)
     model = LoopedTransformer(model_config)
+    if init is not None:
+        new = copy_weights(model, init)
+        news = f"; new are {', '.join(new[:3])}{' and others' if new[3:] else ''}" if new else ""
+        report(f"weights: those of {init.name}{news}")
+    share_code_rows(model, learned=init is not None and bool(init.config.draw.codes))
     module, steps = fit(
         model, batches, config, folder=folder, advice=resuming("train", folder), resume=resume,
         until=until, callbacks=callbacks, report=report, watch=watch,
@@ -131,7 +152,7 @@ def train(
     if not is_first():
         return None
     return finish_training(
-        module.model, module, batches, config, data, records, folder, steps, started
+        module.model, module, batches, config, data, records, folder, steps, started, init
     )
 
 
@@ -193,6 +214,7 @@ def fit(
     infinite, `DataError` for unusable data or checkpoints, `LooptxError` if a checkpoint can't be
     written or another process is gone.
     """
+    check_memory_use(model.config, config, report)
     # A short run gets at least one line of metrics and one validation.
     config = replace(
         config,
@@ -202,11 +224,11 @@ def fit(
     last_step = until or config.steps
     device = best_device()
     precision, why = choose_precision(config.precision, device, config.sharding)
-    report(f"precision: {precision}, {why}")
+    _log.info("precision: %s, %s", precision, why)
     backend = choose_backend(
         config.attention, device, torch.bfloat16 if precision == "bf16" else torch.float32
     )
-    report(f"attention: {backend.name}, {backend.reason}")
+    _log.info("attention: %s, %s", backend.name, backend.reason)
     model.attend = backend.attend
     gathered = None
     if config.sharding == "fsdp":
@@ -216,7 +238,8 @@ def fit(
         gathered = Gathered()
     else:
         module = LoopedLM(model, config)
-    module.train()  # one that was loaded would have no dropout, and its encoders no loss of their own
+    # One that was loaded would have no dropout, and its encoders no loss of their own.
+    module.train()
 
     checkpoints, metrics = folder / "checkpoints", JsonLines(folder / "metrics.jsonl", watch)
     start_from = None
@@ -256,17 +279,25 @@ def fit(
         if resume:
             metrics.cut_back(begin_at)
         if config.steps <= begin_at < last_step:
-            metrics.mark_stretch(begin_at, last_step, config.lr * config.min_lr)
+            last_lr = config.lr * learning_rate_factor(config)(config.steps)
+            metrics.mark_stretch(begin_at, last_step, last_lr)
         remove_partial(checkpoints)
 
     stop, final = StopCleanly(checkpoints, config.max_minutes), FinalCheckpoint(checkpoints)
+    best = BestWeights(checkpoints / "best", metrics.file) if config.keep_best else None
     at_end = [gathered] if gathered else [final] if sharded else []
-    ours = [*callbacks, AtSetup(begin), stop, *at_end]
+    ours = [*callbacks, AtSetup(begin), stop, *at_end, *([best] if best else [])]
+    if config.profile:
+        ours.append(Profile(folder / "profile", config.profile, begin_at))
     with quiet_lightning(), own_environment(folder):
         trainer = _trainer(config, last_step, folder, precision, device, strategy, ours, metrics)
+        chosen = f"precision: {precision}; attention: {backend.name}"
         if device.type == "cpu":
             wanted = precision == "float32" and not config.compile
-            report(f"kernels: {enable_kernels(model.config, config, folder, wanted, resume)}")
+            kernels = enable_kernels(model.config, config, folder, wanted, resume)
+            _log.info("kernels: %s", kernels)
+            chosen += f"; kernels: {'fused' if kernels.startswith('fused') else 'plain torch'}"
+        report(chosen)
         if config.compile:
             compile_forward(model)
         try:
@@ -307,6 +338,9 @@ def fit(
         model = module.model = gathered.model(model)
     else:
         model.to(torch.device("cpu"))
+    if best and (found := best.load(module)):
+        module.best_step = found
+        report(f"best: step {found}, held-out loss {best.lowest:.4f}; the model is made of it")
     module.swapped, module.begun_at = final.swapped, begin_at
     model.config = replace(model.config, loops=module.schedule.deepest)
     model.eval()
@@ -320,7 +354,8 @@ def _report_other_world_size(
     before = processes_of(checkpoint)
     if before not in (None, config.world_size):
         report(
-            f"resumed: {before} processes saved and {config.world_size} go on; weights, moments "
+            f"resumed: {counted(before or 0, 'process', 'processes')} saved and "
+            f"{config.world_size} go on; weights, moments "
             "and the place in the data are the same, but sums over processes are ordered anew, and "
             "dropout and depths by loss are drawn anew, so the run is another to the last bits"
         )

@@ -76,7 +76,8 @@ class CpuBackend(Backend):
     @cached_property
     def draft_kernel(self) -> KernelModel:
         """A kernel with int8 weights: reading the head's weights dominates a draft's time."""
-        return self.kernel if self.precision == "int8" else KernelModel(self.model, "int8")
+        held = "int8" in (self.precision, self.model.config.linear)
+        return self.kernel if held else KernelModel(self.model, "int8")
 
 
 class CpuPass(Pass):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from looptx_core.backends.cpu.rounding import all_blocks, block_layers, rounded_rows
+from looptx_core.backends.cpu.rounding import all_blocks, block_layers
 from looptx_core.backends.cpu.structs import (
     BFLOAT,
     BYTES,
@@ -30,9 +30,12 @@ from looptx_core.errors import MissingError
 from looptx_core.model.attention import sdpa
 from looptx_core.model.bitnet import TernaryLinear
 from looptx_core.model.block import Block
+from looptx_core.model.int8 import Int8Embedding, Int8Linear, int8_by_row
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_frequencies
+
+_KNOWN = {nn.Linear, TernaryLinear, Int8Linear}
 
 
 def unsupported_reason(model: LoopedTransformer) -> str | None:
@@ -47,8 +50,10 @@ def unsupported_reason(model: LoopedTransformer) -> str | None:
     if model.enter_loop is not None:
         return "each loop has an adapter of its own"
     kinds = {type(layer) for block in all_blocks(model) for layer in block_layers(block)}
-    if kinds not in ({nn.Linear}, {TernaryLinear}) or type(model.head) is not nn.Linear:
+    if len(kinds) > 1 or not kinds <= _KNOWN or type(model.head) not in (nn.Linear, Int8Linear):
         return f"its layers are {', '.join(sorted(kind.__name__ for kind in kinds))}"
+    if model.config.has_memory:
+        return "its layers have a memory beyond their window"
     if model.config.head_dim > 1024:
         return "its heads are too wide"
     if model.injection.kind == "bridge":
@@ -59,7 +64,7 @@ def unsupported_reason(model: LoopedTransformer) -> str | None:
 class KernelModel:
     """One model's weights, and its parts by the kernel.
 
-    precision: how float matrices are held, see `PRECISIONS`; a ternary model keeps its own. The
+    precision: how float matrices are held, see `PRECISIONS`; ternary and int8 ones stay. The
     kernel reads the model's memory where the type is the same, else a copy: a later change of the
     model is not followed. Raises `MissingError` where the kernel can't be built.
     """
@@ -175,9 +180,9 @@ class KernelModel:
             max_loops=config.max_loops, silu=config.activation == "silu",
             injection=injection.kind != "none", eps=config.norm_eps,
             blocks=ctypes.addressof(blocks), **parts,
-            embedding=self._vector(model.embedding.weight), norm=self._vector(model.norm.weight),
+            embedding=self._rows(model.embedding), norm=self._vector(model.norm.weight),
             frequencies=self._vector(rotary_frequencies(config.head_dim, config.rope_theta)),
-            head=self._matrix(model.head.weight, self._kind),
+            head=self._layer(model.head),
             confidence_hidden=self._matrix(head.hidden.weight, FLOAT),
             confidence_gate=self._matrix(head.gate.weight, FLOAT),
             confidence_norm=self._vector(head.norm.weight),
@@ -214,8 +219,18 @@ class KernelModel:
         if isinstance(layer, TernaryLinear):
             packed, scale = self._keep(_in_fours(layer.packed)), self._vector(layer.scale)
             return Matrix(packed, scale, layer.out_features, layer.in_features, TERNARY)
+        if isinstance(layer, Int8Linear):
+            codes, scale = self._keep(_in_fours(layer.weight)), self._vector(layer.weight_scale)
+            return Matrix(codes, scale, layer.out_features, layer.in_features, BYTES)
         assert isinstance(layer, nn.Linear)
         return self._matrix(layer.weight, self._kind)
+
+    def _rows(self, embedding: nn.Module) -> int:
+        """A row of floats for each token, which the kernel reads one by one."""
+        if isinstance(embedding, Int8Embedding):
+            return self._vector(embedding.as_float())
+        assert isinstance(embedding, nn.Embedding)
+        return self._vector(embedding.weight)
 
     def _matrix(self, weight: Tensor, kind: int) -> Matrix:
         rows, width = weight.shape
@@ -223,7 +238,7 @@ class KernelModel:
         if kind == BFLOAT:
             weight = weight.bfloat16()
         elif kind == BYTES:
-            values, scale = rounded_rows(weight)
+            values, scale = int8_by_row(weight)
             weight, scales = _in_fours(values.to(torch.int8)), self._vector(scale)
         return Matrix(self._keep(weight), scales, rows, width, kind)
 
@@ -238,7 +253,8 @@ class KernelModel:
 
 def _in_fours(values: Tensor) -> Tensor:
     """(rows, bytes), with rows of 0 up to a multiple of four."""
-    return nn.functional.pad(values, (0, 0, 0, -len(values) % 4))
+    missing = -len(values) % 4
+    return nn.functional.pad(values, (0, 0, 0, missing)) if missing else values
 
 
 def _threads() -> int:

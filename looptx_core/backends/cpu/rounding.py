@@ -5,18 +5,11 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from looptx_core.model.block import Block
+from looptx_core.model.int8 import int8_by_row
 from looptx_core.model.loop import LoopedTransformer
-
-_LEVELS = 127
-
-
-def rounded_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(whole numbers from -127 to 127, as floats; the rows' scales (rows, 1)), by largest value."""
-    scale = weight.detach().abs().amax(1, keepdim=True).clamp(min=1e-12) / _LEVELS
-    return (weight.detach() / scale).round(), scale
 
 
 @torch.no_grad()
@@ -29,7 +22,7 @@ def round_weights(model: LoopedTransformer, precision: str) -> None:
         if precision == "bf16":
             layer.weight.copy_(layer.weight.bfloat16())
         elif precision == "int8":
-            values, scale = rounded_rows(layer.weight)
+            values, scale = int8_by_row(layer.weight)
             layer.weight.copy_(values * scale)
 
 

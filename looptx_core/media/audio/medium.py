@@ -28,6 +28,7 @@ class Audio(FolderMedium):
 
     name, noun, plural = "audio", "recording", "recordings"
     marker, ability = "<|audio|>", "hearing"
+    part = "input_audio"
     suffixes = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".m4a")
     grid_names = ("tokens",)
     encoder_name = "hearing"

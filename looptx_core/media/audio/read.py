@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from looptx_core.config.model import ModelConfig
+from looptx_core.documents import open_input
 from looptx_core.errors import DataError, MissingError
 from looptx_core.media.audio.augment import changed, masked
 from looptx_core.media.audio.features import RATE, STEP, log_mels
@@ -228,7 +229,7 @@ def _needs_av(source: Source, name: str) -> bool:
 
 
 def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with open_input(path, pipes=False) as file:
         return file.read(12)
 
 

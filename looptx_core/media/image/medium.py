@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from looptx_core.media.base import FolderMedium, Grid, MediumLosses, Source
+from looptx_core.media.base import FolderMedium, Grid, MediumLosses, Source, Writer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,6 +24,8 @@ class Image(FolderMedium):
 
     name, noun, plural = "image", "picture", "pictures"
     marker, ability = "<|image|>", "vision"
+    write_key, write_ability = "draw", "drawing"
+    part = "image_url"
     suffixes = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
     grid_names = ("rows", "columns")
     axes = 2
@@ -46,6 +49,13 @@ class Image(FolderMedium):
 
     def files(self, config: ModelConfig) -> dict[str, Any]:
         return {"preprocessor_config.json": self.module("read").preprocessor(config)}
+
+    def claims(self, file: Path) -> bool:
+        return super().claims(file) and not self.moves(file)
+
+    def moves(self, file: Path) -> bool:
+        """Whether a WebP or GIF has several frames, and so is a clip."""
+        return file.suffix.lower() in (".webp", ".gif") and self.module("read").moves(file)
 
     def measure(self, source: Source, config: ModelConfig, where: str | None = None) -> Grid:
         return self.module("read").measure(source, config, where)
@@ -102,3 +112,17 @@ class Image(FolderMedium):
         from looptx_core.media.image.masked import reconstruct, reconstruction_losses
 
         return reconstruction_losses(reconstruct(head, states, numbers, batch))
+
+    def writes(self, settings: Mapping[str, Any]) -> bool:
+        draw = settings.get("draw") or {}
+        return bool(draw.get("codec") if isinstance(draw, Mapping) else draw.codec)
+
+    def codes(self, config: ModelConfig) -> int:
+        return config.draw.codes
+
+    def with_codes(self, config: ModelConfig, first: int) -> ModelConfig:
+        size = max(config.vocab_size, first + config.draw.codes)
+        return replace(config, vocab_size=size, draw=replace(config.draw, first_code=first))
+
+    def writer(self, config: ModelConfig) -> Writer | None:
+        return self.module("draw").Drawing(config.draw) if config.draw.codec else None

@@ -24,6 +24,7 @@ from looptx_core.documents import open_input
 from looptx_core.errors import DataError
 from looptx_core.media.base import Source
 from looptx_core.media.batch import MediaItem
+from looptx_core.media.image.augment import WHITE, changed, draw_change, on_ground
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """What Pillow may open: its other readers run programs (EPS) or are little tested."""
@@ -34,8 +35,6 @@ MOST_BYTES = 256 << 20
 _LARGE = 16_000_000  # pixels of a picture that is not made smaller before all else
 _PNG = b"\x89PNG\r\n\x1a\n"
 LEAST_SIDE = 4
-WHITE = (255, 255, 255)
-"""What lies under a transparent picture."""
 _TOO_LARGE = f"the limit is {MOST_PIXELS // 10**6} million in all, so scale it down first"
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _ORIENTATION = 0x0112
@@ -77,12 +76,12 @@ def read_picture(
     """
     with opened(source, where) as found:
         rows, columns = _grid(found, config)
-        image = _colours(ImageOps.exif_transpose(found), _name(source, where))
+        image = in_colour(ImageOps.exif_transpose(found), _name(source, where))
     size = (columns * config.patch_size, rows * config.patch_size)
     if augment:
-        pixels = _augmented(image, size, augment)
+        pixels = changed(image, size, draw_change(augment))
     else:
-        flat = _flat(image, WHITE).resize(size, Image.Resampling.BICUBIC)
+        flat = on_ground(image, WHITE).resize(size, Image.Resampling.BICUBIC)
         pixels = np.asarray(flat, np.float32) / 127.5 - 1
     side = config.patch_size
     patches = torch.from_numpy(pixels).view(rows, side, columns, side, 3)
@@ -136,7 +135,16 @@ def opened(source: Source, where: str | None) -> Iterator[Image.Image]:
         raise DataError(f"{name}: a damaged picture ({reason}); save it again") from error
 
 
-def _colours(image: Image.Image, name: str) -> Image.Image:
+def moves(file: Path) -> bool:
+    """Whether a file has several frames; one that can't be read has not."""
+    try:
+        with opened(file, None) as image:
+            return bool(getattr(image, "is_animated", False))
+    except DataError:
+        return False
+
+
+def in_colour(image: Image.Image, name: str) -> Image.Image:
     """A picture in 8 bits a channel, with alpha; a large one is made smaller at once.
 
     Deeper greys are scaled, which Pillow would cut: 16 bits are 0 to 65535, also in a file whose
@@ -199,48 +207,14 @@ def _grid(image: Image.Image, config: ModelConfig) -> tuple[int, int]:
     return grid_of(height, width, config.patch_size, config.max_patches)
 
 
+def upright(image: Image.Image, where: str | None) -> Image.Image:
+    """An opened picture, turned as its header says, on white."""
+    return on_ground(in_colour(ImageOps.exif_transpose(image), where or "the picture"), WHITE)
+
+
 def opaque(image: Image.Image, size: tuple[int, int], name: str) -> Image.Image:
     """A picture on white, in red, green and blue, at this width and height."""
-    return _flat(_colours(image, name), WHITE).resize(size, Image.Resampling.BICUBIC)
-
-
-def _flat(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    under = Image.new("RGBA", image.size, (*background, 255))
-    return Image.alpha_composite(under, image).convert("RGB")
-
-
-def _augmented(image: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Shifted, scaled and turned a little, in other colours: (height, width, 3), -1 to 1."""
-    background = WHITE
-    if rng.random() < 0.4:
-        red, green, blue = rng.integers(0, 256, 3).tolist()
-        background = (red, green, blue)
-    # What follows looks at single pixels, so a large picture is scaled down first.
-    image = image.resize(
-        [min(side, 2 * wanted) for side, wanted in zip(image.size, size)],
-        Image.Resampling.BOX,
-    )
-    flat = _flat(image, background)
-    angle, shift = np.deg2rad(rng.uniform(-15, 15)), rng.uniform(-0.1, 0.1, 2)
-    scale = np.exp(rng.uniform(-0.25, 0.25) + rng.uniform(-0.08, 0.08, 2))
-    # Columns: where a step to the right and a step down lead, in the picture's own pixels.
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * scale
-    step = turn / np.array(size) * np.array(flat.size)[:, None]
-    corner = (0.5 + shift) * flat.size - step @ np.array(size) / 2
-    flat = flat.transform(
-        size,
-        Image.Transform.AFFINE,
-        (*step[0], corner[0], *step[1], corner[1]),
-        Image.Resampling.BICUBIC,
-        fillcolor=background,
-    )
-    pixels = np.asarray(flat, np.float32) / 127.5 - 1
-    grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
-    colour = 0 if rng.random() < 0.1 else rng.uniform(0.5, 1.5)
-    pixels = grey[..., None] + np.float32(colour) * (pixels - grey[..., None])
-    contrast = rng.uniform(0.7, 1.3) * np.exp(rng.uniform(-0.15, 0.15, 3))
-    changed = pixels * contrast.astype(np.float32) + np.float32(rng.uniform(-0.15, 0.15))
-    return np.clip(changed, -1, 1)
+    return on_ground(in_colour(image, name), WHITE).resize(size, Image.Resampling.BICUBIC)
 
 
 def _name(source: Source, where: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from looptx_core.media.base import FolderMedium, Grid, Source
@@ -29,6 +30,7 @@ class Video(FolderMedium):
 
     name, noun, plural = "video", "clip", "clips"
     marker, ability = "<|video|>", "watching"
+    part = "video_url"
     suffixes = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".apng")
     grid_names = ("steps", "rows", "columns", "positions")
     axes = 3
@@ -44,6 +46,9 @@ class Video(FolderMedium):
         config = config if config.vision_layers else Image().enable(config)
         return replace(config, video=replace(config.video, frames=DEFAULT_FRAMES))
 
+    def claims(self, file: Path) -> bool:
+        return super().claims(file) or Image().moves(file)
+
     def section(self, config: ModelConfig) -> Mapping[str, Any]:
         return vars(config.video)
 
@@ -53,6 +58,9 @@ class Video(FolderMedium):
     def describe(self, config: ModelConfig) -> str:
         return f"up to {config.video.frames} frames, by the encoder of pictures"
 
+    def measure(self, source: Source, config: ModelConfig, where: str | None = None) -> Grid:
+        return self.module("read").measure_clip(source, config, where)
+
     def read(
         self,
         source: Source,
@@ -60,7 +68,7 @@ class Video(FolderMedium):
         where: str | None = None,
         augment: Any = None,
     ) -> MediaItem:
-        return self.module("read").read_clip(source, config, where)
+        return self.module("read").read_clip(source, config, where, augment)
 
     def length(self, grid: Grid) -> int:
         steps, rows, columns, _ = grid

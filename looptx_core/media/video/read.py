@@ -1,61 +1,148 @@
-"""Clips to tubelets: frames by the time at which they are shown, one decoded at a time.
-
-Animated WebP, GIF and APNG are read by Pillow; MP4, WebM and the like by PyAV, which is an extra.
-"""
+"""Clips to tubelets: frames evenly over their time, two a step."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from PIL import Image
 
 from looptx_core.config.model import ModelConfig
-from looptx_core.errors import DataError, MissingError
+from looptx_core.errors import DataError
 from looptx_core.media.base import POSITION, Source
 from looptx_core.media.batch import MediaItem
-from looptx_core.media.image.read import check_size, grid_of, opaque, opened
-
-FASTEST = 25.0
-"""The most frames a second that are looked at."""
-MOST_FRAMES = 20_000
-"""Of a clip that is read: a small file can claim far more."""
-_STILL = 0.1  # seconds that a frame is shown where its file says nothing
-
-Frame = tuple[float, float, Image.Image]
-"""When a frame is shown, until when, seconds, and the frame."""
+from looptx_core.media.image.augment import Change, changed, draw_change
+from looptx_core.media.image.read import check_size, grid_of, in_colour, opaque, opened
+from looptx_core.media.video.frames import FASTEST, Frame, frames_of, frames_of_pipe, within_limits
 
 
-def read_clip(source: Source, config: ModelConfig, where: str | None = None) -> MediaItem:
+def read_clip(
+    source: Source,
+    config: ModelConfig,
+    where: str | None = None,
+    augment: np.random.Generator | None = None,
+) -> MediaItem:
     """Decode a clip, a file or its bytes: frames evenly over its time, two a step.
 
     The frame of a moment is the last one shown by then, so that a variable rate is no matter.
 
+    Args:
+        where: what to call it in errors; absent: its path.
+        augment: draws a change of place, scale, turn and colours for all frames alike, for
+            training. Nothing is mirrored, in space or in time.
     Raises:
-        DataError: no clip, damaged, over 20,000 frames, or frames that are no pictures.
+        DataError: no clip, damaged, beyond the limits of `frames`, or frames that are no pictures.
         MissingError: an MP4, WebM or the like, without PyAV.
     """
     name = where or ("the clip" if isinstance(source, bytes) else str(source))
-    frames = _by_av(source, name) if _is_container(source, name) else _by_pillow(source, name)
-    kept, size, end, slot = {}, (0, 0), 0.0, 1 / FASTEST
-    most = config.video.frames
-    for number, (begin, until, frame) in enumerate(frames):
+    change = draw_change(augment) if augment else None
+    return _evenly(frames_of(source, name), config, name, change)
+
+
+def read_pipe(
+    pipe: io.BufferedIOBase, config: ModelConfig, rate: float, name: str = "the pipe"
+) -> MediaItem:
+    """A clip from pictures that come one after another, until the pipe ends; see `read_clip`.
+
+    rate: frames a second. Raises `DataError` as `frames_of_pipe` does.
+    """
+    return _evenly(within_limits(frames_of_pipe(pipe, rate, name), name), config, name)
+
+
+Still = Image.Image | np.ndarray | bytes
+"""A frame: a picture, its pixels (height, width, 3) from 0 to 255, or a picture file's content."""
+
+
+class Eye:
+    """Sees frames as a model does: all of the first one's size, in patches."""
+
+    def __init__(self, config: ModelConfig, name: str, change: Change | None = None) -> None:
+        self.config, self.name, self.change = config, name, change
+        self.size: tuple[int, int] | None = None
+        """Width and height in pixels, once a frame was seen."""
+
+    def fit(self, frame: Image.Image) -> None:
+        """Take the first frame's size for all; errors as of `see`."""
+        check_size(*frame.size, self.name)
+        if self.size is None:
+            patch, most = self.config.patch_size, self.config.video.max_patches
+            rows, columns = grid_of(frame.height, frame.width, patch, most)
+            self.size = columns * patch, rows * patch
+
+    @property
+    def tokens(self) -> int:
+        """Of a step of two frames."""
+        assert self.size is not None, "no frame was seen"
+        return math.prod(side // self.config.patch_size for side in self.size)
+
+    def see(self, still: Still) -> np.ndarray:
+        """(height, width, 3) from 0 to 255. Raises `DataError` for one that can't be read or is of
+        no bearable size."""
+        frame = _picture(still, self.name)
+        self.fit(frame)
+        assert self.size is not None
+        if self.change is not None:
+            return (changed(in_colour(frame, self.name), self.size, self.change) + 1) * 127.5
+        return np.asarray(opaque(frame, self.size, self.name), np.float32)
+
+
+def measure_clip(
+    source: Source, config: ModelConfig, where: str | None = None
+) -> tuple[int, int, int, int]:
+    """The grid of a clip, from its frames' times. Errors: those of `read_clip`."""
+    name = where or ("the clip" if isinstance(source, bytes) else str(source))
+    eye, end = Eye(config, name), 0.0
+    for _, until, frame in frames_of(source, name):
         end = until
-        if number >= MOST_FRAMES:
-            raise DataError(f"{name}: over {MOST_FRAMES:,} frames; cut the clip first")
-        if not number:
-            check_size(*frame.size, name)
-            rows, columns = grid_of(
-                frame.height, frame.width, config.patch_size, config.video.max_patches
+        if eye.size is None:
+            eye.fit(frame)
+    if eye.size is None:
+        raise DataError(f"{name}: a clip without frames; give another")
+    count, rate = _moments(end, config.video.frames)
+    width, height = (side // config.patch_size for side in eye.size)
+    return count // 2, height, width, _positions(2 / rate)
+
+
+def _moments(end: float, most: int) -> tuple[int, float]:
+    """How many frames of a clip of so many seconds are looked at, two a step, and how many a
+    second."""
+    rate = min(FASTEST, most / max(end, 1e-3))
+    return max(2, 2 * int(min(most, end * rate + 1e-6) // 2)), rate
+
+
+def _positions(seconds: float) -> int:
+    """Of one step."""
+    return max(1, round(seconds / POSITION))
+
+
+def _picture(still: Still, name: str) -> Image.Image:
+    if isinstance(still, Image.Image):
+        return still
+    if isinstance(still, np.ndarray):
+        if still.ndim != 3 or still.shape[2] != 3 or still.dtype != np.uint8:
+            raise DataError(
+                f"{name}: {still.dtype} numbers of shape {still.shape}; give uint8 of (height, "
+                "width, 3)"
             )
-            size = (columns * config.patch_size, rows * config.patch_size)
+        return Image.fromarray(still)
+    with opened(still, name) as image:
+        image.load()
+        return image.copy()
+
+
+def _evenly(
+    frames: Iterable[Frame], config: ModelConfig, name: str, change: Change | None = None
+) -> MediaItem:
+    eye, most = Eye(config, name, change), config.video.frames
+    kept: dict[int, tuple[float, np.ndarray]] = {}
+    end, slot = 0.0, 1 / FASTEST
+    for begin, until, frame in frames:
+        end = until
         if int(begin / slot) not in kept:
-            check_size(*frame.size, name)
-            kept[int(begin / slot)] = begin, np.asarray(opaque(frame, size, name), np.float32)
+            kept[int(begin / slot)] = begin, eye.see(frame)
         if len(kept) > 4 * most:  # a clip of any length keeps a bounded number
             slot *= 2
             merged: dict[int, tuple[float, np.ndarray]] = {}
@@ -64,8 +151,8 @@ def read_clip(source: Source, config: ModelConfig, where: str | None = None) -> 
             kept = merged
     if not kept:
         raise DataError(f"{name}: a clip without frames; give another")
-    rate = min(FASTEST, most / max(end, 1e-3))
-    times = np.arange(max(2, 2 * int(min(most, end * rate + 1e-6) // 2))) / rate
+    count, rate = _moments(end, most)
+    times = np.arange(count) / rate
     begins = [begin for begin, _ in kept.values()]
     chosen = np.maximum(np.searchsorted(begins, times + 1e-6) - 1, 0)
     shown = [pixels for _, pixels in kept.values()]
@@ -87,60 +174,4 @@ def tubelets(frames: Iterable[np.ndarray], seconds: float, config: ModelConfig) 
     )
     steps, rows, columns = count // 2, height // side, width // side
     features = cut.permute(0, 2, 4, 1, 3, 5, 6).reshape(steps * rows * columns, -1)
-    positions = max(1, round(seconds / POSITION))
-    return MediaItem("video", features, (steps, rows, columns, positions))
-
-
-def _by_pillow(source: Source, name: str) -> Iterator[Frame]:
-    with opened(source, name) as image:
-        count, begin = getattr(image, "n_frames", 1), 0.0
-        if count > MOST_FRAMES:
-            raise DataError(f"{name}: over {MOST_FRAMES:,} frames; cut the clip first")
-        for number in range(count):
-            image.seek(number)
-            image.load()
-            end = begin + (float(image.info.get("duration") or 0) / 1000 or _STILL)
-            yield begin, end, image.copy()
-            begin = end
-
-
-def _by_av(source: Source, name: str) -> Iterator[Frame]:
-    try:
-        import av
-    except ImportError as error:
-        raise MissingError(f"{name}: needs PyAV; pip install 'looptx[video]'") from error
-    content: Any = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-    try:
-        with av.open(content) as container:
-            if not container.streams.video:
-                raise DataError(f"{name}: has no pictures; give another")
-            stream = container.streams.video[0]
-            check_size(stream.width, stream.height, name)
-            lasts = 1 / float(stream.average_rate or FASTEST)
-            first = None
-            for frame in container.decode(stream):
-                shown = frame.time if frame.time is not None else (first or 0.0)
-                first = shown if first is None else first
-                picture = frame.to_image()
-                if turn := getattr(frame, "rotation", 0):
-                    picture = picture.rotate(turn, expand=True)
-                yield shown - first, shown - first + lasts, picture
-    except (av.FFmpegError, ValueError, OSError, MemoryError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{name}: a damaged clip ({reason}); save it again") from error
-
-
-def _is_container(source: Source, name: str) -> bool:
-    """Whether PyAV is to read it, by its first bytes."""
-    try:
-        if isinstance(source, bytes):
-            head = source[:12]
-        else:
-            with Path(source).open("rb") as file:
-                head = file.read(12)
-    except FileNotFoundError as error:
-        raise DataError(f"{name}: no such clip; check the path") from error
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read ({error.strerror}); check the file") from error
-    riff = head[:4] == b"RIFF" and head[8:12] == b"AVI "
-    return head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3" or riff
+    return MediaItem("video", features, (steps, rows, columns, _positions(seconds)))

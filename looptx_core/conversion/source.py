@@ -1,0 +1,139 @@
+"""What a conversion reads: the model, and the data that judges it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from torch import nn
+
+from looptx_core.checkpoint.folder import LoadedModel, load_model
+from looptx_core.checkpoint.registry import resolve_adapter, resolve_model
+from looptx_core.config.conversion import ConvertConfig
+from looptx_core.conversion.huggingface import from_huggingface
+from looptx_core.conversion.pretrained import Looping, is_plain, open_plain
+from looptx_core.conversion.source_check import (
+    logit_difference,
+    sample_text,
+    second_loop_costs,
+    transformers_or_none,
+)
+from looptx_core.data.datamodule import Batches
+from looptx_core.data.own import OwnData, given_data, open_data, own_data
+from looptx_core.errors import MissingError, UsageError
+from looptx_core.model.loop import LoopedTransformer
+
+SEQ_LEN, BATCH, VAL_BATCHES = 128, 32, 4
+PLAIN_BATCH = 8  # of a plain model that is not trained on: such models are large
+
+
+def read_source(
+    config: ConvertConfig, report: Callable[[str], object]
+) -> tuple[LoadedModel, list[Path | None], Callable[[], nn.Module] | None]:
+    """The model, the folders that it was read from, and what opens it in transformers where it was
+    a plain one."""
+    looping = Looping(config.core, config.max_loops or Looping.max_loops)
+    if config.from_hf:
+        folder = Path(config.from_hf)
+        loaded = from_huggingface(folder, looping)
+        return loaded, [], partial(open_plain, folder) if is_plain(folder) else None
+    if config.from_gguf:
+        try:
+            from looptx_core.conversion.gguf_file import GGUF, from_gguf
+        except ModuleNotFoundError as error:
+            raise MissingError(
+                "`from_gguf` needs the package gguf; pip install 'looptx[gguf]'"
+            ) from error
+        file = GGUF(Path(config.from_gguf))
+        return from_gguf(file, looping), [], file.in_transformers
+    if config.adapter:
+        from looptx_core.finetuning.merge import merge  # brings PEFT
+
+        found = resolve_adapter(config.adapter, config.model)
+        assert found.adapter is not None
+        report(f"model: {found.folder}, with the adapter {found.adapter}")
+        return merge(found.folder, found.adapter), [found.folder, found.adapter], None
+    found = resolve_model(config.model, need=frozenset({"weights"}))
+    if config.model is None:
+        report(f"model: {found.folder}, {found.reason}")
+    return load_model(found.folder), [found.folder], None
+
+
+def compare_with_source(
+    config: ConvertConfig,
+    model: LoopedTransformer,
+    tokenizer: Tokenizer,
+    plain: Callable[[], nn.Module],
+    report: Callable[[str], object],
+) -> dict[str, Any]:
+    """How far one loop is from the plain model, and what other spans would cost; for the result."""
+    tokens = sample_text(tokenizer, model.config.max_seq_len)
+    found: dict[str, Any] = {}
+    if (theirs := transformers_or_none(plain)) is None:
+        report("one loop is not compared with the source: pip install transformers for that")
+    else:
+        found["logit_difference"] = logit_difference(model, theirs, tokens)
+    if config.core:
+        first = model.config.prelude_layers
+        found["core"] = f"{first}:{first + model.config.core_layers}"
+    if config.core == "auto":
+        found["spans"] = second_loop_costs(model, tokens)
+    return found
+
+
+@dataclass
+class EvaluationData:
+    """What a conversion trains on and judges by. note: of the data, where it is the model's."""
+
+    batches: Batches
+    name: str
+    """For people."""
+    own: bool
+    note: OwnData | None
+
+
+def evaluation_data(
+    config: ConvertConfig,
+    source: LoadedModel,
+    trains: bool,
+    report: Callable[[str], object],
+    rows: int,
+) -> EvaluationData:
+    """By the data that is given, else by the model's own.
+
+    Where it has none, the bundled text judges, and nothing is trained on it: `UsageError`.
+    """
+    own = own_data(source.folder, source.facts)
+    data = given_data(config.data) if config.data else own
+    lack = ""
+    if data is None:
+        lack = "what this model was trained on is not known"
+    elif not config.data and (gone := data.missing):
+        lack = f"what this model was trained on, {', '.join(gone)}, is gone"
+    if lack and trains:
+        raise UsageError(
+            f"{source.folder}: {lack}; give such data by `data`, or pass `direct`, which only "
+            "rounds"
+        )
+    mine = not lack and data is not None and own is not None and data.same_inputs(own)
+    if lack or data is None:
+        data, name = OwnData("text"), "the bundled text, which is not this model's own"
+    else:
+        name = data.name if config.data else f"the model's own data, {data.name}"
+    report(f"data: {name}")
+    batches = open_data(
+        data,
+        source.tokenizer,
+        source.config,
+        seq_len=SEQ_LEN,
+        rows=rows,
+        batches=config.finetune_steps,
+        val_batches=VAL_BATCHES,
+        seed=config.seed,
+        report=report,
+    )
+    return EvaluationData(batches, name, mine, data if trains else own)

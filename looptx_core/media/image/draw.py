@@ -1,0 +1,47 @@
+"""Pictures that a model draws: as many codes as its codec's grid has, then a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from looptx_core.config.generation import GenerationOptions
+from looptx_core.config.media import DrawConfig
+from looptx_core.media.base import Source, Writer
+from looptx_core.media.codec.codec import Codec
+from looptx_core.media.codec.opened import opened_codec
+from looptx_core.media.image.coded import read_patches, to_file, to_picture
+
+
+class Drawing(Writer):
+    """Codes from the upper left corner to the lower right one, row by row."""
+
+    def __init__(self, config: DrawConfig) -> None:
+        self.config = config
+        self.opens, self.first_code, self.codes = config.token, config.first_code, config.codes
+        self.length = config.rows * config.columns
+
+    @property
+    def codec(self) -> Codec:
+        return opened_codec(self.config.codec).codec
+
+    def finished(self, written: Sequence[int]) -> bool:
+        return len(written) == self.length
+
+    def encode(self, source: Source, where: str | None = None) -> list[int]:
+        codec = self.codec
+        patches = read_patches(source, codec.config, where)
+        codes = codec.encode(patches[None].float() / 127.5 - 1, codec.grid)
+        return (codes[0] + self.first_code).tolist()
+
+    def render(self, written: Sequence[int], options: GenerationOptions) -> bytes:
+        codec = self.codec
+        patches = codec.decode(
+            torch.tensor([written]) - self.first_code,
+            codec.grid,
+            steps=options.draw_steps,
+            guidance=options.draw_guidance,
+            seed=options.seed,
+        )
+        return to_file(to_picture(patches[0], codec.config))

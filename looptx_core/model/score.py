@@ -1,0 +1,31 @@
+"""How well logits predict their targets."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from looptx_core.model.fused import can_use_fused, cross_entropy
+
+
+class Score(NamedTuple):
+    """How well the logits predict their targets. Each field is (tokens,)."""
+
+    loss: Tensor
+    """Nats."""
+    hit: Tensor
+    """1 where the top token is the target, else 0."""
+    top: Tensor
+    """The probability of the top token, without a gradient."""
+
+
+def score(logits: Tensor, targets: Tensor) -> Score:
+    """Score logits, (tokens, vocab_size) in float32, by their targets, (tokens,) ids."""
+    if can_use_fused(logits, operation="loss"):
+        return Score(*cross_entropy(logits, targets))
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    top_logit, top = logits.detach().max(-1)
+    probability = (top_logit - logits.detach().logsumexp(-1)).exp()
+    return Score(losses, (top == targets).float(), probability)

@@ -1,0 +1,20 @@
+"""The distribution that new weights are drawn from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from torch import nn
+
+
+def draw_weights(parameters: Iterable[tuple[str, nn.Parameter]], depth: int) -> None:
+    """Draw matrices from a normal distribution of standard deviation 0.02.
+
+    The projections that end a residual branch get GPT-2's smaller one, 0.02 / sqrt(2 * depth).
+    """
+    for name, parameter in parameters:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth))
+        elif parameter.dim() >= 2:
+            nn.init.normal_(parameter, std=0.02)

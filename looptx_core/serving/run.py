@@ -1,0 +1,175 @@
+"""Serving over HTTP until a signal comes: the socket, limits of connections, and a graceful end."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from looptx_core.config.serving import ServeConfig
+from looptx_core.errors import Interrupted, LooptxError
+from looptx_core.generation.engine import Engine
+from looptx_core.serving.app import build_app
+from looptx_core.serving.service import Service
+
+HEAD_SECONDS = 10.0
+"""For a request's head to arrive, from the connection's beginning or the answer before."""
+MOST_CONNECTIONS = 1000
+"""One more, and a connection without a request is closed."""
+_LAST_SECONDS = 5
+"""For the last events to reach the clients."""
+
+
+def serve(
+    engine: Engine, config: ServeConfig, *, chats: bool, announce: Callable[[str], object]
+) -> None:
+    """Serve a model until SIGINT or SIGTERM, which let running requests finish.
+
+    chats: whether the model was finetuned on chats. announce: called with the address, once
+    requests are answered.
+
+    Raises:
+        UsageError: a cache that does not fit, or a context that the model does not have.
+        LooptxError: the port can't be had.
+        Interrupted: a second signal.
+    """
+    service = Service(engine, config, chats=chats)
+    listener = listen(config.host, config.port)
+    with listener:
+        service.start()
+        try:
+            server = Server(service, announce)
+            server.run(sockets=[listener])
+        finally:
+            service.stop()
+    if server.hurried:
+        raise Interrupted("interrupted")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises `LooptxError` where the address can't be had."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, proto, _, address = found[0]
+        listener = socket.socket(family, kind, proto)
+    except OSError as error:
+        raise LooptxError(f"`host` {host}: {error.strerror or error}; give an address") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise LooptxError(f"`port` {port} at {host}: {_why(error)}") from error
+    return listener
+
+
+def _why(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "something else listens there; give another `port`, or 0 for a free one"
+    if error.errno == errno.EACCES:
+        return "not allowed here; give a `port` from 1024 up"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "not an address of this machine; give another `host`"
+    return f"{error.strerror}; give another `host` or `port`"
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, with our way to end."""
+
+    def __init__(self, service: Service, announce: Callable[[str], object]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                build_app(service),
+                http=_Protocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=_LAST_SECONDS,
+            )
+        )
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        self.service, self.announce = service, announce
+        self.hurried = False
+        self._deadline: float | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        assert sockets is not None
+        self.announce(address(sockets[0]))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets requests finish, a second one ends at once."""
+        if self._deadline is not None:
+            self.hurried = self.should_exit = self.force_exit = True
+            return
+        self.service.draining = True
+        self._deadline = time.monotonic() + self.service.config.drain_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._deadline is not None and not self.should_exit:
+            late = time.monotonic() >= self._deadline
+            if late:
+                self.service.cut()
+            self.should_exit = late or self.service.idle
+        return await super().on_tick(counter)
+
+
+def address(listener: socket.socket) -> str:
+    """Where a browser finds it."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's, which waits for ever for the rest of a request's head."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    @property
+    def idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait()
+        if len(self.connections) > MOST_CONNECTIONS:
+            for other in list(self.connections):
+                if other is not self and isinstance(other, _Protocol) and other.idle:
+                    other.transport.abort()
+                    break
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self.idle:
+            self._stop_waiting()
+        elif self._late is None:
+            self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._late = self.loop.call_later(HEAD_SECONDS, self._give_up)
+
+    def _stop_waiting(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _give_up(self) -> None:
+        self._late = None
+        if self.idle and not self.transport.is_closing():
+            self.transport.abort()

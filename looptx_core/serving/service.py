@@ -1,0 +1,219 @@
+"""Between HTTP's event loop and the engine's thread: limits, and the events of each request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from looptx_core.config.model import ModelConfig
+from looptx_core.config.serving import ServeConfig
+from looptx_core.errors import UsageError
+from looptx_core.generation.engine import Engine
+from looptx_core.generation.request import Step
+from looptx_core.machine.facts import free_ram
+from looptx_core.serving import errors
+from looptx_core.serving.metrics import Metrics
+from looptx_core.serving.worker import Event, Failed, Job, Worker
+
+_SPARE = 0.9
+"""The share of the free memory that a cache may take."""
+
+
+class Exchange:
+    """The jobs of one HTTP request, and what happens to them.
+
+    Iterating gives lists of (index of the job, step), as they come, until all jobs have ended.
+    Raises `ApiError` for the first job that fails, and when time is up.
+    """
+
+    def __init__(self, service: Service, jobs: Sequence[Job], name: str) -> None:
+        self.jobs, self.name, self._service = jobs, name, service
+        self.cut = False
+        """Whether the server ended before the jobs did."""
+        self._open = set(jobs)
+        self._events: list[tuple[int, Step]] = []
+        self._accepted = 0
+        self._error: Exception | None = None
+        self._changed = asyncio.Event()
+        self._deadline = asyncio.get_running_loop().time() + service.config.request_timeout
+        for index, job in enumerate(jobs):
+            job.owner = (self, index)
+
+    def put(self, job: Job, event: Event) -> None:
+        if job not in self._open:
+            return
+        if isinstance(event, Step):
+            self._events.append((job.owner[1], event))
+            self._service.metrics.token(job, event)
+            if event.finish_reason is not None:
+                self._end_job(job)
+        elif isinstance(event, Failed):
+            self._error = self._error or event.error
+            self._service.metrics.lost(job)
+            self._end_job(job)
+        else:
+            self._accepted += 1
+        self._changed.set()
+
+    async def accepted(self) -> None:
+        """Wait until all jobs are in the queue; raises for a bad one."""
+        while self._accepted < len(self.jobs) and not self._events and self._open:
+            await self._wait()
+        self._check()
+
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Step]]]:
+        while True:
+            events, self._events = self._events, []
+            if events:
+                yield events
+            self._check()
+            if not self._events and (self.cut or not self._open):
+                return
+            if not self._events:
+                await self._wait()
+
+    async def all(self) -> list[list[Step]]:
+        """All steps of each job."""
+        found: list[list[Step]] = [[] for _ in self.jobs]
+        async for events in self:
+            for index, step in events:
+                found[index].append(step)
+        if self.cut:
+            raise errors.ending()
+        return found
+
+    def close(self) -> None:
+        """Take out of the engine what has not ended; it is to be called whatever happened."""
+        for job in list(self._open):
+            self._service.worker.cancel(job)
+            self._service.metrics.lost(job)
+            self._end_job(job)
+
+    def end(self) -> None:
+        """Cut what has not ended: the server ends."""
+        self.close()
+        self.cut = True
+        self._changed.set()
+
+    def _end_job(self, job: Job) -> None:
+        self._open.discard(job)
+        self._service.left(self, not self._open)
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise errors.of(self._error)
+
+    async def _wait(self) -> None:
+        """Until something happens."""
+        self._changed.clear()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                await self._changed.wait()
+        except TimeoutError as error:
+            raise errors.too_late(self._service.config.request_timeout) from error
+
+
+class Service:
+    """A worker with a queue of limited length. One event loop may use it.
+
+    Raises `UsageError` for a cache that this machine has no memory for, and for a context that the
+    model does not have.
+    """
+
+    def __init__(self, engine: Engine, config: ServeConfig, *, chats: bool) -> None:
+        self.engine, self.config, self.chats = engine, config, chats
+        self.context = _context(config, engine.model.config)
+        self.cache_bytes = _check_cache(engine, config.max_batch, self.context)
+        self.draining = False
+        self.created = int(time.time())
+        self.worker = Worker(engine, config.max_batch, self.context, self._deliver)
+        self.metrics = Metrics(self.worker, engine.model.config.max_loops)
+        self._jobs = 0
+        self._exchanges: set[Exchange] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def idle(self) -> bool:
+        return not self._exchanges
+
+    def start(self) -> None:
+        self.worker.start()
+
+    def stop(self) -> None:
+        """End all requests and the worker."""
+        self.draining = True
+        self.worker.stop()
+
+    def find(self, name: str) -> Exchange | None:
+        """The exchange of this name, if it has not ended."""
+        return next((own for own in self._exchanges if own.name == name), None)
+
+    def open(self, jobs: Sequence[Job], name: str = "") -> Exchange:
+        """Submit the jobs of one HTTP request. Raises `ApiError` where there is no room."""
+        if self.draining:
+            raise errors.ending()
+        if self._jobs + len(jobs) > self.config.max_batch + self.config.max_queue:
+            raise errors.full_queue(self.config.max_queue)
+        self._loop = asyncio.get_running_loop()
+        exchange = Exchange(self, jobs, name)
+        self._exchanges.add(exchange)
+        self._jobs += len(jobs)
+        for job in jobs:
+            self.worker.submit(job)
+        return exchange
+
+    def left(self, exchange: Exchange, empty: bool) -> None:
+        """A job of an exchange has ended. empty: none is left."""
+        self._jobs -= 1
+        if empty:
+            self._exchanges.discard(exchange)
+
+    def cut(self) -> None:
+        """End all requests, with what they have."""
+        for exchange in list(self._exchanges):
+            exchange.end()
+
+    def _deliver(self, events: Sequence[tuple[Job, Event]]) -> None:
+        """Called in the worker's thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_hand_out, events)
+
+
+def _hand_out(events: Sequence[tuple[Job, Event]]) -> None:
+    for job, event in events:
+        job.owner[0].put(job, event)
+
+
+def _context(config: ServeConfig, model: ModelConfig) -> int:
+    if config.max_context is None:
+        return model.max_seq_len
+    if config.max_context > model.max_seq_len:
+        raise UsageError(
+            f"`max_context` {config.max_context}: the model's context holds {model.max_seq_len}; "
+            "give that or less, or leave it out"
+        )
+    return config.max_context
+
+
+def _check_cache(engine: Engine, rows: int, context: int) -> int:
+    """The bytes of the cache."""
+    own, model = engine.exit_settings, engine.model
+    one = model.new_cache(1, 1, model.config.max_loops, own.kv_policy, own.kv_type)
+    needed = rows * context * one.bytes_per_token
+    free = _free_memory(engine)
+    if needed > _SPARE * free:
+        fits = int(_SPARE * free / (context * one.bytes_per_token))
+        way = f"at most {fits} of this context fit" if fits else "give a smaller `max_context`"
+        raise UsageError(
+            f"`max_batch` {rows} with a context of {context} needs {needed / 2**30:.1f} GiB for "
+            f"its cache, and {free / 2**30:.1f} GiB are free; {way}"
+        )
+    return needed
+
+
+def _free_memory(engine: Engine) -> int:
+    import torch
+
+    device = engine.backend.device
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_ram()
