@@ -43,14 +43,14 @@ def engine(request, model, tokenizer):  # noqa: F811
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """Prompts are split_prompt every 6 tokens, and at most 6 are read before others go on."""
+    """Prompts are cut every 6 tokens, and at most 6 are read before others go on."""
     monkeypatch.setattr(scheduler, "PREFILL_CHUNK", 6)
     monkeypatch.setattr(scheduler, "_ALONE", 12)
-    monkeypatch.setattr(
-        scheduler,
-        "split_prompt",
-        lambda seen, media, config: split_prompt(seen, media, config, piece=6),
-    )
+
+    def in_sixes(seen, items, config):
+        return split_prompt(seen, items, config, piece=6)
+
+    monkeypatch.setattr(scheduler, "split_prompt", in_sixes)
 
 
 def run(scheduler):
@@ -93,10 +93,15 @@ def test_who_joins_later_and_who_leaves_change_nothing(engine, small_pieces):
     assert len({s.loops for s in steps}) >= 3, "the case is too easy"
 
 
-def test_a_prompt_in_pieces_is_the_same_prompt_under_fill(model, tokenizer, small_pieces):  # noqa: F811
+def test_pieces_are_the_same_prompt_under_fill(
+    model,
+    tokenizer,  # noqa: F811
+    small_pieces,
+    monkeypatch,
+):
     engine = Engine(model, tokenizer, SETTINGS)
     [pieces] = engine.complete([LONG], GREEDY)
-    scheduler.split_prompt = split_prompt  # as it is; the fixture takes it back
+    monkeypatch.setattr(scheduler, "split_prompt", split_prompt)
     [whole] = engine.complete([LONG], GREEDY)
     (exact, close), (same, numbers) = facts(pieces), facts(whole)
     assert exact == same and close.expected == numbers

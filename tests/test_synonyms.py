@@ -38,7 +38,7 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("finetune --init-from x", "use --model "),
         ("generate --preset small", "--preset is a flag of looptx train"),
         ("tokenize --output x", "use --out "),
-        ("--lr 1", "looptx has no --lr; --lr is a flag of looptx train"),
+        ("--lr 1", "looptx has no --lr; --lr is a flag of looptx tokenize, train"),
         ("train --stepz 3", "--steps"),
         ("merge a", "looptx convert --merge-adapter --adapter ADAPTER"),
         ("quantize", "looptx convert --to-bitnet"),
