@@ -13,10 +13,10 @@ from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_cli.runs import (
     last_step,
-    refuse_two_lengths,
     resumed,
     run_folder,
     settle,
+    settle_length,
     summary,
     write_line,
 )
@@ -59,7 +59,7 @@ def finetune(
         resolved = resumed(resume, flags, "finetune", FinetuneConfig, config=config)
     else:
         resolved = resolve(FinetuneConfig, flags=flags, config=config)
-        refuse_two_lengths(resolved)
+        settle_length(resolved)
     settings = resolved.build(FinetuneConfig)
     until = None
     if resume is not None:

@@ -193,10 +193,21 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def refuse_two_lengths(resolved: Resolved) -> None:
-    """Raise `UsageError` where both the steps of a new run and its epochs are given."""
-    if resolved.values["epochs"] is not None and resolved.given("steps"):
+def settle_length(resolved: Resolved) -> None:
+    """Let the epochs or the steps of a new run say its length, as flags win over the environment
+    and this over a file. Raises `UsageError` where both are given in one of these."""
+    if resolved.values["epochs"] is None or not resolved.given("steps"):
+        return
+    epochs, steps = (_layer(resolved.origins[key]) for key in ("epochs", "steps"))
+    if epochs == steps:
         raise UsageError("--epochs and --steps each say how long the run is; leave one out")
+    if steps < epochs:
+        resolved.values["epochs"] = None
+
+
+def _layer(origin: str) -> int:
+    """0 for a flag, 1 for the environment, 2 for a file."""
+    return 0 if origin.startswith("flag ") else 1 if origin.startswith("LOOPTX_") else 2
 
 
 def last_step(folder: Path, steps: int, asked: int | None, report: Callable[[str], object]) -> int:

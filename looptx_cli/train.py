@@ -13,10 +13,10 @@ from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields, with_set
 from looptx_cli.runs import (
     last_step,
-    refuse_two_lengths,
     resumed,
     run_folder,
     settle,
+    settle_length,
     summary,
     write_line,
 )
@@ -86,7 +86,7 @@ def train(
         resolved = resolve(TrainConfig, SECTIONS, flags=flags, config=config)
         if resolved.values["offload"] == "nvme" and not resolved.given("preset"):
             resolved = _to_try_swapping(flags, config)
-        refuse_two_lengths(resolved)
+        settle_length(resolved)
         if resolved.values["model.memory"] != "none":
             fitting = fitting_memory(resolved.values["seq_len"])
             mine = {key: value for key, value in fitting.items() if not resolved.given(key)}
