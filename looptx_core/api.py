@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from looptx_core.generation.engine import Engine
     from looptx_core.generation.request import Generation, Prompt, Step
     from looptx_core.generation.transcribe import Segment
-    from looptx_core.generation.watch import Watch
+    from looptx_core.generation.watch import VideoSession
     from looptx_core.media.base import Source
     from looptx_core.training.evaluate import LoopEvaluation
 
@@ -142,15 +142,15 @@ class Model:
 
         return list(transcribe(self.engine, recording, _options(options)))
 
-    def watch(self, rate: float = 12.5, before: str = "", **options: Any) -> Watch:
+    def watch(self, rate: float = 12.5, before: str = "", **options: Any) -> VideoSession:
         """A clip that goes on: `feed` it frames as they come, and `ask` at any time.
 
         rate: frames a second that the model looks at. before: text in front of the clip. Raises
         `UsageError` for a model that reads no clips.
         """
-        from looptx_core.generation.watch import Watch
+        from looptx_core.generation.watch import VideoSession
 
-        return Watch(self.engine, rate, before=before, options=_options(options))
+        return VideoSession(self.engine, rate, before=before, options=_options(options))
 
     def chat(self, messages: str | Sequence[Mapping[str, str]], **options: Any) -> Generation:
         """Answer a message, or a conversation of `{"role": …, "content": …}`.

@@ -27,7 +27,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.data.records import media_named, read_records
 from looptx_core.errors import DataError, MissingError, UsageError
 from looptx_core.generation.engine import Engine, MediaPrompt
-from looptx_core.generation.watch import Watch
+from looptx_core.generation.watch import VideoSession
 from looptx_core.media.batch import MediaItem, batch_items, lay_out
 from looptx_core.media.image.read import read_picture
 from looptx_core.media.registry import MEDIA
@@ -272,7 +272,7 @@ def test_frames_that_come_one_by_one_are_the_clip(tokenizer: Tokenizer) -> None:
         found = engine.complete([MediaPrompt("a", (item,))], GenerationOptions(**greedy))[0]
         return [(step.id, round(step.logprob, 4)) for step in found.tokens]
 
-    watch = Watch(engine)
+    watch = VideoSession(engine)
     with pytest.raises(UsageError, match="no frame came yet"):
         watch.ask()
     for number, frame in enumerate(frames):
@@ -288,7 +288,7 @@ def test_frames_that_come_one_by_one_are_the_clip(tokenizer: Tokenizer) -> None:
         watch.feed(np.zeros((8, 8)), 0.7)
     with pytest.raises(UsageError, match="feed them in order"):
         watch.feed(frames[0], 0.1)
-    late = Watch(engine, 12.5)
+    late = VideoSession(engine, 12.5)
     late.feed(frames[0], 0)
     late.feed(frames[1], 3600.0)  # a still hour is no work
     assert engine.counters.prompt < 3000 and late.ask("a", **greedy).tokens

@@ -23,7 +23,7 @@ _ROOM = 512
 """The most tokens that a question and its answer may have together."""
 
 
-class Watch:
+class VideoSession:
     """Frames go into a model's cache as they come; an answer is made from there and forgotten.
 
     The model looks at `rate` frames a second, each being the last one shown by then, and two of
@@ -81,7 +81,7 @@ class Watch:
         self._look(seconds + 1e-6)
 
     def ask(self, prompt: str = "", **options: Any) -> Generation:
-        """What follows the clip so far and a prompt. options: changes of those of `Watch`.
+        """What follows the clip so far and a prompt. options: changes of those of `VideoSession`.
 
         Raises `UsageError` before the first frame, and as `Session.answer` does.
         """
@@ -155,22 +155,22 @@ def narrate(
     """What happens in a clip that goes on, each time so many seconds have passed, and at its end.
 
     every: seconds between answers, above 0. prompt: what is asked; the clip stands at its marker,
-    or before it. rate: see `Watch`, whose errors this raises.
+    or before it. rate: see `VideoSession`, whose errors this raises.
     """
     marker = MEDIA["video"].marker
     before, _, asked = prompt.rpartition(marker)
     if marker in before:
         raise UsageError(f"{prompt.count(marker)} {marker} in a text for 1 clip; write it once")
-    watch, start, until = Watch(engine, rate, before=before, options=options), 0.0, 0.0
+    watch, start, until = VideoSession(engine, rate, before=before, options=options), 0.0, 0.0
 
-    def told(end: float) -> Segment:
+    def answered(end: float) -> Segment:
         answer = watch.ask(asked)
         return Segment(start, end, answer.text.strip(), answer)
 
     for begin, end, frame in frames:
         if begin >= start + every - 1e-6:
-            yield told(begin)
+            yield answered(begin)
             start = begin
         watch.feed(frame, begin)
         until = end
-    yield told(until)
+    yield answered(until)
