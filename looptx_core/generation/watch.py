@@ -76,9 +76,9 @@ class VideoSession:
         if self._shown is None:
             self._begin()
         else:
-            self._look(seconds - 1e-6)
+            self._show(seconds - 1e-6)
         self._shown, self.seconds = pixels, seconds
-        self._look(seconds + 1e-6)
+        self._show(seconds + 1e-6)
 
     def ask(self, prompt: str = "", **options: Any) -> Generation:
         """What follows the clip so far and a prompt. options: changes of those of `VideoSession`.
@@ -107,7 +107,7 @@ class VideoSession:
         self._session = Session(self.engine, columns, self.options)
         self._session.read(self._first)
 
-    def _look(self, until: float) -> None:
+    def _show(self, until: float) -> None:
         """Look at the frame that is shown, at each moment up to this one."""
         assert self._shown is not None
         due = int(np.floor(until * self.rate)) + 1 - self._looks
