@@ -238,7 +238,8 @@ def build_tests() -> None:
 
 def build_sample() -> None:
     """`examples/hello.wav`, by the one voice to test with of which the model hears these words."""
-    save(ROOT / "examples" / "hello.wav", Kokoro().speak("hello world", ("am_onyx",), 1.0, 1.0))
+    sample = ROOT / "looptx_core/assets/samples/hello.wav"
+    save(sample, Kokoro().speak("hello world", ("am_onyx",), 1.0, 1.0))
 
 
 def _digit_strings() -> Iterator[dict[str, Any]]:
