@@ -1,0 +1,120 @@
+"""looptx serve in process: limits, failures, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from serving_cases import GREEDY, completion, events, post, run, service_of, small_engine, until
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return small_engine()
+
+
+def test_what_a_client_that_left_held_is_free_at_once(engine):
+    body = {"prompt": "a", "max_tokens": 500, "n": 3, **GREEDY}
+
+    async def ask(client):
+        for stream in (False, True):
+            task = asyncio.ensure_future(
+                client.post("/v1/completions", json=body | {"stream": stream})
+            )
+            await until(lambda: service.worker.load[0] == 3)
+            task.cancel()
+            await until(lambda: service.worker.load[:2] == (0, 0) and service.idle)
+        return (await client.get("/metrics")).text
+
+    with service_of(engine) as service:
+        metrics = run(service, ask)
+        assert len(service.worker._scheduler.batch) == 0 and not service.worker._jobs
+    assert "looptx_request_failure_total 6.0" in metrics
+
+
+def test_the_queue_the_clock_and_the_end(engine):
+    body = {"prompt": "a", "max_tokens": 500, **GREEDY}
+
+    async def full(client):
+        first = asyncio.ensure_future(client.post("/v1/completions", json=body | {"n": 2}))
+        await until(lambda: service.worker.load[:2] == (1, 1))
+        refused = await client.post("/v1/completions", json=body)
+        assert refused.status_code == 429 and refused.headers["retry-after"]
+        service.draining = True
+        assert (await client.get("/health")).status_code == 503
+        assert (await client.post("/v1/completions", json=body)).status_code == 503
+        service.cut()
+        return await first
+
+    with service_of(engine, max_batch=1, max_queue=1) as service:
+        assert run(service, full).status_code == 503
+
+    async def cut(client):
+        task = asyncio.ensure_future(client.post("/v1/completions", json=body | {"stream": True}))
+        await until(lambda: service.metrics.generated._value.get() > 3)
+        service.cut()
+        return events((await task).text)
+
+    with service_of(engine) as service:
+        *_, last = run(service, cut)
+        assert last["choices"][0]["finish_reason"] == "abort"
+
+    with service_of(engine, request_timeout=0.05) as service:
+        late = post(service, "/v1/completions", body)
+        assert late.status_code == 408 and late.headers["x-should-retry"] == "false"
+        stream = post(service, "/v1/completions", body | {"stream": True})
+        assert '"request_timeout"' in stream.text and "[DONE]" not in stream.text
+
+
+def test_a_turn_that_fails_ends_its_requests_and_no_others(engine, monkeypatch):
+    with service_of(engine) as service:
+        broken = [True]
+        step = (
+            type(service.worker._scheduler).step if hasattr(service.worker, "_scheduler") else None
+        )
+
+        def fail(self):
+            if broken:
+                broken.clear()
+                raise RuntimeError("out of memory")
+            return step(self)
+
+        from looptx_core.generation.scheduler import Scheduler
+
+        step = Scheduler.step
+        monkeypatch.setattr(Scheduler, "step", fail)
+        answer = post(service, "/v1/completions", {"prompt": "a", "max_tokens": 2})
+        assert answer.status_code == 500 and "memory" not in answer.text
+        completion(service, prompt="a", max_tokens=2)
+
+
+def test_keys_hosts_origins_and_sizes(engine, monkeypatch):
+    from looptx_core.serving import guard
+
+    async def ask(client):
+        async def get(path="/v1/models", **headers):
+            return (await client.get(path, headers=headers)).status_code
+
+        found = [
+            await get(), await get(authorization="Bearer wrong"),
+            await get(authorization="Bearer secret"), await get("/health"), await get("/"),
+            await get("/metrics"), await get("/health", host="evil.example"),
+            await get("/health", host="localhost:80"), await get("/health", host="[::1]:8000"),
+            await get("/health", origin="http://evil.example"),
+            await get("/health", origin="http://127.0.0.1"), await get("/health", host="["),
+        ]  # fmt: skip
+        monkeypatch.setattr(guard, "MOST_BYTES", 1000)
+        key = {"authorization": "Bearer secret"}
+
+        async def pieces():
+            for _ in range(20):
+                yield b" " * 100
+
+        long = await client.post("/v1/completions", content=b" " * 1001, headers=key)
+        chunked = await client.post("/v1/completions", content=pieces(), headers=key)
+        return found, [long.status_code, chunked.status_code]
+
+    with service_of(engine, api_key="secret") as service:
+        statuses, sizes = run(service, ask)
+    assert statuses == [401, 401, 200, 200, 200, 401, 403, 200, 200, 403, 200, 403]
+    assert sizes == [413, 413]
