@@ -37,6 +37,8 @@ REFUSED = [
     ("logprobs", {"logprobs": 6}),
     ("stop", {"stop": ["a"] * 5}),
     ("stop", {"stop": ""}),
+    ("stop", {"stop": "a" * 257}),
+    ("stop", {"stop": ["a", "b" * 257]}),
     ("seed", {"seed": 2**70}),
     ("loops", {"loops": 0}),
     ("loops", {"loops": 5}),

@@ -20,6 +20,8 @@ from looptx_core.serving.errors import ApiError, bad_field
 
 MOST_CHOICES = 128
 MOST_SEED = 2**63 - 1
+MOST_STOP = 256
+"""Characters of a stop string, which is looked for after every token."""
 
 
 class Neutral:
@@ -48,6 +50,7 @@ def _whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
+Stop = Annotated[Text, Field(max_length=MOST_STOP)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -70,7 +73,7 @@ class Asked(Strict):
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = 1
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     seed: Annotated[int, Field(ge=0, le=MOST_SEED)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
