@@ -157,8 +157,22 @@ def test_a_threshold_that_moves_while_it_is_written(engine):
         pieces = events((await task).text)
         return [piece["choices"][0]["looptx"]["loops"][0] for piece in pieces]
 
+    async def fixed(client):
+        found = []
+        for own in ({"loops": 2}, {"speculate": 2}):
+            own = {"prompt": "a", "max_tokens": 400, "stream": True, **GREEDY, **own}
+            task = asyncio.ensure_future(client.post("/v1/completions", json=own))
+            await until(lambda: service._exchanges)
+            [exchange] = service._exchanges
+            change = {"id": exchange.name, "threshold": 0.0}
+            found.append((await client.post("/looptx/exit", json=change)).status_code)
+            service.cut()
+            await task
+        return found
+
     with service_of(engine) as service:
         loops = run(service, ask)
+        assert run(service, fixed) == [409, 409]
     assert loops[:4] == [4] * 4 and loops[-1] == 1
 
 
@@ -177,14 +191,16 @@ def test_a_picture_as_a_data_url(cat):
     raw = base64.b64encode(cat.read_bytes()).decode()
     with service_of(model.engine, chats=False) as service:
 
-        def ask(url):
-            part = {"type": "image_url", "image_url": {"url": url}}
+        def ask(url, **more):
+            part = {"type": "image_url", "image_url": {"url": url, **more}}
             body = {"messages": [{"role": "user", "content": [part]}], "temperature": 0}
             return post(service, "/v1/chat/completions", body | {"max_tokens": 4})
 
         found = ask(f"data:image/png;base64,{raw}").json()
         other = ask("http://example.org/cat.png")
         damaged = ask("data:image/png;base64,AAAA")
+        small = ask("data:image/png;base64,AAAA", detail="low")
+        odd = ask("data:image/png;base64,AAAA", size=3)
     item = MEDIA["image"].read(cat, model.engine.model.config)
     [alone] = model.engine.complete(
         [MediaPrompt("", (item,))], GenerationOptions(temperature=0, max_new_tokens=4)
@@ -192,3 +208,5 @@ def test_a_picture_as_a_data_url(cat):
     assert found["choices"][0]["message"]["content"] == alone.text
     assert (other.status_code, damaged.status_code) == (400, 400)
     assert "data URL" in other.text
+    assert (small.status_code, odd.status_code) == (400, 400)
+    assert "detail" in small.text and "size" in odd.text

@@ -45,6 +45,13 @@ REFUSED = [
     ("max_loops", {"max_loops": 9}),
     ("min_loops", {"min_loops": 3, "max_loops": 2}),
     ("exit", {"exit": "never"}),
+    ("exit", {"loops": 2, "exit": "gain"}),
+    ("threshold", {"loops": 2, "threshold": 0.5}),
+    ("min_loops", {"loops": 2, "min_loops": 1}),
+    ("max_loops", {"loops": 2, "max_loops": 3}),
+    ("max_loops", {"loops": 2, "speculate": 1, "max_loops": 3}),
+    ("threshold", {"speculate": 1, "threshold": 0.5}),
+    ("stream_options", {"stream_options": {"include_usage": True}}),
     ("reasoning_effort", {"reasoning_effort": "huge"}),
     ("reasoning_effort", {"reasoning_effort": "low", "loops": 2}),
     ("prompt", {"prompt": []}),
@@ -96,6 +103,7 @@ def test_other_requests_that_are_refused(service):
     chat = "/v1/chat/completions"
     user = {"role": "user", "content": "a"}
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    said = {"type": "text", "text": "a"}
     wrong = [
         ("/v1/completions", {"prompt": "a", "model": "other"}, 404, "model"),
         (chat, {"messages": []}, 400, "messages"),
@@ -106,6 +114,9 @@ def test_other_requests_that_are_refused(service):
         (chat, {"messages": [user], "response_format": {"type": "json_object"}}, 400,
          "response_format"),
         (chat, {"messages": [{"role": "user", "content": [picture]}]}, 400, "messages"),
+        (chat, {"messages": [{"role": "user", "content": [said | {"more": 1}]}]}, 400, "messages"),
+        (chat, {"messages": [user], "max_tokens": 1, "max_completion_tokens": 2}, 400,
+         "max_tokens"),
         ("/looptx/exit", {"id": "cmpl-0", "threshold": 0.5}, 404, "id"),
         ("/nowhere", {}, 404, None),
     ]  # fmt: skip

@@ -30,7 +30,7 @@ from looptx_core.serving.worker import Job
 _CLIENT_LEFT = 499
 _ERROR = {"description": "An error, as OpenAI gives it.", "content": {"application/json": {}}}
 _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(
-    (400, 401, 403, 404, 408, 413, 429, 500, 503), _ERROR
+    (400, 401, 403, 404, 408, 409, 413, 429, 500, 503), _ERROR
 )
 
 _FIGURES: dict[int | str, dict[str, Any]] = {
@@ -122,6 +122,11 @@ class Endpoints:
         exchange = self.service.find(asked.id)
         if exchange is None:
             raise ApiError(404, "no such answer is being written", "id")
+        if any(job.options.speculate or job.options.loops != "auto" for job in exchange.jobs):
+            raise ApiError(
+                409, "this answer has a fixed depth, so no threshold ends a token; write it again "
+                "without loops and speculate", "id"
+            )  # fmt: skip
         for job in exchange.jobs:
             job.options = replace(job.options, threshold=asked.threshold)
             self.service.worker.change_exit(job, job.options)
@@ -172,8 +177,6 @@ class Endpoints:
 
     async def chat(self, asked: fields.ChatAsked, request: Request) -> Response:
         fields.check_model(asked.model, self.name)
-        if asked.top_logprobs and not asked.logprobs:
-            raise errors.bad_field("top_logprobs", "top_logprobs needs logprobs; set it to true")
         most = self.service.context if asked.most_tokens is None else asked.most_tokens
         each = asked.options(self.config.max_loops, most)
         try:
