@@ -102,6 +102,7 @@ def test_keys_hosts_origins_and_sizes(engine, monkeypatch):
             await get("/health", host="localhost:80"), await get("/health", host="[::1]:8000"),
             await get("/health", origin="http://evil.example"),
             await get("/health", origin="http://127.0.0.1"), await get("/health", host="["),
+            await get("/health", origin="http://["),
         ]  # fmt: skip
         monkeypatch.setattr(guard, "MOST_BYTES", 1000)
         key = {"authorization": "Bearer secret"}
@@ -116,5 +117,5 @@ def test_keys_hosts_origins_and_sizes(engine, monkeypatch):
 
     with service_of(engine, api_key="secret") as service:
         statuses, sizes = run(service, ask)
-    assert statuses == [401, 401, 200, 200, 200, 401, 403, 200, 200, 403, 200, 403]
+    assert statuses == [401, 401, 200, 200, 200, 401, 403, 200, 200, 403, 200, 403, 400]
     assert sizes == [413, 413]
