@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 from serving_cases import GREEDY, completion, events, post, run, service_of, small_engine, until
+
+from looptx_core.generation.encoding import PromptEncoder
+from looptx_core.generation.request import TokenPrompt
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +123,33 @@ def test_keys_hosts_origins_and_sizes(engine, monkeypatch):
         statuses, sizes = run(service, ask)
     assert statuses == [401, 401, 200, 200, 200, 401, 403, 200, 200, 403, 200, 403, 400]
     assert sizes == [413, 413]
+
+
+def test_prompts_are_read_beside_the_loop_and_the_engine(engine, monkeypatch):
+    """Once a request, in a thread; one that can't fit by its bytes is never encoded."""
+    encoded, waiting, going = [], threading.Event(), threading.Event()
+    whole = PromptEncoder.read
+
+    def read(self, prompt):
+        if not isinstance(prompt, TokenPrompt):
+            encoded.append((threading.current_thread().name[:13], len(prompt)))
+            waiting.set()
+            assert going.wait(10)
+        return whole(self, prompt)
+
+    monkeypatch.setattr(PromptEncoder, "read", read)
+
+    async def ask(client):
+        body = {"prompt": "a whale", "max_tokens": 2, "n": 3}
+        task = asyncio.ensure_future(client.post("/v1/completions", json=body))
+        await until(waiting.is_set)
+        assert (await client.get("/health")).status_code == 200
+        full = await client.post("/v1/completions", json=body | {"n": 4})
+        never = await client.post("/v1/completions", json=body | {"n": 7})
+        going.set()
+        large = await client.post("/v1/completions", json=body | {"prompt": "a" * 100_000})
+        return [found.status_code for found in (await task, full, never, large)]
+
+    with service_of(engine, max_batch=4, max_queue=2) as service:
+        assert run(service, ask) == [200, 429, 400, 400]
+    assert encoded == [("looptx-reader", 7)]

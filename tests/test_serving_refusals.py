@@ -35,6 +35,7 @@ REFUSED = [
     ("n", {"n": 1000}),
     ("max_tokens", {"max_tokens": -1}),
     ("logprobs", {"logprobs": 6}),
+    (None, {"prompt": "a" * 100_000}),
     ("stop", {"stop": ["a"] * 5}),
     ("stop", {"stop": ""}),
     ("stop", {"stop": "a" * 257}),
@@ -117,6 +118,8 @@ def test_other_requests_that_are_refused(service):
         (chat, {"messages": [{"role": "user", "content": [said | {"more": 1}]}]}, 400, "messages"),
         (chat, {"messages": [user], "max_tokens": 1, "max_completion_tokens": 2}, 400,
          "max_tokens"),
+        ("/detokenize", {"tokens": [1] * 600}, 400, "tokens"),
+        ("/tokenize", {"prompt": "a" * 100_000}, 400, None),
         ("/looptx/exit", {"id": "cmpl-0", "threshold": 0.5}, 404, "id"),
         ("/nowhere", {}, 404, None),
     ]  # fmt: skip

@@ -35,6 +35,12 @@ class PromptEncoder:
         self.reads, self.chat_template = frozenset(reads), chat_template
         self.opening = opening_ids(tokenizer)
 
+    def read(self, prompt: Prompt) -> TokenPrompt:
+        """A prompt as ids and the items at their placeholders; errors as for `encode`."""
+        items = getattr(prompt, "media", ())
+        is_chat = isinstance(prompt, ChatPrompt) or getattr(prompt, "is_chat", False)
+        return TokenPrompt(tuple(self.encode(prompt)), items, is_chat)
+
     def encode(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt, with the placeholders of its items.
 

@@ -290,24 +290,32 @@ class Engine:
         return self.encoder.encode(prompt)
 
     def request(
-        self, index: int, prompt: Prompt, options: GenerationOptions, *, is_read: bool = False
+        self,
+        index: int,
+        prompt: Prompt,
+        options: GenerationOptions,
+        *,
+        where: str = "",
+        is_read: bool = False,
     ) -> Request:
         """A request for a `Scheduler`. Its steps bear the index.
 
-        is_read: a cache holds the prompt already, so that its items are not needed any more.
+        where: what errors call the prompt; by default its number. is_read: a cache holds the
+        prompt already, so that its items are not needed any more.
 
         Raises `UsageError` for settings out of range and for a prompt that fills the context,
         `DataError` for token ids that the model does not have and for placeholders without items.
         """
         check(options)
-        config, tokens = self.model.config, self.encode(prompt)
-        check_ids(tokens, config.vocab_size, f"prompt {index + 1}")
+        config, read = self.model.config, self.encoder.read(prompt)
+        tokens, where = list(read.ids), where or f"prompt {index + 1}"
+        check_ids(tokens, config.vocab_size, where)
         if not is_read:
-            check_placeholders(tokens, getattr(prompt, "media", ()), config, f"prompt {index + 1}")
+            check_placeholders(tokens, read.media, config, where)
         most = config.context_limit
         if most is not None and len(tokens) >= most:
             raise UsageError(
-                f"prompt {index + 1} has {len(tokens)} tokens and the model's context holds "
+                f"{where} has {len(tokens)} tokens and the model's context holds "
                 f"{most}, new tokens included; shorten the prompt"
             )
         own = resolve_exit(self.exit_settings, options, config)
@@ -326,15 +334,12 @@ class Engine:
             prompt_exit=prompt_exit,
             unprompted=Unprompted.of(self.backend, empty, options, own, prompt_exit),
             prompt_tokens=len(tokens),
-            # An answer in a chat does not continue the prompt's text.
-            text=TextStream(
-                self.tokenizer, options.stop, () if isinstance(prompt, ChatPrompt) else tokens
-            ),
+            text=TextStream(self.tokenizer, options.stop, () if read.is_chat else tokens),
             seen=tokens,
             limit=limit if most is None else min(limit, most),
             ends=frozenset(self.ends or (self.end,)),
             known=self.known,
-            media=getattr(prompt, "media", ()),
+            media=read.media,
             writers=self.writers,
             generator=torch.Generator().manual_seed(options.seed),
         )

@@ -50,6 +50,8 @@ class TokenPrompt:
 
     ids: tuple[int, ...]
     media: tuple[MediaItem, ...] = ()
+    is_chat: bool = False
+    """Whether what follows is an answer, which does not continue the prompt's text."""
 
 
 Prompt = str | Sequence[int] | MediaPrompt | ChatPrompt | TokenPrompt

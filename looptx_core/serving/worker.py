@@ -20,7 +20,7 @@ import torch
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.errors import LooptxError, UsageError
 from looptx_core.generation.engine import Engine
-from looptx_core.generation.request import Prompt, Request, Step
+from looptx_core.generation.request import Request, Step, TokenPrompt
 from looptx_core.generation.scheduler import Scheduler
 from looptx_core.stopping.resolve import resolve_exit
 
@@ -34,10 +34,12 @@ _PAUSE = 0.1
 class Job:
     """One text to be written."""
 
-    prompt: Prompt
+    prompt: TokenPrompt
     options: GenerationOptions
     top_logprobs: int = 0
     score_prompt: bool = False
+    where: str = "the prompt"
+    """What errors call it."""
     owner: Any = None
     """Of whoever submitted it; the worker does not look at it."""
     submitted: float = field(default_factory=time.perf_counter)
@@ -161,13 +163,8 @@ class Worker:
         self._deliver([(job, Accepted())])
 
     def _request(self, job: Job) -> Request:
-        request = self.engine.request(next(self._numbers), job.prompt, job.options)
+        request = self.engine.request(next(self._numbers), job.prompt, job.options, where=job.where)
         job.prompt_tokens = len(request.seen)
-        if job.prompt_tokens >= self.context:
-            raise UsageError(
-                f"the prompt has {job.prompt_tokens} tokens and this server's context holds "
-                f"{self.context}, new tokens included; shorten the prompt"
-            )
         request.limit = min(request.limit, self.context)
         cache = self._scheduler.batch.cache
         deepest = max(request.exit.max_loops, request.prompt_exit.max_loops)
