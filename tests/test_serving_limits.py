@@ -6,10 +6,11 @@ import asyncio
 import threading
 
 import pytest
-from serving_cases import GREEDY, completion, events, post, run, service_of, small_engine, until
+from serving_cases import GREEDY, events, post, run, service_of, small_engine, until
 
 from looptx_core.generation.encoding import PromptEncoder
 from looptx_core.generation.request import TokenPrompt
+from looptx_core.generation.scheduler import Scheduler
 
 
 @pytest.fixture(scope="module")
@@ -70,26 +71,58 @@ def test_the_queue_the_clock_and_the_end(engine):
         assert '"request_timeout"' in stream.text and "[DONE]" not in stream.text
 
 
-def test_a_turn_that_fails_ends_its_requests_and_no_others(engine, monkeypatch):
-    with service_of(engine) as service:
-        broken = [True]
-        step = (
-            type(service.worker._scheduler).step if hasattr(service.worker, "_scheduler") else None
+def test_a_turn_that_fails_ends_what_ran_and_nothing_else(engine, monkeypatch):
+    step, broken = Scheduler.step, [True]
+
+    def fail(self):
+        if broken and len(self) == 3:
+            broken.clear()
+            step(self)
+            raise RuntimeError("out of memory")
+        return step(self)
+
+    monkeypatch.setattr(Scheduler, "step", fail)
+    body = {"prompt": "a", "max_tokens": 20, **GREEDY}
+
+    async def ask(client):
+        return await asyncio.gather(
+            *[client.post("/v1/completions", json=body | {"seed": n}) for n in range(3)]
         )
 
-        def fail(self):
-            if broken:
-                broken.clear()
-                raise RuntimeError("out of memory")
-            return step(self)
+    with service_of(engine, max_batch=2) as service:
+        answers = run(service, ask)
+    assert sorted(answer.status_code for answer in answers) == [200, 500, 500]
+    assert not any("memory" in answer.text for answer in answers)
 
-        from looptx_core.generation.scheduler import Scheduler
 
-        step = Scheduler.step
-        monkeypatch.setattr(Scheduler, "step", fail)
-        answer = post(service, "/v1/completions", {"prompt": "a", "max_tokens": 2})
-        assert answer.status_code == 500 and "memory" not in answer.text
-        completion(service, prompt="a", max_tokens=2)
+def test_a_cache_that_cannot_be_allocated(engine, monkeypatch):
+    """Again and again: what waits is told so, the server says that it is ill, and it ends."""
+    from looptx_core.serving import worker
+
+    monkeypatch.setattr(worker, "_PAUSE", 0.01)
+    new_cache, held = engine.model.new_cache, []
+
+    def fail(rows, *how):
+        if rows > 1:
+            held.append(service.worker._scheduler)
+            raise RuntimeError("out of memory")
+        return new_cache(rows, *how)
+
+    def break_down(self):
+        monkeypatch.setattr(engine.model, "new_cache", fail)
+        raise RuntimeError("a turn that fails")
+
+    async def ask(client):
+        bodies = [{"prompt": "a", "max_tokens": 2, "n": n} for n in (4, 2)]
+        found = await asyncio.gather(*[client.post("/v1/completions", json=b) for b in bodies])
+        health = await client.get("/health")
+        later = await client.post("/v1/completions", json=bodies[0])
+        return [answer.status_code for answer in (*found, health, later)]
+
+    with service_of(engine, max_batch=2) as service:
+        monkeypatch.setattr(Scheduler, "step", break_down)
+        assert run(service, ask) == [500, 500, 503, 503]
+    assert held == [None] * 3, "the next cache was allocated beside the one before"
 
 
 def test_keys_hosts_origins_and_sizes(engine, monkeypatch):

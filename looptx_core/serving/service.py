@@ -160,7 +160,7 @@ class Service:
         jobs: how many will be opened. Their places are taken from now on. Raises `ApiError` where
         there is no room, and for what `work` raises.
         """
-        if self.draining:
+        if self.draining or not self.worker.alive:
             raise errors.ending()
         room = self.config.max_batch + self.config.max_queue
         if jobs > room:
