@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
-from serving_cases import completion, post, run, service_of, small_engine
+from serving_cases import CONFIG, completion, post, run, service_of, small_engine
 
 from looptx_core.config.serving import ServeConfig
 from looptx_core.errors import LooptxError, UsageError
+from looptx_core.generation.engine import Engine
+from looptx_core.model.loop import LoopedTransformer
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +158,13 @@ def test_settings_that_are_refused(engine, monkeypatch):
     monkeypatch.setattr(module, "free_ram", lambda: 1 << 20)
     with pytest.raises(UsageError, match=r"max_batch.*GiB.*at most \d+"):
         module.Service(engine, ServeConfig(max_batch=1000), chats=True)
+    config = replace(CONFIG, memory="delta", memory_window=16, memory_block=8)
+    remembering = Engine(LoopedTransformer(config).eval(), engine.tokenizer)
+    long = module.Service(remembering, ServeConfig(max_batch=2, max_context=10_000), chats=True)
+    row = remembering.model.new_cache(1, 10_000, config.max_loops).nbytes
+    assert long.context == 10_000 and long.cache_bytes == 2 * row > 0
+    with pytest.raises(UsageError, match=r"max_batch.*GiB.*at most \d+"):
+        module.Service(remembering, ServeConfig(max_batch=1000), chats=True)
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(LooptxError, match="something else listens"):

@@ -210,11 +210,14 @@ def _hand_out(events: Sequence[tuple[Job, Event]]) -> None:
 
 
 def _context(config: ServeConfig, model: ModelConfig) -> int:
+    """The tokens of a request: of a model that reads without end, those of its training if nothing
+    else is asked for, because each request's work has to end."""
+    most = model.context_limit
     if config.max_context is None:
         return model.max_seq_len
-    if config.max_context > model.max_seq_len:
+    if most is not None and config.max_context > most:
         raise UsageError(
-            f"`max_context` {config.max_context}: the model's context holds {model.max_seq_len}; "
+            f"`max_context` {config.max_context}: the model's context holds {most}; "
             "give that or less, or leave it out"
         )
     return config.max_context
@@ -224,16 +227,19 @@ def _check_cache(engine: Engine, rows: int, context: int) -> int:
     """The bytes of the cache."""
     own, model = engine.exit_settings, engine.model
     one = model.new_cache(1, 1, model.config.max_loops, own.kv_policy, own.kv_type)
-    needed = rows * context * one.bytes_per_token
+    # A memory has one size, a cache of keys and values grows by the token.
+    each = one.nbytes + (context - 1) * one.bytes_per_token
     free = _free_memory(engine)
-    if needed > _SPARE * free:
-        fits = int(_SPARE * free / (context * one.bytes_per_token))
-        way = f"at most {fits} of this context fit" if fits else "give a smaller `max_context`"
+    if rows * each > _SPARE * free:
+        fits = int(_SPARE * free / each)
+        way = f"at most {fits} fit"
+        if not fits:
+            way = "give a smaller `max_context`" if one.bytes_per_token else "free some memory"
         raise UsageError(
-            f"`max_batch` {rows} with a context of {context} needs {needed / 2**30:.1f} GiB for "
-            f"its cache, and {free / 2**30:.1f} GiB are free; {way}"
+            f"`max_batch` {rows} with a context of {context} needs {rows * each / 2**30:.1f} GiB "
+            f"for its cache, and {free / 2**30:.1f} GiB are free; {way}"
         )
-    return needed
+    return rows * each
 
 
 def _free_memory(engine: Engine) -> int:
