@@ -20,7 +20,9 @@ from serving_cases import (
 
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.generation.request import ChatPrompt, MediaPrompt
+from looptx_core.media.base import Writer
 from looptx_core.media.registry import MEDIA
+from looptx_core.serving.answers import TokenTexts
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +183,25 @@ def test_no_prompt_is_logged(service, caplog):
         completion(service, prompt="a secret whale", max_tokens=2)
         post(service, "/v1/completions", {"prompt": "a secret whale", "n": 0})
     assert "whale" not in caplog.text
+
+
+def test_a_model_that_draws_answers_with_text(engine, monkeypatch):
+    """A prompt that would begin a picture is refused, and no answer begins one."""
+    body = {"prompt": "Call me", "max_tokens": 12, **GREEDY}
+    options = GenerationOptions(max_new_tokens=12, **GREEDY)
+    [plain] = engine.complete([body["prompt"]], options)
+    opens = plain.tokens[0].id
+    writer = Writer()
+    writer.opens, writer.first_code, writer.codes = opens, 279, 1
+    monkeypatch.setattr(engine, "writers", {"image": writer})
+    with service_of(engine) as service:
+        for ids in ([opens, 30], [30, 279]):
+            answer = post(service, "/v1/completions", {"prompt": ids})
+            assert answer.status_code == 400 and "pictures" in answer.text
+        for own in ({}, {"temperature": 1.0}, {"speculate": 3}):
+            [choice] = completion(service, **{**body, "logprobs": 1, **own})["choices"]
+            assert len(choice["looptx"]["loops"]) == 12
+            assert TokenTexts(engine.tokenizer).text(opens) not in choice["logprobs"]["tokens"]
 
 
 def test_a_picture_as_a_data_url(cat):

@@ -13,6 +13,7 @@ from looptx_core.errors import UsageError
 from looptx_core.generation.encoding import PromptEncoder
 from looptx_core.generation.engine import Engine
 from looptx_core.generation.request import ChatPrompt, MediaPrompt, Prompt, TokenPrompt
+from looptx_core.media.registry import MEDIA
 
 _THREADS = 2
 """Prompts that are read at once; a large picture takes hundreds of MB while it is decoded."""
@@ -26,6 +27,7 @@ class PromptReader:
         # A copy, because the engine's belongs to another thread; one thread at a time uses it.
         tokenizer = as_plain_text(Tokenizer.from_str(own.tokenizer.to_str()))
         self._encoder = PromptEncoder(own.config, tokenizer, own.end, own.reads, own.chat_template)
+        self._writers = engine.writers
         self._lock = threading.Lock()
         self.context, self.most_bytes = context, context * _longest(tokenizer)
         self.pool = ThreadPoolExecutor(_THREADS, "looptx-reader")
@@ -46,6 +48,7 @@ class PromptReader:
                 f"{where} has {len(found.ids)} tokens and this server's context holds "
                 f"{self.context}, new tokens included; shorten it"
             )
+        self._check_drawing(found.ids, where)
         return found
 
     def tokenize(self, text: str, opened: bool) -> list[int]:
@@ -66,6 +69,16 @@ class PromptReader:
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def _check_drawing(self, ids: Sequence[int], where: str) -> None:
+        for medium, writer in self._writers.items():
+            codes = range(writer.first_code, writer.first_code + writer.codes)
+            for token in ids:
+                if token == writer.opens or token in codes:
+                    raise UsageError(
+                        f"{where} has the token {token}, a part of {MEDIA[medium].plural} that "
+                        "the model writes; this server answers with text alone, so leave it out"
+                    )
 
     def _check_bytes(self, texts: Sequence[str], where: str) -> None:
         given = sum(len(text.encode()) for text in texts)

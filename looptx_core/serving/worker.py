@@ -210,6 +210,9 @@ class Worker:
                 f"`speculate` needs a cache of the policy {settings.kv_policy}, and this server's "
                 f"has {cache.policy}; leave out `speculate`"
             )
+        # An answer is text: pictures are made of codes for a long time, while the others wait.
+        request.barred = [writer.opens for writer in request.writers.values()]
+        request.writers = {}
         request.top_logprobs, request.score_prompt = job.top_logprobs, job.score_prompt
         return request
 
