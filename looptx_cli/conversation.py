@@ -139,7 +139,8 @@ class Conversation:
     @property
     def _room(self) -> int:
         """Tokens that a prompt may have."""
-        return max(1, self.engine.model.config.max_seq_len - self.options.max_new_tokens)
+        holds = self.engine.model.config.context_limit
+        return sys.maxsize if holds is None else max(1, holds - self.options.max_new_tokens)
 
     def _check_system(self, text: str) -> None:
         if text and not self.templated:

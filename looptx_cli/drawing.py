@@ -96,8 +96,8 @@ def draw_picture(
 def check_room(engine: Engine, prompt_tokens: int, options: GenerationOptions) -> int:
     """The codes of a picture. Raises `UsageError` where they find no room."""
     config = engine.model.config
-    length, holds = config.draw.rows * config.draw.columns, config.max_seq_len
-    if prompt_tokens + length > holds:
+    length, holds = config.draw.rows * config.draw.columns, config.context_limit
+    if holds is not None and prompt_tokens + length > holds:
         raise UsageError(
             f"the prompt has {prompt_tokens:,} tokens, a picture takes {length}, and the model's "
             f"context holds {holds:,}; shorten the prompt"

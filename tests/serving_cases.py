@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
 
 import httpx2 as httpx
@@ -25,6 +26,7 @@ CONFIG = ModelConfig(
 )
 SETTINGS = ExitSettings(confidence=0.93, gain=0.1, temperature=2.0)
 HOST = "http://127.0.0.1"
+GREEDY = {"temperature": 0, "ignore_eos": True}
 
 
 def small_engine() -> Engine:
@@ -80,3 +82,33 @@ async def until(condition, seconds: float = 20) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.01)
+
+
+def run(service, ask, **how):
+    """What `ask` returns, which gets a client."""
+
+    async def main():
+        async with client_of(service, **how) as client:
+            return await asyncio.wait_for(ask(client), 60)
+
+    return asyncio.run(main())
+
+
+def post(service, path, body, **how):
+    async def ask(client):
+        return await client.post(path, json=body)
+
+    return run(service, ask, **how)
+
+
+def completion(service, **body):
+    answer = post(service, "/v1/completions", body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def events(text):
+    """The documents of a stream, which has to end as OpenAI's do."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]

@@ -31,7 +31,7 @@ class Parrot:
     model: Any = None
 
     def __post_init__(self) -> None:
-        self.model = SimpleNamespace(config=SimpleNamespace(max_loops=4, max_seq_len=1128))
+        self.model = SimpleNamespace(config=SimpleNamespace(max_loops=4, context_limit=1128))
 
     def complete(self, prompts: list[Any], options: GenerationOptions, watch: Callable) -> list:
         (prompt,) = prompts

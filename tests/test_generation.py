@@ -16,7 +16,6 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.data.tokenizer import train_tokenizer
 from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine
-from looptx_core.generation.text import TextStream
 from looptx_core.model.attention import explicit
 from looptx_core.model.block import Block
 from looptx_core.model.cache import CacheView
@@ -333,31 +332,6 @@ def test_text_is_the_joined_records(engine, tokenizer):
         assert found.text == "".join(s.text for s in found.tokens)
         assert found.text == tokenizer.decode([s.id for s in found.tokens])
     assert any("\ufffd" in r.text for r in results), "no split character was met"
-
-
-def pieces(tokenizer, text, stop=()):
-    stream, parts = TextStream(tokenizer, stop), []
-    for token in tokenizer.encode(text).ids:
-        parts.append(stream.push(token))
-        if stream.stopped:
-            return parts, True
-    return [*parts, stream.finish()], stream.stopped
-
-
-def test_split_characters_and_stop_strings(tokenizer):
-    parts, _ = pieces(tokenizer, "a€b😀")
-    assert parts == ["a", "", "", "€", "b", "", "", "", "😀", ""]
-    for text, stop, kept in (
-        ("xyz END of", ("END",), "xyz "),
-        ("aaab", ("aab",), "a"),
-        ("xyEN", ("END",), "xyEN"),
-        ("abcd", ("cd", "bcd"), "a"),
-        ("q€r", ("€",), "q"),
-        ("abab!", ("abac",), "abab!"),
-    ):
-        parts, stopped = pieces(tokenizer, text, stop)
-        assert "".join(parts) == kept, (text, stop)
-        assert stopped == (kept != text)
 
 
 def test_engine_stops_before_a_string_that_straddles_tokens(engine):

@@ -7,13 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 from backend_cases import WatchedBackend
+from picture_cases import IMG, build, letters
 from test_generation import CONFIG as BASE
 from test_generation import GREEDY as BASE_GREEDY
 from test_generation import SETTINGS, facts, tokenizer  # noqa: F401
 
+from looptx_core.data.chat import ChatTemplate
+from looptx_core.errors import DataError, UsageError
 from looptx_core.generation import prompts, scheduler
 from looptx_core.generation.engine import Engine
 from looptx_core.generation.prompts import split_prompt
+from looptx_core.generation.request import ChatPrompt, TokenPrompt
 from looptx_core.media.batch import MediaItem
 from looptx_core.media.registry import MEDIA
 from looptx_core.model.loop import LoopedTransformer
@@ -172,3 +176,25 @@ def test_no_piece_ends_within_an_item():
         (prompts.PREFILL_CHUNK, 2 * prompts.PREFILL_CHUNK),
         (2 * prompts.PREFILL_CHUNK, 300),
     ]
+
+
+def test_placeholders_without_items_are_refused():
+    """They share passes with the pictures of others, whose places they would take."""
+    model = build(dtype=torch.float32)
+    engine = Engine(model, letters())
+    item = MediaItem("image", torch.zeros(4, 48), (2, 2))
+    for prompt, found in (
+        ([9, IMG, 9], "1 times.*take 0"),
+        (TokenPrompt((9, *[IMG] * 5), (item,)), "5 times.*take 4"),
+        (TokenPrompt((9,), (item,)), "0 times.*take 4"),
+    ):
+        with pytest.raises(DataError, match=found):
+            engine.request(0, prompt, GREEDY)
+    engine.request(0, TokenPrompt((9, *[IMG] * 4), (item,)), GREEDY)
+
+
+def test_a_chat_template_of_others_takes_no_pictures():
+    engine = Engine(build(dtype=torch.float32), letters(), chat_template=ChatTemplate("x", {}))
+    item = MediaItem("image", torch.zeros(4, 48), (2, 2))
+    with pytest.raises(UsageError, match="no place for pictures"):
+        engine.encode(ChatPrompt(({"role": "user", "content": "a"},), (item,)))

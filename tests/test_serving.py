@@ -1,21 +1,28 @@
-"""looptx serve in process: answers, errors, limits, and what becomes of clients that leave."""
+"""looptx serve in process: what it answers."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import json
 
 import pytest
-from serving_cases import CONFIG, client_of, service_of, small_engine, until
+from serving_cases import (
+    CONFIG,
+    GREEDY,
+    completion,
+    events,
+    post,
+    run,
+    service_of,
+    small_engine,
+    until,
+)
 
 from looptx_core.config.generation import GenerationOptions
-from looptx_core.config.serving import ServeConfig
-from looptx_core.errors import LooptxError, UsageError
 from looptx_core.generation.request import ChatPrompt, MediaPrompt
+from looptx_core.media.base import Writer
 from looptx_core.media.registry import MEDIA
-
-GREEDY = {"temperature": 0, "ignore_eos": True}
+from looptx_core.serving.answers import TokenTexts
 
 
 @pytest.fixture(scope="module")
@@ -27,36 +34,6 @@ def engine():
 def service(engine):
     with service_of(engine) as service:
         yield service
-
-
-def run(service, ask, **how):
-    """What `ask` returns, which gets a client."""
-
-    async def main():
-        async with client_of(service, **how) as client:
-            return await asyncio.wait_for(ask(client), 60)
-
-    return asyncio.run(main())
-
-
-def post(service, path, body, **how):
-    async def ask(client):
-        return await client.post(path, json=body)
-
-    return run(service, ask, **how)
-
-
-def completion(service, **body):
-    answer = post(service, "/v1/completions", body)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
-def events(text):
-    """The documents of a stream, which has to end as OpenAI's do."""
-    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def test_many_at_once_get_what_generate_writes(service, engine):
@@ -163,186 +140,11 @@ def test_a_chat(service, engine):
         assert own[-1]["finish_reason"] == "length"
 
 
-REFUSED = [
-    ("frequency_penalty", {"frequency_penalty": 0.5}),
-    ("logit_bias", {"logit_bias": {"5": 1}}),
-    ("suffix", {"suffix": "x"}),
-    ("best_of", {"best_of": 3}),
-    ("unheard_of", {"unheard_of": 1}),
-    ("temperature", {"temperature": -1}),
-    ("temperature", {"temperature": "0"}),
-    ("top_p", {"top_p": 0}),
-    ("n", {"n": 0}),
-    ("n", {"n": 1000}),
-    ("max_tokens", {"max_tokens": -1}),
-    ("logprobs", {"logprobs": 6}),
-    ("stop", {"stop": ["a"] * 5}),
-    ("stop", {"stop": ""}),
-    ("seed", {"seed": 2**70}),
-    ("loops", {"loops": 0}),
-    ("loops", {"loops": 5}),
-    ("max_loops", {"max_loops": 9}),
-    ("min_loops", {"min_loops": 3, "max_loops": 2}),
-    ("exit", {"exit": "never"}),
-    ("reasoning_effort", {"reasoning_effort": "huge"}),
-    ("reasoning_effort", {"reasoning_effort": "low", "loops": 2}),
-    ("prompt", {"prompt": []}),
-    ("prompt", {"prompt": "\ud800"}),
-    ("prompt", {"prompt": [2**40]}),
-    (None, {"prompt": [279, 300]}),
-    (None, {"prompt": [20] * 600}),
-    ("stream_options", {"stream_options": {"other": 1}}),
-]
-
-
-def test_nothing_is_ignored_and_bad_values_are_named(service):
-    async def ask(client):
-        found = []
-        for _, fields in REFUSED:
-            content = json.dumps({"prompt": "a", **fields})
-            answer = await client.post(
-                "/v1/completions", content=content, headers={"content-type": "application/json"}
-            )
-            error = answer.json().get("error", {})
-            found.append((fields, answer.status_code, error.get("param"), "\n" in str(error)))
-        return found
-
-    expected = [(fields, 400, param, False) for param, fields in REFUSED]
-    assert run(service, ask) == expected
-
-
-def test_neutral_values_pass(service):
-    for extreme in (
-        {"repetition_penalty": 5e-324}, {"repetition_penalty": 1e300}, {"temperature": 5e-324},
-        {"temperature": 1e300}, {"top_p": 5e-324}, {"threshold": -1e300},
-    ):  # fmt: skip
-        completion(service, prompt="a whale", max_tokens=3, **extreme)
-    completion(
-        service, prompt="a", max_tokens=1, frequency_penalty=0.0, presence_penalty=0, logit_bias={},
-        user="someone", suffix=None, best_of=1, logprobs=None, seed=None, stop=None, n=None,
-        stream=None, temperature=None, top_p=None, echo=None, model="small",
-    )  # fmt: skip
-    body = {
-        "messages": [{"role": "user", "content": "a"}], "max_tokens": 1, "tools": [],
-        "tool_choice": "none", "response_format": {"type": "text"}, "metadata": {"a": "b"},
-        "store": False, "service_tier": "auto", "modalities": ["text"], "verbosity": "medium",
-        "parallel_tool_calls": True,
-    }  # fmt: skip
-    assert post(service, "/v1/chat/completions", body).status_code == 200
-
-
-def test_other_requests_that_are_refused(service):
-    chat = "/v1/chat/completions"
-    user = {"role": "user", "content": "a"}
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-    wrong = [
-        ("/v1/completions", {"prompt": "a", "model": "other"}, 404, "model"),
-        (chat, {"messages": []}, 400, "messages"),
-        (chat, {}, 400, "messages"),
-        (chat, {"messages": [{"role": "tool", "content": "a"}]}, 400, "messages"),
-        (chat, {"messages": [user], "tools": [{"type": "function"}]}, 400, "tools"),
-        (chat, {"messages": [user], "top_logprobs": 2}, 400, "top_logprobs"),
-        (chat, {"messages": [user], "response_format": {"type": "json_object"}}, 400,
-         "response_format"),
-        (chat, {"messages": [{"role": "user", "content": [picture]}]}, 400, "messages"),
-        ("/looptx/exit", {"id": "cmpl-0", "threshold": 0.5}, 404, "id"),
-        ("/nowhere", {}, 404, None),
-    ]  # fmt: skip
-    for path, body, status, param in wrong:
-        answer = post(service, path, body)
-        assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), body
-
-    async def ask(client):
-        kind = {"content-type": "application/json"}
-        bodies = (b"", b"{", b"[1]", b"[" * 100_000, b'{"prompt": NaN}', b"\xff\xfe{}", b'"a"')
-        return [
-            (await client.post("/v1/completions", content=body, headers=kind)).status_code
-            for body in bodies
-        ] + [(await client.get("/v1/completions")).status_code]
-
-    assert run(service, ask) == [400] * 7 + [405]
-
-
 def test_tokens_there_and_back(service):
     found = post(service, "/tokenize", {"prompt": "Call me"}).json()
     assert found["count"] == len(found["tokens"]) and found["max_model_len"] == CONFIG.max_seq_len
     back = post(service, "/detokenize", {"tokens": found["tokens"]}).json()
     assert back == {"prompt": "Call me"}
-
-
-def test_what_a_client_that_left_held_is_free_at_once(engine):
-    body = {"prompt": "a", "max_tokens": 500, "n": 3, **GREEDY}
-
-    async def ask(client):
-        for stream in (False, True):
-            task = asyncio.ensure_future(
-                client.post("/v1/completions", json=body | {"stream": stream})
-            )
-            await until(lambda: service.worker.load[0] == 3)
-            task.cancel()
-            await until(lambda: service.worker.load[:2] == (0, 0) and service.idle)
-        return (await client.get("/metrics")).text
-
-    with service_of(engine) as service:
-        metrics = run(service, ask)
-        assert len(service.worker._scheduler.batch) == 0 and not service.worker._jobs
-    assert "looptx_request_failure_total 6.0" in metrics
-
-
-def test_the_queue_the_clock_and_the_end(engine):
-    body = {"prompt": "a", "max_tokens": 500, **GREEDY}
-
-    async def full(client):
-        first = asyncio.ensure_future(client.post("/v1/completions", json=body | {"n": 2}))
-        await until(lambda: service.worker.load[:2] == (1, 1))
-        refused = await client.post("/v1/completions", json=body)
-        assert refused.status_code == 429 and refused.headers["retry-after"]
-        service.draining = True
-        assert (await client.get("/health")).status_code == 503
-        assert (await client.post("/v1/completions", json=body)).status_code == 503
-        service.cut()
-        return await first
-
-    with service_of(engine, max_batch=1, max_queue=1) as service:
-        assert run(service, full).status_code == 503
-
-    async def cut(client):
-        task = asyncio.ensure_future(client.post("/v1/completions", json=body | {"stream": True}))
-        await until(lambda: service.metrics.generated._value.get() > 3)
-        service.cut()
-        return events((await task).text)
-
-    with service_of(engine) as service:
-        *_, last = run(service, cut)
-        assert last["choices"][0]["finish_reason"] == "abort"
-
-    with service_of(engine, request_timeout=0.05) as service:
-        late = post(service, "/v1/completions", body)
-        assert late.status_code == 408 and late.headers["x-should-retry"] == "false"
-        stream = post(service, "/v1/completions", body | {"stream": True})
-        assert '"request_timeout"' in stream.text and "[DONE]" not in stream.text
-
-
-def test_a_turn_that_fails_ends_its_requests_and_no_others(engine, monkeypatch):
-    with service_of(engine) as service:
-        broken = [True]
-        step = (
-            type(service.worker._scheduler).step if hasattr(service.worker, "_scheduler") else None
-        )
-
-        def fail(self):
-            if broken:
-                broken.clear()
-                raise RuntimeError("out of memory")
-            return step(self)
-
-        from looptx_core.generation.scheduler import Scheduler
-
-        step = Scheduler.step
-        monkeypatch.setattr(Scheduler, "step", fail)
-        answer = post(service, "/v1/completions", {"prompt": "a", "max_tokens": 2})
-        assert answer.status_code == 500 and "memory" not in answer.text
-        completion(service, prompt="a", max_tokens=2)
 
 
 def test_a_threshold_that_moves_while_it_is_written(engine):
@@ -357,66 +159,23 @@ def test_a_threshold_that_moves_while_it_is_written(engine):
         pieces = events((await task).text)
         return [piece["choices"][0]["looptx"]["loops"][0] for piece in pieces]
 
+    async def fixed(client):
+        found = []
+        for own in ({"loops": 2}, {"speculate": 2}):
+            own = {"prompt": "a", "max_tokens": 400, "stream": True, **GREEDY, **own}
+            task = asyncio.ensure_future(client.post("/v1/completions", json=own))
+            await until(lambda: service._exchanges)
+            [exchange] = service._exchanges
+            change = {"id": exchange.name, "threshold": 0.0}
+            found.append((await client.post("/looptx/exit", json=change)).status_code)
+            service.cut()
+            await task
+        return found
+
     with service_of(engine) as service:
         loops = run(service, ask)
+        assert run(service, fixed) == [409, 409]
     assert loops[:4] == [4] * 4 and loops[-1] == 1
-
-
-def test_keys_hosts_origins_and_sizes(engine, monkeypatch):
-    from looptx_core.serving import guard
-
-    async def ask(client):
-        async def get(path="/v1/models", **headers):
-            return (await client.get(path, headers=headers)).status_code
-
-        found = [
-            await get(), await get(authorization="Bearer wrong"),
-            await get(authorization="Bearer secret"), await get("/health"), await get("/"),
-            await get("/metrics"), await get("/health", host="evil.example"),
-            await get("/health", host="localhost:80"), await get("/health", host="[::1]:8000"),
-            await get("/health", origin="http://evil.example"),
-            await get("/health", origin="http://127.0.0.1"), await get("/health", host="["),
-        ]  # fmt: skip
-        monkeypatch.setattr(guard, "MOST_BYTES", 1000)
-        key = {"authorization": "Bearer secret"}
-
-        async def pieces():
-            for _ in range(20):
-                yield b" " * 100
-
-        long = await client.post("/v1/completions", content=b" " * 1001, headers=key)
-        chunked = await client.post("/v1/completions", content=pieces(), headers=key)
-        return found, [long.status_code, chunked.status_code]
-
-    with service_of(engine, api_key="secret") as service:
-        statuses, sizes = run(service, ask)
-    assert statuses == [401, 401, 200, 200, 200, 401, 403, 200, 200, 403, 200, 403]
-    assert sizes == [413, 413]
-
-
-def test_settings_that_are_refused(engine, monkeypatch):
-    from looptx_core.serving import service as module
-    from looptx_core.serving.run import listen
-
-    for wrong in (
-        {"host": "0.0.0.0"}, {"host": ""}, {"api_key": "a b"}, {"api_key": ""}, {"port": -1},
-        {"port": 70000}, {"max_batch": 0}, {"max_queue": -1}, {"request_timeout": 0},
-        {"drain_seconds": -1.0}, {"max_context": 0},
-    ):  # fmt: skip
-        with pytest.raises(UsageError):
-            ServeConfig(**wrong)
-    ServeConfig(host="0.0.0.0", api_key="secret")
-    with pytest.raises(UsageError, match=r"max_context.*512"):
-        module.Service(engine, ServeConfig(max_context=513), chats=True)
-    monkeypatch.setattr(module, "free_ram", lambda: 1 << 20)
-    with pytest.raises(UsageError, match=r"max_batch.*GiB.*at most \d+"):
-        module.Service(engine, ServeConfig(max_batch=1000), chats=True)
-    with listen("127.0.0.1", 0) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(LooptxError, match="something else listens"):
-            listen("127.0.0.1", port)
-    with pytest.raises(LooptxError):
-        listen("no.such.host.invalid", 0)
 
 
 def test_no_prompt_is_logged(service, caplog):
@@ -424,6 +183,25 @@ def test_no_prompt_is_logged(service, caplog):
         completion(service, prompt="a secret whale", max_tokens=2)
         post(service, "/v1/completions", {"prompt": "a secret whale", "n": 0})
     assert "whale" not in caplog.text
+
+
+def test_a_model_that_draws_answers_with_text(engine, monkeypatch):
+    """A prompt that would begin a picture is refused, and no answer begins one."""
+    body = {"prompt": "Call me", "max_tokens": 12, **GREEDY}
+    options = GenerationOptions(max_new_tokens=12, **GREEDY)
+    [plain] = engine.complete([body["prompt"]], options)
+    opens = plain.tokens[0].id
+    writer = Writer()
+    writer.opens, writer.first_code, writer.codes = opens, 279, 1
+    monkeypatch.setattr(engine, "writers", {"image": writer})
+    with service_of(engine) as service:
+        for ids in ([opens, 30], [30, 279]):
+            answer = post(service, "/v1/completions", {"prompt": ids})
+            assert answer.status_code == 400 and "pictures" in answer.text
+        for own in ({}, {"temperature": 1.0}, {"speculate": 3}):
+            [choice] = completion(service, **{**body, "logprobs": 1, **own})["choices"]
+            assert len(choice["looptx"]["loops"]) == 12
+            assert TokenTexts(engine.tokenizer).text(opens) not in choice["logprobs"]["tokens"]
 
 
 def test_a_picture_as_a_data_url(cat):
@@ -434,14 +212,16 @@ def test_a_picture_as_a_data_url(cat):
     raw = base64.b64encode(cat.read_bytes()).decode()
     with service_of(model.engine, chats=False) as service:
 
-        def ask(url):
-            part = {"type": "image_url", "image_url": {"url": url}}
+        def ask(url, **more):
+            part = {"type": "image_url", "image_url": {"url": url, **more}}
             body = {"messages": [{"role": "user", "content": [part]}], "temperature": 0}
             return post(service, "/v1/chat/completions", body | {"max_tokens": 4})
 
         found = ask(f"data:image/png;base64,{raw}").json()
         other = ask("http://example.org/cat.png")
         damaged = ask("data:image/png;base64,AAAA")
+        small = ask("data:image/png;base64,AAAA", detail="low")
+        odd = ask("data:image/png;base64,AAAA", size=3)
     item = MEDIA["image"].read(cat, model.engine.model.config)
     [alone] = model.engine.complete(
         [MediaPrompt("", (item,))], GenerationOptions(temperature=0, max_new_tokens=4)
@@ -449,3 +229,5 @@ def test_a_picture_as_a_data_url(cat):
     assert found["choices"][0]["message"]["content"] == alone.text
     assert (other.status_code, damaged.status_code) == (400, 400)
     assert "data URL" in other.text
+    assert (small.status_code, odd.status_code) == (400, 400)
+    assert "detail" in small.text and "size" in odd.text

@@ -24,7 +24,8 @@ class ServeConfig:
     max_queue: int = 128
     """Requests that may wait; one more is refused."""
     max_context: int | None = None
-    """Tokens of a request, its prompt included; absent: the model's own context."""
+    """Tokens of a request, its prompt included; absent: the model's own context. A model with a
+    memory has no longest one, and takes any number here."""
     request_timeout: float = 600.0
     """Seconds after which a request is ended."""
     drain_seconds: float = 30.0

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from looptx_core.backends.select import select_backend
 from looptx_core.config.generation import ExitSettings, GenerationOptions
-from looptx_core.data.chat import ChatTemplate, chat_prompt
-from looptx_core.data.content import content_ids
+from looptx_core.data.chat import ChatTemplate
 from looptx_core.data.tokenizer import check_ids, end_id, opening_ids, vocabulary_size
 from looptx_core.errors import UsageError
+from looptx_core.generation.encoding import PromptEncoder
 from looptx_core.generation.guidance import Unprompted
+from looptx_core.generation.prompts import check_placeholders
 from looptx_core.generation.request import (
     ChatPrompt,
     ForcedScores,
@@ -41,8 +42,7 @@ from looptx_core.generation.running_batch import RunningBatch, WorkCounters
 from looptx_core.generation.sampling import check
 from looptx_core.generation.scheduler import Scheduler, serve
 from looptx_core.generation.text import TextStream
-from looptx_core.media.base import Writer
-from looptx_core.media.registry import MEDIA, writers
+from looptx_core.media.registry import writers
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer
@@ -97,9 +97,11 @@ class Engine:
         self.batch_size = batch_size
         self.end = end_id(tokenizer, ends)
         self.known = vocabulary_size(tokenizer)
-        self.chat_template = chat_template
         self.ends, self.opening = tuple(ends), opening_ids(tokenizer)
         self.writers = writers(model.config)
+        self.encoder = PromptEncoder(
+            model.config, tokenizer, self.end, model.encoders(), chat_template
+        )
         with evaluation_mode(model):  # a back end may copy the model
             self.backend, self.kernel = select_backend(model, kernel, precision)
         self.counters = WorkCounters()
@@ -284,52 +286,36 @@ class Engine:
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(list(prompt))
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt, with the placeholders of its items."""
-        if isinstance(prompt, MediaPrompt | ChatPrompt):
-            return self._encode_media(prompt)
-        if isinstance(prompt, TokenPrompt):
-            return list(prompt.ids)
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
-            prompt = [*self.opening, *ids]
-        # In training, a document follows the end token of the one before.
-        return list(prompt) or [self.end]
+        """The ids of a prompt, with the placeholders of its items; see `PromptEncoder`."""
+        return self.encoder.encode(prompt)
 
-    def _encode_media(self, prompt: MediaPrompt | ChatPrompt) -> list[int]:
-        for medium in (MEDIA[item.medium] for item in prompt.media):
-            if medium.name not in self.model.encoders():
-                raise UsageError(
-                    f"this model reads no {medium.plural}; use one that was trained on some"
-                )
-        config = self.model.config
-        if isinstance(prompt, ChatPrompt):
-            if self.chat_template is not None:
-                return self.chat_template.prompt(prompt.messages, self.tokenizer)
-            return chat_prompt(prompt.messages, self.tokenizer, prompt.media, config)
-        # Records begin with this token in training too.
-        ids = [self.end, *content_ids(prompt.text, self.tokenizer, prompt.media, config)]
-        return ids if prompt.write is None else [*ids, self._writer(prompt.write).opens]
-
-    def _writer(self, name: str) -> Writer:
-        if name not in self.writers:
-            raise UsageError(
-                f"this model writes no {MEDIA[name].plural}; use one that was trained to"
-            )
-        return self.writers[name]
-
-    def request(self, index: int, prompt: Prompt, options: GenerationOptions) -> Request:
+    def request(
+        self,
+        index: int,
+        prompt: Prompt,
+        options: GenerationOptions,
+        *,
+        where: str = "",
+        is_read: bool = False,
+    ) -> Request:
         """A request for a `Scheduler`. Its steps bear the index.
 
+        where: what errors call the prompt; by default its number. is_read: a cache holds the
+        prompt already, so that its items are not needed any more.
+
         Raises `UsageError` for settings out of range and for a prompt that fills the context,
-        `DataError` for token ids that the model does not have.
+        `DataError` for token ids that the model does not have and for placeholders without items.
         """
         check(options)
-        config, tokens = self.model.config, self.encode(prompt)
-        check_ids(tokens, config.vocab_size, f"prompt {index + 1}")
+        config, read = self.model.config, self.encoder.read(prompt)
+        tokens, where = list(read.ids), where or f"prompt {index + 1}"
+        check_ids(tokens, config.vocab_size, where)
+        if not is_read:
+            check_placeholders(tokens, read.media, config, where)
         most = config.context_limit
         if most is not None and len(tokens) >= most:
             raise UsageError(
-                f"prompt {index + 1} has {len(tokens)} tokens and the model's context holds "
+                f"{where} has {len(tokens)} tokens and the model's context holds "
                 f"{most}, new tokens included; shorten the prompt"
             )
         own = resolve_exit(self.exit_settings, options, config)
@@ -348,15 +334,12 @@ class Engine:
             prompt_exit=prompt_exit,
             unprompted=Unprompted.of(self.backend, empty, options, own, prompt_exit),
             prompt_tokens=len(tokens),
-            # An answer in a chat does not continue the prompt's text.
-            text=TextStream(
-                self.tokenizer, options.stop, () if isinstance(prompt, ChatPrompt) else tokens
-            ),
+            text=TextStream(self.tokenizer, options.stop, () if read.is_chat else tokens),
             seen=tokens,
             limit=limit if most is None else min(limit, most),
             ends=frozenset(self.ends or (self.end,)),
             known=self.known,
-            media=getattr(prompt, "media", ()),
+            media=read.media,
             writers=self.writers,
             generator=torch.Generator().manual_seed(options.seed),
         )

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from looptx_core.config.model import ModelConfig
+from looptx_core.errors import DataError
 from looptx_core.media.batch import MediaItem
-from looptx_core.media.registry import MEDIA
+from looptx_core.media.registry import MEDIA, media_for
 
 PREFILL_CHUNK = 128
 """Tokens of a piece. A piece that would end within an item of a medium goes on to the item's end,
@@ -53,3 +54,23 @@ def split_prompt(
         pieces.append(PromptChunk(start, end, tuple(here)))
         start = end
     return pieces
+
+
+def check_placeholders(
+    tokens: Sequence[int], items: Sequence[MediaItem], config: ModelConfig, where: str
+) -> None:
+    """Raise `DataError` for a prompt with more or fewer placeholders than its items take.
+
+    Prompts share passes, and a pass counts the placeholders of all of them: a prompt with a wrong
+    number would harm the others.
+    """
+    for medium in media_for(config):
+        token = medium.token(config)
+        places = sum(found == token for found in tokens)
+        needed = sum(item.length for item in items if item.medium == medium.name)
+        if places != needed:
+            raise DataError(
+                f"{where} has the token {token} of {medium.plural} {places} times, and the "
+                f"{medium.plural} that came with it take {needed}; leave the token out, or give "
+                "the items that belong to it"
+            )

@@ -50,6 +50,8 @@ class TokenPrompt:
 
     ids: tuple[int, ...]
     media: tuple[MediaItem, ...] = ()
+    is_chat: bool = False
+    """Whether what follows is an answer, which does not continue the prompt's text."""
 
 
 Prompt = str | Sequence[int] | MediaPrompt | ChatPrompt | TokenPrompt
@@ -198,6 +200,8 @@ class Request:
     """The writers of the media that the model writes."""
     unprompted: Unprompted | None = None
     """With guidance: what writes the same item after no prompt."""
+    barred: Sequence[int] = ()
+    """Ids that are never drawn."""
     forced_tokens: Sequence[int] = ()
     """Tokens to take instead of drawing any."""
     likeliest: list[int] = field(default_factory=list)
@@ -240,7 +244,8 @@ class Request:
                 logits = without + self.options.guidance * (logits - without)
             return item.restrict(logits), torch.zeros(0, dtype=torch.long, device=logits.device)
         text = [token for token in seen if token < self.known]
-        return logits[: self.known], torch.tensor(text, device=logits.device)
+        possible = _without([self], logits[None])[0]
+        return possible[: self.known], torch.tensor(text, device=logits.device)
 
     def take(self, token: int) -> tuple[str, Output | None, str | None]:
         """Append a token: returns its text, the item that it finishes, and the finish reason.
@@ -266,9 +271,18 @@ class Request:
 def next_tokens(requests: Sequence[Request], output: StepOutput) -> list[Step]:
     """Draw each request's next token from its row of `output`, and record it."""
     logits = at_least_float(output.logits)
-    best = logits[:, : requests[0].known].argmax(-1).tolist()
+    best = _without(requests, logits)[:, : requests[0].known].argmax(-1).tolist()
     ids = [request.sample(*given) for request, *given in zip(requests, logits, best)]
     return record(requests, ids, output)
+
+
+def _without(requests: Sequence[Request], logits: Tensor) -> Tensor:
+    """Each request's logits, (rows, vocab_size), with minus infinity for what it never draws."""
+    barred = [(row, token) for row, request in enumerate(requests) for token in request.barred]
+    if not barred:
+        return logits
+    rows, tokens = torch.tensor(barred, device=logits.device).unbind(1)
+    return logits.index_put((rows, tokens), logits.new_tensor(float("-inf")))
 
 
 def record(requests: Sequence[Request], ids: Sequence[int], output: StepOutput) -> list[Step]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,11 @@ class Scheduler:
     def running(self) -> int:
         """The requests that have a row."""
         return len(self._owners)
+
+    @property
+    def waiting(self) -> Sequence[Request]:
+        """The requests that have no row yet: nothing was done for them."""
+        return self._waiting
 
     @property
     def tokens(self) -> int:

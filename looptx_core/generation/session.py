@@ -68,7 +68,7 @@ class Session:
             )
         own = replace(self.options, **options)  # type: ignore[arg-type]
         own = replace(own, max_new_tokens=min(own.max_new_tokens, self.room - len(ids)))
-        request = self.engine.request(0, [*self.ids, *ids], own)
+        request = self.engine.request(0, [*self.ids, *ids], own, is_read=True)
         settings = request.exit.settings
         if request.exit.max_loops > self.cache.loops or (
             (settings.kv_policy, settings.kv_type) != (self.cache.policy, self.cache.kind)

@@ -40,7 +40,20 @@ class TextStream:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        beginnings = (stop[:n] for stop in self._stop for n in range(1, len(stop)))
-        held = max((len(part) for part in beginnings if text.endswith(part)), default=0)
+        held = max((overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
+
+
+def overlap(text: str, stop: str) -> int:
+    """How many characters at the end of a text may begin a stop string.
+
+    This runs for each token, and a stop string may be far longer than the text: only the places of
+    its first character in the text are tried.
+    """
+    place = max(0, len(text) - len(stop) + 1)
+    while (place := text.find(stop[0], place)) >= 0:
+        if stop.startswith(text[place:]):
+            return len(text) - place
+        place += 1
+    return 0

@@ -10,13 +10,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from looptx_core import __version__
-from looptx_core.generation.request import Step
+from looptx_core.generation.request import Step, TokenPrompt
 from looptx_core.media.registry import media_for
 from looptx_core.serving import answers, errors, fields
 from looptx_core.serving.answers import Answer, Chat, Completion, TokenTexts
@@ -30,7 +29,7 @@ from looptx_core.serving.worker import Job
 _CLIENT_LEFT = 499
 _ERROR = {"description": "An error, as OpenAI gives it.", "content": {"application/json": {}}}
 _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(
-    (400, 401, 403, 404, 408, 413, 429, 500, 503), _ERROR
+    (400, 401, 403, 404, 408, 409, 413, 429, 500, 503), _ERROR
 )
 
 _FIGURES: dict[int | str, dict[str, Any]] = {
@@ -106,15 +105,16 @@ class Endpoints:
 
     async def tokenize(self, asked: fields.TokenizeAsked) -> JSONResponse:
         fields.check_model(asked.model, self.name)
-        ids = self.texts.tokenizer.encode(asked.prompt, add_special_tokens=False).ids
-        ids = [*self.engine.opening, *ids] if asked.add_special_tokens else ids
+        reader, opened = self.service.reader, bool(asked.add_special_tokens)
+        ids = await self.service.read(0, lambda: reader.tokenize(asked.prompt, opened))
         return JSONResponse(
             {"count": len(ids), "max_model_len": self.service.context, "tokens": ids}
         )
 
     async def detokenize(self, asked: fields.DetokenizeAsked) -> JSONResponse:
         fields.check_model(asked.model, self.name)
-        text = self.texts.tokenizer.decode(asked.tokens, skip_special_tokens=False)
+        reader = self.service.reader
+        text = await self.service.read(0, lambda: reader.detokenize(asked.tokens))
         return JSONResponse({"prompt": text})
 
     async def change_exit(self, asked: fields.ExitAsked) -> JSONResponse:
@@ -122,6 +122,11 @@ class Endpoints:
         exchange = self.service.find(asked.id)
         if exchange is None:
             raise ApiError(404, "no such answer is being written", "id")
+        if any(job.options.speculate or job.options.loops != "auto" for job in exchange.jobs):
+            raise ApiError(
+                409, "this answer has a fixed depth, so no threshold ends a token; write it again "
+                "without loops and speculate", "id"
+            )  # fmt: skip
         for job in exchange.jobs:
             job.options = replace(job.options, threshold=asked.threshold)
             self.service.worker.change_exit(job, job.options)
@@ -133,13 +138,25 @@ class Endpoints:
         most = 16 if asked.max_tokens is None else asked.max_tokens
         each = asked.options(self.config.max_loops, most)
         top, score = asked.logprobs or 0, bool(asked.echo) and asked.logprobs is not None
-        jobs = [Job(prompt, options, top, score) for prompt in prompts for options in each]
+        names = [f"prompt {number + 1}" for number in range(len(prompts))]
+        names = names if len(names) > 1 else ["the prompt"]
+        read = await self.service.read(
+            len(prompts) * len(each), lambda: list(map(self.service.reader.read, prompts, names))
+        )
+        jobs = [
+            Job(prompt, options, top, score, name)
+            for prompt, name in zip(read, names)
+            for options in each
+        ]
         texts = None if asked.logprobs is None else self.texts
         answer = Completion(self.name, texts, asked.logprobs)
         exchange = await self._open(jobs, answer)
 
-        def prompt_text(job: Job) -> str:
-            return job.prompt if isinstance(job.prompt, str) else self._decode(job)
+        def prompt_text(index: int) -> str:
+            prompt = prompts[index // len(each)]
+            if isinstance(prompt, str):
+                return prompt
+            return self.texts.tokenizer.decode(prompt, skip_special_tokens=False)
 
         def ids(job: Job) -> list[int]:
             return job.request.seen[: job.prompt_tokens] if job.request else []
@@ -151,7 +168,7 @@ class Endpoints:
             heads = None
             if asked.echo:
                 heads = lambda index: answer.prompt_piece(  # noqa: E731
-                    index, prompt_text(jobs[index]), ids(jobs[index]), scores(jobs[index])
+                    index, prompt_text(index), ids(jobs[index]), scores(jobs[index])
                 )
             stream = Stream(exchange, answer, asked, most == 0, heads)
             return stream.response()
@@ -163,7 +180,7 @@ class Endpoints:
             steps = steps if most else []
             text = "".join(step.text for step in steps)
             if asked.echo:
-                whole = prompt_text(job) + text
+                whole = prompt_text(index) + text
                 choices.append(answer.echoed(index, steps, whole, ids(job), scores(job)))
             else:
                 choices.append(answer.choice(index, steps, text))
@@ -172,16 +189,14 @@ class Endpoints:
 
     async def chat(self, asked: fields.ChatAsked, request: Request) -> Response:
         fields.check_model(asked.model, self.name)
-        if asked.top_logprobs and not asked.logprobs:
-            raise errors.bad_field("top_logprobs", "top_logprobs needs logprobs; set it to true")
         most = self.service.context if asked.most_tokens is None else asked.most_tokens
         each = asked.options(self.config.max_loops, most)
-        try:
-            prompt = await run_in_threadpool(
-                chat_prompt, asked.messages, self.engine, self.service.chats
-            )
-        except Exception as error:  # of a decoder of media
-            raise errors.of(error) from error
+
+        def read() -> TokenPrompt:
+            prompt = chat_prompt(asked.messages, self.engine, self.service.chats)
+            return self.service.reader.read(prompt)
+
+        prompt = await self.service.read(len(each), read)
         top = asked.top_logprobs or 0
         jobs = [Job(prompt, options, top) for options in each]
         answer = Chat(self.name, self.texts if asked.logprobs else None, top)
@@ -206,10 +221,6 @@ class Endpoints:
             exchange.close()
             raise
         return exchange
-
-    def _decode(self, job: Job) -> str:
-        assert not isinstance(job.prompt, str) and isinstance(job.prompt, list)
-        return self.texts.tokenizer.decode(job.prompt, skip_special_tokens=False)
 
     def _facts(self) -> dict[str, Any]:
         settings = self.engine.exit_settings

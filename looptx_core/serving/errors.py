@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from looptx_core.errors import DataError, UsageError
+from looptx_core.errors import DataError, MissingError, UsageError
 
+log = logging.getLogger(__name__)
 _KINDS = {
     401: "authentication_error",
     403: "permission_error",
@@ -63,11 +65,13 @@ def too_late(seconds: float) -> ApiError:
 
 
 def of(error: Exception) -> ApiError:
-    """What a client is told of an error of the engine's: bad input with its reason, else little."""
+    """What a client is told of an error of the engine's: bad input with its reason, else little,
+    and the log has the rest."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, UsageError | DataError):
+    if isinstance(error, UsageError | DataError | MissingError):
         named = re.search(r"`(\w+)`", str(error))
         message = re.sub(r"`(\w+)`", r"\1", str(error))
         return ApiError(400, message, named[1] if named else None)
+    log.error("a request failed", exc_info=error)
     return ApiError(500, "the server failed at this request; its log says why", headers=_NO_RETRY)

@@ -20,6 +20,8 @@ from looptx_core.serving.errors import ApiError, bad_field
 
 MOST_CHOICES = 128
 MOST_SEED = 2**63 - 1
+MOST_STOP = 256
+"""Characters of a stop string, which is looked for after every token."""
 
 
 class Neutral:
@@ -48,6 +50,7 @@ def _whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
+Stop = Annotated[Text, Field(max_length=MOST_STOP)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -70,7 +73,7 @@ class Asked(Strict):
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = 1
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     seed: Annotated[int, Field(ge=0, le=MOST_SEED)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
@@ -93,23 +96,45 @@ class Asked(Strict):
     user: Any = None
     """Passes: it names who asks, and changes no answer."""
 
+    def check(self) -> None:
+        """Raise `ApiError` for fields that others leave without effect."""
+        fixed = "speculate" if self.speculate else "loops"
+        if self.speculate or self.loops not in (None, "auto"):
+            without = ["exit", "threshold", "min_loops"]
+            # The deepest loop is the full depth of drafts where `loops` gives none.
+            without += ["max_loops"] if self.loops not in (None, "auto") else []
+            for name in without:
+                if getattr(self, name) is not None:
+                    raise bad_field(
+                        name, f"{name} has no effect beside {fixed}, which fixes the depth; "
+                        "leave one of them out"
+                    )  # fmt: skip
+        if self.reasoning_effort is not None and (
+            self.loops not in (None, "auto") or self.max_loops is not None
+        ):
+            raise bad_field(
+                "reasoning_effort",
+                "reasoning_effort sets the most loops; leave out loops and max_loops",
+            )
+        if self.stream_options is not None and not self.stream:
+            raise bad_field("stream_options", "stream_options needs stream; set it to true")
+
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def options(self, deepest: int, most: int) -> list[GenerationOptions]:
-        """The options of each choice. deepest: the model's loops. most: tokens to generate."""
+        """The options of each choice. deepest: the model's loops. most: tokens to generate.
+
+        Raises `ApiError` as `check` does.
+        """
+        self.check()
         given = {field.name for field in dataclass_fields(GenerationOptions)} - {"seed"}
         values = {name: getattr(self, name) for name in given & type(self).model_fields.keys()}
         values = {name: value for name, value in values.items() if value is not None}
         values |= {"stop": self.stops, "max_new_tokens": max(1, most)}
         values["temperature"] = 1.0 if self.temperature is None else self.temperature
         if self.reasoning_effort is not None:
-            if self.loops not in (None, "auto") or self.max_loops is not None:
-                raise bad_field(
-                    "reasoning_effort",
-                    "reasoning_effort sets the most loops; leave out loops and max_loops",
-                )
             values["max_loops"] = effort(self.reasoning_effort, deepest)
             if self.min_loops is not None:
                 values["min_loops"] = min(self.min_loops, values["max_loops"])
@@ -183,10 +208,19 @@ class ChatAsked(Asked):
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
 
+    def check(self) -> None:
+        super().check()
+        given = {self.max_completion_tokens, self.max_tokens} - {None}
+        if len(given) > 1:
+            raise bad_field(
+                "max_tokens", "max_tokens and max_completion_tokens differ; leave one of them out"
+            )
+        if self.top_logprobs and not self.logprobs:
+            raise bad_field("top_logprobs", "top_logprobs needs logprobs; set it to true")
+
     @property
     def most_tokens(self) -> int | None:
-        given = [n for n in (self.max_completion_tokens, self.max_tokens) if n is not None]
-        return min(given, default=None)
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 class TokenizeAsked(Strict):

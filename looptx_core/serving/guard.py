@@ -48,7 +48,7 @@ class Guard:
         if self.config.is_local and not is_loopback(_name(host)):
             raise ApiError(403, "this server answers to localhost only; use its own address")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _address(origin) != host:
             raise ApiError(403, "pages of other origins may not use this server")
         if self.config.api_key is None or path in OPEN_PATHS:
             return
@@ -67,6 +67,14 @@ def _name(host: str) -> str:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
+
+
+def _address(origin: str) -> str:
+    """The host and port of an Origin header. Raises `ApiError` for what is no address."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError as error:
+        raise ApiError(400, "the header Origin is no address; leave it out") from error
 
 
 async def _read(headers: Headers, receive: Receive) -> bytes | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from looptx_core.documents import has_half
@@ -60,6 +60,7 @@ def _content(number: int, message: Message, engine: Engine) -> tuple[str, tuple[
         where = f"message {number + 1}, part {place + 1}"
         kind = part.get("type")
         if kind == "text":
+            _check_keys(part, ("type", "text"), where)
             text = part.get("text")
             if not isinstance(text, str) or has_half(text):
                 raise bad_field("messages", f"{where}: text must be a string of Unicode")
@@ -69,6 +70,7 @@ def _content(number: int, message: Message, engine: Engine) -> tuple[str, tuple[
         if medium is None or medium.name not in engine.model.encoders():
             told = f"this model reads no {medium.plural}" if medium else f"unknown type {kind!r}"
             raise bad_field("messages", f"{where}: {told[:80]}")
+        _check_keys(part, ("type", medium.part), where)
         raw = _bytes(part.get(medium.part), where)
         items.append(medium.read(raw, engine.model.config, where))
         texts.append(medium.marker)
@@ -79,8 +81,13 @@ def _bytes(value: Any, where: str) -> bytes:
     """What a part holds: `url` with a data URL, or `data` in base 64."""
     if not isinstance(value, Mapping):
         raise bad_field("messages", f"{where}: expected an object with url or data")
+    url = value.get("url")
+    # Clients always send the format of a recording; its first bytes tell it as well.
+    _check_keys(value, ("data", "format") if url is None else ("url", "detail"), where)
+    if value.get("detail") not in (None, "auto"):
+        raise bad_field("messages", f"{where}: detail is not supported here; leave it out")
     text = value.get("data")
-    if (url := value.get("url")) is not None:
+    if url is not None:
         head, comma, text = str(url).partition(",")
         if not (head.startswith("data:") and head.endswith(";base64") and comma):
             raise bad_field(
@@ -90,3 +97,10 @@ def _bytes(value: Any, where: str) -> bytes:
         return base64.b64decode(str(text), validate=True)
     except (binascii.Error, ValueError) as error:
         raise bad_field("messages", f"{where}: not in base 64") from error
+
+
+def _check_keys(found: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in found:
+        if key not in known:
+            told = ", ".join(known)
+            raise bad_field("messages", f"{where}: unknown key {key[:40]!r}; known are {told}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TypeVar
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.serving import ServeConfig
@@ -14,8 +15,10 @@ from looptx_core.generation.request import Step
 from looptx_core.machine.facts import free_ram
 from looptx_core.serving import errors
 from looptx_core.serving.metrics import Metrics
+from looptx_core.serving.reader import PromptReader
 from looptx_core.serving.worker import Event, Failed, Job, Worker
 
+T = TypeVar("T")
 _SPARE = 0.9
 """The share of the free memory that a cache may take."""
 
@@ -125,17 +128,18 @@ class Service:
         self.engine, self.config, self.chats = engine, config, chats
         self.context = _context(config, engine.model.config)
         self.cache_bytes = _check_cache(engine, config.max_batch, self.context)
+        self.reader = PromptReader(engine, self.context)
         self.draining = False
         self.created = int(time.time())
         self.worker = Worker(engine, config.max_batch, self.context, self._deliver)
         self.metrics = Metrics(self.worker, engine.model.config.max_loops)
-        self._jobs = 0
+        self._jobs = self._being_read = 0
         self._exchanges: set[Exchange] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def idle(self) -> bool:
-        return not self._exchanges
+        return not (self._exchanges or self._being_read)
 
     def start(self) -> None:
         self.worker.start()
@@ -144,17 +148,37 @@ class Service:
         """End all requests and the worker."""
         self.draining = True
         self.worker.stop()
+        self.reader.close()
 
     def find(self, name: str) -> Exchange | None:
         """The exchange of this name, if it has not ended."""
         return next((own for own in self._exchanges if own.name == name), None)
 
-    def open(self, jobs: Sequence[Job], name: str = "") -> Exchange:
-        """Submit the jobs of one HTTP request. Raises `ApiError` where there is no room."""
-        if self.draining:
+    async def read(self, jobs: int, work: Callable[[], T]) -> T:
+        """What `work` makes of the prompts of one HTTP request, in a thread of the reader's.
+
+        jobs: how many will be opened. Their places are taken from now on. Raises `ApiError` where
+        there is no room, and for what `work` raises.
+        """
+        if self.draining or not self.worker.alive:
             raise errors.ending()
-        if self._jobs + len(jobs) > self.config.max_batch + self.config.max_queue:
+        room = self.config.max_batch + self.config.max_queue
+        if jobs > room:
+            raise errors.bad_field(
+                "n", f"this request has {jobs} choices, and the server holds {room}; ask for fewer"
+            )
+        if self._jobs + self._being_read + jobs > room:
             raise errors.full_queue(self.config.max_queue)
+        self._being_read += jobs
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.reader.pool, work)
+        except Exception as error:  # of a decoder of media, too
+            raise errors.of(error) from error
+        finally:
+            self._being_read -= jobs
+
+    def open(self, jobs: Sequence[Job], name: str = "") -> Exchange:
+        """Submit the jobs of one HTTP request, right after `read`, which has made room."""
         self._loop = asyncio.get_running_loop()
         exchange = Exchange(self, jobs, name)
         self._exchanges.add(exchange)
@@ -186,11 +210,14 @@ def _hand_out(events: Sequence[tuple[Job, Event]]) -> None:
 
 
 def _context(config: ServeConfig, model: ModelConfig) -> int:
+    """The tokens of a request: of a model that reads without end, those of its training if nothing
+    else is asked for, because each request's work has to end."""
+    most = model.context_limit
     if config.max_context is None:
         return model.max_seq_len
-    if config.max_context > model.max_seq_len:
+    if most is not None and config.max_context > most:
         raise UsageError(
-            f"`max_context` {config.max_context}: the model's context holds {model.max_seq_len}; "
+            f"`max_context` {config.max_context}: the model's context holds {most}; "
             "give that or less, or leave it out"
         )
     return config.max_context
@@ -200,16 +227,19 @@ def _check_cache(engine: Engine, rows: int, context: int) -> int:
     """The bytes of the cache."""
     own, model = engine.exit_settings, engine.model
     one = model.new_cache(1, 1, model.config.max_loops, own.kv_policy, own.kv_type)
-    needed = rows * context * one.bytes_per_token
+    # A memory has one size, a cache of keys and values grows by the token.
+    each = one.nbytes + (context - 1) * one.bytes_per_token
     free = _free_memory(engine)
-    if needed > _SPARE * free:
-        fits = int(_SPARE * free / (context * one.bytes_per_token))
-        way = f"at most {fits} of this context fit" if fits else "give a smaller `max_context`"
+    if rows * each > _SPARE * free:
+        fits = int(_SPARE * free / each)
+        way = f"at most {fits} fit"
+        if not fits:
+            way = "give a smaller `max_context`" if one.bytes_per_token else "free some memory"
         raise UsageError(
-            f"`max_batch` {rows} with a context of {context} needs {needed / 2**30:.1f} GiB for "
-            f"its cache, and {free / 2**30:.1f} GiB are free; {way}"
+            f"`max_batch` {rows} with a context of {context} needs {rows * each / 2**30:.1f} GiB "
+            f"for its cache, and {free / 2**30:.1f} GiB are free; {way}"
         )
-    return needed
+    return rows * each
 
 
 def _free_memory(engine: Engine) -> int:

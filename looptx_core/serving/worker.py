@@ -20,7 +20,7 @@ import torch
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.errors import LooptxError, UsageError
 from looptx_core.generation.engine import Engine
-from looptx_core.generation.request import Prompt, Request, Step
+from looptx_core.generation.request import Request, Step, TokenPrompt
 from looptx_core.generation.scheduler import Scheduler
 from looptx_core.stopping.resolve import resolve_exit
 
@@ -28,16 +28,20 @@ log = logging.getLogger(__name__)
 
 _PAUSE = 0.1
 """Seconds after an error, so that one that stays does not fill the log."""
+_MOST_FAILURES = 3
+"""Caches in a row that could not be allocated, before the worker gives up."""
 
 
 @dataclass(eq=False)
 class Job:
     """One text to be written."""
 
-    prompt: Prompt
+    prompt: TokenPrompt
     options: GenerationOptions
     top_logprobs: int = 0
     score_prompt: bool = False
+    where: str = "the prompt"
+    """What errors call it."""
     owner: Any = None
     """Of whoever submitted it; the worker does not look at it."""
     submitted: float = field(default_factory=time.perf_counter)
@@ -74,20 +78,21 @@ class Worker:
         self.engine, self.rows, self.context = engine, rows, context
         self._deliver = deliver
         self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        self._scheduler: Scheduler
+        self._scheduler: Scheduler | None = None
         self._jobs: dict[int, Job] = {}
         self._numbers = itertools.count()
-        self._ending = False
+        self._ending = self._broken = False
         self._thread = threading.Thread(target=self._run, name="looptx-engine", daemon=True)
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        """False before it starts, after its end, and once it finds no memory for a cache."""
+        return self._thread.is_alive() and not self._broken
 
     @property
     def load(self) -> tuple[int, int, float]:
         """(jobs that run, jobs that wait, the share of the cache that is filled)."""
-        scheduler = getattr(self, "_scheduler", None)
+        scheduler = self._scheduler
         if scheduler is None:
             return 0, 0, 0.0
         running = scheduler.running
@@ -98,7 +103,8 @@ class Worker:
 
     def stop(self) -> None:
         """End the thread, and all jobs without further events."""
-        self._commands.put(self._end)
+        self._ending = True
+        self._commands.put(lambda: None)  # wakes it
         self._thread.join()
 
     def submit(self, job: Job) -> None:
@@ -115,25 +121,49 @@ class Worker:
     # What follows runs in the thread.
 
     def _run(self) -> None:
-        while not self._ending:
+        failures = 0
+        while not self._ending and failures < _MOST_FAILURES:
+            failures += 1
             try:
                 with (
                     torch.inference_mode(),
                     self.engine.lasting(self.rows, self.context) as self._scheduler,
                 ):
-                    self._turns()
+                    failures = 0
+                    for job in self._jobs.values():
+                        assert job.request is not None
+                        self._scheduler.add(job.request)
+                    self._turns(self._scheduler)
             except Exception as error:  # of a turn: its jobs fail, and the server lives on
                 log.exception("a turn of the engine failed")
-                failed = [(job, Failed(error)) for job in self._jobs.values()]
-                self._jobs.clear()
-                self._deliver(failed)
+                self._fail(error)
                 time.sleep(_PAUSE)
+        if not self._ending:
+            log.error("the engine finds no memory for its cache and has given up")
+            self._broken = True
+            self._lose(list(self._jobs.values()), LooptxError("there is no memory for the cache"))
+        while not self._ending:
+            self._obey()  # every job fails, because there is no scheduler
 
-    def _turns(self) -> None:
+    def _fail(self, error: Exception) -> None:
+        """A turn failed: the jobs that ran end, those that wait go on."""
+        scheduler, self._scheduler = self._scheduler, None
+        if scheduler is not None:
+            ran = [job for job in self._jobs.values() if job.request not in scheduler.waiting]
+            # Its frames would hold the cache while the next one is allocated.
+            self._lose(ran, error.with_traceback(None))
+
+    def _lose(self, jobs: Sequence[Job], error: Exception) -> None:
+        for job in jobs:
+            assert job.request is not None
+            del self._jobs[job.request.index]
+        self._deliver([(job, Failed(error)) for job in jobs])
+
+    def _turns(self, scheduler: Scheduler) -> None:
         while not self._ending:
             self._obey()
             if self._jobs:
-                events = [(self._jobs[step.request], step) for step in self._scheduler.step()]
+                events = [(self._jobs[step.request], step) for step in scheduler.step()]
                 for step in (step for _, step in events if step.finish_reason is not None):
                     del self._jobs[step.request]
                 if events:
@@ -141,35 +171,35 @@ class Worker:
 
     def _obey(self) -> None:
         """Do what was asked since the last turn; wait for it where nothing else is to be done."""
-        try:
-            self._commands.get(block=not self._jobs)()
-            while True:
-                self._commands.get_nowait()()
-        except queue.Empty:
-            pass
+        wait = not self._jobs
+        while True:
+            try:
+                self._commands.get(block=wait)()
+            except queue.Empty:
+                return
+            except Exception:  # of one request: the others go on
+                log.exception("a command to the engine failed")
+            wait = False
 
     def _accept(self, job: Job) -> None:
         try:
             job.request = self._request(job)
         except Exception as error:  # whatever a prompt does to a tokenizer, others go on
-            if not isinstance(error, LooptxError):
-                log.exception("a prompt could not be read")
             self._deliver([(job, Failed(error))])
             return
         self._jobs[job.request.index] = job
-        self._scheduler.add(job.request)
+        if self._scheduler is not None:
+            self._scheduler.add(job.request)
         self._deliver([(job, Accepted())])
 
     def _request(self, job: Job) -> Request:
-        request = self.engine.request(next(self._numbers), job.prompt, job.options)
+        scheduler = self._scheduler
+        if scheduler is None:
+            raise LooptxError("there is no memory for the cache")
+        request = self.engine.request(next(self._numbers), job.prompt, job.options, where=job.where)
         job.prompt_tokens = len(request.seen)
-        if job.prompt_tokens >= self.context:
-            raise UsageError(
-                f"the prompt has {job.prompt_tokens} tokens and this server's context holds "
-                f"{self.context}, new tokens included; shorten the prompt"
-            )
         request.limit = min(request.limit, self.context)
-        cache = self._scheduler.batch.cache
+        cache = scheduler.batch.cache
         deepest = max(request.exit.max_loops, request.prompt_exit.max_loops)
         if deepest > cache.loops:
             name = "max_loops" if job.options.loops == "auto" else "loops"
@@ -180,13 +210,17 @@ class Worker:
                 f"`speculate` needs a cache of the policy {settings.kv_policy}, and this server's "
                 f"has {cache.policy}; leave out `speculate`"
             )
+        # An answer is text: pictures are made of codes for a long time, while the others wait.
+        request.barred = [writer.opens for writer in request.writers.values()]
+        request.writers = {}
         request.top_logprobs, request.score_prompt = job.top_logprobs, job.score_prompt
         return request
 
     def _drop(self, job: Job) -> None:
         if job.request is not None and job.request.index in self._jobs:
             del self._jobs[job.request.index]
-            self._scheduler.cancel(job.request)
+            if self._scheduler is not None:
+                self._scheduler.cancel(job.request)
 
     def _change(self, job: Job, options: GenerationOptions) -> None:
         request = job.request
@@ -194,7 +228,3 @@ class Worker:
             return
         own = resolve_exit(self.engine.exit_settings, options, self.engine.model.config)
         request.exit = own
-
-    def _end(self) -> None:
-        self._ending = True
-        self._jobs.clear()

@@ -1,0 +1,188 @@
+"""looptx serve in process: limits, failures, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+from serving_cases import GREEDY, events, post, run, service_of, small_engine, until
+
+from looptx_core.generation.encoding import PromptEncoder
+from looptx_core.generation.request import TokenPrompt
+from looptx_core.generation.scheduler import Scheduler
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return small_engine()
+
+
+def test_what_a_client_that_left_held_is_free_at_once(engine):
+    body = {"prompt": "a", "max_tokens": 500, "n": 3, **GREEDY}
+
+    async def ask(client):
+        for stream in (False, True):
+            task = asyncio.ensure_future(
+                client.post("/v1/completions", json=body | {"stream": stream})
+            )
+            await until(lambda: service.worker.load[0] == 3)
+            task.cancel()
+            await until(lambda: service.worker.load[:2] == (0, 0) and service.idle)
+        return (await client.get("/metrics")).text
+
+    with service_of(engine) as service:
+        metrics = run(service, ask)
+        assert len(service.worker._scheduler.batch) == 0 and not service.worker._jobs
+    assert "looptx_request_failure_total 6.0" in metrics
+
+
+def test_the_queue_the_clock_and_the_end(engine):
+    body = {"prompt": "a", "max_tokens": 500, **GREEDY}
+
+    async def full(client):
+        first = asyncio.ensure_future(client.post("/v1/completions", json=body | {"n": 2}))
+        await until(lambda: service.worker.load[:2] == (1, 1))
+        refused = await client.post("/v1/completions", json=body)
+        assert refused.status_code == 429 and refused.headers["retry-after"]
+        service.draining = True
+        assert (await client.get("/health")).status_code == 503
+        assert (await client.post("/v1/completions", json=body)).status_code == 503
+        service.cut()
+        return await first
+
+    with service_of(engine, max_batch=1, max_queue=1) as service:
+        assert run(service, full).status_code == 503
+
+    async def cut(client):
+        task = asyncio.ensure_future(client.post("/v1/completions", json=body | {"stream": True}))
+        await until(lambda: service.metrics.generated._value.get() > 3)
+        service.cut()
+        return events((await task).text)
+
+    with service_of(engine) as service:
+        *_, last = run(service, cut)
+        assert last["choices"][0]["finish_reason"] == "abort"
+
+    with service_of(engine, request_timeout=0.05) as service:
+        late = post(service, "/v1/completions", body)
+        assert late.status_code == 408 and late.headers["x-should-retry"] == "false"
+        stream = post(service, "/v1/completions", body | {"stream": True})
+        assert '"request_timeout"' in stream.text and "[DONE]" not in stream.text
+
+
+def test_a_turn_that_fails_ends_what_ran_and_nothing_else(engine, monkeypatch):
+    step, broken = Scheduler.step, [True]
+
+    def fail(self):
+        if broken and len(self) == 3:
+            broken.clear()
+            step(self)
+            raise RuntimeError("out of memory")
+        return step(self)
+
+    monkeypatch.setattr(Scheduler, "step", fail)
+    body = {"prompt": "a", "max_tokens": 20, **GREEDY}
+
+    async def ask(client):
+        return await asyncio.gather(
+            *[client.post("/v1/completions", json=body | {"seed": n}) for n in range(3)]
+        )
+
+    with service_of(engine, max_batch=2) as service:
+        answers = run(service, ask)
+    assert sorted(answer.status_code for answer in answers) == [200, 500, 500]
+    assert not any("memory" in answer.text for answer in answers)
+
+
+def test_a_cache_that_cannot_be_allocated(engine, monkeypatch):
+    """Again and again: what waits is told so, the server says that it is ill, and it ends."""
+    from looptx_core.serving import worker
+
+    monkeypatch.setattr(worker, "_PAUSE", 0.01)
+    new_cache, held = engine.model.new_cache, []
+
+    def fail(rows, *how):
+        if rows > 1:
+            held.append(service.worker._scheduler)
+            raise RuntimeError("out of memory")
+        return new_cache(rows, *how)
+
+    def break_down(self):
+        monkeypatch.setattr(engine.model, "new_cache", fail)
+        raise RuntimeError("a turn that fails")
+
+    async def ask(client):
+        bodies = [{"prompt": "a", "max_tokens": 2, "n": n} for n in (4, 2)]
+        found = await asyncio.gather(*[client.post("/v1/completions", json=b) for b in bodies])
+        health = await client.get("/health")
+        later = await client.post("/v1/completions", json=bodies[0])
+        return [answer.status_code for answer in (*found, health, later)]
+
+    with service_of(engine, max_batch=2) as service:
+        monkeypatch.setattr(Scheduler, "step", break_down)
+        assert run(service, ask) == [500, 500, 503, 503]
+    assert held == [None] * 3, "the next cache was allocated beside the one before"
+
+
+def test_keys_hosts_origins_and_sizes(engine, monkeypatch):
+    from looptx_core.serving import guard
+
+    async def ask(client):
+        async def get(path="/v1/models", **headers):
+            return (await client.get(path, headers=headers)).status_code
+
+        found = [
+            await get(), await get(authorization="Bearer wrong"),
+            await get(authorization="Bearer secret"), await get("/health"), await get("/"),
+            await get("/metrics"), await get("/health", host="evil.example"),
+            await get("/health", host="localhost:80"), await get("/health", host="[::1]:8000"),
+            await get("/health", origin="http://evil.example"),
+            await get("/health", origin="http://127.0.0.1"), await get("/health", host="["),
+            await get("/health", origin="http://["),
+        ]  # fmt: skip
+        monkeypatch.setattr(guard, "MOST_BYTES", 1000)
+        key = {"authorization": "Bearer secret"}
+
+        async def pieces():
+            for _ in range(20):
+                yield b" " * 100
+
+        long = await client.post("/v1/completions", content=b" " * 1001, headers=key)
+        chunked = await client.post("/v1/completions", content=pieces(), headers=key)
+        return found, [long.status_code, chunked.status_code]
+
+    with service_of(engine, api_key="secret") as service:
+        statuses, sizes = run(service, ask)
+    assert statuses == [401, 401, 200, 200, 200, 401, 403, 200, 200, 403, 200, 403, 400]
+    assert sizes == [413, 413]
+
+
+def test_prompts_are_read_beside_the_loop_and_the_engine(engine, monkeypatch):
+    """Once a request, in a thread; one that can't fit by its bytes is never encoded."""
+    encoded, waiting, going = [], threading.Event(), threading.Event()
+    whole = PromptEncoder.read
+
+    def read(self, prompt):
+        if not isinstance(prompt, TokenPrompt):
+            encoded.append((threading.current_thread().name[:13], len(prompt)))
+            waiting.set()
+            assert going.wait(10)
+        return whole(self, prompt)
+
+    monkeypatch.setattr(PromptEncoder, "read", read)
+
+    async def ask(client):
+        body = {"prompt": "a whale", "max_tokens": 2, "n": 3}
+        task = asyncio.ensure_future(client.post("/v1/completions", json=body))
+        await until(waiting.is_set)
+        assert (await client.get("/health")).status_code == 200
+        full = await client.post("/v1/completions", json=body | {"n": 4})
+        never = await client.post("/v1/completions", json=body | {"n": 7})
+        going.set()
+        large = await client.post("/v1/completions", json=body | {"prompt": "a" * 100_000})
+        return [found.status_code for found in (await task, full, never, large)]
+
+    with service_of(engine, max_batch=4, max_queue=2) as service:
+        assert run(service, ask) == [200, 429, 400, 400]
+    assert encoded == [("looptx-reader", 7)]
