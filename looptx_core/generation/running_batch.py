@@ -126,7 +126,7 @@ class RunningBatch:
             embedding = run.embed(part)
             state = run.iterate(embedding, embedding, [1] * len(rows), loops)
             found.append(run.logits(state, last=not every))
-            if self.cache.needs_backfill(loops):
+            if self.cache.needs_backfill(loops, rows):
                 run.backfill(state, embedding, depths)
             self.cache.view(part.shape[1], rows).advance()
             self.counters.prompt += part.numel()
@@ -220,7 +220,8 @@ class RunningBatch:
             self._read_logits(unread)
         gone = [self._active[i] for i in exiting]
         rows, loops = [own.row for own in gone], [own.loop for own in gone]
-        if early := [i for i in exiting if self.cache.needs_backfill(self._active[i].loop)]:
+        needed = self.cache.needs_backfill
+        if early := [i for i, own in zip(exiting, gone) if needed(own.loop, [own.row])]:
             state, embedding, run = self._subset(early)
             run.backfill(state, embedding, [self._active[i].loop for i in early])
         self.cache.advance(rows)
