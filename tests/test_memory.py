@@ -84,7 +84,7 @@ class Reference:
             for layer, block in enumerate(model.core):
                 x = self._block(block, x, self.here, "core", layer, loop)
             state = x
-        self._leave(state, embedding, loops[0])
+        self._backfill(state, embedding, loops[0])
         for layer, block in enumerate(model.coda):
             x = self._block(block, x, self.here, "coda", layer, 1)
         self.columns += len(tokens)
@@ -152,7 +152,7 @@ class Reference:
             read, gate = matrix.T @ feature / (feature @ norm), part.gate_bias[head].sigmoid()
         return gate * read + (1 - gate) * local
 
-    def _leave(self, state: Tensor, embedding: Tensor, loop: int) -> None:
+    def _backfill(self, state: Tensor, embedding: Tensor, loop: int) -> None:
         """What exits leave for deeper loops."""
         if loop >= self.deepest:
             return
@@ -284,6 +284,28 @@ def test_a_batch_equals_single_runs(policy: str, tokenizer) -> None:
         assert [s.logprob for s in one.tokens] == pytest.approx(
             [s.logprob for s in alone.tokens], abs=1e-9
         )
+
+
+@pytest.mark.parametrize("policy", ["fill", "last"])
+def test_a_row_folds_at_its_own_depth(policy: str, tokenizer) -> None:
+    """A shallow request beside a deep one, whose cache has slots that the shallow one never fills."""
+    engine = Engine(made("delta"), tokenizer, SETTINGS)
+    prompt, options = tokenizer.encode(TEXT).ids[:13], replace(GREEDY, kv_policy=policy)
+    shallow, deep = (replace(options, loops=loops) for loops in (2, 3))
+    [alone] = engine.complete([prompt], shallow)
+    found, _ = engine.complete([prompt, prompt], [shallow, deep])
+    assert [step.id for step in found.tokens] == [step.id for step in alone.tokens]
+    assert [step.logprob for step in found.tokens] == pytest.approx(
+        [step.logprob for step in alone.tokens], abs=1e-9
+    )
+
+
+@pytest.mark.parametrize("kind", ["delta", "delta by loop"])
+@torch.no_grad()
+def test_slots_of_deeper_loops_change_nothing(kind: str) -> None:
+    model, tokens = made(kind), torch.tensor([IDS])
+    exact, deeper = (model(tokens, 2, model.new_cache(1, 64, loops)).logits for loops in (2, 3))
+    torch.testing.assert_close(deeper, exact, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ MAX_LINES = 400
 LAYOUT = {
     "looptx_core/model/layer_state.py": "its home",
     "looptx_core/model/cache.py": "makes one for each layer by default",
+    "looptx_core/model/memory_state.py": "a window is one whose columns are a ring",
     "looptx_core/model/loop.py": "a model chooses what its layers remember",
     "looptx_core/backends/cpu/structs.py": "gives the kernel pointers to it, or refuses",
     "looptx_core/backends/cuda_graphs.py": "records it alone, or refuses",

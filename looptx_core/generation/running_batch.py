@@ -128,7 +128,7 @@ class RunningBatch:
             state = run.iterate(embedding, embedding, [1] * len(rows), loops)
             logits = run.logits(state, last=not every)
             found = [*found, logits] if every else [logits]  # of a long prompt only the last
-            if self.cache.needs_backfill(loops):
+            if self.cache.needs_backfill(loops, rows):
                 run.backfill(state, embedding, depths)
             self.cache.view(part.shape[1], rows).advance()
             self.counters.prompt += part.numel()
@@ -222,7 +222,8 @@ class RunningBatch:
             self._read_logits(unread)
         gone = [self._active[i] for i in exiting]
         rows, loops = [own.row for own in gone], [own.loop for own in gone]
-        if early := [i for i in exiting if self.cache.needs_backfill(self._active[i].loop)]:
+        needed = self.cache.needs_backfill
+        if early := [i for i, own in zip(exiting, gone) if needed(own.loop, [own.row])]:
             state, embedding, run = self._subset(early)
             run.backfill(state, embedding, [self._active[i].loop for i in early])
         self.cache.advance(rows)

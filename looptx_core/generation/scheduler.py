@@ -98,6 +98,8 @@ class Scheduler:
         while self._free and self._waiting:
             row, request = self._free.popleft(), self._waiting.popleft()
             self._owners[row] = request
+            loops = max(request.exit.max_loops, request.prompt_exit.max_loops)
+            self.batch.cache.deepest[row] = loops
             config = self.batch.backend.model.config
             pieces = deque(split_prompt(request.seen, request.media, config))
             self._prefills.append(_Prefill(row, request, pieces))

@@ -46,7 +46,9 @@ class LoopCache:
     """What a model remembers of a batch of texts.
 
     Row r has filled the columns below `lengths[r]`. A pass writes the columns after them, and
-    `CacheView.advance` then counts them as filled.
+    `CacheView.advance` then counts them as filled. None of its tokens runs more than `deepest[r]`
+    loops, by default `loops`: what a row holds depends on its own text and depth alone, and not on
+    the rows beside it.
 
     batch: rows. capacity: columns of a row. loops: the deepest loop that will run. policy, kind,
     new_state: see `looptx_core.model.layer_state`. Raises `UsageError` for an unknown policy or
@@ -76,6 +78,7 @@ class LoopCache:
         self.core = states("core", config.core_layers, loops)
         self.coda = states("coda", config.coda_layers, 1)
         self.lengths = [0] * batch
+        self.deepest = [loops] * batch
         self.start = torch.zeros(batch, dtype=torch.long, device=device)
         # Columns minus positions, (batch,): padding has none, a picture fewer than it has patches.
         self.shift = self.start.clone()
@@ -138,9 +141,13 @@ class LoopCache:
         """Whether a row can hold this many columns."""
         return self.capacity is None or columns <= self.capacity
 
-    def needs_backfill(self, loop: int) -> bool:
-        """Whether a token that exits after this loop has to write for deeper, later tokens."""
-        return any(state.needs_backfill(loop) for state in self.core)
+    def needs_backfill(self, loop: int, rows: Sequence[int] | None = None) -> bool:
+        """Whether a token of these rows that exits after this loop has to write for deeper, later
+        tokens."""
+        deepest = self.deepest if rows is None else [self.deepest[row] for row in rows]
+        # Under `last` the first layer holds the entries of the next loop whatever the row's depth.
+        below = self.policy == "last" or loop < max(deepest)
+        return below and any(state.needs_backfill(loop) for state in self.core)
 
     def wipe(self) -> None:
         """Return to the state of a new cache."""
@@ -157,6 +164,7 @@ class LoopCache:
         self.start, self.shift = self.start[rows], self.shift[rows]
         self.positions = self.positions[:, rows]
         self.lengths = [self.lengths[row] for row in rows.tolist()]
+        self.deepest = [self.deepest[row] for row in rows.tolist()]
         self.padded = bool((self.start > 0).any())
         self.shifted = bool((self.shift != 0).any())
 
@@ -164,7 +172,7 @@ class LoopCache:
         """Empty a row for another text."""
         for state in self.layers:
             state.reset_row(row)
-        self.lengths[row] = 0
+        self.lengths[row], self.deepest[row] = 0, self.loops
         self.start[row] = self.shift[row] = 0
 
     def advance(self, rows: Sequence[int]) -> None:
@@ -188,7 +196,7 @@ class LoopCache:
             width, theta = self.config.head_dim, self.config.rope_theta
             rotary = rotary_tables(positions, width, theta, self.dtype, far=True)
             for state in self.core:
-                state.fold(rows, first, rotary)
+                state.fold(rows, first, rotary, [self.deepest[row] for row in rows])
 
     def truncate(self, columns: int, rows: Sequence[int] | None = None) -> None:
         """Drop the last columns of these rows, or of all, so that they can be written again."""

@@ -15,7 +15,8 @@ exit writes for the deeper loops:
   arXiv 2510.25741).
 
 For the first core layer both policies store the keys and values that loop t+1 would have produced:
-they follow from the state alone, as in CALM's state propagation (arXiv 2207.07061).
+they follow from the state alone, as in CALM's state propagation (arXiv 2207.07061). `fill` does so
+for loops that the row may still run (`LoopCache.deepest`), `last` up to the model's `max_loops`.
 """
 
 from __future__ import annotations
@@ -104,10 +105,13 @@ class LayerState(ABC):
         """What the new tokens read besides `update`'s result; None where there is nothing."""
         return None
 
-    def fold(self, rows: Sequence[int], first: int, rotary: Rotary) -> None:  # noqa: B027
+    def fold(  # noqa: B027
+        self, rows: Sequence[int], first: int, rotary: Rotary, deepest: Sequence[int]
+    ) -> None:
         """Take in what the next tokens of these rows will overwrite, where the state is a window.
 
-        first: the first slot of a block. rotary: of its columns.
+        first: the first slot of a block. rotary: of its columns. deepest: the most loops that each
+        of the rows runs.
         """
 
     @abstractmethod
@@ -216,6 +220,15 @@ class KVState(LayerState):
             return self.kind.restore(view.read(store, slot), None, self.dtype)
         view.write(scales, slot, scale)
         return self.kind.restore(view.read(store, slot), view.read(scales, slot), self.dtype)
+
+    def entries(self, slot: Tensor, rows: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        """Stored keys and values, (rows, kv_heads, columns, head_dim); slot: (rows,), of each."""
+        at = slot, rows, slice(None), columns
+        keys, values = (
+            self.kind.restore(store[at], None if scales is None else scales[at], self.dtype)
+            for store, scales in ((self.keys, self.key_scales), (self.values, self.value_scales))
+        )
+        return keys, values
 
     def needs_backfill(self, loop: int) -> bool:
         return loop < self._deepest

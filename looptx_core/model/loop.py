@@ -312,11 +312,13 @@ class LoopedTransformer(nn.Module):
         """Run a fixed number of loops and read out the last.
 
         tokens: (batch, length) ids. loops: `config.loops` by default. cache: the tokens continue
-        it, and it is advanced. media: the items for the placeholders among these tokens.
+        it, and it is advanced; all of its tokens run so many loops. media: the items for the placeholders among these tokens.
         """
         loops = loops or self.config.loops
         assert loops >= 1, "at least one loop"
         outputs = []
+        if cache is not None:
+            cache.deepest = [loops] * len(cache.deepest)
         for x, ctx in self.passes(tokens, cache, media=media):
             state = embedding = self.run_prelude(x, ctx)
             for _, after in self.iterate(state, embedding, ctx, range(1, loops + 1)):

@@ -51,26 +51,19 @@ class MemoryState(WindowState):
         memory = Memory(*(part[slot, rows] for part in self.memory))
         return Remembered(memory, (memory.document >= 0)[:, None])
 
-    def fold(self, rows: Sequence[int], first: int, rotary: Rotary) -> None:
+    def fold(self, rows: Sequence[int], first: int, rotary: Rotary, deepest: Sequence[int]) -> None:
         """Take a block of these rows into the memory.
 
-        first: the block's first slot. rotary: of its columns, (rows, block, 1, head_dim).
+        first: the block's first slot. rotary: of its columns, (rows, block, 1, head_dim). deepest:
+        the most loops that each of the rows runs; the slots of deeper ones are not read.
         """
         index = torch.tensor(rows, device=self.keys.device)
         slots = slice(first, first + self.config.memory_block)
+        last = self.slot(torch.tensor(deepest, device=index.device))
+        assert isinstance(last, Tensor)
         for number in range(len(self.memory.document)):
-            depth = number if self.config.memory_per_loop else self.depths - 1
-            keys, values = (
-                self.kind.restore(
-                    store[depth, index, :, slots],
-                    None if scales is None else scales[depth, index, :, slots],
-                    self.dtype,
-                )
-                for store, scales in (
-                    (self.keys, self.key_scales),
-                    (self.values, self.value_scales),
-                )
-            )
+            depth = last.clamp(max=number) if self.config.memory_per_loop else last
+            keys, values = self.entries(depth, index, slots)
             plain = without_rope(keys.transpose(1, 2), rotary).transpose(1, 2)
             before = Memory(*(part[number, index] for part in self.memory))
             for part, new in zip(self.memory, self.part.fold(before, plain, values)):
@@ -78,9 +71,9 @@ class MemoryState(WindowState):
 
     def reset_row(self, row: int) -> None:
         super().reset_row(row)
-        self._forget(row)
+        self._clear(row)
 
-    def _forget(self, rows: int | slice) -> None:
+    def _clear(self, rows: int | slice) -> None:
         for part, empty in zip(self.memory, (0, 0, -1)):
             part[:, rows] = empty
 
@@ -90,7 +83,7 @@ class MemoryState(WindowState):
 
     def wipe(self) -> None:
         super().wipe()
-        self._forget(slice(None))
+        self._clear(slice(None))
 
     @property
     def nbytes(self) -> int:
