@@ -21,6 +21,7 @@ from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rope import rotary_tables, rotate
+from looptx_core.training import objective
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
 
@@ -288,7 +289,7 @@ def test_a_batch_equals_single_runs(policy: str, tokenizer) -> None:
 
 @pytest.mark.parametrize("policy", ["fill", "last"])
 def test_a_row_folds_at_its_own_depth(policy: str, tokenizer) -> None:
-    """A shallow request beside a deep one, whose cache has slots that the shallow one never fills."""
+    """A shallow request beside a deep one, in whose cache it leaves slots empty."""
     engine = Engine(made("delta"), tokenizer, SETTINGS)
     prompt, options = tokenizer.encode(TEXT).ids[:13], replace(GREEDY, kv_policy=policy)
     shallow, deep = (replace(options, loops=loops) for loops in (2, 3))
@@ -365,6 +366,18 @@ def test_training_at_mixed_depths_is_each_row_alone(recompute: bool) -> None:
             torch.testing.assert_close(
                 together[name], parameter.grad, rtol=1e-3, atol=1e-7
             )  # losses are float32
+
+
+def test_loops_that_other_ranks_run_are_not_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank whose rows are done runs one of them on, unread, as deep as the deepest rank."""
+    model = made("delta").train()
+    tokens = torch.randint(0, 280, (2, 20), generator=torch.Generator().manual_seed(2))
+
+    def loss(deepest: int) -> Tensor:
+        monkeypatch.setattr(objective, "max_over_ranks", lambda *_: deepest)
+        return loop_loss(model, tokens, Depths([1, 1]), 0, torch.arange(2)).loss
+
+    assert float(loss(3).detach()) == pytest.approx(float(loss(1).detach()), abs=1e-9)
 
 
 def test_the_rule_by_loss_measures_and_starts_over() -> None:

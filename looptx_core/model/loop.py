@@ -219,7 +219,8 @@ class LoopedTransformer(nn.Module):
 
         state: after the loop before `loops.start`; the prelude's output if that is 1. step: runs
         in place of `self.step`, such as one with gradient checkpointing. running: gives, for a
-        loop, how many of the first rows still run; the others are dropped. Not with a cache.
+        loop, how many of the first rows still run; the others are dropped. Not with a cache. Where
+        none is left the first runs on, unread, as sharded weights need all ranks at each loop.
         """
         step = step or self.step
         if self.config.has_memory and ctx.view is None:
@@ -227,7 +228,7 @@ class LoopedTransformer(nn.Module):
             return
         for loop in loops:
             if running is not None:
-                rows = slice(running(loop))
+                rows = slice(max(running(loop), 1))
                 state, embedding, ctx = state[rows], embedding[rows], ctx.rows(rows)
             state = step(state, embedding, loop, ctx)
             yield loop, state
@@ -312,7 +313,8 @@ class LoopedTransformer(nn.Module):
         """Run a fixed number of loops and read out the last.
 
         tokens: (batch, length) ids. loops: `config.loops` by default. cache: the tokens continue
-        it, and it is advanced; all of its tokens run so many loops. media: the items for the placeholders among these tokens.
+        it, and it is advanced; all of its tokens run so many loops. media: the items for the
+        placeholders among these tokens.
         """
         loops = loops or self.config.loops
         assert loops >= 1, "at least one loop"

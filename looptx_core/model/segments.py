@@ -113,7 +113,7 @@ def iterate_blocks(
         )  # fmt: skip
         x, e = state[:, cut], embedding[:, cut]
         for loop in loops:
-            rows = slice(counts[loop])
+            rows = slice(max(counts[loop], 1))
             x, e, own = x[rows], e[rows], own.rows(rows)
             x = step(x, e, loop, replace(own, segment=view))
             outputs[loop].append(x)
@@ -159,7 +159,10 @@ def _fold(
 
 
 def _deepest(entries: dict[int, Entries], counts: dict[int, int]) -> Entries:
-    """Each row's entries at its own last loop. Rows are sorted, the deepest first."""
+    """Each row's entries at its own last loop. Rows are sorted, the deepest first.
+
+    counts: of rows by loop; 0 where a row runs on for other ranks alone, which it has to ignore.
+    """
     parts: list[Entries] = []
     have = 0
     for loop in sorted(entries, reverse=True):

@@ -146,16 +146,12 @@ def loop_loss(
         """How many sequences run a loop."""
         return int((depths >= loop).sum())
 
-    def running(loop: int) -> int:
-        # A rank without sequences left runs one row, unread, since all ranks run the same loops.
-        return max(rows_at(loop), 1)
-
     # Sharded weights are gathered at each loop, which takes every rank.
     deepest = max_over_ranks(int(depths[0]), state.device)
     remaining = range(len(shared) + 1, deepest + 1)
     states = itertools.chain(
         enumerate(shared, start=1),
-        model.iterate(state, embedding, ctx, remaining, run, running),
+        model.iterate(state, embedding, ctx, remaining, run, rows_at),
     )
     for loop, after in itertools.islice(states, deepest):
         state, stop = after, rows_at(loop)
