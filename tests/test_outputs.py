@@ -165,7 +165,9 @@ def test_a_resumed_run_takes_the_place_that_it_was_to_take(place: Path, capsys) 
 
 
 def test_names_and_numbers() -> None:
-    assert set(OUTPUTS) == {"train", "finetune", "convert", "tokenize", "inspect-loops"}
+    assert set(OUTPUTS) == {
+        "train", "finetune", "convert", "tokenize", "codec", "inspect-loops"
+    }  # fmt: skip
 
 
 def test_a_rename_that_fails_and_a_writer_that_was_killed(tmp_path: Path, monkeypatch) -> None:

@@ -288,6 +288,6 @@ def test_a_model_takes_the_weights_of_one_that_reads_less() -> None:
         expected, found = ([*m.states(tokens, 2)][-1] for m in (text, sees))
     assert torch.equal(expected, found) and not torch.equal(before, found)
     assert new and all(name.startswith("vision.") for name in new)
-    for change, named in (({"d_ff": 8}, "up_proj"), ({"coda_layers": 2}, "coda")):
+    for change, named in (({"d_ff": 8}, "gate_proj"), ({"coda_layers": 2}, "coda")):
         with pytest.raises(UsageError, match=named):
             copy_weights(LoopedTransformer(replace(text.config, **change)), start)

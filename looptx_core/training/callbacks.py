@@ -23,7 +23,7 @@ from looptx_core.checkpoint.metrics_log import read_metrics
 from looptx_core.errors import DataError
 from looptx_core.machine.integrity import check_noted, digest_file, note_digest, sha256_of
 from looptx_core.parallel.deepspeed import checkpoint as fragments
-from looptx_core.parallel.ranks import any_rank
+from looptx_core.parallel.ranks import any_rank, mean_over_ranks
 
 _WARM_STEPS = 2  # the first steps allocate memory and compile
 GO_BACK = "remove it to go on from the one before"
@@ -112,8 +112,9 @@ class Checkpoints(ModelCheckpoint):
 class BestWeights(L.Callback):
     """Keeps the weights with the lowest held-out loss at the last loop, in a folder of their own.
 
-    What was best before a resume is read from the run's log. A callback's state is saved before the
-    validation of its step, so it would not know.
+    What was best before a resume is read from the run's log: a callback's state is saved before the
+    validation of its step, so it would not know. The weights are saved before their loss is logged,
+    so that a loss in the log always has its weights, or later and better ones.
     """
 
     def __init__(self, folder: Path, metrics: Path) -> None:
@@ -125,8 +126,9 @@ class BestWeights(L.Callback):
         losses = [record["val_loss"] for record in records if "val_loss" in record]
         self.lowest = min(losses, default=float("inf"))
 
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        loss = float(trainer.callback_metrics["val_loss"])
+    def on_validation_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+        own = torch.tensor(module.validated.loss_by_loop[-1], device=module.device)
+        loss = float(mean_over_ranks(own))
         if loss >= self.lowest:
             return
         self.lowest = loss

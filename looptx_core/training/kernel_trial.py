@@ -15,12 +15,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from looptx_core.atomic import write_file
 from looptx_core.config.model import ModelConfig
@@ -31,8 +29,8 @@ from looptx_core.machine.kernels import library_path
 from looptx_core.model import fused
 from looptx_core.model.attention import VarlenBatch, sdpa
 from looptx_core.model.block import Block
-from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rope import rotary_tables
+from looptx_core.model.score import score
 from looptx_core.schema import typed
 
 SCHEMA_VERSION = 1
@@ -148,7 +146,6 @@ def _steps(config: ModelConfig, rows: int, length: int) -> dict[str, Callable[[]
     documents = VarlenBatch.of((torch.arange(length) * 2 // length).expand(rows, -1))
     logits = normal(rows * length, config.vocab_size)
     targets = torch.randint(0, config.vocab_size, (rows * length,))
-    reader = cast(Any, SimpleNamespace(head=nn.Identity()))
     mask = documents.mask()  # made once for all blocks and loops
 
     def attend() -> Tensor:
@@ -163,7 +160,7 @@ def _steps(config: ModelConfig, rows: int, length: int) -> dict[str, Callable[[]
         "norm": lambda: block.mlp_norm(x),
         "products": lambda: torch.cat([part.flatten() for part in block.mlp.project(x)]),
         "attention": attend,
-        "loss": lambda: LoopedTransformer.score(reader, logits, targets)[0],
+        "loss": lambda: score(logits, targets).loss,
     }
     if config.activation == "gelu":
         forward["gate"] = gate

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import operator
 import re
 import time
 from collections.abc import Mapping
@@ -143,10 +145,13 @@ class LoopedLM(L.LightningModule):
         except DataError as error:
             raise NotFinite(self.global_step) from error
 
+    @property
+    def validated(self) -> LoopEvaluation:
+        """What the batches of a validation that is under way have shown."""
+        return functools.reduce(operator.add, self._parts)
+
     def on_validation_epoch_end(self) -> None:
-        total = self._parts[0]
-        for part in self._parts[1:]:
-            total = total + part
+        total = self.validated
         self.evaluation, self._parts = total, []
         self.log("val_loss", total.loss_by_loop[-1], prog_bar=True, sync_dist=True)
         by_loop = {

@@ -18,6 +18,8 @@ from looptx_core.media.image.augment import Change, changed, draw_change
 from looptx_core.media.image.read import check_size, grid_of, in_colour, opaque, opened
 from looptx_core.media.video.frames import FASTEST, Frame, frames_of, frames_of_pipe, within_limits
 
+_ROUNDING = 1e-6  # of a slot, so that none at the fastest rate falls into the one before
+
 
 def read_clip(
     source: Source,
@@ -141,13 +143,14 @@ def _evenly(
     end, slot = 0.0, 1 / FASTEST
     for begin, until, frame in frames:
         end = until
-        if int(begin / slot) not in kept:
-            kept[int(begin / slot)] = begin, eye.see(frame)
+        number = int(begin / slot + _ROUNDING)
+        if number not in kept:
+            kept[number] = begin, eye.see(frame)
         if len(kept) > 4 * most:  # a clip of any length keeps a bounded number
             slot *= 2
             merged: dict[int, tuple[float, np.ndarray]] = {}
             for begin, pixels in kept.values():
-                merged.setdefault(int(begin / slot), (begin, pixels))
+                merged.setdefault(int(begin / slot + _ROUNDING), (begin, pixels))
             kept = merged
     if not kept:
         raise DataError(f"{name}: a clip without frames; give another")
