@@ -46,7 +46,7 @@ def check_target(file: Path) -> None:
         try:
             with Image.open(file, formats=[kind]):
                 pass
-        except (OSError, UnidentifiedImageError, ValueError):
+        except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError):
             raise UsageError(
                 f"--draw {file}: what is there is no {kind} picture, so it is not replaced; choose "
                 "another name"
@@ -124,6 +124,11 @@ def write_picture(output: Output, file: Path) -> Image:
     return picture
 
 
+def map_file(drawn: Path) -> Path:
+    """Where the map of a drawing goes."""
+    return drawn.with_name(f"{drawn.stem}-iterations.png")
+
+
 def write_map(media: dict[str, Any], picture: Image, columns: int, deepest: int) -> Path:
     """Draw the loops and the confidence of each code beside the picture, into a file of its own.
 
@@ -145,8 +150,7 @@ def write_map(media: dict[str, Any], picture: Image, columns: int, deepest: int)
     whole = Image.new("RGB", (size[0] * len(parts) + _CELL * (len(parts) - 1), size[1]), "white")
     for place, part in enumerate(parts):
         whole.paste(part, (place * (size[0] + _CELL), 0))
-    file = Path(media["file"])
-    target = file.with_name(f"{file.stem}-iterations.png")
+    target = map_file(Path(media["file"]))
     write_file(target, to_file(whole))
     return target
 

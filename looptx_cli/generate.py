@@ -13,7 +13,7 @@ import typer
 
 from looptx_cli.console import note, shown, stdout
 from looptx_cli.conversation import Conversation
-from looptx_cli.drawing import SCHEMA_VERSION, check_target, draw_picture
+from looptx_cli.drawing import SCHEMA_VERSION, check_target, draw_picture, map_file
 from looptx_cli.imports import large_imports
 from looptx_cli.model_options import (
     Adapter,
@@ -147,6 +147,8 @@ def generate(
         if len(texts) > 1 or timestamps or chat or compare_loops:
             raise UsageError("--draw goes with one prompt, and neither a chat nor several depths")
         check_target(draw)
+        if show_iterations:
+            check_target(map_file(draw))
     rate = _pipe_rate(files.get("video", ()), fps, every)
     if rate and chat and not texts:
         raise UsageError("--video - takes standard input, so give the message as an argument")

@@ -155,7 +155,8 @@ def read_text(
             raw = data.read(most + 1)
     except FileNotFoundError as cause:
         if error is DataError:  # a file that its folder should have
-            raise error(f"{file.parent}: {file.name} is missing; {mend}") from cause
+            place = f"{file.parent}: " if file.parent != Path() else ""
+            raise error(f"{place}{file.name} is missing; {mend}") from cause
         raise error(f"{file}: cannot be read ({cause.strerror}); {mend}") from cause
     except (OSError, ValueError) as cause:
         reason = getattr(cause, "strerror", None) or str(cause)

@@ -91,6 +91,13 @@ def test_bad_recordings(content: bytes, says: str) -> None:
         AUDIO.read(content, HEARING, "x.wav")
 
 
+def test_a_recording_of_one_sample_is_silence() -> None:
+    """At 48 kHz nothing of it is left at 16 kHz."""
+    short = io.BytesIO()
+    soundfile.write(short, np.zeros(1, np.float32), 48_000, format="WAV")
+    assert AUDIO.read(short.getvalue(), HEARING, "x.wav").grid == (1,)
+
+
 def test_what_a_header_claims(tmp_path: Path) -> None:
     flac = wav(spoken(["low"] * 9), format="FLAC", subtype="PCM_16")
     with pytest.raises(DataError, match=r"truncated|not a recording"):

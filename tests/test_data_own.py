@@ -25,8 +25,11 @@ def test_a_note_tells_the_data_from_any_folder(
     (tmp_path / "a.txt").write_text("words")
     monkeypatch.chdir(tmp_path)
     for names in (["a.txt"], ["*.txt"]):
-        own = noted(tmp_path, OwnData.of("text", names, {"seed": 3, "lr": 1.0}))
-        assert own == OwnData("text", (str(tmp_path / "a.txt"),), settings={"seed": 3})
+        own = noted(
+            tmp_path, OwnData.of("text", names, {"seed": 3, "direction": "read", "lr": 1.0})
+        )
+        kept = {"seed": 3, "direction": "read"}
+        assert own == OwnData("text", (str(tmp_path / "a.txt"),), settings=kept)
     assert noted(tmp_path, OwnData.of("text", ["gone.txt"], {})).missing == ["gone.txt"]
     assert noted(tmp_path, OwnData.of("text", ["hf:name"], {})).missing == []
 

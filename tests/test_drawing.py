@@ -297,3 +297,12 @@ def test_training_resumes_by_its_codec(
     save_codec(own, codec_cases.build(seed=2), {})
     assert main([*resume, "4"]) == 4
     assert "another codec" in capsys.readouterr().err
+
+
+def test_a_map_replaces_no_file_of_another_kind(tmp_path: Path) -> None:
+    from looptx_cli.main import main
+
+    (tmp_path / "a-iterations.png").write_text("notes")
+    drawing = ["generate", "x", "--draw", str(tmp_path / "a.jpg"), "--show-iterations"]
+    assert main(drawing) == 2
+    assert (tmp_path / "a-iterations.png").read_text() == "notes"

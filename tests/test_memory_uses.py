@@ -98,7 +98,7 @@ def test_a_memory_learns_at_a_rate_that_moves_its_gates(build_one) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seq_len", "block"), [(16, 8), (128, 16), (256, 32), (1024, 64), (100_000, 64)]
+    ("seq_len", "block"), [(1, 8), (16, 8), (128, 16), (256, 32), (1024, 64), (100_000, 64)]
 )
 def test_blocks_fit_the_sequences(seq_len: int, block: int) -> None:
     fitting = fitting_memory(seq_len)

@@ -278,5 +278,5 @@ def fitting_memory(seq_len: int) -> dict[str, int]:
     Gates move only if a memory is written and read several times in a sequence: here in
     about eight blocks, of 64 tokens at most, of which the window holds two.
     """
-    block = min(64, max(8, 1 << (seq_len // 8).bit_length() - 1))
+    block = min(64, max(8, 1 << max(1, seq_len // 8).bit_length() - 1))
     return {"model.memory_window": 2 * block, "model.memory_block": block}

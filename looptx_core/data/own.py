@@ -55,6 +55,7 @@ class _Settings:
     too_long: Literal["error", "drop", "truncate"] | None = None
     train_on_prompt: bool | None = None
     columns: tuple[str, ...] | None = None
+    direction: Literal["both", "read", "write"] | None = None
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -110,7 +110,9 @@ def _quietest(samples: np.ndarray, own: int) -> int:
 
 
 def item_of(samples: np.ndarray, augment: np.random.Generator | None = None) -> MediaItem:
-    """Samples at 16 kHz, (n,) float32, as an item."""
+    """Samples at 16 kHz, (n,) float32, as an item. A recording too short for one is silence."""
+    if not len(samples):
+        samples = np.zeros(1, np.float32)
     if augment is not None:
         samples = changed(samples, augment)
     rows = log_mels(torch.from_numpy(np.ascontiguousarray(samples, np.float32)))
