@@ -16,7 +16,7 @@ from looptx_core.generation.request import ChatPrompt, MediaPrompt, Prompt, Toke
 from looptx_core.media.registry import MEDIA
 
 _THREADS = 2
-"""Prompts that are read at once; a large picture takes hundreds of MB while it is decoded."""
+"""Prompts that are read at once; a large item of media takes hundreds of MB while it is decoded."""
 
 
 class PromptReader:
