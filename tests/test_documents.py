@@ -104,7 +104,10 @@ def test_a_signal_is_noticed_while_a_stream_is_waited_for() -> None:
     reader, writer = os.pipe()
     os.write(writer, b"some")
     before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
-    send = lambda: signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # noqa: E731
+
+    def send() -> None:
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
     later = [threading.Timer(0.1, send), threading.Timer(5, os.close, [writer])]
     try:
         with os.fdopen(reader, "rb") as stream, pytest.raises(KeyboardInterrupt):

@@ -51,16 +51,21 @@ def tokenizer():
     return train_tokenizer([text], 280)
 
 
-@pytest.fixture(scope="module")
-def model():
+def random_model(config: ModelConfig) -> LoopedTransformer:
+    """Random weights, whose tokens leave at many depths."""
     torch.manual_seed(1)
-    model = LoopedTransformer(CONFIG).double().eval()
+    model = LoopedTransformer(config).double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = 0.3 if name.startswith("confidence") else 0.5
             parameter.add_(torch.randn_like(parameter) * scale)
         model.confidence.out.bias.zero_()
     return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.tokenizer import train_tokenizer
-from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rope import rotary_tables, rotate
@@ -387,30 +386,3 @@ def test_the_rule_by_loss_measures_and_starts_over() -> None:
     found = loop_loss(model, tokens, schedule, 0, torch.arange(4))
     found.loss.backward()
     assert found.mean_loops >= 1 and bool(found.loss.isfinite())
-
-
-def test_speculation_is_refused_and_kernels_name_the_memory(tokenizer) -> None:
-    model = made("delta").float()
-    engine = Engine(model, tokenizer, SETTINGS)
-    assert engine.kernel == "torch, its layers have a memory beyond their window"
-    with pytest.raises(UsageError, match="can't take back"):
-        engine.generate([TEXT], replace(GREEDY, loops=3, speculate=2, draft_loops=1))
-
-
-@torch.no_grad()
-def test_a_long_prompt_takes_no_more_room(tokenizer) -> None:
-    """Beyond `max_seq_len`, which is 16 here, and the state does not grow."""
-    model = made("delta")
-    caches = [model.new_cache(1, length, 2) for length in (20, 200)]
-    for cache, length in zip(caches, (20, 200)):
-        model(torch.tensor([(IDS * 8)[:length]]), 2, cache)
-    assert caches[0].nbytes == caches[1].nbytes > 0
-    [found] = Engine(model, tokenizer, SETTINGS).complete([(IDS * 8)[:200]], GREEDY)
-    assert len(found.tokens) == GREEDY.max_new_tokens
-
-
-def test_presets_and_old_models_have_no_memory() -> None:
-    assert not [key for key in ModelConfig().to_dict() if "memory" in key or "infini" in key]
-    assert "memory" in ModelConfig(memory="delta").to_dict()
-    with pytest.raises(UsageError, match="multiple of memory_block"):
-        ModelConfig(memory="delta", memory_window=100, memory_block=64)

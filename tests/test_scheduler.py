@@ -10,7 +10,7 @@ from backend_cases import WatchedBackend
 from picture_cases import IMG, build, letters
 from test_generation import CONFIG as BASE
 from test_generation import GREEDY as BASE_GREEDY
-from test_generation import SETTINGS, facts, tokenizer  # noqa: F401
+from test_generation import SETTINGS, facts, random_model, tokenizer  # noqa: F401
 
 from looptx_core.data.chat import ChatTemplate
 from looptx_core.errors import DataError, UsageError
@@ -20,7 +20,6 @@ from looptx_core.generation.prompts import split_prompt
 from looptx_core.generation.request import ChatPrompt, TokenPrompt
 from looptx_core.media.batch import MediaItem
 from looptx_core.media.registry import MEDIA
-from looptx_core.model.loop import LoopedTransformer
 
 CONFIG = replace(BASE, max_loops=4, core_layers=1, max_seq_len=40)
 GREEDY = replace(BASE_GREEDY, max_new_tokens=5)
@@ -29,15 +28,7 @@ LONG = [20 + n % 60 for n in range(16)]
 
 @pytest.fixture(scope="module")
 def model():
-    """Random weights, whose tokens leave at many depths."""
-    torch.manual_seed(1)
-    model = LoopedTransformer(CONFIG).double().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            scale = 0.3 if name.startswith("confidence") else 0.5
-            parameter.add_(torch.randn_like(parameter) * scale)
-        model.confidence.out.bias.zero_()
-    return model
+    return random_model(CONFIG)
 
 
 @pytest.fixture(params=["fill", "last"])

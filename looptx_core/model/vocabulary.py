@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.model.int8 import Int8Embedding, Int8Linear
+
+if TYPE_CHECKING:
+    from looptx_core.model.loop import LoopedTransformer
 
 
 def new_embedding(config: ModelConfig) -> nn.Embedding | Int8Embedding:
@@ -21,9 +26,9 @@ def new_head(config: ModelConfig) -> nn.Linear | Int8Linear:
     return nn.Linear(config.d_model, config.vocab_size, bias=False)
 
 
-def tie_head(model: nn.Module) -> None:
+def tie_head(model: LoopedTransformer) -> None:
     """Let a model's head use the weights of its embedding, where the configuration says so."""
-    if model.config.tie_embeddings:  # type: ignore[union-attr]
+    if model.config.tie_embeddings:
         for name in ("weight", "weight_scale"):
             if hasattr(model.embedding, name):
                 setattr(model.head, name, getattr(model.embedding, name))

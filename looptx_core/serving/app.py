@@ -165,12 +165,12 @@ class Endpoints:
             return job.request.prompt_scores if job.request else []
 
         if asked.stream:
-            heads = None
-            if asked.echo:
-                heads = lambda index: answer.prompt_piece(  # noqa: E731
-                    index, prompt_text(index), ids(jobs[index]), scores(jobs[index])
-                )
-            stream = Stream(exchange, answer, asked, most == 0, heads)
+
+            def head(index: int) -> Any:
+                job = jobs[index]
+                return answer.prompt_piece(index, prompt_text(index), ids(job), scores(job))
+
+            stream = Stream(exchange, answer, asked, most == 0, head if asked.echo else None)
             return stream.response()
         found = await _all(exchange, request)
         if found is None:
