@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import subprocess
@@ -84,6 +85,23 @@ def test_the_best_weights_make_the_model(place: Path, monkeypatch: pytest.Monkey
     assert main(["train", "--resume", "run", "--quiet"]) == 0
     again = load_file("run/final/model.safetensors")
     assert all(torch.equal(value, again[name]) for name, value in weights.items())
+
+
+def test_a_failure_before_the_first_record_leaves_no_gap(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first checkpoint is there, and a full disk ended the run before its first record."""
+    often = ("--steps", "4", "--save-every", "2", "--log-every", "2", "--val-every", "2")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("looptx_core.training.callbacks.note_digest", full)
+        assert main([*TRAIN, "shards", *often]) == 1
+    assert list(Path("run/checkpoints").glob("step-*2.ckpt")) and steps() == []
+    assert main(["train", "--resume", "run", "--quiet"]) == 0
+    assert steps() == steps("val_loss") == [2, 4]
 
 
 def test_a_profile_has_the_steps_that_were_asked_for(place: Path) -> None:

@@ -69,6 +69,15 @@ class JsonLines(Logger):
         if self.watch:
             self.watch(line)
 
+    def begin(self, after: int | None) -> None:
+        """Make the file, so that a log which is missing later was lost and not merely unwritten.
+
+        after: of a resumed run, the step from which on the records come anew.
+        """
+        self.file.touch()
+        if after is not None:
+            self.cut_back(after)
+
     def cut_back(self, step: int) -> None:
         """Drop the records after `step`, and a last line that was only partly written."""
         if not self.file.exists():

@@ -276,8 +276,7 @@ def fit(
         report("resumed: no checkpoint yet, so from the start")
 
     def begin() -> None:
-        if resume:
-            metrics.cut_back(begin_at)
+        metrics.begin(begin_at if resume else None)
         if config.steps <= begin_at < last_step:
             last_lr = config.lr * learning_rate_factor(config)(config.steps)
             metrics.mark_stretch(begin_at, last_step, last_lr)
