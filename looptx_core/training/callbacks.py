@@ -25,7 +25,6 @@ from looptx_core.machine.integrity import check_noted, digest_file, note_digest,
 from looptx_core.parallel.deepspeed import checkpoint as fragments
 from looptx_core.parallel.ranks import any_rank, mean_over_ranks
 
-_WARM_STEPS = 2  # the first steps allocate memory and compile
 GO_BACK = "remove it to go on from the one before"
 
 
@@ -160,46 +159,6 @@ class BestWeights(L.Callback):
         return step_of(files[-1])
 
 
-class Profile(L.Callback):
-    """Profiles `steps` optimizer steps of the first process by torch's profiler, once the first
-    two are over.
-
-    `folder` gets trace.json, for Perfetto or chrome://tracing, and table.txt with the operations
-    that take longest. A run that ends before writes what there is.
-    """
-
-    def __init__(self, folder: Path, steps: int, begun_at: int) -> None:
-        self.folder = folder
-        self.first = begun_at + _WARM_STEPS
-        self.last = self.first + steps
-        self._profiler: torch.profiler.profile | None = None
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        here = trainer.is_global_zero and self.first <= trainer.global_step < self.last
-        if here and self._profiler is None:
-            self._profiler = torch.profiler.profile()
-            self._profiler.start()
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step >= self.last:
-            self._write()
-
-    def teardown(self, *_: Any, **__: Any) -> None:
-        self._write()
-
-    def _write(self) -> None:
-        if self._profiler is None:
-            return
-        profiler, self._profiler = self._profiler, None
-        profiler.stop()
-        self.folder.mkdir(exist_ok=True)
-        profiler.export_chrome_trace(str(self.folder / "trace.json"))
-        averages = profiler.key_averages()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        table = averages.table(sort_by=f"self_{device}_time_total", row_limit=40)
-        write_file(self.folder / "table.txt", table + "\n")
-
-
 class WholeFiles(TorchCheckpointIO):
     """Writes checkpoints atomically: a file is complete or does not exist.
 
@@ -256,14 +215,25 @@ class StopCleanly(L.Callback):
         self.begun = time.monotonic()
         self._handlers: dict[int, Any] = {}
 
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        # From here on: Lightning ends a signal before the first step with exit code 1, in silence.
+        self._take_signals()
+
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.begun = time.monotonic()
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, None)
-                # What nohup ignores stays ignored.
-                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                    self._handlers[number] = signal.signal(number, self._on_signal)
+        self._take_signals()  # again, as Lightning has taken SIGTERM since
+
+    def _take_signals(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            # What nohup ignores stays ignored.
+            if number is None or signal.getsignal(number) is signal.SIG_IGN:
+                continue
+            before = signal.signal(number, self._on_signal)
+            if before != self._on_signal:
+                self._handlers[number] = before
 
     def on_exception(
         self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException

@@ -45,7 +45,6 @@ from looptx_core.training.callbacks import (
     BestWeights,
     Checkpoints,
     JsonLines,
-    Profile,
     StopCleanly,
     WholeFiles,
     lost_worker,
@@ -61,6 +60,7 @@ from looptx_core.training.kernel_trial import enable_kernels
 from looptx_core.training.memory_check import check_memory_use
 from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
 from looptx_core.training.optimizer import learning_rate_factor
+from looptx_core.training.profile import Profile
 from looptx_core.training.start import copy_weights
 from looptx_core.words import counted
 
@@ -285,7 +285,7 @@ def fit(
     stop, final = StopCleanly(checkpoints, config.max_minutes), FinalCheckpoint(checkpoints)
     best = BestWeights(checkpoints / "best", metrics.file) if config.keep_best else None
     at_end = [gathered] if gathered else [final] if sharded else []
-    ours = [*callbacks, AtSetup(begin), stop, *at_end, *([best] if best else [])]
+    ours = [*callbacks, stop, AtSetup(begin), *at_end, *([best] if best else [])]
     if config.profile:
         ours.append(Profile(folder / "profile", config.profile, begin_at))
     with quiet_lightning(), own_environment(folder):
