@@ -228,7 +228,7 @@ def test_a_plain_model_becomes_one_loop(kind: str, shards: Path, tmp_path: Path)
     assert gap.abs().max() < 1e-4
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"bos_token_id": 1e-05}))
-    with pytest.raises(DataError, match="does not open the source: .*bos_token_id"):
+    with pytest.raises(DataError, match=r"does not open the source: .*bos_token_id"):
         transformers_or_none(lambda: open_plain(folder))
     (folder / "config.json").write_text(json.dumps(settings | {"hidden_act": "relu"}))
     with pytest.raises(DataError, match="no place for"):
