@@ -52,8 +52,9 @@ of the controls, by which nothing can be heard (90 % and more is right):
 The person says single digits, put one after another, and speaks on the telephone: real recordings,
 of which nothing was trained on; what the bundled model writes of the telephone is guessed. A model
 that learned from fourteen minutes of her other recordings (`benchmarks/sound/telephone.yaml`) gets
-{percent(best)} of the words wrong (aim 45 %; {percent(silent)} beside silence): it has her sentences
-by heart and writes the nearest one, but does not spell words that it never heard. Of 72 single words by another person, ranked by log p(word given sound) less log p(word), the right one
+{percent(best)} of the words wrong (aim 45 %; {percent(silent)} beside silence): it has her
+sentences by heart and writes the nearest one, but does not spell words that it never heard. Of 72
+single words by another person, ranked by log p(word given sound) less log p(word), the right one
 is the first in {percent(others[0]["first"])} of the cases after one loop and in
 {percent(others[-1]["first"])} after {others[-1]["loops"]} (aim 50 %, chance 1.4 %). There p(word)
 is the mean beside all recordings; as a text alone, of which the model has learned little, it leaves
