@@ -122,6 +122,9 @@ class RunConfig:
     """Batches of one validation."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    log: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """A tracker that gets the metrics too, by the extra of its name; may be repeated.
+    TensorBoard's files are always written."""
     profile: int | None = None
     """Profile so many steps after the first two: a trace and a table, in the run's profile."""
 

@@ -25,6 +25,8 @@ from looptx_core.machine.integrity import check_noted, digest_file, note_digest,
 from looptx_core.parallel.deepspeed import checkpoint as fragments
 from looptx_core.parallel.ranks import any_rank, mean_over_ranks
 
+UNUSED = ("epoch", "flops_epoch")
+"""Figures that Lightning adds and no log of ours takes."""
 GO_BACK = "remove it to go on from the one before"
 
 
@@ -57,7 +59,7 @@ class JsonLines(Logger):
             base, _, loop = name.partition("/")
             if loop:
                 record.setdefault(f"{base}_by_loop", []).append(value)
-            elif name not in ("epoch", "flops_epoch"):
+            elif name not in UNUSED:
                 record[name] = value
         self._write(record)
 

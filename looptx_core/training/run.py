@@ -6,14 +6,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import Strategy
 
 from looptx_core.atomic import remove_partial
 from looptx_core.checkpoint.folder import LoadedModel
@@ -43,10 +41,8 @@ from looptx_core.parallel.strategy import (
 from looptx_core.training.callbacks import (
     AtSetup,
     BestWeights,
-    Checkpoints,
     JsonLines,
     StopCleanly,
-    WholeFiles,
     lost_worker,
     processes_of,
     resume_point,
@@ -62,6 +58,8 @@ from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
 from looptx_core.training.optimizer import learning_rate_factor
 from looptx_core.training.profile import Profile
 from looptx_core.training.start import copy_weights
+from looptx_core.training.trackers import Tracker, asked, check_trackers
+from looptx_core.training.trainer import build_trainer
 from looptx_core.words import counted
 
 _log = logging.getLogger(__name__)
@@ -175,6 +173,7 @@ def check(config: RunConfig, folder: Path) -> None:
         config.attention, device, torch.bfloat16 if precision == "bf16" else torch.float32
     )
     check_strategy(config, folder)
+    check_trackers(config.log)
 
 
 def resuming(command: str, folder: Path) -> str:
@@ -275,7 +274,11 @@ def fit(
     elif resume:
         report("resumed: no checkpoint yet, so from the start")
 
+    trackers = [Tracker(name, folder, report) for name in asked(config.log)]
+
     def begin() -> None:
+        for tracker in trackers:
+            tracker.begin({**asdict(config), "model": model.config.to_dict()}, resume)
         metrics.begin(begin_at if resume else None)
         if config.steps <= begin_at < last_step:
             last_lr = config.lr * learning_rate_factor(config)(config.steps)
@@ -289,7 +292,9 @@ def fit(
     if config.profile:
         ours.append(Profile(folder / "profile", config.profile, begin_at))
     with quiet_lightning(), own_environment(folder):
-        trainer = _trainer(config, last_step, folder, precision, device, strategy, ours, metrics)
+        trainer = build_trainer(
+            config, last_step, folder, precision, device, strategy, ours, metrics, trackers
+        )
         chosen = f"precision: {precision}; attention: {backend.name}"
         if device.type == "cpu":
             wanted = precision == "float32" and not config.compile
@@ -358,42 +363,3 @@ def _report_other_world_size(
             "and the place in the data are the same, but sums over processes are ordered anew, and "
             "dropout and depths by loss are drawn anew, so the run is another to the last bits"
         )
-
-
-def _trainer(
-    config: RunConfig,
-    last_step: int,
-    folder: Path,
-    precision: str,
-    device: torch.device,
-    strategy: Strategy | str,
-    callbacks: list[L.Callback],
-    metrics: JsonLines,
-) -> L.Trainer:
-    return L.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=config.devices,
-        num_nodes=config.nodes,
-        strategy=strategy,
-        precision="bf16-mixed" if precision == "bf16" else "32-true",
-        max_steps=last_step,
-        accumulate_grad_batches=config.accumulation,
-        gradient_clip_val=config.clip,
-        val_check_interval=config.val_every * config.accumulation,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        log_every_n_steps=config.log_every,
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        plugins=[WholeFiles()],
-        callbacks=[
-            *callbacks,
-            Checkpoints(folder / "checkpoints", config.save_every, config.keep),
-        ],
-        logger=[
-            metrics,
-            CSVLogger(folder, name=None, version="csv"),
-            TensorBoardLogger(folder, name=None, version="tensorboard"),
-        ],
-    )
