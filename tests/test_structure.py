@@ -94,8 +94,8 @@ OPTIONS = {
         --no-grad-checkpointing --devices --nodes --strategy --zero3 --no-zero3 --offload
         --nvme-path --deepspeed-config --save-every --keep --keep-best --no-keep-best --val-every
         --val-batches --log-every --log --profile --preset --init --document-mask --no-document-mask
-        --mix --codec --direction --mask-patches --bitnet --no-bitnet --set --config --memory
-        --resume --overwrite --dry-run --force --json --quiet
+        --mix --codec --direction --mask-patches --eval-every --eval-tasks --eval-limit --bitnet
+        --no-bitnet --set --config --memory --resume --overwrite --dry-run --force --json --quiet
     """,
 }
 

@@ -11,7 +11,7 @@ _NAMES = {
     "[1, inf)": """
         steps seq_len batch_size micro_batch devices nodes save_every keep profile val_every
         val_batches log_every loops max_loops min_loops prompt_loops lora_rank max_new_tokens
-        shard_tokens limit max_batch max_context
+        shard_tokens limit max_batch max_context eval_every eval_limit
     """,
     "[0, inf)": """
         workers decode_tokens weight_decay clip temperature top_k speculate max_queue drain_seconds

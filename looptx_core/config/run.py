@@ -226,8 +226,26 @@ class TrainConfig(RunConfig):
     """With a codec: whether a picture with its text is read, written or, as two records, both."""
     mask_patches: float = 0.0
     """Share of the patches to hide from the encoder and to draw back, with a loss of their own."""
+    eval_every: int | None = None
+    """Steps between evaluations on tasks, whose figures join the metrics; absent: none."""
+    eval_tasks: tuple[str, ...] = ()
+    """Names of tasks of looptx evaluate, separated by commas; absent: all of looptx's own."""
+    eval_limit: int | None = 50
+    """The first so many lines of each task."""
     bitnet: bool = False
     """Ternary weights in the blocks (BitNet b1.58); looptx convert --to-bitnet packs them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from looptx_core.errors import UsageError
+
+        if self.eval_tasks and not self.eval_every:
+            raise UsageError("`eval_tasks` does nothing without `eval_every`; add it")
+        if self.eval_every and self.sharding not in ("none", "ddp"):
+            raise UsageError(
+                f"`eval_every` with {self.sharding} is refused: no process has all weights; "
+                "leave it out"
+            )
 
     @property
     def weights(self) -> tuple[float, float]:

@@ -314,7 +314,10 @@ def resume_point(
     trained: set[int] = set()
     validated: set[int] = set()
     for record in read_metrics(metrics):
-        (validated if "val_loss" in record else trained).add(record["step"])
+        if "val_loss" in record:
+            validated.add(record["step"])
+        elif "train_loss" in record:
+            trained.add(record["step"])
     for file in found:
         step = step_of(file)
         logged = step % log_every or step in trained

@@ -58,6 +58,7 @@ from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
 from looptx_core.training.optimizer import learning_rate_factor
 from looptx_core.training.profile import Profile
 from looptx_core.training.start import copy_weights
+from looptx_core.training.task_evaluation import TaskEvaluation, check_tasks
 from looptx_core.training.trackers import Tracker, asked, check_trackers
 from looptx_core.training.trainer import build_trainer
 from looptx_core.words import counted
@@ -142,6 +143,10 @@ def train(
         new = copy_weights(model, init)
         news = f"; new are {', '.join(new[:3])}{' and others' if new[3:] else ''}" if new else ""
         report(f"weights: those of {init.name}{news}")
+    if config.eval_every:
+        special = init.special if init else None
+        evaluation = TaskEvaluation(config, batches.shards.tokenizer, special, report)
+        callbacks = [*callbacks, evaluation]
     share_code_rows(model, learned=init is not None and bool(init.config.draw.codes))
     module, steps = fit(
         model, batches, config, folder=folder, advice=resuming("train", folder), resume=resume,
@@ -165,7 +170,7 @@ def check(config: RunConfig, folder: Path) -> None:
     """Check a run before it has a folder.
 
     Raises what `fit` would: `MissingError` for a package or hardware that is missing, `UsageError`
-    for a strategy that does not fit the settings.
+    for a strategy that does not fit the settings and for a task that there is not.
     """
     device = best_device()
     precision, _ = choose_precision(config.precision, device, config.sharding)
@@ -174,6 +179,8 @@ def check(config: RunConfig, folder: Path) -> None:
     )
     check_strategy(config, folder)
     check_trackers(config.log)
+    if isinstance(config, TrainConfig):
+        check_tasks(config)
 
 
 def resuming(command: str, folder: Path) -> str:
