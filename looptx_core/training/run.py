@@ -89,8 +89,9 @@ def train(
     config: TrainConfig,
     model_config: ModelConfig,
     *,
-    data: Path,
+    data: Path | Sequence[Path],
     records: Sequence[str | Path] = (),
+    weights: Sequence[float] = (),
     folder: Path,
     init: LoadedModel | None = None,
     resume: bool = False,
@@ -101,12 +102,13 @@ def train(
 ) -> TrainResult | None:
     """Train a model on the shards `data`, with its run in `folder`, and write `folder`/final.
 
-    data: a folder of shards. folder: of the run.
-    records: files of records with media, as for `read_records`, mixed with the shards by
-    `config.mix`; `model_config` has these media. init: the model whose weights are the first ones;
-    the shards have its tokenizer, and `model_config` its shape, perhaps with further media. The
-    other arguments, and the errors, are those of `fit`. Returns None in all processes of the run
-    but the first.
+    data: a folder of shards, or several of one tokenizer. folder: of the run.
+    records: files of records with media, as for `read_records`; `model_config` has these media.
+    weights: of each folder of shards and then of each item of records; absent: the shards are one
+    folder, and `config.mix` weighs it against all records. init: the model whose weights are the
+    first ones; the shards have its tokenizer, and `model_config` its shape, perhaps with further
+    media. The other arguments, and the errors, are those of `fit`. Returns None in all processes
+    of the run but the first.
     """
     started = time.monotonic()
     config.check_hidden_shares(bool(records))
@@ -123,18 +125,21 @@ def train(
     for name in config.hidden_shares:
         model_config = MEDIA[name].enable_head(model_config)
     batches: TokenData | MixedData
-    if records:
-        read = read_records(records, config.skip_bad)
+    folders = [data] if isinstance(data, Path) else list(data)
+    if records or weights:
+        groups = [[item] for item in records] if weights else [records]
+        read = [read_records(group, config.skip_bad) for group in groups]
         batches = MixedData(
-            data, read, model_config, mix=config.weights, skip_bad=config.skip_bad,
+            folders, read, model_config, mix=weights or config.weights, skip_bad=config.skip_bad,
             augment=config.augment, direction=config.direction, **batching,
         )  # fmt: skip
-        left_out = f", {read.skipped} left out" if config.skip_bad else ""
-        what = ", ".join(medium.plural for medium in read.media)
-        report(f"{what}: {counted(len(read.records), 'record')}{left_out}")
+        for found in read:
+            left_out = f", {found.skipped} left out" if config.skip_bad else ""
+            what = ", ".join(medium.plural for medium in found.media)
+            report(f"{what}: {counted(len(found.records), 'record')}{left_out}")
         report_unlabelled(batches.unlabelled, report)
     else:
-        batches = TokenData(data, **batching)
+        batches = TokenData(folders[0], **batching)
     if config.bitnet:
         model_config = replace(model_config, linear="ternary")
     torch.manual_seed(config.seed)
@@ -155,8 +160,9 @@ def train(
     if not is_first():
         return None
     return finish_training(
-        module.model, module, batches, config, data, records, folder, steps, started, init
-    )
+        module.model, module, batches, config, folders, records, folder, steps, started, init,
+        weights,
+    )  # fmt: skip
 
 
 def report_unlabelled(counts: Mapping[str, int], report: Callable[[str], object]) -> None:
