@@ -60,8 +60,10 @@ _PANELS = {
     "Server": """
         host port api_key max_batch max_queue max_context request_timeout drain_seconds
     """,
-    "Checkpoints": "save_every keep keep_best val_every shard_size",
-    OUTPUT: "config overwrite dry_run force log_every profile json as_json quiet help",
+    "Checkpoints": """
+        save_every keep keep_best val_every eval_every eval_tasks eval_limit shard_size
+    """,
+    OUTPUT: "config overwrite dry_run force log_every log profile json as_json quiet help",
 }
 """The panels below it, in their order, each with its flags by parameter name."""
 

@@ -132,7 +132,7 @@ def train(
         from looptx_core.checkpoint.weights import fingerprint
         from looptx_core.data.bundled import bundled_shards
         from looptx_core.data.records import media_named, read_records
-        from looptx_core.data.resolve import resolve_data
+        from looptx_core.data.resolve import resolve_data, resolve_sources
         from looptx_core.data.shards import Manifest
         from looptx_core.media.registry import MEDIA, media_for
         from looptx_core.training.run import check, fit_vocabulary, train
@@ -156,14 +156,25 @@ def train(
     model_config = _with_codec(model_config, settings)
     tokenizer = source.tokenizer if source else None
     text_vocabulary = model_config.draw.first_code or model_config.vocab_size
-    if texts:
-        shards = resolve_data(texts, text_vocabulary, tokenizer)
+    by_item = settings.source_weights([bool(named[item]) for item in settings.data])
+    weights: list[float] = []
+    if by_item:
+        weight = dict(zip(settings.data, by_item))
+        weights = [*([weight[item] for item in texts] or [0.0]),
+                   *(weight[item] for item in records)]  # fmt: skip
+    if not texts:
+        if not weights:
+            note("text: the bundled one, Moby Dick, and generated lines that need depth", quiet)
+        shards = [bundled_shards(text_vocabulary, tokenizer)]
+    elif weights:
+        shards = resolve_sources(texts, text_vocabulary, tokenizer)
     else:
-        note("text: the bundled one, Moby Dick, and generated lines that need depth", quiet)
-        shards = bundled_shards(text_vocabulary, tokenizer)
+        shards = [resolve_data(texts, text_vocabulary, tokenizer)]
 
-    manifest = Manifest.read(shards)
-    origin = {"data": manifest.fingerprint, "tokenizer": manifest.tokenizer}
+    manifests = [Manifest.read(folder) for folder in shards]
+    manifest = manifests[0]
+    origin = {"data": " ".join(each.fingerprint for each in manifests),
+              "tokenizer": manifest.tokenizer}  # fmt: skip
     vocabulary = manifest.vocab_size
     if source is not None:
         origin["model"] = fingerprint(source.folder)
@@ -185,6 +196,7 @@ def train(
             model_config,
             data=shards,
             records=records,
+            weights=weights,
             folder=folder,
             init=source,
             resume=resume is not None,
@@ -241,6 +253,8 @@ def _in_steps(
             "--epochs counts passes over text, and this data has records of media beside it; "
             "give --steps"
         )
+    if settings.mix:
+        raise UsageError("--epochs counts passes over one text, not over a mixture; give --steps")
     if given := settings.data:
         shards = resolve_data(given, vocab_size, tokenizer)
     else:

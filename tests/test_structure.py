@@ -45,7 +45,7 @@ OPTIONS = {
         --loss-at --loss-prior --precision --attention --compile --no-compile --grad-checkpointing
         --no-grad-checkpointing --devices --nodes --strategy --zero3 --no-zero3 --offload
         --nvme-path --deepspeed-config --save-every --keep --keep-best --no-keep-best --val-every
-        --val-batches --log-every --profile --model --lora --no-lora --qlora --no-qlora
+        --val-batches --log-every --log --profile --model --lora --no-lora --qlora --no-qlora
         --quantization --dora --no-dora --lora-per-loop --no-lora-per-loop --lora-rank --lora-alpha
         --lora-dropout --rslora --no-rslora --target-modules --columns --train-on-prompt
         --no-train-on-prompt --too-long --val-fraction --config --resume --overwrite --dry-run
@@ -93,9 +93,9 @@ OPTIONS = {
         --loss-at --loss-prior --precision --attention --compile --no-compile --grad-checkpointing
         --no-grad-checkpointing --devices --nodes --strategy --zero3 --no-zero3 --offload
         --nvme-path --deepspeed-config --save-every --keep --keep-best --no-keep-best --val-every
-        --val-batches --log-every --profile --preset --init --document-mask --no-document-mask --mix
-        --codec --direction --mask-patches --bitnet --no-bitnet --set --config --memory --resume
-        --overwrite --dry-run --force --json --quiet
+        --val-batches --log-every --log --profile --preset --init --document-mask --no-document-mask
+        --mix --codec --direction --mask-patches --eval-every --eval-tasks --eval-limit --bitnet
+        --no-bitnet --set --config --memory --resume --overwrite --dry-run --force --json --quiet
     """,
 }
 

@@ -26,6 +26,8 @@ from looptx_core.machine.integrity import check_noted, digest_file, note_digest,
 from looptx_core.parallel.deepspeed import checkpoint as fragments
 from looptx_core.parallel.ranks import any_rank, mean_over_ranks
 
+UNUSED = ("epoch", "flops_epoch")
+"""Figures that Lightning adds and no log of ours takes."""
 GO_BACK = "remove it to go on from the one before"
 
 
@@ -58,7 +60,7 @@ class JsonLines(Logger):
             base, _, loop = name.partition("/")
             if loop:
                 record.setdefault(f"{base}_by_loop", []).append(value)
-            elif name not in ("epoch", "flops_epoch"):
+            elif name not in UNUSED:
                 record[name] = value
         self._write(record)
 
@@ -315,7 +317,10 @@ def resume_point(
     trained: set[int] = set()
     validated: set[int] = set()
     for record in read_metrics(metrics):
-        (validated if "val_loss" in record else trained).add(record["step"])
+        if "val_loss" in record:
+            validated.add(record["step"])
+        elif "train_loss" in record:
+            trained.add(record["step"])
     for file in found:
         step = step_of(file)
         logged = step % log_every or step in trained
