@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from looptx_core.config.media import AudioConfig, DrawConfig, VideoConfig
+from looptx_core.config.rope import RopeScaling
 from looptx_core.errors import UsageError
 from looptx_core.schema import typed
 
@@ -29,8 +30,13 @@ _MOST = {
 _MEMORY_KEYS = (
     "memory", "memory_window", "memory_block", "memory_per_loop", "infini_delta",
 )  # fmt: skip
-SECTIONS: dict[str, type] = {"audio": AudioConfig, "video": VideoConfig, "draw": DrawConfig}
-"""What a model reads and writes beside text and pictures, by the key of its section."""
+SECTIONS: dict[str, type] = {
+    "rope_scaling": RopeScaling,
+    "audio": AudioConfig,
+    "video": VideoConfig,
+    "draw": DrawConfig,
+}
+"""The classes of the sections inside a model's configuration, by key."""
 
 
 STORED_AS = {
@@ -88,6 +94,10 @@ class ModelConfig:
     """RMSNorm on queries and keys of each head (arXiv 2302.05442)."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies (arXiv 2104.09864)."""
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    """How these frequencies are lowered for long texts."""
+    qkv_bias: bool = False
+    """Queries, keys and values have a bias, as in Qwen2."""
     norm_eps: float = 1e-6
     """Added to the mean square in RMSNorm."""
     max_seq_len: int = 2048

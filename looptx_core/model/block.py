@@ -168,13 +168,19 @@ class Attention(FusedProjection):
         self.k_proj = linear(config, config.d_model, kv_width)
         self.v_proj = linear(config, config.d_model, kv_width)
         self.o_proj = linear(config, width, config.d_model, normed=False)
+        # Beside the layers, so that layers of any kind of storage can have them.
+        self.q_bias, self.k_bias, self.v_bias = (
+            nn.Parameter(torch.zeros(size)) if config.qkv_bias else None
+            for size in (width, kv_width, kv_width)
+        )
         self.q_norm, self.k_norm = _rotate_heads(config), _rotate_heads(config)
         self.memory = LayerMemory(config) if remembers else None
 
     def forward(self, x: Tensor, ctx: ForwardContext, past: Past | None) -> Tensor:
         batch, length, _ = x.shape
         queries, keys, values = (
-            part.view(batch, length, -1, self.head_dim) for part in self.project(x)
+            _with_bias(part, bias).view(batch, length, -1, self.head_dim)
+            for part, bias in zip(self.project(x), (self.q_bias, self.k_bias, self.v_bias))
         )
         turned = self.q_norm(queries, ctx.rotary)
         queries = turned.transpose(1, 2)
@@ -194,7 +200,8 @@ class Attention(FusedProjection):
     def entries(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """The keys and values that `forward` writes, (batch, kv_heads, length, head_dim)."""
         keys, values = (
-            layer(x).view(*x.shape[:2], -1, self.head_dim) for layer in (self.k_proj, self.v_proj)
+            _with_bias(layer(x), bias).view(*x.shape[:2], -1, self.head_dim)
+            for layer, bias in ((self.k_proj, self.k_bias), (self.v_proj, self.v_bias))
         )
         return self.k_norm(keys, ctx.rotary).transpose(1, 2), values.transpose(1, 2)
 
@@ -234,6 +241,10 @@ class Block(nn.Module):
         """x: (batch, length, d_model), and so is the result. past, remembers: see `Attention`."""
         x = x + self.dropout(self.attention(self.attention_norm(x), ctx, past))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+def _with_bias(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias.to(x.dtype)
 
 
 def _rotate_heads(config: ModelConfig) -> nn.Module:
