@@ -227,7 +227,7 @@ def documented(heading: str, page: str = "json") -> set[str]:
 def test_a_run_has_the_documented_files(short: Path) -> None:
     assert main(shlex.split("train --data corpus --save-every 1 --out runs/a")) == 0
     run = {file.name for file in Path("runs/a").iterdir()}
-    assert run | {"kernels.json", "profile"} == documented("A run", "files")  # of some runs
+    assert run | {"kernels.json", "profile", "control"} == documented("A run", "files")  # of some runs
     optional = {"model.safetensors.index.json", "preprocessor_config.json"}
     model = {file.name for file in Path("runs/a/final").iterdir()}
     assert model == documented("A model folder", "files") - optional
