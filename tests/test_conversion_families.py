@@ -21,6 +21,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2 and its biases": ("Qwen2", {}),
     "Mistral without a window": ("Mistral", {"sliding_window": None}),
     "Llama 3's RoPE": ("Llama", {"rope_parameters": LLAMA3}),
+    "OLMo 2": ("Olmo2", {"eos_token_id": 2, "pad_token_id": 2}),
     "linear RoPE": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0,
                                                   "rope_theta": 10_000.0}}),
 }  # fmt: skip

@@ -31,13 +31,16 @@ from looptx_core.model.empty_weights import init_empty_weights
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.schema import typed
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 """transformers' `model_type` of the models that can be expressed exactly."""
-_BLOCK = {
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "mlp_norm",
-    "self_attn": "attention",
+_NORMS = {
+    "before": {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"},
+    "after": {
+        "post_attention_layernorm": "attention_norm",
+        "post_feedforward_layernorm": "mlp_norm",
+    },
 }
+"""transformers' names of the norms, by where they stand."""
 _TOP = {
     "model.embed_tokens.weight": "embedding.weight",
     "model.norm.weight": "norm.weight",
@@ -112,7 +115,9 @@ def looped_shape(settings: Mapping[str, Any], where: str, looping: Looping) -> M
             "loops": 1,
             "max_loops": most,
             "injection": "none" if looping.core is None else "bridge",
-            "qk_norm": kind == "qwen3",
+            "qk_norm": kind in ("qwen3", "olmo2"),
+            "qk_norm_over": "all" if kind == "olmo2" else "head",
+            "norm_position": "after" if kind == "olmo2" else "before",
             "qkv_bias": kind == "qwen2",
             "activation": act,
             "rope_theta": rope.get("rope_theta") or settings.get("rope_theta") or 10_000.0,
@@ -145,6 +150,7 @@ def looped_names(config: ModelConfig) -> Callable[[str], str | None]:
     """From transformers' names of tensors to the looped model's; None for a tied head."""
     counts = {"prelude": config.prelude_layers, "core": config.core_layers,
               "coda": config.coda_layers}  # fmt: skip
+    modules = {"self_attn": "attention", **_NORMS[config.norm_position]}
     places = [f"{part}.{number}" for part, count in counts.items() for number in range(count)]
 
     def rename(name: str) -> str | None:
@@ -154,7 +160,7 @@ def looped_names(config: ModelConfig) -> Callable[[str], str | None]:
         if not match or int(match[1]) >= len(places):
             return name  # and is refused as unexpected
         part = re.sub(r"^([qkv])_proj\.bias$", r"\1_bias", match[3])
-        return f"{places[int(match[1])]}.{_BLOCK.get(match[2], match[2])}.{part}"
+        return f"{places[int(match[1])]}.{modules.get(match[2], match[2])}.{part}"
 
     return rename
 
