@@ -12,61 +12,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-NAMES = [
-    "Ann",
-    "Bob",
-    "Eve",
-    "Tom",
-    "Sam",
-    "Kim",
-    "Max",
-    "Joe",
-    "Dan",
-    "Amy",
-    "Leo",
-    "Mia",
-    "Ian",
-    "Roy",
-    "Lily",
-    "Jack",
-    "Emma",
-    "Paul",
-    "Anna",
-    "Mark",
-    "Lisa",
-    "John",
-    "Mary",
-    "Luke",
-    "Rose",
-    "Adam",
-    "Jane",
-    "Peter",
-    "Alice",
-    "David",
-    "Sarah",
-    "James",
-    "Helen",
-    "Frank",
-    "Laura",
-    "Henry",
-    "Julia",
-    "Simon",
-    "Grace",
-    "Oscar",
-    "Clara",
-    "Felix",
-    "Brian",
-    "Diana",
-    "Kevin",
-    "Alan",
-    "Ruth",
-    "Carl",
-    "Ella",
-    "Hugo",
-    "Iris",
-    "Owen",
-    "Vera",
-]
+NAMES = """
+    Ann Bob Eve Tom Sam Kim Max Joe Dan Amy Leo Mia Ian Roy Lily Jack Emma Paul Anna Mark Lisa John
+    Mary Luke Rose Adam Jane Peter Alice David Sarah James Helen Frank Laura Henry Julia Simon Grace
+    Oscar Clara Felix Brian Diana Kevin Alan Ruth Carl Ella Hugo Iris Owen Vera
+""".split()  # noqa: SIM905
 
 
 def chain(rng: random.Random, people: int, hops: int) -> dict[str, str]:

@@ -64,8 +64,8 @@ def rows_of(args: argparse.Namespace, arm: str, loaded: LoadedModel, loops: int)
     text = text_loss(loaded, loops)
     by_hops = {hops: share_right(loaded, questions(args, hops), loops) for hops in args.hops}
     return [
-        {"part": "hops", "arm": arm, "loops": loop + 1, "hops": hops, "right": round(found[loop], 4)}
-        for hops, found in by_hops.items() for loop in range(loops)
+        {"part": "hops", "arm": arm, "loops": loop, "hops": hops, "right": round(right, 4)}
+        for hops, found in by_hops.items() for loop, right in enumerate(found, start=1)
     ] + [
         {"part": "text", "arm": arm, "loops": loop + 1, "loss": round(text[loop], 4)}
         for loop in range(loops)
