@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from looptx_cli.console import note, stdout
+from looptx_cli.control import show_control, train_control
 from looptx_cli.dry_run import show_training
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields, with_set
@@ -136,8 +137,10 @@ def train(
         from looptx_core.data.shards import Manifest
         from looptx_core.media.registry import MEDIA, media_for
         from looptx_core.training.run import check, fit_vocabulary, train
+        from looptx_core.training.teacher import check_teacher
 
-    inputs = (*settings.data, settings.init, config_file(config), settings.deepspeed_config)
+    inputs = (*settings.data, settings.init, settings.teacher, config_file(config),
+              settings.deepspeed_config)  # fmt: skip
     run = run_folder(
         resume, settings.out, "train", overwrite, inputs, lambda line: note(line, quiet)
     )
@@ -183,6 +186,7 @@ def train(
     model_config = fit_vocabulary(
         model_config, vocabulary, resolved.given("model.vocab_size") and source is None
     )
+    check_teacher(settings.teacher, model_config, manifest.tokenizer)
     shape = dotted(model_config.to_dict(), "model")
     if records:
         origin["media data"] = read_records(records, settings.skip_bad).fingerprint
@@ -208,6 +212,19 @@ def train(
         if result is None:
             return
         result = run.finish(result)
+        if settings.control:
+
+            def again(other: TrainConfig, where: Path) -> TrainResult | None:
+                return train(
+                    other, model_config, data=shards, records=records, folder=where, init=source,
+                    callbacks=[train_progress(other.steps, quiet or as_json)],
+                    report=lambda line: note(line, quiet),
+                )  # fmt: skip
+
+            result = train_control(
+                result, settings, settled, model_config, 1.0, command="train", origin=origin,
+                again=again, report=lambda line: note(line, quiet),
+            )  # fmt: skip
     folder = result.folder
     if as_json:
         write_line(summary(result))
@@ -333,6 +350,8 @@ def _show_result(result: TrainResult, beside: str) -> None:
             soft_wrap=True,
         )
     out.print(result.verdict, soft_wrap=True)
+    if result.control is not None:
+        show_control(result)
     if result.probes:
         first = sum(a[0] for a in result.probes.values()) / len(result.probes)
         last = sum(a[-1] for a in result.probes.values()) / len(result.probes)

@@ -20,7 +20,7 @@ _NAMES = {
         lr epochs max_minutes mean_loops lora_alpha repetition_penalty finetune_steps
         request_timeout
     """,
-    "[0, 1]": "min_lr warmup lr_decay grow_share deeper_share explore min_p",
+    "[0, 1]": "teacher_weight min_lr warmup lr_decay grow_share deeper_share explore min_p",
     "(0, 1]": "top_p",
     "[0, 1)": "beta2 lora_dropout mask_patches",
     "(0, 1)": "val_fraction",
