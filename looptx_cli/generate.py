@@ -13,7 +13,7 @@ import typer
 
 from looptx_cli.console import note, shown, stdout
 from looptx_cli.conversation import Conversation
-from looptx_cli.drawing import SCHEMA_VERSION, check_target, draw_picture, map_file
+from looptx_cli.drawing import SCHEMA_VERSION, check_picture_target, draw_picture
 from looptx_cli.imports import large_imports
 from looptx_cli.model_options import (
     Adapter,
@@ -28,6 +28,7 @@ from looptx_cli.model_options import (
 )
 from looptx_cli.options import with_fields
 from looptx_cli.reading import reading_shown
+from looptx_cli.speaking import MOST_TOKENS, check_sound_target, speak_text
 from looptx_cli.streaming import (
     given_media,
     piped_frames,
@@ -35,6 +36,7 @@ from looptx_cli.streaming import (
     read_items,
     stream,
 )
+from looptx_cli.targets import map_file
 from looptx_core.api import load
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.resolve import resolve
@@ -97,6 +99,9 @@ def generate(
     draw: Annotated[
         Path | None, typer.Option(help="Draw the prompt into this file, a PNG, JPEG or WebP.")
     ] = None,
+    speak: Annotated[
+        Path | None, typer.Option(help="Speak the prompt into this file, a WAV, FLAC or OGG.")
+    ] = None,
     timestamps: Annotated[
         bool,
         typer.Option(
@@ -125,6 +130,7 @@ def generate(
     looptx generate --audio talk.mp3 --timestamps
     looptx generate --video wave.webp
     looptx generate "cat face" --draw drawn.png --guidance 2
+    looptx generate "seven four one" --speak digits.wav
     ffmpeg -i in.mp4 -f image2pipe -c:v png - | looptx generate --video - --every 2
     looptx generate "Call me" --adapter runs/finetune-1
     looptx generate --chat "Who are you?" --adapter runs/finetune-1
@@ -143,12 +149,9 @@ def generate(
     files = given_media(quiet, image=image, audio=audio, video=video)
     if timestamps and (len(audio or ()) != 1 or len(files) > 1 or texts or chat or compare_loops):
         raise UsageError("--timestamps goes with one --audio and nothing else to read")
-    if draw is not None:
-        if len(texts) > 1 or timestamps or chat or compare_loops:
-            raise UsageError("--draw goes with one prompt, and neither a chat nor several depths")
-        check_target(draw)
-        if show_iterations:
-            check_target(map_file(draw))
+    _check_written(draw, speak, len(texts), timestamps or chat or bool(compare_loops),
+                   show_iterations)  # fmt: skip
+    writes = draw is not None or speak is not None
     rate = _pipe_rate(files.get("video", ()), fps, every)
     if rate and chat and not texts:
         raise UsageError("--video - takes standard input, so give the message as an argument")
@@ -157,7 +160,7 @@ def generate(
     if files and len(texts) > 1:
         flag = f"--{next(iter(files))}"
         raise UsageError(f"{flag} goes with one prompt; give one, or none for a caption")
-    if (files or draw) and not texts and not chat:
+    if (files or writes) and not texts and not chat:
         texts = [""] if files or sys.stdin.isatty() else []
     for text in texts:
         if has_half(str(text)):
@@ -169,6 +172,8 @@ def generate(
     abilities = frozenset(MEDIA[name].ability for name in files)
     if draw is not None:
         abilities |= {MEDIA["image"].write_ability}
+    if speak is not None:
+        abilities |= {MEDIA["audio"].write_ability}
     with large_imports():
         loaded = load(
             model, adapter=adapter, attention=attention, precision=precision, kernel=kernel,
@@ -191,6 +196,11 @@ def generate(
     if draw is not None:
         draw_picture(engine, str(texts[0]), items, options, draw, show_iterations, as_json, quiet)
         return
+    if speak is not None:
+        if not resolved.given("max_new_tokens"):
+            options = replace(options, max_new_tokens=MOST_TOKENS)
+        speak_text(engine, str(texts[0]), items, options, speak, show_iterations, as_json, quiet)
+        return
     if chat:
         texts = [_message(str(text), items) for text in texts]
     elif items and not interactive:
@@ -209,6 +219,25 @@ def generate(
     else:
         for text, result in zip(texts, engine.complete(texts, options)):
             _show(engine, text, result, show_iterations, quiet)
+
+
+def _check_written(
+    draw: Path | None, speak: Path | None, prompts: int, beside: bool, iterations: bool
+) -> None:
+    """Raise `UsageError` where --draw or --speak can't be done. beside: other flags exclude them.
+
+    iterations: whether a map of the loops is written, too.
+    """
+    if draw is not None and speak is not None:
+        raise UsageError("--draw and --speak exclude each other; call the command twice")
+    for flag, file in (("--draw", draw), ("--speak", speak)):
+        if file is None:
+            continue
+        if prompts > 1 or beside:
+            raise UsageError(f"{flag} goes with one prompt, and neither a chat nor several depths")
+        (check_picture_target if draw else check_sound_target)(file)
+        if iterations:
+            check_picture_target(map_file(file), flag)
 
 
 def _pipe_rate(clips: Sequence[Path], fps: float | None, every: float | None) -> float | None:

@@ -155,7 +155,8 @@ def train(
             note(f"{what}; {medium.size_key} sets it", quiet)
     model_config = _with_codec(model_config, settings)
     tokenizer = source.tokenizer if source else None
-    text_vocabulary = model_config.draw.first_code or model_config.vocab_size
+    first_codes = [section.first_code for section in model_config.written if section.first_code]
+    text_vocabulary = min(first_codes, default=model_config.vocab_size)
     if texts:
         shards = resolve_data(texts, text_vocabulary, tokenizer)
     else:
@@ -168,7 +169,7 @@ def train(
     if source is not None:
         origin["model"] = fingerprint(source.folder)
         note(f"init: {source.name}, learning rate {settings.lr:g}", quiet)
-        vocabulary = source.config.vocab_size - source.config.draw.codes
+        vocabulary = source.config.vocab_size - source.config.all_codes
     model_config = fit_vocabulary(
         model_config, vocabulary, resolved.given("model.vocab_size") and source is None
     )
@@ -260,9 +261,9 @@ def _time_new_model(model: ModelConfig, settings: TrainConfig, quiet: bool) -> f
 def _with_codec(model: ModelConfig, settings: TrainConfig) -> ModelConfig:
     """The model's configuration with what its codec says."""
     if settings.codec is None:
-        if model.draw.codec and not settings.init:
-            raise UsageError("this model draws; give its codec by `codec`")
-        if settings.direction == "write" and not model.draw.codec:
+        if model.written and not settings.init:
+            raise UsageError("this model draws or speaks; give its codec by `codec`")
+        if settings.direction == "write" and not model.written:
             raise UsageError("`direction` write needs a codec; give it by `codec`")
         return model
     from looptx_core.checkpoint.codec_folder import with_codec

@@ -12,6 +12,8 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from looptx_core.data.datamodule import Batches
 from looptx_core.data.example import Example, code_ranges, target_weights
 from looptx_core.data.records import MediaFile, Record, Turn, parse, raw_records, rename_columns
 from looptx_core.data.split import hold_out
-from looptx_core.data.tokenizer import PAD, end_id
+from looptx_core.data.tokenizer import PAD, end_id, token_bytes
 from looptx_core.errors import DataError, UsageError
 from looptx_core.media.base import Grid
 from looptx_core.media.batch import MediaItem, batch_items, to_entries
@@ -140,17 +142,27 @@ class _Encoder:
         self.files = tuple(file for file in record.files if not file.written)
         self.placeholders: list[int] = []
         self.grids: list[Grid] = []
-        self.items = [self._item(file) for file in record.files]
+        self._codes: dict[Any, list[int]] = {}
+        self.items = [self._item(file) for file in record.files if not file.written]
+
+    def _written(self, file: MediaFile, before: Sequence[int]) -> list[int]:
+        """The tokens of an item that is written after these; those that are not learned, as ~id."""
+        medium, where = MEDIA[file.medium], self.record.where
+        writer = writers(self.config).get(file.medium) if self.config else None
+        if writer is None:
+            raise DataError(f"{where}: this model writes no {medium.plural}; give another")
+        names = map(self.tokenizer.id_to_token, said := writer.said(before))
+        text = tuple(zip(said, map(token_bytes, names)))
+        key = file.path, text
+        if key not in self._codes:
+            self._codes[key] = writer.encode(file.path, f"{where}: {file.path}", text)
+        ids = self._codes[key]
+        return [writer.opens, *(token if writer.learned(token) else ~token for token in ids)]
 
     def _item(self, file: MediaFile) -> list[int]:
-        """The tokens of an item: placeholders where it is read, codes where it is written."""
+        """The placeholders of an item that is read."""
         medium, where = MEDIA[file.medium], self.record.where
         name = f"{where}: {file.path}"
-        if file.written:
-            writer = writers(self.config).get(file.medium) if self.config else None
-            if writer is None:
-                raise DataError(f"{where}: this model writes no {medium.plural}; give another")
-            return [writer.opens, *writer.encode(file.path, name)]
         if self.config is None or medium not in media_for(self.config):
             raise DataError(
                 f"{where}: has a {medium.noun}, and this model reads none; give one by `model` "
@@ -164,7 +176,9 @@ class _Encoder:
     def example(self, way: int, all_count: bool) -> Example:
         """With text `way` of each part."""
         end, items = end_id(self.tokenizer), iter(self.items)
-        turns = [self._content(turn, way, items) for turn in self.record.turns]
+        turns: list[list[int]] = []
+        for turn in self.record.turns:
+            turns.append(self._content(turn, way, items, [*chain(*turns)]))
         if self.record.form == "messages":
             roles = [turn.role for turn in self.record.turns]
             ids, counted = encode_turns(zip(roles, turns), self.tokenizer)
@@ -181,7 +195,8 @@ class _Encoder:
             counted = [not self.files] + [True] * (len(ids) - 1)
         tokens = np.array(ids, np.int32)
         learned = np.ones(len(ids), bool) if all_count else np.array(counted)
-        learned &= ~np.isin(tokens, self.placeholders)
+        learned &= ~np.isin(tokens, self.placeholders) & (tokens >= 0)
+        tokens = np.where(tokens < 0, ~tokens, tokens)
         return Example(
             tokens, learned, self.files, (), self.record.group, tuple(self.grids), self._label(way)
         )
@@ -194,11 +209,14 @@ class _Encoder:
                 return str(texts[way % len(texts)])
         return None
 
-    def _content(self, turn: Turn, way: int, items: Iterator[list[int]]) -> list[int]:
+    def _content(
+        self, turn: Turn, way: int, items: Iterator[list[int]], before: Sequence[int]
+    ) -> list[int]:
+        """before: the tokens of the record's turns before this one."""
         ids: list[int] = []
         for part in turn.content:
             if isinstance(part, MediaFile):
-                ids += next(items)
+                ids += self._written(part, [*before, *ids]) if part.written else next(items)
             else:
                 text = part[way % len(part)]
                 ids += self.tokenizer.encode(text, add_special_tokens=False).ids

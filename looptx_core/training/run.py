@@ -144,7 +144,8 @@ def train(
         new = copy_weights(model, init)
         news = f"; new are {', '.join(new[:3])}{' and others' if new[3:] else ''}" if new else ""
         report(f"weights: those of {init.name}{news}")
-    share_code_rows(model, learned=init is not None and bool(init.config.draw.codes))
+    learned = {section.codec for section in init.config.written} if init else ()
+    share_code_rows(model, learned)
     module, steps = fit(
         model, batches, config, folder=folder, advice=resuming("train", folder), resume=resume,
         until=until, callbacks=callbacks, report=report, watch=watch,
