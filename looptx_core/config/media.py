@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from looptx_core.errors import UsageError
 
@@ -99,8 +99,8 @@ class WrittenConfig:
     """Whether codes share a vector for each level of their digits while they are trained, beside
     one of their own; see `looptx_core.model.code_rows`."""
 
-    SECTION: ClassVar[str] = ""
-    OWN: ClassVar[tuple[str, ...]] = ("columns", "levels")
+    SECTION = ""
+    OWN = tuple("columns levels".split())
     """What the codec says."""
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ class DrawConfig(WrittenConfig):
     """The token that begins a picture."""
 
     SECTION = "draw"
-    OWN = ("rows", "columns", "levels")
+    OWN = tuple("rows columns levels".split())
 
 
 @dataclass(frozen=True)
