@@ -207,8 +207,9 @@ def train(
         note(f"pack it: looptx convert --to-bitnet --model {folder}", quiet)
     for name in used:
         note(f"try next: looptx generate --{name} FILE --model {folder} --show-iterations", quiet)
-    if settings.codec:
-        note(f'try next: looptx generate "cat face" --draw drawn.png --model {folder}', quiet)
+    for section, flag in (("draw", "draw drawn.png"), ("speak", "speak spoken.wav")):
+        if settings.codec and getattr(model_config, section).codec:
+            note(f"try next: looptx generate PROMPT --{flag} --model {folder}", quiet)
     note(f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet)
 
 

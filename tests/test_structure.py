@@ -56,7 +56,7 @@ OPTIONS = {
         --kv-policy --kv-type --speculate --draft-loops --temperature --top-k --top-p --min-p
         --repetition-penalty --seed --stop --guidance --draw-steps --draw-guidance --ignore-eos
         --no-ignore-eos --prompts-file --prompt-file --model --adapter --image --audio --video --fps
-        --every --chat --draw --timestamps --show-iterations --compare-loops --attention --precision
+        --every --chat --draw --speak --timestamps --show-iterations --compare-loops --attention --precision
         --kernel --config --json --quiet
     """,
     "convert": """
@@ -170,7 +170,7 @@ def _texts(node: ast.AST) -> Iterator[str]:
 
 
 NAME_IMAGES = {
-    "checkpoint/folder.py": "the name of the codec's copy in a model folder",
+    "checkpoint/folder.py": "the document that prepares pictures and recordings",
     "config/corpus.py": "the flag --codec, with the kinds of codecs",
     "config/generation.py": "the help of the flags of drawing",
     "config/inspection.py": "the flag --image",
