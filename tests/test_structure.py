@@ -170,7 +170,7 @@ def _texts(node: ast.AST) -> Iterator[str]:
 
 
 NAME_IMAGES = {
-    "checkpoint/folder.py": "the document that prepares pictures and recordings",
+    "checkpoint/folder.py": "the name of the codec's copy in a model folder",
     "config/corpus.py": "the flag --codec, with the kinds of codecs",
     "config/generation.py": "the help of the flags of drawing",
     "config/inspection.py": "the flag --image",
