@@ -13,7 +13,7 @@ import typer
 
 from looptx_cli.console import note, shown, stdout
 from looptx_cli.conversation import Conversation
-from looptx_cli.drawing import SCHEMA_VERSION, check_picture_target, draw_picture
+from looptx_cli.drawing import SCHEMA_VERSION, draw_picture
 from looptx_cli.imports import large_imports
 from looptx_cli.model_options import (
     Adapter,
@@ -28,15 +28,15 @@ from looptx_cli.model_options import (
 )
 from looptx_cli.options import with_fields
 from looptx_cli.reading import reading_shown
-from looptx_cli.speaking import MOST_TOKENS, check_sound_target, speak_text
+from looptx_cli.speaking import MOST_TOKENS, check_written, speak_text
 from looptx_cli.streaming import (
     given_media,
+    pipe_rate,
     piped_frames,
     print_now,
     read_items,
     stream,
 )
-from looptx_cli.targets import map_file
 from looptx_core.api import load
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.resolve import resolve
@@ -58,8 +58,6 @@ if TYPE_CHECKING:
     from looptx_core.media.batch import MediaItem
 
 _SHOWN, _END = 20_000, 400  # characters of a prompt that are shown whole, and of the end of others
-PIPE_FPS = 25.0
-"""Frames a second of a pipe, where nothing is said."""
 
 
 @with_fields(GenerationOptions)
@@ -149,10 +147,10 @@ def generate(
     files = given_media(quiet, image=image, audio=audio, video=video)
     if timestamps and (len(audio or ()) != 1 or len(files) > 1 or texts or chat or compare_loops):
         raise UsageError("--timestamps goes with one --audio and nothing else to read")
-    _check_written(draw, speak, len(texts), timestamps or chat or bool(compare_loops),
+    check_written(draw, speak, len(texts), timestamps or chat or bool(compare_loops),
                    show_iterations)  # fmt: skip
     writes = draw is not None or speak is not None
-    rate = _pipe_rate(files.get("video", ()), fps, every)
+    rate = pipe_rate(files.get("video", ()), fps, every)
     if rate and chat and not texts:
         raise UsageError("--video - takes standard input, so give the message as an argument")
     if every and (len(texts) > 1 or len(files) > 1 or chat or depths or show_iterations):
@@ -219,39 +217,6 @@ def generate(
     else:
         for text, result in zip(texts, engine.complete(texts, options)):
             _show(engine, text, result, show_iterations, quiet)
-
-
-def _check_written(
-    draw: Path | None, speak: Path | None, prompts: int, beside: bool, iterations: bool
-) -> None:
-    """Raise `UsageError` where --draw or --speak can't be done. beside: other flags exclude them.
-
-    iterations: whether a map of the loops is written, too.
-    """
-    if draw is not None and speak is not None:
-        raise UsageError("--draw and --speak exclude each other; call the command twice")
-    for flag, file in (("--draw", draw), ("--speak", speak)):
-        if file is None:
-            continue
-        if prompts > 1 or beside:
-            raise UsageError(f"{flag} goes with one prompt, and neither a chat nor several depths")
-        (check_picture_target if draw else check_sound_target)(file)
-        if iterations:
-            check_picture_target(map_file(file), flag)
-
-
-def _pipe_rate(clips: Sequence[Path], fps: float | None, every: float | None) -> float | None:
-    """Frames a second of a pipe, None without one. Raises `UsageError` for flags of a pipe that
-    are bad or have none."""
-    piped = [str(clip) for clip in clips].count("-")
-    for flag, value in (("--fps", fps), ("--every", every)):
-        if value is not None and not 0 < value < float("inf"):
-            raise UsageError(f"{flag} {value:g}: above 0")
-        if value is not None and not piped:
-            raise UsageError(f"{flag} goes with --video -, a pipe of frames")
-    if piped > 1 or (every and len(clips) > 1):
-        raise UsageError("--video - goes once, as there is one standard input")
-    return fps or PIPE_FPS if piped else None
 
 
 def _transcribe(engine: Engine, file: Path, options: GenerationOptions, as_json: bool) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from looptx_cli.console import note
-from looptx_cli.drawing import SCHEMA_VERSION
+from looptx_cli.drawing import SCHEMA_VERSION, check_picture_target
 from looptx_cli.streaming import print_now
 from looptx_cli.targets import check_target, grey, map_file, save_beside
 from looptx_core.errors import LooptxError, UsageError
@@ -44,6 +44,25 @@ def _is_sound(file: Path, kind: str) -> bool:
         return bool(soundfile.info(str(file)).format == kind)
     except (soundfile.SoundFileError, RuntimeError, OSError):
         return False
+
+
+def check_written(
+    draw: Path | None, speak: Path | None, prompts: int, beside: bool, iterations: bool
+) -> None:
+    """Raise `UsageError` where --draw or --speak can't be done. beside: other flags exclude them.
+
+    iterations: whether a map of the loops is written, too.
+    """
+    if draw is not None and speak is not None:
+        raise UsageError("--draw and --speak exclude each other; call the command twice")
+    for flag, file in (("--draw", draw), ("--speak", speak)):
+        if file is None:
+            continue
+        if prompts > 1 or beside:
+            raise UsageError(f"{flag} goes with one prompt, and neither a chat nor several depths")
+        (check_picture_target if draw else check_sound_target)(file)
+        if iterations:
+            check_picture_target(map_file(file), flag)
 
 
 def speak_text(
@@ -98,7 +117,7 @@ def check_room(engine: Engine, prompt: Any, options: GenerationOptions) -> int:
     if not said:
         raise UsageError("--speak needs a text to say; give a prompt")
     holds = engine.model.config.context_limit
-    least = len(said) * (2 + writer.length(_SECONDS))
+    least = len(said) * (2 + writer.codes_of(_SECONDS))
     if holds is not None and len(ids) + least > holds:
         raise UsageError(
             f"the prompt has {len(said):,} tokens, whose speech takes {least:,} or more, and the "

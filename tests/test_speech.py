@@ -197,7 +197,7 @@ def test_what_may_follow(loaded: LoadedModel) -> None:
     assert list(writer.allowed([50, code], said)) == codes  # both bands of a moment
     assert list(writer.allowed([50, close], said)) == [51]
     assert list(writer.allowed([50, close, 51], said)) == codes  # something is said
-    full = [50, *[code] * writer.length(speak.TOKEN_SECONDS)]
+    full = [50, *[code] * writer.codes_of(speak.TOKEN_SECONDS)]
     assert list(writer.allowed(full, said)) == [close]
     assert list(writer.allowed([], [])) == codes
     assert not writer.finished([50, close, 51, code, code], said)

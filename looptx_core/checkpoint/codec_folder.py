@@ -136,9 +136,9 @@ def with_codec(model: ModelConfig, folder: str | Path) -> ModelConfig:
     medium = MEDIA[MEDIUM_OF[shape.kind]]
     if not medium.enabled(vars(model)):
         model = medium.enable(model)
-    own = {name: getattr(shape, name) for name in written.OWN}
-    written = replace(written, codec=fingerprint, **own)
-    return replace(model, **{written.SECTION: written})
+    own: dict[str, Any] = {name: getattr(shape, name) for name in written.own}
+    changed: dict[str, Any] = {written.SECTION: replace(written, codec=fingerprint, **own)}
+    return replace(model, **changed)
 
 
 def codec_name(section: WrittenConfig) -> str:

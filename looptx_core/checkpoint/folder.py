@@ -3,7 +3,7 @@
     config.json             shape, format_version, fingerprint of the tokenizer, facts
     model.safetensors       or shards with model.safetensors.index.json; tied tensors once
     tokenizer.json          and tokenizer_config.json
-    codec-picture/          of a model that draws, its codec, as in `codec_folder.py`
+    codec-<kind>/           of a model that draws or speaks, its codec, as in `codec_folder.py`
     generation_config.json  end and padding ids; under `exit` the model's own exit rule
     ...                     what the model's media store, such as preprocessor_config.json
     digests.json            SHA-256 of the files of weights

@@ -100,14 +100,17 @@ class WrittenConfig:
     one of their own; see `looptx_core.model.code_rows`."""
 
     SECTION = ""
-    OWN = tuple("columns levels".split())
-    """What the codec says."""
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The keys that the codec says."""
+        return "columns", "levels"
 
     def __post_init__(self) -> None:
         _check(self, self.SECTION)
-        own = [getattr(self, name) for name in self.OWN]
-        if self.codec and not (all(own) and min(self.levels) > 1):
-            names = " and ".join(f"{self.SECTION}.{name}" for name in self.OWN)
+        values = [getattr(self, name) for name in self.own]
+        if self.codec and not (all(values) and min(self.levels) > 1):
+            names = " and ".join(f"{self.SECTION}.{name}" for name in self.own)
             raise UsageError(
                 f"model configuration: {names} are a codec's own; leave them out, and give the "
                 "codec"
@@ -132,7 +135,10 @@ class DrawConfig(WrittenConfig):
     """The token that begins a picture."""
 
     SECTION = "draw"
-    OWN = tuple("rows columns levels".split())
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        return "rows", "columns", "levels"
 
 
 @dataclass(frozen=True)

@@ -393,3 +393,7 @@ class Writer:
     def seconds(self, written: Sequence[int]) -> float | None:
         """How long a whole item is; None for a medium without time."""
         return None
+
+    def codes_of(self, seconds: float) -> int:
+        """The codes of so many seconds, for a medium with time."""
+        raise NotImplementedError

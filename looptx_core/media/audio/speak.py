@@ -58,7 +58,7 @@ class Speaking(Writer):
         if said and not own:
             return [said[closed]]
         count = len(own) - bool(said)
-        most = self.length(TOKEN_SECONDS)
+        most = self.codes_of(TOKEN_SECONDS)
         if count >= most:
             return [self.closes]
         is_last = closed + 1 >= len(said)
@@ -85,7 +85,7 @@ class Speaking(Writer):
                 return False
         return True
 
-    def length(self, seconds: float) -> int:
+    def codes_of(self, seconds: float) -> int:
         """The codes of so much sound, whole moments."""
         moments = round(seconds / seconds_of(1, self.codec.config))
         return max(1, moments) * self.config.columns
@@ -106,7 +106,7 @@ class Speaking(Writer):
         ids, start = [], 0
         for (token, _), frame in zip(said, ends):
             end = min(len(moments), round(frame / codec.config.frames))
-            longest = self.length(TOKEN_SECONDS) // self.config.columns
+            longest = self.codes_of(TOKEN_SECONDS) // self.config.columns
             if end - start > longest:
                 raise DataError(
                     f"{name}: has {TOKEN_SECONDS:g} s or more between two tokens of its text; cut "
