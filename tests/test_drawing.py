@@ -21,8 +21,8 @@ from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.directions import in_directions
+from looptx_core.data.encode_record import encode_record
 from looptx_core.data.example import CODES_COUNT, code_ranges, target_weights
-from looptx_core.data.examples import encode_record
 from looptx_core.data.records import read_records
 from looptx_core.data.shards import Manifest
 from looptx_core.errors import DataError

@@ -23,7 +23,7 @@ from looptx_core.config.codec import SHAPES, CodecConfig
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.data.directions import in_directions
-from looptx_core.data.examples import encode_record
+from looptx_core.data.encode_record import encode_record
 from looptx_core.data.records import read_records
 from looptx_core.data.shards import Manifest
 from looptx_core.data.tokenizer import load_tokenizer

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -117,7 +117,7 @@ def _bundled_recogniser() -> AudioEncoder:
     from looptx_core.checkpoint.folder import load_model
     from looptx_core.checkpoint.registry import bundled_model
 
-    return load_model(bundled_model("sound-model")).model.encoders()["audio"]
+    return cast(AudioEncoder, load_model(bundled_model("sound-model")).model.encoders()["audio"])
 
 
 def with_codec(model: ModelConfig, folder: str | Path) -> ModelConfig:

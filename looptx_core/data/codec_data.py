@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from looptx_core.config.codec import MEDIUM_OF, CodecConfig
 from looptx_core.data.records import raw_records
 from looptx_core.data.split import hold_out
 from looptx_core.errors import DataError, UsageError
-from looptx_core.media.base import Medium
+from looptx_core.media.base import FolderMedium, Medium
 from looptx_core.media.registry import MEDIA
 
 MOST_BYTES = 8 << 30
@@ -42,7 +42,7 @@ def read_items(
         DataError: a file that can't be read, or fewer than two.
         UsageError: more than memory shall hold.
     """
-    medium = MEDIA[MEDIUM_OF[config.kind]]
+    medium = cast(FolderMedium, MEDIA[MEDIUM_OF[config.kind]])
     named = list(dict.fromkeys(_named(inputs, medium)))
     if len(named) < 2:
         where = ", ".join(inputs)

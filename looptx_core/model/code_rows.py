@@ -57,13 +57,19 @@ class CodeRows(nn.Module):
 class AllCodeRows(nn.ModuleList):
     """`CodeRows` of each medium that a model writes."""
 
+    @property
+    def each(self) -> list[CodeRows]:
+        return [rows for rows in self if isinstance(rows, CodeRows)]
+
     def embed(self, tokens: Tensor) -> Tensor:
         """What to add to the embeddings of tokens (...): (..., width)."""
-        return sum((rows.embed(tokens) for rows in self), torch.zeros((), device=tokens.device))
+        return sum(
+            (rows.embed(tokens) for rows in self.each), torch.zeros((), device=tokens.device)
+        )
 
     def logits(self, hidden: Tensor, vocab_size: int) -> Tensor:
         """What to add to the head's logits of hidden (..., width): (..., vocab_size)."""
-        first, *others = (rows.logits(hidden, vocab_size) for rows in self)
+        first, *others = (rows.logits(hidden, vocab_size) for rows in self.each)
         return sum(others, first)
 
 
@@ -81,7 +87,7 @@ def share_code_rows(model: LoopedTransformer, learned: Collection[str] = ()) -> 
         CodeRows(section.first_code, section.levels, config.d_model) for section in shared
     )
     with torch.no_grad():
-        for section, own in zip(shared, model.code_rows):
+        for section, own in zip(shared, model.code_rows.each):
             if section.codec in learned:
                 own.table.zero_()
                 continue
@@ -93,6 +99,6 @@ def fold_code_rows(model: LoopedTransformer) -> None:
     """Make ordinary rows of what a model's codes share, for good."""
     if model.code_rows is not None:
         for rows in model.vocabulary():
-            for own in model.code_rows:
+            for own in model.code_rows.each:
                 own.add_to(rows.data)
         model.code_rows = None
