@@ -32,7 +32,7 @@ _PANELS = {
         seq_len batch_size micro_batch workers augment skip_bad document_mask mix mask_patches
         val_fraction val_batches train_on_prompt too_long prompts_file prompt_file data text_key
         columns seed
-        audio video fps every timestamps limit include_path tasks codec direction draw
+        audio video fps every timestamps limit include_path tasks codec direction draw speak
     """,
     "Model and depth": """
         model loop_schedule loops min_loops max_loops mean_loops deeper_by loss_threshold

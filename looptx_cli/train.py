@@ -158,7 +158,8 @@ def train(
             note(f"{what}; {medium.size_key} sets it", quiet)
     model_config = _with_codec(model_config, settings)
     tokenizer = source.tokenizer if source else None
-    text_vocabulary = model_config.draw.first_code or model_config.vocab_size
+    first_codes = [section.first_code for section in model_config.written if section.first_code]
+    text_vocabulary = min(first_codes, default=model_config.vocab_size)
     by_item = settings.source_weights([bool(named[item]) for item in settings.data])
     weights: list[float] = []
     if by_item:
@@ -182,7 +183,7 @@ def train(
     if source is not None:
         origin["model"] = fingerprint(source.folder)
         note(f"init: {source.name}, learning rate {settings.lr:g}", quiet)
-        vocabulary = source.config.vocab_size - source.config.draw.codes
+        vocabulary = source.config.vocab_size - source.config.all_codes
     model_config = fit_vocabulary(
         model_config, vocabulary, resolved.given("model.vocab_size") and source is None
     )
@@ -235,8 +236,9 @@ def train(
         note(f"pack it: looptx convert --to-bitnet --model {folder}", quiet)
     for name in used:
         note(f"try next: looptx generate --{name} FILE --model {folder} --show-iterations", quiet)
-    if settings.codec:
-        note(f'try next: looptx generate "cat face" --draw drawn.png --model {folder}', quiet)
+    for section, flag in (("draw", "draw drawn.png"), ("speak", "speak spoken.wav")):
+        if settings.codec and getattr(model_config, section).codec:
+            note(f"try next: looptx generate PROMPT --{flag} --model {folder}", quiet)
     note(f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet)
 
 
@@ -291,9 +293,9 @@ def _time_new_model(model: ModelConfig, settings: TrainConfig, quiet: bool) -> f
 def _with_codec(model: ModelConfig, settings: TrainConfig) -> ModelConfig:
     """The model's configuration with what its codec says."""
     if settings.codec is None:
-        if model.draw.codec and not settings.init:
-            raise UsageError("this model draws; give its codec by `codec`")
-        if settings.direction == "write" and not model.draw.codec:
+        if model.written and not settings.init:
+            raise UsageError("this model draws or speaks; give its codec by `codec`")
+        if settings.direction == "write" and not model.written:
             raise UsageError("`direction` write needs a codec; give it by `codec`")
         return model
     from looptx_core.checkpoint.codec_folder import with_codec
