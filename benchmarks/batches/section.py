@@ -1,10 +1,16 @@
 """What docs/benchmarks.md says about batches."""
 
-from benchmarks.common.tables import newest, source, table
+from benchmarks.common.tables import newest, one, source, table
 
 
 def section() -> str:
-    record = newest("batches.run")
+    record, weights = newest("batches.run"), newest("batches.weights")
+    streams = sorted({row["streams"] for row in weights["rows"]})
+    by_type = [
+        [kind, *(f"{one(weights['rows'], streams=n, weights=kind)['tokens_per_cpu_second']:,.0f}"
+                 for n in streams)]
+        for kind in ("float32", "bf16", "int8")
+    ]  # fmt: skip
     lines = [
         [row["model"], row["requests"],
          f"{row['core_positions_a_token.continuous']:.1f} against "
@@ -23,4 +29,9 @@ once a token takes most of the time; `small` has random weights and exits by cha
 
 {table(heads, lines)}
 
-{source(record)}"""
+Streams share each read of the weights. Tokens a second of processor time, `small` at two loops, one
+thread of a busy machine, by the number of streams:
+
+{table(["weights", *streams], by_type)}
+
+{source(record, weights)}"""
