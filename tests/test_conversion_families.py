@@ -10,10 +10,13 @@ import pytest
 import torch
 from test_conversion_gguf import made_tokenizer, plain, write
 
+from looptx_cli.main import main
 from looptx_core.conversion.huggingface import from_huggingface
 from looptx_core.conversion.pretrained import Looping
 from looptx_core.conversion.source_check import logit_difference
 from looptx_core.errors import DataError
+
+transformers = pytest.importorskip("transformers")
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 50_000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
@@ -89,7 +92,7 @@ def test_llama3s_frequencies_of_a_gguf_file(tmp_path: Path) -> None:
             continue
         found = GGUF(file)
         loaded = from_gguf(found, Looping("auto"))
-        assert loaded.config.rope_scaling == scaling
+        assert loaded.config.scaled_rope == scaling
         tokens = torch.randint(0, 320, (2, 96), generator=torch.Generator().manual_seed(3))
         assert logit_difference(loaded.model, found.in_transformers(), tokens) < 1e-5
 
@@ -100,6 +103,40 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "biases": ("Llama", {"attention_bias": True}, "biases on the output of attention"),
     "feed-forward biases": ("Llama", {"mlp_bias": True}, "biases in the feed-forward layers"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("gemma3_text", "gemma3_text has layers with windows and a RoPE of their own; "),
+     ("mamba", "model_type mamba; `from_hf` reads"), (["a"], "from_hf")],
+)  # fmt: skip
+def test_another_family_is_refused(kind: Any, said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}), "utf-8")
+    with pytest.raises(DataError) as found:
+        from_huggingface(tmp_path, Looping("auto"))
+    assert said in str(found.value) and len(str(found.value).splitlines()) == 1
+
+
+def test_transformers_opens_the_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With biases, scaled RoPE and a bridge, whose settings it has names of its own for."""
+    source = saved(tmp_path / "hf", "Qwen2", rope_parameters=LLAMA3)
+    text = tmp_path / "few.txt"
+    text.write_text("a few words " * 400, "utf-8")
+    out = tmp_path / "out"
+    given = ("convert", "--from-hf", tmp_path / "hf", "--core", "1:3", "--to-hf", "--data", text,
+             "--out", out, "--quiet")  # fmt: skip
+    assert main([str(part) for part in given]) == 0, capsys.readouterr().err
+    opened = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    tokens = torch.randint(0, 320, (2, 30), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = source(tokens).logits
+        for loops in (1, 3):
+            found = opened(tokens, loops=loops).logits
+            assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    opened.save_pretrained(tmp_path / "again")
+    made_tokenizer().save(str(tmp_path / "again" / "tokenizer.json"))
+    back = from_huggingface(tmp_path / "again").model.config
+    assert back.qkv_bias and back.scaled_rope.factor == 8.0 and back.injection == "bridge"
 
 
 @pytest.mark.parametrize("what", REFUSED)

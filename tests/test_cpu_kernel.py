@@ -122,7 +122,7 @@ def differences(
         {},
         {"injection": "add", "activation": "silu"},
         {"injection": "none", "qk_norm": False, "tie_embeddings": False},
-        {"injection": "bridge", "qkv_bias": True, "rope_scaling": LLAMA3},
+        {"injection": "bridge", "qkv_bias": True, "scaled_rope": LLAMA3},
         {"gain_width": 5, "confidence_width": 7},
         {"prelude_layers": 0, "coda_layers": 0, "core_layers": 1},
         {"d_model": 37, "d_ff": 53, "head_dim": 6, "n_kv_heads": 4, "vocab_size": 97},

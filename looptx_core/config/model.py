@@ -37,7 +37,7 @@ _MEMORY_KEYS = (
     "memory", "memory_window", "memory_block", "memory_per_loop", "infini_delta",
 )  # fmt: skip
 SECTIONS: dict[str, type] = {
-    "rope_scaling": RopeScaling, "audio": AudioConfig, "video": VideoConfig, "draw": DrawConfig,
+    "scaled_rope": RopeScaling, "audio": AudioConfig, "video": VideoConfig, "draw": DrawConfig,
     "speak": SpeakConfig,
 }  # fmt: skip
 """The classes of the sections inside a model's configuration, by key."""
@@ -103,7 +103,8 @@ class ModelConfig:
     before their sum with the residual stream (OLMo 2, arXiv 2501.00656)."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies (arXiv 2104.09864)."""
-    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    # Not `rope_scaling`: transformers' configurations, which hold these keys too, translate that.
+    scaled_rope: RopeScaling = field(default_factory=RopeScaling)
     """How these frequencies are lowered for long texts."""
     qkv_bias: bool = False
     """Queries, keys and values have a bias, as in Qwen2."""

@@ -31,20 +31,20 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
             raise UsageError(
-                f"model configuration: rope_scaling.rope_type must be {', '.join(ROPE_TYPES[:-1])} "
+                f"model configuration: scaled_rope.rope_type must be {', '.join(ROPE_TYPES[:-1])} "
                 f"or {ROPE_TYPES[-1]}, not {self.rope_type!r}"
             )
         if not 1 <= self.factor < math.inf:
             raise UsageError(
-                f"model configuration: rope_scaling.factor must be at least 1, not {self.factor}"
+                f"model configuration: scaled_rope.factor must be at least 1, not {self.factor}"
             )
         if not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
             raise UsageError(
-                "model configuration: rope_scaling.low_freq_factor must be above 0 and below "
+                "model configuration: scaled_rope.low_freq_factor must be above 0 and below "
                 f"high_freq_factor, not {self.low_freq_factor} and {self.high_freq_factor}"
             )
         if not 1 <= self.original_max_position_embeddings <= 1 << 31:
             raise UsageError(
-                "model configuration: rope_scaling.original_max_position_embeddings must lie "
+                "model configuration: scaled_rope.original_max_position_embeddings must lie "
                 f"between 1 and {1 << 31}, not {self.original_max_position_embeddings}"
             )

@@ -26,8 +26,14 @@ from looptx_core.checkpoint.special_tokens import SpecialTokens
 from looptx_core.checkpoint.weights import load_weights
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
-from looptx_core.conversion.pretrained import ARCHITECTURES, ONE_LOOP, Looping, from_folder
-from looptx_core.documents import read_json
+from looptx_core.conversion.pretrained import (
+    ARCHITECTURES,
+    ONE_LOOP,
+    WITHOUT_PLACE,
+    Looping,
+    from_folder,
+)
+from looptx_core.documents import read_json, short
 from looptx_core.errors import DataError, UsageError
 from looptx_core.model.empty_weights import init_empty_weights
 from looptx_core.model.loop import LoopedTransformer
@@ -129,8 +135,10 @@ def from_huggingface(folder: Path, looping: Looping = ONE_LOOP) -> LoadedModel:
     if kind in ARCHITECTURES:
         return from_folder(folder, settings, looping)
     if kind != MODEL_TYPE or settings.get("architectures") != [CLASS]:
+        part = WITHOUT_PLACE.get(kind) if isinstance(kind, str) else None
+        lacks = f" has {part}" if part else ""
         raise DataError(
-            f"{folder}: model_type {kind!r}; `from_hf` reads what `to_hf` wrote, and "
+            f"{folder}: model_type {short(kind)}{lacks}; `from_hf` reads what `to_hf` wrote, and "
             f"{', '.join(ARCHITECTURES)}"
         )
     if looping.core is not None:

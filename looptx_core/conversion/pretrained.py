@@ -33,6 +33,21 @@ from looptx_core.schema import typed
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 """transformers' `model_type` of the models that can be expressed exactly."""
+WITHOUT_PLACE = {
+    "gemma": "embeddings that are scaled",
+    "gemma2": "layers whose windows alternate, and capped logits",
+    "gemma3": "pictures, and layers with windows and a RoPE of their own",
+    "gemma3_text": "layers with windows and a RoPE of their own",
+    "gpt2": "learned positions",
+    "gpt_neox": "attention beside the feed-forward layer",
+    "mixtral": "experts",
+    "olmo3": "layers with windows",
+    "phi3": "layers whose projections are one matrix",
+    "qwen2_moe": "experts",
+    "qwen3_moe": "experts",
+    "smollm3": "layers without RoPE",
+}
+"""What other well-known ones have, which a looped model has no place for."""
 _NORMS = {
     "before": {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"},
     "after": {
@@ -121,7 +136,7 @@ def looped_shape(settings: Mapping[str, Any], where: str, looping: Looping) -> M
             "qkv_bias": kind == "qwen2",
             "activation": act,
             "rope_theta": rope.get("rope_theta") or settings.get("rope_theta") or 10_000.0,
-            "rope_scaling": _rope_scaling(rope, need),
+            "scaled_rope": _scaled_rope(rope, need),
             "norm_eps": settings.get("rms_norm_eps", 1e-6),
             # Within its window a sliding attention is a full one.
             "max_seq_len": min(settings.get("max_position_embeddings", 2048), _window(settings)),
@@ -132,8 +147,8 @@ def looped_shape(settings: Mapping[str, Any], where: str, looping: Looping) -> M
     return typed(ModelConfig, shape, where)
 
 
-def _rope_scaling(rope: Mapping[str, Any], need: Callable[[bool, str], None]) -> dict[str, Any]:
-    """The section `rope_scaling`. rope: transformers' `rope_parameters` or `rope_scaling`."""
+def _scaled_rope(rope: Mapping[str, Any], need: Callable[[bool, str], None]) -> dict[str, Any]:
+    """The section `scaled_rope`. rope: transformers' `rope_parameters` or `rope_scaling`."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     need(is_one_of(kind, ROPE_TYPES), f"scaled RoPE ({short(kind)})")
     names = {"linear": ("factor",), "llama3": [field.name for field in fields(RopeScaling)][1:]}

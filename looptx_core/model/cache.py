@@ -194,7 +194,7 @@ class LoopCache:
         for first, rows in leaving.items():
             positions = self.positions[:, rows, first : first + size]
             width, theta = self.config.head_dim, self.config.rope_theta
-            scaling = self.config.rope_scaling
+            scaling = self.config.scaled_rope
             rotary = rotary_tables(positions, width, theta, self.dtype, scaling, far=True)
             for state in self.core:
                 state.fold(rows, first, rotary, [self.deepest[row] for row in rows])

@@ -139,7 +139,7 @@ class LoopedTransformer(nn.Module):
             view.keep_positions(positions)
         rotary = rotary_tables(
             positions, self.config.head_dim, self.config.rope_theta, _compute_dtype(weight),
-            self.config.rope_scaling, far=self.config.has_memory,
+            self.config.scaled_rope, far=self.config.has_memory,
         )  # fmt: skip
         kept = documents if self.config.has_memory else None
         return ForwardContext(rotary, mask, self.attend, view, documents=kept)

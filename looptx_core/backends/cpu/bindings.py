@@ -193,7 +193,7 @@ class KernelModel:
             blocks=ctypes.addressof(blocks), **parts,
             embedding=self._rows(model.embedding), norm=self._vector(model.norm.weight),
             frequencies=self._vector(
-                rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+                rotary_frequencies(config.head_dim, config.rope_theta, config.scaled_rope)
             ),
             head=self._layer(model.head),
             confidence_hidden=self._matrix(head.hidden.weight, FLOAT),
