@@ -1,6 +1,6 @@
 """Train with a Lightning Trainer of your own, then compare the depths on held-out text.
 
-python examples/own_trainer.py [--steps 100]
+python examples/own_trainer.py [--steps 100] [--batch-size 32]
 """
 
 import argparse
@@ -16,12 +16,14 @@ from looptx_core.training.module import LoopedLM
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=100)
-steps = parser.parse_args().steps
+parser.add_argument("--batch-size", type=int, default=32)
+args = parser.parse_args()
 
-config = TrainConfig(steps=steps, loop_schedule="sampled")
+config = TrainConfig(steps=args.steps, loop_schedule="sampled")
 model = LoopedTransformer(ModelConfig(prelude_layers=0, core_layers=1, coda_layers=0))
-data = TokenData(bundled_shards(vocab_size=2048), batches=steps, micro_batch=32, seq_len=128)
-trainer = L.Trainer(max_steps=steps, logger=False, enable_checkpointing=False)
+shards = bundled_shards(vocab_size=2048)
+data = TokenData(shards, batches=args.steps, micro_batch=args.batch_size, seq_len=128)
+trainer = L.Trainer(max_steps=args.steps, logger=False, enable_checkpointing=False)
 trainer.fit(LoopedLM(model, config), datamodule=data)
 (scores,) = trainer.validate(LoopedLM(model, config), datamodule=data, verbose=False)
 for loop in (1, 2, 4, 10):

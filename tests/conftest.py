@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from looptx_core.generation.engine import Engine
+    from looptx_core.serving.service import Service
 
 # Before anything of ours is imported: no test reads or writes the user's cache or settings.
 for _name in [name for name in os.environ if name.startswith("LOOPTX_")]:
@@ -110,6 +116,23 @@ def colour_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text.write_text(bundled_text().read_text("utf-8")[:60_000] + " red green blue white black" * 9)
     tokenize_corpus([text], out, 300)
     return out
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    """A small one of random weights, as the tests of serving take it."""
+    from serving_cases import small_engine
+
+    return small_engine()
+
+
+@pytest.fixture(scope="module")
+def service(engine: Engine) -> Iterator[Service]:
+    """It, as a service at work."""
+    from serving_cases import service_of
+
+    with service_of(engine) as service:
+        yield service
 
 
 @pytest.fixture(scope="module")

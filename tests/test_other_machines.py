@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_commands import Started, start
 
 import looptx_cli.main as cli
 from looptx_cli.console import note, stdout
@@ -222,18 +223,17 @@ def test_sigterm_while_standard_input_is_copied(tmp_path: Path) -> None:
 # Signals while training
 
 
-def begin(tmp_path: Path, *more: str) -> tuple[subprocess.Popen[bytes], Path]:
+def begin(tmp_path: Path, *more: str) -> tuple[Started, Path]:
     """A training in a process group of its own that has done some steps."""
     (tmp_path / "t.yaml").write_text(TINY)
     from looptx_core.data.corpus import bundled_text
 
     (tmp_path / "a.txt").write_text(bundled_text().read_text("utf-8")[20_000:140_000])
     run = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "looptx_cli.main", "train", "--data", "a.txt", "--config", "t.yaml",
-         "--out", "run", "--log-every", "1", "--precision", "float32", *more],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE, start_new_session=True,
+    process = start(
+        ["train", "--data", "a.txt", "--config", "t.yaml", "--out", "run", "--log-every", "1",
+         "--precision", "float32", *more],
+        cwd=tmp_path, own_session=True,
     )  # fmt: skip
     metrics = run / "metrics.jsonl"
     for _ in range(600):
@@ -250,7 +250,7 @@ def test_a_signal_to_the_group_is_saved(tmp_path: Path, number: int) -> None:
     os.killpg(process.pid, number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert b"stopped and saved at step" in err and b"--resume run" in err
+    assert "stopped and saved at step" in err and "--resume run" in err
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     assert list((run / "checkpoints").glob(f"step-{last:07d}.ckpt"))
 
@@ -258,16 +258,14 @@ def test_a_signal_to_the_group_is_saved(tmp_path: Path, number: int) -> None:
 def test_a_killed_worker_is_saved_and_the_run_goes_on(tmp_path: Path) -> None:
     process, run = begin(tmp_path, "--workers", "1")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    loaders = [
-        int(child) for child in children
-        if b"looptx_cli" in Path(f"/proc/{child}/cmdline").read_bytes()
-    ]  # fmt: skip
+    own = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    loaders = [int(c) for c in children if Path(f"/proc/{c}/cmdline").read_bytes() == own]
     os.kill(loaders[0], signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert b"was killed" in err and b"--resume run" in err
+    assert "was killed" in err and "--resume run" in err
     saved = [int(f.stem.removeprefix("step-")) for f in (run / "checkpoints").glob("step-*.ckpt")]
-    assert f"saved at step {max(saved, default=0)} of 2000".encode() in err
+    assert f"saved at step {max(saved, default=0)} of 2000" in err
 
 
 def test_a_bad_working_folder_is_no_internal_error(

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked_commands import start
 from test_training_runs import SETTINGS
 
 from looptx_cli.main import main
@@ -129,9 +130,8 @@ def test_the_old_run_stays_until_the_new_is_whole(place: Path) -> None:
     """Killed, failed or stopped: the old run is there, and the new one can go on."""
     assert main([*COMMANDS["train"], "--out", "run"]) == 0
     before = contents(Path("run"))
-    slow = [sys.executable, "-m", "looptx_cli.main", *COMMANDS["train"], "--out", "run",
-            "--overwrite", "--steps", "100000", "--save-every", "1"]  # fmt: skip
-    process = subprocess.Popen(slow)
+    slow = [*COMMANDS["train"], "--out", "run", "--overwrite", "--steps", "100000"]
+    process = start([*slow, "--save-every", "1"])
     deadline = time.monotonic() + 120
     while not list(Path().glob("run.new/checkpoints/step-*")):
         assert process.poll() is None and time.monotonic() < deadline

@@ -170,7 +170,7 @@ def test_bare_generate_writes_what_is_said(installed: Path, tmp_path: Path) -> N
 
 
 EXAMPLES = {
-    "own_trainer": "10 loops:",
+    "own_trainer --batch-size 4": "10 loops:",
     "finetune_lora": "Where ends g ->",
     "finetune_qlora": "parameters, as the base",
 }
@@ -178,13 +178,8 @@ EXAMPLES = {
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_examples(example: str, installed: Installed, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / f"examples/{example}.py", "--steps", "3"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(installed.site)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    name, *flags = example.split()
+    script = [str(ROOT / f"examples/{name}.py"), "--steps", "3", *flags]
+    done = installed.run(script, tmp_path, {})
     assert done.returncode == 0, done.stderr
     assert EXAMPLES[example] in done.stdout

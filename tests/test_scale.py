@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from forked_commands import Started
 from safetensors.torch import load_file
 
 from looptx_core.config.model import ModelConfig
@@ -37,8 +36,8 @@ MODEL = {
     "prelude_layers": 1, "core_layers": 1, "coda_layers": 1, "max_loops": 4,
 }  # fmt: skip
 SETTINGS = {
-    "steps": 20, "seq_len": 32, "batch_size": 8, "micro_batch": 4, "save_every": 8,
-    "val_every": 20, "val_batches": 1, "log_every": 1, "lr": 0.003, "precision": "float32",
+    "steps": 10, "seq_len": 32, "batch_size": 8, "micro_batch": 4, "save_every": 4,
+    "val_every": 10, "val_batches": 1, "log_every": 1, "lr": 0.003, "precision": "float32",
     "optimizer": "adamw", "loop_schedule": "sampled",
 }  # fmt: skip
 LARGE = {  # of which DeepSpeed swaps the blocks' matrices; not what is smaller, nor the embedding
@@ -47,10 +46,6 @@ LARGE = {  # of which DeepSpeed swaps the blocks' matrices; not what is smaller,
 }  # fmt: skip
 DROPOUT = {**MODEL, "dropout": 0.1}
 OUTSIDE = ("resume", "dies_at", "lacks_libaio")  # of a run's settings: what PROGRAM makes of it
-
-# Each training process is forked from one that has imported what all need: that takes seconds.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["lightning", "deepspeed", "looptx_core.training.run"])
 
 
 class Dies(L.Callback):
@@ -68,12 +63,8 @@ def say(line: str) -> None:
     os.write(1, f"{line}\n".encode())
 
 
-def train_all(runs: list[dict[str, Any]], said: str, env: dict[str, str]) -> None:
+def train_all(runs: list[dict[str, Any]]) -> None:
     """Trainings in one process, one after another; one that `dies_at` a step is killed there."""
-    os.environ |= env
-    with Path(said).open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
     for run in runs:
         if run.get("lacks_libaio"):
             ops.libaio_obstacle = lambda: "no libaio.h; apt install libaio-dev"
@@ -91,27 +82,14 @@ def train_all(runs: list[dict[str, Any]], said: str, env: dict[str, str]) -> Non
             say(json.dumps({**vars(result.swapped), "system_written": written}))
 
 
-class Started:
-    """A process at work and the file of what it says."""
-
-    def __init__(self, runs: list[dict[str, Any]], **env: str) -> None:
-        handle, self.said = tempfile.mkstemp(suffix=".log")
-        os.close(handle)
-        self.process = FORKS.Process(target=train_all, args=(runs, self.said, env))
-        self.process.start()
-
-    def end(self) -> tuple[int | None, str]:
-        """The exit code, negative for a signal, and the text."""
-        self.process.join(1000)
-        text = Path(self.said).read_text()
-        Path(self.said).unlink()
-        return self.process.exitcode, text
+def train_in_fork(runs: list[dict[str, Any]], **env: str) -> Started:
+    return Started(train_all, runs, env=env)
 
 
 def finish(*processes: Started, code: int = 0) -> str:
-    ended = [process.end() for process in processes]
-    assert all(status == code for status, _ in ended), "\n".join(text for _, text in ended)[-4000:]
-    return ended[0][1]
+    texts = ["\n".join(process.communicate(1000)) for process in processes]
+    assert all(process.returncode == code for process in processes), "\n".join(texts)[-4000:]
+    return texts[0]
 
 
 def run(
@@ -133,7 +111,10 @@ def two_nodes(runs: list[dict[str, Any]]) -> list[Started]:
         "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "2", "LOCAL_RANK": "0",
     }  # fmt: skip
-    return [Started(runs, **shared, RANK=str(n), GROUP_RANK=str(n)) for n in range(2)]
+    return [
+        train_in_fork(runs, **shared, RANK=str(number), GROUP_RANK=str(number))
+        for number in range(2)
+    ]
 
 
 def losses(folder: Path) -> list[float]:
@@ -163,7 +144,7 @@ def everything(checkpoint: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_same_bits(one: Path, other: Path, last: str = "step-0000020.ckpt") -> None:
+def assert_same_bits(one: Path, other: Path, last: str = "step-0000010.ckpt") -> None:
     """The losses, the model folder's weights, and every master weight and moment."""
     assert losses(one) == losses(other)
     left, right = weights(one), weights(other)
@@ -175,10 +156,10 @@ def assert_same_bits(one: Path, other: Path, last: str = "step-0000020.ckpt") ->
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
-    """Runs of 20 steps of the same settings, in five ways; and two that were killed."""
+    """Runs of 10 steps of the same settings, in five ways; and two that were killed."""
     top = tmp_path_factory.mktemp("scale")
     finish(
-        Started([
+        train_in_fork([
             run(top / "plain", shards),
             run(top / "zero3", shards, zero3=True),
             run(top / "zero3-cpu", shards, zero3=True, offload="cpu", grad_checkpointing=True),
@@ -205,7 +186,7 @@ def test_equal_to_the_plain_run(name: str, trained: Path) -> None:
 def test_the_model_folder_holds_the_master_weights(trained: Path) -> None:
     """Of each rank's part; the head is tied to the embedding and stored once."""
     for name in ("zero3", "nodes", "zero2-cpu"):
-        saved, final = Checkpoint(trained / name / "checkpoints/step-0000020.ckpt"), weights(
+        saved, final = Checkpoint(trained / name / "checkpoints/step-0000010.ckpt"), weights(
             trained / name
         )  # fmt: skip
         assert saved.world_size == (2 if name == "nodes" else 1)
@@ -217,26 +198,26 @@ def test_the_model_folder_holds_the_master_weights(trained: Path) -> None:
 
 def test_a_killed_run_goes_on_bit_for_bit(trained: Path, shards: Path) -> None:
     """By one process to the end; and by one where two had saved, from the same place."""
-    died = Started([run(trained / "killed", shards, DROPOUT, zero3=True, dies_at=12)])
+    died = train_in_fork([run(trained / "killed", shards, DROPOUT, zero3=True, dies_at=6)])
     finish(died, code=-signal.SIGKILL)
     fewer = trained / "fewer"
     (fewer / "checkpoints").mkdir(parents=True)
-    checkpoint = trained / "nodes/checkpoints/step-0000016.ckpt"
+    checkpoint = trained / "nodes/checkpoints/step-0000008.ckpt"
     checkpoint.rename(fewer / "checkpoints" / checkpoint.name)
     (fewer / "metrics.jsonl").write_text((trained / "nodes/metrics.jsonl").read_text())
-    said = finish(Started([
+    said = finish(train_in_fork([
         run(trained / "killed", shards, DROPOUT, zero3=True, resume=True),
         run(fewer, shards, strategy="zero2", resume=True),
     ]))  # fmt: skip
 
-    assert "resumed: at step 8" in said
+    assert "resumed: at step 4" in said
     assert_same_bits(trained / "dropout", trained / "killed")
     kept = sorted(file.name for file in (trained / "killed/checkpoints").iterdir())
-    assert kept == [f"step-00000{step}.ckpt" for step in ("08", "16", "20")]
+    assert kept == [f"step-00000{step}.ckpt" for step in ("04", "08", "10")]
 
-    assert "2 processes saved and 1 go on" in said and "resumed: at step 16" in said
+    assert "2 processes saved and 1 go on" in said and "resumed: at step 8" in said
     before, after = losses(trained / "nodes"), losses(fewer)
-    assert before[:16] == after[:16]
+    assert before[:8] == after[:8]
     assert max(abs(a - b) for a, b in zip(before, after, strict=True)) < 1e-4
 
 
@@ -244,9 +225,9 @@ def test_a_killed_fsdp_run_goes_on(trained: Path, shards: Path) -> None:
     """By two processes bit for bit; by one where two had saved, from the same place."""
     whole, killed, fewer = (trained / name for name in ("nodes-fsdp", "killed-fsdp", "fewer-fsdp"))
     how = {"strategy": "fsdp", "nodes": 2, "grad_checkpointing": True}
-    finish(*two_nodes([run(killed, shards, **how, dies_at=12)]), code=-signal.SIGKILL)
-    assert "resumed: at step 8" in finish(*two_nodes([run(killed, shards, **how, resume=True)]))
-    last = "checkpoints/step-0000016.ckpt"
+    finish(*two_nodes([run(killed, shards, **how, dies_at=6)]), code=-signal.SIGKILL)
+    assert "resumed: at step 4" in finish(*two_nodes([run(killed, shards, **how, resume=True)]))
+    last = "checkpoints/step-0000008.ckpt"
     assert losses(whole) == losses(killed)
     left, right = weights(whole), weights(killed)
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
@@ -260,15 +241,15 @@ def test_a_killed_fsdp_run_goes_on(trained: Path, shards: Path) -> None:
     (fewer / "checkpoints").mkdir(parents=True)
     (fewer / last).write_bytes((whole / last).read_bytes())
     (fewer / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
-    said = finish(Started([run(fewer, shards, strategy="fsdp", resume=True)]))
-    assert "2 processes saved and 1 go on" in said and "resumed: at step 16" in said
+    said = finish(train_in_fork([run(fewer, shards, strategy="fsdp", resume=True)]))
+    assert "2 processes saved and 1 go on" in said and "resumed: at step 8" in said
     assert_equal_runs(whole, fewer)
 
 
 def test_a_checkpoint_cut_short_is_named(trained: Path, shards: Path) -> None:
-    cut = trained / "cut-fsdp/checkpoints/step-0000016.ckpt"
+    cut = trained / "cut-fsdp/checkpoints/step-0000008.ckpt"
     cut.parent.mkdir(parents=True)
-    cut.write_bytes((trained / "fsdp/checkpoints/step-0000016.ckpt").read_bytes()[:5000])
+    cut.write_bytes((trained / "fsdp/checkpoints/step-0000008.ckpt").read_bytes()[:5000])
     with pytest.raises(DataError, match=r"not a whole checkpoint .*; remove it to go on"):
         processes_of(cut)
 
@@ -303,9 +284,16 @@ def test_a_lost_process_ends_the_others(tmp_path: Path, shards: Path) -> None:
 def test_swapping_by_plain_files(tmp_path: Path, shards: Path) -> None:
     """Without libaio: the losses and weights of offloading to RAM, and files that are really there;
     a killed run goes on bit for bit."""
-    how = {"zero3": True, "steps": 6, "save_every": 2, "lacks_libaio": True}
+    how = {
+        "zero3": True,
+        "steps": 4,
+        "save_every": 2,
+        "batch_size": 4,
+        "micro_batch": 2,
+        "lacks_libaio": True,
+    }
     nvme = {**how, "offload": "nvme"}
-    said = finish(Started([
+    said = finish(train_in_fork([
         run(tmp_path / "ram", shards, LARGE, **how, offload="cpu"),
         run(tmp_path / "disk", shards, LARGE, **nvme),
     ]))  # fmt: skip
@@ -315,16 +303,16 @@ def test_swapping_by_plain_files(tmp_path: Path, shards: Path) -> None:
     counted = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
     large = sum(4 * v.numel() for v in weights(tmp_path / "disk").values() if v.numel() >= 1 << 18)
     assert counted["files"] >= 15 and counted["size"] > 4 * large
-    assert counted["written"] > 6 * 4 * large and counted["read"] > 6 * 4 * large
+    assert counted["written"] > 4 * 4 * large and counted["read"] > 4 * 4 * large
     assert not (tmp_path / "disk/swap").exists()
 
-    died = Started([run(tmp_path / "killed", shards, LARGE, **nvme, dies_at=5)])
+    died = train_in_fork([run(tmp_path / "killed", shards, LARGE, **nvme, dies_at=3)])
     finish(died, code=-signal.SIGKILL)
     left = {file.name: file.stat().st_size for file in (tmp_path / "killed/swap").rglob("*.swp")}
     assert len(left) >= 15 and min(left.values()) >= 1 << 20
-    said = finish(Started([run(tmp_path / "killed", shards, LARGE, **nvme, resume=True)]))
-    assert "resumed: at step 4" in said and not (tmp_path / "killed/swap").exists()
-    assert_same_bits(tmp_path / "disk", tmp_path / "killed", "step-0000006.ckpt")
+    said = finish(train_in_fork([run(tmp_path / "killed", shards, LARGE, **nvme, resume=True)]))
+    assert "resumed: at step 2" in said and not (tmp_path / "killed/swap").exists()
+    assert_same_bits(tmp_path / "disk", tmp_path / "killed", "step-0000004.ckpt")
 
 
 @pytest.mark.slow
@@ -334,7 +322,7 @@ def test_swapping_to_a_disk(tmp_path: Path, shards: Path) -> None:
     swap = tmp_path / "swap"
     swap.mkdir()
     nvme = {"zero3": True, "offload": "nvme", "nvme_path": str(swap)}
-    said = finish(Started([
+    said = finish(train_in_fork([
         run(tmp_path / "plain", shards, LARGE),
         run(tmp_path / "one", shards, LARGE, **nvme),
     ]))  # fmt: skip
@@ -344,18 +332,18 @@ def test_swapping_to_a_disk(tmp_path: Path, shards: Path) -> None:
     # Weights of float32, and for the swapped groups masters, moments and gradients.
     large = sum(4 * v.numel() for v in weights(tmp_path / "one").values() if v.numel() >= 1 << 18)
     assert counted["files"] >= 15 and counted["size"] > 4 * large
-    assert counted["written"] > 20 * 4 * large and counted["read"] > 20 * 4 * large
+    assert counted["written"] > 10 * 4 * large and counted["read"] > 10 * 4 * large
     assert counted["written"] <= counted["system_written"]
 
-    died = Started([run(tmp_path / "killed", shards, LARGE, **nvme, dies_at=12)])
+    died = train_in_fork([run(tmp_path / "killed", shards, LARGE, **nvme, dies_at=6)])
     finish(died, code=-signal.SIGKILL)
     left = list(swap.rglob("*.swp"))
     assert {f.name.split("_")[0] for f in left} & {"exp"} and len(left) >= 15
     # Another run may swap there at the same time; it clears what the dead one left.
     said = finish(*two_nodes([run(tmp_path / "two", shards, LARGE, **nvme, nodes=2)]))
     assert_equal_runs(tmp_path / "plain", tmp_path / "two")
-    said = finish(Started([run(tmp_path / "killed", shards, LARGE, **nvme, resume=True)]))
-    assert "resumed: at step 8" in said and list(swap.iterdir()) == []
+    said = finish(train_in_fork([run(tmp_path / "killed", shards, LARGE, **nvme, resume=True)]))
+    assert "resumed: at step 4" in said and list(swap.iterdir()) == []
     assert_same_bits(tmp_path / "one", tmp_path / "killed")
 
 

@@ -14,7 +14,6 @@ from serving_cases import (
     post,
     run,
     service_of,
-    small_engine,
     until,
 )
 
@@ -23,17 +22,6 @@ from looptx_core.generation.request import ChatPrompt, MediaPrompt
 from looptx_core.media.base import Writer
 from looptx_core.media.registry import MEDIA
 from looptx_core.serving.answers import TokenTexts
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return small_engine()
-
-
-@pytest.fixture(scope="module")
-def service(engine):
-    with service_of(engine) as service:
-        yield service
 
 
 def test_many_at_once_get_what_generate_writes(service, engine):

@@ -12,17 +12,12 @@ import time
 
 import openai
 import pytest
-from serving_cases import served, service_of, small_engine
+from serving_cases import served, service_of
 
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.serving import run
 
 OWN = {"ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return small_engine()
 
 
 @pytest.fixture(scope="module")

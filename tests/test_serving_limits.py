@@ -5,17 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 
-import pytest
-from serving_cases import GREEDY, events, post, run, service_of, small_engine, until
+from serving_cases import GREEDY, events, post, run, service_of, until
 
 from looptx_core.generation.encoding import PromptEncoder
 from looptx_core.generation.request import TokenPrompt
 from looptx_core.generation.scheduler import Scheduler
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return small_engine()
 
 
 def test_what_a_client_that_left_held_is_free_at_once(engine):

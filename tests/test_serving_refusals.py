@@ -6,24 +6,12 @@ import json
 from dataclasses import replace
 
 import pytest
-from serving_cases import CONFIG, completion, post, run, service_of, small_engine
+from serving_cases import CONFIG, completion, post, run
 
 from looptx_core.config.serving import ServeConfig
 from looptx_core.errors import LooptxError, UsageError
 from looptx_core.generation.engine import Engine
 from looptx_core.model.loop import LoopedTransformer
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return small_engine()
-
-
-@pytest.fixture(scope="module")
-def service(engine):
-    with service_of(engine) as service:
-        yield service
-
 
 REFUSED = [
     ("frequency_penalty", {"frequency_penalty": 0.5}),

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked_commands import looptx, start
 from test_training_runs import SETTINGS
 
 from looptx_cli.main import main
@@ -305,9 +306,8 @@ def test_one_writer_a_run(place: Path, capsys) -> None:
 
 def test_numbers_and_places_are_taken_by_one(place: Path) -> None:
     """Started at once without --out, each run has a folder; with one --out, one is refused."""
-    command = [sys.executable, "-m", "looptx_cli.main", "train", "--config", "tiny.yaml",
-               "--steps", "3", "--quiet", "--data", "shards"]  # fmt: skip
-    two = [subprocess.Popen([*command, "--seed", str(seed)]) for seed in (1, 2)]
+    command = ["train", "--config", "tiny.yaml", "--steps", "3", "--quiet", "--data", "shards"]
+    two = [start([*command, "--seed", str(seed)]) for seed in (1, 2)]
     assert [process.wait(200) for process in two] == [0, 0]
     assert sorted(p.name for p in Path("runs").iterdir()) == ["train-1", "train-2"]
     for run in Path("runs").iterdir():
@@ -317,7 +317,7 @@ def test_numbers_and_places_are_taken_by_one(place: Path) -> None:
     lock = RunLock(Path("runs/train-1"))
     lock.acquire()
     begun = time.monotonic()
-    done = subprocess.run([*command, "--out", "runs/train-1", "--overwrite"], check=False)
+    done = looptx([*command, "--out", "runs/train-1", "--overwrite"])
     assert done.returncode == 2 and time.monotonic() - begun < 60
     lock.release()
     with pytest.raises(UsageError, match="exists"):

@@ -87,10 +87,12 @@ def run(
     environment: dict[str, str] | None = None,
     first: Callable[[], object] = lambda: None,
     kill_after: float | None = None,
+    program: Callable[[list[str]], int] | None = None,
 ) -> Outcome:
     """Run `looptx ARGUMENTS` in a folder, and wait for it.
 
     Args:
+        program: what to run instead of looptx.
         seconds, most_bytes: wall time, and resident memory of each process, after which the
             command and all that it started are ended.
         first: called in the fork before the command, to break something there.
@@ -102,7 +104,7 @@ def run(
     parent = os.getpid()
     process = os.fork()
     if not process:
-        _child(parent, arguments, folder, logs, stdin, environment or {}, first)
+        _child(parent, arguments, folder, logs, stdin, environment or {}, first, program)
     peak, ended_for, pause = 0, "", 0.002
     while True:
         done, status, usage = os.wait4(process, os.WNOHANG)
@@ -144,6 +146,7 @@ def _child(
     stdin: bytes,
     environment: dict[str, str],
     first: Callable[[], object],
+    program: Callable[[list[str]], int] | None,
 ) -> None:
     """The fork: streams, limits, the command, the end. Never returns."""
     code = 99
@@ -168,7 +171,7 @@ def _child(
         first()
         from looptx_cli.main import main
 
-        code = main(list(arguments))
+        code = (program or main)(list(arguments))
         sys.stdout.flush()
         sys.stderr.flush()
     except BaseException:

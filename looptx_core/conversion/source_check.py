@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from looptx_core.conversion.pretrained import Looping
 from looptx_core.data.corpus import bundled_text
-from looptx_core.errors import DataError
+from looptx_core.errors import DataError, LooptxError
 from looptx_core.model.loop import LoopedTransformer
 
 MOST_DIFFERENCE = 1e-4
@@ -107,7 +107,10 @@ def second_loop_costs(model: LoopedTransformer, tokens: Tensor) -> list[Span]:
 
 
 def transformers_or_none(open_source: Callable[[], nn.Module]) -> nn.Module | None:
-    """The source by transformers, without its progress bars; None where that is not installed."""
+    """The source by transformers, without its progress bars; None where that is not installed.
+
+    Raises `DataError` for a source that transformers refuses.
+    """
     try:
         from transformers.utils import logging
     except ModuleNotFoundError:
@@ -116,6 +119,11 @@ def transformers_or_none(open_source: Callable[[], nn.Module]) -> nn.Module | No
     logging.disable_progress_bar()
     try:
         return open_source()
+    except (LooptxError, MemoryError):
+        raise
+    except Exception as error:  # transformers' checks of a configuration raise errors of many kinds
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DataError(f"transformers does not open the source: {reason}") from error
     finally:
         if shown:
             logging.enable_progress_bar()
