@@ -35,6 +35,7 @@ COMMANDS = {
     "serve": "Answer over HTTP, as OpenAI does.",
     "inspect-loops": "See what each loop brings, and when to stop.",
     "evaluate": "Measure a model on tasks, by depth.",
+    "push": "Put a model on the Hugging Face hub.",
     "runs": "List the runs, and how far they came.",
     "compare": "Compare runs side by side.",
     "doctor": "See what this machine has, and what is missing.",

@@ -9,7 +9,10 @@ import typer
 
 Model = Annotated[
     str | None,
-    typer.Option(envvar="LOOPTX_MODEL", help="A run or a model folder; absent: the newest run."),
+    typer.Option(
+        envvar="LOOPTX_MODEL",
+        help="A run, a model folder or hf:OWNER/NAME; absent: the newest run.",
+    ),
 ]
 Adapter = Annotated[
     str | None, typer.Option(help="An adapter, or the run that made it, on its own base.")

@@ -82,6 +82,9 @@ OPTIONS = {
     "compare": """
         --format --out --overwrite --json --quiet
     """,
+    "push": """
+        --private --message --json --quiet
+    """,
     "runs": """
         --json --quiet
     """,
@@ -187,7 +190,7 @@ NAME_IMAGES = {
 
 def test_images_are_named_in_their_own_folder() -> None:
     core = ROOT / "looptx_core"
-    word = re.compile(r"image|pictur|vision|patch(?!er)", re.IGNORECASE)
+    word = re.compile(r"image|pictur|(?<!re)vision|patch(?!er)", re.IGNORECASE)
     kinds = {tokenize.NAME, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
     found = set()
     for path in core.rglob("*.py"):

@@ -73,8 +73,11 @@ class LoadedModel:
 
 
 def model_name(folder: Path) -> str:
-    """A model's or an adapter's name: its folder's, or the run's for its `final`."""
+    """A model's or an adapter's name: its folder's, the run's for its `final`, or its name on the
+    hub for a snapshot in the hub's cache."""
     path = folder.resolve()
+    if path.parent.name == "snapshots":
+        return path.parent.parent.name.rpartition("--")[2]
     return path.parent.name if path.name == "final" else path.name
 
 

@@ -35,15 +35,17 @@ def resolve_model(
     """The model folder that is meant.
 
     Args:
-        path: a run or a model folder; None: the newest finished run that can do what is asked,
+        path: a run, a model folder, or hf:OWNER/NAME for one on the hub; None:
+            the newest finished run that can do what is asked,
             else the bundled model.
         need: what the model must be able to do: a medium's `ability`, or have 'weights' of its
             own, which an adapter has not.
     Raises:
         DataError: no such folder, or one that is neither, is not finished or can't do it.
+        LooptxError: the hub can't be reached.
     """
     if path is not None:
-        found = _given(Path(path))
+        found = _given(local_folder(path))
         if "weights" in need and found.adapter:
             raise DataError(
                 f"{path}: an adapter, which has no weights of its own; merge it first by "
@@ -73,7 +75,7 @@ def resolve_adapter(path: str | Path, model: str | Path | None = None) -> Resolv
     Raises:
         DataError: no adapter there, or no base.
     """
-    path = Path(path)
+    path = local_folder(path)
     folder = next((f for f in (path, path / "final") if _is_adapter(f)), None)
     if folder is None:
         raise DataError(f"{path}: no adapter or run that made one; check `adapter`")
@@ -81,6 +83,15 @@ def resolve_adapter(path: str | Path, model: str | Path | None = None) -> Resolv
         return _resolved(folder, "given")
     base = resolve_model(model, need=frozenset({"weights"}))
     return ResolvedModel(base.folder, base.reason, folder)
+
+
+def local_folder(path: str | Path) -> Path:
+    """The folder that is meant; one on the hub, hf:OWNER/NAME, is downloaded."""
+    if not str(path).startswith("hf:"):
+        return Path(path)
+    from looptx_core.checkpoint.hub import download_model
+
+    return download_model(path)
 
 
 def bundled_model(name: str = "model") -> Path:

@@ -17,7 +17,8 @@ class FinetuneConfig(RunConfig):
     """Settings of `looptx finetune`, after merging."""
 
     model: str | None = None
-    """The base: a run or a model folder; absent: the newest finished run, else the bundled."""
+    """The base: a run, a model folder or hf:OWNER/NAME; absent: the newest finished run, else the
+    bundled one."""
     data: tuple[str, ...] = ()
     """JSON lines, Parquet, text, or hf:NAME[@CONFIG][:SPLIT]; absent: the bundled questions."""
     out: str | None = None

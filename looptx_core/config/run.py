@@ -225,7 +225,8 @@ class TrainConfig(RunConfig):
     preset: str = "nano"
     """nano, small, medium, 1b or 7b."""
     init: str | None = None
-    """Go on from a model's weights, with its shape and tokenizer, and a lower learning rate."""
+    """Go on from the weights of a model, also hf:OWNER/NAME, with its shape and tokenizer, and a
+    lower learning rate."""
     document_mask: bool = True
     """Tokens attend within their own document only."""
     mix: str | None = None

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from looptx_core.checkpoint.folder import LoadedModel, load_model
-from looptx_core.checkpoint.registry import resolve_adapter, resolve_model
+from looptx_core.checkpoint.registry import local_folder, resolve_adapter, resolve_model
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.conversion.huggingface import from_huggingface
 from looptx_core.conversion.pretrained import Looping, is_plain, open_plain
@@ -38,7 +38,7 @@ def read_source(
     a plain one."""
     looping = Looping(config.core, config.max_loops or Looping.max_loops)
     if config.from_hf:
-        folder = Path(config.from_hf)
+        folder = local_folder(config.from_hf)
         loaded = from_huggingface(folder, looping)
         return loaded, [], partial(open_plain, folder) if is_plain(folder) else None
     if config.from_gguf:
