@@ -30,7 +30,7 @@ from looptx_core.config.generation import GenerationOptions
 from looptx_core.generation.engine import Engine, Generation, MediaPrompt
 from looptx_core.media.audio.read import item_of
 
-COUNT = 30
+COUNT = 15
 """Texts of each set."""
 
 
@@ -92,7 +92,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--draw-steps", type=int, default=1)
-    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--temperature", type=float, default=0.4)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     loaded = load_model(arguments.model)
