@@ -18,8 +18,8 @@ class ConvertConfig:
     """A run, a model folder or hf:OWNER/NAME; absent: the newest finished run, else the bundled
     model."""
     from_hf: str | None = None
-    """Read this folder of Hugging Face's format, or hf:OWNER/NAME: one of `to_hf`, or a plain Llama,
-    Mistral, Qwen2, Qwen3 or OLMo 2."""
+    """Read this folder of Hugging Face's format, or hf:OWNER/NAME: one of `to_hf`, or a plain
+    Llama, Mistral, Qwen2, Qwen3 or OLMo 2."""
     from_gguf: str | None = None
     """Read this GGUF file, llama.cpp's format, with a plain Llama, Qwen2 or Qwen3 (extra
     `gguf`)."""
