@@ -32,7 +32,7 @@ _PANELS = {
         seq_len batch_size micro_batch workers augment skip_bad document_mask mix mask_patches
         val_fraction val_batches train_on_prompt too_long prompts_file prompt_file data text_key
         columns seed
-        audio video fps every timestamps limit include_path tasks codec direction draw
+        audio video fps every timestamps limit include_path tasks codec direction draw speak
     """,
     "Model and depth": """
         model loop_schedule loops min_loops max_loops mean_loops deeper_by loss_threshold
@@ -61,8 +61,10 @@ _PANELS = {
     "Server": """
         host port api_key max_batch max_queue max_context request_timeout drain_seconds
     """,
-    "Checkpoints": "save_every keep keep_best val_every shard_size",
-    OUTPUT: "config overwrite dry_run force log_every profile json as_json quiet help",
+    "Checkpoints": """
+        save_every keep keep_best val_every eval_every eval_tasks eval_limit shard_size
+    """,
+    OUTPUT: "config overwrite dry_run force log_every log profile json as_json quiet help",
 }
 """The panels below it, in their order, each with its flags by parameter name."""
 

@@ -151,6 +151,26 @@ def test_rounded_weights_are_the_rounded_models(precision: str, bound: float) ->
         assert max(moved) > 1e-4, "rounding must have changed something"
 
 
+@pytest.mark.parametrize("changes", [{"d_model": 37, "d_ff": 53}, {"d_model": 256, "d_ff": 512}])
+def test_8_bit_rows_do_not_depend_on_their_batch(changes: dict) -> None:
+    """Bit for bit, whatever the sizes of the tiles: sums of whole numbers are exact."""
+    config = replace(SMALL, **changes)
+    kernel = KernelModel(make(config), "int8", threads=1)
+    states = torch.randn(9, config.d_model)
+
+    def logits(chosen: range) -> torch.Tensor:
+        count = len(chosen)
+        store = LoopCache(config, count, 4, 1)
+        cache = KernelCache.of(store)
+        assert cache is not None
+        rows = KernelRows(cache, range(count), [0] * count, [0] * count, [0] * count)
+        return kernel.logits(states[list(chosen)], rows)
+
+    alone = torch.cat([logits(range(n, n + 1)) for n in range(9)])
+    for count in (2, 3, 4, 5, 7, 9):
+        assert torch.equal(logits(range(count)), alone[:count]), count
+
+
 def test_stored_int8_moves_are_torchs() -> None:
     for changes in ({}, {"d_model": 37, "d_ff": 53, "head_dim": 6, "tie_embeddings": False}):
         model = to_int8(make(replace(SMALL, **changes)))

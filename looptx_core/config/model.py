@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from looptx_core.config.media import AudioConfig, DrawConfig, VideoConfig
+from looptx_core.config.media import (
+    AudioConfig,
+    DrawConfig,
+    SpeakConfig,
+    VideoConfig,
+    WrittenConfig,
+)
 from looptx_core.config.rope import RopeScaling
 from looptx_core.errors import UsageError
 from looptx_core.schema import typed
@@ -31,11 +37,9 @@ _MEMORY_KEYS = (
     "memory", "memory_window", "memory_block", "memory_per_loop", "infini_delta",
 )  # fmt: skip
 SECTIONS: dict[str, type] = {
-    "scaled_rope": RopeScaling,
-    "audio": AudioConfig,
-    "video": VideoConfig,
-    "draw": DrawConfig,
-}
+    "scaled_rope": RopeScaling, "audio": AudioConfig, "video": VideoConfig, "draw": DrawConfig,
+    "speak": SpeakConfig,
+}  # fmt: skip
 """The classes of the sections inside a model's configuration, by key."""
 
 
@@ -149,6 +153,8 @@ class ModelConfig:
     """How the model watches."""
     draw: DrawConfig = field(default_factory=DrawConfig)
     """How the model draws."""
+    speak: SpeakConfig = field(default_factory=SpeakConfig)
+    """How the model speaks."""
     media: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     """Settings of further media by name; each has a folder in `looptx_core.media`."""
 
@@ -236,10 +242,18 @@ class ModelConfig:
             "draw needs the encoder of pictures, vision_layers, and draw.token a token of "
             f"{self.vocab_size}",
         )
+        speak = self.speak
         need(
-            not draw.first_code or draw.first_code + draw.codes <= self.vocab_size,
-            f"{draw.codes} codes from {draw.first_code} on are no tokens of {self.vocab_size}",
+            not speak.codec or (self.audio.layers > 0 and speak.closes < self.vocab_size),
+            "speak needs the encoder of recordings, audio.layers, and speak.closes a token of "
+            f"{self.vocab_size}",
         )
+        for written in self.written:
+            need(
+                not written.first_code or written.ids.stop <= self.vocab_size,
+                f"{written.codes} codes from {written.first_code} on are no tokens of "
+                f"{self.vocab_size}",
+            )
         need(
             isinstance(self.media, Mapping)
             and all(isinstance(section, Mapping) for section in self.media.values()),
@@ -256,6 +270,16 @@ class ModelConfig:
             f"({self.memory_block})",
         )
         need(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), not {self.dropout}")
+
+    @property
+    def written(self) -> tuple[WrittenConfig, ...]:
+        """The sections of the media that the model writes as a codec's codes."""
+        return tuple(section for section in (self.draw, self.speak) if section.codec)
+
+    @property
+    def all_codes(self) -> int:
+        """How many tokens are codes of a codec."""
+        return sum(section.codes for section in self.written)
 
     @property
     def has_memory(self) -> bool:

@@ -10,8 +10,8 @@ from looptx_core.errors import UsageError
 _NAMES = {
     "[1, inf)": """
         steps seq_len batch_size micro_batch devices nodes save_every keep profile val_every
-        val_batches log_every lora_rank max_new_tokens shard_tokens limit
-        max_batch max_context
+        val_batches log_every lora_rank max_new_tokens shard_tokens limit max_batch max_context
+        eval_every eval_limit
     """,
     "[0, inf)": """
         workers decode_tokens weight_decay clip temperature top_k speculate max_queue drain_seconds

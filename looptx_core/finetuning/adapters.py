@@ -66,6 +66,8 @@ def attach(model: LoopedTransformer, config: FinetuneConfig) -> PeftModel:
         which = "`lora_per_loop`" if config.lora_per_loop else f"`lora_layers` {config.lora_layers}"
         raise UsageError(f"{which}: no target lies in the loop; leave it out")
     whole = ["confidence", *(["injection"] if model.injection.kind == "bridge" else [])]
+    if model.config.memory != "none":
+        whole.append("memory")  # closed gates would stay closed
 
     def lora(names: Sequence[str] | str, save: list[str] | None = None) -> LoraConfig:
         return LoraConfig(

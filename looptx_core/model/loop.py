@@ -37,7 +37,7 @@ from looptx_core.model.attention import (
 )
 from looptx_core.model.block import Block, ForwardContext, FusedProjection
 from looptx_core.model.cache import CacheView, LoopCache
-from looptx_core.model.code_rows import CodeRows
+from looptx_core.model.code_rows import AllCodeRows
 from looptx_core.model.confidence import Confidence, ConfidenceHead
 from looptx_core.model.initial import initialise
 from looptx_core.model.injection import Injection
@@ -86,7 +86,7 @@ class LoopedTransformer(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = new_head(config)
         tie_head(self)
-        self.code_rows: CodeRows | None = None
+        self.code_rows: AllCodeRows | None = None
         self.confidence = ConfidenceHead(config)
         for medium in self.media:
             if (head := medium.head(config)) is not None:

@@ -207,14 +207,7 @@ inline void tile(const Weight* w, const float* x, int width, float* out, int64_t
     }
 }
 
-// A group of R rows: sums, inputs and weights of a tile fill the sixteen registers, or nearly.
-template <int R, int N, bool Ahead, class Weight>
-inline void group(const Weight* w, const float* x, int width, float* out, int64_t out_stride) {
-    constexpr int some = R == 4 && N > 3 ? 2 : R;
-    for (int r = 0; r < R; r += some)
-        tile<some, N, Ahead>(w + (int64_t)r * width, x, width, out + r, out_stride);
-}
-
+// Sums, inputs and weights of a tile of four rows and three inputs fill the sixteen registers.
 template <int R, class Weight>
 inline void tiles(const Weight* w, const float* x, int width, int count, float* out,
                   int64_t out_stride) {
@@ -222,18 +215,16 @@ inline void tiles(const Weight* w, const float* x, int width, int count, float* 
         const int left = count - n;
         const float* from = x + (int64_t)n * width;
         float* to = out + n * out_stride;
-        many = left == 4 ? 4 : std::min(left, 3);
-        // Later inputs find these rows in the cache, and have time for the next ones.
-        const bool ahead = n > 0 && many == left;
+        many = left == 4 ? 2 : std::min(left, 3);
+        // The last inputs fetch the next rows: those before them would be too early.
+        const bool ahead = many == left;
         switch (2 * many + ahead) {
-            case 2: group<R, 1, false>(w, from, width, to, out_stride); break;
-            case 3: group<R, 1, true>(w, from, width, to, out_stride); break;
-            case 4: group<R, 2, false>(w, from, width, to, out_stride); break;
-            case 5: group<R, 2, true>(w, from, width, to, out_stride); break;
-            case 6: group<R, 3, false>(w, from, width, to, out_stride); break;
-            case 7: group<R, 3, true>(w, from, width, to, out_stride); break;
-            case 8: group<R, 4, false>(w, from, width, to, out_stride); break;
-            case 9: group<R, 4, true>(w, from, width, to, out_stride); break;
+            case 2: tile<R, 1, false>(w, from, width, to, out_stride); break;
+            case 3: tile<R, 1, true>(w, from, width, to, out_stride); break;
+            case 4: tile<R, 2, false>(w, from, width, to, out_stride); break;
+            case 5: tile<R, 2, true>(w, from, width, to, out_stride); break;
+            case 6: tile<R, 3, false>(w, from, width, to, out_stride); break;
+            case 7: tile<R, 3, true>(w, from, width, to, out_stride); break;
         }
     }
 }
@@ -278,23 +269,77 @@ inline void sums_of(const __m256i* v, int32_t* out) {
 }
 #endif
 
-// out[r] = sum over k of w[r][k] x[k], for four rows.
-void byte_dots(const int8_t* w, const int16_t* x, int width, int32_t* out) {
+// Vectors of 16-bit numbers: `Shorts` has SHORTS of them, or as many sums of 32 bits for each two.
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+typedef __m512i Shorts;
+constexpr int SHORTS = 32, INPUTS = 4;  // the inputs of a tile: as many as the registers hold
+
+inline Shorts load_bytes(const int8_t* at) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)at));
+}
+inline Shorts load_shorts(const int16_t* at) { return _mm512_loadu_si512(at); }
+inline Shorts add_products(Shorts sums, Shorts a, Shorts b) {
+    return _mm512_dpwssd_epi32(sums, a, b);
+}
+inline void sums_of(const Shorts* v, int32_t* out) {
+    __m256i halves[4];
+    for (int r = 0; r < 4; ++r)
+        halves[r] = _mm256_add_epi32(_mm512_castsi512_si256(v[r]), _mm512_extracti64x4_epi64(v[r], 1));
+    sums_of(halves, out);
+}
+#elif defined(__AVX2__)
+typedef __m256i Shorts;
+constexpr int SHORTS = 16, INPUTS = 2;
+
+inline Shorts load_bytes(const int8_t* at) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)at));
+}
+inline Shorts load_shorts(const int16_t* at) { return _mm256_loadu_si256((const __m256i*)at); }
+inline Shorts add_products(Shorts sums, Shorts a, Shorts b) {
+#if defined(__AVXVNNI__)
+    return _mm256_dpwssd_avx_epi32(sums, a, b);
+#else
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+#endif
+}
+#else
+constexpr int INPUTS = 1;
+#endif
+
+// out[n][r] = sum over k of w[r][k] x[n][k], for four rows and N inputs. Sums of whole numbers are
+// exact, so none depends on how many inputs there are. ahead: fetch the next rows meanwhile.
+template <int N>
+void byte_dots(const int8_t* w, const int16_t* x, int width, bool ahead, int32_t (*out)[4]) {
     int k = 0;
-    for (int r = 0; r < 4; ++r) out[r] = 0;
+    auto at = [&](int r) {
+        const int8_t* weights = w + (int64_t)r * width + k;
+        if (ahead && k % 64 == 0) __builtin_prefetch(weights + (int64_t)GROUP * width);
+        return weights;
+    };
+    for (int n = 0; n < N; ++n)
+        for (int r = 0; r < 4; ++r) out[n][r] = 0;
 #if defined(__AVX2__)
-    __m256i sums[4] = {};
-    for (int r = 0; r < 4; ++r)  // one row after another: memory is read as it lies
-        for (k = 0; k + 16 <= width; k += 16) {
-            const __m256i inputs = _mm256_loadu_si256((const __m256i*)(x + k));
-            const auto* at = (const __m128i*)(w + (int64_t)r * width + k);
-            const __m256i weights = _mm256_cvtepi8_epi16(_mm_loadu_si128(at));
-            sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(weights, inputs));
+    Shorts sums[N][4] = {};
+    if constexpr (N == 1)
+        for (int r = 0; r < 4; ++r)  // one row after another: memory is read as it lies
+            for (k = 0; k + SHORTS <= width; k += SHORTS)
+                sums[0][r] = add_products(sums[0][r], load_bytes(at(r)), load_shorts(x + k));
+    else
+        for (; k + SHORTS <= width; k += SHORTS) {
+            Shorts weights[4];
+            for (int r = 0; r < 4; ++r) weights[r] = load_bytes(at(r));
+            for (int n = 0; n < N; ++n) {
+                const Shorts inputs = load_shorts(x + (int64_t)n * width + k);
+                for (int r = 0; r < 4; ++r)
+                    sums[n][r] = add_products(sums[n][r], weights[r], inputs);
+            }
         }
-    sums_of(sums, out);
+    for (int n = 0; n < N; ++n) sums_of(sums[n], out[n]);
 #endif
     for (; k < width; ++k)
-        for (int r = 0; r < 4; ++r) out[r] += (int32_t)w[(int64_t)r * width + k] * x[k];
+        for (int n = 0; n < N; ++n)
+            for (int r = 0; r < 4; ++r)
+                out[n][r] += (int32_t)w[(int64_t)r * width + k] * x[(int64_t)n * width + k];
 }
 
 // Four weights to a byte, the first in its lowest bits, each the weight plus one. The inputs are
@@ -486,20 +531,32 @@ struct Input {
     }
 };
 
-// out[i] for up to four rows of whole numbers and one input. Rows are stored in fours, the last
+// Not inlined: a compiler that may reorder products would do so by the number of inputs.
+[[gnu::noinline]] void scale_sums(const int32_t* sums, float input, const float* scales, int some,
+                                  float* out) {
+    for (int i = 0; i < some; ++i) out[i] = sums[i] * (input * scales[i]);
+}
+
+// out[n][i] for up to four rows of whole numbers and N inputs. Rows are stored in fours, the last
 // of them filled up, so that no sum reads beyond.
-void whole_rows(const Matrix& m, int r, int some, const Input& in, int n, float* out) {
+template <int N>
+void byte_rows(const Matrix& m, int r, int some, const Input& in, int first, bool ahead,
+               float* out, int64_t out_stride) {
+    const int width = in.width;
+    int32_t sums[N][4];
+    byte_dots<N>((const int8_t*)m.data + (int64_t)r * width,
+                 in.shorts.data() + (int64_t)first * width, width, ahead, sums);
+    for (int n = 0; n < N; ++n)
+        scale_sums(sums[n], in.scales[first + n], m.scales + r, some, out + n * out_stride);
+}
+
+void ternary_row(const Matrix& m, int r, int some, const Input& in, int n, float* out) {
     const int width = in.width;
     int32_t sums[4];
-    if (m.kind == BYTES)
-        byte_dots((const int8_t*)m.data + (int64_t)r * width,
-                  in.shorts.data() + (int64_t)n * width, width, sums);
-    else
-        ternary_dots((const uint8_t*)m.data + (int64_t)r * ((width + 3) / 4),
-                     in.bytes.data() + (int64_t)n * (width + 3), width, sums);
+    ternary_dots((const uint8_t*)m.data + (int64_t)r * ((width + 3) / 4),
+                 in.bytes.data() + (int64_t)n * (width + 3), width, sums);
     for (int i = 0; i < some; ++i)
-        out[i] = m.kind == BYTES ? sums[i] * (in.scales[n] * m.scales[r + i])
-                                 : (sums[i] - in.sums[n]) * (in.scales[n] * m.scales[0]);
+        out[i] = (sums[i] - in.sums[n]) * (in.scales[n] * m.scales[0]);
 }
 
 // out[n][r] for some rows of a matrix and all inputs.
@@ -512,10 +569,27 @@ void product(const Matrix& m, int begin, int end, const Input& in, float* out, i
         case BFLOAT:
             return float_rows((const uint16_t*)m.data, begin, end, in.floats, width, count, out,
                               out_stride);
+        case BYTES:
+            for (int r = begin; r < end; r += GROUP) {
+                const int some = std::min(GROUP, end - r);
+                for (int n = 0, many; n < count; n += many) {
+                    const int left = count - n;
+                    many = left >= INPUTS ? INPUTS : left > 1 ? 2 : 1;
+                    const bool ahead = many == left;
+                    float* to = out + n * out_stride + r;
+                    if (many == INPUTS)
+                        byte_rows<INPUTS>(m, r, some, in, n, ahead, to, out_stride);
+                    else if (many == 2)
+                        byte_rows<2>(m, r, some, in, n, ahead, to, out_stride);
+                    else
+                        byte_rows<1>(m, r, some, in, n, ahead, to, out_stride);
+                }
+            }
+            return;
         default:
             for (int r = begin; r < end; r += 4)
                 for (int n = 0; n < count; ++n)
-                    whole_rows(m, r, std::min(4, end - r), in, n, out + n * out_stride + r);
+                    ternary_row(m, r, std::min(4, end - r), in, n, out + n * out_stride + r);
     }
 }
 
