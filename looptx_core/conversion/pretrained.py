@@ -36,7 +36,7 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 WITHOUT_PLACE = {
     "gemma": "embeddings that are scaled",
     "gemma2": "layers whose windows alternate, and capped logits",
-    "gemma3": "pictures, and layers with windows and a RoPE of their own",
+    "gemma3": "layers with windows and a RoPE of their own",
     "gemma3_text": "layers with windows and a RoPE of their own",
     "gpt2": "learned positions",
     "gpt_neox": "attention beside the feed-forward layer",
