@@ -102,7 +102,11 @@ def test_what_a_header_claims(tmp_path: Path) -> None:
     flac = wav(spoken(["low"] * 9), format="FLAC", subtype="PCM_16")
     with pytest.raises(DataError, match=r"truncated|not a recording"):
         AUDIO.read(flac[: len(flac) // 2], HEARING)
-    lies = bytearray(wav(spoken(["low"])))
+    whole = wav(spoken(["low"]))
+    for cut in (whole[:100], wav(spoken(["low"]), format="AIFF", subtype="PCM_16")[:100]):
+        with pytest.raises(DataError, match=r"holds 100 of the [\d,]+ bytes"):
+            AUDIO.read(cut, HEARING)
+    lies = bytearray(whole)
     lies[40:44] = (2**31 - 1).to_bytes(4, "little")
     honest = AUDIO.read(wav(spoken(["low"])), HEARING)
     assert torch.equal(AUDIO.read(bytes(lies), HEARING).features, honest.features)

@@ -22,7 +22,9 @@ from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.conversion.huggingface import exported_sources, from_huggingface
+from looptx_core.conversion.pretrained import open_plain
 from looptx_core.conversion.run import convert
+from looptx_core.conversion.source_check import transformers_or_none
 from looptx_core.data.shards import open_shards
 from looptx_core.errors import DataError, Interrupted, UsageError
 from looptx_core.generation.engine import Engine
@@ -225,6 +227,9 @@ def test_a_plain_model_becomes_one_loop(kind: str, shards: Path, tmp_path: Path)
         gap = ours.model(TOKENS, 1).logits - theirs(TOKENS).logits
     assert gap.abs().max() < 1e-4
     settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"bos_token_id": 1e-05}))
+    with pytest.raises(DataError, match=r"does not open the source: .*bos_token_id"):
+        transformers_or_none(lambda: open_plain(folder))
     (folder / "config.json").write_text(json.dumps(settings | {"hidden_act": "relu"}))
     with pytest.raises(DataError, match="no place for"):
         from_huggingface(folder)

@@ -1,45 +1,54 @@
 """What a model draws from names: seen by a reader that never met it, copies, and how seeds differ.
 
-    python -m benchmarks.drawing.run --model FOLDER [--names 40] [--style noto] [--guidance 2]
-        [--sheet FILE] [--check]
+    python -m benchmarks.drawing.run --model FOLDER [--names 40] [--many 500] [--style noto]
+        [--guidance 2] [--sheet FILE] [--check]
 
-Names were trained on in some style. The judge is the picture model that ships with the package,
-kept by its hash: it ranks the name among ten, by what the picture adds to the name's probability.
-Beside it stand real pictures of the same names, and the same drawings under another's name, which
-is chance. `--sheet` writes all drawings beside a real picture. `--check` draws few pictures and
-leaves no record.
+Names were trained on in some style. The judge is the picture model that ships with the package, of
+one hash: it ranks the name among ten, by what the picture adds to the name's probability. Beside it
+stand real pictures of the same names, and the same drawings under another's name, which is chance.
+A copy has most codes of a training picture in their places. The Frechet distance is that of the
+judge's mean encoder states, of `--many` drawings to the real pictures of their names; beside it
+stand the same pictures blurred until they are as far from the sharp ones as the codec leaves them,
+and what the codec leaves. `--sheet` writes drawings beside a real picture. `--check` draws few
+pictures and leaves no record.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import random
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 from benchmarks.common.record import write
-from benchmarks.pictures.emoji import TRAIN, fetch_emoji
+from benchmarks.pictures.emoji import COLOURED, fetch_emoji, styled
 from benchmarks.pictures.run import Captions
-from looptx_core.checkpoint.folder import LoadedModel, load_model
-from looptx_core.checkpoint.registry import bundled_model
+from looptx_core.checkpoint.folder import load_model
+from looptx_core.checkpoint.registry import bundled_model, resolve_model
+from looptx_core.config.codec import CodecConfig
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.generation.engine import Engine, Generation, MediaPrompt
+from looptx_core.media.batch import batch_items
+from looptx_core.media.codec.codec import Codec
 from looptx_core.media.codec.opened import opened_codec
-from looptx_core.media.image.coded import read_patches
+from looptx_core.media.image.coded import read_patches, to_picture
 from looptx_core.training.codec import decibels, from_bytes
 
 SEED = 0
-COPY = 25.0
-"""dB to the nearest training picture from which on a drawing counts as its copy."""
+JUDGE = "5b3a6fd39025e4999ef7fdfeebd4179f3324859287d23dba7056dce17a8414b7"
+"""SHA-256 of the judge's weights."""
+COPY = 0.75
+"""The share of a training picture's codes, each in its place, that makes a drawing its copy."""
 SEEDS = 4
 
 
@@ -59,16 +68,87 @@ def ranked_first(judge: Captions, pictures: list[str], names: list[str]) -> floa
     return hits / len(pictures)
 
 
-def nearest(pictures: list[Path], known: Tensor, config: Any) -> list[float]:
-    """The PSNR of each picture to the nearest of known ones, dB."""
+def features(judge: Captions, pictures: list[str]) -> Tensor:
+    """The judge's encoder states, their mean over each picture: (pictures, numbers)."""
     found = []
-    for picture in pictures:
-        own = from_bytes(read_patches(picture, config))
-        errors = torch.cat([
-            (from_bytes(some) - own).square().mean((1, 2)) for some in known.split(512)
-        ])  # fmt: skip
-        found.append(float(decibels(errors.min())))
-    return found
+    with torch.no_grad():
+        for picture in pictures:
+            item = judge.item("image", picture)
+            found.append(judge.loaded.model.encode(batch_items([item]))["image"].vectors.mean(0))
+    return torch.stack(found).double()
+
+
+def frechet(one: Tensor, other: Tensor) -> float:
+    """The distance of two normal distributions fitted to features (arXiv 1706.08500, section 1)."""
+    apart = (one.mean(0) - other.mean(0)).square().sum()
+    first, second = one.T.cov(), other.T.cov()
+    # The trace of the root of a product is the sum of the roots of its eigenvalues.
+    roots = torch.linalg.eigvals(first @ second).real.clamp(min=0).sqrt().sum()
+    return float(apart + first.trace() + second.trace() - 2 * roots)
+
+
+def blurred(files: list[str], config: CodecConfig, target: float, folder: Path) -> list[str]:
+    """Pictures blurred by one radius that leaves them `target` dB from the sharp ones."""
+    sharp = [to_picture(from_bytes(read_patches(file, config)), config) for file in files]
+
+    def apart(radius: float) -> float:
+        errors = [
+            (pixels(picture) - pixels(picture.filter(ImageFilter.GaussianBlur(radius))))
+            .square().mean() for picture in sharp
+        ]  # fmt: skip
+        return float(decibels(torch.stack(errors)).mean())
+
+    low, high = 0.05, 8.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if apart(middle) > target else (low, middle)
+    places = []
+    for number, picture in enumerate(sharp):
+        places.append(str(folder / f"blurred-{number}.png"))
+        picture.filter(ImageFilter.GaussianBlur(low)).save(places[-1])
+    return places
+
+
+def pixels(picture: Image.Image) -> Tensor:
+    return from_bytes(torch.from_numpy(np.asarray(picture).copy()))
+
+
+def distances(
+    engine: Engine, judge: Captions, records: list[dict[str, Any]], options: GenerationOptions
+) -> dict[str, Any]:
+    """Frechet distances to the real pictures of `records`."""
+    codec = opened_codec(engine.model.config.draw.codec).codec
+    folder = fetch_emoji()
+    real = [str(folder / record["image"]) for record in records]
+    known = features(judge, real)
+    with tempfile.TemporaryDirectory() as scratch:
+        drawn = []
+        for start in range(0, len(records), 32):
+            some = [styled(r["text"], r["style"]) for r in records[start : start + 32]]
+            for number, result in enumerate(draw(engine, some, options)):
+                drawn.append(f"{scratch}/{start + number}.png")
+                Path(drawn[-1]).write_bytes(result.outputs[0].content)
+        patches = torch.stack([from_bytes(read_patches(file, codec.config)) for file in real])
+        codes = torch.cat([codec.encode(some, codec.grid) for some in patches.split(64)])
+        kept = torch.cat([codec.decode(some, codec.grid, steps=1) for some in codes.split(64)])
+        target = float(decibels((kept.float() - patches).square().mean((1, 2))).mean())
+        coded = []
+        for number, picture in enumerate(kept):
+            coded.append(f"{scratch}/coded-{number}.png")
+            to_picture(picture, codec.config).save(coded[-1])
+        soft = blurred(real, codec.config, target, Path(scratch))
+        return {
+            "pictures": len(real),
+            "codec_db": target,
+            "drawn": frechet(features(judge, drawn), known),
+            "through_the_codec": frechet(features(judge, coded), known),
+            "blurred": frechet(features(judge, soft), known),
+        }
+
+
+def closest(codes: Tensor, known: Tensor) -> Tensor:
+    """The largest share of codes, each in its place, that each drawing has of a known picture."""
+    return torch.stack([(known == own).float().mean(1).max() for own in codes])
 
 
 def sheet(rows: list[tuple[Path, list[Path]]], file: Path, side: int = 48) -> None:
@@ -87,85 +167,120 @@ def sheet(rows: list[tuple[Path, list[Path]]], file: Path, side: int = 48) -> No
     whole.save(file)
 
 
-def measure(
-    loaded: LoadedModel, style: str, count: int, options: GenerationOptions, sheet_file: Path | None
-) -> dict[str, Any]:
-    engine = Engine(loaded.model, loaded.tokenizer, loaded.exit)
+class Names(NamedTuple):
+    """The names to draw, and what stands beside the drawings."""
+
+    records: list[dict[str, Any]]
+    """Of the style, the first so many to rank and all to compare as sets."""
+    known: Tensor
+    """The codes of every picture that was trained on, (pictures, codes)."""
+
+
+def names_of(style: str, count: int, codec: Codec) -> Names:
     folder = fetch_emoji()
     records = list(map(json.loads, (folder / "all.jsonl").read_text("utf-8").splitlines()))
-    known = [r for r in records if not r["unseen"] and r["style"] in TRAIN]
-    of_style = {r["text"]: r for r in known if r["style"] == style}
-    names = random.Random(SEED).sample(sorted(of_style), count)
-    judge = Captions(load_model(bundled_model("picture-model")), folder)
-    real = [str(folder / of_style[name]["image"]) for name in names]
-    config = opened_codec(loaded.config.draw.codec).codec.config
-    found: dict[str, Any] = {"style": style, "names": count, "guidance": options.guidance}
+    trained = [r for r in records if not r["unseen"] and r["style"] == style]
+    chosen = list({record["text"]: record for record in trained}.values())
+    random.Random(SEED).shuffle(chosen)
+    pictures = torch.stack([read_patches(folder / r["image"], codec.config) for r in trained])
+    codes = [codec.encode(from_bytes(some), codec.grid) for some in pictures.split(128)]
+    return Names(chosen[:count], torch.cat(codes))
+
+
+def measure(
+    engine: Engine,
+    judge: Captions,
+    names: Names,
+    options: GenerationOptions,
+    sheet_file: Path | None,
+) -> dict[str, Any]:
+    """What the judge and the training pictures say of `SEEDS` drawings of each name."""
+    texts = [record["text"] for record in names.records]
+    prompts = [styled(record["text"], record["style"]) for record in names.records]
+    real = [str(fetch_emoji() / record["image"]) for record in names.records]
+    draw_config = engine.model.config.draw
+    config = opened_codec(draw_config.codec).codec.config
     with tempfile.TemporaryDirectory() as scratch:
-        drawn: list[list[Path]] = [[] for _ in names]
-        loops, elapsed = [], []
+        drawn: list[list[Path]] = [[] for _ in texts]
+        written, loops, elapsed = [], [], []
         for seed in range(SEEDS):
-            own = GenerationOptions(**{**vars(options), "seed": seed})
-            for number, result in enumerate(draw(engine, names, own)):
-                place = Path(scratch) / f"{number}-{seed}.png"
-                Image.open(io.BytesIO(result.outputs[0].content)).save(place)
-                drawn[number].append(place)
+            for number, result in enumerate(draw(engine, prompts, replace(options, seed=seed))):
+                (output,) = result.outputs
+                drawn[number].append(Path(scratch) / f"{number}-{seed}.png")
+                drawn[number][-1].write_bytes(output.content)
                 loops.append(result.mean_loops)
-                elapsed.append(result.outputs[0].elapsed)
+                elapsed.append(output.elapsed)
+                if not seed:
+                    codes = output.ids[: names.known.shape[1]]
+                    written.append([id_ - draw_config.first_code for id_ in codes])
         first = [str(some[0]) for some in drawn]
-        found["ranked_first"] = ranked_first(judge, first, names)
-        found["ranked_first_real"] = ranked_first(judge, real, names)
-        found["ranked_first_shuffled"] = ranked_first(judge, first[1:] + first[:1], names)
-        training = random.Random(SEED).sample(known, min(4000, len(known)))
-        pictures = torch.stack([read_patches(folder / r["image"], config) for r in training])
-        near = nearest([some[0] for some in drawn], pictures, config)
-        found["nearest_training_picture_db"] = sum(near) / len(near)
-        found["copies"] = sum(value >= COPY for value in near) / len(near)
+        shares = closest(torch.tensor(written), names.known)
         apart = []
         for some in drawn:
-            own_patches = torch.stack([from_bytes(read_patches(file, config)) for file in some])
-            for other in own_patches[1:]:
-                apart.append(float(decibels((other - own_patches[0]).square().mean())))
-        found["between_seeds_db"] = sum(apart) / len(apart)
-        found["loops_a_code"] = sum(loops) / len(loops)
-        found["diffusion_seconds"] = sum(elapsed) / len(elapsed)
+            patches = torch.stack([from_bytes(read_patches(file, config)) for file in some])
+            apart += decibels((patches[1:] - patches[0]).square().mean((1, 2))).tolist()
         if sheet_file is not None:
             sheet([(Path(r), some) for r, some in zip(real[:16], drawn)], sheet_file)
-    return found
+        return {
+            "names": len(texts),
+            "ranked_first": ranked_first(judge, first, texts),
+            "ranked_first_real": ranked_first(judge, real, texts),
+            "ranked_first_shuffled": ranked_first(judge, first[1:] + first[:1], texts),
+            "codes_of_the_nearest": float(shares.mean()),
+            "copies": float((shares >= COPY).float().mean()),
+            "between_seeds_db": sum(apart) / len(apart),
+            "loops_a_code": sum(loops) / len(loops),
+            "diffusion_seconds": sum(elapsed) / len(elapsed),
+        }
+
+
+def the_judge() -> Captions:
+    """The bundled picture model, if it is the one that judged before."""
+    place = bundled_model("picture-model")
+    found = hashlib.sha256((place / "model.safetensors").read_bytes()).hexdigest()
+    if found != JUDGE:
+        raise SystemExit(f"{place} has the hash {found[:12]} and not the judge's {JUDGE[:12]}")
+    return Captions(load_model(place), fetch_emoji())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", required=True, help="A run or a model folder.")
     parser.add_argument("--names", type=int, default=40)
-    parser.add_argument("--style", default="noto", choices=list(TRAIN))
+    parser.add_argument("--many", type=int, default=500, help="Drawings for Frechet's distance.")
+    parser.add_argument("--style", default="noto", choices=COLOURED)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--draw-steps", type=int, default=8)
     parser.add_argument("--sheet", type=Path)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    loaded = load_model(arguments.model)
-    judge = bundled_model("picture-model") / "model.safetensors"
-    rows = []
-    for loops in (1, 2, 4, loaded.config.max_loops):
+    loaded = load_model(resolve_model(arguments.model).folder)
+    engine = Engine(loaded.model, loaded.tokenizer, loaded.exit)
+    judge, many = the_judge(), 20 if arguments.check else arguments.many
+    names = names_of(arguments.style, many, opened_codec(loaded.config.draw.codec).codec)
+    few = names._replace(records=names.records[: 10 if arguments.check else arguments.names])
+    rows: list[dict[str, Any]] = []
+    most = loaded.config.max_loops
+    for loops in sorted({1, 2, 4, most}):
         options = GenerationOptions(
             loops=loops, prompt_loops=loops, guidance=arguments.guidance, temperature=1.0,
             max_new_tokens=64, draw_steps=arguments.draw_steps,
         )  # fmt: skip
-        count = 10 if arguments.check else arguments.names
-        last = loops == loaded.config.max_loops
-        found = measure(loaded, arguments.style, count, options, arguments.sheet if last else None)
-        rows.append({"loops": loops, **found})
+        found = measure(engine, judge, few, options, arguments.sheet if loops == most else None)
+        rows.append({"part": "names", "loops": loops, **found})
         print(
             f"{loops} loops: the name first of ten {found['ranked_first']:.0%} (real pictures "
             f"{found['ranked_first_real']:.0%}, shuffled {found['ranked_first_shuffled']:.0%}); "
             f"copies {found['copies']:.0%}; {found['between_seeds_db']:.1f} dB between seeds"
         )
+    rows.append({"part": "distance", **distances(engine, judge, names.records, options)})
+    print(json.dumps(rows[-1]))
     if not arguments.check:
         settings = {
-            "judge_sha256": hashlib.sha256(judge.read_bytes()).hexdigest(),
-            "codec": loaded.config.draw.codec,
-            "draw_steps": arguments.draw_steps,
-        }
+            "style": arguments.style, "guidance": arguments.guidance,
+            "draw_steps": arguments.draw_steps, "judge_sha256": JUDGE,
+            "codec": loaded.config.draw.codec, "steps": loaded.facts.get("steps"),
+        }  # fmt: skip
         write("drawing.run", __doc__.splitlines()[0], rows, settings=settings)
     return 0
 

@@ -1,6 +1,6 @@
 """What a model hears: digits by voice, single words, a person on the telephone, silence, and time.
 
-    python -m benchmarks.sound.run [--model FOLDER] [--check] [--only PART ...]
+    python -m benchmarks.sound.run [--model FOLDER] [--check] [--only PART ...] [--variant NAME]
 
 The recordings are those of `python -m benchmarks.sound.data test`; nothing of them was trained on,
 unless the model learned from `asterisk-train.jsonl`, whose voice is that of `asterisk` and of the
@@ -249,6 +249,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=bundled_model("sound-model"))
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--variant", default="", help="Of the record, for another model.")
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
     listener, few = Listener(arguments.model), arguments.check
@@ -266,7 +267,8 @@ def main() -> int:
             rows.append({"part": part, **row})
             print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
     if not few:
-        write("sound.run", __doc__.splitlines()[0], rows, settings={"seed": SEED})
+        write("sound.run", __doc__.splitlines()[0], rows,
+              variant=arguments.variant, settings={"seed": SEED})  # fmt: skip
     return 0
 
 

@@ -383,9 +383,10 @@ void ternary_dots(const uint8_t* w, const int8_t* x, int width, int32_t* out) {
 
 extern "C" {
 
-constexpr int32_t LOOPTX_ABI_VERSION = 3;  // structs.py has it too
+constexpr int32_t LOOPTX_ABI_VERSION = 4;  // structs.py has it too
 
 enum Kind : int32_t { FLOAT, BFLOAT, BYTES, TERNARY };
+enum Injection : int32_t { NONE, BY_CHANNEL, BRIDGE };
 
 struct Matrix {
     const void* data;     // (rows, width), in `kind`
@@ -398,17 +399,19 @@ struct Block {
     Matrix q, k, v, o, gate, up, down;
     const float *attention_norm, *mlp_norm, *q_norm, *k_norm;  // q_norm, k_norm: or null
     const float *o_norm, *down_norm;                           // inside ternary layers, or null
+    const float *q_bias, *k_bias, *v_bias;                     // or null
 };
 
 struct Model {
     int32_t d_model, heads, kv_heads, head_dim, d_ff, vocab;
     int32_t prelude, core, coda, max_loops;
-    int32_t silu, injection;  // injection: 0 none, 1 with the vectors below
+    int32_t silu, injection;  // injection: an `Injection`
     float eps;
     const Block* blocks;  // prelude, core, coda
-    const float *state_norm, *state_scale, *embedding_norm, *embedding_scale;  // of the injection
+    // Of the injection: all four BY_CHANNEL, and the first beside a BRIDGE.
+    const float *state_norm, *state_scale, *embedding_norm, *embedding_scale;
     const float *embedding, *norm, *frequencies;
-    Matrix head, confidence_hidden, confidence_gate;
+    Matrix bridge, head, confidence_hidden, confidence_gate;
     const float *confidence_norm, *confidence_bias, *confidence_gate_bias, *confidence_loop, *confidence_out, *confidence_out_bias;
     // The first units tell the gain, the others the log-odds. confidence_out: (units,).
     // confidence_out_bias: of the log-odds, then of the gain.
@@ -697,6 +700,13 @@ struct Runner {
         });
     }
 
+    // Add a bias, if there is one, to `width` columns of rows that are `stride` apart.
+    static void shift(const float* bias, int width, float* to, int stride, int count) {
+        if (!bias) return;
+        for (int r = 0; r < count; ++r)
+            for (int i = 0; i < width; ++i) to[(int64_t)r * stride + i] += bias[i];
+    }
+
     // One block on the rows of `at`, (count, d_model); slot: of the layer's cache, for each row.
     template <class Slot>
     void block(int layer, float* at, const Rows& rows, const Cache& cache, Slot slot) {
@@ -707,6 +717,9 @@ struct Runner {
         const int q = m.heads * width, kv = m.kv_heads * width, all = q + 2 * kv;
         enter(at, b.attention_norm, n, m.d_model, b.q.kind);
         project<3>({&b.q, &b.k, &b.v}, qkv.data(), all);
+        shift(b.q_bias, q, qkv.data(), all, n);
+        shift(b.k_bias, kv, qkv.data() + q, all, n);
+        shift(b.v_bias, kv, qkv.data() + q + kv, all, n);
         auto place = [&](int r, int head, int column) {
             return slot(r) * cache.depth + rows.row[r] * cache.row + head * cache.head +
                    (int64_t)column * width;
@@ -821,10 +834,11 @@ struct Runner {
         return std::max(std::sqrt(moved) / std::max(std::sqrt(size), 1e-12f), 1e-6f);
     }
 
-    // at: the states, and then what enters the core's first layer.
-    void inject(float* at, const float* words, int count) {
+    // at: the states, and then what enters the core's first layer in the loops loop[r] + more.
+    void inject(float* at, const float* words, const int32_t* loop, int more, int count) {
         const Model& m = model;
-        for (int r = 0; m.injection && r < count; ++r) {
+        if (m.injection == BRIDGE) return cross(at, words, loop, more, count);
+        for (int r = 0; m.injection == BY_CHANNEL && r < count; ++r) {
             float* own = at + (int64_t)r * m.d_model;
             float* mixed = normed.data();
             rms_norm(own, m.state_norm, m.d_model, m.eps, mixed);
@@ -834,10 +848,24 @@ struct Runner {
         }
     }
 
+    // `inject` by a bridge: words + bridge norm(state), and the words alone in the first loop.
+    void cross(float* at, const float* words, const int32_t* loop, int more, int count) {
+        const Model& m = model;
+        const size_t row = m.d_model, bytes = row * sizeof(float);
+        bool later = false;
+        for (int r = 0; r < count; ++r) later |= loop[r] + more > 1;
+        if (later) enter(at, m.state_norm, count, m.d_model, m.bridge.kind);
+        memcpy(at, words, count * bytes);
+        if (!later) return;
+        add(m.bridge, at);
+        for (int r = 0; r < count; ++r)
+            if (loop[r] + more <= 1) memcpy(at + r * row, words + r * row, bytes);
+    }
+
     void step(float* at, const float* words, const int32_t* loop, int more, const Rows& rows,
               const Cache& cache) {
         const Model& m = model;
-        inject(at, words, rows.count);
+        inject(at, words, loop, more, rows.count);
         for (int layer = 0; layer < m.core; ++layer)
             block(m.prelude + layer, at, rows, cache,
                   [&](int r) { return core_slot(loop[r] + more, cache); });
@@ -864,9 +892,11 @@ struct Runner {
         const Block& b = m.blocks[m.prelude];
         const int n = rows.count, width = m.head_dim, kv = m.kv_heads * width;
         memcpy(before.data(), at, sizeof(float) * n * m.d_model);
-        inject(before.data(), words, n);
+        inject(before.data(), words, loop, 1, n);
         enter(before.data(), b.attention_norm, n, m.d_model, b.k.kind);
         project<2>({&b.k, &b.v}, qkv.data(), 2 * kv);
+        shift(b.k_bias, kv, qkv.data(), 2 * kv, n);
+        shift(b.v_bias, kv, qkv.data() + kv, 2 * kv, n);
         find_turns(rows);
         const bool shared = cache.depths == 1;
         for (int r = 0; r < n; ++r)

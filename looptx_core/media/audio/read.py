@@ -109,6 +109,20 @@ def _quietest(samples: np.ndarray, own: int) -> int:
     return first + int(smooth.argmin()) * STEP + STEP // 2
 
 
+def samples_of(source: Source, name: str, most: float) -> np.ndarray:
+    """All samples of a recording at 16 kHz, (n,) float32, at least one.
+
+    most: seconds. Raises the errors of `stream`, and `DataError` for a longer recording.
+    """
+    parts, count = [np.zeros(0, np.float32)], 0
+    for block in stream(source, name):
+        parts.append(block)
+        count += len(block)
+        if count > most * RATE:
+            raise DataError(f"{name}: longer than {most:g} s; cut it into sentences")
+    return np.concatenate(parts) if count else np.zeros(1, np.float32)
+
+
 def item_of(samples: np.ndarray, augment: np.random.Generator | None = None) -> MediaItem:
     """Samples at 16 kHz, (n,) float32, as an item. A recording too short for one is silence."""
     if not len(samples):
@@ -128,6 +142,7 @@ def read_header(source: Source, name: str) -> Header:
             length = sound.duration * sound.time_base if sound.duration else 0
             seconds = float(length) or (container.duration or 0) / 1e6
             return _plausible(Header(seconds, sound.rate, sound.channels), name)
+    _check_bytes(source, name)
     with _sound_file(source, name) as file:
         header = Header(file.frames / max(1, file.samplerate), file.samplerate, file.channels)
         return _plausible(header, name)
@@ -159,6 +174,23 @@ def stream(source: Source, name: str) -> Iterator[np.ndarray]:
             "it is truncated or damaged, so save it again"
         )
     yield resample.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def _check_bytes(source: Source, name: str) -> None:
+    """Refuse a WAV or AIFF file much shorter than it claims: libsndfile reads what is there."""
+    head = _head(source, name)
+    if head[:4] + head[8:] not in (b"RIFFWAVE", b"FORMAIFF", b"FORMAIFC"):
+        return
+    claimed = int.from_bytes(head[4:8], "little" if head[:4] == b"RIFF" else "big")
+    # A recorder that could not go back to write the length leaves 0 or as much as fits.
+    if not 0 < claimed < 0x7FFFFFFF:
+        return
+    held = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+    if held - 8 < _TRUNCATED * claimed:
+        raise DataError(
+            f"{name}: holds {held:,} of the {claimed + 8:,} bytes that its header claims; it is "
+            "truncated or damaged, so save it again"
+        )
 
 
 def _plausible(header: Header, name: str) -> Header:
@@ -216,23 +248,28 @@ def _sound_file(source: Source, name: str) -> Any:
 
 def _damaged(name: str, error: Exception) -> DataError:
     reason = str(error).rpartition(": ")[2].strip().rstrip(".") or type(error).__name__
+    if "internal error" in reason.lower():  # libsndfile's word for what it can't make out
+        reason = "damaged"
     return DataError(f"{name}: not a recording that can be read ({reason.lower()}); give {FORMATS}")
 
 
 def _needs_av(source: Source, name: str) -> bool:
     """Whether it is a container of videos, by its first bytes."""
+    head = _head(source, name)
+    return head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3"
+
+
+def _head(source: Source, name: str) -> bytes:
+    """The first 12 bytes."""
+    if isinstance(source, bytes):
+        return source[:12]
     try:
-        head = source[:12] if isinstance(source, bytes) else _first_bytes(Path(source))
+        with open_input(Path(source), pipes=False) as file:
+            return file.read(12)
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such recording; check the path") from error
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror}); check the file") from error
-    return head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3"
-
-
-def _first_bytes(path: Path) -> bytes:
-    with open_input(path, pipes=False) as file:
-        return file.read(12)
 
 
 class _av_sound:
