@@ -124,6 +124,8 @@ def _metavar(hint: Any) -> str | None:
     """What --help shows where a field's values are words of a list; None leaves it to Typer."""
     if get_origin(hint) is Literal:
         return " | ".join(map(str, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return _metavar(get_args(hint)[0])
     if get_origin(hint) in (Union, types.UnionType):
         kinds = [kind for kind in get_args(hint) if kind is not types.NoneType]
         if any(map(_metavar, kinds)):

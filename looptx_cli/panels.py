@@ -36,13 +36,14 @@ _PANELS = {
     """,
     "Model and depth": """
         model loop_schedule loops min_loops max_loops mean_loops deeper_by loss_threshold
-        grow_share deeper_share explore loss_at loss_prior bitnet exit threshold prompt_loops
+        grow_share deeper_share explore loss_at loss_prior teacher teacher_weight control bitnet
+        exit threshold prompt_loops
         draft_loops speculate compare_loops kv_policy kv_type decode_tokens memory memory_window
         memory_block
     """,
     "Adapters": """
-        adapter merge_adapter quantization dora lora_per_loop lora_alpha lora_dropout rslora
-        target_modules
+        adapter merge_adapter quantization dora lora_per_loop lora_layers lora_alpha lora_dropout
+        rslora target_modules
     """,
     "Sampling": """
         max_new_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos guidance
@@ -60,8 +61,10 @@ _PANELS = {
     "Server": """
         host port api_key max_batch max_queue max_context request_timeout drain_seconds
     """,
-    "Checkpoints": "save_every keep keep_best val_every shard_size",
-    OUTPUT: "config overwrite dry_run force log_every profile json as_json quiet help",
+    "Checkpoints": """
+        save_every keep keep_best val_every eval_every eval_tasks eval_limit shard_size
+    """,
+    OUTPUT: "config overwrite dry_run force log_every log profile json as_json quiet help",
 }
 """The panels below it, in their order, each with its flags by parameter name."""
 

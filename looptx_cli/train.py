@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from looptx_cli.console import note, stdout
+from looptx_cli.control import show_control, train_control
 from looptx_cli.dry_run import show_training
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields, with_set
@@ -132,12 +133,14 @@ def train(
         from looptx_core.checkpoint.weights import fingerprint
         from looptx_core.data.bundled import bundled_shards
         from looptx_core.data.records import media_named, read_records
-        from looptx_core.data.resolve import resolve_data
+        from looptx_core.data.resolve import resolve_data, resolve_sources
         from looptx_core.data.shards import Manifest
         from looptx_core.media.registry import MEDIA, media_for
         from looptx_core.training.run import check, fit_vocabulary, train
+        from looptx_core.training.teacher import check_teacher
 
-    inputs = (*settings.data, settings.init, config_file(config), settings.deepspeed_config)
+    inputs = (*settings.data, settings.init, settings.teacher, config_file(config),
+              settings.deepspeed_config)  # fmt: skip
     run = run_folder(
         resume, settings.out, "train", overwrite, inputs, lambda line: note(line, quiet)
     )
@@ -157,14 +160,25 @@ def train(
     tokenizer = source.tokenizer if source else None
     first_codes = [section.first_code for section in model_config.written if section.first_code]
     text_vocabulary = min(first_codes, default=model_config.vocab_size)
-    if texts:
-        shards = resolve_data(texts, text_vocabulary, tokenizer)
+    by_item = settings.source_weights([bool(named[item]) for item in settings.data])
+    weights: list[float] = []
+    if by_item:
+        weight = dict(zip(settings.data, by_item))
+        weights = [*([weight[item] for item in texts] or [0.0]),
+                   *(weight[item] for item in records)]  # fmt: skip
+    if not texts:
+        if not weights:
+            note("text: the bundled one, Moby Dick, and generated lines that need depth", quiet)
+        shards = [bundled_shards(text_vocabulary, tokenizer)]
+    elif weights:
+        shards = resolve_sources(texts, text_vocabulary, tokenizer)
     else:
-        note("text: the bundled one, Moby Dick, and generated lines that need depth", quiet)
-        shards = bundled_shards(text_vocabulary, tokenizer)
+        shards = [resolve_data(texts, text_vocabulary, tokenizer)]
 
-    manifest = Manifest.read(shards)
-    origin = {"data": manifest.fingerprint, "tokenizer": manifest.tokenizer}
+    manifests = [Manifest.read(folder) for folder in shards]
+    manifest = manifests[0]
+    origin = {"data": " ".join(each.fingerprint for each in manifests),
+              "tokenizer": manifest.tokenizer}  # fmt: skip
     vocabulary = manifest.vocab_size
     if source is not None:
         origin["model"] = fingerprint(source.folder)
@@ -173,6 +187,7 @@ def train(
     model_config = fit_vocabulary(
         model_config, vocabulary, resolved.given("model.vocab_size") and source is None
     )
+    check_teacher(settings.teacher, model_config, manifest.tokenizer)
     shape = dotted(model_config.to_dict(), "model")
     if records:
         origin["media data"] = read_records(records, settings.skip_bad).fingerprint
@@ -186,6 +201,7 @@ def train(
             model_config,
             data=shards,
             records=records,
+            weights=weights,
             folder=folder,
             init=source,
             resume=resume is not None,
@@ -197,6 +213,19 @@ def train(
         if result is None:
             return
         result = run.finish(result)
+        if settings.control:
+
+            def again(other: TrainConfig, where: Path) -> TrainResult | None:
+                return train(
+                    other, model_config, data=shards, records=records, folder=where, init=source,
+                    callbacks=[train_progress(other.steps, quiet or as_json)],
+                    report=lambda line: note(line, quiet),
+                )  # fmt: skip
+
+            result = train_control(
+                result, settings, settled, model_config, 1.0, command="train", origin=origin,
+                again=again, report=lambda line: note(line, quiet),
+            )  # fmt: skip
     folder = result.folder
     if as_json:
         write_line(summary(result))
@@ -243,6 +272,8 @@ def _in_steps(
             "--epochs counts passes over text, and this data has records of media beside it; "
             "give --steps"
         )
+    if settings.mix:
+        raise UsageError("--epochs counts passes over one text, not over a mixture; give --steps")
     if given := settings.data:
         shards = resolve_data(given, vocab_size, tokenizer)
     else:
@@ -321,6 +352,8 @@ def _show_result(result: TrainResult, beside: str) -> None:
             soft_wrap=True,
         )
     out.print(result.verdict, soft_wrap=True)
+    if result.control is not None:
+        show_control(result)
     if result.probes:
         first = sum(a[0] for a in result.probes.values()) / len(result.probes)
         last = sum(a[-1] for a in result.probes.values()) / len(result.probes)

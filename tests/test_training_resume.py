@@ -19,6 +19,7 @@ from test_training_runs import SETTINGS
 from looptx_cli.main import main
 from looptx_core.checkpoint.run_lock import RunLock, refuse_if_running
 from looptx_core.data.corpus import bundled_text
+from looptx_core.documents import check_regular
 from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.training.callbacks import JsonLines, read_metrics, resume_point
 
@@ -157,6 +158,8 @@ def test_a_log_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="not a regular file"):
             read_metrics(tmp_path / name)
     assert read_metrics(tmp_path / "none") == []
+    with pytest.raises(DataError, match=r"metrics\.jsonl: not a regular file"):
+        check_regular(tmp_path.parent)
 
 
 def test_values_of_other_types_are_left_out(tmp_path: Path) -> None:
@@ -359,3 +362,27 @@ def test_training_goes_on_with_a_models_weights(
         assert main([*on, *wrong.split(), "--out", "no"]) == 2
         assert named in capsys.readouterr().err
     assert main(["train", "--resume", "on", "--quiet"]) == 0
+
+
+def test_tasks_are_measured_while_training_and_change_nothing(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def losses() -> list[float]:
+        return [r["train_loss"] for r in read_metrics(Path("run/metrics.jsonl"))
+                if "train_loss" in r]  # fmt: skip
+
+    asked = ("--eval-tasks", "p_hop,text", "--eval-limit", "2")
+    assert main([*TRAIN, "shards", *asked]) == 2
+    assert "--eval-tasks does nothing without --eval-every" in capsys.readouterr().err
+    assert main([*TRAIN, "shards", "--eval-every", "1", "--eval-tasks", "phop"]) == 2
+    assert "--eval-tasks phop: no such task; did you mean p_hop?" in capsys.readouterr().err
+    assert not Path("run").exists()
+    trained("--steps", "3", "--eval-every", "2", *asked)
+    with_tasks = losses()
+    assert steps("eval_p_hop_accuracy") == steps("eval_text_bits_per_byte_at_1") == [2, 3]
+    bits = [r["eval_text_bits_per_byte"] for r in read_metrics(Path("run/metrics.jsonl"))
+            if "eval_text_bits_per_byte" in r]  # fmt: skip
+    assert all(1 < value < 12 for value in bits) and bits[0] != bits[1]
+    assert "eval_p_hop_accuracy" in Path("run/csv/metrics.csv").read_text()
+    trained("--steps", "3", "--overwrite")
+    assert losses() == with_tasks

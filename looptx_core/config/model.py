@@ -13,6 +13,7 @@ from looptx_core.config.media import (
     VideoConfig,
     WrittenConfig,
 )
+from looptx_core.config.rope import RopeScaling
 from looptx_core.errors import UsageError
 from looptx_core.schema import typed
 
@@ -36,9 +37,10 @@ _MEMORY_KEYS = (
     "memory", "memory_window", "memory_block", "memory_per_loop", "infini_delta",
 )  # fmt: skip
 SECTIONS: dict[str, type] = {
-    "audio": AudioConfig, "video": VideoConfig, "draw": DrawConfig, "speak": SpeakConfig,
+    "rope_scaling": RopeScaling, "audio": AudioConfig, "video": VideoConfig, "draw": DrawConfig,
+    "speak": SpeakConfig,
 }  # fmt: skip
-"""What a model reads and writes beside text and pictures, by the key of its section."""
+"""The classes of the sections inside a model's configuration, by key."""
 
 
 STORED_AS = {
@@ -93,9 +95,18 @@ class ModelConfig:
     """decay: the share of the state that a loop keeps before any training, between 0 and 1; the
     rest is the embedding's."""
     qk_norm: bool = True
-    """RMSNorm on queries and keys of each head (arXiv 2302.05442)."""
+    """RMSNorm on queries and keys (arXiv 2302.05442)."""
+    qk_norm_over: Literal["head", "all"] = "head"
+    """Whether this norm is of each head or of all heads together."""
+    norm_position: Literal["before", "after"] = "before"
+    """Whether a block's norms stand before attention and feed-forward layer, or after them and
+    before their sum with the residual stream (OLMo 2, arXiv 2501.00656)."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies (arXiv 2104.09864)."""
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    """How these frequencies are lowered for long texts."""
+    qkv_bias: bool = False
+    """Queries, keys and values have a bias, as in Qwen2."""
     norm_eps: float = 1e-6
     """Added to the mean square in RMSNorm."""
     max_seq_len: int = 2048
@@ -184,6 +195,14 @@ class ModelConfig:
         need(
             self.injection in ("decay", "bridge", "add", "none"),
             f"injection must be decay, bridge, add or none, not {self.injection!r}",
+        )
+        need(
+            self.qk_norm_over in ("head", "all"),
+            f"qk_norm_over must be head or all, not {self.qk_norm_over!r}",
+        )
+        need(
+            self.norm_position in ("before", "after"),
+            f"norm_position must be before or after, not {self.norm_position!r}",
         )
         need(
             self.activation in ("gelu", "silu"),

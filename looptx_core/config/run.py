@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from looptx_core.config.ranges import check_ranges
+from looptx_core.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,14 @@ class RunConfig:
     loss_prior: float = 0.0
     """Loop t's loss counts t to this power, beside the sequence's others; 0: all alike."""
 
+    teacher: str | None = None
+    """A model folder with the same tokenizer whose probabilities are learned too (distillation,
+    arXiv 1503.02531), or first-loop: those of the model's own first loop."""
+    teacher_weight: float = 0.5
+    """teacher: its share of the loss; the rest is the data's."""
+    control: bool = False
+    """Afterwards train the same model again without loops, for as many FLOPs, and compare."""
+
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """auto: bf16 where a short probe finds it faster."""
     attention: Literal["auto", "sdpa", "flash", "explicit"] = "auto"
@@ -122,12 +131,13 @@ class RunConfig:
     """Batches of one validation."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    log: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """A tracker that gets the metrics too, by the extra of its name; may be repeated.
+    TensorBoard's files are always written."""
     profile: int | None = None
     """Profile so many steps after the first two: a trace and a table, in the run's profile."""
 
     def __post_init__(self) -> None:
-        from looptx_core.errors import UsageError
-
         check_ranges(self)
         if self.batch_size % (self.micro_batch_size * self.world_size):
             raise UsageError(
@@ -139,8 +149,6 @@ class RunConfig:
 
     def check_context(self, holds: int) -> None:
         """Raise `UsageError` for sequences longer than a model's context, which holds so many."""
-        from looptx_core.errors import UsageError
-
         if self.seq_len > holds:
             raise UsageError(
                 f"`seq_len` {self.seq_len} exceeds the model's max_seq_len ({holds}); set "
@@ -148,8 +156,6 @@ class RunConfig:
             )
 
     def _check_strategy(self) -> None:
-        from looptx_core.errors import UsageError
-
         if self.zero3 and self.strategy not in ("auto", "zero3"):
             raise UsageError(f"`zero3` contradicts `strategy` {self.strategy}; leave one out")
         zero = self.sharding.startswith("zero")
@@ -159,6 +165,13 @@ class RunConfig:
             raise UsageError("`deepspeed_config` needs ZeRO; add `zero3`")
         if self.offload == "nvme" and self.sharding == "zero2":
             raise UsageError("`offload` nvme needs `zero3`; ZeRO-2 offloads to the CPU alone")
+        for name in ("teacher", "control"):
+            if getattr(self, name) and self.world_size > 1:
+                raise UsageError(
+                    f"`{name}` with several processes is refused; take one device, or leave it out"
+                )
+        if self.teacher and zero:
+            raise UsageError("`teacher` with ZeRO is refused; leave one of them out")
         if self.keep_best and self.sharding not in ("none", "ddp"):
             raise UsageError(
                 f"`keep_best` with {self.sharding} is refused: no process has all weights; "
@@ -215,21 +228,61 @@ class TrainConfig(RunConfig):
     """Go on from a model's weights, with its shape and tokenizer, and a lower learning rate."""
     document_mask: bool = True
     """Tokens attend within their own document only."""
-    mix: str = "1:1"
-    """Weights of text and of pictures, where the data has pictures with texts."""
+    mix: str | None = None
+    """Weights of the items of `data` in their order, as 3:1, or of all text and all records of
+    media; absent: texts are joined, and weigh as much as the records of media."""
     codec: str | None = None
     """A codec's folder, by which the model learns to draw; looptx tokenize --codec makes one."""
     direction: Literal["both", "read", "write"] = "both"
     """With a codec: whether a picture with its text is read, written or, as two records, both."""
     mask_patches: float = 0.0
     """Share of the patches to hide from the encoder and to draw back, with a loss of their own."""
+    eval_every: int | None = None
+    """Steps between evaluations on tasks, whose figures join the metrics; absent: none."""
+    eval_tasks: tuple[str, ...] = ()
+    """Names of tasks of looptx evaluate, separated by commas; absent: all of looptx's own."""
+    eval_limit: int | None = 50
+    """The first so many lines of each task."""
     bitnet: bool = False
     """Ternary weights in the blocks (BitNet b1.58); looptx convert --to-bitnet packs them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_tasks and not self.eval_every:
+            raise UsageError("`eval_tasks` does nothing without `eval_every`; add it")
+        if self.eval_every and self.sharding not in ("none", "ddp"):
+            raise UsageError(
+                f"`eval_every` with {self.sharding} is refused: no process has all weights; "
+                "leave it out"
+            )
 
     @property
     def weights(self) -> tuple[float, float]:
         """`mix` as the weights of text and of records of media. Raises `UsageError`."""
-        return parse_mix(self.mix)
+        found = parse_mix(self.mix or "1:1")
+        if len(found) != 2 or not found[1]:
+            raise UsageError(
+                f"`mix` {self.mix}: give the weights of text and of pictures, as 1:1 or 0:1"
+            )
+        return found[0], found[1]
+
+    def source_weights(self, media: Sequence[bool]) -> tuple[float, ...] | None:
+        """The weight of each item of `data`; None where they are not weighed one by one.
+
+        media: whether each item has records of media. Raises `UsageError`.
+        """
+        if self.mix is None:
+            return None
+        found = parse_mix(self.mix)
+        if len(found) == len(media):
+            return found
+        if any(media) and len(found) == 2:
+            return None  # all text against all records
+        items = "an item" if len(media) == 1 else f"{len(media)} items"
+        raise UsageError(
+            f"`mix` {self.mix}: {len(found)} weights for {items} of `data`; give one for each, in "
+            "their order"
+        )
 
     @property
     def hidden_shares(self) -> Mapping[str, float]:
@@ -237,8 +290,6 @@ class TrainConfig(RunConfig):
 
     def check_hidden_shares(self, media: bool) -> None:
         """Raise `UsageError` for impossible shares. media: whether the data has any."""
-        from looptx_core.errors import UsageError
-
         if not 0 <= self.mask_patches < 1 or (self.mask_patches and not media):
             raise UsageError(
                 f"`mask_patches` {self.mask_patches}: a share below 1 of the patches of pictures; "
@@ -254,14 +305,12 @@ def continued_lr(d_model: int) -> float:
     return max(2e-5, 2e-3 * (128 / d_model) ** 2)
 
 
-def parse_mix(text: str) -> tuple[float, float]:
-    """'2:1' as the weights of text and of records of media. Raises `UsageError`."""
-    from looptx_core.errors import UsageError
-
+def parse_mix(text: str) -> tuple[float, ...]:
+    """'2:1' as weights, two or more. Raises `UsageError`."""
     try:
-        texts, records = (float(part) for part in text.split(":"))
+        found = tuple(float(part) for part in text.split(":"))
     except ValueError:
-        texts = records = -1.0
-    if not (0 <= texts < 1e6 and 0 < records < 1e6):
-        raise UsageError(f"`mix` {text}: give the weights of text and of pictures, as 1:1 or 0:1")
-    return texts, records
+        found = ()
+    if len(found) < 2 or not all(0 <= weight < 1e6 for weight in found) or not any(found):
+        raise UsageError(f"`mix` {text}: give weights from 0 up, as 3:1, not all of them 0")
+    return found

@@ -77,6 +77,7 @@ class TokenData(Batches):
         **how: Any,
     ) -> None:
         self.shards: Shards = open_shards(folder, verify=True)
+        self.texts = [self.shards]
         train, val = text_windows(folder, self.shards, seq_len, document_mask)
         self.val_parts: dict[str, Sequences] = {"text": val}
         super().__init__(train, val, **how)

@@ -94,20 +94,23 @@ class Mixture(Dataset[dict[str, Tensor]]):
 
 
 class MixedData(Batches):
-    """Batches of text and of records; the other arguments are those of `Batches`.
+    """Batches of texts and of records by weight; the other arguments are those of `Batches`.
 
-    mix: the weights of text and of records; a weight of 0 leaves the kind out. A share of the
-    records is held out, those of equal text together. direction: see `in_directions`.
+    folder: shards, or several folders of them, of one tokenizer. records: those of one source, or
+    of several. mix: a weight for each source, texts first; a weight of 0 leaves it out. A share of
+    the records is held out, those of equal text together. direction: see `in_directions`.
+
+    Raises `DataError` for texts of different tokenizers, and for too few records.
     """
 
     def __init__(
         self,
-        folder: str | Path,
-        records: Records,
+        folder: str | Path | Sequence[Path],
+        records: Records | Sequence[Records],
         config: ModelConfig,
         *,
         seq_len: int,
-        mix: tuple[float, float],
+        mix: Sequence[float],
         skip_bad: bool = False,
         augment: bool = True,
         direction: str = "read",
@@ -115,29 +118,73 @@ class MixedData(Batches):
         seed: int = 0,
         **how: Any,
     ) -> None:
-        self.shards = open_shards(folder, verify=True)
-        tokenizer = self.shards.tokenizer
-        records = in_directions(records, direction, writers(config))
-        examples = record_examples(records, tokenizer, config, seq_len, skip_bad)
-        if len(examples) < 2:
-            what = " or ".join(medium.plural for medium in records.media)
-            raise DataError(f"at least 2 {what} with texts are needed, one of them to hold out")
-        train, held = hold_out(
-            [_texts(example) for example in examples], self.shards.manifest.split.val_fraction, seed
-        )
-        how_packed = (seq_len, padding_id(tokenizer), config)
-        text = text_windows(folder, self.shards, seq_len, document_mask)
-        self.unlabelled = unlabelled(examples)
-        self.val_parts: dict[str, Sequences] = {
-            TEXT: text[1],
-            RECORDS: PackedExamples([examples[i] for i in sorted(held)], *how_packed),
-        }
-        trained = PackedExamples([examples[i] for i in sorted(train)], *how_packed, seed, augment)
-        kinds: list[Sequences] = [text[0], trained]
-        used = [(kind, weight) for kind, weight in zip(kinds, mix) if weight]
+        folders = [folder] if isinstance(folder, str | Path) else list(folder)
+        sources = [records] if isinstance(records, Records) else list(records)
+        self.texts = [open_shards(each, verify=True) for each in folders]
+        self.shards = self.texts[0]
+        for where, text in zip(folders, self.texts):
+            if text.manifest.tokenizer != self.shards.manifest.tokenizer:
+                raise DataError(
+                    f"{where}: made with another tokenizer than {folders[0]}; tokenise it again "
+                    "with that one"
+                )
+        windows = [
+            text_windows(where, text, seq_len, document_mask)
+            for where, text in zip(folders, self.texts)
+        ]
+        kinds: list[Sequences] = [train for train, _ in windows]
+        self.val_parts: dict[str, Sequences] = {TEXT: _joined([val for _, val in windows])}
+        self.unlabelled: dict[str, int] = {}
+        if sources:
+            trained, held = self._records(
+                sources, config, seq_len, skip_bad, augment, direction, seed
+            )
+            kinds += trained
+            self.val_parts[RECORDS] = held
+        used = [(kind, weight) for kind, weight in zip(kinds, mix, strict=True) if weight]
         mixture = Mixture([kind for kind, _ in used], [weight for _, weight in used], seed)
-        val = cast(Sequences, ConcatDataset(cast(Any, list(self.val_parts.values()))))
-        super().__init__(mixture, val, seed=seed, **how)
+        super().__init__(mixture, _joined(list(self.val_parts.values())), seed=seed, **how)
+
+    def _records(
+        self,
+        sources: Sequence[Records],
+        config: ModelConfig,
+        seq_len: int,
+        skip_bad: bool,
+        augment: bool,
+        direction: str,
+        seed: int,
+    ) -> tuple[list[Sequences], Sequences]:
+        """The sequences to train on, of each source, and those that are held out."""
+        tokenizer = self.shards.tokenizer
+        examples: list[Example] = []
+        ends = []  # of each source among the examples
+        for records in sources:
+            turned = in_directions(records, direction, writers(config))
+            examples += record_examples(turned, tokenizer, config, seq_len, skip_bad)
+            ends.append(len(examples))
+        if len(examples) < 2:
+            media = {medium.plural for records in sources for medium in records.media}
+            what = " or ".join(sorted(media))
+            raise DataError(f"at least 2 {what} with texts are needed, one of them to hold out")
+        self.unlabelled = unlabelled(examples)
+        fraction = self.shards.manifest.split.val_fraction
+        train, held = hold_out([_texts(example) for example in examples], fraction, seed)
+        how = (seq_len, padding_id(tokenizer), config)
+        trained: list[Sequences] = []
+        for start, end in zip([0, *ends], ends):
+            own = [examples[i] for i in sorted(train) if start <= i < end]
+            if not own:
+                raise DataError("a source of records has none left to train on; give it more")
+            trained.append(PackedExamples(own, *how, seed, augment))
+        return trained, PackedExamples([examples[i] for i in sorted(held)], *how)
+
+
+def _joined(parts: Sequence[Sequences]) -> Sequences:
+    """The sequences of all parts, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    return cast(Sequences, ConcatDataset(cast(Any, list(parts))))
 
 
 def _texts(example: Example) -> bytes:

@@ -24,7 +24,7 @@ from looptx_core.data.datamodule import Batches, TokenData
 from looptx_core.data.examples import ExampleData, read_examples, split_packed
 from looptx_core.data.mixture import RECORDS, MixedData
 from looptx_core.data.records import media_named, read_records
-from looptx_core.data.resolve import resolve_data
+from looptx_core.data.resolve import resolve_data, resolve_sources
 from looptx_core.data.shards import Manifest
 from looptx_core.data.tokenizer import fingerprint
 from looptx_core.documents import read_json, some
@@ -74,7 +74,8 @@ class OwnData:
     kind: 'text', which records of media may be mixed with, or 'records' of a finetuning. inputs:
     as given, with absolute paths; none: the bundled data of the kind. media: the inputs that are
     mixed with the text. shards: of the text, where it became some. settings: of the run, those
-    that choose and cut the data.
+    that choose and cut the data. weights: of each of the inputs and media; none: the text is joined
+    and weighed against all media by the setting `mix`.
     """
 
     kind: Literal["text", "records"]
@@ -82,6 +83,7 @@ class OwnData:
     media: tuple[str, ...] = ()
     shards: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    weights: tuple[float, ...] = ()
 
     @classmethod
     def of(
@@ -92,11 +94,15 @@ class OwnData:
         *,
         shards: Path | None = None,
         media: Sequence[str | Path] = (),
+        weights: Sequence[float] = (),
     ) -> OwnData:
         """To note, with paths that hold wherever the next command is started."""
         kept = {key: value for key, value in settings.items() if key in _SETTINGS}
         where = str(shards.resolve()) if shards else None
-        return cls(kind, _absolute(inputs), _absolute(media), where, kept)
+        texts, others = _absolute(inputs), _absolute(media)
+        # A pattern became several files, which have no weights of their own.
+        each = tuple(weights) if len(weights) == len(texts) + len(others) else ()
+        return cls(kind, texts, others, where, kept, each)
 
     def to_dict(self) -> dict[str, Any]:
         """The document `data.json`."""
@@ -177,20 +183,28 @@ def open_data(
     skip_bad = bool(own.get("skip_bad"))
     if data.kind == "records":
         return _records(data, tokenizer, config, limit, few, skip_bad, report, how)
-    shards = text_shards(data, tokenizer)
     how["document_mask"] = own.get("document_mask", True)
-    if not data.media:
+    weights = data.weights
+    if len(weights) != len(data.inputs) + len(data.media) or not data.inputs:
+        weights = ()
+    if weights:
+        shards = resolve_sources(data.inputs, tokenizer=tokenizer)
+    else:
+        shards = [text_shards(data, tokenizer)]
+    if not data.media and not weights:
         cut = min(seq_len, config.max_seq_len)
-        return TokenData(shards, seq_len=cut, micro_batch=rows, **how)
+        return TokenData(shards[0], seq_len=cut, micro_batch=rows, **how)
     for name in sorted(media_named(data.media)):
         if MEDIA[name] not in media_for(config):
             plural = MEDIA[name].plural
             raise DataError(f"{data.media[0]}: has {plural}, and this model reads none")
     how["seed"] = own.get("seed", how.get("seed", 0))
     only = not data.inputs and "mix" not in own
+    groups = [[item] for item in data.media] if weights else [data.media]
     mixed = MixedData(
-        shards, read_records(data.media, skip_bad), config, seq_len=limit, micro_batch=few,
-        mix=parse_mix(own.get("mix") or ("0:1" if only else "1:1")), skip_bad=skip_bad,
+        shards, [read_records(group, skip_bad) for group in groups], config, seq_len=limit,
+        micro_batch=few, skip_bad=skip_bad,
+        mix=weights or parse_mix(own.get("mix") or ("0:1" if only else "1:1"))[:2],
         augment=own.get("augment", True), direction=own.get("direction", "both"), **how,
     )  # fmt: skip
     if only:  # no text was named, so none judges

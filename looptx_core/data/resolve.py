@@ -91,10 +91,29 @@ def resolve_data(
         raise UsageError(f"{folders[0]} is tokenised data; give it alone, or give raw text only")
     if tokenizer and Manifest.read(folders[0]).tokenizer != fingerprint(tokenizer):
         raise DataError(
-            f"{folders[0]}: made with another tokenizer than the model's; "
-            "tokenise the text again with the model's"
+            f"{folders[0]}: made with another tokenizer than the model's or the first text's; "
+            "tokenise the text again with that one"
         )
     return folders[0]
+
+
+def resolve_sources(
+    texts: Sequence[str | os.PathLike[str]],
+    vocab_size: int = VOCAB_SIZE,
+    tokenizer: Tokenizer | None = None,
+) -> list[Path]:
+    """A folder of shards for each text, all of one tokenizer.
+
+    That is the one given, else that of the first which is tokenised, else one that is trained on
+    all of them. Arguments and errors as for `resolve_data`.
+    """
+    if len(texts) == 1:
+        return [resolve_data(texts, vocab_size, tokenizer)]
+    if tokenizer is None:
+        ready = [text for text in texts if (Path(text) / "manifest.json").is_file()]
+        joined = resolve_data(ready[:1] or texts, vocab_size)
+        tokenizer = open_shards(joined).tokenizer
+    return [resolve_data([text], vocab_size, tokenizer) for text in texts]
 
 
 def _opens(folder: Path) -> bool:

@@ -139,7 +139,7 @@ class LoopedTransformer(nn.Module):
             view.keep_positions(positions)
         rotary = rotary_tables(
             positions, self.config.head_dim, self.config.rope_theta, _compute_dtype(weight),
-            far=self.config.has_memory,
+            self.config.rope_scaling, far=self.config.has_memory,
         )  # fmt: skip
         kept = documents if self.config.has_memory else None
         return ForwardContext(rotary, mask, self.attend, view, documents=kept)
@@ -243,7 +243,7 @@ class LoopedTransformer(nn.Module):
             self.enter_loop(loop + 1)
         first, x = self.core[0], self.injection(state, embedding, loop + 1)
         assert isinstance(first, Block)
-        ctx.view.backfill(loop, first.attention.entries(first.attention_norm(x), ctx))
+        ctx.view.backfill(loop, first.entries(x, ctx))
 
     def new_layer_state(self, spec: StateSpec) -> LayerState:
         """What a layer remembers while decoding; a subclass may return another kind of memory."""

@@ -20,11 +20,14 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from looptx_core.atomic import replacing, write_file
 from looptx_core.checkpoint.metrics_log import read_metrics
+from looptx_core.documents import check_regular
 from looptx_core.errors import DataError
 from looptx_core.machine.integrity import check_noted, digest_file, note_digest, sha256_of
 from looptx_core.parallel.deepspeed import checkpoint as fragments
 from looptx_core.parallel.ranks import any_rank, mean_over_ranks
 
+UNUSED = ("epoch", "flops_epoch")
+"""Figures that Lightning adds and no log of ours takes."""
 GO_BACK = "remove it to go on from the one before"
 
 
@@ -57,7 +60,7 @@ class JsonLines(Logger):
             base, _, loop = name.partition("/")
             if loop:
                 record.setdefault(f"{base}_by_loop", []).append(value)
-            elif name not in ("epoch", "flops_epoch"):
+            elif name not in UNUSED:
                 record[name] = value
         self._write(record)
 
@@ -307,12 +310,17 @@ def resume_point(
     Lightning saves a step before it logs and validates it. If the run was killed in between, the
     newest checkpoint has no records, and the one before it is taken, or the start of the run (None)
     if there is none. If the log lacks more than that, the newest checkpoint is taken all the same.
+    Raises `DataError` for a run in which something is no file, at which a logger would wait.
     """
+    check_regular(metrics.parent)
     found = sorted(folder.glob("step-*.ckpt"), reverse=True)
     trained: set[int] = set()
     validated: set[int] = set()
     for record in read_metrics(metrics):
-        (validated if "val_loss" in record else trained).add(record["step"])
+        if "val_loss" in record:
+            validated.add(record["step"])
+        elif "train_loss" in record:
+            trained.add(record["step"])
     for file in found:
         step = step_of(file)
         logged = step % log_every or step in trained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import time
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from looptx_core.model.code_rows import fold_code_rows
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.parallel.strategy import Swapped
 from looptx_core.training.calibration import calibrate
+from looptx_core.training.control import Control
 from looptx_core.training.curves import plot_run, verdict
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all, evaluate_loops
 from looptx_core.training.module import LoopedLM
@@ -58,6 +60,8 @@ class TrainResult:
     """With `keep_best`: the step whose weights the model has."""
     swapped: Swapped | None = None
     """Under NVMe offload: the swap files and the traffic, in bytes."""
+    control: Control | None = None
+    """The same training without loops, where it was asked for."""
 
 
 def finish_training(
@@ -65,12 +69,13 @@ def finish_training(
     module: LoopedLM,
     batches: TokenData | MixedData,
     config: TrainConfig,
-    data: Path,
+    data: Sequence[Path],
     records: Sequence[str | Path],
     folder: Path,
     steps: int,
     started: float,
     init: LoadedModel | None = None,
+    weights: Sequence[float] = (),
 ) -> TrainResult:
     """Evaluate and calibrate a trained model, and save it to `folder`/final.
 
@@ -84,7 +89,8 @@ def finish_training(
             name: evaluate_all(model, batches.held_out(part), loops)
             for name, part in batches.val_parts.items()
         }
-        lines = probe_batches(read_probes(data), batches.shards.tokenizer)
+        probes = [probe for folder in data for probe in read_probes(folder)]
+        lines = probe_batches(probes, batches.shards.tokenizer)
         return parts, {
             name: evaluate_loops(model, tokens, loops, counted).accuracy_by_loop
             for name, tokens, counted in lines
@@ -94,9 +100,9 @@ def finish_training(
     evaluation = by_part[TEXT]
     earliest = ExitSettings(min_loops=module.schedule.first_read(config.loss_at))
     exit_settings = calibrate(earliest, functools.reduce(operator.add, by_part.values()))
-    counts = batches.shards.manifest.splits["val"]
-    bits = [loss / 0.6931471805599453 * counts.tokens / counts.bytes
-            for loss in evaluation.loss_by_loop]  # fmt: skip
+    counts = [text.manifest.splits["val"] for text in batches.texts]
+    per_byte = sum(count.tokens for count in counts) / sum(count.bytes for count in counts)
+    bits = [loss / math.log(2) * per_byte for loss in evaluation.loss_by_loop]
     metrics = read_metrics(folder / "metrics.jsonl")
     result = TrainResult(
         folder=folder,
@@ -117,11 +123,14 @@ def finish_training(
         swapped=module.swapped,
     )
     plot_run(metrics, probes, folder / "curves.png")
-    names = [Path(item["name"]).name for item in batches.shards.manifest.inputs]
+    names = [Path(item["name"]).name for text in batches.texts for item in text.manifest.inputs]
     texts = [item for item in config.data if item not in records]
     if not texts and names != [bundled_corpus().name]:
-        texts = [str(data)]
-    own = OwnData.of("text", texts, asdict(config), shards=data, media=records)
+        texts = [str(folder) for folder in data]
+    own = OwnData.of(
+        "text", texts, asdict(config), shards=data[0] if len(data) == 1 else None, media=records,
+        weights=weights,
+    )  # fmt: skip
     facts: dict[str, Any] = {
         "data": names + [Path(item).name for item in records],
         "steps": result.steps,

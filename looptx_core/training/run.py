@@ -6,14 +6,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import Strategy
 
 from looptx_core.atomic import remove_partial
 from looptx_core.checkpoint.folder import LoadedModel
@@ -43,10 +41,8 @@ from looptx_core.parallel.strategy import (
 from looptx_core.training.callbacks import (
     AtSetup,
     BestWeights,
-    Checkpoints,
     JsonLines,
     StopCleanly,
-    WholeFiles,
     lost_worker,
     processes_of,
     resume_point,
@@ -62,6 +58,9 @@ from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
 from looptx_core.training.optimizer import learning_rate_factor
 from looptx_core.training.profile import Profile
 from looptx_core.training.start import copy_weights
+from looptx_core.training.task_evaluation import TaskEvaluation, check_tasks
+from looptx_core.training.trackers import Tracker, asked, check_trackers
+from looptx_core.training.trainer import build_trainer
 from looptx_core.words import counted
 
 _log = logging.getLogger(__name__)
@@ -90,8 +89,9 @@ def train(
     config: TrainConfig,
     model_config: ModelConfig,
     *,
-    data: Path,
+    data: Path | Sequence[Path],
     records: Sequence[str | Path] = (),
+    weights: Sequence[float] = (),
     folder: Path,
     init: LoadedModel | None = None,
     resume: bool = False,
@@ -102,12 +102,13 @@ def train(
 ) -> TrainResult | None:
     """Train a model on the shards `data`, with its run in `folder`, and write `folder`/final.
 
-    data: a folder of shards. folder: of the run.
-    records: files of records with media, as for `read_records`, mixed with the shards by
-    `config.mix`; `model_config` has these media. init: the model whose weights are the first ones;
-    the shards have its tokenizer, and `model_config` its shape, perhaps with further media. The
-    other arguments, and the errors, are those of `fit`. Returns None in all processes of the run
-    but the first.
+    data: a folder of shards, or several of one tokenizer. folder: of the run.
+    records: files of records with media, as for `read_records`; `model_config` has these media.
+    weights: of each folder of shards and then of each item of records; absent: the shards are one
+    folder, and `config.mix` weighs it against all records. init: the model whose weights are the
+    first ones; the shards have its tokenizer, and `model_config` its shape, perhaps with further
+    media. The other arguments, and the errors, are those of `fit`. Returns None in all processes
+    of the run but the first.
     """
     started = time.monotonic()
     config.check_hidden_shares(bool(records))
@@ -124,18 +125,21 @@ def train(
     for name in config.hidden_shares:
         model_config = MEDIA[name].enable_head(model_config)
     batches: TokenData | MixedData
-    if records:
-        read = read_records(records, config.skip_bad)
+    folders = [data] if isinstance(data, Path) else list(data)
+    if records or weights:
+        groups = [[item] for item in records] if weights else [records]
+        read = [read_records(group, config.skip_bad) for group in groups]
         batches = MixedData(
-            data, read, model_config, mix=config.weights, skip_bad=config.skip_bad,
+            folders, read, model_config, mix=weights or config.weights, skip_bad=config.skip_bad,
             augment=config.augment, direction=config.direction, **batching,
         )  # fmt: skip
-        left_out = f", {read.skipped} left out" if config.skip_bad else ""
-        what = ", ".join(medium.plural for medium in read.media)
-        report(f"{what}: {counted(len(read.records), 'record')}{left_out}")
+        for found in read:
+            left_out = f", {found.skipped} left out" if config.skip_bad else ""
+            what = ", ".join(medium.plural for medium in found.media)
+            report(f"{what}: {counted(len(found.records), 'record')}{left_out}")
         report_unlabelled(batches.unlabelled, report)
     else:
-        batches = TokenData(data, **batching)
+        batches = TokenData(folders[0], **batching)
     if config.bitnet:
         model_config = replace(model_config, linear="ternary")
     torch.manual_seed(config.seed)
@@ -144,6 +148,10 @@ def train(
         new = copy_weights(model, init)
         news = f"; new are {', '.join(new[:3])}{' and others' if new[3:] else ''}" if new else ""
         report(f"weights: those of {init.name}{news}")
+    if config.eval_every:
+        special = init.special if init else None
+        evaluation = TaskEvaluation(config, batches.shards.tokenizer, special, report)
+        callbacks = [*callbacks, evaluation]
     learned = {section.codec for section in init.config.written} if init else ()
     share_code_rows(model, learned)
     module, steps = fit(
@@ -153,8 +161,9 @@ def train(
     if not is_first():
         return None
     return finish_training(
-        module.model, module, batches, config, data, records, folder, steps, started, init
-    )
+        module.model, module, batches, config, folders, records, folder, steps, started, init,
+        weights,
+    )  # fmt: skip
 
 
 def report_unlabelled(counts: Mapping[str, int], report: Callable[[str], object]) -> None:
@@ -168,7 +177,7 @@ def check(config: RunConfig, folder: Path) -> None:
     """Check a run before it has a folder.
 
     Raises what `fit` would: `MissingError` for a package or hardware that is missing, `UsageError`
-    for a strategy that does not fit the settings.
+    for a strategy that does not fit the settings and for a task that there is not.
     """
     device = best_device()
     precision, _ = choose_precision(config.precision, device, config.sharding)
@@ -176,6 +185,9 @@ def check(config: RunConfig, folder: Path) -> None:
         config.attention, device, torch.bfloat16 if precision == "bf16" else torch.float32
     )
     check_strategy(config, folder)
+    check_trackers(config.log)
+    if isinstance(config, TrainConfig):
+        check_tasks(config)
 
 
 def resuming(command: str, folder: Path) -> str:
@@ -276,7 +288,11 @@ def fit(
     elif resume:
         report("resumed: no checkpoint yet, so from the start")
 
+    trackers = [Tracker(name, folder, report) for name in asked(config.log)]
+
     def begin() -> None:
+        for tracker in trackers:
+            tracker.begin({**asdict(config), "model": model.config.to_dict()}, resume)
         metrics.begin(begin_at if resume else None)
         if config.steps <= begin_at < last_step:
             last_lr = config.lr * learning_rate_factor(config)(config.steps)
@@ -290,7 +306,9 @@ def fit(
     if config.profile:
         ours.append(Profile(folder / "profile", config.profile, begin_at))
     with quiet_lightning(), own_environment(folder):
-        trainer = _trainer(config, last_step, folder, precision, device, strategy, ours, metrics)
+        trainer = build_trainer(
+            config, last_step, folder, precision, device, strategy, ours, metrics, trackers
+        )
         chosen = f"precision: {precision}; attention: {backend.name}"
         if device.type == "cpu":
             wanted = precision == "float32" and not config.compile
@@ -359,42 +377,3 @@ def _report_other_world_size(
             "and the place in the data are the same, but sums over processes are ordered anew, and "
             "dropout and depths by loss are drawn anew, so the run is another to the last bits"
         )
-
-
-def _trainer(
-    config: RunConfig,
-    last_step: int,
-    folder: Path,
-    precision: str,
-    device: torch.device,
-    strategy: Strategy | str,
-    callbacks: list[L.Callback],
-    metrics: JsonLines,
-) -> L.Trainer:
-    return L.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=config.devices,
-        num_nodes=config.nodes,
-        strategy=strategy,
-        precision="bf16-mixed" if precision == "bf16" else "32-true",
-        max_steps=last_step,
-        accumulate_grad_batches=config.accumulation,
-        gradient_clip_val=config.clip,
-        val_check_interval=config.val_every * config.accumulation,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        log_every_n_steps=config.log_every,
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        plugins=[WholeFiles()],
-        callbacks=[
-            *callbacks,
-            Checkpoints(folder / "checkpoints", config.save_every, config.keep),
-        ],
-        logger=[
-            metrics,
-            CSVLogger(folder, name=None, version="csv"),
-            TensorBoardLogger(folder, name=None, version="tensorboard"),
-        ],
-    )

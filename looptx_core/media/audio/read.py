@@ -248,6 +248,8 @@ def _sound_file(source: Source, name: str) -> Any:
 
 def _damaged(name: str, error: Exception) -> DataError:
     reason = str(error).rpartition(": ")[2].strip().rstrip(".") or type(error).__name__
+    if "internal error" in reason.lower():  # libsndfile's word for what it can't make out
+        reason = "damaged"
     return DataError(f"{name}: not a recording that can be read ({reason.lower()}); give {FORMATS}")
 
 
