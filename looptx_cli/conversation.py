@@ -21,7 +21,7 @@ HELP = {
     "/help": "these commands",
     "/system TEXT": "what the model is told before the chat; without a text: nothing",
     "/retry": "another answer to the last message",
-    "/loops N": "the depth of each token; without a number: each stops by the exit rule",
+    "/loops N": "the depth of each token; no number: each stops by the rule",
     "/new": "forget what was said",
     "/exit": "end the chat, as Ctrl-D does",
 }
@@ -57,9 +57,9 @@ class Conversation:
         kind = (
             "A chat"
             if self.templated
-            else "The model was not finetuned on chats and continues the text"
+            else "It continues the text, as it was not finetuned on chats"
         )
-        note(f"{kind}: /help shows what can be typed, /exit or Ctrl-D ends.", self.quiet)
+        note(f"{kind}; /help helps, Ctrl-D ends.", self.quiet)
         while True:
             try:
                 line = input("> " if interactive else "")

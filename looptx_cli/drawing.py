@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from looptx_cli.console import is_plain, note, stdout
 from looptx_cli.streaming import print_now
+from looptx_cli.targets import check_target, grey, map_file, save_beside
 from looptx_core.errors import LooptxError, UsageError
 
 if TYPE_CHECKING:
@@ -28,31 +28,19 @@ KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp"
 _CELL = 24  # pixels of a code in the map of loops and confidence
 
 
-def check_target(file: Path) -> None:
-    """Raise `UsageError` where no picture can be written to this file.
+def check_picture_target(file: Path, flag: str = "--draw") -> None:
+    """Raise `UsageError` where no picture can be written to this file."""
+    check_target(flag, file, KINDS, "picture", _is_picture)
 
-    A file that is there is replaced if it is a picture of the same kind.
-    """
-    kind = KINDS.get(file.suffix.lower())
-    if file.is_dir():
-        raise UsageError(f"--draw {file}: a folder; give the name of a file, as {file}/drawn.png")
-    if kind is None:
-        raise UsageError(f"--draw {file}: give a name that ends in {', '.join(KINDS)}")
-    if not file.parent.is_dir():
-        raise UsageError(f"--draw {file}: there is no folder {file.parent}; make it first")
-    if os.path.lexists(file):
-        from PIL import Image, UnidentifiedImageError
 
-        try:
-            with Image.open(file, formats=[kind]):
-                pass
-        except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError):
-            raise UsageError(
-                f"--draw {file}: what is there is no {kind} picture, so it is not replaced; choose "
-                "another name"
-            ) from None
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise UsageError(f"--draw {file}: may not be written to; choose another place")
+def _is_picture(file: Path, kind: str) -> bool:
+    from PIL import Image
+
+    try:
+        with Image.open(file, formats=[kind]):
+            return True
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def draw_picture(
@@ -124,11 +112,6 @@ def write_picture(output: Output, file: Path) -> Image:
     return picture
 
 
-def map_file(drawn: Path) -> Path:
-    """Where the map of a drawing goes."""
-    return drawn.with_name(f"{drawn.stem}-iterations.png")
-
-
 def write_map(media: dict[str, Any], picture: Image, columns: int, deepest: int) -> Path:
     """Draw the loops and the confidence of each code beside the picture, into a file of its own.
 
@@ -136,22 +119,13 @@ def write_map(media: dict[str, Any], picture: Image, columns: int, deepest: int)
     """
     from PIL import Image
 
-    from looptx_core.atomic import write_file
-    from looptx_core.media.image.coded import to_file
-
     rows = len(media["codes"]) // columns
     size = (columns * _CELL, rows * _CELL)
-    shares = [[loops / deepest for loops in media["loops"]], media["confidence"]]
     parts = [picture.convert("RGB").resize(size, Image.Resampling.NEAREST)]
-    for share in shares:
-        grey = Image.new("L", (columns, rows))
-        grey.putdata([round(255 * value) for value in share])
-        parts.append(grey.convert("RGB").resize(size, Image.Resampling.NEAREST))
-    whole = Image.new("RGB", (size[0] * len(parts) + _CELL * (len(parts) - 1), size[1]), "white")
-    for place, part in enumerate(parts):
-        whole.paste(part, (place * (size[0] + _CELL), 0))
+    for values in ([loops / deepest for loops in media["loops"]], media["confidence"]):
+        parts.append(grey(values, columns, size))
     target = map_file(Path(media["file"]))
-    write_file(target, to_file(whole))
+    save_beside(parts, target, _CELL)
     return target
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from looptx_cli.console import note, stdout
+from looptx_cli.control import show_control, train_control
 from looptx_cli.dry_run import show_finetuning
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
@@ -21,12 +24,12 @@ from looptx_cli.runs import (
     write_line,
 )
 from looptx_core.config.finetune import FinetuneConfig
-from looptx_core.config.resolve import config_file, resolve
+from looptx_core.config.resolve import Resolved, config_file, resolve
 from looptx_core.words import counted
 
 if TYPE_CHECKING:
     from looptx_core.finetuning.answers import HeldOutAnswers
-    from looptx_core.finetuning.run import FinetuneResult
+    from looptx_core.finetuning.run import FinetuneResult, Prepared
 
 
 @with_fields(FinetuneConfig)
@@ -73,8 +76,8 @@ def finetune(
 
     abilities = {MEDIA[name].ability for name in media_named(settings.data)}
     base = resolve_model(settings.model, need=frozenset({"weights", *abilities}))
-    inputs = (*settings.data, settings.model, base.folder, config_file(config),
-              settings.deepspeed_config)  # fmt: skip
+    inputs = (*settings.data, settings.model, settings.teacher, base.folder,
+              config_file(config), settings.deepspeed_config)  # fmt: skip
     run = run_folder(
         resume, settings.out, "finetune", overwrite, inputs, lambda line: note(line, quiet)
     )
@@ -121,6 +124,8 @@ def finetune(
         if result is None:
             return
         result = run.finish(result)
+        if settings.control:
+            result = _with_control(result, prepared, resolved, data, quiet or as_json, report)
     folder = result.folder
     if as_json:
         write_line(summary(result))
@@ -129,6 +134,46 @@ def finetune(
     example = "map ga cc fc dd aa hb bb ed: Where ends g" if not settings.data else "..."
     flag = "--adapter" if settings.adapts else "--model"
     note(f'try next: looptx generate "{example}" {flag} {folder} --temperature 0', quiet)
+
+
+def _with_control(
+    result: FinetuneResult,
+    prepared: Prepared,
+    resolved: Resolved,
+    data: list[str],
+    silent: bool,
+    report: Callable[[str], object],
+) -> FinetuneResult:
+    """The result with what the same training without loops reached, and what both forgot."""
+    from looptx_cli.progress import train_progress
+    from looptx_core.checkpoint.registry import resolve_model
+    from looptx_core.finetuning.load import load_resolved
+    from looptx_core.finetuning.run import finetune, prepare
+    from looptx_core.training.control import counted_share, text_loss
+
+    def again(settings: FinetuneConfig, folder: Path) -> FinetuneResult | None:
+        other = prepare(settings, base=result.base, data=data, report=report)
+        progress = train_progress(settings.steps, silent)
+        return finetune(other, folder=folder, callbacks=[progress], report=report)
+
+    counted_now = counted_share(prepared.batches.train_dataloader())
+    result = train_control(
+        result, prepared.config, resolved, prepared.base.config, counted_now, command="finetune",
+        origin=prepared.origin, again=again, report=report,
+    )  # fmt: skip
+    if result.control is None:
+        return result
+
+    def other_text(place: Path, loops: int) -> tuple[float, ...]:
+        return text_loss(load_resolved(resolve_model(place)), loops)
+
+    loops = len(result.loss_by_loop)
+    return replace(result, control=replace(
+        result.control,
+        text_loss_before=other_text(result.base, loops),
+        text_loss_by_loop=other_text(result.folder, loops),
+        text_loss=other_text(result.folder / "control", 1)[0],
+    ))  # fmt: skip
 
 
 def _show(result: FinetuneResult) -> None:
@@ -167,6 +212,8 @@ def _show(result: FinetuneResult) -> None:
         )
     if result.answers is not None:
         _show_answers(result.answers)
+    if result.control is not None:
+        show_control(result)
     what = "adapter" if (result.model_folder / "adapter_config.json").exists() else "model"
     say(f"{what}: {result.model_folder}, curves: {result.folder / 'curves.png'}")
 

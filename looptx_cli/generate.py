@@ -13,7 +13,7 @@ import typer
 
 from looptx_cli.console import note, shown, stdout
 from looptx_cli.conversation import Conversation
-from looptx_cli.drawing import SCHEMA_VERSION, check_target, draw_picture, map_file
+from looptx_cli.drawing import SCHEMA_VERSION, draw_picture
 from looptx_cli.imports import large_imports
 from looptx_cli.model_options import (
     Adapter,
@@ -28,8 +28,10 @@ from looptx_cli.model_options import (
 )
 from looptx_cli.options import with_fields
 from looptx_cli.reading import reading_shown
+from looptx_cli.speaking import MOST_TOKENS, check_written, speak_text
 from looptx_cli.streaming import (
     given_media,
+    pipe_rate,
     piped_frames,
     print_now,
     read_items,
@@ -56,8 +58,6 @@ if TYPE_CHECKING:
     from looptx_core.media.batch import MediaItem
 
 _SHOWN, _END = 20_000, 400  # characters of a prompt that are shown whole, and of the end of others
-PIPE_FPS = 25.0
-"""Frames a second of a pipe, where nothing is said."""
 
 
 @with_fields(GenerationOptions)
@@ -97,6 +97,9 @@ def generate(
     draw: Annotated[
         Path | None, typer.Option(help="Draw the prompt into this file, a PNG, JPEG or WebP.")
     ] = None,
+    speak: Annotated[
+        Path | None, typer.Option(help="Speak the prompt into this file, a WAV, FLAC or OGG.")
+    ] = None,
     timestamps: Annotated[
         bool,
         typer.Option(
@@ -125,6 +128,7 @@ def generate(
     looptx generate --audio talk.mp3 --timestamps
     looptx generate --video wave.webp
     looptx generate "cat face" --draw drawn.png --guidance 2
+    looptx generate "seven four one" --speak digits.wav
     ffmpeg -i in.mp4 -f image2pipe -c:v png - | looptx generate --video - --every 2
     looptx generate "Call me" --adapter runs/finetune-1
     looptx generate --chat "Who are you?" --adapter runs/finetune-1
@@ -143,13 +147,10 @@ def generate(
     files = given_media(quiet, image=image, audio=audio, video=video)
     if timestamps and (len(audio or ()) != 1 or len(files) > 1 or texts or chat or compare_loops):
         raise UsageError("--timestamps goes with one --audio and nothing else to read")
-    if draw is not None:
-        if len(texts) > 1 or timestamps or chat or compare_loops:
-            raise UsageError("--draw goes with one prompt, and neither a chat nor several depths")
-        check_target(draw)
-        if show_iterations:
-            check_target(map_file(draw))
-    rate = _pipe_rate(files.get("video", ()), fps, every)
+    check_written(draw, speak, len(texts), timestamps or chat or bool(compare_loops),
+                   show_iterations)  # fmt: skip
+    writes = draw is not None or speak is not None
+    rate = pipe_rate(files.get("video", ()), fps, every)
     if rate and chat and not texts:
         raise UsageError("--video - takes standard input, so give the message as an argument")
     if every and (len(texts) > 1 or len(files) > 1 or chat or depths or show_iterations):
@@ -157,7 +158,7 @@ def generate(
     if files and len(texts) > 1:
         flag = f"--{next(iter(files))}"
         raise UsageError(f"{flag} goes with one prompt; give one, or none for a caption")
-    if (files or draw) and not texts and not chat:
+    if (files or writes) and not texts and not chat:
         texts = [""] if files or sys.stdin.isatty() else []
     for text in texts:
         if has_half(str(text)):
@@ -169,6 +170,8 @@ def generate(
     abilities = frozenset(MEDIA[name].ability for name in files)
     if draw is not None:
         abilities |= {MEDIA["image"].write_ability}
+    if speak is not None:
+        abilities |= {MEDIA["audio"].write_ability}
     with large_imports():
         loaded = load(
             model, adapter=adapter, attention=attention, precision=precision, kernel=kernel,
@@ -191,6 +194,11 @@ def generate(
     if draw is not None:
         draw_picture(engine, str(texts[0]), items, options, draw, show_iterations, as_json, quiet)
         return
+    if speak is not None:
+        if not resolved.given("max_new_tokens"):
+            options = replace(options, max_new_tokens=MOST_TOKENS)
+        speak_text(engine, str(texts[0]), items, options, speak, show_iterations, as_json, quiet)
+        return
     if chat:
         texts = [_message(str(text), items) for text in texts]
     elif items and not interactive:
@@ -209,20 +217,6 @@ def generate(
     else:
         for text, result in zip(texts, engine.complete(texts, options)):
             _show(engine, text, result, show_iterations, quiet)
-
-
-def _pipe_rate(clips: Sequence[Path], fps: float | None, every: float | None) -> float | None:
-    """Frames a second of a pipe, None without one. Raises `UsageError` for flags of a pipe that
-    are bad or have none."""
-    piped = [str(clip) for clip in clips].count("-")
-    for flag, value in (("--fps", fps), ("--every", every)):
-        if value is not None and not 0 < value < float("inf"):
-            raise UsageError(f"{flag} {value:g}: above 0")
-        if value is not None and not piped:
-            raise UsageError(f"{flag} goes with --video -, a pipe of frames")
-    if piped > 1 or (every and len(clips) > 1):
-        raise UsageError("--video - goes once, as there is one standard input")
-    return fps or PIPE_FPS if piped else None
 
 
 def _transcribe(engine: Engine, file: Path, options: GenerationOptions, as_json: bool) -> None:

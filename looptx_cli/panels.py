@@ -33,17 +33,18 @@ _PANELS = {
         seq_len batch_size micro_batch workers augment skip_bad document_mask mix mask_patches
         val_fraction val_batches train_on_prompt too_long prompts_file prompt_file data text_key
         columns seed
-        audio video fps every timestamps limit include_path tasks codec direction draw
+        audio video fps every timestamps limit include_path tasks codec direction draw speak
     """,
     "Model and depth": """
         model loop_schedule loops min_loops max_loops mean_loops deeper_by loss_threshold
-        grow_share deeper_share explore loss_at loss_prior bitnet exit threshold prompt_loops
+        grow_share deeper_share explore loss_at loss_prior teacher teacher_weight control bitnet
+        exit threshold prompt_loops
         draft_loops speculate compare_loops kv_policy kv_type decode_tokens memory memory_window
         memory_block
     """,
     "Adapters": """
-        adapter merge_adapter quantization dora lora_per_loop lora_alpha lora_dropout rslora
-        target_modules
+        adapter merge_adapter quantization dora lora_per_loop lora_layers lora_alpha lora_dropout
+        rslora target_modules
     """,
     "Sampling": """
         max_new_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos guidance

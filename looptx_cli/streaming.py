@@ -100,3 +100,21 @@ def piped_frames() -> io.BufferedIOBase:
             "--video - reads frames from a pipe, such as ffmpeg -i in.mp4 -f image2pipe -c:v png -"
         )
     return cast(io.BufferedIOBase, sys.stdin.buffer)
+
+
+PIPE_FPS = 25.0
+"""Frames a second of a pipe, where nothing is said."""
+
+
+def pipe_rate(clips: Sequence[Path], fps: float | None, every: float | None) -> float | None:
+    """Frames a second of a pipe, None without one. Raises `UsageError` for flags of a pipe that
+    are bad or have none."""
+    piped = [str(clip) for clip in clips].count("-")
+    for flag, value in (("--fps", fps), ("--every", every)):
+        if value is not None and not 0 < value < float("inf"):
+            raise UsageError(f"{flag} {value:g}: above 0")
+        if value is not None and not piped:
+            raise UsageError(f"{flag} goes with --video -, a pipe of frames")
+    if piped > 1 or (every and len(clips) > 1):
+        raise UsageError("--video - goes once, as there is one standard input")
+    return fps or PIPE_FPS if piped else None

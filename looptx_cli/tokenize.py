@@ -1,4 +1,4 @@
-"""looptx tokenize: from text to a tokenizer and packed shards, or from pictures to a codec."""
+"""looptx tokenize: text to a tokenizer and packed shards; pictures or speech to a codec."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import typer
 from looptx_cli.console import note, stderr, stdout
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_set
-from looptx_core.config.codec import CodecConfig
+from looptx_cli.runs import settle
+from looptx_core.config.codec import SHAPES, CodecConfig
 from looptx_core.config.corpus import TokenizeConfig
 from looptx_core.config.resolve import Resolved, config_file, field_help, resolve
 from looptx_core.errors import UsageError
@@ -38,7 +39,9 @@ def tokenize(
     val_fraction: Annotated[float | None, typer.Option(help=_HELP["val_fraction"])] = None,
     text_key: Annotated[str | None, typer.Option(help=_HELP["text_key"])] = None,
     seed: Annotated[int | None, typer.Option(help=_HELP["seed"])] = None,
-    codec: Annotated[str | None, typer.Option(help=_HELP["codec"], metavar="picture")] = None,
+    codec: Annotated[
+        str | None, typer.Option(help=_HELP["codec"], metavar="picture|speech")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help=_HELP["steps"])] = None,
     max_minutes: Annotated[float | None, typer.Option(help=_HELP["max_minutes"])] = None,
     batch_size: Annotated[int | None, typer.Option(help=_HELP["batch_size"])] = None,
@@ -58,7 +61,7 @@ def tokenize(
 ) -> None:
     """Turn text into tokens: a byte-level BPE vocabulary and packed shards.
 
-    With --codec, train a codec instead, which turns pictures into codes.
+    With --codec, train a codec instead, which turns pictures or speech into codes.
 
     \b
     looptx tokenize
@@ -66,6 +69,7 @@ def tokenize(
     looptx tokenize talks.jsonl --text-key body --tokenizer data
     cat notes.txt | looptx tokenize - --json
     looptx tokenize --codec picture drawings/ --out codecs/drawings
+    looptx tokenize --codec speech talks.jsonl --out codecs/talks
 
     Takes text, JSON lines, Parquet, folders, globs and standard input.
     """
@@ -96,7 +100,7 @@ def tokenize(
         return
     for name in ("steps", "max_minutes", "batch_size", "lr"):
         if flags[name] is not None:
-            raise UsageError(f"`{name}` is of a codec's training; add `codec` picture")
+            raise UsageError(f"`{name}` is of a codec's training; add `codec` picture or speech")
     if settings.tokenizer and vocab_size:
         raise UsageError("--tokenizer brings its own vocabulary; leave --vocab-size out")
     next_run_dir(
@@ -158,14 +162,22 @@ def _train_codec(
     """Train a codec and print how good it is."""
     from looptx_core.checkpoint.registry import next_run_dir, numbered
 
-    shape = resolved.build(CodecConfig, "codec_model")
+    kind = resolved.values["codec_model.kind"] = settings.codec
+    fitting = {
+        key: value for name, value in SHAPES[str(kind)].items()
+        if not resolved.given(key := f"codec_model.{name}")
+    }  # fmt: skip
+    shape = settle(resolved, fitting, f"codec {kind}").build(CodecConfig, "codec_model")
+    is_speech = kind == "speech"
     next_run_dir(
         settings.out, "codec", overwrite, inputs=(*settings.data, file),
         report=lambda line: note(line, quiet),
     )  # fmt: skip
     with large_imports():
         from looptx_core.training.tokenize_codec import make_codec
-    with numbered(settings.out, "codec") as folder, _codec_progress(quiet) as on_progress:
+    plural = "recordings" if is_speech else "pictures"
+    told = _codec_progress(quiet, f"Reading {plural}")
+    with numbered(settings.out, "codec") as folder, told as on_progress:
         report, fingerprint = make_codec(settings, shape, folder, on_progress)
     if as_json:
         document = {
@@ -176,6 +188,7 @@ def _train_codec(
             "bits": report.bits,
             "psnr": {str(steps): value for steps, value in report.psnr.items()},
             "psnr_by_loop": report.psnr_by_loop,
+            "mel_error": {str(steps): value for steps, value in report.mel_error.items()},
             "codes_used": report.codes_used,
             "held_out": report.held_out,
             "steps": report.steps,
@@ -185,26 +198,32 @@ def _train_codec(
         }
         typer.echo(json.dumps(document))
         return
-    by_steps = ", ".join(f"{v:.2f} dB in {n} step{'s' * (n > 1)}" for n, v in report.psnr.items())
+    found = report.mel_error or report.psnr
+    by_steps = ", ".join(f"{v:.2f} dB in {n} step{'s' * (n > 1)}" for n, v in found.items())
     by_loop = "  ".join(f"{value:.2f}" for value in report.psnr_by_loop)
     out = stdout()
     out.print(
-        f"{report.held_out:,} held-out pictures: PSNR {by_steps}; by loop in one step: {by_loop}",
+        f"{report.held_out:,} held-out "
+        f"{'stretches: mels off by' if is_speech else 'pictures: PSNR'} "
+        f"{by_steps}; PSNR by loop in one step: {by_loop}",
         soft_wrap=True,
     )
     out.print(
-        f"{shape.rows * shape.columns} codes of {shape.codes:,} a picture, {report.bits:.0f} bits; "
+        f"{report.bits / shape.bits:.0f} codes of {shape.codes:,} a "
+        f"{'second' if is_speech else 'picture'}, {report.bits:.0f} bits; "
         f"{report.codes_used:.0%} of the codes used; {report.steps:,} steps in "
         f"{report.seconds:,.0f} s -> {folder}",
         soft_wrap=True,
     )
-    note(f"try next: looptx train --codec {folder} --data PICTURES_WITH_TEXTS", quiet)
+    note(f"try next: looptx train --codec {folder} --data {plural.upper()}_WITH_TEXTS", quiet)
 
 
 @contextmanager
-def _codec_progress(quiet: bool) -> Iterator[Callable[[str, int, int, float | None], object]]:
+def _codec_progress(
+    quiet: bool, reading: str
+) -> Iterator[Callable[[str, int, int, float | None], object]]:
     """A bar on a terminal, else a plain line every few seconds."""
-    texts = {"read": "Reading pictures", "train": "Training the codec"}
+    texts = {"read": reading, "train": "Training the codec"}
     console = stderr()
     if not quiet and console.is_terminal:
         from rich.progress import Progress as Bars

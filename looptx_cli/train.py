@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from looptx_cli.console import note, stdout
+from looptx_cli.control import show_control, train_control
 from looptx_cli.dry_run import show_training
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields, with_set
@@ -136,8 +137,10 @@ def train(
         from looptx_core.data.shards import Manifest
         from looptx_core.media.registry import MEDIA, media_for
         from looptx_core.training.run import check, fit_vocabulary, train
+        from looptx_core.training.teacher import check_teacher
 
-    inputs = (*settings.data, settings.init, config_file(config), settings.deepspeed_config)
+    inputs = (*settings.data, settings.init, settings.teacher, config_file(config),
+              settings.deepspeed_config)  # fmt: skip
     run = run_folder(
         resume, settings.out, "train", overwrite, inputs, lambda line: note(line, quiet)
     )
@@ -155,7 +158,8 @@ def train(
             note(f"{what}; {medium.size_key} sets it", quiet)
     model_config = _with_codec(model_config, settings)
     tokenizer = source.tokenizer if source else None
-    text_vocabulary = model_config.draw.first_code or model_config.vocab_size
+    first_codes = [section.first_code for section in model_config.written if section.first_code]
+    text_vocabulary = min(first_codes, default=model_config.vocab_size)
     by_item = settings.source_weights([bool(named[item]) for item in settings.data])
     weights: list[float] = []
     if by_item:
@@ -179,10 +183,11 @@ def train(
     if source is not None:
         origin["model"] = fingerprint(source.folder)
         note(f"init: {source.name}, learning rate {settings.lr:g}", quiet)
-        vocabulary = source.config.vocab_size - source.config.draw.codes
+        vocabulary = source.config.vocab_size - source.config.all_codes
     model_config = fit_vocabulary(
         model_config, vocabulary, resolved.given("model.vocab_size") and source is None
     )
+    check_teacher(settings.teacher, model_config, manifest.tokenizer)
     shape = dotted(model_config.to_dict(), "model")
     if records:
         origin["media data"] = read_records(records, settings.skip_bad).fingerprint
@@ -208,6 +213,19 @@ def train(
         if result is None:
             return
         result = run.finish(result)
+        if settings.control:
+
+            def again(other: TrainConfig, where: Path) -> TrainResult | None:
+                return train(
+                    other, model_config, data=shards, records=records, folder=where, init=source,
+                    callbacks=[train_progress(other.steps, quiet or as_json)],
+                    report=lambda line: note(line, quiet),
+                )  # fmt: skip
+
+            result = train_control(
+                result, settings, settled, model_config, 1.0, command="train", origin=origin,
+                again=again, report=lambda line: note(line, quiet),
+            )  # fmt: skip
     folder = result.folder
     if as_json:
         write_line(summary(result))
@@ -218,8 +236,9 @@ def train(
         note(f"pack it: looptx convert --to-bitnet --model {folder}", quiet)
     for name in used:
         note(f"try next: looptx generate --{name} FILE --model {folder} --show-iterations", quiet)
-    if settings.codec:
-        note(f'try next: looptx generate "cat face" --draw drawn.png --model {folder}', quiet)
+    for section, flag in (("draw", "draw drawn.png"), ("speak", "speak spoken.wav")):
+        if settings.codec and getattr(model_config, section).codec:
+            note(f"try next: looptx generate PROMPT --{flag} --model {folder}", quiet)
     note(f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet)
 
 
@@ -274,9 +293,9 @@ def _time_new_model(model: ModelConfig, settings: TrainConfig, quiet: bool) -> f
 def _with_codec(model: ModelConfig, settings: TrainConfig) -> ModelConfig:
     """The model's configuration with what its codec says."""
     if settings.codec is None:
-        if model.draw.codec and not settings.init:
-            raise UsageError("this model draws; give its codec by `codec`")
-        if settings.direction == "write" and not model.draw.codec:
+        if model.written and not settings.init:
+            raise UsageError("this model draws or speaks; give its codec by `codec`")
+        if settings.direction == "write" and not model.written:
             raise UsageError("`direction` write needs a codec; give it by `codec`")
         return model
     from looptx_core.checkpoint.codec_folder import with_codec
@@ -333,6 +352,8 @@ def _show_result(result: TrainResult, beside: str) -> None:
             soft_wrap=True,
         )
     out.print(result.verdict, soft_wrap=True)
+    if result.control is not None:
+        show_control(result)
     if result.probes:
         first = sum(a[0] for a in result.probes.values()) / len(result.probes)
         last = sum(a[-1] for a in result.probes.values()) / len(result.probes)

@@ -55,6 +55,13 @@ def check_links(folder: Path, error: type[LooptxError] = DataError) -> None:
             check_inside(file, folder, error)
 
 
+def check_regular(folder: Path) -> None:
+    """Raise `DataError` for what is neither a file nor a folder: opening a pipe never ends."""
+    for file in folder.rglob("*"):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise DataError(f"{file}: not a regular file; remove it")
+
+
 def check_inside(file: Path, folder: Path, error: type[LooptxError] = DataError) -> None:
     """Raise for a file that, its links followed, lies outside of a folder.
 

@@ -84,6 +84,8 @@ def _work(
     env: dict[str, str],
     own_session: bool,
 ) -> None:
+    # Its data loaders fork as those of any new process do; else each starts a fork server.
+    multiprocessing.set_start_method(None, force=True)
     if own_session:
         os.setsid()
     os.environ.update(env)

@@ -15,6 +15,7 @@ from looptx_core.backends.select import select_backend
 from looptx_core.backends.torch_backend import TorchBackend
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.model import ModelConfig
+from looptx_core.config.rope import RopeScaling
 from looptx_core.conversion.ternary import pack_model
 from looptx_core.data.tokenizer import train_tokenizer
 from looptx_core.errors import DataError, MissingError, UsageError
@@ -29,6 +30,9 @@ from looptx_core.stopping.rule import Exit, ExitSignals, fixed_exit
 
 SMALL = ModelConfig(vocab_size=101, d_model=48, n_heads=4, n_kv_heads=2, head_dim=12, d_ff=100,
                     prelude_layers=1, core_layers=2, coda_layers=1, max_loops=5)  # fmt: skip
+
+
+LLAMA3 = RopeScaling("llama3", 8.0, original_max_position_embeddings=16)
 
 
 def make(config: ModelConfig, seed: int = 0) -> LoopedTransformer:
@@ -118,6 +122,7 @@ def differences(
         {},
         {"injection": "add", "activation": "silu"},
         {"injection": "none", "qk_norm": False, "tie_embeddings": False},
+        {"injection": "bridge", "qkv_bias": True, "rope_scaling": LLAMA3},
         {"gain_width": 5, "confidence_width": 7},
         {"prelude_layers": 0, "coda_layers": 0, "core_layers": 1},
         {"d_model": 37, "d_ff": 53, "head_dim": 6, "n_kv_heads": 4, "vocab_size": 97},
@@ -133,12 +138,37 @@ def test_float32_moves_are_torchs(changes: dict) -> None:
 @pytest.mark.parametrize(("precision", "bound"), [("bf16", 1e-5), ("int8", 1e-3)])
 def test_rounded_weights_are_the_rounded_models(precision: str, bound: float) -> None:
     """Beside 8-bit weights activations are rounded too, to some 15 bits."""
-    for changes in ({}, {"d_model": 37, "d_ff": 53, "head_dim": 6}, {"d_model": 256, "d_ff": 512}):
+    for changes in (
+        {},
+        {"injection": "bridge"},
+        {"d_model": 37, "d_ff": 53, "head_dim": 6},
+        {"d_model": 256, "d_ff": 512},
+    ):
         model, plain = (make(replace(SMALL, **changes)) for _ in range(2))
         round_weights(model, precision)
         assert max(differences(model, precision).values()) < bound
         moved = [(a - b).abs().max() for a, b in zip(model.parameters(), plain.parameters())]
         assert max(moved) > 1e-4, "rounding must have changed something"
+
+
+@pytest.mark.parametrize("changes", [{"d_model": 37, "d_ff": 53}, {"d_model": 256, "d_ff": 512}])
+def test_8_bit_rows_do_not_depend_on_their_batch(changes: dict) -> None:
+    """Bit for bit, whatever the sizes of the tiles: sums of whole numbers are exact."""
+    config = replace(SMALL, **changes)
+    kernel = KernelModel(make(config), "int8", threads=1)
+    states = torch.randn(9, config.d_model)
+
+    def logits(chosen: range) -> torch.Tensor:
+        count = len(chosen)
+        store = LoopCache(config, count, 4, 1)
+        cache = KernelCache.of(store)
+        assert cache is not None
+        rows = KernelRows(cache, range(count), [0] * count, [0] * count, [0] * count)
+        return kernel.logits(states[list(chosen)], rows)
+
+    alone = torch.cat([logits(range(n, n + 1)) for n in range(9)])
+    for count in (2, 3, 4, 5, 7, 9):
+        assert torch.equal(logits(range(count)), alone[:count]), count
 
 
 def test_stored_int8_moves_are_torchs() -> None:

@@ -227,9 +227,8 @@ def documented(heading: str, page: str = "json") -> set[str]:
 def test_a_run_has_the_documented_files(short: Path) -> None:
     assert main(shlex.split("train --data corpus --save-every 1 --out runs/a")) == 0
     run = {file.name for file in Path("runs/a").iterdir()}
-    assert run | {"kernels.json", "profile", "trackers.json"} == documented(
-        "A run", "files"
-    )  # of some runs
+    of_some = {"kernels.json", "profile", "trackers.json", "control"}
+    assert run | of_some == documented("A run", "files")
     optional = {"model.safetensors.index.json", "preprocessor_config.json"}
     model = {file.name for file in Path("runs/a/final").iterdir()}
     assert model == documented("A model folder", "files") - optional

@@ -21,8 +21,8 @@ from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.directions import in_directions
+from looptx_core.data.encode_record import encode_record
 from looptx_core.data.example import CODES_COUNT, code_ranges, target_weights
-from looptx_core.data.examples import encode_record
 from looptx_core.data.records import read_records
 from looptx_core.data.shards import Manifest
 from looptx_core.errors import DataError
@@ -174,7 +174,7 @@ def test_shared_rows_become_ordinary_ones(config: ModelConfig, tied: bool) -> No
     tokens = torch.tensor([[3, 40, config.draw.token, first, first + 5, first + codes - 1, 7]])
     before = model(tokens, 2).logits
     before.square().sum().backward()
-    assert model.code_rows.table.grad is not None and model.code_rows.table.grad.any()
+    assert model.code_rows[0].table.grad is not None and model.code_rows.table.grad.any()
     fold_code_rows(model)
     assert model.code_rows is None
     assert torch.allclose(model(tokens, 2).logits, before, atol=1e-12)

@@ -29,6 +29,8 @@ PRINTED_BY = {
     "looptx_cli/drawing.py": ("generate",),
     "looptx_cli/model_options.py": ("generate", "chat"),
     "looptx_cli/options.py": ("train",),  # --set
+    "looptx_cli/speaking.py": ("generate",),
+    "looptx_cli/targets.py": ("generate",),
     "looptx_cli/runs.py": ("train", "finetune"),
     "looptx_cli/streaming.py": ("generate",),
 }

@@ -101,14 +101,16 @@ class _Singer(Writer):
     def __init__(self, first_code: int) -> None:
         self.first_code = first_code
 
-    def allowed(self, written: Sequence[int]) -> Sequence[int]:
+    def allowed(self, written: Sequence[int], said: Sequence[int] = ()) -> Sequence[int]:
         every = super().allowed(written)
         return [code for code in every if len(written) != 1 or code != written[0]]
 
-    def finished(self, written: Sequence[int]) -> bool:
+    def finished(self, written: Sequence[int], said: Sequence[int] = ()) -> bool:
         return len(written) == COUNT
 
-    def encode(self, source: Any, where: str | None = None) -> list[int]:
+    def encode(
+        self, source: Any, where: str | None = None, said: Sequence[tuple[int, bytes]] = ()
+    ) -> list[int]:
         high = _numbers(source, where)[:COUNT, 0] > 0
         bits = [int(bit) for bit in high]
         return [self.first_code + 2 * (number % 2) + bit for number, bit in enumerate(bits)]

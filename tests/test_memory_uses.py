@@ -11,9 +11,11 @@ from picture_cases import build, row
 from test_memory import GREEDY, IDS, SETTINGS, TEXT, made, tokenizer  # noqa: F401
 
 from looptx_core.config.model import ModelConfig, fitting_memory
+from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.conversion.memory import with_memory
 from looptx_core.errors import UsageError
+from looptx_core.finetuning.adapters import attach
 from looptx_core.generation.engine import Engine
 from looptx_core.inspection.memory import inspect_memory, memory_sentences
 from looptx_core.media.batch import MediaBatch
@@ -163,3 +165,32 @@ def test_presets_and_old_models_have_no_memory() -> None:
     assert "memory" in ModelConfig(memory="delta").to_dict()
     with pytest.raises(UsageError, match="multiple of memory_block"):
         ModelConfig(memory="delta", memory_window=100, memory_block=64)
+
+
+def test_under_autocast_a_memory_is_added_up_in_float32() -> None:
+    torch.manual_seed(0)
+    layer = LoopedTransformer(CONFIG).core[0].attention.memory
+    keys, values, queries = torch.randn(3, 2, 2, 8, 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        entries = keys.to(dtype), values.to(dtype)
+        plain = layer.fold(layer.empty(2, dtype=dtype, device="cpu"), *entries)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = layer.fold(layer.empty(2, dtype=dtype, device="cpu"), *entries)
+            read = layer.read(queries.repeat(1, 2, 1, 1), mixed)
+        assert torch.equal(mixed.matrix, plain.matrix) and read.dtype == torch.float32
+        assert torch.equal(read, layer.read(queries.repeat(1, 2, 1, 1), plain))
+
+
+def test_adapters_train_a_memorys_gates() -> None:
+    torch.manual_seed(0)
+    model = LoopedTransformer(CONFIG)
+    tokens = torch.randint(0, 64, (2, 40))
+    before = model(tokens, 2).logits
+    peft = attach(model, FinetuneConfig(lora=True))
+    torch.testing.assert_close(model(tokens, 2).logits, before)
+    learns = {name for name, value in peft.named_parameters() if value.requires_grad}
+    assert any("memory" in name and "gate_bias" in name for name in learns)
+    model(tokens, 2).logits.square().sum().backward()
+    gates = [value.grad for name, value in peft.named_parameters() if "memory" in name and
+             value.requires_grad and "gate_bias" in name]  # fmt: skip
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in gates)

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from forked_commands import Done, Installed
 
+from looptx_core.data.bundled import bundled_questions
+
 ROOT = Path(__file__).parent.parent
 # The commands are verbatim; only the run's length is cut, by the documented variables.
 SHORT = {
@@ -171,13 +173,15 @@ def test_bare_generate_writes_what_is_said(installed: Path, tmp_path: Path) -> N
 
 EXAMPLES = {
     "own_trainer --batch-size 4": "10 loops:",
-    "finetune_lora": "Where ends g ->",
-    "finetune_qlora": "parameters, as the base",
+    "finetune_lora --data few.jsonl": "Where ends g ->",
+    "finetune_qlora --data few.jsonl": "parameters, as the base",
 }
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_examples(example: str, installed: Installed, tmp_path: Path) -> None:
+    lines = bundled_questions().read_text("utf-8").splitlines()
+    (tmp_path / "few.jsonl").write_text("\n".join(lines[:40]), "utf-8")
     name, *flags = example.split()
     script = [str(ROOT / f"examples/{name}.py"), "--steps", "3", *flags]
     done = installed.run(script, tmp_path, {})

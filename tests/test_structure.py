@@ -42,22 +42,22 @@ OPTIONS = {
         --workers --augment --no-augment --skip-bad --no-skip-bad --lr --lr-schedule --min-lr
         --warmup --lr-decay --weight-decay --optimizer --beta2 --clip --loop-schedule --loops
         --max-loops --mean-loops --grow-share --deeper-by --loss-threshold --deeper-share --explore
-        --loss-at --loss-prior --precision --attention --compile --no-compile --grad-checkpointing
-        --no-grad-checkpointing --devices --nodes --strategy --zero3 --no-zero3 --offload
-        --nvme-path --deepspeed-config --save-every --keep --keep-best --no-keep-best --val-every
-        --val-batches --log-every --log --profile --model --lora --no-lora --qlora --no-qlora
-        --quantization --dora --no-dora --lora-per-loop --no-lora-per-loop --lora-rank --lora-alpha
-        --lora-dropout --rslora --no-rslora --target-modules --columns --train-on-prompt
-        --no-train-on-prompt --too-long --val-fraction --config --resume --overwrite --dry-run
-        --json --quiet
+        --loss-at --loss-prior --teacher --teacher-weight --control --no-control --precision
+        --attention --compile --no-compile --grad-checkpointing --no-grad-checkpointing --devices
+        --nodes --strategy --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every
+        --keep --keep-best --no-keep-best --val-every --val-batches --log-every --log --profile
+        --model --lora --no-lora --qlora --no-qlora --quantization --dora --no-dora --lora-per-loop
+        --no-lora-per-loop --lora-layers --lora-rank --lora-alpha --lora-dropout --rslora
+        --no-rslora --target-modules --columns --train-on-prompt --no-train-on-prompt --too-long
+        --val-fraction --config --resume --overwrite --dry-run --json --quiet
     """,
     "generate": """
         --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
         --kv-policy --kv-type --speculate --draft-loops --temperature --top-k --top-p --min-p
         --repetition-penalty --seed --stop --guidance --draw-steps --draw-guidance --ignore-eos
         --no-ignore-eos --prompts-file --prompt-file --model --adapter --image --audio --video --fps
-        --every --chat --draw --timestamps --show-iterations --compare-loops --attention --precision
-        --kernel --config --json --quiet
+        --every --chat --draw --speak --timestamps --show-iterations --compare-loops --attention
+        --precision --kernel --config --json --quiet
     """,
     "convert": """
         --model --from-hf --from-gguf --core --max-loops --out --to-bitnet --no-to-bitnet --direct
@@ -93,12 +93,13 @@ OPTIONS = {
         --workers --augment --no-augment --skip-bad --no-skip-bad --lr --lr-schedule --min-lr
         --warmup --lr-decay --weight-decay --optimizer --beta2 --clip --loop-schedule --loops
         --max-loops --mean-loops --grow-share --deeper-by --loss-threshold --deeper-share --explore
-        --loss-at --loss-prior --precision --attention --compile --no-compile --grad-checkpointing
-        --no-grad-checkpointing --devices --nodes --strategy --zero3 --no-zero3 --offload
-        --nvme-path --deepspeed-config --save-every --keep --keep-best --no-keep-best --val-every
-        --val-batches --log-every --log --profile --preset --init --document-mask --no-document-mask
-        --mix --codec --direction --mask-patches --eval-every --eval-tasks --eval-limit --bitnet
-        --no-bitnet --set --config --memory --resume --overwrite --dry-run --force --json --quiet
+        --loss-at --loss-prior --teacher --teacher-weight --control --no-control --precision
+        --attention --compile --no-compile --grad-checkpointing --no-grad-checkpointing --devices
+        --nodes --strategy --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every
+        --keep --keep-best --no-keep-best --val-every --val-batches --log-every --log --profile
+        --preset --init --document-mask --no-document-mask --mix --codec --direction --mask-patches
+        --eval-every --eval-tasks --eval-limit --bitnet --no-bitnet --set --config --memory --resume
+        --overwrite --dry-run --force --json --quiet
     """,
 }
 
@@ -173,7 +174,6 @@ def _texts(node: ast.AST) -> Iterator[str]:
 
 
 NAME_IMAGES = {
-    "checkpoint/folder.py": "the name of the codec's copy in a model folder",
     "config/corpus.py": "the flag --codec, with the kinds of codecs",
     "config/generation.py": "the help of the flags of drawing",
     "config/inspection.py": "the flag --image",
@@ -185,7 +185,7 @@ NAME_IMAGES = {
     "data/tokenizer.py": "the special token <|image|>, whose id is fixed for good",
     "inspection/page.py": "a page holds its figures as data:image/png",
 }
-"""The files of looptx_core outside media/ that name an image, at most 11, and why."""
+"""The files of looptx_core outside media/ that name an image, at most 10, and why."""
 
 
 def test_images_are_named_in_their_own_folder() -> None:
@@ -200,7 +200,7 @@ def test_images_are_named_in_their_own_folder() -> None:
                 found.add(path.relative_to(core).as_posix())
     # Codecs are made of patches, wherever they are stored, trained and judged.
     outside = {name for name in found if not name.startswith("media/") and "codec" not in name}
-    assert outside == NAME_IMAGES.keys() and len(outside) <= 11
+    assert outside == NAME_IMAGES.keys() and len(outside) <= 10
     assert any(name.startswith("media/") for name in found)
 
 

@@ -19,6 +19,7 @@ from test_training_runs import SETTINGS
 from looptx_cli.main import main
 from looptx_core.checkpoint.run_lock import RunLock, refuse_if_running
 from looptx_core.data.corpus import bundled_text
+from looptx_core.documents import check_regular
 from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.training.callbacks import JsonLines, read_metrics, resume_point
 
@@ -157,6 +158,8 @@ def test_a_log_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="not a regular file"):
             read_metrics(tmp_path / name)
     assert read_metrics(tmp_path / "none") == []
+    with pytest.raises(DataError, match=r"metrics\.jsonl: not a regular file"):
+        check_regular(tmp_path.parent)
 
 
 def test_values_of_other_types_are_left_out(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from benchmarks.common.record import write
-from benchmarks.pictures.emoji import TRAIN, fetch_emoji
+from benchmarks.pictures.emoji import COLOURED, fetch_emoji, styled
 from benchmarks.pictures.run import Captions
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.checkpoint.registry import bundled_model, resolve_model
@@ -124,7 +124,7 @@ def distances(
     with tempfile.TemporaryDirectory() as scratch:
         drawn = []
         for start in range(0, len(records), 32):
-            some = [record["text"] for record in records[start : start + 32]]
+            some = [styled(r["text"], r["style"]) for r in records[start : start + 32]]
             for number, result in enumerate(draw(engine, some, options)):
                 drawn.append(f"{scratch}/{start + number}.png")
                 Path(drawn[-1]).write_bytes(result.outputs[0].content)
@@ -196,6 +196,7 @@ def measure(
 ) -> dict[str, Any]:
     """What the judge and the training pictures say of `SEEDS` drawings of each name."""
     texts = [record["text"] for record in names.records]
+    prompts = [styled(record["text"], record["style"]) for record in names.records]
     real = [str(fetch_emoji() / record["image"]) for record in names.records]
     draw_config = engine.model.config.draw
     config = opened_codec(draw_config.codec).codec.config
@@ -203,7 +204,7 @@ def measure(
         drawn: list[list[Path]] = [[] for _ in texts]
         written, loops, elapsed = [], [], []
         for seed in range(SEEDS):
-            for number, result in enumerate(draw(engine, texts, replace(options, seed=seed))):
+            for number, result in enumerate(draw(engine, prompts, replace(options, seed=seed))):
                 (output,) = result.outputs
                 drawn[number].append(Path(scratch) / f"{number}-{seed}.png")
                 drawn[number][-1].write_bytes(output.content)
@@ -247,7 +248,7 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="A run or a model folder.")
     parser.add_argument("--names", type=int, default=40)
     parser.add_argument("--many", type=int, default=500, help="Drawings for Frechet's distance.")
-    parser.add_argument("--style", default="noto", choices=list(TRAIN))
+    parser.add_argument("--style", default="noto", choices=COLOURED)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--draw-steps", type=int, default=8)
     parser.add_argument("--sheet", type=Path)

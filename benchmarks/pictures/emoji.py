@@ -9,6 +9,7 @@ writes into `benchmarks/.data/emoji`:
   data's own subcategory, and what Unicode's annotations say of it that its name does not.
 - `restyled.jsonl`: `VARIANTS` other drawings of each picture of `train.jsonl`, by
   `benchmarks/pictures/restyle.py`, with its captions.
+- `drawn.jsonl`: to learn drawing from, in coloured styles: "cat face, noto" twice, "cat face" once.
 - `words.jsonl`: texts as "animal mammal: okapi", the nouns of WordNet 3.1 that have one of those
   kinds, and the captions to train on; text alone, without a picture.
 - `all.jsonl`: each picture with `style`, `group`, `kind` and `unseen`.
@@ -65,6 +66,7 @@ TRAIN = {
     "fluent-mono": Style("@iconify-json/fluent-emoji-high-contrast@1.2.6", "MIT"),
     "streamline": Style("@iconify-json/streamline-emojis@1.2.4", "CC-BY-4.0"),
 }
+COLOURED = [style for style in TRAIN if "mono" not in style]
 TEST = {
     "facebook": Style("emoji-datasource-facebook@16.0.0", "", "package/img/facebook/64/"),
     "apple": Style("emoji-datasource-apple@16.0.0", "", "package/img/apple/64/"),
@@ -133,7 +135,7 @@ def is_unseen(group: str) -> bool:
 
 
 def fetch_emoji() -> Path:
-    """The folder with the five files; made when absent."""
+    """The folder with the files; made when absent."""
     if (FOLDER / "words.jsonl").exists():
         return FOLDER
     emoji = Emoji()
@@ -163,12 +165,22 @@ def fetch_emoji() -> Path:
         "all": records,
         "train": train,
         "restyled": restyled(train, kept),
+        "drawn": [
+            {"image": r["image"], "text": [styled(r["text"], r["style"])] * 2 + [r["text"]]}
+            for r in records
+            if r["style"] in COLOURED and not r["unseen"]
+        ],
         "words": [{"text": text} for text in texts],
     }
     for file, lines in files.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (FOLDER / f"{file}.jsonl").write_text(text, "utf-8")
     return FOLDER
+
+
+def styled(name: str, style: str) -> str:
+    """The caption to draw by."""
+    return f"{name}, {style}"
 
 
 def restyled(records: list[dict[str, Any]], kept: dict[str, Kept]) -> list[dict[str, Any]]:

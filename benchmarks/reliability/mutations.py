@@ -9,6 +9,7 @@ import random
 import shutil
 import struct
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +135,19 @@ def places(node: Any) -> list[tuple[Any, Any]]:
     return found
 
 
+def _value(rng: random.Random) -> Any:
+    """A copy, since the next change may be inside of it."""
+    return deepcopy(rng.choice(_VALUES))
+
+
 def spoil(rng: random.Random, tree: Any) -> Any:
     """A JSON value with one to three of its parts changed, removed, added or exchanged."""
     if rng.random() < 0.04:
-        return rng.choice(_VALUES)
+        return _value(rng)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         found = places(tree) if isinstance(tree, dict | list) else []
         if not found:
-            return rng.choice(_VALUES)
+            return _value(rng)
         # Of the few outer places as often as of the many inner ones.
         outer = [pair for pair in found if pair[0] is tree]
         holder, key = rng.choice(outer if rng.random() < 0.5 else found)
@@ -149,7 +155,7 @@ def spoil(rng: random.Random, tree: Any) -> Any:
             case 0:
                 del holder[key]
             case 1 if isinstance(holder, dict):
-                holder[rng.choice(("x", "", "\x1b[31m", "type", "\ud800"))] = rng.choice(_VALUES)
+                holder[rng.choice(("x", "", "\x1b[31m", "type", "\ud800"))] = _value(rng)
             case 2:
                 other, theirs = rng.choice(places(tree))
                 with contextlib.suppress(RecursionError):  # deep from the change before
@@ -164,7 +170,7 @@ def spoil(rng: random.Random, tree: Any) -> Any:
                 with contextlib.suppress(OverflowError):
                     holder[key] += change
             case _:
-                holder[key] = rng.choice(_VALUES)
+                holder[key] = _value(rng)
     return tree
 
 
@@ -186,7 +192,7 @@ def _json(rng: random.Random, path: Path) -> str:
         return _bytes(rng, path)
     if isinstance(tree, dict) and tree and rng.random() < 0.08:
         key = rng.choice(list(tree))
-        twin = b"{" + written(key) + b":" + written(rng.choice(_VALUES)) + b", "
+        twin = b"{" + written(key) + b":" + written(_value(rng)) + b", "
         made, done = twin + written(tree)[1:], "a key twice"
     else:
         made, done = written(spoil(rng, tree)), "a value changed"

@@ -1,6 +1,7 @@
 """Emoji that move: clips whose caption says what moves and how.
 
     python -m benchmarks.video.moving [--names 600] [--styles 3]
+    python -m benchmarks.video.moving --sample    # the clip that ships with the package
 
 writes animated WebP and records into `benchmarks/.data/moving`:
 - `train.jsonl`: {"video", "text"}, as "cat face moves left", of names and styles that
@@ -26,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.common.corpora import DATA
+from benchmarks.common.record import ROOT
 from benchmarks.pictures.emoji import JUDGES, TEST, TRAIN, fetch_emoji
 from benchmarks.pictures.restyle import kept_of
 
@@ -157,10 +159,23 @@ def make(names: int, styles: int) -> Path:
     return FOLDER
 
 
+def make_sample() -> Path:
+    """Noto's waving hand, which turns to the left."""
+    file = ROOT / "looptx_core/assets/samples/wave.webp"
+    picture = Image.open(fetch_emoji() / "noto/1f44b.png").convert("RGBA")
+    write_clip(frames_of(picture, "turns left", np.random.default_rng(0)), 80, file)
+    return file
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--names", type=int, default=600)
     parser.add_argument("--styles", type=int, default=3)
-    folder = make(**vars(parser.parse_args()))
+    parser.add_argument("--sample", action="store_true")
+    flags = parser.parse_args()
+    if flags.sample:
+        print(make_sample())
+        raise SystemExit
+    folder = make(flags.names, flags.styles)
     for file in ("train.jsonl", "pairs.jsonl"):
         print(f"{folder / file}: {(folder / file).read_text('utf-8').count(chr(10))} lines")

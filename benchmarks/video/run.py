@@ -22,10 +22,11 @@ from typing import Any
 import torch
 
 from benchmarks.common.record import write
-from benchmarks.pictures.run import Captions
+from benchmarks.pictures.emoji import TEST, fetch_emoji
+from benchmarks.pictures.run import Captions, right_or_shuffled
 from benchmarks.video.moving import FOLDER, MOTIONS, make
 from looptx_core.checkpoint.folder import load_model
-from looptx_core.checkpoint.registry import resolve_model
+from looptx_core.checkpoint.registry import bundled_model, resolve_model
 from looptx_core.media.batch import MediaItem
 
 SEED = 0
@@ -117,6 +118,17 @@ def names(captions: Captions, pairs: list[dict[str, Any]], known: set[str]) -> l
     ]  # fmt: skip
 
 
+def pictures(captions: Captions, before: Captions, count: int) -> list[dict[str, Any]]:
+    """What captions cost beside pictures in styles never trained on, before and after the clips."""
+    lines = (fetch_emoji() / "all.jsonl").read_text("utf-8").splitlines()
+    records = [record for record in map(json.loads, lines) if record["style"] in TEST]
+    chosen = random.Random(SEED).sample(records, count)
+    return [
+        {"part": "pictures", "model": name, **right_or_shuffled(model, chosen)}
+        for name, model in (("of pictures", before), ("of clips too", captions))
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="A run or a model folder.")
@@ -134,11 +146,15 @@ def main() -> int:
     rows = [row for view in VIEWS for row in motions(captions, pairs, view)]
     known = {pair["name"] for pair in everything}
     rows += names(captions, pairs[: len(pairs) // 2], known)
+    before = Captions(load_model(bundled_model("picture-model")), fetch_emoji())
+    after = Captions(loaded, fetch_emoji())
+    rows += pictures(after, before, 10 if args.check else 300)
     for row in rows:
         shares = {k: v for k, v in row.items() if k.endswith("_by_loop")}
         if row.get("motion", "all") == "all":
-            told = ", ".join(f"{k[:-8]} {v[0]:.0%} to {v[-1]:.0%}" for k, v in shares.items())
-            print(f"{row['part']}, {row['seen']}: {told} (one loop to {captions.loops})")
+            told = ", ".join(f"{k[:-8]} {v[0]:.3f} to {v[-1]:.3f}" for k, v in shares.items())
+            seen = row.get("seen") or row["model"]
+            print(f"{row['part']}, {seen}: {told} (one loop to {captions.loops})")
     if not args.check:
         settings = {
             "seed": SEED, "steps": loaded.facts.get("steps"),

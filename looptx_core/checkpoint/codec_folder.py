@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -15,10 +16,13 @@ from safetensors.torch import save_file
 from looptx_core.atomic import write_folder
 from looptx_core.checkpoint.header import read_header, total_elements
 from looptx_core.checkpoint.weights import read_tensors, refuse_pickle
-from looptx_core.config.codec import CodecConfig
+from looptx_core.config.codec import MEDIUM_OF, SECTION_OF, CodecConfig
+from looptx_core.config.media import WrittenConfig
 from looptx_core.config.model import ModelConfig
 from looptx_core.documents import check_links, read_json, some, to_json
 from looptx_core.errors import DataError
+from looptx_core.media.audio.align import use_recogniser
+from looptx_core.media.audio.encoder import AudioEncoder
 from looptx_core.media.codec.codec import Codec
 from looptx_core.media.codec.opened import keep_codec
 from looptx_core.media.registry import MEDIA
@@ -70,7 +74,7 @@ def load_codec(folder: str | Path) -> tuple[Codec, str]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such codec; make one by looptx tokenize --codec picture")
+        raise DataError(f"{folder}: no such codec; make one by looptx tokenize --codec")
     check_links(folder)
     for name in (SHAPE, WEIGHTS):
         if not (folder / name).is_file():
@@ -102,27 +106,44 @@ def load_codec(folder: str | Path) -> tuple[Codec, str]:
     if document.fingerprint != fingerprint_of(codec):
         raise DataError(f"{folder}: its fingerprint is not of its shape and weights; {_MEND}")
     keep_codec(document.fingerprint, codec, document.facts)
+    if config.kind == "speech":
+        use_recogniser(_bundled_recogniser)
     return codec, document.fingerprint
 
 
+@functools.cache
+def _bundled_recogniser() -> AudioEncoder:
+    """The encoder of the bundled model that hears, which aligns speech with its text."""
+    from looptx_core.checkpoint.folder import load_model
+    from looptx_core.checkpoint.registry import bundled_model
+
+    return cast(AudioEncoder, load_model(bundled_model("sound-model")).model.encoders()["audio"])
+
+
 def with_codec(model: ModelConfig, folder: str | Path) -> ModelConfig:
-    """The configuration of a model that draws by the codec of a folder.
+    """The configuration of a model that draws, or speaks, by the codec of a folder.
 
     Raises `DataError` for a folder that can't be read, and for a model of another codec.
     """
     codec, fingerprint = load_codec(folder)
-    draw, shape = model.draw, codec.config
-    if draw.codec not in ("", fingerprint):
+    shape = codec.config
+    written: WrittenConfig = getattr(model, SECTION_OF[shape.kind])
+    if written.codec not in ("", fingerprint):
         raise DataError(
             f"{folder}: another codec than the one that this model was trained with, "
-            f"{draw.codec[:12]}; give that one"
+            f"{written.codec[:12]}; give that one"
         )
-    if not model.vision_layers:
-        model = MEDIA["image"].enable(model)
-    drawn = replace(
-        draw, codec=fingerprint, rows=shape.rows, columns=shape.columns, levels=shape.levels
-    )
-    return replace(model, draw=drawn)
+    medium = MEDIA[MEDIUM_OF[shape.kind]]
+    if not medium.enabled(vars(model)):
+        model = medium.enable(model)
+    own: dict[str, Any] = {name: getattr(shape, name) for name in written.own}
+    changed: dict[str, Any] = {written.SECTION: replace(written, codec=fingerprint, **own)}
+    return replace(model, **changed)
+
+
+def codec_name(section: WrittenConfig) -> str:
+    """The folder of a section's codec, in a model's."""
+    return f"codec-{next(kind for kind, name in SECTION_OF.items() if name == section.SECTION)}"
 
 
 def read_facts(folder: str | Path) -> Mapping[str, Any]:
@@ -132,7 +153,10 @@ def read_facts(folder: str | Path) -> Mapping[str, Any]:
 
 def fingerprint_of(codec: Codec) -> str:
     """Of a codec's shape and of its weights, however they are stored."""
-    digest = hashlib.sha256(json.dumps(asdict(codec.config), sort_keys=True).encode())
+    shape = asdict(codec.config)
+    if not codec.config.window:
+        del shape["window"]  # as codecs without one always were
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
     for name, tensor in sorted(codec.state_dict().items()):
         digest.update(f"{name} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())

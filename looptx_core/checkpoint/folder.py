@@ -3,7 +3,7 @@
     config.json             shape, format_version, fingerprint of the tokenizer, facts
     model.safetensors       or shards with model.safetensors.index.json; tied tensors once
     tokenizer.json          and tokenizer_config.json
-    codec-picture/          of a model that draws, its codec, as in `codec_folder.py`
+    codec-<kind>/           of a model that draws or speaks, its codec, as in `codec_folder.py`
     generation_config.json  end and padding ids; under `exit` the model's own exit rule
     ...                     what the model's media store, such as preprocessor_config.json
     digests.json            SHA-256 of the files of weights
@@ -27,7 +27,7 @@ from torch import Tensor
 import looptx_core
 from looptx_core.atomic import write_file, write_folder
 from looptx_core.checkpoint.card import model_card
-from looptx_core.checkpoint.codec_folder import load_codec, write_codec
+from looptx_core.checkpoint.codec_folder import codec_name, load_codec, write_codec
 from looptx_core.checkpoint.special_tokens import SpecialTokens
 from looptx_core.checkpoint.weights import check_size, load_weights, tensors_of
 from looptx_core.config.generation import ExitSettings
@@ -45,7 +45,6 @@ from looptx_core.outputs import check_model_target
 from looptx_core.schema import typed
 
 MODEL_TYPE = "looptx"
-CODEC = "codec-picture"
 _NOT_SHAPE = {
     *("model_type", "architectures", "format_version", "torch_dtype", "looptx_version"),
     *("tokenizer_fingerprint", "facts", "command"),
@@ -162,9 +161,8 @@ def model_files(
 
 
 def _codecs(model: LoopedTransformer) -> dict[str, Any]:
-    """The codec by which the model draws, by its folder's name."""
-    draw = model.config.draw
-    return {CODEC: opened_codec(draw.codec)} if draw.codec else {}
+    """The codecs by which the model writes media, by their folders' names."""
+    return {codec_name(written): opened_codec(written.codec) for written in model.config.written}
 
 
 def _media_files(model: LoopedTransformer) -> dict[str, Any]:
@@ -216,13 +214,16 @@ def load_model(
     with init_empty_weights():
         model = LoopedTransformer(config)
     load_weights(model, folder, device=device, dtype=dtype)
-    if config.draw.codec:
-        if not (folder / CODEC).is_dir():
-            raise DataError(f"{folder}: {CODEC}, by which it draws, is missing; {COPY_AGAIN}")
-        _, found = load_codec(folder / CODEC)
-        if found != config.draw.codec:
+    for written in config.written:
+        place = folder / codec_name(written)
+        if not place.is_dir():
             raise DataError(
-                f"{folder / CODEC}: another codec than the one that this model was trained with; "
+                f"{folder}: {place.name}, by which it {written.SECTION}s, is missing; {COPY_AGAIN}"
+            )
+        _, found = load_codec(place)
+        if found != written.codec:
+            raise DataError(
+                f"{place}: another codec than the one that this model was trained with; "
                 "put that one back"
             )
     check_folder(folder)

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from looptx_core.errors import UsageError
 
-_MOST = {"rows": 1 << 10, "columns": 1 << 10, "values": 1 << 16, "encoder_layers": 1000,
+_MOST = {"rows": 1 << 10, "window": 1 << 10, "columns": 1 << 10, "values": 1 << 16,
+         "encoder_layers": 1000,
          "encoder_width": 1 << 14, "width": 1 << 14, "prelude_layers": 1000, "core_layers": 1000,
          "coda_layers": 1000, "max_loops": 1 << 10, "bottleneck": 1 << 14,
          "head_dim": 1 << 12}  # fmt: skip
 """What no codec comes near, so that a damaged file asks for no more memory than there is."""
-_MAY_BE_0 = ("encoder_layers", "prelude_layers", "coda_layers")
+MELS = 80
+"""Bands of a log-mel, from low to high."""
+MEDIUM_OF = {"picture": "image", "speech": "audio"}
+"""The medium of a kind of codec."""
+SECTION_OF = {"picture": "draw", "speech": "speak"}
+"""The section of a model's configuration that names a codec of a kind."""
+SHAPES: dict[str, dict[str, Any]] = {
+    "picture": {},
+    "speech": {"rows": 32, "columns": 2, "values": 160, "window": 16},
+}
+"""What codecs of a kind have by default, where it is not what the fields say."""
+_MAY_BE_0 = ("window", "encoder_layers", "prelude_layers", "coda_layers")
 
 
 @dataclass(frozen=True)
@@ -23,14 +35,17 @@ class CodecConfig:
     Raises `UsageError` for values that fit no codec.
     """
 
-    kind: Literal["picture"] = "picture"
-    """What its patches are cut from."""
+    kind: Literal["picture", "speech"] = "picture"
+    """What its patches are cut from: pictures, or log-mels of 10 ms a frame."""
     rows: int = 6
-    """Patches downwards."""
+    """Patches downwards; of speech, patches in time of a stretch that it is trained on."""
     columns: int = 6
-    """Patches across."""
+    """Patches across; of speech, from low bands to high ones."""
     values: int = 192
-    """Numbers of a patch, height x width x 3."""
+    """Numbers of a patch: height x width x 3, or frames x bands."""
+    window: int = 0
+    """A patch sees others that are at most so many rows away; 0: all. With a window, what is
+    learned of short stretches holds for recordings of any length."""
     levels: tuple[int, ...] = (8, 5, 5, 5)
     """Levels of each digit of a code (FSQ, arXiv 2309.15505); their product is the codes."""
     encoder_layers: int = 4
@@ -68,7 +83,13 @@ class CodecConfig:
             need(getattr(self, name) % self.head_dim == 0,
                  f"{name} must be a multiple of head_dim ({self.head_dim})")  # fmt: skip
         need(self.head_dim % 2 == 0, "head_dim must be even for RoPE")
-        need(self.side > 0, f"values {self.values}: a picture's patch has side x side x 3")
+        need(self.kind in SHAPES, f"kind must be {' or '.join(SHAPES)}, not {self.kind!r}")
+        if self.kind == "picture":
+            need(self.side > 0, f"values {self.values}: a picture's patch has side x side x 3")
+        else:
+            need(MELS % self.columns == 0 and self.frames > 0,
+                 f"values {self.values} in {self.columns} columns: a patch of speech has frames x "
+                 f"({MELS} / columns) numbers, as 160 in 2 columns")  # fmt: skip
 
     @property
     def codes(self) -> int:
@@ -80,6 +101,12 @@ class CodecConfig:
         """Height and width of a picture's patch, pixels; 0 where values are no such patch's."""
         side = math.isqrt(self.values // 3)
         return side if 3 * side**2 == self.values else 0
+
+    @property
+    def frames(self) -> int:
+        """Frames of a patch of speech; 0 where values are no such patch's."""
+        frames, left = divmod(self.values * self.columns, MELS)
+        return 0 if left else frames
 
     @property
     def bits(self) -> float:

@@ -18,10 +18,11 @@ class ConvertConfig:
     """A run, a model folder or hf:OWNER/NAME; absent: the newest finished run, else the bundled
     model."""
     from_hf: str | None = None
-    """Read this folder of Hugging Face's format, or hf:OWNER/NAME: one of `to_hf`, or a plain Llama
-    or Qwen3."""
+    """Read this folder of Hugging Face's format, or hf:OWNER/NAME: one of `to_hf`, or a plain
+    Llama, Mistral, Qwen2, Qwen3 or OLMo 2."""
     from_gguf: str | None = None
-    """Read this GGUF file, llama.cpp's format, with a plain Llama or Qwen3 (extra `gguf`)."""
+    """Read this GGUF file, llama.cpp's format, with a plain Llama, Qwen2 or Qwen3 (extra
+    `gguf`)."""
     core: str | None = None
     """from_hf, from_gguf: loop the layers A to B-1 of a plain model, as A:B, counted from 0; auto
     takes those from 0.4 to 0.6 of the depth. One loop stays the source; absent: one loop alone."""

@@ -1,4 +1,4 @@
-"""What turning text into shards, and pictures into codes, needs to know."""
+"""What turning text into shards, and pictures or speech into codes, needs to know."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ class TokenizeConfig:
     """The key or column of the text in JSON lines and Parquet."""
     seed: int = 0
     """Seed of the split, and of a codec's training."""
-    codec: Literal["picture"] | None = None
-    """Train a codec instead: what turns pictures into codes, which a model can learn to write."""
+    codec: Literal["picture", "speech"] | None = None
+    """Train a codec instead: what turns pictures or speech into codes, which a model can learn to
+    write."""
     steps: int = 4000
     """Optimizer steps of a codec."""
     max_minutes: float | None = None
     """Stop a codec's training after so many minutes."""
     batch_size: int = 64
-    """Pictures a step of a codec."""
+    """Pictures, or stretches of speech, a step of a codec."""
     lr: float = 1e-2
     """Peak learning rate of a codec."""
 

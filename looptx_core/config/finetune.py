@@ -34,6 +34,9 @@ class FinetuneConfig(RunConfig):
     """Adapters with a magnitude of their own (DoRA, arXiv 2402.09353)."""
     lora_per_loop: bool = False
     """An adapter for each loop; it can't be merged. Without: one for all loops, which can."""
+    lora_layers: Literal["all", "core", "later"] = "all"
+    """Which layers get adapters: all, those of the loop, or those of the loop from its second pass
+    on. With later, one loop stays the base, and depths are drawn from two on."""
     lora_rank: int = 8
     """Rank of the adapters."""
     lora_alpha: float = 16.0
@@ -84,6 +87,18 @@ class FinetuneConfig(RunConfig):
             )
         if self.dora and self.lora_per_loop:
             raise UsageError("`dora` with `lora_per_loop` is not supported; leave one out")
+        if self.lora_layers == "later" and self.lora_per_loop:
+            raise UsageError(
+                "`lora_per_loop` gives the first loop an adapter too, and `lora_layers` later "
+                "none; leave one out"
+            )
+        if self.lora_layers != "all" and not self.adapts:
+            raise UsageError(f"`lora_layers` {self.lora_layers} is of adapters; add `lora`")
+        if self.lora_layers == "later" and self.loops == 1:
+            raise UsageError(
+                "`lora_layers` later trains nothing in one loop; give `loops` 2 or more, or leave "
+                "it out"
+            )
         if self.dora and self.qlora and self.quantization == "int8":
             raise UsageError("`dora` can't read int8 weights; use `quantization` nf4")
 
@@ -99,6 +114,9 @@ class FinetuneConfig(RunConfig):
             return "full"
         name = "DoRA" if self.dora else "rsLoRA" if self.rslora else "LoRA"
         name = f"Q{name} ({self.quantization})" if self.qlora else name
+        name += {"all": "", "core": " in the loop", "later": " from the second loop on"}[
+            self.lora_layers
+        ]
         return name + (", one adapter a loop" if self.lora_per_loop else "")
 
 

@@ -101,7 +101,7 @@ class GenerationOptions:
     """How far the codes of a picture follow its text; 1: as the model has them. Each code costs
     twice as much otherwise."""
     draw_steps: int = 8
-    """Steps of the diffusion that makes a picture of codes; 1 is blurred and fastest."""
+    """Steps of the diffusion that makes a picture or speech of codes; 1 is blurred and fastest."""
     draw_guidance: float = 1.0
     """How far that diffusion goes from what it sees without codes; 1: no further than with them."""
     ignore_eos: bool = False

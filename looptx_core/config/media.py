@@ -10,7 +10,7 @@ from looptx_core.errors import UsageError
 
 _MOST = {"layers": 10_000, "width": 1 << 20, "max_seconds": 3600.0, "token": 1 << 24,
          "frames": 1 << 16, "ctc_weight": 100.0, "fps": 1000.0, "rows": 1 << 10,
-         "columns": 1 << 10, "first_code": 1 << 24}  # fmt: skip
+         "columns": 1 << 10, "first_code": 1 << 24, "closes": 1 << 24}  # fmt: skip
 """What no model comes near, so that a damaged config.json asks for no more memory than there is."""
 
 
@@ -77,37 +77,78 @@ class VideoConfig:
 
 
 @dataclass(frozen=True)
-class DrawConfig:
-    """How a model draws: as codes, which are tokens after those of the text.
+class WrittenConfig:
+    """How a model writes a medium: as codes of a codec, which are tokens after those of the text.
 
     Raises `UsageError` for values that fit no model.
     """
 
     codec: str = ""
-    """The fingerprint of the codec; empty: the model does not draw."""
+    """The fingerprint of the codec; empty: the model does not write the medium."""
     rows: int = 0
-    """Codes of a picture, downwards."""
+    """Codes of an item, downwards; of speech as many as it takes, and this is 0."""
     columns: int = 0
-    """The same, across."""
+    """The same, across; of speech, the codes of one moment."""
     levels: tuple[int, ...] = ()
     """Of each digit of a code."""
     first_code: int = 0
     """The token of code 0."""
-    token: int = 8
-    """The token that begins a picture."""
+    token: int = 0
+    """The token that begins an item."""
     digits: bool = True
     """Whether codes share a vector for each level of their digits while they are trained, beside
     one of their own; see `looptx_core.model.code_rows`."""
 
+    SECTION = ""
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The keys that the codec says."""
+        return "columns", "levels"
+
     def __post_init__(self) -> None:
-        _check(self, "draw")
-        if self.codec and not (self.levels and min(self.levels) > 1 and self.rows and self.columns):
+        _check(self, self.SECTION)
+        values = [getattr(self, name) for name in self.own]
+        if self.codec and not (all(values) and min(self.levels) > 1):
+            names = " and ".join(f"{self.SECTION}.{name}" for name in self.own)
             raise UsageError(
-                "model configuration: draw.rows, draw.columns and draw.levels are a codec's own; "
-                "leave them out, and give the codec"
+                f"model configuration: {names} are a codec's own; leave them out, and give the "
+                "codec"
             )
 
     @property
     def codes(self) -> int:
-        """How many codes there are; 0: the model does not draw."""
+        """How many codes there are; 0: the model does not write the medium."""
         return math.prod(self.levels) if self.codec else 0
+
+    @property
+    def ids(self) -> range:
+        """The tokens of the codes."""
+        return range(self.first_code, self.first_code + self.codes)
+
+
+@dataclass(frozen=True)
+class DrawConfig(WrittenConfig):
+    """How a model draws."""
+
+    token: int = 8
+    """The token that begins a picture."""
+
+    SECTION = "draw"
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        return "rows", "columns", "levels"
+
+
+@dataclass(frozen=True)
+class SpeakConfig(WrittenConfig):
+    """How a model speaks: each token of the text, then the codes of its sound, then `closes`."""
+
+    token: int = 9
+    """The token that begins speech."""
+    closes: int = 10
+    """The token after the codes of each token of the text; after those of the last, it ends the
+    speech."""
+
+    SECTION = "speak"

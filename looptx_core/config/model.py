@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from looptx_core.config.media import AudioConfig, DrawConfig, VideoConfig
+from looptx_core.config.media import (
+    AudioConfig,
+    DrawConfig,
+    SpeakConfig,
+    VideoConfig,
+    WrittenConfig,
+)
+from looptx_core.config.rope import RopeScaling
 from looptx_core.errors import UsageError
 from looptx_core.schema import typed
 
@@ -29,8 +36,11 @@ _MOST = {
 _MEMORY_KEYS = (
     "memory", "memory_window", "memory_block", "memory_per_loop", "infini_delta",
 )  # fmt: skip
-SECTIONS: dict[str, type] = {"audio": AudioConfig, "video": VideoConfig, "draw": DrawConfig}
-"""What a model reads and writes beside text and pictures, by the key of its section."""
+SECTIONS: dict[str, type] = {
+    "rope_scaling": RopeScaling, "audio": AudioConfig, "video": VideoConfig, "draw": DrawConfig,
+    "speak": SpeakConfig,
+}  # fmt: skip
+"""The classes of the sections inside a model's configuration, by key."""
 
 
 STORED_AS = {
@@ -85,9 +95,18 @@ class ModelConfig:
     """decay: the share of the state that a loop keeps before any training, between 0 and 1; the
     rest is the embedding's."""
     qk_norm: bool = True
-    """RMSNorm on queries and keys of each head (arXiv 2302.05442)."""
+    """RMSNorm on queries and keys (arXiv 2302.05442)."""
+    qk_norm_over: Literal["head", "all"] = "head"
+    """Whether this norm is of each head or of all heads together."""
+    norm_position: Literal["before", "after"] = "before"
+    """Whether a block's norms stand before attention and feed-forward layer, or after them and
+    before their sum with the residual stream (OLMo 2, arXiv 2501.00656)."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies (arXiv 2104.09864)."""
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    """How these frequencies are lowered for long texts."""
+    qkv_bias: bool = False
+    """Queries, keys and values have a bias, as in Qwen2."""
     norm_eps: float = 1e-6
     """Added to the mean square in RMSNorm."""
     max_seq_len: int = 2048
@@ -133,6 +152,8 @@ class ModelConfig:
     """How the model watches."""
     draw: DrawConfig = field(default_factory=DrawConfig)
     """How the model draws."""
+    speak: SpeakConfig = field(default_factory=SpeakConfig)
+    """How the model speaks."""
     media: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     """Settings of further media by name; each has a folder in `looptx_core.media`."""
 
@@ -176,6 +197,14 @@ class ModelConfig:
             f"injection must be decay, bridge, add or none, not {self.injection!r}",
         )
         need(
+            self.qk_norm_over in ("head", "all"),
+            f"qk_norm_over must be head or all, not {self.qk_norm_over!r}",
+        )
+        need(
+            self.norm_position in ("before", "after"),
+            f"norm_position must be before or after, not {self.norm_position!r}",
+        )
+        need(
             self.activation in ("gelu", "silu"),
             f"activation must be gelu or silu, not {self.activation!r}",
         )
@@ -212,10 +241,18 @@ class ModelConfig:
             "draw needs the encoder of pictures, vision_layers, and draw.token a token of "
             f"{self.vocab_size}",
         )
+        speak = self.speak
         need(
-            not draw.first_code or draw.first_code + draw.codes <= self.vocab_size,
-            f"{draw.codes} codes from {draw.first_code} on are no tokens of {self.vocab_size}",
+            not speak.codec or (self.audio.layers > 0 and speak.closes < self.vocab_size),
+            "speak needs the encoder of recordings, audio.layers, and speak.closes a token of "
+            f"{self.vocab_size}",
         )
+        for written in self.written:
+            need(
+                not written.first_code or written.ids.stop <= self.vocab_size,
+                f"{written.codes} codes from {written.first_code} on are no tokens of "
+                f"{self.vocab_size}",
+            )
         need(
             isinstance(self.media, Mapping)
             and all(isinstance(section, Mapping) for section in self.media.values()),
@@ -232,6 +269,16 @@ class ModelConfig:
             f"({self.memory_block})",
         )
         need(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), not {self.dropout}")
+
+    @property
+    def written(self) -> tuple[WrittenConfig, ...]:
+        """The sections of the media that the model writes as a codec's codes."""
+        return tuple(section for section in (self.draw, self.speak) if section.codec)
+
+    @property
+    def all_codes(self) -> int:
+        """How many tokens are codes of a codec."""
+        return sum(section.codes for section in self.written)
 
     @property
     def has_memory(self) -> bool:

@@ -10,8 +10,8 @@ from looptx_core.errors import UsageError
 _NAMES = {
     "[1, inf)": """
         steps seq_len batch_size micro_batch devices nodes save_every keep profile val_every
-        val_batches log_every lora_rank max_new_tokens shard_tokens limit
-        max_batch max_context eval_every eval_limit
+        val_batches log_every lora_rank max_new_tokens shard_tokens limit max_batch max_context
+        eval_every eval_limit
     """,
     "[0, inf)": """
         workers decode_tokens weight_decay clip temperature top_k speculate max_queue drain_seconds
@@ -20,7 +20,7 @@ _NAMES = {
         lr epochs max_minutes mean_loops lora_alpha repetition_penalty finetune_steps
         request_timeout
     """,
-    "[0, 1]": "min_lr warmup lr_decay grow_share deeper_share explore min_p",
+    "[0, 1]": "teacher_weight min_lr warmup lr_decay grow_share deeper_share explore min_p",
     "(0, 1]": "top_p",
     "[0, 1)": "beta2 lora_dropout mask_patches",
     "(0, 1)": "val_fraction",

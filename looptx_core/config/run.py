@@ -85,6 +85,14 @@ class RunConfig:
     loss_prior: float = 0.0
     """Loop t's loss counts t to this power, beside the sequence's others; 0: all alike."""
 
+    teacher: str | None = None
+    """A model folder with the same tokenizer whose probabilities are learned too (distillation,
+    arXiv 1503.02531), or first-loop: those of the model's own first loop."""
+    teacher_weight: float = 0.5
+    """teacher: its share of the loss; the rest is the data's."""
+    control: bool = False
+    """Afterwards train the same model again without loops, for as many FLOPs, and compare."""
+
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """auto: bf16 where a short probe finds it faster."""
     attention: Literal["auto", "sdpa", "flash", "explicit"] = "auto"
@@ -157,6 +165,13 @@ class RunConfig:
             raise UsageError("`deepspeed_config` needs ZeRO; add `zero3`")
         if self.offload == "nvme" and self.sharding == "zero2":
             raise UsageError("`offload` nvme needs `zero3`; ZeRO-2 offloads to the CPU alone")
+        for name in ("teacher", "control"):
+            if getattr(self, name) and self.world_size > 1:
+                raise UsageError(
+                    f"`{name}` with several processes is refused; take one device, or leave it out"
+                )
+        if self.teacher and zero:
+            raise UsageError("`teacher` with ZeRO is refused; leave one of them out")
         if self.keep_best and self.sharding not in ("none", "ddp"):
             raise UsageError(
                 f"`keep_best` with {self.sharding} is refused: no process has all weights; "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from torch import Tensor
 from looptx_core.checkpoint.folder import LoadedModel
 from looptx_core.checkpoint.weights import check_finite, tensors_of
 from looptx_core.config.generation import ExitSettings
+from looptx_core.config.rope import RopeScaling
 from looptx_core.conversion.gguf_tokenizer import read_gguf_tokenizer
 from looptx_core.conversion.pretrained import (
-    ARCHITECTURES,
     Looping,
     check_fits,
     empty_model,
@@ -32,12 +33,16 @@ from looptx_core.conversion.pretrained import (
 )
 from looptx_core.documents import short, some
 from looptx_core.errors import DataError
+from looptx_core.model.rope import rotary_frequencies
 from looptx_core.model.vocabulary import tie_head
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 """The number types that are read."""
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _COPY_AGAIN = "copy or download the file again"
 _DAMAGE = (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError)
+_FREQUENCIES = "rope_freqs.weight"
+_BIAS = re.compile(r"blk\.\d+\.attn_[qkv]\.bias")
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -83,10 +88,10 @@ class GGUF:
         if reader.byte_order != "I":
             raise DataError(f"{file}: of the other byte order; convert it for this machine")
         self.architecture = str(self.values.get("general.architecture"))
-        if self.architecture not in ARCHITECTURES:
+        if self.architecture not in _ARCHITECTURES:
             raise DataError(
                 f"{file}: its architecture is {short(self.architecture)}; `from_gguf` reads "
-                f"{', '.join(ARCHITECTURES)}"
+                f"{', '.join(_ARCHITECTURES)}"
             )
         self.stored = {tensor.name: tensor for tensor in reader.tensors}
         for name, tensor in self.stored.items():
@@ -104,6 +109,11 @@ class GGUF:
         for tensor in self.stored.values():
             counts[tensor.tensor_type.name] += tensor.n_elements if len(tensor.shape) > 1 else 0
         return [name for name, count in counts.most_common() if count]
+
+    @property
+    def weights(self) -> list[str]:
+        """The names of what is learned."""
+        return [name for name in self.stored if name != _FREQUENCIES]
 
     @property
     def elements(self) -> int:
@@ -127,8 +137,12 @@ class GGUF:
 
         heads, width = get("attention.head_count"), get("embedding_length")
         head_dim = get("attention.key_length", max(1, width // heads))
-        if has("rope.scaling.type") or "rope_freqs.weight" in self.stored:
-            refuse("scaled RoPE")
+        rope: dict[str, Any] = {"rope_type": "default"}
+        if _FREQUENCIES in self.stored:
+            rope = self._llama3(get("rope.freq_base", 10_000.0, float), head_dim)
+        elif has("rope.scaling.type"):
+            rope = {"rope_type": self.values[f"{self.architecture}.rope.scaling.type"],
+                    "factor": get("rope.scaling.factor", 1.0, float)}  # fmt: skip
         if get("rope.dimension_count", head_dim) != head_dim:
             refuse("RoPE on a part of each head")
         if get("attention.value_length", head_dim) != head_dim:
@@ -137,7 +151,9 @@ class GGUF:
             if has(name):
                 refuse(what)
         for name in self.stored:
-            if name.endswith(".bias"):
+            if name.endswith(".bias") and not (
+                self.architecture == "qwen2" and _BIAS.fullmatch(name)
+            ):
                 refuse(f"biases ({short(name)})")
         embedding = self.stored.get("token_embd.weight")
         if embedding is None or len(embedding.shape) != 2:
@@ -154,18 +170,35 @@ class GGUF:
             "hidden_act": "silu",
             "max_position_embeddings": get("context_length"),
             "rms_norm_eps": get("attention.layer_norm_rms_epsilon", kind=float),
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": get("rope.freq_base", 10_000.0, float),
-            },
+            "rope_parameters": rope | {"rope_theta": get("rope.freq_base", 10_000.0, float)},
             "tie_word_embeddings": "output.weight" not in self.stored,
         }
 
-    def tensor(self, name: str) -> Tensor:
-        """A tensor in float32, as transformers holds it."""
+    def _llama3(self, theta: float, head_dim: int) -> dict[str, Any]:
+        """Llama 3's scaled RoPE, of which a file has but what each frequency is divided by."""
+        divisors = self._read(_FREQUENCIES)
+        factor = float(divisors.max())
+        plain = rotary_frequencies(head_dim, theta)
+        for original in (8192, 4096, 2048, 16384, 32768):
+            scaling = RopeScaling("llama3", factor, original_max_position_embeddings=original)
+            expected = plain / rotary_frequencies(head_dim, theta, scaling)
+            if divisors.shape == expected.shape and torch.allclose(divisors, expected, rtol=1e-4):
+                return asdict(scaling)
+        raise DataError(
+            f"{self.file}: scaled RoPE with {_FREQUENCIES} that are not Llama 3's, which a looped "
+            "model has no place for"
+        )
+
+    def _read(self, name: str) -> Tensor:
+        """A tensor in float32, as the file holds it."""
         found: ReaderTensor = self.stored[name]
         values = torch.from_numpy(np.array(dequantize(found.data, found.tensor_type), np.float32))
         check_finite(values, name, self.file)
+        return values
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor in float32, as transformers holds it."""
+        values = self._read(name)
         match = re.fullmatch(r"blk\.\d+\.attn_([qk])\.weight", name)
         if not match or self.architecture != "llama":
             return values
@@ -178,9 +211,9 @@ class GGUF:
 
     def transformers_name(self, name: str) -> str:
         """As transformers calls a tensor; its own name where it has none."""
-        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
         if match and match[2] in _LAYER:
-            return f"model.layers.{match[1]}.{_LAYER[match[2]]}.weight"
+            return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
         return _TOP.get(name, name)
 
     def in_transformers(self) -> torch.nn.Module:
@@ -194,7 +227,7 @@ class GGUF:
             )
         # RoPE's frequencies are no weight: they are computed anew.
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-        weights = {self.transformers_name(name): self.tensor(name) for name in self.stored}
+        weights = {self.transformers_name(name): self.tensor(name) for name in self.weights}
         if self.settings["tie_word_embeddings"]:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
         model.load_state_dict(weights, assign=True)
@@ -216,7 +249,8 @@ def from_gguf(gguf: GGUF, looping: Looping) -> LoadedModel:
     model, rename = empty_model(config), looped_names(config)
     expected = tensors_of(model, None)
     names: dict[str, str] = {}
-    for name, tensor in gguf.stored.items():
+    for name in gguf.weights:
+        tensor = gguf.stored[name]
         ours = rename(gguf.transformers_name(name))
         if ours not in expected:
             raise DataError(f"{file}: unexpected {short(name)}; a looped model has no place for it")

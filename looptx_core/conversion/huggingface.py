@@ -113,10 +113,10 @@ def exported_sources() -> dict[str, str]:
 
 
 def from_huggingface(folder: Path, looping: Looping = ONE_LOOP) -> LoadedModel:
-    """Read what `to_hf` wrote, as it is or saved again by transformers; or a Llama or Qwen3.
+    """Read what `to_hf` wrote, as it is or saved again by transformers; or a plain model.
 
-    A Llama or Qwen3 becomes a looped model as `pretrained` says, with a confidence head that is
-    yet to be trained. looping: for these alone.
+    A plain one, of `ARCHITECTURES`, becomes a looped model as `pretrained` says, with a confidence
+    head that is yet to be trained. looping: for these alone.
 
     Raises:
         DataError: other folders, and what a looped model has no place for.
@@ -130,7 +130,8 @@ def from_huggingface(folder: Path, looping: Looping = ONE_LOOP) -> LoadedModel:
         return from_folder(folder, settings, looping)
     if kind != MODEL_TYPE or settings.get("architectures") != [CLASS]:
         raise DataError(
-            f"{folder}: model_type {kind!r}; `from_hf` reads what `to_hf` wrote, llama and qwen3"
+            f"{folder}: model_type {kind!r}; `from_hf` reads what `to_hf` wrote, and "
+            f"{', '.join(ARCHITECTURES)}"
         )
     if looping.core is not None:
         raise UsageError(f"{folder}: a looped model already; `core` is for plain ones")

@@ -7,9 +7,10 @@ nothing until it is trained.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,24 @@ from looptx_core.checkpoint.special_tokens import SpecialTokens
 from looptx_core.checkpoint.weights import load_weights, refuse_pickle, weight_files
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
-from looptx_core.documents import read_json
+from looptx_core.config.rope import ROPE_TYPES, RopeScaling
+from looptx_core.documents import is_one_of, read_json, short
 from looptx_core.errors import DataError, UsageError
 from looptx_core.machine.facts import free_ram
 from looptx_core.model.empty_weights import init_empty_weights
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.schema import typed
 
-ARCHITECTURES = ("llama", "qwen3")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 """transformers' `model_type` of the models that can be expressed exactly."""
-_BLOCK = {
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "mlp_norm",
-    "self_attn": "attention",
+_NORMS = {
+    "before": {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"},
+    "after": {
+        "post_attention_layernorm": "attention_norm",
+        "post_feedforward_layernorm": "mlp_norm",
+    },
 }
+"""transformers' names of the norms, by where they stand."""
 _TOP = {
     "model.embed_tokens.weight": "embedding.weight",
     "model.norm.weight": "norm.weight",
@@ -85,12 +90,14 @@ def looped_shape(settings: Mapping[str, Any], where: str, looping: Looping) -> M
         if not ok:
             raise DataError(f"{where}: {what}, which a looped model has no place for")
 
+    kind = settings["model_type"]
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     act = {"silu": "silu", "gelu": "gelu"}.get(settings.get("hidden_act", "silu"))
     need(act is not None, f"hidden_act {settings.get('hidden_act')!r}")
-    need(rope.get("rope_type", rope.get("type", "default")) == "default", "scaled RoPE")
-    need(not settings.get("attention_bias") and not settings.get("mlp_bias"), "biases")
-    need(not settings.get("use_sliding_window"), "a sliding window")
+    part = rope.get("partial_rotary_factor") or settings.get("partial_rotary_factor") or 1.0
+    need(part == 1.0, "RoPE on a part of each head")
+    need(not settings.get("attention_bias"), "biases on the output of attention")
+    need(not settings.get("mlp_bias"), "biases in the feed-forward layers")
     try:
         layers, heads = settings["num_hidden_layers"], settings["num_attention_heads"]
         first, end = looping.span(layers)
@@ -108,11 +115,16 @@ def looped_shape(settings: Mapping[str, Any], where: str, looping: Looping) -> M
             "loops": 1,
             "max_loops": most,
             "injection": "none" if looping.core is None else "bridge",
-            "qk_norm": settings["model_type"] == "qwen3",
+            "qk_norm": kind in ("qwen3", "olmo2"),
+            "qk_norm_over": "all" if kind == "olmo2" else "head",
+            "norm_position": "after" if kind == "olmo2" else "before",
+            "qkv_bias": kind == "qwen2",
             "activation": act,
             "rope_theta": rope.get("rope_theta") or settings.get("rope_theta") or 10_000.0,
+            "rope_scaling": _rope_scaling(rope, need),
             "norm_eps": settings.get("rms_norm_eps", 1e-6),
-            "max_seq_len": settings.get("max_position_embeddings", 2048),
+            # Within its window a sliding attention is a full one.
+            "max_seq_len": min(settings.get("max_position_embeddings", 2048), _window(settings)),
             "tie_embeddings": settings.get("tie_word_embeddings", False),
         }
     except KeyError as error:
@@ -120,10 +132,25 @@ def looped_shape(settings: Mapping[str, Any], where: str, looping: Looping) -> M
     return typed(ModelConfig, shape, where)
 
 
+def _rope_scaling(rope: Mapping[str, Any], need: Callable[[bool, str], None]) -> dict[str, Any]:
+    """The section `rope_scaling`. rope: transformers' `rope_parameters` or `rope_scaling`."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    need(is_one_of(kind, ROPE_TYPES), f"scaled RoPE ({short(kind)})")
+    names = {"linear": ("factor",), "llama3": [field.name for field in fields(RopeScaling)][1:]}
+    return {"rope_type": kind, **{name: rope[name] for name in names.get(kind, ())}}
+
+
+def _window(settings: Mapping[str, Any]) -> float:
+    """How many tokens each layer attends to; inf: all."""
+    slides = settings.get("use_sliding_window", settings["model_type"] == "mistral")
+    return settings.get("sliding_window") or math.inf if slides else math.inf
+
+
 def looped_names(config: ModelConfig) -> Callable[[str], str | None]:
     """From transformers' names of tensors to the looped model's; None for a tied head."""
     counts = {"prelude": config.prelude_layers, "core": config.core_layers,
               "coda": config.coda_layers}  # fmt: skip
+    modules = {"self_attn": "attention", **_NORMS[config.norm_position]}
     places = [f"{part}.{number}" for part, count in counts.items() for number in range(count)]
 
     def rename(name: str) -> str | None:
@@ -132,7 +159,8 @@ def looped_names(config: ModelConfig) -> Callable[[str], str | None]:
         match = re.fullmatch(r"model\.layers\.(\d+)\.(\w+)\.(.+)", name)
         if not match or int(match[1]) >= len(places):
             return name  # and is refused as unexpected
-        return f"{places[int(match[1])]}.{_BLOCK.get(match[2], match[2])}.{match[3]}"
+        part = re.sub(r"^([qkv])_proj\.bias$", r"\1_bias", match[3])
+        return f"{places[int(match[1])]}.{modules.get(match[2], match[2])}.{part}"
 
     return rename
 

@@ -18,12 +18,12 @@ from looptx_core.conversion.huggingface import from_huggingface
 from looptx_core.conversion.pretrained import Looping, is_plain, open_plain
 from looptx_core.conversion.source_check import (
     logit_difference,
-    sample_text,
     second_loop_costs,
     transformers_or_none,
 )
 from looptx_core.data.datamodule import Batches
 from looptx_core.data.own import OwnData, given_data, open_data, own_data
+from looptx_core.data.sample import sample_text
 from looptx_core.errors import MissingError, UsageError
 from looptx_core.model.loop import LoopedTransformer
 

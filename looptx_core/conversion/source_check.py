@@ -8,19 +8,15 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from looptx_core.conversion.pretrained import Looping
-from looptx_core.data.corpus import bundled_text
 from looptx_core.errors import DataError, LooptxError
 from looptx_core.model.loop import LoopedTransformer
 
 MOST_DIFFERENCE = 1e-4
 """Of logits, relative to the largest. States of a norm of 24,800 are usual, so that an absolute
 bound would judge the rounding alone."""
-_CHARACTERS = 4_000
-_ROWS, _LENGTH = 4, 128
 
 
 class Span(NamedTuple):
@@ -38,16 +34,6 @@ class Span(NamedTuple):
 
     def to_dict(self) -> dict[str, object]:
         return {"core": self.name, "second_loop_cost": self.cost}
-
-
-def sample_text(tokenizer: Tokenizer, length: int) -> Tensor:
-    """Tokens of the bundled text, (rows, length)."""
-    text = bundled_text().read_text("utf-8")
-    start = len(text) // 2  # past the front matter
-    ids = tokenizer.encode(text[start : start + _CHARACTERS], add_special_tokens=False).ids
-    length = min(_LENGTH, length)
-    rows = min(_ROWS, len(ids) // length)
-    return torch.tensor(ids[: max(1, rows) * length]).view(max(1, rows), -1)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from looptx_core.data.records import MediaFile, Record, Records, Turn
+from looptx_core.media.registry import MEDIA
 
 _UNASKED = 9
 """Of so many times that an item is written to a text, it is written to none once: what guidance
@@ -29,7 +30,9 @@ def _ways(record: Record, direction: str, written: Collection[str]) -> Iterator[
         case Record(form="text", turns=(Turn((MediaFile() as file, tuple() as texts)),)) if (
             file.medium in written and not file.written
         ):
-            said = (*(texts * -(-_UNASKED // len(texts))), "")
+            unasked = ("",) if MEDIA[file.medium].unasked else ()
+            times = -(-_UNASKED // len(texts)) if unasked else 1
+            said = (*(texts * times), *unasked)
             turns = (Turn((said,)), Turn((file._replace(written=True),)))
             group = record.group if record.group is not None else "\n".join(texts)
             if direction == "both":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,16 +20,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from looptx_core.config.model import ModelConfig
-from looptx_core.data.chat import encode_turns
 from looptx_core.data.datamodule import Batches
+from looptx_core.data.encode_record import encode_record
 from looptx_core.data.example import Example, code_ranges, target_weights
-from looptx_core.data.records import MediaFile, Record, Turn, parse, raw_records, rename_columns
+from looptx_core.data.records import parse, raw_records, rename_columns
 from looptx_core.data.split import hold_out
 from looptx_core.data.tokenizer import PAD, end_id
 from looptx_core.errors import DataError, UsageError
-from looptx_core.media.base import Grid
 from looptx_core.media.batch import MediaItem, batch_items, to_entries
-from looptx_core.media.registry import MEDIA, media_for, writers
+from looptx_core.media.registry import MEDIA
 
 
 @dataclass
@@ -111,98 +110,6 @@ def read_examples(
         )
     found.media.update(file.medium for example in found.kept for file in example.files)
     return found
-
-
-def encode_record(
-    record: Record, tokenizer: Tokenizer, config: ModelConfig | None, all_count: bool = False
-) -> Example:
-    """A record as tokens, with each of its texts; the longest one comes first.
-
-    Text n of a part goes with text n of the record's other parts, which go round. all_count:
-    prompts count as well.
-
-    Raises `DataError` for an item that can't be read, or of a medium that the model has not.
-    """
-    encoder = _Encoder(tokenizer, config, record)
-    parts = [part for turn in record.turns for part in turn.content]
-    count = max((len(part) for part in parts if not isinstance(part, MediaFile)), default=1)
-    ways = sorted(
-        (encoder.example(way, all_count) for way in range(count)), key=lambda e: -len(e.ids)
-    )
-    return ways[0]._replace(others=tuple(ways[1:]))
-
-
-class _Encoder:
-    """Makes tokens of one record, whose items it measures once."""
-
-    def __init__(self, tokenizer: Tokenizer, config: ModelConfig | None, record: Record) -> None:
-        self.tokenizer, self.config, self.record = tokenizer, config, record
-        self.files = tuple(file for file in record.files if not file.written)
-        self.placeholders: list[int] = []
-        self.grids: list[Grid] = []
-        self.items = [self._item(file) for file in record.files]
-
-    def _item(self, file: MediaFile) -> list[int]:
-        """The tokens of an item: placeholders where it is read, codes where it is written."""
-        medium, where = MEDIA[file.medium], self.record.where
-        name = f"{where}: {file.path}"
-        if file.written:
-            writer = writers(self.config).get(file.medium) if self.config else None
-            if writer is None:
-                raise DataError(f"{where}: this model writes no {medium.plural}; give another")
-            return [writer.opens, *writer.encode(file.path, name)]
-        if self.config is None or medium not in media_for(self.config):
-            raise DataError(
-                f"{where}: has a {medium.noun}, and this model reads none; give one by `model` "
-                f"that was trained on {medium.plural}"
-            )
-        grid = medium.measure(file.path, self.config, name)
-        self.grids.append(grid)
-        self.placeholders.append(medium.token(self.config))
-        return self.placeholders[-1:] * medium.length(grid)
-
-    def example(self, way: int, all_count: bool) -> Example:
-        """With text `way` of each part."""
-        end, items = end_id(self.tokenizer), iter(self.items)
-        turns = [self._content(turn, way, items) for turn in self.record.turns]
-        if self.record.form == "messages":
-            roles = [turn.role for turn in self.record.turns]
-            ids, counted = encode_turns(zip(roles, turns), self.tokenizer)
-        elif self.record.form == "prompt":
-            before, after = turns
-            if self.record.files or not before:
-                before = [end, *before]  # as generation begins
-            ids = [*before, *after, end]
-            opens = isinstance(self.record.turns[1].content[0], MediaFile)  # as who asks for it
-            counted = [False] * (len(before) + opens) + [True] * (len(after) + 1 - opens)
-        else:
-            ids = [end, *turns[0], end]
-            # The end before a text is the end of another text; an item has none before it.
-            counted = [not self.files] + [True] * (len(ids) - 1)
-        tokens = np.array(ids, np.int32)
-        learned = np.ones(len(ids), bool) if all_count else np.array(counted)
-        learned &= ~np.isin(tokens, self.placeholders)
-        return Example(
-            tokens, learned, self.files, (), self.record.group, tuple(self.grids), self._label(way)
-        )
-
-    def _label(self, way: int) -> str | None:
-        match self.record.turns[0].content:
-            case (MediaFile(medium, _, False), tuple() as texts) if (
-                self.record.form == "text" and MEDIA[medium].labelled
-            ):
-                return str(texts[way % len(texts)])
-        return None
-
-    def _content(self, turn: Turn, way: int, items: Iterator[list[int]]) -> list[int]:
-        ids: list[int] = []
-        for part in turn.content:
-            if isinstance(part, MediaFile):
-                ids += next(items)
-            else:
-                text = part[way % len(part)]
-                ids += self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
 
 
 def _truncated(example: Example, seq_len: int, config: ModelConfig | None) -> Example | None:

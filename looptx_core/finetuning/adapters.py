@@ -1,11 +1,13 @@
 """Adapters on a looped model, by PEFT and in its own format.
 
-One adapter serves all loops, or each loop has its own (`loop_1`, `loop_2`, ...), chosen as the
-loop is entered; what is outside the loop then has the adapter `default`. The confidence head is
-no adapter: it is trained whole and stored with them (PEFT's `modules_to_save`).
+One adapter serves all loops, or those from the second on, or each loop has its own (`loop_1`,
+`loop_2`, ...), chosen as the loop is entered; what is outside the loop then has the adapter
+`default`. The confidence head is no adapter, nor is the bridge by which a pretrained model's later
+loops begin: they are trained whole and stored with them (PEFT's `modules_to_save`).
 
     adapter_config.json, adapter_model.safetensors   PEFT's; loop_<n>/ has the same for each loop
-    looptx.json                                      the base's fingerprint, facts
+    looptx.json                                      the base's fingerprint, facts, and the first
+                                                     loop with the adapter where it is not the first
     tokenizer.json, tokenizer_config.json            with the chat template
     generation_config.json                           the exit rule, calibrated with the adapter
 """
@@ -49,6 +51,7 @@ with without_bitsandbytes():
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "looptx.json"
 _SHARED = "default"
+_FROM_SECOND = ((), (_SHARED,))
 
 
 @without_bitsandbytes()
@@ -58,6 +61,13 @@ def attach(model: LoopedTransformer, config: FinetuneConfig) -> PeftModel:
     Raises `UsageError` for a target that matches nothing or is tied to another layer.
     """
     layers = targets(model, config.target_modules)
+    inside = [name for name in layers if name.startswith("core.")]
+    if not inside and (config.lora_per_loop or config.lora_layers != "all"):
+        which = "`lora_per_loop`" if config.lora_per_loop else f"`lora_layers` {config.lora_layers}"
+        raise UsageError(f"{which}: no target lies in the loop; leave it out")
+    whole = ["confidence", *(["injection"] if model.injection.kind == "bridge" else [])]
+    if model.config.memory != "none":
+        whole.append("memory")  # closed gates would stay closed
 
     def lora(names: Sequence[str] | str, save: list[str] | None = None) -> LoraConfig:
         return LoraConfig(
@@ -73,15 +83,19 @@ def attach(model: LoopedTransformer, config: FinetuneConfig) -> PeftModel:
         )
 
     if not config.lora_per_loop:
-        return get_peft_model(model, lora(config.target_modules, ["confidence"]))
-    inside = [name for name in layers if name.startswith("core.")]
-    if not inside:
-        raise UsageError("`lora_per_loop`: no target lies in the loop; leave it out")
+        named = config.target_modules if config.lora_layers == "all" else inside
+        peft = get_peft_model(model, lora(named, whole))
+        if config.lora_layers == "later":
+            follow_loops(model, _FROM_SECOND, trainable=True)
+        return peft
     outside = [name for name in layers if name not in inside]
-    peft = get_peft_model(model, lora(outside or DUMMY_TARGET_MODULES, ["confidence"]))
-    for name in _loop_names(model.config.max_loops):
+    if config.lora_layers == "core":
+        outside = []
+    peft = get_peft_model(model, lora(outside or DUMMY_TARGET_MODULES, whole))
+    names = _loop_names(model.config.max_loops)
+    for name in names:
         peft.add_adapter(name, lora(inside))
-    follow_loops(model, model.config.max_loops, trainable=True)
+    follow_loops(model, [[name] for name in names], trainable=True)
     return peft
 
 
@@ -114,19 +128,21 @@ def targets(model: LoopedTransformer, names: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
-def follow_loops(model: LoopedTransformer, loops: int, trainable: bool) -> None:
-    """Let each loop use its own adapter; loops beyond the last use the last.
+def follow_loops(
+    model: LoopedTransformer, by_loop: Sequence[Sequence[str]], trainable: bool
+) -> None:
+    """Let each loop use the adapters that `by_loop` names; loops beyond the last use the last's.
 
     PEFT's `set_adapter` would freeze all the others, so the choice is set on the layers.
     """
-    names = _loop_names(loops)
+    names = [name for each in by_loop for name in each]
     layers = [module for module in model.core.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
         layer.set_requires_grad(names, trainable)
 
     def enter(loop: int) -> None:
         for layer in layers:
-            layer._active_adapter = [names[min(loop, loops) - 1]]
+            layer._active_adapter = list(by_loop[min(loop, len(by_loop)) - 1])
 
     model.enter_loop = enter
     enter(1)
@@ -141,15 +157,19 @@ def save_adapter(
     facts: Mapping[str, Any],
     chat_template: str | None = None,
     files: Mapping[str, Mapping[str, Any]] | None = None,
+    from_second: bool = False,
 ) -> None:
     """Write an adapter folder, whole or not at all; one that is there is replaced.
 
-    files: more JSON documents, by name.
+    from_second: whether the adapter acts from the second loop on. files: more JSON documents, by
+    name.
     """
     name = base.folder.resolve()
     for settings in peft.peft_config.values():
         settings.base_model_name_or_path = str(name)
     own = {"format_version": 1, "base": fingerprint(base.folder), "facts": dict(facts)}
+    if from_second:
+        own["first_loop"] = 2
     generation = {"exit": asdict(exit_settings)}
     tokens = tokenizer_config(base.special, base.config.max_seq_len, chat_template)
     card = _card(folder, base.name, facts)
@@ -175,13 +195,14 @@ def save_adapter(
 def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> LoadedModel:
     """The base with an adapter, in evaluation mode; `base.model` is changed.
 
-    merge: put an adapter that all loops share into the weights, which run as fast as the base's.
+    merge: put an adapter that acts alike in all loops into the weights, which run as fast as the
+    base's.
 
     Raises:
         DataError: no adapter, a pickle, or an adapter of another base.
     """
     folder = Path(folder)
-    loops = loops_of(folder)
+    loops, from_second = loops_of(folder), is_from_second(folder)
     _check_base(base, folder)
     base = as_float(base)
     names = [_SHARED, *_loop_names(loops)]
@@ -192,7 +213,7 @@ def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> L
             peft = PeftModel.from_pretrained(base.model, str(folder), local_files_only=True)
             for name in names[1:]:
                 peft.load_adapter(str(folder / name), name, local_files_only=True)
-            if merge and not loops:
+            if merge and not loops and not from_second:
                 peft.merge_and_unload()
     except Exception as error:  # PEFT and its parts raise many kinds for what doesn't fit
         reason = " ".join(str(error).split())[:200]
@@ -201,8 +222,9 @@ def load_adapter(base: LoadedModel, folder: str | Path, merge: bool = True) -> L
         ) from error
     check_folder(folder)
     model = base.model
-    if loops:
-        follow_loops(model, loops, trainable=False)
+    if loops or from_second:
+        by_loop = _FROM_SECOND if from_second else [[name] for name in names[1:]]
+        follow_loops(model, by_loop, trainable=False)
     elif merge:
         model.requires_grad_(True)
     file = folder / "generation_config.json"
@@ -222,6 +244,12 @@ def own_facts(folder: Path) -> dict[str, Any]:
     file = folder / FACTS
     found = read_json(file).get("facts") if file.is_file() else None
     return found if isinstance(found, dict) else {}
+
+
+def is_from_second(folder: Path) -> bool:
+    """Whether an adapter acts from the second loop on, so that one loop is the base's."""
+    file = folder / FACTS
+    return file.is_file() and read_json(file).get("first_loop") == 2
 
 
 def check_adapter(folder: Path) -> None:

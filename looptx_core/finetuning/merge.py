@@ -10,7 +10,7 @@ import torch
 from looptx_core.checkpoint.card import descended
 from looptx_core.checkpoint.folder import LoadedModel, load_model, model_name
 from looptx_core.errors import UsageError
-from looptx_core.finetuning.adapters import load_adapter, loops_of, own_facts
+from looptx_core.finetuning.adapters import is_from_second, load_adapter, loops_of, own_facts
 from looptx_core.model.loop import LoopedTransformer
 
 
@@ -21,7 +21,8 @@ def merge_adapter(base_folder: str | Path, adapter_folder: str | Path) -> Looped
     into nf4 would round the sum once more.
 
     Raises:
-        UsageError: the adapter has a part for each loop, which one set of weights can't hold.
+        UsageError: the adapter has a part for each loop, or none in the first, which one set of
+            weights can't hold.
         DataError: a folder that is no model or no adapter, a pickle, or an adapter of another
             base.
     """
@@ -35,6 +36,11 @@ def merge(base_folder: str | Path, adapter_folder: str | Path) -> LoadedModel:
         raise UsageError(
             f"{adapter}: has an adapter for each of {loops} loops, and one set of weights serves "
             "all loops; run it by looptx generate --adapter, or train one without `lora_per_loop`"
+        )
+    if is_from_second(adapter):
+        raise UsageError(
+            f"{adapter}: acts from the second loop on, and one set of weights serves all loops; "
+            "run it by looptx generate --adapter, or train one without `lora_layers` later"
         )
     base = load_model(base_folder, dtype=torch.float32)
     found = own_facts(adapter)

@@ -42,12 +42,14 @@ from looptx_core.media.registry import MEDIA
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.stopping.calibration import reported_confidence
 from looptx_core.training.calibration import calibrate, fit_odds
+from looptx_core.training.control import Control
 from looptx_core.training.curves import plot_run
 from looptx_core.training.epochs import epochs_told, in_steps
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.metrics import calibration_error
 from looptx_core.training.run import fit, report_unlabelled, resuming
+from looptx_core.training.teacher import check_teacher
 from looptx_core.words import counted
 
 if TYPE_CHECKING:
@@ -85,6 +87,10 @@ class FinetuneResult:
     the gap that moving the adapter to the full-precision base leaves."""
     answers: HeldOutAnswers | None = None
     """To held-out prompts; None where the data has none."""
+    flops: float = 0.0
+    """Of the training, forward and backward."""
+    control: Control | None = None
+    """The same training without loops, where it was asked for."""
 
 
 @dataclass
@@ -151,7 +157,10 @@ def prepare(
             f"{'train' if kind == 'packed' else 'put an adapter beside'}; finetune the model that "
             f"it was made from, then looptx convert --to-bitnet{can}"
         )
+    if config.lora_layers == "later" and config.loops is None and config.loop_schedule != "fixed":
+        config = replace(config, loops=2)  # one loop has nothing to train
     schedule = LoopSchedule(config, loaded.config.max_loops)  # refuses impossible loops
+    check_teacher(config.teacher, loaded.config, tokenizer_fingerprint(loaded.tokenizer))
     parameters = sum(p.numel() for p in model.trunk_parameters())
     if config.adapts:
         targets(model, config.target_modules)
@@ -202,7 +211,7 @@ def finetune(
     before = prepared.before
     assert before is not None, "a prepared run has judged its base"
     model, peft, loops = loaded.model, prepared.peft, prepared.loops
-    _, steps = fit(
+    module, steps = fit(
         model, batches, config, folder=folder, advice=resuming("finetune", folder), resume=resume,
         until=until, callbacks=callbacks, report=report, watch=watch,
     )  # fmt: skip
@@ -226,7 +235,8 @@ def finetune(
         if config.qlora:
             quantised_loss = _measured(model, batches, loops).loss_by_loop[-1]
         save_adapter(final, peft, loaded, exit_settings=loaded.exit, facts=facts,
-                     chat_template=prepared.chat_template, files=files)  # fmt: skip
+                     chat_template=prepared.chat_template, files=files,
+                     from_second=config.lora_layers == "later")  # fmt: skip
         # As it will run: on the full-precision base, merged where it can be.
         trained = load_adapter(load_model(loaded.folder, dtype=torch.float32), final).model
     after = _measured(trained, batches, loops)
@@ -261,6 +271,7 @@ def finetune(
         ece=held_out_ece(after, replace(exit_settings, stated=())),
         quantised_loss=quantised_loss,
         answers=answers,
+        flops=float(module.flops),
     )
 
 

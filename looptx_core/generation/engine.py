@@ -42,7 +42,7 @@ from looptx_core.generation.running_batch import RunningBatch, WorkCounters
 from looptx_core.generation.sampling import check
 from looptx_core.generation.scheduler import Scheduler, serve
 from looptx_core.generation.text import TextStream
-from looptx_core.media.registry import writers
+from looptx_core.media.registry import MEDIA, writers
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.flops import token_flops
 from looptx_core.model.loop import LoopedTransformer
@@ -324,9 +324,15 @@ class Engine:
                 "`speculate`: drafted tokens have to be taken back, and this model's layers can't "
                 "take back what they remember; leave out `speculate`"
             )
+        write = getattr(prompt, "write", None)
+        if write and options.guidance != 1 and not MEDIA[write].unasked:
+            raise UsageError(
+                f"`guidance` is of what is written to no prompt as well, and {MEDIA[write].plural} "
+                "are not; leave it out"
+            )
         limit = len(tokens) + options.max_new_tokens
         prompt_exit = fixed_exit(options.prompt_loops or own.max_loops, own.settings)
-        empty = [self.end, tokens[-1]] if getattr(prompt, "write", None) else []
+        empty = [self.end, tokens[-1]] if write else []
         return Request(
             index=index,
             options=options,
@@ -341,6 +347,7 @@ class Engine:
             known=self.known,
             media=read.media,
             writers=self.writers,
+            writes_one=bool(empty),
             generator=torch.Generator().manual_seed(options.seed),
         )
 

@@ -21,8 +21,12 @@ class Output:
     medium: str
     ids: tuple[int, ...]
     """Its tokens, without the one that opens it."""
+    codes: range
+    """Which of them are codes."""
     content: bytes
     """The file's content."""
+    seconds: float | None = None
+    """How long it is, where its medium has time."""
     elapsed: float = 0.0
     """Seconds that it took to make the file of the codes."""
 
@@ -33,31 +37,37 @@ class OpenItem(NamedTuple):
     medium: str
     writer: Writer
     written: Sequence[int]
+    said: Sequence[int]
+    """The text that it says, see `Writer.said`."""
 
     def restrict(self, logits: Tensor) -> Tensor:
         """logits (vocab_size,), with minus infinity for ids that may not follow."""
-        allowed = torch.tensor(list(self.writer.allowed(self.written)), device=logits.device)
+        ids = list(self.writer.allowed(self.written, self.said))
+        allowed = torch.tensor(ids, device=logits.device)
         return torch.full_like(logits, float("-inf")).index_copy(0, allowed, logits[allowed])
 
     def finish(self, token: int, options: GenerationOptions) -> Output | None:
         """The finished item, if this token ends it."""
-        ids = (*self.written, token)
-        if not self.writer.finished(ids):
+        ids, writer = (*self.written, token), self.writer
+        if not writer.finished(ids, self.said):
             return None
         began = time.perf_counter()
-        content = self.writer.render(ids, options)
-        return Output(self.medium, ids, content, time.perf_counter() - began)
+        content = writer.render(ids, options)
+        elapsed = time.perf_counter() - began
+        return Output(self.medium, ids, writer.code_ids, content, writer.seconds(ids), elapsed)
 
 
 def open_item(writers: Mapping[str, Writer], seen: Sequence[int]) -> OpenItem | None:
     """The item that is unfinished after these ids (a prompt and its continuation), if any."""
     for medium, writer in writers.items():
-        codes = range(writer.first_code, writer.first_code + writer.codes)
-        start = len(seen)
-        while start and seen[start - 1] in codes:
-            start -= 1
-        if start and seen[start - 1] == writer.opens:
-            written = seen[start:]
-            if not (written and writer.finished(written)):
-                return OpenItem(medium, writer, written)
+        if (start := _last(seen, writer.opens)) is not None:
+            written, said = seen[start + 1 :], writer.said(seen[:start])
+            if writer.is_open(written, said):
+                return OpenItem(medium, writer, written, said)
     return None
+
+
+def _last(ids: Sequence[int], wanted: int) -> int | None:
+    """The last place of an id."""
+    turned = ids[::-1]
+    return len(ids) - 1 - turned.index(wanted) if wanted in turned else None

@@ -117,14 +117,15 @@ class Generation:
         for place, step in enumerate(self.tokens):
             if (output := step.output) is not None:
                 own = self.tokens[place + 1 - len(output.ids) : place + 1]
+                own = [token for token in own if token.id in output.codes]
                 found.append(
                     {
                         "kind": output.medium,
                         "file": None,
-                        "codes": list(output.ids),
+                        "codes": [token.id for token in own],
                         "loops": [token.loops for token in own],
                         "confidence": [token.confidence for token in own],
-                        "seconds": None,
+                        "seconds": output.seconds,
                         "elapsed": output.elapsed,
                     }
                 )
@@ -198,6 +199,8 @@ class Request:
     media: tuple[MediaItem, ...] = ()
     writers: Mapping[str, Writer] = field(default_factory=dict)
     """The writers of the media that the model writes."""
+    writes_one: bool = False
+    """Whether it ends with the item that it writes."""
     unprompted: Unprompted | None = None
     """With guidance: what writes the same item after no prompt."""
     barred: Sequence[int] = ()
@@ -256,16 +259,19 @@ class Request:
         item = open_item(self.writers, self.seen)
         self.seen.append(token)
         text = "" if item else self.text.push(token)
+        finished = item and item.finish(token, self.options)
         reason = None
         if token in self.ends and not item and not self.options.ignore_eos:
             reason = "end"
         elif len(self.seen) == self.limit:
             reason = "length"
+        elif finished and self.writes_one:
+            reason = "end"
         if reason:
             text += self.text.finish()
         reason = "stop" if self.text.stopped else reason
         self.done = reason is not None
-        return text, item and item.finish(token, self.options), reason
+        return text, finished, reason
 
 
 def next_tokens(requests: Sequence[Request], output: StepOutput) -> list[Step]:

@@ -109,6 +109,8 @@ class Medium:
     """What a model that writes it is said to have."""
     part: str = ""
     """The type of a part of a chat message that holds an item, as OpenAI's API names it."""
+    unasked: bool = True
+    """Whether training writes some items to no text, for guidance."""
     write_key: str | None = None
     """The key of a record's part that the model learns to write, where it can."""
     grid_names: tuple[str, ...] = ("length",)
@@ -335,7 +337,8 @@ class Writer:
     """How a model writes items of one medium: as codes, which are ids of its vocabulary.
 
     The codes' rows follow the text's. An item begins with the token `opens`; then `allowed` says
-    which ids may come, until `finished`. They are codes, but for a last one that may end the item.
+    which ids may come, until `finished`. They are codes, but for a last one that may end the item,
+    and for others that the medium needs, such as those of the text that is spoken.
     """
 
     opens: int
@@ -345,21 +348,52 @@ class Writer:
     codes: int
     """How many codes there are."""
 
-    def allowed(self, written: Sequence[int]) -> Sequence[int]:
-        """The ids that may follow these ids of an item, which is not finished."""
+    @property
+    def code_ids(self) -> range:
+        """The ids of the codes."""
         return range(self.first_code, self.first_code + self.codes)
 
-    def finished(self, written: Sequence[int]) -> bool:
+    def said(self, before: Sequence[int]) -> Sequence[int]:
+        """The ids of the text that an item says which begins after these ids; most say none."""
+        return ()
+
+    def allowed(self, written: Sequence[int], said: Sequence[int] = ()) -> Sequence[int]:
+        """The ids that may follow these ids of an item, which is not finished."""
+        return self.code_ids
+
+    def finished(self, written: Sequence[int], said: Sequence[int] = ()) -> bool:
         """Whether these ids, without `opens`, are a whole item."""
         raise NotImplementedError
 
-    def encode(self, source: Source, where: str | None = None) -> list[int]:
+    def is_open(self, written: Sequence[int], said: Sequence[int] = ()) -> bool:
+        """Whether these ids are the beginning of an item."""
+        codes = self.code_ids
+        return all(token in codes for token in written) and not (
+            written and self.finished(written, said)
+        )
+
+    def encode(
+        self, source: Source, where: str | None = None, said: Sequence[tuple[int, bytes]] = ()
+    ) -> list[int]:
         """The ids of a whole item in a file, without `opens`, to learn from.
 
-        Raises `DataError` for what can't be read.
+        said: the ids of the text before it, each with its bytes. Raises `DataError` for what can't
+        be read.
         """
         raise NotImplementedError
 
+    def learned(self, token: int) -> bool:
+        """Whether a model learns to predict this token of an item, which `encode` made."""
+        return True
+
     def render(self, written: Sequence[int], options: GenerationOptions) -> bytes:
         """The content of the file that a whole item makes, by a request's settings."""
+        raise NotImplementedError
+
+    def seconds(self, written: Sequence[int]) -> float | None:
+        """How long a whole item is; None for a medium without time."""
+        return None
+
+    def codes_of(self, seconds: float) -> int:
+        """The codes of so many seconds, for a medium with time."""
         raise NotImplementedError

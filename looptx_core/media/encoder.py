@@ -41,17 +41,21 @@ class Encoder(nn.Module):
     def reset_stem(self) -> None:
         """Start weights that differ from the rule of `model.weights.draw_weights`."""
 
-    def run(self, x: Tensor, positions: Tensor, there: Tensor) -> Tensor:
+    def run(
+        self, x: Tensor, positions: Tensor, there: Tensor, near: Tensor | None = None
+    ) -> Tensor:
         """What the blocks make of items, normed, (items, rows, width).
 
         x: (items, rows, width), padded at the right. positions: (axes, items or 1, rows). there:
-        (items, rows) bool, where no padding is.
+        (items, rows) bool, where no padding is. near: (rows, rows) bool, which rows each one sees;
+        None: all.
         """
         rotary = rotary_tables(
             positions, self.config.head_dim, self.config.rope_theta, self.norm.weight.dtype
         )
         # A mask even where nothing is padded: without one attention would be causal.
-        ctx = ForwardContext(rotary, there[:, None, None, :].expand(-1, 1, x.shape[1], -1))
+        mask = there[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+        ctx = ForwardContext(rotary, mask if near is None else mask & near)
         for block in self.blocks:
             x = block(x, ctx)
         return self.norm(x)

@@ -19,7 +19,7 @@ from looptx_core.model.fused import can_use_fused, gelu_gate, multi_linear
 from looptx_core.model.int8 import Int8Linear
 from looptx_core.model.layer_state import Attended
 from looptx_core.model.memory import LayerMemory, Remembered, without_rope
-from looptx_core.model.norm import HeadNorm, RMSNorm
+from looptx_core.model.norm import AllHeadsNorm, HeadNorm, RMSNorm
 from looptx_core.model.rope import Rotary, Rotate
 
 
@@ -164,17 +164,25 @@ class Attention(FusedProjection):
         super().__init__()
         self.head_dim = config.head_dim
         width, kv_width = (n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
-        self.q_proj = linear(config, config.d_model, width)
-        self.k_proj = linear(config, config.d_model, kv_width)
-        self.v_proj = linear(config, config.d_model, kv_width)
+        normed = config.norm_position == "before"
+        self.q_proj = linear(config, config.d_model, width, normed)
+        self.k_proj = linear(config, config.d_model, kv_width, normed)
+        self.v_proj = linear(config, config.d_model, kv_width, normed)
         self.o_proj = linear(config, width, config.d_model, normed=False)
-        self.q_norm, self.k_norm = _rotate_heads(config), _rotate_heads(config)
+        # Beside the layers, so that layers of any kind of storage can have them.
+        self.q_bias, self.k_bias, self.v_bias = (
+            nn.Parameter(torch.zeros(size)) if config.qkv_bias else None
+            for size in (width, kv_width, kv_width)
+        )
+        self.q_norm = _rotate_heads(config, config.n_heads)
+        self.k_norm = _rotate_heads(config, config.n_kv_heads)
         self.memory = LayerMemory(config) if remembers else None
 
     def forward(self, x: Tensor, ctx: ForwardContext, past: Past | None) -> Tensor:
         batch, length, _ = x.shape
         queries, keys, values = (
-            part.view(batch, length, -1, self.head_dim) for part in self.project(x)
+            _with_bias(part, bias).view(batch, length, -1, self.head_dim)
+            for part, bias in zip(self.project(x), (self.q_bias, self.k_bias, self.v_bias))
         )
         turned = self.q_norm(queries, ctx.rotary)
         queries = turned.transpose(1, 2)
@@ -194,7 +202,8 @@ class Attention(FusedProjection):
     def entries(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """The keys and values that `forward` writes, (batch, kv_heads, length, head_dim)."""
         keys, values = (
-            layer(x).view(*x.shape[:2], -1, self.head_dim) for layer in (self.k_proj, self.v_proj)
+            _with_bias(layer(x), bias).view(*x.shape[:2], -1, self.head_dim)
+            for layer, bias in ((self.k_proj, self.k_bias), (self.v_proj, self.v_bias))
         )
         return self.k_norm(keys, ctx.rotary).transpose(1, 2), values.transpose(1, 2)
 
@@ -208,8 +217,9 @@ class GeGLU(FusedProjection):
         super().__init__()
         activation: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
         self.activation = activation[config.activation]
-        self.gate_proj = linear(config, config.d_model, config.d_ff)
-        self.up_proj = linear(config, config.d_model, config.d_ff)
+        normed = config.norm_position == "before"
+        self.gate_proj = linear(config, config.d_model, config.d_ff, normed)
+        self.up_proj = linear(config, config.d_model, config.d_ff, normed)
         self.down_proj = linear(config, config.d_ff, config.d_model, normed=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -220,7 +230,7 @@ class GeGLU(FusedProjection):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and GeGLU, each added to the residual stream."""
+    """Attention and GeGLU with their norms, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, remembers: bool = False) -> None:
         super().__init__()
@@ -229,13 +239,29 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = GeGLU(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.norms_after = config.norm_position == "after"
 
     def forward(self, x: Tensor, ctx: ForwardContext, past: Past | None = None) -> Tensor:
         """x: (batch, length, d_model), and so is the result. past, remembers: see `Attention`."""
+        if self.norms_after:
+            x = x + self.dropout(self.attention_norm(self.attention(x, ctx, past)))
+            return x + self.dropout(self.mlp_norm(self.mlp(x)))
         x = x + self.dropout(self.attention(self.attention_norm(x), ctx, past))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
+    def entries(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+        """`Attention.entries` for what enters the block, (batch, length, d_model)."""
+        return self.attention.entries(x if self.norms_after else self.attention_norm(x), ctx)
 
-def _rotate_heads(config: ModelConfig) -> nn.Module:
+
+def _with_bias(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias.to(x.dtype)
+
+
+def _rotate_heads(config: ModelConfig, heads: int) -> nn.Module:
     """Applies RoPE to the heads of queries or keys, with a norm before it if so configured."""
-    return HeadNorm(config.head_dim, config.norm_eps) if config.qk_norm else Rotate()
+    if not config.qk_norm:
+        return Rotate()
+    if config.qk_norm_over == "all":
+        return AllHeadsNorm(heads * config.head_dim, config.norm_eps)
+    return HeadNorm(config.head_dim, config.norm_eps)

@@ -194,7 +194,8 @@ class LoopCache:
         for first, rows in leaving.items():
             positions = self.positions[:, rows, first : first + size]
             width, theta = self.config.head_dim, self.config.rope_theta
-            rotary = rotary_tables(positions, width, theta, self.dtype, far=True)
+            scaling = self.config.rope_scaling
+            rotary = rotary_tables(positions, width, theta, self.dtype, scaling, far=True)
             for state in self.core:
                 state.fold(rows, first, rotary, [self.deepest[row] for row in rows])
 

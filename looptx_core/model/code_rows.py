@@ -9,7 +9,7 @@ saved model has one matrix, as every kernel expects.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,26 +54,51 @@ class CodeRows(nn.Module):
         rows[self.first : self.first + self.codes] += shared.to(rows)
 
 
-def share_code_rows(model: LoopedTransformer, learned: bool = False) -> None:
+class AllCodeRows(nn.ModuleList):
+    """`CodeRows` of each medium that a model writes."""
+
+    @property
+    def each(self) -> list[CodeRows]:
+        return [rows for rows in self if isinstance(rows, CodeRows)]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What to add to the embeddings of tokens (...): (..., width)."""
+        return sum(
+            (rows.embed(tokens) for rows in self.each), torch.zeros((), device=tokens.device)
+        )
+
+    def logits(self, hidden: Tensor, vocab_size: int) -> Tensor:
+        """What to add to the head's logits of hidden (..., width): (..., vocab_size)."""
+        first, *others = (rows.logits(hidden, vocab_size) for rows in self.each)
+        return sum(others, first)
+
+
+def share_code_rows(model: LoopedTransformer, learned: Collection[str] = ()) -> None:
     """Let the rows of a model's codes share a part while they are trained.
 
-    learned: the rows are kept, and what they share starts at 0; else the other way round.
+    learned: the fingerprints of codecs whose rows are kept, and what they share starts at 0; of
+    others it is the other way round.
     """
-    draw = model.config.draw
-    if not (draw.codes and draw.digits):
+    config = model.config
+    shared = [section for section in config.written if section.digits]
+    if not shared:
         return
-    model.code_rows = CodeRows(draw.first_code, draw.levels, model.config.d_model)
+    model.code_rows = AllCodeRows(
+        CodeRows(section.first_code, section.levels, config.d_model) for section in shared
+    )
     with torch.no_grad():
-        if learned:
-            model.code_rows.table.zero_()
-        else:
+        for section, own in zip(shared, model.code_rows.each):
+            if section.codec in learned:
+                own.table.zero_()
+                continue
             for rows in model.vocabulary():
-                rows[draw.first_code : draw.first_code + draw.codes] = 0
+                rows[section.first_code : section.ids.stop] = 0
 
 
 def fold_code_rows(model: LoopedTransformer) -> None:
     """Make ordinary rows of what a model's codes share, for good."""
     if model.code_rows is not None:
         for rows in model.vocabulary():
-            model.code_rows.add_to(rows.data)
+            for own in model.code_rows.each:
+                own.add_to(rows.data)
         model.code_rows = None

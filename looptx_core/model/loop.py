@@ -37,7 +37,7 @@ from looptx_core.model.attention import (
 )
 from looptx_core.model.block import Block, ForwardContext, FusedProjection
 from looptx_core.model.cache import CacheView, LoopCache
-from looptx_core.model.code_rows import CodeRows
+from looptx_core.model.code_rows import AllCodeRows
 from looptx_core.model.confidence import Confidence, ConfidenceHead
 from looptx_core.model.initial import initialise
 from looptx_core.model.injection import Injection
@@ -86,7 +86,7 @@ class LoopedTransformer(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = new_head(config)
         tie_head(self)
-        self.code_rows: CodeRows | None = None
+        self.code_rows: AllCodeRows | None = None
         self.confidence = ConfidenceHead(config)
         for medium in self.media:
             if (head := medium.head(config)) is not None:
@@ -139,7 +139,7 @@ class LoopedTransformer(nn.Module):
             view.keep_positions(positions)
         rotary = rotary_tables(
             positions, self.config.head_dim, self.config.rope_theta, _compute_dtype(weight),
-            far=self.config.has_memory,
+            self.config.rope_scaling, far=self.config.has_memory,
         )  # fmt: skip
         kept = documents if self.config.has_memory else None
         return ForwardContext(rotary, mask, self.attend, view, documents=kept)
@@ -243,7 +243,7 @@ class LoopedTransformer(nn.Module):
             self.enter_loop(loop + 1)
         first, x = self.core[0], self.injection(state, embedding, loop + 1)
         assert isinstance(first, Block)
-        ctx.view.backfill(loop, first.attention.entries(first.attention_norm(x), ctx))
+        ctx.view.backfill(loop, first.entries(x, ctx))
 
     def new_layer_state(self, spec: StateSpec) -> LayerState:
         """What a layer remembers while decoding; a subclass may return another kind of memory."""

@@ -125,6 +125,10 @@ class LayerMemory(nn.Module):
 
     def read(self, queries: Tensor, memory: Memory) -> Tensor:
         """What the memory returns, (rows, heads, new, head_dim); queries as in `forward`."""
+        with torch.autocast(queries.device.type, enabled=False):
+            return self._read(queries, memory)
+
+    def _read(self, queries: Tensor, memory: Memory) -> Tensor:
         rows, heads, new, width = queries.shape
         q = self._feature(queries.to(memory.matrix.dtype))
         q = q.reshape(rows, self.shape[0], -1, width)  # heads that share a key head, one after one
@@ -141,6 +145,13 @@ class LayerMemory(nn.Module):
         keys, values: (rows, kv_heads, tokens, head_dim), keys without RoPE. documents: (rows,
         tokens), numbers; only the last token's document is remembered. None: all are one.
         """
+        # What is added up over a whole text is float32, also where products are bfloat16.
+        with torch.autocast(keys.device.type, enabled=False):
+            return self._fold(memory, keys, values, documents)
+
+    def _fold(
+        self, memory: Memory, keys: Tensor, values: Tensor, documents: Tensor | None
+    ) -> Memory:
         keys, values = keys.to(memory.matrix.dtype), values.to(memory.matrix.dtype)
         if documents is None:
             document, kept = torch.zeros_like(memory.document), None

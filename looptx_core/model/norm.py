@@ -33,6 +33,14 @@ class RMSNorm(nn.Module):
         return x * scale * (self.weight * math.sqrt(self.width))
 
 
+class AllHeadsNorm(RMSNorm):
+    """RMSNorm of all heads together, then RoPE."""
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:  # type: ignore[override]
+        """x: (batch, length, heads, head_dim)."""
+        return rotate(super().forward(x.flatten(-2)).view_as(x), rotary)
+
+
 class HeadNorm(RMSNorm):
     """RMSNorm of each head (arXiv 2302.05442), then RoPE."""
 

@@ -135,7 +135,9 @@ def count(model: ModelConfig) -> Counts:
     """Parameters by part."""
     queries, keys = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
     matrices = model.d_model * (2 * queries + 2 * keys) + 3 * model.d_model * model.d_ff
-    block = matrices + 2 * model.d_model + (2 * model.head_dim if model.qk_norm else 0)
+    normed = queries + keys if model.qk_norm_over == "all" else 2 * model.head_dim
+    vectors = model.qk_norm * normed + model.qkv_bias * (queries + 2 * keys)
+    block = matrices + 2 * model.d_model + vectors
     blocks = model.prelude_layers + model.core_layers + model.coda_layers
     words = model.vocab_size * model.d_model
     return Counts(

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from looptx_core.atomic import replacing, write_file
 from looptx_core.checkpoint.metrics_log import read_metrics
+from looptx_core.documents import check_regular
 from looptx_core.errors import DataError
 from looptx_core.machine.integrity import check_noted, digest_file, note_digest, sha256_of
 from looptx_core.parallel.deepspeed import checkpoint as fragments
@@ -309,7 +310,9 @@ def resume_point(
     Lightning saves a step before it logs and validates it. If the run was killed in between, the
     newest checkpoint has no records, and the one before it is taken, or the start of the run (None)
     if there is none. If the log lacks more than that, the newest checkpoint is taken all the same.
+    Raises `DataError` for a run in which something is no file, at which a logger would wait.
     """
+    check_regular(metrics.parent)
     found = sorted(folder.glob("step-*.ckpt"), reverse=True)
     trained: set[int] = set()
     validated: set[int] = set()

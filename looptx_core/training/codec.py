@@ -29,7 +29,7 @@ _REGRESSION = 0.25  # of each batch, at t = 0
 _NO_CODES = 0.1  # of each batch, for guidance
 _OTHER_CODES = 0.05  # of all codes, drawn at random, so that a wrong one costs one patch
 _KEPT = 0.999  # of the averaged weights at each step
-_ROWS = 64  # pictures that are judged at once
+_ROWS = 64  # items that are judged at once
 
 Progress = Callable[[int, int, float], object]
 """(step, steps, loss)."""
@@ -37,18 +37,21 @@ Progress = Callable[[int, int, float], object]
 
 @dataclass
 class CodecReport:
-    """How good a codec is on pictures that it was not trained on."""
+    """How good a codec is on items, pictures or stretches of speech, that it was not trained on."""
 
     psnr: dict[int, float] = field(default_factory=dict)
     """Decibels by the number of diffusion steps, all loops."""
     psnr_by_loop: list[float] = field(default_factory=list)
     """Decibels after each number of loops, in one step."""
+    mel_error: dict[int, float] = field(default_factory=dict)
+    """Of speech: the mean deviation (root mean square) of its mels in decibels of loudness, by the
+    number of diffusion steps, all loops."""
     codes_used: float = 0.0
     """The share of the codes that appear."""
     bits: float = 0.0
-    """Of one picture."""
+    """Of one picture, or of a second of speech."""
     held_out: int = 0
-    """Pictures that were judged."""
+    """Items that were judged."""
     steps: int = 0
     """Steps of the training."""
     seconds: float = 0.0
@@ -118,11 +121,11 @@ def codec_loss(
 
 def train_codec(
     codec: Codec,
-    pictures: Tensor,
+    items: Tensor,
     settings: TokenizeConfig,
     on_progress: Progress = lambda step, steps, loss: None,
 ) -> int:
-    """Train on pictures (n, patches, numbers) of bytes; returns the number of steps done.
+    """Train on items (n, patches, numbers) of bytes; returns the number of steps done.
 
     Batch, times and noise of a step are functions of the seed and of the step. The codec ends with
     its averaged weights, in evaluation mode, after an interruption too.
@@ -138,7 +141,7 @@ def train_codec(
     factor = learning_rate_factor(RunConfig(steps=settings.steps, min_lr=0.02))
     averaged = Averaged(list(codec.parameters()))
     device = next(codec.parameters()).device
-    order = Order(len(pictures), settings.batch_size, settings.seed)
+    order = Order(len(items), settings.batch_size, settings.seed)
     codec.train()
     if device.type == "cpu":
         fused.enable_fused(True)
@@ -148,7 +151,7 @@ def train_codec(
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * factor(step)
             draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-            batch = from_bytes(pictures[order.batch(step)]).to(device)
+            batch = from_bytes(items[order.batch(step)]).to(device)
             loss = codec_loss(codec, batch, codec.grid, draw, step / settings.steps)
             optimizer.zero_grad()
             loss.backward()
@@ -172,14 +175,14 @@ def train_codec(
 
 
 class Order:
-    """Which pictures make batch n: each epoch an order drawn from (seed, epoch)."""
+    """Which items make batch n: each epoch an order drawn from (seed, epoch)."""
 
     def __init__(self, count: int, rows: int, seed: int) -> None:
         self.count, self.rows, self.seed = count, rows, seed
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
     def batch(self, step: int) -> Tensor:
-        """(rows,), the numbers of the pictures."""
+        """(rows,), the numbers of the items."""
         chosen = []
         for place in range(step * self.rows, (step + 1) * self.rows):
             epoch, number = divmod(place, self.count)
@@ -190,9 +193,9 @@ class Order:
         return torch.stack(chosen)
 
 
-def judge_codec(codec: Codec, pictures: Tensor, seed: int = 0, most: int = 512) -> CodecReport:
-    """The report on pictures (n, patches, numbers) of bytes, of which `most` are judged."""
-    some = pictures[torch.linspace(0, len(pictures) - 1, min(most, len(pictures))).long()]
+def judge_codec(codec: Codec, items: Tensor, seed: int = 0, most: int = 512) -> CodecReport:
+    """The report on items (n, patches, numbers) of bytes, of which `most` are judged."""
+    some = items[torch.linspace(0, len(items) - 1, min(most, len(items))).long()]
     ways = [(steps, codec.config.max_loops) for steps in (1, 8)]
     ways += [(1, loops) for loops in range(1, codec.config.max_loops)]
     errors: dict[tuple[int, int], list[Tensor]] = {way: [] for way in ways}
@@ -206,21 +209,31 @@ def judge_codec(codec: Codec, pictures: Tensor, seed: int = 0, most: int = 512) 
             found = codec.decode(codes, codec.grid, steps=steps, loops=loops, seed=seed)
             errors[steps, loops].append((found - patches).square().mean((1, 2)))
     psnr = {way: float(decibels(torch.cat(some)).mean()) for way, some in errors.items()}
-    deepest = codec.config.max_loops
+    deepest, config = codec.config.max_loops, codec.config
+    mel_error, parts = {}, 1.0
+    if config.kind == "speech":
+        from looptx_core.media.audio.coded import DECIBELS, seconds_of
+
+        parts = seconds_of(config.rows, config)
+        mel_error = {
+            steps: DECIBELS * float(torch.cat(errors[steps, deepest]).mean().sqrt())
+            for steps in (1, 8)
+        }
     return CodecReport(
+        mel_error=mel_error,
         psnr={steps: psnr[steps, deepest] for steps in (1, 8)},
         psnr_by_loop=[psnr[1, loops] for loops in range(1, deepest + 1)],
         codes_used=len(torch.cat(used).unique()) / codec.config.codes,
-        bits=math.prod(codec.grid) * codec.config.bits,
+        bits=math.prod(codec.grid) * codec.config.bits / parts,
         held_out=len(some),
     )
 
 
 def decibels(squared_error: Tensor) -> Tensor:
-    """PSNR of pictures whose numbers span 2, from their mean squared errors."""
+    """PSNR of items whose numbers span 2, from their mean squared errors."""
     return 10 * torch.log10(4 / squared_error.clamp(min=1e-12))
 
 
-def from_bytes(pictures: Tensor) -> Tensor:
+def from_bytes(items: Tensor) -> Tensor:
     """Bytes as numbers from -1 to 1."""
-    return pictures.float() / 127.5 - 1
+    return items.float() / 127.5 - 1

@@ -27,6 +27,7 @@ from looptx_core.model.code_rows import fold_code_rows
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.parallel.strategy import Swapped
 from looptx_core.training.calibration import calibrate
+from looptx_core.training.control import Control
 from looptx_core.training.curves import plot_run, verdict
 from looptx_core.training.evaluate import LoopEvaluation, evaluate_all, evaluate_loops
 from looptx_core.training.module import LoopedLM
@@ -59,6 +60,8 @@ class TrainResult:
     """With `keep_best`: the step whose weights the model has."""
     swapped: Swapped | None = None
     """Under NVMe offload: the swap files and the traffic, in bytes."""
+    control: Control | None = None
+    """The same training without loops, where it was asked for."""
 
 
 def finish_training(

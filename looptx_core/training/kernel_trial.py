@@ -164,7 +164,7 @@ def _steps(config: ModelConfig, rows: int, length: int) -> dict[str, Callable[[]
     }
     if config.activation == "gelu":
         forward["gate"] = gate
-    if config.qk_norm:
+    if config.qk_norm and config.qk_norm_over == "head":
         forward["norm and RoPE"] = lambda: block.attention.q_norm(parts, rotary)
     found = {name: forward[name] for name in fused.OPERATIONS if name in forward}
     return {name: lambda f=function: f().sum().backward() for name, function in found.items()}  # type: ignore[misc]

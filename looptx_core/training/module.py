@@ -29,6 +29,7 @@ from looptx_core.training.optimizer import (
     clip_by_part,
     learning_rate_factor,
 )
+from looptx_core.training.teacher import Teacher
 
 
 class LoopedLM(L.LightningModule):
@@ -47,6 +48,7 @@ class LoopedLM(L.LightningModule):
         self.model = model
         self.config = config
         self.schedule = LoopSchedule(config, model.config.max_loops)
+        self.teacher = Teacher(config.teacher) if config.teacher else None
         self.evaluation: LoopEvaluation | None = None
         self.swapped: Swapped | None = None
         self.begun_at = 0  # the step that a resumed run went on from
@@ -102,6 +104,8 @@ class LoopedLM(L.LightningModule):
             loss_prior=self.config.loss_prior,
             recompute=self.config.grad_checkpointing,
             progress=self.global_step / max(1, self.config.steps),
+            teacher=self.teacher,
+            teacher_weight=self.config.teacher_weight,
         )
         loss = result.loss + result.confidence_loss
         if not math.isfinite(loss.item()):

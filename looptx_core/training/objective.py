@@ -25,15 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from looptx_core.config.model import ModelConfig
 from looptx_core.media.base import Encoded
 from looptx_core.media.batch import Media, hidden_numbers
 from looptx_core.media.registry import MEDIA
 from looptx_core.model.block import ForwardContext
 from looptx_core.model.flops import token_flops
-from looptx_core.model.loop import LoopedTransformer, Score
+from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.score import Score, score
 from looptx_core.parallel.ranks import has_ranks, max_over_ranks
 from looptx_core.training.evaluate import inputs_and_targets
 from looptx_core.training.loop_schedule import LoopSchedule
+from looptx_core.training.teacher import Teacher, divergence
 
 _GAIN_LIMIT = 4.0  # nats; single tokens can gain more, and would dominate the squared error
 
@@ -93,6 +96,8 @@ def loop_loss(
     loss_prior: float = 0.0,
     recompute: bool = False,
     progress: float = 0.0,
+    teacher: Teacher | None = None,
+    teacher_weight: float = 0.5,
 ) -> LoopLoss:
     """The objective on a batch.
 
@@ -109,6 +114,8 @@ def loop_loss(
         loss_prior: among several readouts of a sequence, loop t counts t to this power.
         recompute: save memory by running each loop again in the backward pass.
         progress: the share of the training that is done, with which the encoders' own losses fall.
+        teacher: each readout learns its probabilities too.
+        teacher_weight: the share of the loss that is the divergence from the teacher.
     """
     inputs, labels = inputs_and_targets(tokens, targets)
     batch, length = inputs.shape
@@ -163,9 +170,17 @@ def loop_loss(
             "all": 0,
         }[loss_at]
         readouts.add(state[start:stop], list(range(start, stop)), loop)
-    scored = _score(model, readouts, labels, weights, ctx)
+    taught = None
+    if teacher is not None:
+        taught = teacher.logits(model, inputs, documents, media)[on_device]
+    scored = _score(model, readouts, labels, weights, ctx, taught)
     state = _with_unused_media(model, state, media)
-    result = _combine(model, scored, depths, loss_prior, tie=state, core_rows=core_rows)
+    result = _combine(
+        model, scored, depths, loss_prior, teacher_weight, tie=state, core_rows=core_rows
+    )
+    if teacher is not None:
+        cost = token_flops((teacher.model or model).config, length / 2)
+        result.flops += cost.at(teacher.loops) * batch * length
     _add_media(result, model, media or {}, scored, inputs, on_device)
     _add_encoder_losses(result, model, encoded, progress)
     return result
@@ -238,6 +253,8 @@ class _Scored:
     """Share of the targets whose weight is not 0."""
     decoded: Tensor
     """The head's input, (readouts, length, d_model)."""
+    divergence: Tensor | None
+    """From the teacher, nats; None without one."""
 
 
 def _score(
@@ -246,10 +263,12 @@ def _score(
     targets: Tensor,
     weights: Tensor | None,
     ctx: ForwardContext,
+    taught: Tensor | None,
 ) -> _Scored:
     """Coda, head and confidence head, once for all readouts.
 
-    targets, weights: (batch, length). ctx: of the batch.
+    targets, weights: (batch, length). ctx: of the batch. taught: the teacher's logits, (batch,
+    length, vocab_size).
     """
     states = torch.cat(readouts.states)
     rows = torch.tensor(readouts.rows, device=targets.device)
@@ -261,10 +280,17 @@ def _score(
         # Skip the product with the vocabulary for targets that don't count, as placeholders.
         counted = weights.flatten() > 0
         flat, flat_targets = flat[counted], flat_targets[counted]
-    scored = model.score(flat, flat_targets)
+    apart = None
+    if taught is None:
+        scored = model.score(flat, flat_targets)
+    else:
+        logits, taught = model.logits(flat).float(), taught[rows].flatten(0, 1)
+        scored = score(logits, flat_targets)
+        apart = divergence(taught if counted is None else taught[counted], logits)
     if counted is not None:
         zeros = scored.loss.new_zeros(targets.numel())
         scored = Score(*(zeros.masked_scatter(counted, part) for part in scored))
+        apart = None if apart is None else zeros.masked_scatter(counted, apart)
     confidence = model.confidence(states, torch.tensor(readouts.loops, device=states.device))
     return _Scored(
         readouts.rows,
@@ -275,6 +301,7 @@ def _score(
         weights,
         1.0 if counted is None else float(counted.float().mean()),
         decoded,
+        None if apart is None else apart.view(targets.shape),
     )
 
 
@@ -283,6 +310,7 @@ def _combine(
     scored: _Scored,
     depths: Tensor,
     prior: float,
+    teacher_weight: float,
     tie: Tensor,
     core_rows: int,
 ) -> LoopLoss:
@@ -296,7 +324,10 @@ def _combine(
     share = loops.double() ** prior
     weight = share / torch.zeros(batch).double().index_add(0, rows, share)[rows] / batch
     losses = scored.score.loss.detach()
-    by_readout = _weigh(scored.score.loss, scored.weights).mean(1)
+    learned = scored.score.loss
+    if scored.divergence is not None:
+        learned = (1 - teacher_weight) * learned + teacher_weight * scored.divergence
+    by_readout = _weigh(learned, scored.weights).mean(1)
     loss = (by_readout * weight.to(by_readout)).sum() + 0.0 * tie.float().sum()
 
     confidence_loss = F.binary_cross_entropy_with_logits(
@@ -313,10 +344,7 @@ def _combine(
     else:
         confidence_loss = confidence_loss + 0.0 * scored.gain.sum()
 
-    cost = token_flops(model.config, length / 2)
     readouts = len(scored.rows) / batch
-    skipped = readouts * (1 - scored.counted) * 2 * model.config.d_model * model.config.vocab_size
-    forward = (cost.at(core_rows / batch, readouts, readouts, readouts) - skipped) * batch * length
     final = (depths[rows] == loops).to(by_readout.device)
     return LoopLoss(
         loss=loss,
@@ -326,8 +354,22 @@ def _combine(
             (scored.logit.detach().sigmoid() - scored.score.hit).abs(), scored.weights
         ),
         mean_loops=core_rows / batch,
-        flops=3 * forward,
+        flops=training_flops(model.config, length, core_rows / batch, readouts, scored.counted)
+        * batch
+        * length,
     )
+
+
+def training_flops(
+    config: ModelConfig, length: int, loops: float, readouts: float, counted: float
+) -> float:
+    """Of a token, forward and backward: three times the forward pass.
+
+    length: of its sequence. counted: the share of targets that count; others skip the head.
+    """
+    skipped = readouts * (1 - counted) * 2 * config.d_model * config.vocab_size
+    forward = token_flops(config, length / 2).at(loops, readouts, readouts, readouts)
+    return 3 * (forward - skipped)
 
 
 def _weigh(values: Tensor, weights: Tensor | None, rows: Tensor | slice = slice(None)) -> Tensor:

@@ -152,7 +152,8 @@ def train(
         special = init.special if init else None
         evaluation = TaskEvaluation(config, batches.shards.tokenizer, special, report)
         callbacks = [*callbacks, evaluation]
-    share_code_rows(model, learned=init is not None and bool(init.config.draw.codes))
+    learned = {section.codec for section in init.config.written} if init else ()
+    share_code_rows(model, learned)
     module, steps = fit(
         model, batches, config, folder=folder, advice=resuming("train", folder), resume=resume,
         until=until, callbacks=callbacks, report=report, watch=watch,

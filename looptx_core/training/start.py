@@ -18,9 +18,16 @@ def copy_weights(model: LoopedTransformer, start: LoadedModel) -> list[str]:
     `UsageError` for any other difference of their shapes.
     """
     own, given = model.state_dict(), start.model.state_dict()
+    places = {section.codec: section.first_code for section in model.config.written}
+    for section in start.config.written:
+        if places.get(section.codec) != section.first_code:
+            raise UsageError(
+                f"`init` {start.name}: its codes of {section.SECTION} would move in the "
+                "vocabulary; a model learns to draw before it learns to speak"
+            )
     for name in ("embedding.weight", "head.weight"):
         rows = len(given[name])
-        if model.config.draw.codes and rows < len(own[name]):
+        if model.config.written and rows < len(own[name]):
             given[name] = torch.cat([given[name], own[name][rows:]])
     for name, weight in given.items():
         shape = tuple(own[name].shape) if name in own else None

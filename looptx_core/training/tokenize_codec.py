@@ -1,4 +1,4 @@
-"""`looptx tokenize --codec`: from pictures to a codec's folder."""
+"""`looptx tokenize --codec`: from pictures or recordings to a codec's folder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from looptx_core.checkpoint.codec_folder import save_codec
-from looptx_core.config.codec import CodecConfig
+from looptx_core.config.codec import MEDIUM_OF, CodecConfig
 from looptx_core.config.corpus import TokenizeConfig
-from looptx_core.data.codec_pictures import read_pictures
+from looptx_core.data.codec_data import read_items
 from looptx_core.errors import Interrupted, LooptxError, UsageError
 from looptx_core.machine.device import best_device
 from looptx_core.media.codec.codec import Codec
+from looptx_core.media.registry import MEDIA
 from looptx_core.training.codec import CodecReport, judge_codec, train_codec
 
 Progress = Callable[[str, int, int, float | None], object]
@@ -29,15 +30,17 @@ def make_codec(
     folder: Path,
     on_progress: Progress = lambda stage, done, of, loss: None,
 ) -> tuple[CodecReport, str]:
-    """Train a codec, judge it on pictures that are held out, and write its folder.
+    """Train a codec, judge it on items that are held out, and write its folder.
 
     Returns the report and the codec's fingerprint. Raises `Interrupted` after a Ctrl-C, when what
-    was learned is saved, and what `read_pictures`, `train_codec` and
+    was learned is saved, and what `read_items`, `train_codec` and
     `save_codec` raise.
     """
+    plural = MEDIA[MEDIUM_OF[config.kind]].plural
+    parts = "stretches" if config.kind == "speech" else plural
     if not settings.data:
-        raise UsageError("`codec` needs pictures: give a folder, or records that name some")
-    trained, held = read_pictures(
+        raise UsageError(f"`codec` needs {plural}: give a folder, or records that name some")
+    trained, held = read_items(
         settings.data,
         config,
         val_fraction=settings.val_fraction,
@@ -59,7 +62,7 @@ def make_codec(
     except KeyboardInterrupt:
         if not steps:
             raise
-        save_codec(folder, codec.cpu(), {"steps": steps, "pictures": len(trained)})
+        save_codec(folder, codec.cpu(), {"steps": steps, parts: len(trained)})
         raise Interrupted(
             f"stopped at step {steps} of {settings.steps}; {folder} holds the codec as it was then"
         ) from None
@@ -69,4 +72,4 @@ def make_codec(
     if not all(map(math.isfinite, report.psnr.values())):
         raise LooptxError(f"what the codec makes is not finite; lower `lr` ({settings.lr:g})")
     codec.cpu()
-    return report, save_codec(folder, codec, {**asdict(report), "pictures": len(trained)})
+    return report, save_codec(folder, codec, {**asdict(report), parts: len(trained)})

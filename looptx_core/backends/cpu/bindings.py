@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from looptx_core.backends.cpu.rounding import all_blocks, block_layers
 from looptx_core.backends.cpu.structs import (
     BFLOAT,
+    BRIDGE,
+    BY_CHANNEL,
     BYTES,
     FLOAT,
+    NO_INJECTION,
     PRECISIONS,
     TERNARY,
     BlockWeights,
@@ -35,6 +38,7 @@ from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_frequencies
 
+_INJECTIONS = {"none": NO_INJECTION, "bridge": BRIDGE}
 _KNOWN = {nn.Linear, TernaryLinear, Int8Linear}
 
 
@@ -54,10 +58,12 @@ def unsupported_reason(model: LoopedTransformer) -> str | None:
         return f"its layers are {', '.join(sorted(kind.__name__ for kind in kinds))}"
     if model.config.has_memory:
         return "its layers have a memory beyond their window"
+    if model.config.norm_position == "after":
+        return "norms stand after attention and feed-forward layers"
+    if model.config.qk_norm and model.config.qk_norm_over == "all":
+        return "queries and keys are normed over all heads"
     if model.config.head_dim > 1024:
         return "its heads are too wide"
-    if model.injection.kind == "bridge":
-        return "a bridge leads into its loops"
     return None
 
 
@@ -164,7 +170,12 @@ class KernelModel:
         blocks = (BlockWeights * len(found))(*map(self._block, found))
         self._kept.append(blocks)
         parts: dict[str, Any] = {}
-        if injection.kind != "none":
+        if injection.kind == "bridge":
+            parts |= {
+                "state_norm": self._vector(injection.state_norm.weight),
+                "bridge": self._layer(injection.bridge),
+            }
+        elif injection.kind != "none":
             ones = torch.ones(config.d_model)
             decays = injection.kind == "decay"
             parts |= {
@@ -178,10 +189,12 @@ class KernelModel:
             head_dim=config.head_dim, d_ff=config.d_ff, vocab=config.vocab_size,
             prelude=config.prelude_layers, core=config.core_layers, coda=config.coda_layers,
             max_loops=config.max_loops, silu=config.activation == "silu",
-            injection=injection.kind != "none", eps=config.norm_eps,
+            injection=_INJECTIONS.get(injection.kind, BY_CHANNEL), eps=config.norm_eps,
             blocks=ctypes.addressof(blocks), **parts,
             embedding=self._rows(model.embedding), norm=self._vector(model.norm.weight),
-            frequencies=self._vector(rotary_frequencies(config.head_dim, config.rope_theta)),
+            frequencies=self._vector(
+                rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+            ),
             head=self._layer(model.head),
             confidence_hidden=self._matrix(head.hidden.weight, FLOAT),
             confidence_gate=self._matrix(head.gate.weight, FLOAT),
@@ -206,7 +219,13 @@ class KernelModel:
             "o_norm": getattr(attention.o_proj, "norm", None),
             "down_norm": getattr(mlp.down_proj, "norm", None),
         }  # fmt: skip
+        biases = {
+            name: self._vector(bias)
+            for name in ("q_bias", "k_bias", "v_bias")
+            if (bias := getattr(attention, name)) is not None
+        }
         return BlockWeights(
+            **biases,
             **{name: self._layer(layer) for name, layer in named.items()},
             **{
                 name: self._vector(norm.weight)

@@ -207,14 +207,7 @@ inline void tile(const Weight* w, const float* x, int width, float* out, int64_t
     }
 }
 
-// A group of R rows: sums, inputs and weights of a tile fill the sixteen registers, or nearly.
-template <int R, int N, bool Ahead, class Weight>
-inline void group(const Weight* w, const float* x, int width, float* out, int64_t out_stride) {
-    constexpr int some = R == 4 && N > 3 ? 2 : R;
-    for (int r = 0; r < R; r += some)
-        tile<some, N, Ahead>(w + (int64_t)r * width, x, width, out + r, out_stride);
-}
-
+// Sums, inputs and weights of a tile of four rows and three inputs fill the sixteen registers.
 template <int R, class Weight>
 inline void tiles(const Weight* w, const float* x, int width, int count, float* out,
                   int64_t out_stride) {
@@ -222,18 +215,16 @@ inline void tiles(const Weight* w, const float* x, int width, int count, float* 
         const int left = count - n;
         const float* from = x + (int64_t)n * width;
         float* to = out + n * out_stride;
-        many = left == 4 ? 4 : std::min(left, 3);
-        // Later inputs find these rows in the cache, and have time for the next ones.
-        const bool ahead = n > 0 && many == left;
+        many = left == 4 ? 2 : std::min(left, 3);
+        // The last inputs fetch the next rows: those before them would be too early.
+        const bool ahead = many == left;
         switch (2 * many + ahead) {
-            case 2: group<R, 1, false>(w, from, width, to, out_stride); break;
-            case 3: group<R, 1, true>(w, from, width, to, out_stride); break;
-            case 4: group<R, 2, false>(w, from, width, to, out_stride); break;
-            case 5: group<R, 2, true>(w, from, width, to, out_stride); break;
-            case 6: group<R, 3, false>(w, from, width, to, out_stride); break;
-            case 7: group<R, 3, true>(w, from, width, to, out_stride); break;
-            case 8: group<R, 4, false>(w, from, width, to, out_stride); break;
-            case 9: group<R, 4, true>(w, from, width, to, out_stride); break;
+            case 2: tile<R, 1, false>(w, from, width, to, out_stride); break;
+            case 3: tile<R, 1, true>(w, from, width, to, out_stride); break;
+            case 4: tile<R, 2, false>(w, from, width, to, out_stride); break;
+            case 5: tile<R, 2, true>(w, from, width, to, out_stride); break;
+            case 6: tile<R, 3, false>(w, from, width, to, out_stride); break;
+            case 7: tile<R, 3, true>(w, from, width, to, out_stride); break;
         }
     }
 }
@@ -278,23 +269,77 @@ inline void sums_of(const __m256i* v, int32_t* out) {
 }
 #endif
 
-// out[r] = sum over k of w[r][k] x[k], for four rows.
-void byte_dots(const int8_t* w, const int16_t* x, int width, int32_t* out) {
+// Vectors of 16-bit numbers: `Shorts` has SHORTS of them, or as many sums of 32 bits for each two.
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+typedef __m512i Shorts;
+constexpr int SHORTS = 32, INPUTS = 4;  // the inputs of a tile: as many as the registers hold
+
+inline Shorts load_bytes(const int8_t* at) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)at));
+}
+inline Shorts load_shorts(const int16_t* at) { return _mm512_loadu_si512(at); }
+inline Shorts add_products(Shorts sums, Shorts a, Shorts b) {
+    return _mm512_dpwssd_epi32(sums, a, b);
+}
+inline void sums_of(const Shorts* v, int32_t* out) {
+    __m256i halves[4];
+    for (int r = 0; r < 4; ++r)
+        halves[r] = _mm256_add_epi32(_mm512_castsi512_si256(v[r]), _mm512_extracti64x4_epi64(v[r], 1));
+    sums_of(halves, out);
+}
+#elif defined(__AVX2__)
+typedef __m256i Shorts;
+constexpr int SHORTS = 16, INPUTS = 2;
+
+inline Shorts load_bytes(const int8_t* at) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)at));
+}
+inline Shorts load_shorts(const int16_t* at) { return _mm256_loadu_si256((const __m256i*)at); }
+inline Shorts add_products(Shorts sums, Shorts a, Shorts b) {
+#if defined(__AVXVNNI__)
+    return _mm256_dpwssd_avx_epi32(sums, a, b);
+#else
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+#endif
+}
+#else
+constexpr int INPUTS = 1;
+#endif
+
+// out[n][r] = sum over k of w[r][k] x[n][k], for four rows and N inputs. Sums of whole numbers are
+// exact, so none depends on how many inputs there are. ahead: fetch the next rows meanwhile.
+template <int N>
+void byte_dots(const int8_t* w, const int16_t* x, int width, bool ahead, int32_t (*out)[4]) {
     int k = 0;
-    for (int r = 0; r < 4; ++r) out[r] = 0;
+    auto at = [&](int r) {
+        const int8_t* weights = w + (int64_t)r * width + k;
+        if (ahead && k % 64 == 0) __builtin_prefetch(weights + (int64_t)GROUP * width);
+        return weights;
+    };
+    for (int n = 0; n < N; ++n)
+        for (int r = 0; r < 4; ++r) out[n][r] = 0;
 #if defined(__AVX2__)
-    __m256i sums[4] = {};
-    for (int r = 0; r < 4; ++r)  // one row after another: memory is read as it lies
-        for (k = 0; k + 16 <= width; k += 16) {
-            const __m256i inputs = _mm256_loadu_si256((const __m256i*)(x + k));
-            const auto* at = (const __m128i*)(w + (int64_t)r * width + k);
-            const __m256i weights = _mm256_cvtepi8_epi16(_mm_loadu_si128(at));
-            sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(weights, inputs));
+    Shorts sums[N][4] = {};
+    if constexpr (N == 1)
+        for (int r = 0; r < 4; ++r)  // one row after another: memory is read as it lies
+            for (k = 0; k + SHORTS <= width; k += SHORTS)
+                sums[0][r] = add_products(sums[0][r], load_bytes(at(r)), load_shorts(x + k));
+    else
+        for (; k + SHORTS <= width; k += SHORTS) {
+            Shorts weights[4];
+            for (int r = 0; r < 4; ++r) weights[r] = load_bytes(at(r));
+            for (int n = 0; n < N; ++n) {
+                const Shorts inputs = load_shorts(x + (int64_t)n * width + k);
+                for (int r = 0; r < 4; ++r)
+                    sums[n][r] = add_products(sums[n][r], weights[r], inputs);
+            }
         }
-    sums_of(sums, out);
+    for (int n = 0; n < N; ++n) sums_of(sums[n], out[n]);
 #endif
     for (; k < width; ++k)
-        for (int r = 0; r < 4; ++r) out[r] += (int32_t)w[(int64_t)r * width + k] * x[k];
+        for (int n = 0; n < N; ++n)
+            for (int r = 0; r < 4; ++r)
+                out[n][r] += (int32_t)w[(int64_t)r * width + k] * x[(int64_t)n * width + k];
 }
 
 // Four weights to a byte, the first in its lowest bits, each the weight plus one. The inputs are
@@ -338,9 +383,10 @@ void ternary_dots(const uint8_t* w, const int8_t* x, int width, int32_t* out) {
 
 extern "C" {
 
-constexpr int32_t LOOPTX_ABI_VERSION = 3;  // structs.py has it too
+constexpr int32_t LOOPTX_ABI_VERSION = 4;  // structs.py has it too
 
 enum Kind : int32_t { FLOAT, BFLOAT, BYTES, TERNARY };
+enum Injection : int32_t { NONE, BY_CHANNEL, BRIDGE };
 
 struct Matrix {
     const void* data;     // (rows, width), in `kind`
@@ -353,17 +399,19 @@ struct Block {
     Matrix q, k, v, o, gate, up, down;
     const float *attention_norm, *mlp_norm, *q_norm, *k_norm;  // q_norm, k_norm: or null
     const float *o_norm, *down_norm;                           // inside ternary layers, or null
+    const float *q_bias, *k_bias, *v_bias;                     // or null
 };
 
 struct Model {
     int32_t d_model, heads, kv_heads, head_dim, d_ff, vocab;
     int32_t prelude, core, coda, max_loops;
-    int32_t silu, injection;  // injection: 0 none, 1 with the vectors below
+    int32_t silu, injection;  // injection: an `Injection`
     float eps;
     const Block* blocks;  // prelude, core, coda
-    const float *state_norm, *state_scale, *embedding_norm, *embedding_scale;  // of the injection
+    // Of the injection: all four BY_CHANNEL, and the first beside a BRIDGE.
+    const float *state_norm, *state_scale, *embedding_norm, *embedding_scale;
     const float *embedding, *norm, *frequencies;
-    Matrix head, confidence_hidden, confidence_gate;
+    Matrix bridge, head, confidence_hidden, confidence_gate;
     const float *confidence_norm, *confidence_bias, *confidence_gate_bias, *confidence_loop, *confidence_out, *confidence_out_bias;
     // The first units tell the gain, the others the log-odds. confidence_out: (units,).
     // confidence_out_bias: of the log-odds, then of the gain.
@@ -483,20 +531,32 @@ struct Input {
     }
 };
 
-// out[i] for up to four rows of whole numbers and one input. Rows are stored in fours, the last
+// Not inlined: a compiler that may reorder products would do so by the number of inputs.
+[[gnu::noinline]] void scale_sums(const int32_t* sums, float input, const float* scales, int some,
+                                  float* out) {
+    for (int i = 0; i < some; ++i) out[i] = sums[i] * (input * scales[i]);
+}
+
+// out[n][i] for up to four rows of whole numbers and N inputs. Rows are stored in fours, the last
 // of them filled up, so that no sum reads beyond.
-void whole_rows(const Matrix& m, int r, int some, const Input& in, int n, float* out) {
+template <int N>
+void byte_rows(const Matrix& m, int r, int some, const Input& in, int first, bool ahead,
+               float* out, int64_t out_stride) {
+    const int width = in.width;
+    int32_t sums[N][4];
+    byte_dots<N>((const int8_t*)m.data + (int64_t)r * width,
+                 in.shorts.data() + (int64_t)first * width, width, ahead, sums);
+    for (int n = 0; n < N; ++n)
+        scale_sums(sums[n], in.scales[first + n], m.scales + r, some, out + n * out_stride);
+}
+
+void ternary_row(const Matrix& m, int r, int some, const Input& in, int n, float* out) {
     const int width = in.width;
     int32_t sums[4];
-    if (m.kind == BYTES)
-        byte_dots((const int8_t*)m.data + (int64_t)r * width,
-                  in.shorts.data() + (int64_t)n * width, width, sums);
-    else
-        ternary_dots((const uint8_t*)m.data + (int64_t)r * ((width + 3) / 4),
-                     in.bytes.data() + (int64_t)n * (width + 3), width, sums);
+    ternary_dots((const uint8_t*)m.data + (int64_t)r * ((width + 3) / 4),
+                 in.bytes.data() + (int64_t)n * (width + 3), width, sums);
     for (int i = 0; i < some; ++i)
-        out[i] = m.kind == BYTES ? sums[i] * (in.scales[n] * m.scales[r + i])
-                                 : (sums[i] - in.sums[n]) * (in.scales[n] * m.scales[0]);
+        out[i] = (sums[i] - in.sums[n]) * (in.scales[n] * m.scales[0]);
 }
 
 // out[n][r] for some rows of a matrix and all inputs.
@@ -509,10 +569,27 @@ void product(const Matrix& m, int begin, int end, const Input& in, float* out, i
         case BFLOAT:
             return float_rows((const uint16_t*)m.data, begin, end, in.floats, width, count, out,
                               out_stride);
+        case BYTES:
+            for (int r = begin; r < end; r += GROUP) {
+                const int some = std::min(GROUP, end - r);
+                for (int n = 0, many; n < count; n += many) {
+                    const int left = count - n;
+                    many = left >= INPUTS ? INPUTS : left > 1 ? 2 : 1;
+                    const bool ahead = many == left;
+                    float* to = out + n * out_stride + r;
+                    if (many == INPUTS)
+                        byte_rows<INPUTS>(m, r, some, in, n, ahead, to, out_stride);
+                    else if (many == 2)
+                        byte_rows<2>(m, r, some, in, n, ahead, to, out_stride);
+                    else
+                        byte_rows<1>(m, r, some, in, n, ahead, to, out_stride);
+                }
+            }
+            return;
         default:
             for (int r = begin; r < end; r += 4)
                 for (int n = 0; n < count; ++n)
-                    whole_rows(m, r, std::min(4, end - r), in, n, out + n * out_stride + r);
+                    ternary_row(m, r, std::min(4, end - r), in, n, out + n * out_stride + r);
     }
 }
 
@@ -623,6 +700,13 @@ struct Runner {
         });
     }
 
+    // Add a bias, if there is one, to `width` columns of rows that are `stride` apart.
+    static void shift(const float* bias, int width, float* to, int stride, int count) {
+        if (!bias) return;
+        for (int r = 0; r < count; ++r)
+            for (int i = 0; i < width; ++i) to[(int64_t)r * stride + i] += bias[i];
+    }
+
     // One block on the rows of `at`, (count, d_model); slot: of the layer's cache, for each row.
     template <class Slot>
     void block(int layer, float* at, const Rows& rows, const Cache& cache, Slot slot) {
@@ -633,6 +717,9 @@ struct Runner {
         const int q = m.heads * width, kv = m.kv_heads * width, all = q + 2 * kv;
         enter(at, b.attention_norm, n, m.d_model, b.q.kind);
         project<3>({&b.q, &b.k, &b.v}, qkv.data(), all);
+        shift(b.q_bias, q, qkv.data(), all, n);
+        shift(b.k_bias, kv, qkv.data() + q, all, n);
+        shift(b.v_bias, kv, qkv.data() + q + kv, all, n);
         auto place = [&](int r, int head, int column) {
             return slot(r) * cache.depth + rows.row[r] * cache.row + head * cache.head +
                    (int64_t)column * width;
@@ -747,10 +834,11 @@ struct Runner {
         return std::max(std::sqrt(moved) / std::max(std::sqrt(size), 1e-12f), 1e-6f);
     }
 
-    // at: the states, and then what enters the core's first layer.
-    void inject(float* at, const float* words, int count) {
+    // at: the states, and then what enters the core's first layer in the loops loop[r] + more.
+    void inject(float* at, const float* words, const int32_t* loop, int more, int count) {
         const Model& m = model;
-        for (int r = 0; m.injection && r < count; ++r) {
+        if (m.injection == BRIDGE) return cross(at, words, loop, more, count);
+        for (int r = 0; m.injection == BY_CHANNEL && r < count; ++r) {
             float* own = at + (int64_t)r * m.d_model;
             float* mixed = normed.data();
             rms_norm(own, m.state_norm, m.d_model, m.eps, mixed);
@@ -760,10 +848,24 @@ struct Runner {
         }
     }
 
+    // `inject` by a bridge: words + bridge norm(state), and the words alone in the first loop.
+    void cross(float* at, const float* words, const int32_t* loop, int more, int count) {
+        const Model& m = model;
+        const size_t row = m.d_model, bytes = row * sizeof(float);
+        bool later = false;
+        for (int r = 0; r < count; ++r) later |= loop[r] + more > 1;
+        if (later) enter(at, m.state_norm, count, m.d_model, m.bridge.kind);
+        memcpy(at, words, count * bytes);
+        if (!later) return;
+        add(m.bridge, at);
+        for (int r = 0; r < count; ++r)
+            if (loop[r] + more <= 1) memcpy(at + r * row, words + r * row, bytes);
+    }
+
     void step(float* at, const float* words, const int32_t* loop, int more, const Rows& rows,
               const Cache& cache) {
         const Model& m = model;
-        inject(at, words, rows.count);
+        inject(at, words, loop, more, rows.count);
         for (int layer = 0; layer < m.core; ++layer)
             block(m.prelude + layer, at, rows, cache,
                   [&](int r) { return core_slot(loop[r] + more, cache); });
@@ -790,9 +892,11 @@ struct Runner {
         const Block& b = m.blocks[m.prelude];
         const int n = rows.count, width = m.head_dim, kv = m.kv_heads * width;
         memcpy(before.data(), at, sizeof(float) * n * m.d_model);
-        inject(before.data(), words, n);
+        inject(before.data(), words, loop, 1, n);
         enter(before.data(), b.attention_norm, n, m.d_model, b.k.kind);
         project<2>({&b.k, &b.v}, qkv.data(), 2 * kv);
+        shift(b.k_bias, kv, qkv.data(), 2 * kv, n);
+        shift(b.v_bias, kv, qkv.data() + kv, 2 * kv, n);
         find_turns(rows);
         const bool shared = cache.depths == 1;
         for (int r = 0; r < n; ++r)

@@ -16,7 +16,8 @@ from looptx_core.model.loop import LoopedTransformer
 def round_weights(model: LoopedTransformer, precision: str) -> None:
     """Give the model the values that the kernel will hold, so that both compute the same."""
     layers = [layer for block in all_blocks(model) for layer in block_layers(block)]
-    for layer in (*layers, model.head):
+    bridge = getattr(model.injection, "bridge", None)
+    for layer in (*layers, model.head, bridge):
         if not isinstance(layer, nn.Linear):
             continue
         if precision == "bf16":

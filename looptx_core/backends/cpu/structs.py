@@ -19,6 +19,9 @@ FLOAT, BFLOAT, BYTES, TERNARY = range(4)
 PRECISIONS = {"float32": FLOAT, "bf16": BFLOAT, "int8": BYTES}
 """How the kernel can hold a model's float weights, by name."""
 
+NO_INJECTION, BY_CHANNEL, BRIDGE = range(3)
+"""`ModelWeights.injection`."""
+
 _pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
 
@@ -37,6 +40,7 @@ class BlockWeights(ctypes.Structure):
     _fields_ = _fields(
         q__k__v__o__gate__up__down=Matrix,
         attention_norm__mlp_norm__q_norm__k_norm__o_norm__down_norm=_pointer,
+        q_bias__k_bias__v_bias=_pointer,
     )
 
 
@@ -47,7 +51,7 @@ class ModelWeights(ctypes.Structure):
         eps=_float,
         blocks__state_norm__state_scale__embedding_norm__embedding_scale=_pointer,
         embedding__norm__frequencies=_pointer,
-        head__confidence_hidden__confidence_gate=Matrix,
+        bridge__head__confidence_hidden__confidence_gate=Matrix,
         confidence_norm__confidence_bias__confidence_gate_bias__confidence_loop=_pointer,
         confidence_out__confidence_out_bias=_pointer,
         gain_units=_int,
@@ -69,7 +73,7 @@ class _StopCondition(ctypes.Structure):
     )  # fmt: skip
 
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 """Of the structs and functions; `LOOPTX_ABI_VERSION` of decode.cpp."""
 _STRUCTS = (Matrix, BlockWeights, ModelWeights, _Cache, _Rows, _StopCondition)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from looptx_core.config.model import ModelConfig
+from looptx_core.errors import UsageError
 from looptx_core.media.audio.features import FRAMES, MELS
 from looptx_core.media.base import Encoded
 from looptx_core.media.batch import MediaBatch
@@ -52,6 +53,23 @@ class AudioEncoder(Encoder):
 
     def forward(self, recordings: MediaBatch, with_loss: bool = False) -> Encoded:
         """The vectors of all recordings, and CTC's loss where asked for and learned."""
+        x, there = self._rows(recordings)
+        pairs = x.reshape(len(x), -1, ROWS * x.shape[-1])
+        vectors = self.project(pairs)[there[:, ::ROWS]]
+        wanted = with_loss and self.ctc is not None and recordings.labels is not None
+        return Encoded(vectors, self._loss(x, recordings) if wanted else None)
+
+    def scores(self, recordings: MediaBatch) -> Tensor:
+        """CTC's log-probabilities, (items, rows of 40 ms, 257), padded at the right.
+
+        Raises `UsageError` for an encoder without CTC.
+        """
+        if self.ctc is None:
+            raise UsageError("this model's encoder was trained without CTC; use another")
+        return self.ctc(self._rows(recordings)[0]).log_softmax(-1)
+
+    def _rows(self, recordings: MediaBatch) -> tuple[Tensor, Tensor]:
+        """What the blocks make of recordings, (items, rows, width), and where no padding is."""
         sizes = recordings.grids[:, 0].tolist()
         weight = self.project.weight
         frames = pad_sequence(recordings.features.to(weight.dtype).split(sizes), batch_first=True)
@@ -61,11 +79,7 @@ class AudioEncoder(Encoder):
         assert x.shape[1] * FRAMES == frames.shape[1] * FRAMES * ROWS
         positions = torch.arange(x.shape[1], device=x.device)[None, None]
         there = present([ROWS * size for size in sizes], x.device)
-        x = self.run(x, positions, there)
-        pairs = x.reshape(len(sizes), -1, ROWS * x.shape[-1])
-        vectors = self.project(pairs)[there[:, ::ROWS]]
-        wanted = with_loss and self.ctc is not None and recordings.labels is not None
-        return Encoded(vectors, self._loss(x, recordings) if wanted else None)
+        return self.run(x, positions, there), there
 
     def _loss(self, x: Tensor, recordings: MediaBatch) -> Tensor:
         """Nats a byte, over the recordings that have a label."""

@@ -12,16 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from looptx_core.config.codec import MELS
+
 RATE = 16_000
 """Samples a second."""
-MELS = 80
 FRAMES = 8
 """Frames of a token."""
 HOP = 160
 """Samples between frames."""
 STEP = FRAMES * HOP
 """Samples of a token, 80 ms."""
-_WINDOW = 400
+WINDOW = 400
+"""Samples of a frame's spectrum."""
 
 
 def log_mels(samples: Tensor) -> Tensor:
@@ -30,19 +32,19 @@ def log_mels(samples: Tensor) -> Tensor:
     The end is filled up with silence to whole rows.
     """
     samples = F.pad(samples, (0, -len(samples) % STEP))
-    window = torch.hann_window(_WINDOW)
-    spectrum = torch.stft(samples, _WINDOW, HOP, window=window, return_complex=True)[:, :-1]
-    mels = _filters() @ spectrum.abs().square()
+    window = torch.hann_window(WINDOW)
+    spectrum = torch.stft(samples, WINDOW, HOP, window=window, return_complex=True)[:, :-1]
+    mels = mel_filters() @ spectrum.abs().square()
     logs = mels.clamp(min=1e-10).log10()
     logs = torch.maximum(logs, logs.max() - 8.0)
     return ((logs + 4.0) / 4.0).T.reshape(-1, FRAMES * MELS)
 
 
 @functools.cache
-def _filters() -> Tensor:
+def mel_filters() -> Tensor:
     """Triangles of equal area on the mel scale of Slaney's Auditory Toolbox, (80, 201)."""
     edges = _hertz(np.linspace(_mels(0.0), _mels(RATE / 2), MELS + 2))
-    bins = np.linspace(0, RATE / 2, _WINDOW // 2 + 1)
+    bins = np.linspace(0, RATE / 2, WINDOW // 2 + 1)
     low, centre, high = (part[:, None] for part in (edges[:-2], edges[1:-1], edges[2:]))
     rising, falling = (bins - low) / (centre - low), (high - bins) / (high - centre)
     triangles = np.maximum(0, np.minimum(rising, falling)) * 2 / (high - low)

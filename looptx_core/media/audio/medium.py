@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from looptx_core.media.base import Chunk, Encoded, FolderMedium, Grid, Source
+from looptx_core.media.base import Chunk, Encoded, FolderMedium, Grid, Source, Writer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,6 +28,7 @@ class Audio(FolderMedium):
 
     name, noun, plural = "audio", "recording", "recordings"
     marker, ability = "<|audio|>", "hearing"
+    write_key, write_ability, unasked = "speak", "speaking", False
     part = "input_audio"
     suffixes = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".m4a")
     grid_names = ("tokens",)
@@ -133,3 +134,17 @@ class Audio(FolderMedium):
         stem = 2 * 3 * (4 * 80 * width + 2 * width**2)
         ends = 2 * 2 * width * (config.d_model + (257 if config.audio.ctc_weight else 0))
         return config.audio.layers * block + stem + ends
+
+    def writes(self, settings: Mapping[str, Any]) -> bool:
+        speak = settings.get("speak") or {}
+        return bool(speak.get("codec") if isinstance(speak, Mapping) else speak.codec)
+
+    def codes(self, config: ModelConfig) -> int:
+        return config.speak.codes
+
+    def with_codes(self, config: ModelConfig, first: int) -> ModelConfig:
+        size = max(config.vocab_size, first + config.speak.codes)
+        return replace(config, vocab_size=size, speak=replace(config.speak, first_code=first))
+
+    def writer(self, config: ModelConfig) -> Writer | None:
+        return self.module("speak").Speaking(config) if config.speak.codec else None

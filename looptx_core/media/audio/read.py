@@ -109,6 +109,20 @@ def _quietest(samples: np.ndarray, own: int) -> int:
     return first + int(smooth.argmin()) * STEP + STEP // 2
 
 
+def samples_of(source: Source, name: str, most: float) -> np.ndarray:
+    """All samples of a recording at 16 kHz, (n,) float32, at least one.
+
+    most: seconds. Raises the errors of `stream`, and `DataError` for a longer recording.
+    """
+    parts, count = [np.zeros(0, np.float32)], 0
+    for block in stream(source, name):
+        parts.append(block)
+        count += len(block)
+        if count > most * RATE:
+            raise DataError(f"{name}: longer than {most:g} s; cut it into sentences")
+    return np.concatenate(parts) if count else np.zeros(1, np.float32)
+
+
 def item_of(samples: np.ndarray, augment: np.random.Generator | None = None) -> MediaItem:
     """Samples at 16 kHz, (n,) float32, as an item. A recording too short for one is silence."""
     if not len(samples):
@@ -234,6 +248,8 @@ def _sound_file(source: Source, name: str) -> Any:
 
 def _damaged(name: str, error: Exception) -> DataError:
     reason = str(error).rpartition(": ")[2].strip().rstrip(".") or type(error).__name__
+    if "internal error" in reason.lower():  # libsndfile's word for what it can't make out
+        reason = "damaged"
     return DataError(f"{name}: not a recording that can be read ({reason.lower()}); give {FORMATS}")
 
 

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from looptx_core.config.codec import CodecConfig
 from looptx_core.media.base import Grid
-from looptx_core.media.codec.detokeniser import Detokeniser, block_config, grid_positions
+from looptx_core.media.codec.detokeniser import (
+    Detokeniser,
+    block_config,
+    grid_positions,
+    within,
+)
 from looptx_core.media.codec.quantiser import Quantiser
 from looptx_core.media.encoder import Encoder
 from looptx_core.model.weights import draw_weights
@@ -26,12 +31,14 @@ class PatchEncoder(Encoder):
         patch = nn.Linear(config.values, config.encoder_width)
         blocks = block_config(config)
         super().__init__(blocks, config.encoder_layers, config.encoder_width, patch=patch)
+        self.window = config.window
         self.digits = nn.Linear(config.encoder_width, len(config.levels))
 
     def forward(self, patches: Tensor, grid: Grid) -> Tensor:
         """patches (batch, patches, numbers) -> (batch, patches, digits), any numbers."""
         there = torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device)
-        x = self.run(self.patch(patches), grid_positions(grid, patches.device), there)
+        near = within(self.window, grid, patches.device)
+        x = self.run(self.patch(patches), grid_positions(grid, patches.device), there, near)
         return self.digits(x)
 
 
@@ -77,7 +84,7 @@ class Codec(nn.Module):
 
     @property
     def grid(self) -> Grid:
-        """Rows and columns of a picture's patches."""
+        """Rows and columns of a picture's patches, or of a stretch of speech."""
         return self.config.rows, self.config.columns
 
 

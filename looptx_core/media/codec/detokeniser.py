@@ -59,12 +59,23 @@ def grid_positions(grid: Grid, device: torch.device) -> Tensor:
     return places.T[:, None].to(device)
 
 
+def within(window: int, grid: Grid, device: torch.device) -> Tensor | None:
+    """Which patches each one sees, (patches, patches) bool: those at most `window` rows away.
+
+    None: all, for a window of 0.
+    """
+    if not window:
+        return None
+    rows = grid_positions(grid, device)[0, 0]
+    return (rows[:, None] - rows).abs() <= window
+
+
 def everywhere(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | VarlenBatch | None
 ) -> Tensor:
-    """Attention of all patches to all; the form is `model.attention.Attend`."""
-    assert mask is None, "all patches are there"
-    return F.scaled_dot_product_attention(queries, keys, values)
+    """Attention both ways; the form is `model.attention.Attend`, but None masks nothing."""
+    assert not isinstance(mask, VarlenBatch), "no patch is padding"
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
 
 
 class Detokeniser(nn.Module):
@@ -102,7 +113,9 @@ class Detokeniser(nn.Module):
         rotary = rotary_tables(
             grid_positions(grid, weight.device), blocks.head_dim, blocks.rope_theta, weight.dtype
         )
-        ctx = ForwardContext(rotary, attend=everywhere)
+        near = within(self.config.window, grid, weight.device)
+        mask = None if near is None else near[None, None]
+        ctx = ForwardContext(rotary, mask, attend=everywhere)
         codes = self.code(values.to(weight.dtype))
         if coded is not None:
             codes = torch.where(coded[:, None, None], codes, self.no_code.to(codes.dtype))

@@ -29,6 +29,14 @@ def read_patches(source: Source, config: CodecConfig, where: str | None = None) 
     return cut.reshape(config.rows * config.columns, -1)
 
 
+def training_items(source: Source, config: CodecConfig, where: str | None = None) -> Tensor:
+    """What a codec learns of a picture, (1, patches, numbers) of bytes.
+
+    Raises the errors of `read_patches`.
+    """
+    return read_patches(source, config, where)[None]
+
+
 def to_picture(patches: Tensor, config: CodecConfig) -> Image.Image:
     """The inverse, of patches (patches, numbers) from -1 to 1."""
     side = config.side

@@ -26,10 +26,12 @@ class Drawing(Writer):
     def codec(self) -> Codec:
         return opened_codec(self.config.codec).codec
 
-    def finished(self, written: Sequence[int]) -> bool:
+    def finished(self, written: Sequence[int], said: Sequence[int] = ()) -> bool:
         return len(written) == self.length
 
-    def encode(self, source: Source, where: str | None = None) -> list[int]:
+    def encode(
+        self, source: Source, where: str | None = None, said: Sequence[tuple[int, bytes]] = ()
+    ) -> list[int]:
         codec = self.codec
         patches = read_patches(source, codec.config, where)
         codes = codec.encode(patches[None].float() / 127.5 - 1, codec.grid)

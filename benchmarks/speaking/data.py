@@ -1,0 +1,142 @@
+"""What one voice says: digits and simple sentences to learn from, and others to test with.
+
+    python -m benchmarks.speaking.data
+
+writes into `benchmarks/.data/speaking`, by flite's voice `slt`:
+- `train.jsonl`: strings of three to six digits, and sentences;
+- `digits.jsonl`: other strings of five digits;
+- `sentences.jsonl`: other sentences, of words that are all in `train.jsonl`;
+- `words.jsonl`: texts alone, for a tokenizer.
+
+The voice is made from CMU ARCTIC, which is free for any use; see `benchmarks.sound.voices`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common.corpora import DATA
+from benchmarks.sound.data import DIGITS, save, trimmed, write_lines
+from benchmarks.sound.voices import flite
+
+FOLDER = DATA / "speaking"
+VOICE, HERTZ = "slt", 170.0
+MARGIN = 0.06
+"""Seconds of silence around what is said."""
+TRAIN = {"digits": 500, "sentences": 700}
+TEST = {"digits": 60, "sentences": 60}
+SEED = 3
+_THINGS = [
+    "cat",
+    "dog",
+    "bird",
+    "horse",
+    "mouse",
+    "tiger",
+    "apple",
+    "banana",
+    "cherry",
+    "lemon",
+    "water",
+    "coffee",
+    "bread",
+    "butter",
+    "house",
+    "door",
+    "window",
+    "table",
+    "chair",
+    "kitchen",
+    "garden",
+    "school",
+    "street",
+    "city",
+    "river",
+    "mountain",
+    "car",
+    "train",
+    "letter",
+    "book",
+    "picture",
+]
+_ADJECTIVES = [
+    "red",
+    "yellow",
+    "green",
+    "blue",
+    "black",
+    "white",
+    "small",
+    "big",
+    "old",
+    "new",
+    "good",
+    "cold",
+]
+_PATTERNS = (
+    "the {a} {t} is in the {t}", "i like the {a} {t}", "where is the {t}", "this is a {a} {t}",
+    "open the {a} {t}", "show me the {t} and the {t}", "good morning", "my {t} is {a}",
+    "turn left at the {t}", "we have {d} {t} pictures", "please call me at {d}",
+)  # fmt: skip
+
+
+def digits(draw: np.random.Generator, least: int = 3, most: int = 6) -> str:
+    return " ".join(draw.choice(DIGITS, int(draw.integers(least, most + 1))))
+
+
+def sentence(draw: np.random.Generator) -> str:
+    text = str(draw.choice(_PATTERNS))
+    for key, words in (("{a}", _ADJECTIVES), ("{t}", _THINGS), ("{d}", DIGITS)):
+        text = re.sub(key, lambda _, words=words: str(draw.choice(words)), text)  # type: ignore[misc]
+    return text
+
+
+def texts() -> dict[str, list[tuple[str, str]]]:
+    """(kind, text) to train on and to test with; no text is in both."""
+    draw = np.random.default_rng(SEED)
+    found: dict[str, list[tuple[str, str]]] = {"train": []}
+    seen: set[str] = set()
+    for name, kind, count in (
+        *((name, name, count) for name, count in TEST.items()),
+        *(("train", kind, count) for kind, count in TRAIN.items()),
+    ):
+        tests = set(seen)
+        while count:
+            text = sentence(draw) if kind == "sentences" else (
+                digits(draw) if name == "train" else digits(draw, 5, 5)
+            )  # fmt: skip
+            if text in tests or (name != "train" and text in seen):
+                continue
+            seen |= {text} if name != "train" else set()
+            found.setdefault(name, []).append((kind, text))
+            count -= 1
+    return found
+
+
+def records() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each record by the file that it belongs to, spoken where it is not there yet."""
+    for name, said in texts().items():
+        for number, (_, text) in enumerate(said):
+            file = FOLDER / name / f"{number:04}.wav"
+            if not file.exists():
+                spoken = flite(text, VOICE, 1.0, HERTZ)
+                save(file, trimmed(spoken, MARGIN, MARGIN))
+            yield name, {"audio": f"{name}/{file.name}", "text": text, "group": text}
+
+
+def main() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, some in itertools.groupby(records(), key=lambda each: each[0]):
+        write_lines(FOLDER / f"{name}.jsonl", [record for _, record in some])
+    draw = np.random.default_rng(SEED + 1)
+    spoken = ({"text": (digits, sentence)[number % 2](draw)} for number in range(6000))
+    write_lines(FOLDER / "words.jsonl", spoken)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Families of pretrained models: one loop is transformers' own forward pass, or a refusal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_conversion_gguf import made_tokenizer, plain, write
+
+from looptx_core.conversion.huggingface import from_huggingface
+from looptx_core.conversion.pretrained import Looping
+from looptx_core.conversion.source_check import logit_difference
+from looptx_core.errors import DataError
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 50_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen2 and its biases": ("Qwen2", {}),
+    "Mistral without a window": ("Mistral", {"sliding_window": None}),
+    "Llama 3's RoPE": ("Llama", {"rope_parameters": LLAMA3}),
+    "OLMo 2": ("Olmo2", {"eos_token_id": 2, "pad_token_id": 2}),
+    "linear RoPE": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0,
+                                                  "rope_theta": 10_000.0}}),
+}  # fmt: skip
+
+
+def saved(folder: Path, kind: str, **changes: Any) -> Any:
+    """A folder of transformers', and its model, whose vectors are no longer 0 and 1."""
+    model = plain(kind, **changes)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    made_tokenizer().save(str(folder / "tokenizer.json"))
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_loop_is_the_source(family: str, tmp_path: Path) -> None:
+    kind, changes = FAMILIES[family]
+    source = saved(tmp_path, kind, **changes)
+    loaded = from_huggingface(tmp_path, Looping("1:3"))
+    tokens = torch.randint(0, 320, (2, 96), generator=torch.Generator().manual_seed(3))
+    assert logit_difference(loaded.model, source, tokens) < 1e-5
+    # In the cache too, where what is new is read token by token.
+    cache = loaded.model.new_cache(2, 96, 1)
+    with torch.no_grad():
+        loaded.model(tokens[:, :40], 1, cache)
+        stepped = [loaded.model(tokens[:, [at]], 1, cache).logits for at in range(40, 44)]
+        expected = source(tokens).logits[:, 40:44]
+    assert (torch.cat(stepped, 1) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_window_limits_the_context(tmp_path: Path) -> None:
+    source = saved(tmp_path, "Mistral", sliding_window=32)
+    loaded = from_huggingface(tmp_path, Looping("auto"))
+    assert loaded.config.max_seq_len == 32
+    tokens = torch.randint(0, 320, (2, 32), generator=torch.Generator().manual_seed(3))
+    assert logit_difference(loaded.model, source, tokens) < 1e-5
+
+
+def test_llama3s_frequencies_of_a_gguf_file(tmp_path: Path) -> None:
+    import gguf
+
+    from looptx_core.config.rope import RopeScaling
+    from looptx_core.conversion.gguf_file import GGUF, from_gguf
+    from looptx_core.model.rope import rotary_frequencies
+
+    scaling = RopeScaling("llama3", 32.0)
+    divisors = rotary_frequencies(8, 50_000.0) / rotary_frequencies(8, 50_000.0, scaling)
+    add = gguf.GGUFWriter.write_header_to_file
+    for values, fits in ((divisors, True), (divisors.flip(0), False)):
+
+        def with_divisors(writer: Any, *rest: Any, values: torch.Tensor = values) -> None:
+            writer.add_tensor("rope_freqs.weight", values.numpy())
+            add(writer, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gguf.GGUFWriter, "write_header_to_file", with_divisors)
+            file = write(tmp_path / "scaled.gguf")
+        if not fits:
+            with pytest.raises(DataError, match="not Llama 3's"):
+                GGUF(file)
+            continue
+        found = GGUF(file)
+        loaded = from_gguf(found, Looping("auto"))
+        assert loaded.config.rope_scaling == scaling
+        tokens = torch.randint(0, 320, (2, 96), generator=torch.Generator().manual_seed(3))
+        assert logit_difference(loaded.model, found.in_transformers(), tokens) < 1e-5
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "yarn": ("Llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0,
+                                           "rope_theta": 10_000.0}}, r"scaled RoPE \(yarn\)"),
+    "biases": ("Llama", {"attention_bias": True}, "biases on the output of attention"),
+    "feed-forward biases": ("Llama", {"mlp_bias": True}, "biases in the feed-forward layers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_part_without_a_place_is_refused(what: str, tmp_path: Path) -> None:
+    kind, changes, message = REFUSED[what]
+    saved(tmp_path, kind, **changes)
+    with pytest.raises(DataError, match=message):
+        from_huggingface(tmp_path, Looping("auto"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("factor", 0.5, "factor must be at least 1"),
+        ("low_freq_factor", 9.0, "below high_freq_factor"),
+        ("original_max_position_embeddings", 0, "original_max_position_embeddings"),
+        ("factor", None, "factor"),
+    ],
+)
+def test_bad_scaling_is_refused(key: str, value: Any, message: str, tmp_path: Path) -> None:
+    saved(tmp_path, "Llama", rope_parameters=LLAMA3)
+    file = tmp_path / "config.json"
+    settings = json.loads(file.read_text("utf-8"))
+    settings["rope_parameters"][key] = value
+    file.write_text(json.dumps(settings), "utf-8")
+    with pytest.raises(DataError, match=message) as found:
+        from_huggingface(tmp_path, Looping("auto"))
+    assert len(str(found.value).splitlines()) == 1
