@@ -171,6 +171,13 @@ def test_bare_generate_writes_what_is_said(installed: Path, tmp_path: Path) -> N
     assert "hello world" in done.stdout
 
 
+def test_bare_generate_writes_what_happens(installed: Path, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "examples/wave.webp", tmp_path)
+    done = looptx("looptx generate --video wave.webp --temperature 0", tmp_path, installed)
+    assert done.returncode == 0, done.stderr
+    assert "bundled" in done.stderr and "octopus turns left" in done.stdout
+
+
 EXAMPLES = {
     "own_trainer --batch-size 4": "10 loops:",
     "finetune_lora --data few.jsonl": "Where ends g ->",
