@@ -15,7 +15,9 @@ def _codec() -> str:
     for what, steps, loops in kinds:
         name = what if steps is None else f"codec, {steps} step{'s' * (steps > 1)}, {loops} loops"
         where = {"what": what} if steps is None else {"what": what, "steps": steps, "loops": loops}
-        rates = [one(rows, set=kind, **where)["word_error_rate"] for kind in ("digits", "sentences")]
+        rates = [
+            one(rows, set=kind, **where)["word_error_rate"] for kind in ("digits", "sentences")
+        ]
         lines.append([name, *map(percent, rates)])
     return f"""\
 ## What does a codec of speech keep?
