@@ -1,6 +1,6 @@
 """What docs/benchmarks.md says about speaking."""
 
-from benchmarks.common.tables import newest, one, percent, pick, source, table
+from benchmarks.common.tables import newest, percent, pick, source, table
 
 
 def section() -> str:
@@ -15,10 +15,8 @@ def _codec() -> str:
     for what, steps, loops in kinds:
         name = what if steps is None else f"codec, {steps} step{'s' * (steps > 1)}, {loops} loops"
         where = {"what": what} if steps is None else {"what": what, "steps": steps, "loops": loops}
-        rates = [
-            one(rows, set=kind, **where)["word_error_rate"] for kind in ("digits", "sentences")
-        ]
-        lines.append([name, *map(percent, rates)])
+        found = [pick(rows, set=kind, **where) for kind in ("digits", "sentences")]
+        lines.append([name, *(percent(r[0]["word_error_rate"]) if r else "" for r in found)])
     return f"""\
 ## What does a codec of speech keep?
 
