@@ -18,7 +18,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 QUESTIONS = (
     "p_hop", "depth_pays", "recipe", "exits", "decode_speed", "batches", "speculation",
     "kv_cache", "serving", "start_time", "train_speed", "scale", "ternary", "finetuning",
-    "pictures", "sound", "drawing", "speaking", "tokenizing", "mutation", "reliability",
+    "pictures", "sound", "video", "drawing", "speaking", "tokenizing", "mutation", "reliability",
 )  # fmt: skip
 INTRODUCTION = """\
 # Benchmarks

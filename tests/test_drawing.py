@@ -306,3 +306,13 @@ def test_a_map_replaces_no_file_of_another_kind(tmp_path: Path) -> None:
     drawing = ["generate", "x", "--draw", str(tmp_path / "a.jpg"), "--show-iterations"]
     assert main(drawing) == 2
     assert (tmp_path / "a-iterations.png").read_text() == "notes"
+
+
+def test_the_bundled_model_draws_in_colour(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    drawn = tmp_path / "tomato.png"
+    flags = ["--guidance", "2", "--loops", "1", "--json", "--quiet"]
+    assert main(["generate", "tomato, noto", "--draw", str(drawn), *flags]) == 0
+    (media,) = json.loads(capsys.readouterr().out)["media"]
+    assert (media["kind"], len(media["codes"])) == ("image", 36)
+    red, green, blue = Image.open(drawn).convert("RGB").resize((1, 1)).getpixel((0, 0))
+    assert red > green + 20 and red > blue + 20

@@ -10,8 +10,8 @@ from picture_cases import CONFIG as PICTURES
 from picture_cases import build, row
 from test_memory import GREEDY, IDS, SETTINGS, TEXT, made, tokenizer  # noqa: F401
 
-from looptx_core.config.model import ModelConfig, fitting_memory
 from looptx_core.config.finetune import FinetuneConfig
+from looptx_core.config.model import ModelConfig, fitting_memory
 from looptx_core.config.run import TrainConfig
 from looptx_core.conversion.memory import with_memory
 from looptx_core.errors import UsageError

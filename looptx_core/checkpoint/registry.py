@@ -94,14 +94,17 @@ def local_folder(path: str | Path) -> Path:
     return download_model(path)
 
 
+BUNDLED = ("model", "picture-model", "sound-model", "video-model", "drawing-model")
+
+
 def bundled_model(name: str = "model") -> Path:
     """A model that ships with the package; `model` is the one of text."""
     return Path(str(importlib.resources.files("looptx_core"))) / "assets" / name
 
 
 def bundled_models() -> list[Path]:
-    """The models that ship with the package, the one of text first."""
-    return [bundled_model(), *sorted(bundled_model().parent.glob("*-model"))]
+    """The models that ship with the package, by medium the best first."""
+    return [bundled_model(name) for name in BUNDLED]
 
 
 def next_run_dir(
