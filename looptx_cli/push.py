@@ -49,5 +49,7 @@ def push(
         sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, **asdict(done)}) + "\n")
         return
     stdout().print(done.url, soft_wrap=True)
-    way = "--adapter" if found.adapter else "--model"
-    note(f'try next: looptx generate "Call me" {way} {name}', quiet)
+    if found.adapter:
+        note(f'try next: looptx generate "Call me" --adapter {name}', quiet)
+    else:
+        note(f'try next: looptx generate "Call me" --model {name}', quiet)

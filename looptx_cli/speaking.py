@@ -113,7 +113,7 @@ def speak_text(
 def check_room(engine: Engine, prompt: Any, options: GenerationOptions) -> int:
     """The most tokens that the speech may take. Raises `UsageError` where it finds no room."""
     ids, writer = engine.encode(prompt), engine.writers["audio"]
-    said = writer.said(ids[:-1])
+    said = writer.transcript(ids[:-1])
     if not said:
         raise UsageError("--speak needs a text to say; give a prompt")
     holds = engine.model.config.context_limit

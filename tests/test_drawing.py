@@ -174,7 +174,8 @@ def test_shared_rows_become_ordinary_ones(config: ModelConfig, tied: bool) -> No
     tokens = torch.tensor([[3, 40, config.draw.token, first, first + 5, first + codes - 1, 7]])
     before = model(tokens, 2).logits
     before.square().sum().backward()
-    assert model.code_rows[0].table.grad is not None and model.code_rows.table.grad.any()
+    (shared,) = model.code_rows.each
+    assert shared.table.grad is not None and shared.table.grad.any()
     fold_code_rows(model)
     assert model.code_rows is None
     assert torch.allclose(model(tokens, 2).logits, before, atol=1e-12)

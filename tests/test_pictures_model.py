@@ -280,7 +280,7 @@ def test_a_model_takes_the_weights_of_one_that_reads_less() -> None:
 
     text = LoopedTransformer(replace(CONFIG, vision_layers=0)).eval()
     sees = LoopedTransformer(MEDIA["image"].enable(text.config)).eval()
-    start: Any = SimpleNamespace(model=text, name="before")
+    start: Any = SimpleNamespace(model=text, name="before", config=text.config)
     tokens = torch.arange(10, 18)[None]
     with torch.no_grad():
         before = [*sees.states(tokens, 2)][-1]

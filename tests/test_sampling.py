@@ -72,5 +72,5 @@ def test_what_no_draw_can_follow_is_refused():
         dict(repetition_penalty=math.inf),
     ):  # fmt: skip
         (name,) = bad
-        with pytest.raises(UsageError, match=f"^`{name}` must be"):
+        with pytest.raises(UsageError, match=f"^`{name}` must "):
             check(GenerationOptions(**bad))

@@ -190,7 +190,7 @@ def test_what_may_follow(loaded: LoadedModel) -> None:
     writer = writers(loaded.config)["audio"]
     code, close, opens = writer.first_code, writer.closes, writer.opens
     codes = list(writer.code_ids)
-    assert writer.said([0, 40, 41, code, close, 50, 51]) == [50, 51]
+    assert writer.transcript([0, 40, 41, code, close, 50, 51]) == [50, 51]
     said = [50, 51]
     assert list(writer.allowed([], said)) == [50]
     assert list(writer.allowed([50], said)) == [*codes, close]

@@ -94,17 +94,18 @@ def local_folder(path: str | Path) -> Path:
     return download_model(path)
 
 
-BUNDLED = ("model", "picture-model", "sound-model", "video-model", "drawing-model")
-
-
 def bundled_model(name: str = "model") -> Path:
     """A model that ships with the package; `model` is the one of text."""
     return Path(str(importlib.resources.files("looptx_core"))) / "assets" / name
 
 
 def bundled_models() -> list[Path]:
-    """The models that ship with the package, by medium the best first."""
-    return [bundled_model(name) for name in BUNDLED]
+    """The models that ship with the package, the one of text first, then by how much they can do.
+
+    Of those that can do something the first does little else, and so knows it best.
+    """
+    others = bundled_model().parent.glob("*-model")
+    return [bundled_model(), *sorted(others, key=lambda folder: (len(abilities(folder)), folder))]
 
 
 def next_run_dir(

@@ -55,8 +55,8 @@ class _Encoder:
         writer = writers(self.config).get(file.medium) if self.config else None
         if writer is None:
             raise DataError(f"{where}: this model writes no {medium.plural}; give another")
-        name_of, said = self.tokenizer.id_to_token, writer.said(before)
-        text = tuple((token, token_bytes(name_of(token) or "")) for token in said)
+        name_of, transcript = self.tokenizer.id_to_token, writer.transcript(before)
+        text = tuple((token, token_bytes(name_of(token) or "")) for token in transcript)
         key = file.path, text
         if key not in self._codes:
             self._codes[key] = writer.encode(file.path, f"{where}: {file.path}", text)

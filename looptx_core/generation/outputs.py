@@ -37,19 +37,19 @@ class OpenItem(NamedTuple):
     medium: str
     writer: Writer
     written: Sequence[int]
-    said: Sequence[int]
-    """The text that it says, see `Writer.said`."""
+    transcript: Sequence[int]
+    """The text that it says, see `Writer.transcript`."""
 
     def restrict(self, logits: Tensor) -> Tensor:
         """logits (vocab_size,), with minus infinity for ids that may not follow."""
-        ids = list(self.writer.allowed(self.written, self.said))
+        ids = list(self.writer.allowed(self.written, self.transcript))
         allowed = torch.tensor(ids, device=logits.device)
         return torch.full_like(logits, float("-inf")).index_copy(0, allowed, logits[allowed])
 
     def finish(self, token: int, options: GenerationOptions) -> Output | None:
         """The finished item, if this token ends it."""
         ids, writer = (*self.written, token), self.writer
-        if not writer.finished(ids, self.said):
+        if not writer.finished(ids, self.transcript):
             return None
         began = time.perf_counter()
         content = writer.render(ids, options)
@@ -61,9 +61,9 @@ def open_item(writers: Mapping[str, Writer], seen: Sequence[int]) -> OpenItem | 
     """The item that is unfinished after these ids (a prompt and its continuation), if any."""
     for medium, writer in writers.items():
         if (start := _last(seen, writer.opens)) is not None:
-            written, said = seen[start + 1 :], writer.said(seen[:start])
-            if writer.is_open(written, said):
-                return OpenItem(medium, writer, written, said)
+            written, transcript = seen[start + 1 :], writer.transcript(seen[:start])
+            if writer.is_open(written, transcript):
+                return OpenItem(medium, writer, written, transcript)
     return None
 
 

@@ -353,32 +353,32 @@ class Writer:
         """The ids of the codes."""
         return range(self.first_code, self.first_code + self.codes)
 
-    def said(self, before: Sequence[int]) -> Sequence[int]:
+    def transcript(self, before: Sequence[int]) -> Sequence[int]:
         """The ids of the text that an item says which begins after these ids; most say none."""
         return ()
 
-    def allowed(self, written: Sequence[int], said: Sequence[int] = ()) -> Sequence[int]:
+    def allowed(self, written: Sequence[int], transcript: Sequence[int] = ()) -> Sequence[int]:
         """The ids that may follow these ids of an item, which is not finished."""
         return self.code_ids
 
-    def finished(self, written: Sequence[int], said: Sequence[int] = ()) -> bool:
+    def finished(self, written: Sequence[int], transcript: Sequence[int] = ()) -> bool:
         """Whether these ids, without `opens`, are a whole item."""
         raise NotImplementedError
 
-    def is_open(self, written: Sequence[int], said: Sequence[int] = ()) -> bool:
+    def is_open(self, written: Sequence[int], transcript: Sequence[int] = ()) -> bool:
         """Whether these ids are the beginning of an item."""
         codes = self.code_ids
         return all(token in codes for token in written) and not (
-            written and self.finished(written, said)
+            written and self.finished(written, transcript)
         )
 
     def encode(
-        self, source: Source, where: str | None = None, said: Sequence[tuple[int, bytes]] = ()
+        self, source: Source, where: str | None = None, transcript: Sequence[tuple[int, bytes]] = ()
     ) -> list[int]:
         """The ids of a whole item in a file, without `opens`, to learn from.
 
-        said: the ids of the text before it, each with its bytes. Raises `DataError` for what can't
-        be read.
+        transcript: the ids of the text before it, each with its bytes. Raises `DataError` for what
+        can't be read.
         """
         raise NotImplementedError
 

@@ -45,42 +45,42 @@ class Speaking(Writer):
     def codec(self) -> Codec:
         return opened_codec(self.config.codec).codec
 
-    def said(self, before: Sequence[int]) -> Sequence[int]:
+    def transcript(self, before: Sequence[int]) -> Sequence[int]:
         """The last run of text, without what is special and without codes."""
         start = len(before)
         while start and before[start - 1] in self._text:
             start -= 1
         return before[start:]
 
-    def allowed(self, written: Sequence[int], said: Sequence[int] = ()) -> Sequence[int]:
+    def allowed(self, written: Sequence[int], transcript: Sequence[int] = ()) -> Sequence[int]:
         closed = written.count(self.closes)
         own = written[_last(written, self.closes) + 1 :]
-        if said and not own:
-            return [said[closed]]
-        count = len(own) - bool(said)
+        if transcript and not own:
+            return [transcript[closed]]
+        count = len(own) - bool(transcript)
         most = self.codes_of(TOKEN_SECONDS)
         if count >= most:
             return [self.closes]
-        is_last = closed + 1 >= len(said)
+        is_last = closed + 1 >= len(transcript)
         silent = is_last and not any(token in self.code_ids for token in written)
         if count % self.config.columns or silent:
             return self.code_ids
         return [*self.code_ids, self.closes]
 
-    def finished(self, written: Sequence[int], said: Sequence[int] = ()) -> bool:
-        return written.count(self.closes) >= max(1, len(said))
+    def finished(self, written: Sequence[int], transcript: Sequence[int] = ()) -> bool:
+        return written.count(self.closes) >= max(1, len(transcript))
 
-    def is_open(self, written: Sequence[int], said: Sequence[int] = ()) -> bool:
-        if written and self.finished(written, said):
+    def is_open(self, written: Sequence[int], transcript: Sequence[int] = ()) -> bool:
+        if written and self.finished(written, transcript):
             return False
-        tokens, begins = iter(said), bool(said)
+        tokens, begins = iter(transcript), bool(transcript)
         for token in written:
             if begins:
                 if token != next(tokens):
                     return False
                 begins = False
             elif token == self.closes:
-                begins = bool(said)
+                begins = bool(transcript)
             elif token not in self.code_ids:
                 return False
         return True
@@ -91,20 +91,20 @@ class Speaking(Writer):
         return max(1, moments) * self.config.columns
 
     def encode(
-        self, source: Source, where: str | None = None, said: Sequence[tuple[int, bytes]] = ()
+        self, source: Source, where: str | None = None, transcript: Sequence[tuple[int, bytes]] = ()
     ) -> list[int]:
         name = where or ("the recording" if isinstance(source, bytes) else str(source))
         samples, codec = samples_of(source, name, MOST_SECONDS), self.codec
         patches = to_patches(frames_of(torch.from_numpy(samples)), codec.config)
         codes = codec.encode(patches[None], grid_of(patches, codec.config))[0] + self.first_code
         moments = codes.view(-1, self.config.columns)
-        if not said:
+        if not transcript:
             return [*codes.tolist(), self.closes]
         ends = frames_of_tokens(
-            item_of(samples), [content for _, content in said], recogniser(), name
+            item_of(samples), [content for _, content in transcript], recogniser(), name
         )
         ids, start = [], 0
-        for (token, _), frame in zip(said, ends):
+        for (token, _), frame in zip(transcript, ends):
             end = min(len(moments), round(frame / codec.config.frames))
             longest = self.codes_of(TOKEN_SECONDS) // self.config.columns
             if end - start > longest:

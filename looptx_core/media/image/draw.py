@@ -26,11 +26,11 @@ class Drawing(Writer):
     def codec(self) -> Codec:
         return opened_codec(self.config.codec).codec
 
-    def finished(self, written: Sequence[int], said: Sequence[int] = ()) -> bool:
+    def finished(self, written: Sequence[int], transcript: Sequence[int] = ()) -> bool:
         return len(written) == self.length
 
     def encode(
-        self, source: Source, where: str | None = None, said: Sequence[tuple[int, bytes]] = ()
+        self, source: Source, where: str | None = None, transcript: Sequence[tuple[int, bytes]] = ()
     ) -> list[int]:
         codec = self.codec
         patches = read_patches(source, codec.config, where)
