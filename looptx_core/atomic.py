@@ -152,6 +152,8 @@ def to_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:  # which file it was is known here only
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(handle)
 

@@ -49,6 +49,7 @@ _REMEDIES = {
     errno.EACCES: "choose a place that you may write to",
     errno.EPERM: "choose a place that you may write to",
     errno.EROFS: "choose a place that you may write to",
+    errno.EIO: "check the disk, or choose another place",
 }
 
 

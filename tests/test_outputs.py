@@ -15,7 +15,7 @@ from forked_commands import start
 from test_training_runs import SETTINGS
 
 from looptx_cli.main import main
-from looptx_core.atomic import _machine, put_in_place, temporary_beside
+from looptx_core.atomic import _machine, put_in_place, replacing, temporary_beside
 from looptx_core.errors import LooptxError, UsageError
 from looptx_core.outputs import (
     OUTPUTS,
@@ -279,3 +279,13 @@ def test_a_report_on_a_full_disk_is_none(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(LooptxError, match="No space left"):
             write_report({}, tmp_path / name)
     assert [file.name for file in tmp_path.rglob("*")] == ["old", "report.json"]
+
+
+def test_a_disk_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(handle: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError) as found, replacing(tmp_path / "curves.png") as temporary:
+        temporary.write_bytes(b"1")
+    assert str(tmp_path) in found.value.filename and not list(tmp_path.iterdir())
