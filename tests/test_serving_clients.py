@@ -119,7 +119,7 @@ def test_a_crowd_of_idle_connections_keeps_nobody_out(address, monkeypatch):
     host, port = address.removeprefix("http://").split(":")
     crowd = [socket.create_connection((host, int(port))) for _ in range(60)]
     # A new client: an old one may hold a connection that is idle and is closed with the others.
-    new = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+    new = openai.OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0)
     try:
         assert new.completions.create(model="small", prompt="a", max_tokens=1).choices
     finally:

@@ -145,10 +145,12 @@ class _Protocol(H11Protocol):
         super().connection_made(transport)
         self._wait()
         if len(self.connections) > MOST_CONNECTIONS:
-            for other in list(self.connections):
-                if other is not self and isinstance(other, _Protocol) and other.idle:
-                    other.transport.abort()
-                    break
+            waiting = [
+                (other._late.when(), other.transport) for other in self.connections
+                if isinstance(other, _Protocol) and other is not self and other.idle and other._late
+            ]  # fmt: skip
+            if waiting:  # who has waited longest makes room
+                min(waiting, key=lambda one: one[0])[1].abort()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
