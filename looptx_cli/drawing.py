@@ -78,7 +78,8 @@ def draw_picture(
         quiet,
     )
     if not iterations:
-        note("try next: --show-iterations, --guidance 2, or another --seed", quiet)
+        guided = "" if options.guidance != 1 else "--guidance 2, "
+        note(f"try next: --show-iterations, {guided}or another --seed", quiet)
 
 
 def check_room(engine: Engine, prompt_tokens: int, options: GenerationOptions) -> int:
