@@ -65,8 +65,7 @@ def draw_picture(
         place = write_map(media, picture, config.draw.columns, config.max_loops)
         note(f"loops and confidence: {place}", quiet)
     if as_json:
-        document = {**result.to_dict(), "media": [media]}
-        print_now(json.dumps({"schema_version": SCHEMA_VERSION, **document}) + "\n")
+        print_document(result, media)
         return
     show_picture(picture, file)
     if iterations:
@@ -80,6 +79,12 @@ def draw_picture(
     if not iterations:
         guided = "" if options.guidance != 1 else "--guidance 2, "
         note(f"try next: --show-iterations, {guided}or another --seed", quiet)
+
+
+def print_document(result: Generation, media: dict[str, Any]) -> None:
+    """Print what was written, and its item, as one JSON document."""
+    document = {**result.to_dict(), "media": [media]}
+    print_now(json.dumps({"schema_version": SCHEMA_VERSION, **document}) + "\n")
 
 
 def check_room(engine: Engine, prompt_tokens: int, options: GenerationOptions) -> int:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from looptx_cli.console import note
-from looptx_cli.drawing import SCHEMA_VERSION, check_picture_target
+from looptx_cli.drawing import check_picture_target, print_document
 from looptx_cli.streaming import print_now
 from looptx_cli.targets import check_target, grey, map_file, save_beside
 from looptx_core.errors import LooptxError, UsageError
@@ -94,8 +93,7 @@ def speak_text(
         place = write_map(media, samples, config.speak.columns, config.max_loops)
         note(f"loops and confidence: {place}", quiet)
     if as_json:
-        document = {**result.to_dict(), "media": [media]}
-        print_now(json.dumps({"schema_version": SCHEMA_VERSION, **document}) + "\n")
+        print_document(result, media)
         return
     print_now(f"{file}\n")
     if iterations:
