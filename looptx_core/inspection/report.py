@@ -33,6 +33,7 @@ from looptx_core.inspection.memory import inspect_memory
 from looptx_core.inspection.survey import Survey, survey_lines
 from looptx_core.inspection.texts import asked_text, sample
 from looptx_core.inspection.trace import trace_text
+from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.media.registry import MEDIA
 from looptx_core.stopping.rule import Exit
 from looptx_core.training import metrics
@@ -49,6 +50,7 @@ _MEMORY_TEXTS = 8  # sequences to read with a memory and without
 Document = dict[str, Any]
 
 
+@freed_memory_kept()
 def inspect_loops(
     loaded: LoadedModel,
     data: Path | Batches,
