@@ -121,7 +121,10 @@ def evaluate_loops(
     ctx = model.context(targets.shape[1], documents=documents, layout=layout)
     wanted = targets[counted]
     pieces = _slices(len(wanted), max(1, _READ_OUT // model.config.vocab_size))
-    losses, hits, norms, logits, gains, changes, odds = [], [], [], [], [], [], []
+    losses: list[Tensor] = []
+    hits: list[Tensor] = []
+    odds: list[Tensor] = []
+    norms, logits, gains, changes = [], [], [], []
     before = embedding = model.embed(inputs, ctx, media=media)
     for loop, state in model.iterate(embedding, embedding, ctx, range(1, loops + 1)):
         decoded, seen = model.coda_hidden(state, ctx)[counted], state[counted]
