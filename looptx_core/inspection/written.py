@@ -108,7 +108,7 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
-    """Loops and confidence along the rows of a picture, or along time, for a terminal."""
+    """Loops and confidence along the rows of an item, or along time, for a terminal."""
     rows = found["rows"]
     per = -(-rows // _WIDTH)
     starts = range(0, rows, per)
