@@ -275,6 +275,7 @@ def test_the_commands(
         ([*draw, str(tmp_path)], 2, "a folder"),
         ([*draw, "a.txt"], 2, "ends in .png"),
         ([*draw, "none/a.png"], 2, "no folder none"),
+        ([*draw, "a" * 300 + ".png"], 2, "File name too long; choose another name"),
         ([*draw, "b.png", "--draw-steps", "0"], 2, "--draw-steps must lie between"),
         ([*draw, "b.png", "--draw-steps", "10000"], 2, "--draw-steps must lie between"),
         ([*draw, "b.png", "--guidance", "nan"], 2, "--guidance"),
@@ -303,6 +304,8 @@ def test_training_resumes_by_its_codec(
     command += ["--data", str(drawings / "all.jsonl"), "--out", str(tmp_path / "run")]
     assert main([*command, "--direction", "write", "--steps", "1"]) == 2
     assert "--direction write needs a codec" in capsys.readouterr().err
+    assert main([*command, "--codec", str(drawings), "--dry-run"]) == 4
+    assert "codec.json is missing" in capsys.readouterr().err
     assert main([*command, "--codec", str(own), "--direction", "write", "--steps", "2"]) == 0
     before = load_model(tmp_path / "run/final")
     assert before.config.draw.codes == 12

@@ -286,6 +286,7 @@ def test_speaking(
         ([*say, "b.wav", "--max-new-tokens", "2"], 1, "--max-new-tokens"),
         (["generate", long, "--model", str(model_folder), "--speak", "b.wav"], 2, "shorten"),
         (["generate", "", "--model", str(model_folder), "--speak", "b.wav"], 2, "a text to say"),
+        (["generate", " \n", "--model", str(model_folder), "--speak", "b.wav"], 2, "a text to say"),
         (["generate", "a", "--model", none, "--speak", "b.wav"], 4, ""),
     ):
         assert main(arguments) == code, arguments[2:]

@@ -1,6 +1,7 @@
 """What docs/benchmarks.md says about speaking."""
 
-from benchmarks.common.tables import newest, percent, pick, source, table
+from benchmarks.common.record import Row
+from benchmarks.common.tables import newest, one, percent, pick, source, table
 
 
 def section() -> str:
@@ -45,6 +46,7 @@ def _model() -> str:
             str(row["unfinished"]),
         ]
         for row in rows
+        if "word_error_rate" in row
     ]
     whole = [row for row in rows if "of_another_text" in row]
     controls = "; ".join(
@@ -66,4 +68,24 @@ ratios to the recording of the same text. At all loops, {controls}.
 
 {table(heads, lines)}
 
-{source(record)}"""
+{_kinds(rows)}{source(record)}"""
+
+
+def _kinds(rows: list[Row]) -> str:
+    kinds = dict.fromkeys(row["kind"] for row in rows if "kind" in row)
+    if not kinds:
+        return ""
+    sets = list(dict.fromkeys(row["set"] for row in rows))
+    lines = []
+    for kind in kinds:
+        found = [one(rows, set=name, kind=kind) for name in sets]
+        lines.append([
+            kind, *(f"{r['mean_loops']:.2f}, {percent(r['confidence'])}" for r in found)
+        ])  # fmt: skip
+    return f"""\
+By the kind of a token, where each stops by the model's own exit, its mean loops and its mean
+confidence:
+
+{table(["", *sets], lines)}
+
+"""
