@@ -24,6 +24,7 @@ import numpy as np
 import soundfile
 
 from benchmarks.common.codecs import writer_settings
+from benchmarks.common.kinds import by_kind
 from benchmarks.common.record import finish
 from benchmarks.speaking.judge import SETS, listener, records_of, word_error_rate
 from looptx_core.checkpoint.folder import LoadedModel, load_model
@@ -90,13 +91,13 @@ def judged(
         rows.append(row)
         print(row, flush=True)
         if loops == "auto":
-            kinds = by_kind(results, engine.writers["audio"])
+            kinds = codes_by_kind(results, engine.writers["audio"])
             rows += [{"set": name, **each} for each in kinds]
             print(*kinds, sep="\n", flush=True)
     return rows
 
 
-def by_kind(results: list[Generation], writer: Speaking) -> list[dict[str, Any]]:
+def codes_by_kind(results: list[Generation], writer: Speaking) -> list[dict[str, Any]]:
     """Mean loops and confidence of tokens of the text, of the first code after each, of the other
     codes, and of what ends a token's sound."""
     kinds: dict[str, list[Step]] = {
@@ -111,16 +112,7 @@ def by_kind(results: list[Generation], writer: Speaking) -> list[dict[str, Any]]
             else:
                 begins = step.id != writer.closes
                 kinds["token of the text" if begins else "end of a sound"].append(step)
-    return [
-        {
-            "kind": kind,
-            "tokens": len(steps),
-            "mean_loops": statistics.mean(step.loops for step in steps),
-            "confidence": statistics.mean(step.confidence for step in steps),
-        }
-        for kind, steps in kinds.items()
-        if steps
-    ]
+    return by_kind(kinds)
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """What docs/benchmarks.md says about speaking."""
 
-from benchmarks.common.record import Row
-from benchmarks.common.tables import newest, one, percent, pick, source, table
+from benchmarks.common.kinds import kinds_table
+from benchmarks.common.tables import newest, percent, pick, source, table
 
 
 def section() -> str:
@@ -68,24 +68,4 @@ ratios to the recording of the same text. At all loops, {controls}.
 
 {table(heads, lines)}
 
-{_kinds(rows)}{source(record)}"""
-
-
-def _kinds(rows: list[Row]) -> str:
-    kinds = dict.fromkeys(row["kind"] for row in rows if "kind" in row)
-    if not kinds:
-        return ""
-    sets = list(dict.fromkeys(row["set"] for row in rows))
-    lines = []
-    for kind in kinds:
-        found = [one(rows, set=name, kind=kind) for name in sets]
-        lines.append([
-            kind, *(f"{r['mean_loops']:.2f}, {percent(r['confidence'])}" for r in found)
-        ])  # fmt: skip
-    return f"""\
-By the kind of a token, where each stops by the model's own exit, its mean loops and its mean
-confidence:
-
-{table(["", *sets], lines)}
-
-"""
+{kinds_table(rows, "set", ["digits", "sentences"])}{source(record)}"""
