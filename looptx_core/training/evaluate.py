@@ -117,7 +117,8 @@ def evaluate_loops(
     layout = model.layout(inputs, media)
     ctx = model.context(targets.shape[1], documents=documents, layout=layout)
     losses, hits, norms, logits, gains, changes, odds = [], [], [], [], [], [], []
-    before = embedding = model.embed(inputs, ctx, media=media)
+    embedding = model.embed(inputs, ctx, media=media)
+    before = model.injection.open(embedding)
     for loop, state in model.iterate(embedding, embedding, ctx, range(1, loops + 1)):
         predicted = model.logits(model.coda_hidden(state, ctx)).float()
         loss = F.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="none")
