@@ -145,4 +145,10 @@ def section() -> str:
         parts += [injections(r, found["schedules"][0]) for r in found["injections"]]
     parts += [iso_depth(record) for record in found["iso-depth"]]
     used = [record for some in found.values() for record in some]
-    return "\n\n".join([*parts, source(*used) or "Not measured yet: `python -m benchmarks.depth.run` does, part by part."])
+    return "\n\n".join(
+        [
+            *parts,
+            source(*used)
+            or "Not measured yet: `python -m benchmarks.depth.run` does, part by part.",
+        ]
+    )

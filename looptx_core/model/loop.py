@@ -11,9 +11,8 @@ exit, loss-triggered training and speculation all rest on that.
 
 The shape (prelude, core, coda) is Huginn's (arXiv 2502.05171); the injection is Parcae's (arXiv
 2604.12946): a per-channel decay below 1 on the normalised state, plus the normalised embedding.
-With `injection="streams"` a state is several residual streams, and `inject` also mixes the core's
-output into them. With `injection="none"` one loop is an ordinary pre-norm decoder, and with no
-prelude and no coda the whole stack is looped.
+With `injection="none"` one loop is an ordinary pre-norm decoder, and with no prelude and no coda
+the whole stack is looped. With `"streams"` a state is several residual streams.
 """
 
 from __future__ import annotations
@@ -224,8 +223,7 @@ class LoopedTransformer(nn.Module):
         none is left the first runs on, unread, as sharded weights need all ranks at each loop.
         """
         step = step or self.step
-        if loops.start == 1:
-            state = self.injection.open(state)
+        state = self.injection.open(state) if loops.start == 1 else state
         if self.config.has_memory and ctx.view is None:
             yield from iterate_blocks(self, state, embedding, ctx, loops, step, running)
             return
