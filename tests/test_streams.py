@@ -60,7 +60,7 @@ def test_streams_learn() -> None:
     model = LoopedTransformer(replace(CONFIG, injection="streams", core_layers=1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     losses = []
-    for _ in range(12):
+    for _ in range(5):
         loss = F.cross_entropy(
             model(tokens(), 3).logits[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten()
         )
@@ -69,7 +69,7 @@ def test_streams_learn() -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("streams", [1, 65])
