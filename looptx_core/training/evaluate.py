@@ -125,7 +125,8 @@ def evaluate_loops(
     hits: list[Tensor] = []
     odds: list[Tensor] = []
     norms, logits, gains, changes = [], [], [], []
-    before = embedding = model.embed(inputs, ctx, media=media)
+    embedding = model.embed(inputs, ctx, media=media)
+    before = model.injection.open(embedding)
     for loop, state in model.iterate(embedding, embedding, ctx, range(1, loops + 1)):
         decoded, seen = model.coda_hidden(state, ctx)[counted], state[counted]
         confidence = Confidence(*(part.float()[counted] for part in model.confidence(state, loop)))
