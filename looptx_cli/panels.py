@@ -24,6 +24,7 @@ _MOST_USED = {
     "tokenize": "data out vocab_size tokenizer text_key codec set",
     "doctor": "build path",
     "compare": "out format",
+    "sweep": "out",
     "push": "private message",
 }
 """The flags that matter first, at most ten a command."""

@@ -24,6 +24,9 @@ UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "
 # The flags of each command, in the order of its code. A flag is an interface: scripts break when
 # one goes. Changed on purpose? Paste what the failing test prints.
 OPTIONS = {
+    "sweep": """
+        --out --dry-run --json --quiet
+    """,
     "inspect-loops": """
         --data --out --seq-len --batch-size --val-batches --max-loops --calibrate --no-calibrate
         --target-loss-increase --text --prompt --image --audio --video --max-new-tokens
