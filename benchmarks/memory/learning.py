@@ -33,8 +33,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 """Settings of a model's config; `shut_gates` makes the last what it is called."""
 
-Draw = Callable[[np.random.Generator], tuple[Tensor, Tensor]]
-"""Tokens to train on, (rows, length + 1), and the weights of their successors, (rows, length)."""
+Draw = Callable[[np.random.Generator], tuple[Tensor, Tensor, Tensor]]
+"""Tokens to train on, what follows each, and how much that counts, all (rows, length)."""
 
 
 @functools.cache
@@ -83,11 +83,11 @@ class Learned(NamedTuple):
     seconds: float
 
 
-def learn(
-    model: LoopedTransformer, draw: Draw, settings: TrainConfig, name: str, recompute: bool = False
-) -> Learned:
-    """Train at the model's own depth on what `draw` gives; each step's loss is that of the last
-    loop. settings: steps, batch size, learning rate and seed. name: for the lines of progress."""
+def learn(model: LoopedTransformer, draw: Draw, settings: TrainConfig, name: str) -> Learned:
+    """Train at the model's own depth on what `draw` gives; each step's loss is the last loop's.
+
+    settings: steps, batch size, learning rate and seed. name: for the lines of progress.
+    """
     model.train()
     schedule, optimizer = (
         LoopSchedule(settings, model.config.loops),
@@ -97,10 +97,10 @@ def learn(
     rng = np.random.default_rng((settings.seed, 1))
     began, losses = time.process_time(), []
     for step in range(settings.steps):
-        tokens, weights = draw(rng)
+        tokens, targets, weights = draw(rng)
         loss = loop_loss(
-            model, tokens, schedule, step, torch.arange(len(tokens)),
-            weights=weights / weights.mean(), loss_at="last", recompute=recompute,
+            model, tokens, schedule, step, torch.arange(len(tokens)), targets=targets,
+            weights=weights / weights.mean(), loss_at="last",
         )  # fmt: skip
         optimizer.zero_grad()
         (loss.loss + loss.confidence_loss).backward()
