@@ -26,13 +26,14 @@ import torch
 from benchmarks.common.record import results_file, rows_so_far, slug, write
 from benchmarks.memory.learning import (
     KINDS,
+    NEAR,
     cuttings,
     kept,
     learn,
     prose,
     read,
+    set_gates,
     settings_of,
-    shut_gates,
     vocabulary,
 )
 from looptx_core.config.model import ModelConfig
@@ -80,9 +81,11 @@ class Rings:
         return ids, hops, leads[np.arange(rows)[:, None], hops, sources]
 
     def draw(
-        self, rng: np.random.Generator, rows: int, length: int, queries: int
+        self, rng: np.random.Generator, done: float, rows: int, length: int, queries: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What to train on, see `learning.Draw`."""
+        if done < NEAR:
+            length = 2 * (self.symbols + queries)
         ids, leads = self.arrows(rng, rows)
         asked, _, targets = self.queries(rng, leads, queries)
         between = cuttings(rng, prose()[0], rows, length - ids.shape[1] - asked.shape[1])
@@ -156,8 +159,7 @@ def main() -> None:
             coda_layers=0, max_loops=loops, loops=loops, memory_window=args.window,
             memory_block=args.block, **KINDS[kind],
         ))  # fmt: skip
-        if kind == "window alone":
-            shut_gates(model)
+        set_gates(model, kind)
         own = settings_of(args.steps, args.batch, args.lr, seed)
         name = f"hops-{slug(kind)}-{loops}-{seed}-{args.steps}.safetensors"
         file = Path(args.models) / name if args.models else None

@@ -29,13 +29,14 @@ import torch
 from benchmarks.common.record import results_file, rows_so_far, slug, write
 from benchmarks.memory.learning import (
     KINDS,
+    NEAR,
     cuttings,
     kept,
     learn,
     prose,
     read,
+    set_gates,
     settings_of,
-    shut_gates,
     vocabulary,
 )
 from looptx_core.config.model import ModelConfig
@@ -84,13 +85,15 @@ class Task:
         return told, asked
 
     def draw(
-        self, rng: np.random.Generator, rows: int, length: int, window: int
+        self, rng: np.random.Generator, done: float, rows: int, length: int, window: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What to train on, see `learning.Draw`.
 
         A row is cut into slots of SPAN tokens. Its last ones ask for one to four keys, which are
-        further away than the window.
+        further away than the window, or at first within it.
         """
+        if done < NEAR:
+            rows, length, window = rows * 2, window, 0
         tokens, weights = self.filler(rng, rows, length), np.zeros((rows, length), np.float32)
         targets, slots = np.zeros((rows, length), np.int64), length // SPAN
         for row in range(rows):
@@ -147,8 +150,7 @@ def build(kind: str, seed: int, task: Task, args: argparse.Namespace) -> LoopedT
         coda_layers=0, max_loops=args.loops, loops=args.loops, memory_window=args.window,
         memory_block=args.block, **KINDS[kind],
     ))  # fmt: skip
-    if kind == "window alone":
-        shut_gates(model)
+    set_gates(model, kind)
     return model
 
 
@@ -158,9 +160,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--text", choices=["sentence", "prose"], default="sentence")
     made.add_argument("--seeds", nargs="+", type=int, default=[0])
     made.add_argument("--steps", type=int, default=200)
-    made.add_argument("--batch", type=int, default=8)
-    made.add_argument("--length", type=int, default=512)
-    made.add_argument("--lr", type=float, default=1e-2)
+    made.add_argument("--batch", type=int, default=16)
+    made.add_argument("--length", type=int, default=256)
+    made.add_argument("--lr", type=float, default=2e-2)
     made.add_argument("--width", type=int, default=64)
     made.add_argument("--loops", type=int, default=2)
     made.add_argument("--window", type=int, default=64)

@@ -32,8 +32,8 @@ from benchmarks.memory.learning import (
     kept,
     learn,
     prose,
+    set_gates,
     settings_of,
-    shut_gates,
     vocabulary,
 )
 from looptx_core.config.model import ModelConfig
@@ -61,7 +61,7 @@ def shape(name: str, args: argparse.Namespace) -> ModelConfig:
 
 
 def draw(
-    rng: np.random.Generator, ids: np.ndarray, rows: int, length: int
+    rng: np.random.Generator, done: float, ids: np.ndarray, rows: int, length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `learning.Draw`: all tokens count."""
     tokens = torch.from_numpy(cuttings(rng, ids, rows, length + 1)).long()
@@ -120,8 +120,8 @@ def main() -> None:
         config = shape(name, args)
         torch.manual_seed(seed)
         model = LoopedTransformer(config)
-        if name == "window alone":
-            shut_gates(model)
+        if config.has_memory:
+            set_gates(model, name)
         learnt, held_out = prose(text)
         held_out = held_out[: 2 * PIECE] if args.check else held_out
         length = PIECE if name == "full attention" else args.length
