@@ -76,7 +76,7 @@ def cuttings(rng: np.random.Generator, ids: np.ndarray, rows: int, length: int) 
 
 
 def set_gates(model: LoopedTransformer, kind: str) -> None:
-    """Half open in every head, as any may have learned to find; shut for good for `window alone`."""
+    """Half open in all heads, as any may have learned to find; shut for good for `window alone`."""
     for block in model.core:
         assert isinstance(block, Block) and block.attention.memory is not None
         gates = block.attention.memory.gate_bias
