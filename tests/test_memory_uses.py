@@ -146,7 +146,7 @@ def test_inspection_tells_what_a_memory_brings() -> None:
     assert found["loss"][:2] == found["loss_without"][:2]
     assert all(a != b for a, b in zip(found["loss"][2:], found["loss_without"][2:]))
     [sentence] = memory_sentences(found)
-    assert "beyond the window of 16 tokens" in sentence
+    assert "beyond the window of 16 tokens" in sentence and "the deepest loop wrote" in sentence
     assert inspect_memory(model, [texts[0][:, :16]], 3) is None
 
 

@@ -31,10 +31,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "infini with delta": {"memory": "infini", "infini_delta": True},
     "window alone": {"memory": "infini"},
 }
-"""Settings of a model's config; `shut_gates` makes the last what it is called."""
+"""Settings of a model's config; `set_gates` makes the last what it is called."""
 
-Draw = Callable[[np.random.Generator], tuple[Tensor, Tensor]]
-"""Tokens to train on, (rows, length + 1), and the weights of their successors, (rows, length)."""
+Draw = Callable[[np.random.Generator, float], tuple[Tensor, Tensor, Tensor]]
+"""Tokens to train on, what follows each, and how much that counts, all (rows, length).
+
+Called with the share of the training that is done. A memory learns to find what attention has
+learned to find, as they share queries, keys and values: rows that fit into the window come first.
+"""
+
+NEAR = 0.25
+"""The share of a training in which rows fit into the window."""
 
 
 @functools.cache
@@ -68,11 +75,15 @@ def cuttings(rng: np.random.Generator, ids: np.ndarray, rows: int, length: int) 
     return np.stack([ids[start : start + length] for start in starts]).astype(np.int32)
 
 
-def shut_gates(model: LoopedTransformer) -> None:
-    """Leave a model with its window alone, for good."""
+def set_gates(model: LoopedTransformer, kind: str) -> None:
+    """Half open in all heads, as any may have learned to find; shut for good for `window alone`."""
     for block in model.core:
         assert isinstance(block, Block) and block.attention.memory is not None
-        block.attention.memory.gate_bias.requires_grad_(False).fill_(-torch.inf)
+        gates = block.attention.memory.gate_bias
+        if kind == "window alone":
+            gates.requires_grad_(False).fill_(-torch.inf)
+        else:
+            gates.data.zero_()
 
 
 class Learned(NamedTuple):
@@ -83,11 +94,11 @@ class Learned(NamedTuple):
     seconds: float
 
 
-def learn(
-    model: LoopedTransformer, draw: Draw, settings: TrainConfig, name: str, recompute: bool = False
-) -> Learned:
-    """Train at the model's own depth on what `draw` gives; each step's loss is that of the last
-    loop. settings: steps, batch size, learning rate and seed. name: for the lines of progress."""
+def learn(model: LoopedTransformer, draw: Draw, settings: TrainConfig, name: str) -> Learned:
+    """Train at the model's own depth on what `draw` gives; each step's loss is the last loop's.
+
+    settings: steps, batch size, learning rate and seed. name: for the lines of progress.
+    """
     model.train()
     schedule, optimizer = (
         LoopSchedule(settings, model.config.loops),
@@ -97,10 +108,10 @@ def learn(
     rng = np.random.default_rng((settings.seed, 1))
     began, losses = time.process_time(), []
     for step in range(settings.steps):
-        tokens, weights = draw(rng)
+        tokens, targets, weights = draw(rng, step / settings.steps)
         loss = loop_loss(
-            model, tokens, schedule, step, torch.arange(len(tokens)),
-            weights=weights / weights.mean(), loss_at="last", recompute=recompute,
+            model, tokens, schedule, step, torch.arange(len(tokens)), targets=targets,
+            weights=weights / weights.mean(), loss_at="last",
         )  # fmt: skip
         optimizer.zero_grad()
         (loss.loss + loss.confidence_loss).backward()

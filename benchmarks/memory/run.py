@@ -1,12 +1,12 @@
 """Does a memory find a passkey in texts far longer than those it was trained on?
 
-A row is filler, and somewhere in it up to four keys of five digits, each digit after a label of its
-own. At the end they are asked for, beyond the window. Models of one shape (a prelude block, a
-looped block) learn this at a few hundred tokens, with `delta`, `infini`, `infini` with delta, and
-with the same window and no memory; then the filler gets longer. Nothing but its length changes.
-Filler is a sentence of 24 words again and again, or prose: four fifths of Moby Dick while training,
-the last fifth when asked. Reading is timed beside it, in tokens a second of CPU time, with the
-bytes that a text's state takes.
+A row is filler, and somewhere in it up to four keys of five digits; a token says a digit and where
+in which key it stands. At the end they are asked for, place after place, beyond the window. Models
+of one shape (a prelude block, a looped block) learn this at a few hundred tokens, with `delta`,
+`infini`, `infini` with delta, and with the same window and no memory; then the filler gets longer.
+Nothing but its length changes. Filler is a sentence of 24 words again and again, or prose: four
+fifths of Moby Dick while training, the last fifth when asked. Reading is timed beside it, in tokens
+a second of CPU time, with the bytes that a text's state takes.
 
     python -m benchmarks.memory.run [--kinds delta infini] [--seeds 0] [--steps 200] [--check]
     python -m benchmarks.memory.run --kinds delta --filler 32768 131072 1048576 --rows 30 30 5
@@ -29,13 +29,14 @@ import torch
 from benchmarks.common.record import results_file, rows_so_far, slug, write
 from benchmarks.memory.learning import (
     KINDS,
+    NEAR,
     cuttings,
     kept,
     learn,
     prose,
     read,
+    set_gates,
     settings_of,
-    shut_gates,
     vocabulary,
 )
 from looptx_core.config.model import ModelConfig
@@ -44,8 +45,7 @@ from looptx_core.model.loop import LoopedTransformer
 
 SENTENCE = 24  # words
 KEYS, DIGITS = 4, 5
-SPAN = 1 + 2 * DIGITS  # KEY or ASK, and a label and a digit five times
-SLOT = SPAN + 1
+SPAN = 1 + DIGITS  # what opens a key or a question, and five tokens
 PLACES = {
     "start": [0.0], "middle": [0.5], "end": [1.0],
     "four": [0.0, 0.25, 0.5, 1.0],  # four keys, of which the first is asked
@@ -59,8 +59,8 @@ class Task:
     def __init__(self, text: str) -> None:
         self.text = text
         self.digit = SENTENCE if text == "sentence" else vocabulary()
-        self.label = self.digit + 10
-        self.key = self.label + KEYS * DIGITS
+        self.place = self.digit + KEYS * DIGITS * 10
+        self.key = self.place + KEYS * DIGITS
         self.ask = self.key + 1
         self.vocab = self.key + 2
 
@@ -74,39 +74,39 @@ class Task:
         firsts = rng.integers(SENTENCE, size=rows)
         return np.stack([words[first : first + length] for first in firsts])
 
-    def phrase(self, opens: int, key: np.ndarray, digits: np.ndarray) -> np.ndarray:
-        """(rows, SPAN) ids: KEY or ASK, then the digits of each row's key after their labels.
+    def phrases(self, keys: np.ndarray, digits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids that tell keys and ids that ask for them, both (n, SPAN).
 
-        key: (rows,). digits: (rows, DIGITS).
+        keys: (n,), below `KEYS`. digits: (n, DIGITS), theirs.
         """
-        found = np.empty((len(digits), SPAN), dtype=np.int64)
-        found[:, 0] = opens
-        found[:, 1::2] = self.label + key[:, None] * DIGITS + np.arange(DIGITS)
-        found[:, 2::2] = self.digit + digits
-        return found
+        places = keys[:, None] * DIGITS + np.arange(DIGITS)
+        told, asked = (np.full((len(keys), SPAN), opens) for opens in (self.key, self.ask))
+        told[:, 1:], asked[:, 1:] = self.digit + 10 * places + digits, self.place + places
+        return told, asked
 
     def draw(
-        self, rng: np.random.Generator, rows: int, length: int, window: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, rng: np.random.Generator, done: float, rows: int, length: int, window: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What to train on, see `learning.Draw`.
 
-        The last slots of a row ask for one to four keys, which are further away than the window.
+        A row is cut into slots of SPAN tokens. Its last ones ask for one to four keys, which are
+        further away than the window, or at first within it.
         """
-        tokens = self.filler(rng, rows, length + 1)
-        weights = np.zeros((rows, length), dtype=np.float32)
-        slots = length // SLOT
-        before = slots - KEYS - window // SLOT
+        if done < NEAR:
+            rows, length, window = rows * 2, window, 0
+        tokens, weights = self.filler(rng, rows, length), np.zeros((rows, length), np.float32)
+        targets, slots = np.zeros((rows, length), np.int64), length // SPAN
         for row in range(rows):
             keys = rng.permutation(KEYS)[: rng.integers(1, KEYS + 1)]
-            digits = rng.integers(10, size=(len(keys), DIGITS))
-            places = rng.choice(before, size=len(keys), replace=False)
+            told, asked = self.phrases(keys, rng.integers(10, size=(len(keys), DIGITS)))
+            places = rng.choice(slots - KEYS - window // SPAN, size=len(keys), replace=False)
             asks = slots - 1 - rng.permutation(KEYS)[: len(keys)]
-            for slot, spoken in zip(places, self.phrase(self.key, keys, digits)):
-                tokens[row, slot * SLOT : slot * SLOT + SPAN] = spoken
-            for slot, spoken in zip(asks, self.phrase(self.ask, keys, digits)):
-                tokens[row, slot * SLOT : slot * SLOT + SPAN] = spoken
-                weights[row, slot * SLOT + 1 : slot * SLOT + SPAN : 2] = 1
-        return torch.from_numpy(tokens).long(), torch.from_numpy(weights)
+            for number, (place, ask) in enumerate(zip(places * SPAN, asks * SPAN)):
+                tokens[row, place : place + SPAN] = told[number]
+                tokens[row, ask : ask + SPAN] = asked[number]
+                targets[row, ask : ask + SPAN] = told[number]
+                weights[row, ask + 1 : ask + SPAN] = 1
+        return torch.from_numpy(tokens).long(), torch.from_numpy(targets), torch.from_numpy(weights)
 
     @torch.inference_mode()
     def accuracy(
@@ -121,19 +121,19 @@ class Task:
         tokens = self.filler(rng, count, length, held_out=True)
         keys = rng.permuted(np.tile(np.arange(KEYS), (count, 1)), axis=1)
         digits = rng.integers(10, size=(count, KEYS, DIGITS))
-        # At the end, and yet beyond the window.
+        # The last place is at the end, and yet beyond the window.
         last = length - 2 * model.config.memory_window - SPAN
         for index, place in enumerate(places):
             own = slice(index * rows, (index + 1) * rows)
             for number, share in enumerate(PLACES[place]):
                 first = round(share * last)
-                spoken = self.phrase(self.key, keys[own, number], digits[own, number])
-                tokens[own, first : first + SPAN] = spoken
+                told, _ = self.phrases(keys[own, number], digits[own, number])
+                tokens[own, first : first + SPAN] = told
         cache = model.new_cache(count, length + SPAN, model.config.loops)
         seconds = read(model, torch.from_numpy(tokens), cache, model.config.loops)
-        question = torch.from_numpy(self.phrase(self.ask, keys[:, 0], digits[:, 0]))
-        logits = model(question, cache=cache).logits[:, 1::2, self.digit : self.digit + 10]
-        right = logits.argmax(-1) == torch.from_numpy(digits[:, 0])
+        told, asked = map(torch.from_numpy, self.phrases(keys[:, 0], digits[:, 0]))
+        logits = model(asked, cache=cache).logits[:, 1:, self.digit : self.place]
+        right = logits.argmax(-1) + self.digit == told[:, 1:]
         shares = right.float().view(len(places), -1).mean(1).tolist()
         facts = {
             "tokens_per_cpu_second": round(count * length / seconds),
@@ -150,29 +150,32 @@ def build(kind: str, seed: int, task: Task, args: argparse.Namespace) -> LoopedT
         coda_layers=0, max_loops=args.loops, loops=args.loops, memory_window=args.window,
         memory_block=args.block, **KINDS[kind],
     ))  # fmt: skip
-    if kind == "window alone":
-        shut_gates(model)
+    set_gates(model, kind)
     return model
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser()
+    made.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    made.add_argument("--text", choices=["sentence", "prose"], default="sentence")
+    made.add_argument("--seeds", nargs="+", type=int, default=[0])
+    made.add_argument("--steps", type=int, default=200)
+    made.add_argument("--batch", type=int, default=16)
+    made.add_argument("--length", type=int, default=256)
+    made.add_argument("--lr", type=float, default=2e-2)
+    made.add_argument("--width", type=int, default=64)
+    made.add_argument("--loops", type=int, default=2)
+    made.add_argument("--window", type=int, default=64)
+    made.add_argument("--block", type=int, default=32)
+    made.add_argument("--models", help="Keep the trained models in this folder.")
+    made.add_argument("--filler", nargs="+", type=int, default=[1024, 32_768])
+    made.add_argument("--rows", nargs="+", type=int, default=[30, 30])
+    made.add_argument("--check", action="store_true", help="Three steps, and no record.")
+    return made
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
-    parser.add_argument("--text", choices=["sentence", "prose"], default="sentence")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--lr", type=float, default=1e-2)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--loops", type=int, default=2)
-    parser.add_argument("--window", type=int, default=64)
-    parser.add_argument("--block", type=int, default=32)
-    parser.add_argument("--models", help="Keep the trained models in this folder.")
-    parser.add_argument("--filler", nargs="+", type=int, default=[1024, 32_768])
-    parser.add_argument("--rows", nargs="+", type=int, default=[30, 30])
-    parser.add_argument("--check", action="store_true", help="Three steps, and no record.")
-    args = parser.parse_args()
+    args = parser().parse_args()
     if args.check:
         args.steps, args.filler, args.rows, args.models = 3, [1024], [2], None
     print(f"kernels: {enable_fused()}", flush=True)
