@@ -32,6 +32,8 @@ VOICE, HERTZ = "slt", 170.0
 MARGIN = 0.06
 """Seconds of silence around what is said."""
 TRAIN = {"digits": 4000, "sentences": 4000, "names": 1200}
+"""Texts of one of `ROUNDS`; each has its own draws, so that more of them leave the others."""
+ROUNDS = 2
 TEST = {"digits": 60, "sentences": 60}
 SEED = 3
 _THINGS = [
@@ -118,18 +120,20 @@ def texts() -> dict[str, list[tuple[str, str]]]:
     draw = np.random.default_rng(SEED)
     found: dict[str, list[tuple[str, str]]] = {"train": []}
     seen: set[str] = set()
-    for name, kind, count in (
-        *((name, name, count) for name, count in TEST.items()),
-        *(("train", kind, count) for kind, count in TRAIN.items()),
-    ):
-        tests = set(seen)
-        while count:
-            text = digits(draw, 5, 5) if name == "digits" else SAID[kind](draw)
-            if text in tests or (name != "train" and text in seen):
-                continue
-            seen |= {text} if name != "train" else set()
-            found.setdefault(name, []).append((kind, text))
-            count -= 1
+    for name, count in TEST.items():
+        own: set[str] = set()
+        while len(own) < count:
+            text = digits(draw, 5, 5) if name == "digits" else sentence(draw)
+            if text not in seen | own:
+                own.add(text)
+                found.setdefault(name, []).append((name, text))
+        seen |= own
+    for number in range(ROUNDS):
+        draw = draw if number == 0 else np.random.default_rng((SEED, number))
+        for kind, count in TRAIN.items():
+            drawn = (SAID[kind](draw) for _ in itertools.count())
+            unseen = ((kind, text) for text in drawn if text not in seen)
+            found["train"] += itertools.islice(unseen, count)
     return found
 
 
