@@ -88,6 +88,16 @@ def test_a_memory_is_small_beside_the_full_cache() -> None:
     assert state_bytes(nano, 10) / state_bytes(small, 10) > 114
 
 
+def test_a_new_memory_forgets_nothing_and_reads_by_head() -> None:
+    """Drawn like other matrices, its rates would halve the memory with each token."""
+    for layer in LoopedTransformer(CONFIG).core:
+        memory = layer.attention.memory
+        assert memory.gate_bias.tolist() == pytest.approx([-3.0, -1.0, 1.0, 3.0])
+        assert not memory.gate_weight.any() and not memory.write_weight.any()
+        strength, decay = memory._writes(*torch.randn(2, 1, 2, 1000, 8).unbind())
+        assert bool((strength == 0.5).all()) and -0.12 < float(decay.sum(-2).min()) <= 0
+
+
 @pytest.mark.parametrize("build_one", [build_optimizer, build_adamw])
 def test_a_memory_learns_at_a_rate_that_moves_its_gates(build_one) -> None:
     model = LoopedTransformer(CONFIG)
@@ -136,7 +146,7 @@ def test_inspection_tells_what_a_memory_brings() -> None:
     assert found["loss"][:2] == found["loss_without"][:2]
     assert all(a != b for a, b in zip(found["loss"][2:], found["loss_without"][2:]))
     [sentence] = memory_sentences(found)
-    assert "beyond the window of 16 tokens" in sentence
+    assert "beyond the window of 16 tokens" in sentence and "the deepest loop wrote" in sentence
     assert inspect_memory(model, [texts[0][:, :16]], 3) is None
 
 

@@ -1,239 +1,216 @@
 """Does a memory find a passkey in texts far longer than those it was trained on?
 
-A row is a sentence of 24 words again and again, and somewhere in it up to four keys of five digits,
-each digit after a label of its own. At the end they are asked for, beyond the window. Models of one
-shape (a prelude block, a looped block) learn this at a few hundred tokens, with `delta`, `infini`,
-`infini` with delta, and with the same window and no memory; then the filler gets longer. Nothing
-but its length changes. Reading is timed beside it, with the bytes that a text's state takes.
+A row is filler, and somewhere in it up to four keys of five digits; a token says a digit and where
+in which key it stands. At the end they are asked for, place after place, beyond the window. Models
+of one shape (a prelude block, a looped block) learn this at a few hundred tokens, with `delta`,
+`infini`, `infini` with delta, and with the same window and no memory; then the filler gets longer.
+Nothing but its length changes. Filler is a sentence of 24 words again and again, or prose: four
+fifths of Moby Dick while training, the last fifth when asked. Reading is timed beside it, in tokens
+a second of CPU time, with the bytes that a text's state takes.
 
-    python -m benchmarks.memory.run [--kinds delta infini] [--seeds 0] [--steps 200]
-    python -m benchmarks.memory.run --filler 32768 131072 1048576 --rows 30 30 5
+    python -m benchmarks.memory.run [--kinds delta infini] [--seeds 0] [--steps 200] [--check]
+    python -m benchmarks.memory.run --kinds delta --filler 32768 131072 1048576 --rows 30 30 5
+    python -m benchmarks.memory.run --text prose --steps 400 --kinds delta --filler 32768 --rows 30
 
-Resumable: what stands in the record is not repeated.
+Resumable: what stands in the record is not repeated. On one core a kind trains in two minutes, and
+so many rows take a minute at 32,768 tokens, five at 131,072 and seven at 1,048,576. `--check`
+trains three steps and leaves no record.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_model, save_model
 
 from benchmarks.common.record import results_file, rows_so_far, slug, write
+from benchmarks.memory.learning import (
+    KINDS,
+    NEAR,
+    cuttings,
+    kept,
+    learn,
+    prose,
+    read,
+    set_gates,
+    settings_of,
+    vocabulary,
+)
 from looptx_core.config.model import ModelConfig
-from looptx_core.config.run import TrainConfig
-from looptx_core.model.block import Block
+from looptx_core.model.fused import enable_fused
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.loop_schedule import LoopSchedule
-from looptx_core.training.objective import loop_loss
-from looptx_core.training.optimizer import build_optimizer, clip_by_part, learning_rate_factor
 
-WORDS, KEYS, DIGITS = 24, 4, 5
-DIGIT, LABEL = WORDS, WORDS + 10
-KEY = LABEL + KEYS * DIGITS
-ASK, VOCAB = KEY + 1, KEY + 2
-SPAN = 1 + 2 * DIGITS  # KEY or ASK, and a label and a digit five times
-SLOT = SPAN + 1
-KINDS: dict[str, dict[str, Any]] = {
-    "delta": {"memory": "delta"},
-    "infini": {"memory": "infini"},
-    "infini with delta": {"memory": "infini", "infini_delta": True},
-    "window alone": {"memory": "infini"},
-}
-PLACES = {"start": 0.0, "middle": 0.5, "end": 1.0}
+SENTENCE = 24  # words
+KEYS, DIGITS = 4, 5
+SPAN = 1 + DIGITS  # what opens a key or a question, and five tokens
+PLACES = {
+    "start": [0.0], "middle": [0.5], "end": [1.0],
+    "four": [0.0, 0.25, 0.5, 1.0],  # four keys, of which the first is asked
+}  # fmt: skip
+"""Where the keys stand, as shares of the filler."""
 
 
-def phrase(opens: int, key: np.ndarray, digits: np.ndarray) -> np.ndarray:
-    """(rows, SPAN) tokens: KEY or ASK, then the digits of each row's key after their labels.
+class Task:
+    """Rows with filler of one kind, sentence or prose, and the ids of what is beside its words."""
 
-    key: (rows,). digits: (rows, DIGITS).
-    """
-    found = np.empty((len(digits), SPAN), dtype=np.int64)
-    found[:, 0] = opens
-    found[:, 1::2] = LABEL + key[:, None] * DIGITS + np.arange(DIGITS)
-    found[:, 2::2] = DIGIT + digits
-    return found
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.digit = SENTENCE if text == "sentence" else vocabulary()
+        self.place = self.digit + KEYS * DIGITS * 10
+        self.key = self.place + KEYS * DIGITS
+        self.ask = self.key + 1
+        self.vocab = self.key + 2
+
+    def filler(
+        self, rng: np.random.Generator, rows: int, length: int, held_out: bool = False
+    ) -> np.ndarray:
+        """Words of a stretch of its own for each row, (rows, length) int32."""
+        if self.text == "prose":
+            return cuttings(rng, prose()[held_out], rows, length)
+        words = np.arange(length + SENTENCE, dtype=np.int32) % SENTENCE
+        firsts = rng.integers(SENTENCE, size=rows)
+        return np.stack([words[first : first + length] for first in firsts])
+
+    def phrases(self, keys: np.ndarray, digits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids that tell keys and ids that ask for them, both (n, SPAN).
+
+        keys: (n,), below `KEYS`. digits: (n, DIGITS), theirs.
+        """
+        places = keys[:, None] * DIGITS + np.arange(DIGITS)
+        told, asked = (np.full((len(keys), SPAN), opens) for opens in (self.key, self.ask))
+        told[:, 1:], asked[:, 1:] = self.digit + 10 * places + digits, self.place + places
+        return told, asked
+
+    def draw(
+        self, rng: np.random.Generator, done: float, rows: int, length: int, window: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What to train on, see `learning.Draw`.
+
+        A row is cut into slots of SPAN tokens. Its last ones ask for one to four keys, which are
+        further away than the window, or at first within it.
+        """
+        if done < NEAR:
+            rows, length, window = rows * 2, window, 0
+        tokens, weights = self.filler(rng, rows, length), np.zeros((rows, length), np.float32)
+        targets, slots = np.zeros((rows, length), np.int64), length // SPAN
+        for row in range(rows):
+            keys = rng.permutation(KEYS)[: rng.integers(1, KEYS + 1)]
+            told, asked = self.phrases(keys, rng.integers(10, size=(len(keys), DIGITS)))
+            places = rng.choice(slots - KEYS - window // SPAN, size=len(keys), replace=False)
+            asks = slots - 1 - rng.permutation(KEYS)[: len(keys)]
+            for number, (place, ask) in enumerate(zip(places * SPAN, asks * SPAN)):
+                tokens[row, place : place + SPAN] = told[number]
+                tokens[row, ask : ask + SPAN] = asked[number]
+                targets[row, ask : ask + SPAN] = told[number]
+                weights[row, ask + 1 : ask + SPAN] = 1
+        return torch.from_numpy(tokens).long(), torch.from_numpy(targets), torch.from_numpy(weights)
+
+    @torch.inference_mode()
+    def accuracy(
+        self, model: LoopedTransformer, length: int, places: list[str], rows: int, seed: int
+    ) -> dict[str, dict[str, float]]:
+        """The share of digits that are right after a filler of this length, and how it was read.
+
+        places: of `PLACES`. rows: texts for each of them; all are read together.
+        """
+        rng = np.random.default_rng((seed, 2, length))
+        count = rows * len(places)
+        tokens = self.filler(rng, count, length, held_out=True)
+        keys = rng.permuted(np.tile(np.arange(KEYS), (count, 1)), axis=1)
+        digits = rng.integers(10, size=(count, KEYS, DIGITS))
+        # The last place is at the end, and yet beyond the window.
+        last = length - 2 * model.config.memory_window - SPAN
+        for index, place in enumerate(places):
+            own = slice(index * rows, (index + 1) * rows)
+            for number, share in enumerate(PLACES[place]):
+                first = round(share * last)
+                told, _ = self.phrases(keys[own, number], digits[own, number])
+                tokens[own, first : first + SPAN] = told
+        cache = model.new_cache(count, length + SPAN, model.config.loops)
+        seconds = read(model, torch.from_numpy(tokens), cache, model.config.loops)
+        told, asked = map(torch.from_numpy, self.phrases(keys[:, 0], digits[:, 0]))
+        logits = model(asked, cache=cache).logits[:, 1:, self.digit : self.place]
+        right = logits.argmax(-1) + self.digit == told[:, 1:]
+        shares = right.float().view(len(places), -1).mean(1).tolist()
+        facts = {
+            "tokens_per_cpu_second": round(count * length / seconds),
+            "state_bytes": cache.nbytes // count,
+        }
+        return {p: {"accuracy": round(share, 4), **facts} for p, share in zip(places, shares)}
 
 
-def filler(rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
-    """The sentence, from a word of its own in each row."""
-    return (rng.integers(WORDS, size=(rows, 1)) + np.arange(length)) % WORDS
-
-
-def batch(
-    rng: np.random.Generator, rows: int, length: int, window: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens to train on, (rows, length + 1), and the weights of their successors, (rows, length).
-
-    The last slots of a row ask for one to four keys, and these are further away than the window.
-    """
-    tokens = filler(rng, rows, length + 1)
-    weights = np.zeros((rows, length), dtype=np.float32)
-    slots = length // SLOT
-    before = slots - KEYS - window // SLOT
-    for row in range(rows):
-        keys = rng.permutation(KEYS)[: rng.integers(1, KEYS + 1)]
-        digits = rng.integers(10, size=(len(keys), DIGITS))
-        places = rng.choice(before, size=len(keys), replace=False)
-        asks = slots - 1 - rng.permutation(KEYS)[: len(keys)]
-        for slot, spoken in zip(places, phrase(KEY, keys, digits)):
-            tokens[row, slot * SLOT : slot * SLOT + SPAN] = spoken
-        for slot, spoken in zip(asks, phrase(ASK, keys, digits)):
-            tokens[row, slot * SLOT : slot * SLOT + SPAN] = spoken
-            weights[row, slot * SLOT + 1 : slot * SLOT + SPAN : 2] = 1
-    return torch.from_numpy(tokens), torch.from_numpy(weights)
-
-
-def shape(kind: str, args: argparse.Namespace) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=VOCAB, d_model=args.width, n_heads=2, n_kv_heads=2, head_dim=args.width // 2,
-        d_ff=2 * args.width, prelude_layers=1, core_layers=1, coda_layers=0, max_loops=args.loops,
-        loops=args.loops, memory_window=args.window, memory_block=args.block, **KINDS[kind],
-    )  # fmt: skip
-
-
-def build(kind: str, seed: int, args: argparse.Namespace) -> LoopedTransformer:
+def build(kind: str, seed: int, task: Task, args: argparse.Namespace) -> LoopedTransformer:
     torch.manual_seed(seed)
-    model = LoopedTransformer(shape(kind, args))
-    if kind == "window alone":  # the gate is shut for good
-        for block in model.core:
-            assert isinstance(block, Block) and block.attention.memory is not None
-            block.attention.memory.gate_bias.requires_grad_(False).fill_(-torch.inf)
+    model = LoopedTransformer(ModelConfig(
+        vocab_size=task.vocab, d_model=args.width, n_heads=2, n_kv_heads=2,
+        head_dim=args.width // 2, d_ff=2 * args.width, prelude_layers=1, core_layers=1,
+        coda_layers=0, max_loops=args.loops, loops=args.loops, memory_window=args.window,
+        memory_block=args.block, **KINDS[kind],
+    ))  # fmt: skip
+    set_gates(model, kind)
     return model
 
 
-def train(kind: str, seed: int, args: argparse.Namespace) -> tuple[LoopedTransformer, float, float]:
-    """The model, its last loss in nats a digit, and the seconds that it took."""
-    settings = TrainConfig(steps=args.steps, batch_size=args.batch, lr=args.lr, seed=seed,
-                           loop_schedule="fixed", loss_at="last", weight_decay=0.0)  # fmt: skip
-    model = build(kind, seed, args).train()
-    schedule, optimizer = LoopSchedule(settings, args.loops), build_optimizer(model, settings)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(settings))
-    rng = np.random.default_rng((seed, 1))
-    began, losses = time.monotonic(), []
-    for step in range(args.steps):
-        tokens, weights = batch(rng, args.batch, args.length, args.window)
-        loss = loop_loss(
-            model, tokens, schedule, step, torch.arange(args.batch),
-            weights=weights / weights.mean(), loss_at="last",
-        )  # fmt: skip
-        optimizer.zero_grad()
-        (loss.loss + loss.confidence_loss).backward()
-        clip_by_part(model, 1.0)
-        optimizer.step()
-        rates.step()
-        losses.append(float(loss.deepest))
-        if step % 50 == 49:
-            seconds = time.monotonic() - began
-            print(f"  {kind} {step + 1}: {np.mean(losses[-50:]):.3f} nats, {seconds:.0f} s",
-                  flush=True)  # fmt: skip
-    return model.eval(), float(np.mean(losses[-50:])), time.monotonic() - began
-
-
-def trained(
-    kind: str, seed: int, args: argparse.Namespace
-) -> tuple[LoopedTransformer, float, float]:
-    """`train`, or what it made before, where `--models` has a folder for it."""
-    if not args.models:
-        return train(kind, seed, args)
-    file = Path(args.models) / f"{slug(kind)}-{seed}-{args.steps}.safetensors"
-    if not file.exists():
-        model, loss, seconds = train(kind, seed, args)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_model(model, str(file), {"loss": str(loss), "seconds": str(seconds)})
-    model = build(kind, seed, args).eval()
-    load_model(model, file)
-    with safe_open(file, "pt") as stored:
-        facts = stored.metadata()
-    return model, float(facts["loss"]), float(facts["seconds"])
-
-
-@torch.inference_mode()
-def asked(
-    model: LoopedTransformer, length: int, place: str, rows: int, seed: int
-) -> dict[str, float]:
-    """The share of digits that are right after a filler of this length, and how it was read.
-
-    place: where the key is, of `PLACES`; or `four`: four keys, of which the first is asked.
-    """
-    rng = np.random.default_rng((seed, 2, length, len(place)))
-    tokens = filler(rng, rows, length)
-    keys = rng.permuted(np.tile(np.arange(KEYS), (rows, 1)), axis=1)
-    digits = rng.integers(10, size=(rows, KEYS, DIGITS))
-    # At the end, and yet beyond the window.
-    last = length - 2 * model.config.memory_window - SPAN
-    shares = [0.0, 0.25, 0.5, 1.0] if place == "four" else [PLACES[place]]
-    for number, share in enumerate(shares):
-        first = round(share * last)
-        spoken = phrase(KEY, keys[:, number], digits[:, number])
-        tokens[:, first : first + SPAN] = spoken
-    cache = model.new_cache(rows, length + SPAN, model.config.loops)
-    began, loops = time.monotonic(), range(1, model.config.loops + 1)
-    for x, ctx in model.passes(torch.from_numpy(tokens), cache):
-        start = model.run_prelude(x, ctx)
-        for _ in model.iterate(start, start, ctx, loops):
-            pass
-        assert ctx.view is not None
-        ctx.view.advance()
-    seconds = time.monotonic() - began
-    question = torch.from_numpy(phrase(ASK, keys[:, 0], digits[:, 0]))
-    logits = model(question, cache=cache).logits[:, 1::2]
-    right = logits[..., DIGIT : DIGIT + 10].argmax(-1) == torch.from_numpy(digits[:, 0])
-    return {
-        "accuracy": round(float(right.float().mean()), 4),
-        "tokens_per_second": round(rows * length / seconds),
-        "state_bytes": cache.nbytes // rows,
-    }
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser()
+    made.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    made.add_argument("--text", choices=["sentence", "prose"], default="sentence")
+    made.add_argument("--seeds", nargs="+", type=int, default=[0])
+    made.add_argument("--steps", type=int, default=200)
+    made.add_argument("--batch", type=int, default=16)
+    made.add_argument("--length", type=int, default=256)
+    made.add_argument("--lr", type=float, default=2e-2)
+    made.add_argument("--width", type=int, default=64)
+    made.add_argument("--loops", type=int, default=2)
+    made.add_argument("--window", type=int, default=64)
+    made.add_argument("--block", type=int, default=32)
+    made.add_argument("--models", help="Keep the trained models in this folder.")
+    made.add_argument("--filler", nargs="+", type=int, default=[1024, 32_768])
+    made.add_argument("--rows", nargs="+", type=int, default=[30, 30])
+    made.add_argument("--check", action="store_true", help="Three steps, and no record.")
+    return made
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--lr", type=float, default=1e-2)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--loops", type=int, default=2)
-    parser.add_argument("--window", type=int, default=64)
-    parser.add_argument("--block", type=int, default=32)
-    parser.add_argument("--models", help="Keep the trained models in this folder.")
-    parser.add_argument("--filler", nargs="+", type=int, default=[1024, 32_768])
-    parser.add_argument("--rows", nargs="+", type=int, default=[30, 30])
-    args = parser.parse_args()
-    settings = {key: value for key, value in vars(args).items()
-                if key not in ("kinds", "seeds", "filler", "rows", "models")}  # fmt: skip
-    rows = rows_so_far(results_file("memory.run"))
+    args = parser().parse_args()
+    if args.check:
+        args.steps, args.filler, args.rows, args.models = 3, [1024], [2], None
+    print(f"kernels: {enable_fused()}", flush=True)
+    kept_out = ("kinds", "seeds", "filler", "rows", "models", "check")
+    settings = {key: value for key, value in vars(args).items() if key not in kept_out}
+    task, variant = Task(args.text), "" if args.text == "sentence" else args.text
+    rows = [] if args.check else rows_so_far(results_file("memory.run", variant))
+    done = {(row["kind"], row["seed"], row["filler"], row["place"]) for row in rows}
     for seed in args.seeds:
         for kind in args.kinds:
-            todo = [
-                (length, count, place)
+            todo = {
+                length: (count, places)
                 for length, count in zip(args.filler, args.rows, strict=True)
-                for place in (*PLACES, "four")
-                if not any(
-                    (row["kind"], row["seed"], row["filler"], row["place"])
-                    == (kind, seed, length, place)
-                    for row in rows
-                )
-            ]
+                if (places := [p for p in PLACES if (kind, seed, length, p) not in done])
+            }
             if not todo:
                 continue
-            model, loss, seconds = trained(kind, seed, args)
-            for length, count, place in todo:
-                found = asked(model, length, place, count, seed)
-                print(f"{kind}, seed {seed}, {length:,} at the {place}: {found}", flush=True)
-                rows.append({
-                    "kind": kind, "seed": seed, "filler": length, "place": place, "keys": count,
-                    **found, "loss": round(loss, 4), "training_seconds": round(seconds),
-                })  # fmt: skip
-                write("memory.run", "passkeys after fillers longer than the training's", rows,
-                      settings=settings)  # fmt: skip
+            name = f"{slug(kind)}-{args.text}-{seed}-{args.steps}.safetensors"
+            model = build(kind, seed, task, args)
+            draw = partial(task.draw, rows=args.batch, length=args.length, window=args.window)
+            own = settings_of(args.steps, args.batch, args.lr, seed)
+            file = Path(args.models) / name if args.models else None
+            learned = kept(file, model, partial(learn, model, draw, own, kind))
+            for length, (count, places) in todo.items():
+                found = task.accuracy(learned.model, length, places, count, seed)
+                for place, values in found.items():
+                    print(f"{kind}, seed {seed}, {length:,} at the {place}: {values}", flush=True)
+                    rows.append({
+                        "kind": kind, "seed": seed, "filler": length, "place": place,
+                        "texts": count, **values, "loss": round(learned.loss, 4),
+                        "training_seconds": round(learned.seconds),
+                    })  # fmt: skip
+                if not args.check:
+                    write("memory.run", "passkeys after fillers longer than the training's", rows,
+                          variant=variant, settings=settings)  # fmt: skip
 
 
 if __name__ == "__main__":

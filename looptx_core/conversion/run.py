@@ -168,6 +168,8 @@ def convert(
     # Later loops of a plain model are its first until they are trained.
     loops = 1 if judged else model.config.max_loops
     batches = held_out.batches
+    # Text that a model was not trained on tells nothing of when it may stop.
+    suits = held_out.own or bool(config.data)
     before = _evaluate(model, batches, loops)
     bytes_before = folder_bytes(source.folder)
 
@@ -186,12 +188,14 @@ def convert(
     if config.to_bitnet or config.memory or kind != was:
         after = _evaluate(model.float(), batches, loops)
         model = model.to(torch.float32 if kind == torch.int8 else kind)
-        if loops == model.config.max_loops:
+        if suits and loops == model.config.max_loops:
             exit_settings = calibrate(exit_settings, after)
 
-    facts = dict(source.facts) | {"loss_by_loop": [round(x, 4) for x in after.loss_by_loop]}
-    if after is not before:
-        facts["loss_by_loop_before"] = [round(x, 4) for x in before.loss_by_loop]
+    facts = dict(source.facts)
+    if suits or "loss_by_loop" not in facts:
+        facts["loss_by_loop"] = [round(x, 4) for x in after.loss_by_loop]
+        if after is not before:
+            facts["loss_by_loop_before"] = [round(x, 4) for x in before.loss_by_loop]
     if config.to_bitnet:
         done = {"data": [held_out.name], "steps": steps, "seed": config.seed} if steps else {}
         losses = {key: facts[key] for key in facts if key.startswith("loss_by_loop")}

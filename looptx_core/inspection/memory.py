@@ -112,5 +112,6 @@ def memory_sentences(found: Mapping[str, Any]) -> list[str]:
     return [
         f"The {found['kind']} memory: heads take {min(gates):.0%} to {max(gates):.0%} from it; "
         f"beyond the window of {found['window']} tokens the loss is {found['beyond']:.3f} with it "
-        f"and {found['beyond_without']:.3f} without it ({-gain:+.1%})."
+        f"and {found['beyond_without']:.3f} without it ({-gain:+.1%}). Figures by loop are of "
+        "texts whose memory the deepest loop wrote."
     ]

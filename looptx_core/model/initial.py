@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from looptx_core.media.encoder import Encoder
+from looptx_core.model.memory import LayerMemory
 from looptx_core.model.weights import draw_weights
 
 if TYPE_CHECKING:
@@ -25,11 +26,13 @@ def initialise(model: LoopedTransformer) -> None:
     for encoder in model.encoders().values():
         if isinstance(encoder, Encoder):
             encoder.reset_stem()
+    for module in model.modules():
+        if isinstance(module, LayerMemory):  # drawn as matrices, its rates would forget at once
+            module.reset()
     # The halting bias starts low, so that an untrained head is unsure (ACT, arXiv 1603.08983).
     nn.init.zeros_(model.confidence.hidden.bias)
     nn.init.ones_(model.confidence.gate.bias)
     with torch.no_grad():
         model.confidence.out.bias.zero_()[0] = -3.0
         model.confidence.gain.bias.zero_()
-    if model.injection.kind == "bridge":
-        nn.init.zeros_(model.injection.bridge.weight)
+    model.injection.reset()

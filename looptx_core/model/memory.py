@@ -78,14 +78,23 @@ class LayerMemory(nn.Module):
         super().__init__()
         self.kind, self.subtracts = config.memory, config.infini_delta
         self.shape = config.n_kv_heads, config.head_dim
-        # Trained heads end at attention, at memory, or between (arXiv 2404.07143, figure 3).
-        self.gate_bias = nn.Parameter(torch.linspace(-3.0, 3.0, config.n_heads))
+        self.gate_bias = nn.Parameter(torch.empty(config.n_heads))
         if self.kind == "delta":
-            self.gate_weight = nn.Parameter(torch.zeros(config.n_heads, config.d_model))
-            self.write_weight = nn.Parameter(torch.zeros(2, self.shape[0], 2 * config.head_dim))
+            self.gate_weight = nn.Parameter(torch.empty(config.n_heads, config.d_model))
+            self.write_weight = nn.Parameter(torch.empty(2, self.shape[0], 2 * config.head_dim))
+            self.write_bias = nn.Parameter(torch.empty(2, self.shape[0]))
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Return to the parameters that training begins with."""
+        # Trained heads end at attention, at memory, or between (arXiv 2404.07143, figure 3).
+        self.gate_bias.copy_(torch.linspace(-3.0, 3.0, len(self.gate_bias)))
+        if self.kind == "delta":
+            self.gate_weight.zero_()
+            self.write_weight.zero_()
             # b is a half; a is so near 1 that a thousand tokens keep nine tenths.
-            started = torch.tensor([0.0, -6.81])
-            self.write_bias = nn.Parameter(started[:, None].repeat(1, self.shape[0]))
+            self.write_bias.copy_(torch.tensor([[0.0], [-6.81]]).expand_as(self.write_bias))
 
     @torch.no_grad()
     def close(self) -> None:
