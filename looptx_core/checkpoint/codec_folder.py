@@ -127,7 +127,8 @@ def _bundled_recogniser() -> AudioEncoder:
     from looptx_core.checkpoint.folder import load_model
     from looptx_core.checkpoint.registry import bundled_model
 
-    return cast(AudioEncoder, load_model(bundled_model("sound-model")).model.encoders()["audio"])
+    model = load_model(bundled_model("sound-model"), dtype=torch.float32).model
+    return cast(AudioEncoder, model.encoders()["audio"])
 
 
 def with_codec(model: ModelConfig, folder: str | Path) -> ModelConfig:
