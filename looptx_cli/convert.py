@@ -14,6 +14,7 @@ from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.resolve import config_file, resolve
+from looptx_core.words import counted
 
 if TYPE_CHECKING:
     from looptx_core.conversion.run import ConvertResult
@@ -33,7 +34,7 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no notes.")] = False,
 ) -> None:
-    """Convert a model: plain models into looped ones, ternary weights, transformers' format.
+    """Convert a model: plain models into looped ones, ternary weights, transformers' format, ONNX.
 
     \b
     looptx convert --to-bitnet
@@ -41,6 +42,7 @@ def convert(
     looptx convert --to-bitnet --direct --out rounded
     looptx convert --dtype int8 --model runs/a --out small
     looptx convert --to-hf --model runs/a --dtype bf16
+    looptx convert --to-onnx --model runs/a --loops 4
     looptx convert --from-hf a-hf --out a-again
     looptx convert --from-gguf model-Q4_K_M.gguf --core auto
     looptx convert --adapter runs/finetune-1 --merge-adapter
@@ -82,6 +84,8 @@ def convert(
             f"('{result.out}', trust_remote_code=True) in transformers",
             quiet,
         )
+    elif settings.to_onnx:
+        note(f"try next: {result.out}/README.md tells how onnxruntime-genai opens it", quiet)
     elif settings.memory:
         note(f"try next: looptx finetune --model {result.out} --seq-len 1024", quiet)
     else:
@@ -96,7 +100,8 @@ def _show(result: ConvertResult) -> None:
     def say(line: str) -> None:
         out.print(line, soft_wrap=True)
 
-    if result.loss_by_loop != result.loss_by_loop_before:
+    at_one_depth = result.loops is not None
+    if result.loss_by_loop != result.loss_by_loop_before and not at_one_depth:
         say(f"Held-out loss, nats a token, on {result.judged_by}")
         table = Table(box=None, pad_edge=False)
         for name in ("loops", "before", "after"):
@@ -118,10 +123,10 @@ def _show(result: ConvertResult) -> None:
     if result.core:
         say(f"core: layers {result.core}, which later loops enter through an untrained bridge")
     if result.logit_difference is not None:
-        say(
-            f"one loop against the source in transformers: logits differ by at most "
-            f"{result.logit_difference:.1e} of the largest"
-        )
+        compared = "one loop against the source in transformers"
+        if result.loops is not None:
+            compared = f"onnxruntime at {counted(result.loops, 'loop')} against the model"
+        say(f"{compared}: logits differ by at most {result.logit_difference:.1e} of the largest")
     say(
         f"{result.bytes_before:,} bytes -> {result.bytes_after:,} bytes "
         f"({_change_of_size(result.bytes_before, result.bytes_after)}), "

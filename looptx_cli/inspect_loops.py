@@ -141,6 +141,8 @@ def _data(
 def _show(document: dict[str, Any]) -> None:
     from rich.table import Table
 
+    from looptx_core.inspection import written
+
     out = stdout()
 
     def table(title: str, *columns: str) -> Table:
@@ -207,6 +209,9 @@ def _show(document: dict[str, Any]) -> None:
         for item in document[medium.plural]:
             for line in medium.lines(item):
                 out.print(line, highlight=False, soft_wrap=True)
+    for item in document["written"]:
+        for line in written.lines(item):
+            out.print(line, highlight=False, soft_wrap=True)
     if document["trace"]:
         _show_trace(document["trace"]["tokens"], document["loops"])
 

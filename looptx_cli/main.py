@@ -28,6 +28,7 @@ from looptx_core.errors import Interrupted, LooptxError, UsageError, remedy
 COMMANDS = {
     "tokenize": "Turn text into tokens.",
     "train": "Train a looped model.",
+    "sweep": "Train a grid of settings, with several seeds.",
     "finetune": "Teach a trained model a task.",
     "convert": "Make a model smaller, or one for other tools.",
     "generate": "Write text, each token as deep as it needs.",

@@ -20,10 +20,11 @@ _MOST_USED = {
     "max_loops",
     "evaluate": "model tasks loops limit out include_path",
     "serve": "model adapter host port api_key max_batch max_context precision",
-    "convert": "model out from_gguf from_hf core to_bitnet to_hf dtype adapter data",
+    "convert": "model out from_gguf from_hf to_bitnet to_hf to_onnx dtype adapter data",
     "tokenize": "data out vocab_size tokenizer text_key codec set",
     "doctor": "build path",
     "compare": "out format",
+    "sweep": "out",
     "push": "private message",
 }
 """The flags that matter first, at most ten a command."""
@@ -39,8 +40,8 @@ _PANELS = {
         model loop_schedule loops min_loops max_loops mean_loops deeper_by loss_threshold
         grow_share deeper_share explore loss_at loss_prior teacher teacher_weight control bitnet
         exit threshold prompt_loops
-        draft_loops speculate compare_loops kv_policy kv_type decode_tokens memory memory_window
-        memory_block
+        draft_loops speculate compare_loops kv_policy kv_type decode_tokens core
+        memory memory_window memory_block
     """,
     "Adapters": """
         adapter merge_adapter quantization dora lora_per_loop lora_layers lora_alpha lora_dropout

@@ -112,7 +112,7 @@ def check_room(engine: Engine, prompt: Any, options: GenerationOptions) -> int:
     """The most tokens that the speech may take. Raises `UsageError` where it finds no room."""
     ids, writer = engine.encode(prompt), engine.writers["audio"]
     said = writer.transcript(ids[:-1])
-    if not said:
+    if not said or not engine.tokenizer.decode(list(said)).strip():
         raise UsageError("--speak needs a text to say; give a prompt")
     holds = engine.model.config.context_limit
     least = len(said) * (2 + writer.codes_of(_SECONDS))

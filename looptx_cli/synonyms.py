@@ -38,6 +38,8 @@ COMMANDS = {
     "list": ("runs",),
     "ls": ("runs",),
     "diff": ("compare",),
+    "grid": ("sweep GRID",),
+    "tune": ("sweep GRID",),
     "plot": ("compare",),
     "help": ("--help",),
 }

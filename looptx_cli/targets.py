@@ -25,6 +25,12 @@ def check_target(
     A file that is there is replaced if it is of the same kind. kinds: by the file's ending.
     """
     kind = kinds.get(file.suffix.lower())
+    try:
+        file.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name that is too long, or a loop of links
+        raise UsageError(f"{flag} {file}: {error.strerror}; choose another name") from error
     if file.is_dir():
         example = file / f"{noun}{next(iter(kinds))}"
         raise UsageError(f"{flag} {file}: a folder; give the name of a file, as {example}")

@@ -117,6 +117,11 @@ def train(
         note(told, quiet)
     if dry_run:
         check_deepspeed_file(settings)
+        if settings.codec:
+            from looptx_core.training.run import fit_vocabulary
+
+            text = _text_vocabulary(model_config)
+            model_config = fit_vocabulary(_with_codec(model_config, settings), text, False)
         found = plan(model_config, settings)
         time = estimate_time(
             model_config, settings, lambda: _time_new_model(model_config, settings, quiet),
@@ -158,8 +163,7 @@ def train(
             note(f"{what}; {medium.size_key} sets it", quiet)
     model_config = _with_codec(model_config, settings)
     tokenizer = source.tokenizer if source else None
-    first_codes = [section.first_code for section in model_config.written if section.first_code]
-    text_vocabulary = min(first_codes, default=model_config.vocab_size)
+    text_vocabulary = _text_vocabulary(model_config)
     by_item = settings.source_weights([bool(named[item]) for item in settings.data])
     weights: list[float] = []
     if by_item:
@@ -288,6 +292,12 @@ def _time_new_model(model: ModelConfig, settings: TrainConfig, quiet: bool) -> f
     with large_imports():
         from looptx_core.training.trial import time_new_model
     return time_new_model(model, settings)
+
+
+def _text_vocabulary(model: ModelConfig) -> int:
+    """The rows of the vocabulary before those of codes."""
+    first_codes = [section.first_code for section in model.written if section.first_code]
+    return min(first_codes, default=model.vocab_size)
 
 
 def _with_codec(model: ModelConfig, settings: TrainConfig) -> ModelConfig:

@@ -13,6 +13,8 @@ import pytest
 from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
+    from looptx_core.checkpoint.folder import LoadedModel
+    from looptx_core.config.model import ModelConfig
     from looptx_core.generation.engine import Engine
     from looptx_core.serving.service import Service
 
@@ -116,6 +118,42 @@ def colour_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text.write_text(bundled_text().read_text("utf-8")[:60_000] + " red green blue white black" * 9)
     tokenize_corpus([text], out, 300)
     return out
+
+
+@pytest.fixture(scope="module")
+def codec_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The codec that the module's `codec` makes, saved."""
+    from looptx_core.checkpoint.codec_folder import save_codec
+
+    folder = tmp_path_factory.mktemp("codecs") / "c"
+    save_codec(folder, request.module.codec(), {"steps": 0})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(request: pytest.FixtureRequest, codec_folder: Path, colour_shards: Path) -> ModelConfig:
+    """The module's `SHAPE`, with this codec and a vocabulary."""
+    from looptx_core.checkpoint.codec_folder import with_codec
+    from looptx_core.data.shards import Manifest
+    from looptx_core.training.run import fit_vocabulary
+
+    known = Manifest.read(colour_shards).vocab_size
+    return fit_vocabulary(with_codec(request.module.SHAPE, codec_folder), known, False)
+
+
+@pytest.fixture(scope="module")
+def writing(model_folder: Path) -> LoadedModel:
+    """The model of the module's `model_folder`, which writes a medium."""
+    from looptx_core.checkpoint.folder import load_model
+
+    return load_model(model_folder)
+
+
+@pytest.fixture(scope="module")
+def writing_engine(writing: LoadedModel) -> Engine:
+    from looptx_core.generation.engine import Engine
+
+    return Engine(writing.model, writing.tokenizer, writing.exit)
 
 
 @pytest.fixture(scope="module")

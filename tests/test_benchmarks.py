@@ -104,6 +104,28 @@ def test_a_script_writes_a_record(tmp_path):
     assert record["machine"]["threads"] == 1 and record["versions"]["torch"]
 
 
+@pytest.mark.parametrize("power", [0.2, 0.9])
+def test_the_power_of_a_law_is_found_again(power):
+    """And its interval, of losses that scatter."""
+    import numpy as np
+
+    from benchmarks.depth.power import fit
+
+    noise, rows = np.random.default_rng(0), []
+    for width in (32, 48, 64) * 2:
+        for loops in (1, 2, 3, 6):
+            size = 6 // loops * 13 * width**2
+            loss = 1.5 + 0.4 * (loops**power * size / 1e5) ** -0.3 + 0.005 * noise.normal()
+            rows.append((loops, size, loss))
+    found = fit(*zip(*rows))
+    assert found.low < power < found.high < found.low + 0.4
+    assert found.value == pytest.approx(power, abs=0.15) and found.residual < 0.01
+    with pytest.raises(ValueError, match="at least four"):
+        fit(*zip(*(row for row in rows if row[0] < 6)))
+    with pytest.raises(ValueError, match="do not lower"):
+        fit(*zip(*((loops, size, -loss) for loops, size, loss in rows)))
+
+
 def test_nested_figures_become_flat_rows():
     from benchmarks.common.record import rows_by
 

@@ -90,6 +90,12 @@ def test_a_model_of_unknown_data(kinds: Path, capsys) -> None:
     assert code == 0 and "not this model's own" in err
     line = next(line for line in out.splitlines() if line.startswith("loss on the bundled text"))
     assert "(-" not in line
+    # Nor does it say when the model may stop.
+    before, after = (
+        json.loads(Path(name, "generation_config.json").read_text())["exit"]
+        for name in ("base", "x")
+    )
+    assert before == after
 
 
 @pytest.mark.parametrize("given", ["qa.jsonl", "chats.jsonl", "text.txt"])

@@ -243,6 +243,8 @@ def test_no_gain_is_predicted_beyond_what_a_token_can_lose(tokenizer, kernel: st
 
 def test_it_steps_aside_and_says_why() -> None:
     model = make(SMALL)
+    with pytest.raises(MissingError, match="several streams"):
+        select_backend(make(replace(SMALL, injection="streams")), "native")
     assert isinstance(select_backend(model)[0], CpuBackend)
     for change, why in (
         (lambda m: m.double(), "float64"),

@@ -6,6 +6,7 @@ Without a GPU nothing is recorded, and the same bodies run on the same buffers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,11 +40,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-def engines(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, Engine]:
+def engines(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, shape: ModelConfig = SHAPE
+) -> tuple[Engine, Engine]:
     """By recorded moves, whose graphs begin with eight columns, and by torch's as they are."""
     monkeypatch.setattr(cuda_graphs, "_FIRST_BUCKET", 8)
     torch.manual_seed(0)
-    model = LoopedTransformer(SHAPE).eval()
+    model = LoopedTransformer(shape).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -65,6 +68,7 @@ def written(
     "options",
     [
         {"exit": "auto"},
+        {"exit": "auto", "injection": "streams"},
         {"exit": "gain", "min_loops": 2},
         {"exit": "kl", "threshold": 0.05},
         {"exit": "auto", "kv_policy": "last"},
@@ -77,8 +81,9 @@ def written(
 def test_the_same_tokens(
     options: dict, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorded, plain = engines(device, monkeypatch)
     given = {"temperature": 0.0, "max_new_tokens": 40, "ignore_eos": True, **options}
+    shape = replace(SHAPE, injection=given.pop("injection", "decay"))
+    recorded, plain = engines(device, monkeypatch, shape)
     for prompt in ("some", "some words to write with and more"):
         ours, theirs = (
             written(e, [prompt], GenerationOptions(**given))[0] for e in (recorded, plain)

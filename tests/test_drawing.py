@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import codec_cases
@@ -18,34 +19,31 @@ from looptx_core.checkpoint.codec_folder import load_codec, save_codec, with_cod
 from looptx_core.checkpoint.folder import LoadedModel, load_model
 from looptx_core.checkpoint.registry import abilities
 from looptx_core.config.generation import GenerationOptions
+from looptx_core.config.inspection import InspectConfig
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.directions import in_directions
 from looptx_core.data.encode_record import encode_record
 from looptx_core.data.example import CODES_COUNT, code_ranges, target_weights
 from looptx_core.data.records import read_records
-from looptx_core.data.shards import Manifest
 from looptx_core.errors import DataError
 from looptx_core.generation.engine import Engine, MediaPrompt
+from looptx_core.inspection import written
+from looptx_core.inspection.page import sentences
+from looptx_core.inspection.report import inspect_loops
 from looptx_core.media.registry import MEDIA, writers
 from looptx_core.model.code_rows import fold_code_rows, share_code_rows
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.run import fit_vocabulary, train
+from looptx_core.training.run import train
 
 SHAPE = ModelConfig(
     d_model=48, n_heads=4, n_kv_heads=2, head_dim=12, d_ff=64, prelude_layers=1, core_layers=1,
     coda_layers=0, max_loops=2, max_seq_len=96, vision_layers=1, vision_width=24, patch_size=4,
     max_patches=4,
 )  # fmt: skip
+codec = partial(codec_cases.telling, seed=26)
+"""One that has learned nothing, under which the colours have codes of their own."""
 GREEDY = GenerationOptions(temperature=0, max_new_tokens=4)
-
-
-@pytest.fixture(scope="module")
-def codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A codec that has learned nothing, under which the colours have codes of their own."""
-    folder = tmp_path_factory.mktemp("codecs") / "c"
-    save_codec(folder, codec_cases.telling(seed=26), {"steps": 0})
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +57,7 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def config(codec_folder: Path, colour_shards: Path) -> ModelConfig:
-    known = Manifest.read(colour_shards).vocab_size
-    return fit_vocabulary(with_codec(SHAPE, codec_folder), known, False)
-
-
-@pytest.fixture(scope="module")
-def run(
+def model_folder(
     drawings: Path, codec_folder: Path, config: ModelConfig, colour_shards: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:  # fmt: skip
@@ -81,30 +73,20 @@ def run(
     return out / "final"
 
 
-@pytest.fixture(scope="module")
-def loaded(run: Path) -> LoadedModel:
-    return load_model(run)
-
-
-@pytest.fixture(scope="module")
-def engine(loaded: LoadedModel) -> Engine:
-    return Engine(loaded.model, loaded.tokenizer, loaded.exit)
-
-
 def asked(name: str) -> MediaPrompt:
     return MediaPrompt(name, write="image")
 
 
-def test_it_draws_what_it_learned(engine: Engine, drawings: Path) -> None:
+def test_it_draws_what_it_learned(writing_engine: Engine, drawings: Path) -> None:
     """Each colour by name, in a batch with others as alone."""
-    writer = engine.writers["image"]
+    writer = writing_engine.writers["image"]
     names = list(codec_cases.COLOURS)
     expected = [tuple(writer.encode(drawings / f"all/{n}.png")) for n in range(len(names))]
     assert len(set(expected)) == len(names)
-    found = engine.complete([asked(name) for name in names], GREEDY)
+    found = writing_engine.complete([asked(name) for name in names], GREEDY)
     assert [result.outputs[0].ids for result in found] == expected
     for name, result in zip(names, found):
-        (alone,) = engine.complete([asked(name)], GREEDY)
+        (alone,) = writing_engine.complete([asked(name)], GREEDY)
         assert [step.id for step in alone.tokens] == [step.id for step in result.tokens]
         assert [step.loops for step in alone.tokens] == [step.loops for step in result.tokens]
         assert result.text == ""
@@ -115,27 +97,32 @@ def test_it_draws_what_it_learned(engine: Engine, drawings: Path) -> None:
     assert (picture.format, picture.size) == ("PNG", (8, 8))
 
 
-def test_it_reads_too(engine: Engine, loaded: LoadedModel, drawings: Path, run: Path) -> None:
-    item = MEDIA["image"].read(drawings / "all/2.png", loaded.config)
-    (said,) = engine.complete([MediaPrompt("", (item,))], GREEDY)
+def test_it_reads_too(
+    writing_engine: Engine, writing: LoadedModel, drawings: Path, model_folder: Path
+) -> None:
+    item = MEDIA["image"].read(drawings / "all/2.png", writing.config)
+    (said,) = writing_engine.complete([MediaPrompt("", (item,))], GREEDY)
     assert said.text.strip() == "blue" and not said.media
-    assert abilities(run) == {"weights", "vision", "drawing"}
+    assert abilities(model_folder) == {"weights", "vision", "drawing"}
 
 
 @pytest.mark.parametrize("guidance", [0.0, 4.0])
-def test_guidance_by_its_definition(engine: Engine, loaded: LoadedModel, guidance: float) -> None:
+def test_guidance_by_its_definition(
+    writing_engine: Engine, writing: LoadedModel, guidance: float
+) -> None:
     """u + guidance (c - u), with c after the name and u after none; in a batch as alone."""
-    first, codes = loaded.config.draw.first_code, loaded.config.draw.codes
-    opens = loaded.config.draw.token
+    first, codes = writing.config.draw.first_code, writing.config.draw.codes
+    opens = writing.config.draw.token
     options = replace(GREEDY, loops=2, prompt_loops=2, guidance=guidance)
-    results = engine.complete([asked("green"), asked("black")], options)
+    results = writing_engine.complete([asked("green"), asked("black")], options)
     for name, result in zip(("green", "black"), results):
-        ids = loaded.tokenizer.encode(name, add_special_tokens=False).ids
-        prompted, free = [engine.end, *ids, opens], [engine.end, opens]
+        ids = writing.tokenizer.encode(name, add_special_tokens=False).ids
+        prompted, free = [writing_engine.end, *ids, opens], [writing_engine.end, opens]
         for step in result.tokens:
             with torch.no_grad():
                 c, u = (
-                    loaded.model(torch.tensor([seen]), 2).logits[0, -1] for seen in (prompted, free)
+                    writing.model(torch.tensor([seen]), 2).logits[0, -1]
+                    for seen in (prompted, free)
                 )
             mixed = (u + guidance * (c - u))[first : first + codes]
             assert step.id == first + int(mixed.argmax())
@@ -145,11 +132,11 @@ def test_guidance_by_its_definition(engine: Engine, loaded: LoadedModel, guidanc
     assert same == (guidance == 0)  # the name says nothing then
 
 
-def test_codes_in_pictures_and_words_in_texts(loaded: LoadedModel) -> None:
+def test_codes_in_pictures_and_words_in_texts(writing: LoadedModel) -> None:
     """Whatever the model wants: it has learned nothing, is hot and is punished for repeating."""
     torch.manual_seed(0)
-    engine = Engine(LoopedTransformer(loaded.config), loaded.tokenizer)
-    first = loaded.config.draw.first_code
+    engine = Engine(LoopedTransformer(writing.config), writing.tokenizer)
+    first = writing.config.draw.first_code
     for seed in range(4):
         options = GenerationOptions(
             temperature=9, max_new_tokens=9, seed=seed, ignore_eos=True, repetition_penalty=1.5
@@ -160,6 +147,33 @@ def test_codes_in_pictures_and_words_in_texts(loaded: LoadedModel) -> None:
         assert len(result.media) == 1
     (short,) = engine.complete([asked("red")], replace(options, max_new_tokens=3))
     assert not short.media and short.finish_reason == "length"
+
+
+def test_an_inspection_maps_what_is_drawn(
+    writing: LoadedModel, colour_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from matplotlib import pyplot as plt
+
+    from looptx_cli.inspect_loops import _show
+
+    settings = InspectConfig(
+        prompt="red", seq_len=16, val_batches=1, batch_size=4, decode_tokens=0, max_new_tokens=2
+    )
+    document, _ = inspect_loops(writing, colour_shards, settings)
+    (found,) = document["written"]
+    assert (found["kind"], found["rows"], found["columns"]) == ("image", 2, 2)
+    assert found["seconds"] is None and len(found["confidence_by_loop"]) == 2
+    assert np.array(found["shown"]).shape == (8, 8, 3)
+    assert any("the picture 'red': 4 codes" in said for said in sentences(document))
+    capsys.readouterr()
+    _show(document)
+    assert "the picture 'red': loops, and how sure" in capsys.readouterr().out
+    ((title, (name, draw, count)),) = written.figures(found, 1).items()
+    assert "'red'" in title and name == "written-1.png"
+    figure, axes = plt.subplots(1, count)
+    draw(axes)
+    assert np.array_equal(axes[1].images[0].get_array(), np.reshape(found["loops"], (2, 2)))
+    plt.close(figure)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -185,7 +199,7 @@ def test_shared_rows_become_ordinary_ones(config: ModelConfig, tied: bool) -> No
 
 
 def test_records_in_both_directions(
-    drawings: Path, config: ModelConfig, loaded: LoadedModel
+    drawings: Path, config: ModelConfig, writing: LoadedModel
 ) -> None:
     records = read_records([drawings / "all.jsonl"])
     assert in_directions(records, "both", ()) is records
@@ -194,10 +208,10 @@ def test_records_in_both_directions(
         for direction in ("read", "write", "both")
     )
     assert (len(read), len(write), len(both)) == (16, 16, 32)
-    example = encode_record(write[0], loaded.tokenizer, config)
+    example = encode_record(write[0], writing.tokenizer, config)
     draw = config.draw
     codes = writers(config)["image"].encode(drawings / "all/0.png")
-    name = loaded.tokenizer.encode("red", add_special_tokens=False).ids
+    name = writing.tokenizer.encode("red", add_special_tokens=False).ids
     assert example.ids.tolist() == [0, *name, draw.token, *codes, 0]
     assert example.counted.tolist() == [False] * (len(name) + 2) + [True] * 5
     unasked = [way for way in example.ways if way.ids.tolist() == [0, draw.token, *codes, 0]]
@@ -210,11 +224,11 @@ def test_records_in_both_directions(
     targets = target_weights(long, ranges)
     assert targets[-1] == 1 and targets[:-1].sum() == pytest.approx(CODES_COUNT)
     with pytest.raises(DataError, match="writes no pictures"):
-        encode_record(write[0], loaded.tokenizer, SHAPE)
+        encode_record(write[0], writing.tokenizer, SHAPE)
 
 
 def test_another_codec_is_refused(
-    config: ModelConfig, codec_folder: Path, run: Path, tmp_path: Path
+    config: ModelConfig, codec_folder: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     save_codec(tmp_path / "d", codec_cases.build(seed=2), {})
     with pytest.raises(DataError, match="another codec"):
@@ -223,7 +237,7 @@ def test_another_codec_is_refused(
     import shutil
 
     copy = tmp_path / "model"
-    shutil.copytree(run, copy)
+    shutil.copytree(model_folder, copy)
     (copy / "digests.json").unlink()
     shutil.rmtree(copy / "codec-picture")
     with pytest.raises(DataError, match="codec-picture, by which it draws, is missing"):
@@ -234,11 +248,11 @@ def test_another_codec_is_refused(
 
 
 def test_the_commands(
-    run: Path, drawings: Path, codec_folder: Path, colour_shards: Path, tmp_path: Path,
+    model_folder: Path, drawings: Path, codec_folder: Path, colour_shards: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    draw = ["generate", "red", "--model", str(run), "--temperature", "0", "--draw"]
+    draw = ["generate", "red", "--model", str(model_folder), "--temperature", "0", "--draw"]
     assert main([*draw, "a.png", "--json", "--show-iterations", "--guidance", "2"]) == 0
     document = json.loads(capsys.readouterr().out)
     (media,) = document["media"]
@@ -261,13 +275,14 @@ def test_the_commands(
         ([*draw, str(tmp_path)], 2, "a folder"),
         ([*draw, "a.txt"], 2, "ends in .png"),
         ([*draw, "none/a.png"], 2, "no folder none"),
+        ([*draw, "a" * 300 + ".png"], 2, "File name too long; choose another name"),
         ([*draw, "b.png", "--draw-steps", "0"], 2, "--draw-steps must lie between"),
         ([*draw, "b.png", "--draw-steps", "10000"], 2, "--draw-steps must lie between"),
         ([*draw, "b.png", "--guidance", "nan"], 2, "--guidance"),
         ([*draw, "b.png", "--max-new-tokens", "3"], 2, "a picture takes 4"),
         ([*draw, "b.png", "--guidance", "2", "--speculate", "2"], 2, "exclude each other"),
         ([*draw, "b.png", "blue"], 2, "one prompt"),
-        (["generate", "red " * 90, "--model", str(run), "--draw", "b.png"], 2, "shorten"),
+        (["generate", "red " * 90, "--model", str(model_folder), "--draw", "b.png"], 2, "shorten"),
     ):
         assert main(arguments) == code, arguments
         assert says in capsys.readouterr().err
@@ -289,6 +304,8 @@ def test_training_resumes_by_its_codec(
     command += ["--data", str(drawings / "all.jsonl"), "--out", str(tmp_path / "run")]
     assert main([*command, "--direction", "write", "--steps", "1"]) == 2
     assert "--direction write needs a codec" in capsys.readouterr().err
+    assert main([*command, "--codec", str(drawings), "--dry-run"]) == 4
+    assert "codec.json is missing" in capsys.readouterr().err
     assert main([*command, "--codec", str(own), "--direction", "write", "--steps", "2"]) == 0
     before = load_model(tmp_path / "run/final")
     assert before.config.draw.codes == 12

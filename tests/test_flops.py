@@ -20,13 +20,14 @@ def test_counts() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     assert parameter_count(CONFIG) == sum(p.numel() for p in LoopedTransformer(CONFIG).parameters())
-    model = build()
-    model.attend = explicit
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(tokens(1, 32), 3)
-    # The explicit back end multiplies the masked half too: every token meets all 32.
-    counted = token_flops(CONFIG, 32).at(3, readouts=1, confidences=1, gains=1) * 32
-    assert abs(counter.get_total_flops() / counted - 1) < 0.01
+    for config in (CONFIG, replace(CONFIG, injection="streams")):
+        model = build(config)
+        model.attend = explicit
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(tokens(1, 32), 3)
+        # The explicit back end multiplies the masked half too: every token meets all 32.
+        counted = token_flops(config, 32).at(3, readouts=1, confidences=1, gains=1) * 32
+        assert abs(counter.get_total_flops() / counted - 1) < 0.01
 
 
 def test_counts_of_a_token_by_hand() -> None:

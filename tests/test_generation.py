@@ -222,6 +222,21 @@ def test_batch_of_auto_exits_equals_single_runs(engine, rule, policy):
     assert len({s.loops for one in together for s in one.tokens}) >= 3, "the case is too easy"
 
 
+@pytest.mark.parametrize("policy", ["fill", "last"])
+def test_streams_in_a_batch_equal_single_runs(tokenizer, policy):
+    """Rows whose states have streams, at different loops and newly begun, and with drafts."""
+    engine = Engine(random_model(replace(CONFIG, injection="streams")), tokenizer, SETTINGS)
+    options = replace(GREEDY, exit="kl", threshold=0.3, kv_policy=policy)
+    together = engine.complete(PROMPTS, options)
+    for prompt, one in zip(PROMPTS, together):
+        (exact, close), (same, numbers) = facts(one), facts(*engine.complete([prompt], options))
+        assert exact == same and close.expected == numbers
+    assert len({s.loops for one in together for s in one.tokens}) >= 3, "the case is too easy"
+    drafted = replace(GREEDY, loops=6, speculate=3, draft_loops=2)
+    plain = engine.complete(["whale"], replace(drafted, speculate=0))
+    assert facts(*engine.complete(["whale"], drafted))[0] == facts(*plain)[0]
+
+
 def test_batch_of_different_settings_equals_single_runs(engine):
     options = [
         replace(GREEDY, loops=2),

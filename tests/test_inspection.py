@@ -33,6 +33,7 @@ from looptx_core.inspection.survey import Survey, survey_lines, two_surveys
 from looptx_core.inspection.svg import svg
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.stopping.rule import exit_depths
+from looptx_core.training import evaluate
 from looptx_core.training.evaluate import LoopEvaluation
 from looptx_core.training.metrics import (
     auroc,
@@ -203,6 +204,19 @@ def test_following_a_text_is_what_generating_it_does(bundled, policy, loops):
     assert walked.hit.tolist() == [[1.0] * len(made.tokens)]  # each was taken as the likeliest
     tokens[0, -1] += 1
     assert engine.score_forced(tokens, len(prompt), options).hit.sum() == len(made.tokens) - 1
+
+
+def test_tokens_read_out_in_pieces_are_those_of_the_whole(bundled, monkeypatch):
+    tokens = torch.randint(500, (2, 24), generator=torch.Generator().manual_seed(0))
+    counted = torch.rand(2, 23, generator=torch.Generator().manual_seed(1)) < 0.7
+    whole = survey_lines(bundled.model, tokens, 3, counted)
+    monkeypatch.setattr(evaluate, "_READ_OUT", 5 * bundled.model.config.vocab_size)
+    parts = survey_lines(bundled.model, tokens, 3, counted)
+    assert whole.evaluation.tokens == int(counted.sum()) > 5
+    for name, values in {**vars(whole.evaluation), **whole.logit_signals}.items():
+        found = {**vars(parts.evaluation), **parts.logit_signals}[name]
+        assert torch.as_tensor(found).shape == torch.as_tensor(values).shape
+        torch.testing.assert_close(found, values, msg=name)
 
 
 def test_surveys_do_not_share_sequences():

@@ -26,10 +26,11 @@ from looptx_core.data.shards import Manifest, open_shards
 from looptx_core.errors import DataError, UsageError
 from looptx_core.generation.engine import ChatPrompt, Engine, MediaPrompt
 from looptx_core.inspection.media import inspect_media
-from looptx_core.media.base import Grid, Medium, Writer
+from looptx_core.media.base import Grid, Medium
 from looptx_core.media.batch import MediaBatch, MediaItem, batch_items, lay_out
 from looptx_core.media.image.read import read_picture
 from looptx_core.media.registry import MEDIA, media_for
+from looptx_core.media.writer import Writer
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.run import fit_vocabulary, train
 

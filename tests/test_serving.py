@@ -19,8 +19,8 @@ from serving_cases import (
 
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.generation.request import ChatPrompt, MediaPrompt
-from looptx_core.media.base import Writer
 from looptx_core.media.registry import MEDIA
+from looptx_core.media.writer import Writer
 from looptx_core.serving.answers import TokenTexts
 
 

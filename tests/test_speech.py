@@ -16,7 +16,7 @@ import speech_cases
 import torch
 
 from looptx_cli.main import main
-from looptx_core.checkpoint.codec_folder import load_codec, save_codec, with_codec
+from looptx_core.checkpoint.codec_folder import load_codec
 from looptx_core.checkpoint.folder import LoadedModel, load_model, save_model
 from looptx_core.checkpoint.registry import abilities
 from looptx_core.config.codec import SHAPES, CodecConfig
@@ -25,17 +25,17 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.data.directions import in_directions
 from looptx_core.data.encode_record import encode_record
 from looptx_core.data.records import read_records
-from looptx_core.data.shards import Manifest
 from looptx_core.data.tokenizer import load_tokenizer
 from looptx_core.errors import DataError, UsageError
 from looptx_core.generation.engine import Engine, MediaPrompt
 from looptx_core.generation.request import Generation
+from looptx_core.inspection import written
+from looptx_core.inspection.written import inspect_written
 from looptx_core.media.audio import align, speak, vocoder
 from looptx_core.media.audio.coded import frames_of, grid_of, stretches, to_frames, to_patches
 from looptx_core.media.audio.read import item_of, samples_of
 from looptx_core.media.registry import MEDIA, writers
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.run import fit_vocabulary
 
 SHAPE = ModelConfig(
     d_model=48, n_heads=4, n_kv_heads=2, head_dim=12, d_ff=64, prelude_layers=1, core_layers=1,
@@ -43,6 +43,7 @@ SHAPE = ModelConfig(
 )  # fmt: skip
 SHAPE = replace(SHAPE, audio=replace(SHAPE.audio, layers=1, width=24))
 OPTIONS = GenerationOptions(temperature=0.9, max_new_tokens=390, draw_steps=1)
+codec = speech_cases.build
 SOUND = Path("looptx_core/assets/samples/hello.wav")
 
 
@@ -55,33 +56,15 @@ def short() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("codecs") / "c"
-    save_codec(folder, speech_cases.build(), {})
-    return folder
-
-
-@pytest.fixture(scope="module")
 def model_folder(
-    codec_folder: Path, colour_shards: Path, tmp_path_factory: pytest.TempPathFactory
+    config: ModelConfig, colour_shards: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A model that has learned nothing, so that it says anything that it may."""
-    known = Manifest.read(colour_shards).vocab_size
     torch.manual_seed(4)
-    model = LoopedTransformer(fit_vocabulary(with_codec(SHAPE, codec_folder), known, False))
+    model = LoopedTransformer(config)
     out = tmp_path_factory.mktemp("models") / "speaker"
     tokenizer = load_tokenizer(str(colour_shards))
     return save_model(out, model, tokenizer, exit_settings=ExitSettings(), facts={})
-
-
-@pytest.fixture(scope="module")
-def loaded(model_folder: Path) -> LoadedModel:
-    return load_model(model_folder)
-
-
-@pytest.fixture(scope="module")
-def engine(loaded: LoadedModel) -> Engine:
-    return Engine(loaded.model, loaded.tokenizer, loaded.exit)
 
 
 def asked(text: str) -> MediaPrompt:
@@ -160,17 +143,17 @@ def test_words_are_found_in_a_recording(codec_folder: Path) -> None:
 
 
 def test_text_leads_its_codes_token_by_token(
-    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    writing: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speak, "frames_of_tokens", speech_cases.even)
     records = read_records([speech_cases.write_records(tmp_path / "all", 4)])
-    writer = writers(loaded.config)["audio"]
+    writer = writers(writing.config)["audio"]
     ways = {direction: in_directions(records, direction, ["audio"]).records
             for direction in ("read", "write", "both")}  # fmt: skip
     assert [len(some) for some in ways.values()] == [4, 4, 8]
-    example = encode_record(ways["write"][1], loaded.tokenizer, loaded.config)
+    example = encode_record(ways["write"][1], writing.tokenizer, writing.config)
     assert not example.others  # speech is written to a text alone
-    words = loaded.tokenizer.encode("green red", add_special_tokens=False).ids
+    words = writing.tokenizer.encode("green red", add_special_tokens=False).ids
     ids = example.ids.tolist()
     assert ids[: len(words) + 2] == [0, *words, writer.opens] and ids[-2:] == [writer.closes, 0]
     written, codec = ids[len(words) + 2 : -1], writer.codec
@@ -186,8 +169,8 @@ def test_text_leads_its_codes_token_by_token(
     assert example.counted.tolist() == [False] * (len(words) + 2) + counted + [True]
 
 
-def test_what_may_follow(loaded: LoadedModel) -> None:
-    writer = writers(loaded.config)["audio"]
+def test_what_may_follow(writing: LoadedModel) -> None:
+    writer = writers(writing.config)["audio"]
     code, close, opens = writer.first_code, writer.closes, writer.opens
     codes = list(writer.code_ids)
     assert writer.transcript([0, 40, 41, code, close, 50, 51]) == [50, 51]
@@ -213,14 +196,14 @@ def spoken(result: Generation, engine: Engine) -> list[int]:
     return [token for token in output.ids if token < writer.first_code and token != writer.closes]
 
 
-def test_every_word_once_and_in_order(engine: Engine) -> None:
+def test_every_word_once_and_in_order(writing_engine: Engine) -> None:
     texts = ["red green", "black", "a whale and a ship"]
     each = [replace(OPTIONS, seed=n, loops=1 + n) for n in range(3)]
-    found = engine.complete([asked(text) for text in texts], each)
+    found = writing_engine.complete([asked(text) for text in texts], each)
     for text, own, result in zip(texts, each, found):
-        assert spoken(result, engine) == engine.tokenizer.encode(text).ids
+        assert spoken(result, writing_engine) == writing_engine.tokenizer.encode(text).ids
         assert result.finish_reason == "end" and result.text == ""
-        (alone,) = engine.complete([asked(text)], [own])
+        (alone,) = writing_engine.complete([asked(text)], [own])
         assert [step.id for step in alone.tokens] == [step.id for step in result.tokens]
         (media,), (output,) = result.media, result.outputs
         assert media["kind"] == "audio" and set(media["loops"]) == {own.loops}
@@ -229,18 +212,41 @@ def test_every_word_once_and_in_order(engine: Engine) -> None:
         assert rate == 16_000 and len(samples) == pytest.approx(rate * media["seconds"])
         assert output.content == alone.outputs[0].content
     with pytest.raises(UsageError, match="`guidance`"):
-        engine.complete([asked("red")], replace(OPTIONS, guidance=2.0))
+        writing_engine.complete([asked("red")], replace(OPTIONS, guidance=2.0))
 
 
-def test_a_speech_in_an_answer_ends_and_text_goes_on(engine: Engine) -> None:
-    writer = engine.writers["audio"]
-    words = engine.tokenizer.encode("red green").ids
+def test_a_speech_in_an_answer_ends_and_text_goes_on(writing_engine: Engine) -> None:
+    writer = writing_engine.writers["audio"]
+    words = writing_engine.tokenizer.encode("red green").ids
     options = replace(OPTIONS, ignore_eos=True, max_new_tokens=380)
-    (result,) = engine.complete([[0, *words, writer.opens]], options)
+    (result,) = writing_engine.complete([[0, *words, writer.opens]], options)
     output = result.outputs[0]
     others = result.tokens[len(output.ids) :]
     after = list(itertools.takewhile(lambda step: step.id != writer.opens, others))
     assert after and not any(step.id in writer.code_ids for step in after)
+
+
+def test_an_inspection_maps_the_codes_over_time(
+    writing: LoadedModel, writing_engine: Engine
+) -> None:
+    deep = replace(writing.exit, min_loops=3)
+    (found,) = inspect_written(writing, "red green", deep, 3, seed=1)
+    engine = Engine(writing.model, writing.tokenizer, deep)
+    (result,) = engine.complete(
+        [asked("red green")], GenerationOptions(seed=1, max_new_tokens=390, draw_steps=1)
+    )
+    (media,) = result.media
+    assert (found["kind"], found["columns"]) == ("audio", 2)
+    assert found["rows"] * 2 == len(media["codes"]) and found["seconds"] == media["seconds"]
+    assert found["loops"] == media["loops"] == [3] * len(media["codes"])
+    assert found["confidence"] == pytest.approx(media["confidence"], abs=1e-4)
+    assert found["confidence_by_loop"][2] == pytest.approx(media["confidence"], abs=2e-4)
+    assert found["confidence_by_loop"][0] != found["confidence_by_loop"][2]
+    assert len(found["shown"]) == 80 and len(found["shown"][0]) >= 4 * found["rows"]
+    lines = written.lines(found)
+    assert lines[1].split()[:2] == ["seconds", "0.00"] and len(lines) == 4 + 3
+    mean = sum(found["confidence"][:2]) / 2 if found["rows"] <= 16 else None
+    assert mean is None or lines[3].split()[2] == f"{100 * mean:.0f}"
 
 
 def test_speaking(
@@ -280,6 +286,7 @@ def test_speaking(
         ([*say, "b.wav", "--max-new-tokens", "2"], 1, "--max-new-tokens"),
         (["generate", long, "--model", str(model_folder), "--speak", "b.wav"], 2, "shorten"),
         (["generate", "", "--model", str(model_folder), "--speak", "b.wav"], 2, "a text to say"),
+        (["generate", " \n", "--model", str(model_folder), "--speak", "b.wav"], 2, "a text to say"),
         (["generate", "a", "--model", none, "--speak", "b.wav"], 4, ""),
     ):
         assert main(arguments) == code, arguments[2:]

@@ -24,6 +24,9 @@ UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "
 # The flags of each command, in the order of its code. A flag is an interface: scripts break when
 # one goes. Changed on purpose? Paste what the failing test prints.
 OPTIONS = {
+    "sweep": """
+        --out --dry-run --json --quiet
+    """,
     "inspect-loops": """
         --data --out --seq-len --batch-size --val-batches --max-loops --calibrate --no-calibrate
         --target-loss-increase --text --prompt --image --audio --video --max-new-tokens
@@ -62,8 +65,8 @@ OPTIONS = {
     "convert": """
         --model --from-hf --from-gguf --core --max-loops --out --to-bitnet --no-to-bitnet --direct
         --no-direct --finetune-steps --max-minutes --lr --data --seed --memory --memory-window
-        --memory-block --adapter --merge-adapter --no-merge-adapter --to-hf --no-to-hf --dtype
-        --shard-size --config --overwrite --dry-run --json --quiet
+        --memory-block --adapter --merge-adapter --no-merge-adapter --to-hf --no-to-hf --to-onnx
+        --no-to-onnx --loops --dtype --shard-size --config --overwrite --dry-run --json --quiet
     """,
     "doctor": """
         --build --path --json --quiet

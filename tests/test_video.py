@@ -27,6 +27,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.data.records import media_named, read_records
 from looptx_core.errors import DataError, MissingError, UsageError
 from looptx_core.generation.engine import Engine, MediaPrompt
+from looptx_core.generation.session import Session
 from looptx_core.generation.watch import VideoSession
 from looptx_core.media.batch import MediaItem, batch_items, lay_out
 from looptx_core.media.image.read import read_picture
@@ -284,6 +285,9 @@ def test_frames_that_come_one_by_one_are_the_clip(tokenizer: Tokenizer) -> None:
                 answer = watch.ask("a", **greedy)
                 told = [(step.id, round(step.logprob, 4)) for step in answer.tokens]
                 assert told == whole(frames[first : number + 1]), number
+    small = Session(engine, 4, GenerationOptions(**greedy))
+    with pytest.raises(UsageError, match="5 tokens to read, and the session holds 4 more"):
+        small.read([5] * 5)
     with pytest.raises(DataError, match="the frame: float64 numbers of shape"):
         watch.feed(np.zeros((8, 8)), 0.7)
     with pytest.raises(UsageError, match="feed them in order"):

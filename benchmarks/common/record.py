@@ -118,6 +118,13 @@ def write(
     return file
 
 
+def finish(benchmark: str, what: str, rows: Iterable[Row], checks: bool, **settings: Any) -> int:
+    """End a script: write the record, unless it only checks; returns the exit status."""
+    if not checks:
+        write(benchmark, what, rows, settings=settings)
+    return 0
+
+
 def dump(record: Record) -> str:
     """As JSON, a line for each row."""
     rows = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in record["rows"])

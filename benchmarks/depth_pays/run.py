@@ -35,15 +35,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common.arms import flops_per_step, for_flops
 from benchmarks.common.corpora import DATA, fetch_sotu
 from benchmarks.common.record import results_file, rows_so_far, write
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.shard_writer import tokenize_corpus
 from looptx_core.data.shards import open_shards
-from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.loop_schedule import LoopSchedule
-from looptx_core.training.objective import loop_loss
 from looptx_core.training.run import train
 
 
@@ -192,21 +190,6 @@ def contestants(
     return found
 
 
-def flops_per_step(model_config: ModelConfig, config: TrainConfig) -> float:
-    """Mean over steps whose depths do not hang on the model."""
-    model = LoopedTransformer(model_config)
-    schedule = LoopSchedule(config, model_config.max_loops)
-    shape = (config.batch_size, config.seq_len + 1)
-    tokens = torch.randint(model_config.vocab_size, shape)
-    with torch.no_grad():
-        costs = [
-            loop_loss(model, tokens, schedule, step, torch.arange(config.batch_size) + 97 * step,
-                      loss_at=config.loss_at).flops
-            for step in range(1 if config.loop_schedule == "fixed" else 20)
-        ]  # fmt: skip
-    return statistics.mean(costs)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budget", choices=BUDGETS, default="minutes")
@@ -231,8 +214,7 @@ def main() -> None:
                 target = _flops_of_reference(budget, base, done.get((budget.reference, seed)))
                 if target is None:
                     parser.error(f"{name}: first run {budget.reference!r}, whose FLOPs it takes")
-                steps = round(target / flops_per_step(model, config))
-                config = replace(config, steps=steps)
+                config = for_flops(model, config, target)
             with tempfile.TemporaryDirectory() as scratch:
                 run = train(config, model, data=shards, folder=Path(scratch))
                 assert run is not None

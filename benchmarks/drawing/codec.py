@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.common.codecs import codec_settings
 from benchmarks.common.corpora import DATA
-from benchmarks.common.record import write
+from benchmarks.common.record import finish
 from benchmarks.pictures.emoji import TEST, fetch_emoji
 from looptx_core.checkpoint.codec_folder import load_codec, read_facts
 from looptx_core.config.codec import CodecConfig
@@ -91,16 +92,12 @@ def main() -> int:
             f"{name}: {report.psnr[1]:.2f} dB in one step, {report.psnr[8]:.2f} in eight, linear "
             f"{rows[-1]['linear_psnr']:.2f}; {report.codes_used:.0%} of the codes used"
         )
-    if not few:
-        facts = read_facts(arguments.codec)
-        settings = {
-            "codes": config.codes, "codes_a_picture": config.rows * config.columns,
-            "bits_a_picture": report.bits, "parameters": sum(p.numel() for p in codec.parameters()),
-            "trained_steps": facts.get("steps"), "trained_seconds": facts.get("seconds"),
-            "trained_pictures": facts.get("pictures"), "fingerprint": fingerprint,
-        }  # fmt: skip
-        write("drawing.codec", __doc__.splitlines()[0], rows, settings=settings)
-    return 0
+    return finish(
+        "drawing.codec", __doc__.splitlines()[0], rows, few,
+        codes_a_picture=config.rows * config.columns, bits_a_picture=report.bits,
+        trained_pictures=read_facts(arguments.codec).get("pictures"),
+        **codec_settings(codec, fingerprint, arguments.codec),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

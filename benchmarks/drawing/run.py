@@ -1,7 +1,7 @@
 """What a model draws from names: seen by a reader that never met it, copies, and how seeds differ.
 
     python -m benchmarks.drawing.run --model FOLDER [--names 40] [--many 500] [--style noto]
-        [--guidance 2] [--sheet FILE] [--check]
+        [--guidance 2] [--sheet FILE] [--unseen-sheet FILE] [--check]
 
 Names were trained on in some style. The judge is the picture model that ships with the package, of
 one hash: it ranks the name among ten, by what the picture adds to the name's probability. Beside it
@@ -9,14 +9,15 @@ stand real pictures of the same names, and the same drawings under another's nam
 A copy has most codes of a training picture in their places. The Frechet distance is that of the
 judge's mean encoder states, of `--many` drawings to the real pictures of their names; beside it
 stand the same pictures blurred until they are as far from the sharp ones as the codec leaves them,
-and what the codec leaves. `--sheet` writes drawings beside a real picture. `--check` draws few
-pictures and leaves no record.
+and what the codec leaves. Unseen combinations are names in styles that have no such picture, see
+`benchmarks/drawing/combinations.py`. With the model's own exits, loops and confidence are kept by
+the place of a code. `--sheet` and `--unseen-sheet` write drawings beside real pictures. `--check`
+draws few pictures and leaves no record.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import sys
@@ -30,42 +31,26 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from benchmarks.common.record import write
+from benchmarks.common.codecs import writer_settings
+from benchmarks.common.record import finish
+from benchmarks.drawing.combinations import NAMES, draw_combinations
+from benchmarks.drawing.judge import JUDGE, SEED, draw, judge_of_drawings, ranked_first, sheet
 from benchmarks.pictures.emoji import COLOURED, fetch_emoji, styled
 from benchmarks.pictures.run import Captions
 from looptx_core.checkpoint.folder import load_model
-from looptx_core.checkpoint.registry import bundled_model, resolve_model
+from looptx_core.checkpoint.registry import resolve_model
 from looptx_core.config.codec import CodecConfig
 from looptx_core.config.generation import GenerationOptions
-from looptx_core.generation.engine import Engine, Generation, MediaPrompt
+from looptx_core.generation.engine import Engine
 from looptx_core.media.batch import batch_items
 from looptx_core.media.codec.codec import Codec
 from looptx_core.media.codec.opened import opened_codec
 from looptx_core.media.image.coded import read_patches, to_picture
 from looptx_core.training.codec import decibels, from_bytes
 
-SEED = 0
-JUDGE = "5b3a6fd39025e4999ef7fdfeebd4179f3324859287d23dba7056dce17a8414b7"
-"""SHA-256 of the judge's weights."""
 COPY = 0.75
 """The share of a training picture's codes, each in its place, that makes a drawing its copy."""
 SEEDS = 4
-
-
-def draw(engine: Engine, names: list[str], options: GenerationOptions) -> list[Generation]:
-    return engine.complete([MediaPrompt(name, write="image") for name in names], options)
-
-
-def ranked_first(judge: Captions, pictures: list[str], names: list[str]) -> float:
-    """How often the judge ranks the own name of a picture first among it and nine others."""
-    reconstruct, hits = random.Random(SEED), 0
-    for picture, name in zip(pictures, names):
-        others = reconstruct.sample([n for n in names if n != name], 9)
-        choices = [name, *others]
-        seen = judge.ranked_by({"image": picture}, choices)[-1]
-        alone = judge.ranked_by(None, choices)[-1]
-        hits += int((alone - seen).argmax()) == 0
-    return hits / len(pictures)
 
 
 def features(judge: Captions, pictures: list[str]) -> Tensor:
@@ -151,22 +136,6 @@ def closest(codes: Tensor, known: Tensor) -> Tensor:
     return torch.stack([(known == own).float().mean(1).max() for own in codes])
 
 
-def sheet(rows: list[tuple[Path, list[Path]]], file: Path, side: int = 48) -> None:
-    """Rows of a real picture and what was drawn."""
-    columns = 1 + max(len(drawn) for _, drawn in rows)
-    whole = Image.new("RGB", (columns * (side + 4), len(rows) * (side + 4)), "grey")
-    for row, (real, drawn) in enumerate(rows):
-        for column, picture in enumerate([real, *drawn]):
-            with Image.open(picture) as found:
-                shown = Image.new("RGBA", found.size, "white")
-                shown.alpha_composite(found.convert("RGBA"))
-                whole.paste(
-                    shown.convert("RGB").resize((side, side)),
-                    (column * (side + 4) + 2, row * (side + 4) + 2),
-                )
-    whole.save(file)
-
-
 class Names(NamedTuple):
     """The names to draw, and what stands beside the drawings."""
 
@@ -193,8 +162,9 @@ def measure(
     names: Names,
     options: GenerationOptions,
     sheet_file: Path | None,
-) -> dict[str, Any]:
-    """What the judge and the training pictures say of `SEEDS` drawings of each name."""
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the judge and the training pictures say of `SEEDS` drawings of each name, and what
+    their codes took by place."""
     texts = [record["text"] for record in names.records]
     prompts = [styled(record["text"], record["style"]) for record in names.records]
     real = [str(fetch_emoji() / record["image"]) for record in names.records]
@@ -202,13 +172,14 @@ def measure(
     config = opened_codec(draw_config.codec).codec.config
     with tempfile.TemporaryDirectory() as scratch:
         drawn: list[list[Path]] = [[] for _ in texts]
-        written, loops, elapsed = [], [], []
+        written, loops, elapsed, codes_of = [], [], [], []
         for seed in range(SEEDS):
             for number, result in enumerate(draw(engine, prompts, replace(options, seed=seed))):
                 (output,) = result.outputs
                 drawn[number].append(Path(scratch) / f"{number}-{seed}.png")
                 drawn[number][-1].write_bytes(output.content)
                 loops.append(result.mean_loops)
+                codes_of.append(result.media[0])
                 elapsed.append(output.elapsed)
                 if not seed:
                     codes = output.ids[: names.known.shape[1]]
@@ -221,7 +192,7 @@ def measure(
             apart += decibels((patches[1:] - patches[0]).square().mean((1, 2))).tolist()
         if sheet_file is not None:
             sheet([(Path(r), some) for r, some in zip(real[:16], drawn)], sheet_file)
-        return {
+        figures = {
             "names": len(texts),
             "ranked_first": ranked_first(judge, first, texts),
             "ranked_first_real": ranked_first(judge, real, texts),
@@ -232,15 +203,20 @@ def measure(
             "loops_a_code": sum(loops) / len(loops),
             "diffusion_seconds": sum(elapsed) / len(elapsed),
         }
+        return figures, by_place(codes_of, draw_config.columns)
 
 
-def the_judge() -> Captions:
-    """The bundled picture model, if it is the one that judged before."""
-    place = bundled_model("picture-model")
-    found = hashlib.sha256((place / "model.safetensors").read_bytes()).hexdigest()
-    if found != JUDGE:
-        raise SystemExit(f"{place} has the hash {found[:12]} and not the judge's {JUDGE[:12]}")
-    return Captions(load_model(place), fetch_emoji())
+def by_place(drawn: list[dict[str, Any]], columns: int) -> list[dict[str, Any]]:
+    """Mean loops and confidence of the codes at each place, a row for each row of a picture."""
+    means = {
+        key: torch.tensor([each[key] for each in drawn]).double().mean(0).view(-1, columns)
+        for key in ("loops", "confidence")
+    }
+    return [
+        {"row": row, **{key: [round(v, 4) for v in values[row].tolist()]
+                        for key, values in means.items()}}
+        for row in range(len(means["loops"]))
+    ]  # fmt: skip
 
 
 def main() -> int:
@@ -252,37 +228,47 @@ def main() -> int:
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--draw-steps", type=int, default=8)
     parser.add_argument("--sheet", type=Path)
+    parser.add_argument("--unseen-sheet", type=Path)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     loaded = load_model(resolve_model(arguments.model).folder)
     engine = Engine(loaded.model, loaded.tokenizer, loaded.exit)
-    judge, many = the_judge(), 20 if arguments.check else arguments.many
+    judge, many = judge_of_drawings(), 20 if arguments.check else arguments.many
     names = names_of(arguments.style, many, opened_codec(loaded.config.draw.codec).codec)
     few = names._replace(records=names.records[: 10 if arguments.check else arguments.names])
     rows: list[dict[str, Any]] = []
     most = loaded.config.max_loops
-    for loops in sorted({1, 2, 4, most}):
+    depths = [most] if arguments.check else sorted({1, 2, 4, most})
+    for loops in (*depths, "auto"):
         options = GenerationOptions(
-            loops=loops, prompt_loops=loops, guidance=arguments.guidance, temperature=1.0,
-            max_new_tokens=64, draw_steps=arguments.draw_steps,
+            loops=loops, prompt_loops=None if loops == "auto" else loops,
+            guidance=arguments.guidance, temperature=1.0, max_new_tokens=64,
+            draw_steps=arguments.draw_steps,
         )  # fmt: skip
-        found = measure(engine, judge, few, options, arguments.sheet if loops == most else None)
+        place = arguments.sheet if loops == most else None
+        found, places = measure(engine, judge, few, options, place)
         rows.append({"part": "names", "loops": loops, **found})
+        if loops == "auto":
+            rows += [{"part": "places", **each} for each in places]
+        place = arguments.unseen_sheet if loops == most else None
+        count = 10 if arguments.check else NAMES
+        unseen = draw_combinations(engine, judge, count, options, place)
+        rows.append({"part": "unseen combinations", "loops": loops, **unseen})
         print(
             f"{loops} loops: the name first of ten {found['ranked_first']:.0%} (real pictures "
             f"{found['ranked_first_real']:.0%}, shuffled {found['ranked_first_shuffled']:.0%}); "
-            f"copies {found['copies']:.0%}; {found['between_seeds_db']:.1f} dB between seeds"
+            f"copies {found['copies']:.0%}; {found['between_seeds_db']:.1f} dB between seeds; "
+            f"unseen combinations {unseen['ranked_first']:.0%}, as noto "
+            f"{unseen['ranked_first_seen']:.0%}, shuffled {unseen['ranked_first_shuffled']:.0%}"
         )
+    options = replace(options, loops=most, prompt_loops=most)
     rows.append({"part": "distance", **distances(engine, judge, names.records, options)})
     print(json.dumps(rows[-1]))
-    if not arguments.check:
-        settings = {
-            "style": arguments.style, "guidance": arguments.guidance,
-            "draw_steps": arguments.draw_steps, "judge_sha256": JUDGE,
-            "codec": loaded.config.draw.codec, "steps": loaded.facts.get("steps"),
-        }  # fmt: skip
-        write("drawing.run", __doc__.splitlines()[0], rows, settings=settings)
-    return 0
+    return finish(
+        "drawing.run", __doc__.splitlines()[0], rows, arguments.check,
+        style=arguments.style, guidance=arguments.guidance, draw_steps=arguments.draw_steps,
+        judge_sha256=JUDGE, **writer_settings(loaded),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

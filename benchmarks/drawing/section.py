@@ -1,6 +1,10 @@
 """What docs/benchmarks.md says about drawing."""
 
+from benchmarks.common.record import ROOT, Row
 from benchmarks.common.tables import newest, one, percent, pick, source, table
+
+SHEET = ROOT / "docs/pictures/unseen-combinations.png"
+"""By `--unseen-sheet`."""
 
 
 def section() -> str:
@@ -73,4 +77,49 @@ pictures of their names, is {apart["drawn"]:.1f}. Of the same pictures through t
 codec leaves them ({apart["codec_db"]:.1f} dB) {apart["blurred"]:.1f}, which was the aim. Loops past
 the first make drawings worse.
 
-{source(record)}"""
+{_unseen(rows)}{_places(rows)}{source(record)}"""
+
+
+def _unseen(rows: list[Row]) -> str:
+    found = pick(rows, part="unseen combinations")
+    if not found:
+        return ""
+    keys = ("ranked_first", "ranked_first_seen", "ranked_first_shuffled")
+    lines = [[str(row["loops"]), *(percent(row[key]) for key in keys)] for row in found]
+    heads = ["loops", "in the unseen style", "in Noto's style", "under another's name"]
+    sheet = f"""\
+From above, a combination in each column: Noto's picture, drawn in Noto's style, which was seen, and
+drawn three times in the unseen one.
+
+![Drawings of unseen combinations]({SHEET.relative_to(ROOT / "docs").as_posix()})
+
+"""
+    return f"""\
+{found[0]["combinations"]} names in a style that has no picture of them, so that the model never
+saw the two together. How often the judge puts the name first of ten, beside the same names as it
+saw them, in Noto's style (Noto's own pictures: {percent(found[0]["ranked_first_real"])}):
+
+{table(heads, lines)}
+
+{sheet if SHEET.exists() else ""}"""
+
+
+def _places(rows: list[Row]) -> str:
+    found = pick(rows, part="places")
+    if not found:
+        return ""
+    lines = [
+        [
+            str(row["row"] + 1),
+            *(f"{n:.1f}, {percent(sure)}" for n, sure in zip(row["loops"], row["confidence"])),
+        ]
+        for row in found
+    ]
+    columns = [f"column {column + 1}" for column in range(len(found[0]["loops"]))]
+    return f"""\
+By the place of a code, where each stops by the model's own exit, its mean loops and its mean
+confidence:
+
+{table(["row", *columns], lines)}
+
+"""

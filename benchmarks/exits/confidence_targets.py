@@ -66,7 +66,7 @@ class Seen:
     ) -> Seen:
         states: list[list[Tensor]] = [[] for _ in range(loops)]
 
-        def keep(loop: int, state: Tensor, logits: Tensor, judged: Confidence) -> None:
+        def keep(loop: int, rows: slice, state: Tensor, logits: Tensor, judged: Confidence) -> None:
             states[loop - 1].append(state)
 
         found = [evaluate_loops(model, tokens, loops, observe=keep, **more)

@@ -28,7 +28,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.data.p_hop import IGNORED, p_hop_batch
 from looptx_core.inspection.frontier import choose, frontier, rule_depths
-from looptx_core.inspection.survey import Survey, survey_lines, together
+from looptx_core.inspection.survey import Survey, merge_surveys, survey_lines
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.calibration import calibrate
 from looptx_core.training.compiled import compile_forward
@@ -121,7 +121,7 @@ def tested(
     tokens, targets, asked, hops = held_out(args, stream)
     parts = zip(*(part.split(128) for part in (tokens, asked, targets)))
     depth = model.config.max_loops
-    survey = together([survey_lines(model, t, depth, c, targets=a) for t, c, a in parts])
+    survey = merge_surveys([survey_lines(model, t, depth, c, targets=a) for t, c, a in parts])
     return survey, hops[:, None].expand_as(tokens)[asked], asked.nonzero()[:, 0]
 
 

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.common.arms import for_flops
 from benchmarks.common.record import machine, results_file, rows_so_far, write
-from benchmarks.depth_pays.run import BUDGETS, flops_per_step
+from benchmarks.depth_pays.run import BUDGETS
 from benchmarks.p_hop import run as p_hop
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
@@ -47,6 +48,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "retain 0.88, now the default": ({"retain": 0.88}, {}),
     "injection: addition": ({"injection": "add"}, {}),
     "injection: none": ({"injection": "none"}, {}),
+    "injection: four streams": ({"injection": "streams"}, {}),
     "no norm on queries and keys": ({"qk_norm": False}, {}),
     "AdamW at a quarter of the learning rate": ({}, {"optimizer": "adamw"}),
     "half the learning rate": ({}, {}),
@@ -105,7 +107,7 @@ def on_text(name: str, seed: int, flops: float | None) -> dict[str, Any]:
     base = replace(budget.train, seed=seed, loop_schedule="fixed", loss_at="last")
     config = settings(name, base)
     if flops:
-        config = replace(config, steps=round(flops / flops_per_step(model, config)))
+        config = for_flops(model, config, flops)
     with tempfile.TemporaryDirectory() as scratch:
         run = train(config, model, data=budget.shards(), folder=Path(scratch))
     return {

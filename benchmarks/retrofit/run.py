@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--questions", type=int, default=60, help="Held out, for each hop.")
     parser.add_argument("--examples", type=int, default=4000)
+    parser.add_argument("--precision", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variant", default="")
     args = parser.parse_args()
@@ -104,7 +105,7 @@ def main() -> None:
         lora=True, lora_layers=args.layers, lora_rank=args.rank, lora_alpha=2.0 * args.rank,
         loop_schedule="grow", grow_share=0.6, max_loops=args.max_loops,
         mean_loops=float(args.max_loops), loss_at="last", steps=args.steps, batch_size=args.batch,
-        seq_len=args.seq_len, lr=args.lr, precision="float32", val_every=args.steps,
+        seq_len=args.seq_len, lr=args.lr, precision=args.precision, val_every=args.steps,
         val_batches=1, val_fraction=0.01, save_every=args.steps, seed=args.seed,
     )  # fmt: skip
     started = time.monotonic()

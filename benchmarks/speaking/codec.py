@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common.record import write
+from benchmarks.common.codecs import codec_settings
+from benchmarks.common.record import finish
 from benchmarks.speaking.data import FOLDER
 from benchmarks.speaking.judge import SETS, listener, records_of, word_error_rate
 from looptx_core.checkpoint.codec_folder import load_codec, read_facts
@@ -79,18 +80,13 @@ def main() -> int:
     codec, fingerprint = load_codec(arguments.codec)
     count = 4 if arguments.check else COUNT
     rows = [row for name in SETS for row in judged(codec, name, count)]
-    if not arguments.check:
-        facts = read_facts(arguments.codec)
-        settings = {
-            "codes": codec.config.codes, "bits_a_second": facts.get("bits"),
-            "parameters": sum(p.numel() for p in codec.parameters()),
-            "mel_error_1_step": facts["mel_error"]["1"] if "mel_error" in facts else None,
-            "codes_used": facts.get("codes_used"), "trained_steps": facts.get("steps"),
-            "trained_seconds": facts.get("seconds"), "recordings": count,
-            "fingerprint": fingerprint,
-        }  # fmt: skip
-        write("speaking.codec", __doc__.splitlines()[0], rows, settings=settings)
-    return 0
+    facts = read_facts(arguments.codec)
+    return finish(
+        "speaking.codec", __doc__.splitlines()[0], rows, arguments.check,
+        bits_a_second=facts.get("bits"), codes_used=facts.get("codes_used"),
+        mel_error_1_step=facts["mel_error"]["1"] if "mel_error" in facts else None,
+        recordings=count, **codec_settings(codec, fingerprint, arguments.codec),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

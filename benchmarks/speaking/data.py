@@ -3,7 +3,7 @@
     python -m benchmarks.speaking.data
 
 writes into `benchmarks/.data/speaking`, by flite's voice `slt`:
-- `train.jsonl`: strings of three to six digits, and sentences;
+- `train.jsonl`: strings of one to six digits, sentences, and names of emoji;
 - `digits.jsonl`: other strings of five digits;
 - `sentences.jsonl`: other sentences, of words that are all in `train.jsonl`;
 - `words.jsonl`: texts alone, for a tokenizer.
@@ -13,7 +13,9 @@ The voice is made from CMU ARCTIC, which is free for any use; see `benchmarks.so
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.corpora import DATA
+from benchmarks.pictures.emoji import fetch_emoji
 from benchmarks.sound.data import DIGITS, save, trimmed, write_lines
 from benchmarks.sound.voices import flite
 
@@ -28,7 +31,9 @@ FOLDER = DATA / "speaking"
 VOICE, HERTZ = "slt", 170.0
 MARGIN = 0.06
 """Seconds of silence around what is said."""
-TRAIN = {"digits": 500, "sentences": 700}
+TRAIN = {"digits": 4000, "sentences": 4000, "names": 1200}
+"""Texts of one of `ROUNDS`; each has its own draws, so that more of them leave the others."""
+ROUNDS = 2
 TEST = {"digits": 60, "sentences": 60}
 SEED = 3
 _THINGS = [
@@ -85,8 +90,16 @@ _PATTERNS = (
 )  # fmt: skip
 
 
-def digits(draw: np.random.Generator, least: int = 3, most: int = 6) -> str:
+def digits(draw: np.random.Generator, least: int = 1, most: int = 6) -> str:
     return " ".join(draw.choice(DIGITS, int(draw.integers(least, most + 1))))
+
+
+@functools.cache
+def names() -> list[str]:
+    """Names of emoji that are words alone."""
+    lines = (fetch_emoji() / "all.jsonl").read_text("utf-8").splitlines()
+    every = {json.loads(line)["text"].replace("-", " ").lower() for line in lines}
+    return sorted(name for name in every if re.fullmatch(r"[a-z]+( [a-z]+){0,3}", name))
 
 
 def sentence(draw: np.random.Generator) -> str:
@@ -96,25 +109,31 @@ def sentence(draw: np.random.Generator) -> str:
     return text
 
 
+SAID = {
+    "digits": digits, "sentences": sentence, "names": lambda draw: str(draw.choice(names())),
+}  # fmt: skip
+"""What draws a text of each kind."""
+
+
 def texts() -> dict[str, list[tuple[str, str]]]:
     """(kind, text) to train on and to test with; no text is in both."""
     draw = np.random.default_rng(SEED)
     found: dict[str, list[tuple[str, str]]] = {"train": []}
     seen: set[str] = set()
-    for name, kind, count in (
-        *((name, name, count) for name, count in TEST.items()),
-        *(("train", kind, count) for kind, count in TRAIN.items()),
-    ):
-        tests = set(seen)
-        while count:
-            text = sentence(draw) if kind == "sentences" else (
-                digits(draw) if name == "train" else digits(draw, 5, 5)
-            )  # fmt: skip
-            if text in tests or (name != "train" and text in seen):
-                continue
-            seen |= {text} if name != "train" else set()
-            found.setdefault(name, []).append((kind, text))
-            count -= 1
+    for name, count in TEST.items():
+        own: set[str] = set()
+        while len(own) < count:
+            text = digits(draw, 5, 5) if name == "digits" else sentence(draw)
+            if text not in seen | own:
+                own.add(text)
+                found.setdefault(name, []).append((name, text))
+        seen |= own
+    for number in range(ROUNDS):
+        draw = draw if number == 0 else np.random.default_rng((SEED, number))
+        for kind, count in TRAIN.items():
+            drawn = (SAID[kind](draw) for _ in itertools.count())
+            unseen = ((kind, text) for text in drawn if text not in seen)
+            found["train"] += itertools.islice(unseen, count)
     return found
 
 
@@ -134,7 +153,7 @@ def main() -> None:
     for name, some in itertools.groupby(records(), key=lambda each: each[0]):
         write_lines(FOLDER / f"{name}.jsonl", [record for _, record in some])
     draw = np.random.default_rng(SEED + 1)
-    spoken = ({"text": (digits, sentence)[number % 2](draw)} for number in range(6000))
+    spoken = [{"text": say(draw)} for _ in range(2000) for say in SAID.values()]
     write_lines(FOLDER / "words.jsonl", spoken)
 
 

@@ -5,8 +5,9 @@
 Digits are other strings than those of the training, and sentences other sentences of its words.
 pocketsphinx judges: digits with a grammar, sentences with its own model of English. The control is
 the speech of another text, and the length of each speech is compared with that of the recording.
-The model of sound that ships with the package hears the same speech. `--check` takes few texts and
-leaves no record.
+The model of sound that ships with the package hears the same speech. With the model's own exits,
+loops and confidence are kept by the kind of a token. `--check` takes few texts and leaves no
+record.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from benchmarks.common.record import write
+from benchmarks.common.codecs import writer_settings
+from benchmarks.common.kinds import by_kind
+from benchmarks.common.record import finish
 from benchmarks.speaking.judge import SETS, listener, records_of, word_error_rate
 from looptx_core.checkpoint.folder import LoadedModel, load_model
 from looptx_core.checkpoint.registry import bundled_model
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.generation.engine import Engine, Generation, MediaPrompt
+from looptx_core.generation.request import Step
 from looptx_core.media.audio.read import item_of
+from looptx_core.media.audio.speak import Speaking
 
 COUNT = 15
 """Texts of each set."""
@@ -85,7 +90,29 @@ def judged(
             row["recordings_by_our_recogniser"] = ours(texts, [r["samples"] for r in records])
         rows.append(row)
         print(row, flush=True)
+        if loops == "auto":
+            kinds = codes_by_kind(results, engine.writers["audio"])
+            rows += [{"set": name, **each} for each in kinds]
+            print(*kinds, sep="\n", flush=True)
     return rows
+
+
+def codes_by_kind(results: list[Generation], writer: Speaking) -> list[dict[str, Any]]:
+    """Mean loops and confidence of tokens of the text, of the first code after each, of the other
+    codes, and of what ends a token's sound."""
+    kinds: dict[str, list[Step]] = {
+        "token of the text": [], "first code": [], "other codes": [], "end of a sound": [],
+    }  # fmt: skip
+    for result in results:
+        begins = False
+        for step in result.tokens:
+            if step.id in writer.code_ids:
+                kinds["first code" if begins else "other codes"].append(step)
+                begins = False
+            else:
+                begins = step.id != writer.closes
+                kinds["token of the text" if begins else "end of a sound"].append(step)
+    return by_kind(kinds)
 
 
 def main() -> int:
@@ -101,13 +128,11 @@ def main() -> int:
     )
     engine, count = engine_of(loaded), 4 if arguments.check else COUNT
     rows = [row for name in SETS for row in judged(engine, name, count, options)]
-    if not arguments.check:
-        settings = {
-            "texts": count, "temperature": options.temperature, "draw_steps": options.draw_steps,
-            "codec": loaded.config.speak.codec, "steps": loaded.facts.get("steps"),
-        }  # fmt: skip
-        write("speaking.run", __doc__.splitlines()[0], rows, settings=settings)
-    return 0
+    return finish(
+        "speaking.run", __doc__.splitlines()[0], rows, arguments.check,
+        texts=count, temperature=options.temperature, draw_steps=options.draw_steps,
+        **writer_settings(loaded),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

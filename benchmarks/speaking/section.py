@@ -1,5 +1,6 @@
 """What docs/benchmarks.md says about speaking."""
 
+from benchmarks.common.kinds import kinds_table
 from benchmarks.common.tables import newest, percent, pick, source, table
 
 
@@ -45,6 +46,7 @@ def _model() -> str:
             str(row["unfinished"]),
         ]
         for row in rows
+        if "word_error_rate" in row
     ]
     whole = [row for row in rows if "of_another_text" in row]
     controls = "; ".join(
@@ -66,4 +68,4 @@ ratios to the recording of the same text. At all loops, {controls}.
 
 {table(heads, lines)}
 
-{source(record)}"""
+{kinds_table(rows, "set", ["digits", "sentences"])}{source(record)}"""

@@ -5,13 +5,18 @@
 
 writes animated WebP and records into `benchmarks/.data/moving`:
 - `train.jsonl`: {"video", "text"}, as "cat face moves left", of names and styles that
-  `benchmarks/pictures/emoji.py` trains on.
-- `pairs.jsonl`: clips of names and styles that are not trained on. Each motion has its reverse,
-  which shows the same frames in the opposite order: `video` and `reverse`, `text` and `other`.
+  `benchmarks/pictures/emoji.py` trains on; three times as many turns as moves.
+- `motions.jsonl`: the same clips with "it moves left", which a model learns motion from first.
+- `pairs.jsonl`: clips of names and styles that are not trained on, `video` and `reverse`, `text`
+  and `other`.
+
+Each motion has its reverse, which shows the same frames in the opposite order; the two stand side
+by side, so that what tells them apart is order alone.
 
 A motion is one of eight, on a ground that stands still. Start, speed, size and ground are drawn at
 random, and tell nothing of the motion: what grows is as large on the whole as what shrinks. A
-thing keeps its sides and its colours, and clips are never mirrored or reversed in training.
+thing keeps its sides and its colours: training mirrors nothing, and reverses no clip under one
+caption.
 """
 
 from __future__ import annotations
@@ -42,7 +47,8 @@ REVERSES = {
     "turns left": "turns right",
 }
 MOTIONS = (*REVERSES, *REVERSES.values())
-REVERSE = {**REVERSES, **{v: k for k, v in REVERSES.items()}}
+PAIRS = {"grows": 2, "turns left": 3}
+"""Pairs of a picture to train on, where there is more than one: motions that are hard to see."""
 WAY = {"moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1), "moves down": (0, 1)}
 
 
@@ -105,6 +111,24 @@ def write_clip(frames: list[Image.Image], milliseconds: int, file: Path) -> None
                    quality=80, method=0)  # fmt: skip
 
 
+def write_pair(
+    picture: Image.Image, motion: str, rng: np.random.Generator, name: str
+) -> list[tuple[str, str]]:
+    """Write a clip and its reverse; each one's file, under `FOLDER`, with its motion."""
+    frames, milliseconds = frames_of(picture, motion, rng), int(rng.choice(MILLISECONDS))
+    files = {
+        f"{name}.webp": (frames, motion),
+        f"{name}-reverse.webp": (frames[::-1], REVERSES[motion]),
+    }
+    for file, (some, _) in files.items():
+        write_clip(some, milliseconds, FOLDER / file)
+    return [(file, shown) for file, (_, shown) in files.items()]
+
+
+def stem(record: dict[str, Any]) -> str:
+    return str(Path(record["image"]).with_suffix(""))
+
+
 def suits(record: dict[str, Any]) -> bool:
     """Whether an emoji is a thing that can be seen to move: no arrow, no letter, no flag."""
     return not kept_of(record["text"], record["kind"]).sides
@@ -133,27 +157,25 @@ def make(names: int, styles: int) -> Path:
     records = [json.loads(line) for line in lines]
     seen = [r for r in records if r["style"] in TRAIN and not r["unseen"]]
     new = [r for r in records if r["style"] in {**TEST, **JUDGES} and r["unseen"]]
-    train, pairs = [], []
+    train, motions, pairs = [], [], []
     for record, rng in chosen(seen, names, styles):
         picture = Image.open(emoji / record["image"]).convert("RGBA")
-        for number, motion in enumerate(MOTIONS):
-            file = f"train/{Path(record['image']).with_suffix('')}-{number}.webp"
-            write_clip(frames_of(picture, motion, rng), int(rng.choice(MILLISECONDS)),
-                       FOLDER / file)  # fmt: skip
-            train.append({"video": file, "text": f"{record['text']} {motion}"})
+        wanted = [motion for motion in REVERSES for _ in range(PAIRS.get(motion, 1))]
+        for number, motion in enumerate(wanted):
+            for file, text in write_pair(picture, motion, rng, f"train/{stem(record)}-{number}"):
+                line = {"video": file, "group": record["text"]}  # equal texts are not one group
+                train.append(line | {"text": f"{record['text']} {text}"})
+                motions.append(line | {"text": f"it {text}"})
     for record, rng in chosen(new, names, styles):
         picture = Image.open(emoji / record["image"]).convert("RGBA")
         for number, motion in enumerate(REVERSES):
-            frames, each = frames_of(picture, motion, rng), int(rng.choice(MILLISECONDS))
-            files = [f"pairs/{Path(record['image']).with_suffix('')}-{number}{way}.webp"
-                     for way in ("", "-reverse")]  # fmt: skip
-            write_clip(frames, each, FOLDER / files[0])
-            write_clip(frames[::-1], each, FOLDER / files[1])
-            texts = [f"{record['text']} {way}" for way in (motion, REVERSE[motion])]
-            pairs.append({"video": files[0], "reverse": files[1], "text": texts[0],
-                          "other": texts[1], "name": record["text"], "motion": motion,
-                          "style": record["style"]})  # fmt: skip
-    for file, found in (("train", train), ("pairs", pairs)):
+            (file, _), (reverse, other) = write_pair(
+                picture, motion, rng, f"pairs/{stem(record)}-{number}"
+            )
+            pairs.append({"video": file, "reverse": reverse, "text": f"{record['text']} {motion}",
+                          "other": f"{record['text']} {other}", "name": record["text"],
+                          "motion": motion, "style": record["style"]})  # fmt: skip
+    for file, found in (("train", train), ("motions", motions), ("pairs", pairs)):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)
         (FOLDER / f"{file}.jsonl").write_text(text, "utf-8")
     return FOLDER
@@ -177,5 +199,5 @@ if __name__ == "__main__":
         print(make_sample())
         raise SystemExit
     folder = make(flags.names, flags.styles)
-    for file in ("train.jsonl", "pairs.jsonl"):
+    for file in ("train.jsonl", "motions.jsonl", "pairs.jsonl"):
         print(f"{folder / file}: {(folder / file).read_text('utf-8').count(chr(10))} lines")

@@ -21,12 +21,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.kinds import words_by_kind
 from benchmarks.common.record import write
 from benchmarks.pictures.emoji import TEST, fetch_emoji
 from benchmarks.pictures.run import Captions, right_or_shuffled
 from benchmarks.video.moving import FOLDER, MOTIONS, make
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.checkpoint.registry import bundled_model, resolve_model
+from looptx_core.config.generation import GenerationOptions
+from looptx_core.generation.engine import Engine, MediaPrompt
 from looptx_core.media.batch import MediaItem
 
 SEED = 0
@@ -118,6 +121,15 @@ def names(captions: Captions, pairs: list[dict[str, Any]], known: set[str]) -> l
     ]  # fmt: skip
 
 
+def words(captions: Captions, pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Loops and confidence of the captions that the model writes of clips, by kind of token."""
+    loaded = captions.loaded
+    engine = Engine(loaded.model, loaded.tokenizer, loaded.exit, ends=loaded.special.ends)
+    clips = [MediaPrompt("", (captions.item("video", pair["video"]),)) for pair in pairs]
+    found = engine.complete(clips, GenerationOptions(temperature=0, max_new_tokens=40))
+    return [{"part": "words", "seen": "clips", **row} for row in words_by_kind(found)]
+
+
 def pictures(captions: Captions, before: Captions, count: int) -> list[dict[str, Any]]:
     """What captions cost beside pictures in styles never trained on, before and after the clips."""
     lines = (fetch_emoji() / "all.jsonl").read_text("utf-8").splitlines()
@@ -146,6 +158,7 @@ def main() -> int:
     rows = [row for view in VIEWS for row in motions(captions, pairs, view)]
     known = {pair["name"] for pair in everything}
     rows += names(captions, pairs[: len(pairs) // 2], known)
+    rows += words(captions, pairs)
     before = Captions(load_model(bundled_model("picture-model")), fetch_emoji())
     after = Captions(loaded, fetch_emoji())
     rows += pictures(after, before, 10 if args.check else 300)
@@ -154,7 +167,8 @@ def main() -> int:
         if row.get("motion", "all") == "all":
             told = ", ".join(f"{k[:-8]} {v[0]:.3f} to {v[-1]:.3f}" for k, v in shares.items())
             seen = row.get("seen") or row["model"]
-            print(f"{row['part']}, {seen}: {told} (one loop to {captions.loops})")
+            loops = f"{row['mean_loops']:.2f} loops" if "kind" in row else told
+            print(f"{row['part']}, {row.get('kind', seen)}: {loops} (1 to {captions.loops})")
     if not args.check:
         settings = {
             "seed": SEED, "steps": loaded.facts.get("steps"),

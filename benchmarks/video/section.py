@@ -1,5 +1,6 @@
 """What docs/benchmarks.md says about motion."""
 
+from benchmarks.common.kinds import kinds_table
 from benchmarks.common.tables import newest, one, percent, pick, source, table
 
 
@@ -48,4 +49,4 @@ single frames of them: names don't need time. Beside {after["pictures"]} still p
 that neither model learned from, a name costs {after["loss_by_loop"][-1]:.3f} nats a token, and
 {before["loss_by_loop"][-1]:.3f} by the model of pictures that it began from (aim: within 0.5 %).
 
-{source(record)}"""
+{kinds_table(rows, "seen", ["clips"])}{source(record)}"""

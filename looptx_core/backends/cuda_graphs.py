@@ -91,9 +91,9 @@ class GraphPass(Pass):
         self.model, self.view, self.column = model, FixedCacheView(cache, bucket), -1
         self.token = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
         self.state = torch.zeros(
-            1, 1, model.config.d_model, dtype=weight.dtype, device=weight.device
+            1, 1, model.config.state_width, dtype=weight.dtype, device=weight.device
         )
-        self.embedding = torch.zeros_like(self.state)
+        self.embedding = self.state.new_zeros(1, 1, model.config.d_model)
         self.output = self.state.new_zeros(1, 1, model.config.vocab_size)
         self.head_output = self.state.new_zeros(3)
         self.ctx = model.context(1, self.view)
@@ -153,9 +153,9 @@ class GraphPass(Pass):
         self._run("backfill", loops[0], body)
 
     def _load(self, state: Tensor, embedding: Tensor | None = None) -> None:
-        """Copy the inputs, (1, 1, d_model), into the fixed buffers."""
+        """Copy the inputs into the fixed buffers. state: as for `LoopedTransformer.iterate`."""
         if state is not self.state:
-            self.state.copy_(state)
+            self.state.copy_(self.model.injection.open(state))
         if embedding is not None and embedding is not self.embedding:
             self.embedding.copy_(embedding)
 

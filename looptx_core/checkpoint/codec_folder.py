@@ -49,8 +49,12 @@ class _Document:
 def save_codec(folder: str | Path, codec: Codec, facts: Mapping[str, Any]) -> str:
     """Write a codec's folder, whole or not at all; returns its fingerprint.
 
-    Raises `LooptxError` where it can't be written.
+    Its weights are rounded to bfloat16, which halves the folder and is far below what
+    quantisation leaves. Raises `LooptxError` where it can't be written.
     """
+    with torch.no_grad():
+        for weight in codec.state_dict().values():
+            weight.copy_(weight.bfloat16())
     write_folder(Path(folder), lambda place: write_codec(place, codec, facts))
     found = fingerprint_of(codec)
     keep_codec(found, codec, facts)
@@ -60,11 +64,17 @@ def save_codec(folder: str | Path, codec: Codec, facts: Mapping[str, Any]) -> st
 def write_codec(place: Path, codec: Codec, facts: Mapping[str, Any]) -> None:
     """Write a codec's files into a folder that is being made."""
     place.mkdir(exist_ok=True)
-    save_file({k: v.contiguous() for k, v in codec.state_dict().items()}, place / WEIGHTS)
+    save_file({k: _stored(v) for k, v in codec.state_dict().items()}, place / WEIGHTS)
     document = _Document(
         FORMAT_VERSION, "codec", asdict(codec.config), fingerprint_of(codec), dict(facts)
     )
     (place / SHAPE).write_text(to_json(asdict(document)), "utf-8")
+
+
+def _stored(weight: torch.Tensor) -> torch.Tensor:
+    """As bfloat16 where that loses nothing."""
+    rounded = weight.bfloat16()
+    return (rounded if torch.equal(rounded.to(weight.dtype), weight) else weight).contiguous()
 
 
 def load_codec(folder: str | Path) -> tuple[Codec, str]:

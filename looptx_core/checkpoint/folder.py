@@ -184,15 +184,20 @@ def write_model(
 
     def write(place: Path) -> None:
         save_torch_state_dict(weights, place, max_shard_size=max_shard_size)
-        for name, content in files.items():
-            if isinstance(content, Opened):
-                write_codec(place / name, content.codec, content.facts)
-                continue
-            text = content if isinstance(content, str) else to_json(content)
-            (place / name).write_text(text, "utf-8")
+        write_files(place, files)
         write_digests(place)
 
     write_folder(folder, write)
+
+
+def write_files(folder: Path, files: Mapping[str, Any]) -> None:
+    """Write files by name, JSON documents, texts or codecs, into a folder that is new."""
+    for name, content in files.items():
+        if isinstance(content, Opened):
+            write_codec(folder / name, content.codec, content.facts)
+            continue
+        text = content if isinstance(content, str) else to_json(content)
+        (folder / name).write_text(text, "utf-8")
 
 
 def load_model(

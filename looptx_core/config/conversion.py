@@ -62,6 +62,10 @@ class ConvertConfig:
 
     to_hf: bool = False
     """Write a folder that transformers opens by itself, with trust_remote_code."""
+    to_onnx: bool = False
+    """Write a graph of a fixed depth that onnxruntime and onnxruntime-genai open (extra `onnx`)."""
+    loops: int | None = None
+    """to_onnx: loops of the graph; absent: the depth of a plain call, which training stores."""
     dtype: Literal["float32", "bf16", "fp16", "int8"] | None = None
     """Number type of the stored weights; int8: the matrices, each row with a scale; absent: as
     they are."""
@@ -70,16 +74,23 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        steps = (self.to_bitnet, self.to_hf, self.foreign, self.dtype, self.merge_adapter,
-                 self.memory)  # fmt: skip
+        steps = (self.to_bitnet, self.to_hf, self.to_onnx, self.foreign, self.dtype,
+                 self.merge_adapter, self.memory)  # fmt: skip
         if not any(steps):
             raise UsageError(
-                "nothing to convert to; pass `to_bitnet`, `to_hf`, `from_hf` FOLDER, `from_gguf` "
-                "FILE, `dtype`, `memory` or `adapter` A with `merge_adapter`"
+                "nothing to convert to; pass `to_bitnet`, `to_hf`, `to_onnx`, `from_hf` FOLDER, "
+                "`from_gguf` FILE, `dtype`, `memory` or `adapter` A with `merge_adapter`"
             )
-        if self.memory and (self.to_bitnet or self.to_hf):
-            other = "to_bitnet" if self.to_bitnet else "to_hf"
-            raise UsageError(f"`memory` and `{other}` are two steps; leave one of them out")
+        for name in ("memory", "to_onnx"):
+            for other in ("to_bitnet", "to_hf", "memory"):
+                if name != other and getattr(self, name) and getattr(self, other):
+                    raise UsageError(f"`{name}` and `{other}` are two steps; leave one of them out")
+        if self.loops is not None and not self.to_onnx:
+            raise UsageError("`loops` is the depth of `to_onnx`; pass both")
+        if self.to_onnx and self.dtype in ("bf16", "fp16"):
+            raise UsageError(
+                f"`to_onnx` stores float32 or int8, not {self.dtype}; give another `dtype`"
+            )
         if self.direct and not self.to_bitnet:
             raise UsageError("`direct` is a way of `to_bitnet`; pass both")
         if self.dtype == "int8" and (self.to_bitnet or self.to_hf):
@@ -118,5 +129,6 @@ class ConvertConfig:
             (self.to_bitnet, "bitnet"),
             (self.dtype is not None, self.dtype),
             (self.to_hf, "hf"),
+            (self.to_onnx, "onnx"),
         )
         return "-".join(str(name) for done, name in steps if done)

@@ -34,7 +34,7 @@ class InspectConfig:
     text: str | None = None
     """Trace this text token by token."""
     prompt: str | None = None
-    """Trace this prompt and what the model makes of it."""
+    """Trace this prompt and what the model makes of it, a picture or speech too where it can."""
     image: tuple[str, ...] = ()
     """Map how far the loops move the patches of this picture."""
     audio: tuple[str, ...] = ()

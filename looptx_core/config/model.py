@@ -29,7 +29,7 @@ _MOST = {
     **dict.fromkeys(("prelude_layers", "core_layers", "coda_layers", "vision_layers"), 10_000),
     **dict.fromkeys(("d_model", "vision_width", "d_ff", "head_dim", "confidence_width"), 1 << 20),
     **{"vocab_size": 1 << 24, "n_heads": 1 << 16, "max_loops": 1 << 16, "max_seq_len": 1 << 31},
-    **{"gain_width": 1 << 20, "patch_size": 1 << 12, "max_patches": 1 << 20},
+    **{"streams": 64, "gain_width": 1 << 20, "patch_size": 1 << 12, "max_patches": 1 << 20},
     **dict.fromkeys(("memory_window", "memory_block"), 1 << 20),
 }
 """What no model comes near, so that a damaged config.json asks for no more memory than there is."""
@@ -89,11 +89,13 @@ class ModelConfig:
     gain_width: int = 0
     """Its units that tell what one more loop would bring, asked for after every loop; 0: a
     sixteenth of d_model, 8 at least."""
-    injection: Literal["decay", "bridge", "add", "none"] = "decay"
+    injection: Literal["decay", "bridge", "streams", "add", "none"] = "decay"
     """How the prelude's output enters each loop; see `looptx_core.model.injection.Injection`."""
     retain: float = 0.88
     """decay: the share of the state that a loop keeps before any training, between 0 and 1; the
     rest is the embedding's."""
+    streams: int = 4
+    """streams: how many residual streams one loop hands on to the next."""
     qk_norm: bool = True
     """RMSNorm on queries and keys (arXiv 2302.05442)."""
     qk_norm_over: Literal["head", "all"] = "head"
@@ -194,8 +196,8 @@ class ModelConfig:
             f"loops ({self.loops}) must not exceed max_loops ({self.max_loops})",
         )
         need(
-            self.injection in ("decay", "bridge", "add", "none"),
-            f"injection must be decay, bridge, add or none, not {self.injection!r}",
+            self.injection in ("decay", "bridge", "streams", "add", "none"),
+            f"injection must be decay, bridge, streams, add or none, not {self.injection!r}",
         )
         need(
             self.qk_norm_over in ("head", "all"),
@@ -213,6 +215,7 @@ class ModelConfig:
             self.linear in ("float", "ternary", "packed", "int8"),
             f"linear must be float, ternary, packed or int8, not {self.linear!r}",
         )
+        need(self.streams >= 2, f"streams must be at least 2, not {self.streams}")
         need(0.0 < self.retain < 1.0, f"retain must lie between 0 and 1, not {self.retain}")
         for name in ("patch_size", "max_patches", "vision_width"):
             need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
@@ -301,16 +304,23 @@ class ModelConfig:
         """Hidden units of the confidence head that tell the gain."""
         return self.gain_width or max(8, self.d_model // 16)
 
+    @property
+    def state_width(self) -> int:
+        """Width of what one loop hands on to the next."""
+        return self.d_model * (self.streams if self.injection == "streams" else 1)
+
     def effective_layers(self, loops: int) -> int:
         """Blocks that a token passes at a given number of loops."""
         return self.prelude_layers + loops * self.core_layers + self.coda_layers
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of config.json; media and a memory that the model has not have none."""
+        """The keys of config.json; media, memory and streams that the model has not have none."""
         found = asdict(self)
         absent = [name for name, part in SECTIONS.items() if getattr(self, name) == part()]
         if self.memory == "none":
             absent += _MEMORY_KEYS
+        if self.injection != "streams":
+            absent.append("streams")
         for name in (*absent, *(() if self.media else ("media",))):
             del found[name]
         return found

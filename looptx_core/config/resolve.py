@@ -288,6 +288,19 @@ def _settings_of(
 
     Raises `UsageError`, with the line, for a key that no schema has and for another type.
     """
+    return {
+        key: coerce(value, hints[key], f"{where}: {key}")
+        for key, (value, where) in keys_in(path, hints, sections).items()
+    }
+
+
+def keys_in(
+    path: Path, hints: Mapping[str, Any], sections: Mapping[str, type]
+) -> dict[str, tuple[Any, str]]:
+    """What a file holds by dotted key, as YAML has it, each with the place where it stands.
+
+    Raises `UsageError`, with the line, for a key that no schema has.
+    """
     tree, lines = read_yaml(path)
     flat: dict[str, tuple[Any, str]] = {}
     above = {*sections, *(key.rpartition(".")[0] for key in hints)} - {""}
@@ -309,9 +322,7 @@ def _settings_of(
         if key not in hints:
             near = suggestion(key, hints) or suggestion(key, _short_names(hints))
             raise UsageError(f"{where}: unknown key '{short(key)}'{near or '; remove it'}")
-    return {
-        key: coerce(value, hints[key], f"{where}: {key}") for key, (value, where) in flat.items()
-    }
+    return flat
 
 
 def _line(path: Path, lines: Lines, *key: str) -> str:

@@ -83,16 +83,21 @@ def to_huggingface(
         "exit": dict(exit_settings),
     }
     generation = {k: v for k, v in files["generation_config.json"].items() if k != "exit"}
-    use = _USE.format(first=first, last=last)
-    card = _FENCE.sub(lambda _: use, files["README.md"], count=1)
+    card = with_use(files["README.md"], _USE.format(first=first, last=last), "transformers")
     named = {_PREFIX + name: tensor for name, tensor in weights.items()}
     return named, {
         **files,
         **sources,
         "config.json": config,
         "generation_config.json": generation,
-        "README.md": card.replace("library_name: looptx", "library_name: transformers"),
+        "README.md": card,
     }
+
+
+def with_use(card: str, use: str, library: str) -> str:
+    """A model card that tells how to open the model by another library."""
+    card = _FENCE.sub(lambda _: use, card, count=1)
+    return card.replace("library_name: looptx", f"library_name: {library}")
 
 
 def exported_sources() -> dict[str, str]:

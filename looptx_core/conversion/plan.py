@@ -14,6 +14,7 @@ from looptx_core.checkpoint.weights import tensors_of
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.model import STORED_AS
 from looptx_core.conversion.memory import with_memory
+from looptx_core.conversion.onnx_folder import graph_depth, require_onnx
 from looptx_core.conversion.run import (
     DTYPES,
     check_kinds,
@@ -67,6 +68,8 @@ def plan_conversion(
 
     Where it would train, two steps are timed.
     """
+    if config.to_onnx:
+        require_onnx()
     source, sources, _ = read_source(config, report)
     out = output_folder(config, source)
     inputs = (*inputs, *config.data, config.model, config.foreign, config.adapter, *sources)
@@ -99,8 +102,12 @@ def plan_conversion(
         floats = to_float(model.float())
         model = with_memory(floats, config.memory, config.memory_window, config.memory_block)
     kind, dtype = _stored(config, source)
-    if config.dtype:
+    if config.dtype and not config.to_onnx:
         does.append(f"store {STORED_AS.get(kind) or f'{_name(dtype)} weights'}")
+    if config.to_onnx:
+        loops = graph_depth(source, config.loops)
+        size = "int8, by onnxruntime" if config.dtype == "int8" else "float32"
+        does.append(f"unroll {counted(loops, 'loop')} into an ONNX graph, {size}")
     if config.to_hf:
         does.append("add the code that transformers needs")
     does.append(f"write {out}" + (f", in place of {there}" if there else ""))
@@ -121,6 +128,8 @@ def _stored(config: ConvertConfig, source: LoadedModel) -> tuple[Kind, torch.dty
     was = source.model.norm.weight.dtype
     if config.dtype == "int8":
         return "int8", torch.float32
+    if config.to_onnx:
+        return "float", torch.float32
     dtype = DTYPES[config.dtype] if config.dtype else was
     if config.to_bitnet or source.config.linear == "packed":
         return "packed", dtype

@@ -188,8 +188,7 @@ def empty_model(config: ModelConfig) -> LoopedTransformer:
     torch.manual_seed(0)
     model.confidence = type(model.confidence)(config)
     model.injection = type(model.injection)(config)
-    if config.injection == "bridge":
-        torch.nn.init.zeros_(model.injection.bridge.weight)
+    model.injection.reset()
     return model
 
 

@@ -22,6 +22,13 @@ from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.conversion.huggingface import to_huggingface
 from looptx_core.conversion.memory import with_memory
+from looptx_core.conversion.onnx_folder import (
+    check_text,
+    graph_depth,
+    onnx_files,
+    require_onnx,
+    write_onnx,
+)
 from looptx_core.conversion.source import (
     BATCH,
     PLAIN_BATCH,
@@ -79,8 +86,10 @@ class ConvertResult:
     own: bool = True
     """Whether that is what the model was made for."""
     logit_difference: float | None = None
-    """Of one loop and the plain model it came from, relative to the largest logit; None where there
-    is no such model, or no transformers to run it."""
+    """Relative to the largest logit: of one loop and the plain model it came from, None where there
+    is no such model, or no transformers to run it; or of onnxruntime and the model."""
+    loops: int | None = None
+    """The depth of a graph, where the losses are at this depth alone."""
     core: str | None = None
     """The layers that are looped, as A:B; None where no choice was asked for."""
     spans: list[Span] = field(default_factory=list)
@@ -101,6 +110,7 @@ class ConvertResult:
             "loss_after": self.loss_by_loop[-1],
             "out": str(self.out),
             "logit_difference": self.logit_difference,
+            "loops": self.loops,
             "core": self.core,
             "spans": [span.to_dict() for span in self.spans],
         }
@@ -125,10 +135,12 @@ def convert(
             for each loop.
         DataError: unusable models, adapters or data; or one loop of a plain model that differs
             from it.
-        MissingError: a GGUF file, and no package that reads it.
+        MissingError: a GGUF file, and no package that reads it; or none that writes ONNX.
         Interrupted: a Ctrl-C; nothing was written.
     """
     started = time.monotonic()
+    if config.to_onnx:
+        require_onnx()
     source, sources, plain = read_source(config, report)
     out = output_folder(config, source)
     inputs = (*inputs, *config.data, config.model, config.foreign, config.adapter, *sources)
@@ -142,6 +154,12 @@ def convert(
     if config.memory:
         remembering = with_memory(model, config.memory, config.memory_window, config.memory_block)
     checked = compare_with_source(config, model, source.tokenizer, plain, report) if plain else {}
+    if config.to_onnx:
+        made = _to_onnx(config, source, model, out, report)
+        return ConvertResult(
+            out=out, bytes_before=folder_bytes(source.folder), bytes_after=folder_bytes(out),
+            memory_before=memory_before, seconds=time.monotonic() - started, **{**checked, **made},
+        )  # fmt: skip
     trains = config.to_bitnet and not config.direct and model.config.linear == "float"
     judged = plain is not None and not config.to_bitnet
     held_out = evaluation_data(
@@ -150,6 +168,8 @@ def convert(
     # Later loops of a plain model are its first until they are trained.
     loops = 1 if judged else model.config.max_loops
     batches = held_out.batches
+    # Text that a model was not trained on tells nothing of when it may stop.
+    suits = held_out.own or bool(config.data)
     before = _evaluate(model, batches, loops)
     bytes_before = folder_bytes(source.folder)
 
@@ -168,12 +188,14 @@ def convert(
     if config.to_bitnet or config.memory or kind != was:
         after = _evaluate(model.float(), batches, loops)
         model = model.to(torch.float32 if kind == torch.int8 else kind)
-        if loops == model.config.max_loops:
+        if suits and loops == model.config.max_loops:
             exit_settings = calibrate(exit_settings, after)
 
-    facts = dict(source.facts) | {"loss_by_loop": [round(x, 4) for x in after.loss_by_loop]}
-    if after is not before:
-        facts["loss_by_loop_before"] = [round(x, 4) for x in before.loss_by_loop]
+    facts = dict(source.facts)
+    if suits or "loss_by_loop" not in facts:
+        facts["loss_by_loop"] = [round(x, 4) for x in after.loss_by_loop]
+        if after is not before:
+            facts["loss_by_loop_before"] = [round(x, 4) for x in before.loss_by_loop]
     if config.to_bitnet:
         done = {"data": [held_out.name], "steps": steps, "seed": config.seed} if steps else {}
         losses = {key: facts[key] for key in facts if key.startswith("loss_by_loop")}
@@ -217,6 +239,39 @@ def convert(
         own=held_out.own,
         **checked,
     )
+
+
+def _to_onnx(
+    config: ConvertConfig,
+    source: LoadedModel,
+    model: LoopedTransformer,
+    out: Path,
+    report: Callable[[str], object],
+) -> dict[str, Any]:
+    """Write the graph; its part of the result."""
+    loops = graph_depth(source, config.loops)
+    held_out = evaluation_data(config, source, False, report, rows=PLAIN_BATCH)
+    _, files = model_files(
+        out, model, source.tokenizer, source.exit,
+        {**source.facts, "converted_from": source.name}, chat_template=source.chat_template,
+        special=source.special,
+    )  # fmt: skip
+    files["config.json"]["command"] = "convert"
+    before = _evaluate(model, held_out.batches, loops)
+    written = write_onnx(
+        out, model, loops, onnx_files(files, source, loops), int8=config.dtype == "int8",
+        tokens=check_text(source), held_out=held_out.batches.val_dataloader(),
+    )  # fmt: skip
+    return {
+        "loss_by_loop_before": before.loss_by_loop[-1:],
+        "loss_by_loop": [written.loss],
+        "judged_by": held_out.name,
+        "own": held_out.own,
+        "loops": loops,
+        "logit_difference": written.logit_difference,
+        "bits_per_weight": written.bits_per_weight,
+        "memory_after": written.memory,
+    }
 
 
 def _evaluate(model: LoopedTransformer, batches: Batches, loops: int) -> LoopEvaluation:
@@ -281,6 +336,8 @@ def check_kinds(config: ConvertConfig, source: LoadedModel) -> None:
             f"{source.folder}: transformers' format has no memory; leave `to_hf` out, or take a "
             "model without one"
         )
+    if config.to_onnx:
+        graph_depth(source, config.loops)
 
 
 def output_folder(config: ConvertConfig, source: LoadedModel) -> Path:

@@ -17,6 +17,8 @@ from looptx_core.data.resolve import cached_shards
 from looptx_core.data.split import Progress
 from looptx_core.machine.scratch import cache_folder
 
+CORPUS = "moby-dick-and-hops.jsonl"
+"""The name of the file that `bundled_corpus` makes."""
 _LINES = 20_000
 _PROBES = 200
 _SEED = 0
@@ -28,7 +30,7 @@ def bundled_corpus() -> Path:
     documents = [chapter.strip() for chapter in chapters if chapter.strip()]
     documents += hop_lines(_SEED, _LINES)  # a document each: other lines' tables mislead
     text = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
-    file = cache_folder() / "bundled" / "moby-dick-and-hops.jsonl"
+    file = cache_folder() / "bundled" / CORPUS
     if not file.exists() or file.read_text("utf-8") != text:
         write_file(file, text, parents=True)
     return file

@@ -18,7 +18,7 @@ from looptx_core.config.finetune import parse_columns
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.ranges import check_ranges
 from looptx_core.config.run import parse_mix
-from looptx_core.data.bundled import bundled_corpus, bundled_questions, bundled_shards
+from looptx_core.data.bundled import CORPUS, bundled_questions, bundled_shards
 from looptx_core.data.corpus import Corpus
 from looptx_core.data.datamodule import Batches, TokenData
 from looptx_core.data.examples import ExampleData, read_examples, split_packed
@@ -140,7 +140,7 @@ def own_data(folder: Path, facts: Mapping[str, Any]) -> OwnData | None:
     file = folder / FILE
     if not file.exists():
         # A model of the bundled text needs no note.
-        return OwnData("text") if facts.get("data") == [bundled_corpus().name] else None
+        return OwnData("text") if facts.get("data") == [CORPUS] else None
     found = read_json(file, mend=_MEND)
     if found.pop("format_version", None) != FORMAT_VERSION:
         raise DataError(f"{file}: of another format; upgrade looptx")

@@ -12,8 +12,8 @@ from looptx_core.data.content import content_ids
 from looptx_core.data.tokenizer import opening_ids
 from looptx_core.errors import UsageError
 from looptx_core.generation.request import ChatPrompt, MediaPrompt, Prompt, TokenPrompt
-from looptx_core.media.base import Writer
 from looptx_core.media.registry import MEDIA, writers
+from looptx_core.media.writer import Writer
 
 
 class PromptEncoder:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from looptx_core.config.generation import GenerationOptions
-from looptx_core.media.base import Writer
+from looptx_core.media.writer import Writer
 
 
 @dataclass(frozen=True)

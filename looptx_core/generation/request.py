@@ -16,8 +16,8 @@ from looptx_core.generation.outputs import Output, open_item
 from looptx_core.generation.running_batch import StepOutput
 from looptx_core.generation.sampling import chances, check_number, sample
 from looptx_core.generation.text import TextStream
-from looptx_core.media.base import Writer
 from looptx_core.media.batch import MediaItem
+from looptx_core.media.writer import Writer
 from looptx_core.model.confidence import top_log_odds
 from looptx_core.stopping.calibration import reported_confidence
 from looptx_core.stopping.rule import Exit

@@ -101,7 +101,7 @@ class RunningBatch:
         """Called with the tokens of each pass over a prompt."""
         self._active: list[_ActiveRow] = []
         self._pass: Pass | None = None  # over all active rows; None if they have changed
-        # Both (active rows, 1, d_model); None if no row is active.
+        # (active rows, 1, width); None if no row is active.
         self._state: Tensor | None = None
         self._embedding: Tensor | None = None
 
@@ -142,11 +142,12 @@ class RunningBatch:
         """Let rows join: their next tokens run the prelude and wait for the next `step`."""
         run = self.backend.begin(self.cache, rows)
         start = run.embed(torch.tensor(tokens, device=self.backend.device)[:, None])
+        state = self.backend.model.injection.open(start)
         self.counters.embedded += len(rows)
         if self._state is None or self._embedding is None:
-            self._state, self._embedding, self._pass = start, start, run
+            self._state, self._embedding, self._pass = state, start, run
         else:
-            self._state = torch.cat([self._state, start])
+            self._state = torch.cat([self._state, state])
             self._embedding = torch.cat([self._embedding, start])
             self._pass = None
         self._active += [_ActiveRow(row, own) for row, own in zip(rows, exits)]

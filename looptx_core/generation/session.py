@@ -49,8 +49,15 @@ class Session:
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int], items: Sequence[MediaItem] = ()) -> None:
-        """Go on by these tokens, and the items of their placeholders."""
-        assert len(ids) <= self.room, "the session is full"
+        """Go on by these tokens, and the items of their placeholders.
+
+        Raises `UsageError` where too little room is left.
+        """
+        if len(ids) > self.room:
+            raise UsageError(
+                f"{len(ids)} tokens to read, and the session holds {self.room} more; clear it, or "
+                "make one with more columns"
+            )
         with evaluation_mode(self.engine.model):
             self._pass(ids, items)
         self.ids.extend(ids)

@@ -10,6 +10,7 @@ from typing import Any
 
 from looptx_core.atomic import write_file
 from looptx_core.documents import printable
+from looptx_core.inspection import written
 from looptx_core.inspection.charts import COLOURS, Chart, charts
 from looptx_core.media.base import Figure
 from looptx_core.media.registry import MEDIA
@@ -35,6 +36,8 @@ def plot_figures(document: Document, folder: Path) -> dict[str, Path]:
     for medium in MEDIA.values():
         for number, found in enumerate(document[medium.plural], start=1):
             plots |= medium.figures(found, number)
+    for number, found in enumerate(document["written"], start=1):
+        plots |= written.figures(found, number)
     made = {}
     for title, (name, make, count) in plots.items():
         figure, axes = plt.subplots(1, count, figsize=(5 * count, 4))

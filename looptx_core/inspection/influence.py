@@ -4,8 +4,8 @@ Relevance follows Chefer et al. (arXiv 2103.15679). It is carried from the predi
 through coda, loops and prelude. Each layer passes it on unchanged along the residual stream, and
 along its attention in proportion to the positive part of attention times its gradient, averaged
 over heads; the gradient is of the prediction's log-probability. Where a loop injects the prelude's
-output, half of the relevance goes to it. Plain rollout (arXiv 2005.00928) ranked tokens no better
-than chance on lines that need depth.
+output, half of the relevance goes to it; streams carry that output along instead. Plain rollout
+(arXiv 2005.00928) ranked tokens no better than chance on lines that need depth.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _influence_at(
     injected = torch.zeros_like(rows)
     for loop in reversed(range(depth)):
         rows = back(rows, config.prelude_layers + loop * config.core_layers, config.core_layers)
-        if config.injection != "none":
+        if config.injection not in ("none", "streams"):
             rows, injected = 0.5 * rows, injected + 0.5 * rows
     return back(rows + injected, 0, config.prelude_layers)
 

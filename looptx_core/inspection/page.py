@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from looptx_core.inspection import written
 from looptx_core.inspection.browser import STYLE, TIPS, TOKENS
 from looptx_core.inspection.charts import charts, threshold_text
 from looptx_core.inspection.memory import memory_sentences
@@ -202,6 +203,8 @@ def sentences(document: Document) -> list[str]:
     for medium in MEDIA.values():
         for found in document[medium.plural]:
             said += medium.sentences(found)
+    for found in document["written"]:
+        said += written.sentences(found)
     trace = document["trace"]
     if trace and trace["deletion"]:
         test = trace["deletion"]

@@ -33,7 +33,9 @@ from looptx_core.inspection.memory import inspect_memory
 from looptx_core.inspection.survey import Survey, survey_lines
 from looptx_core.inspection.texts import asked_text, sample
 from looptx_core.inspection.trace import trace_text
-from looptx_core.media.registry import MEDIA
+from looptx_core.inspection.written import inspect_written
+from looptx_core.machine.heap import freed_memory_kept
+from looptx_core.media.registry import MEDIA, writers
 from looptx_core.stopping.rule import Exit
 from looptx_core.training import metrics
 from looptx_core.training.calibration import calibrate
@@ -49,6 +51,7 @@ _MEMORY_TEXTS = 8  # sequences to read with a memory and without
 Document = dict[str, Any]
 
 
+@freed_memory_kept()
 def inspect_loops(
     loaded: LoadedModel,
     data: Path | Batches,
@@ -103,6 +106,7 @@ def inspect_loops(
         "memory": None,
         "trace": None,
         "sample": None,
+        "written": [],
         **{medium.plural: [] for medium in MEDIA.values()},
     }
     if model.config.has_memory and isinstance(data, Path) and shards is not None:
@@ -134,6 +138,9 @@ def inspect_loops(
         document["trace" if asked else "sample"] = trace_text(
             model, loaded.tokenizer, tokens, settings, loops, config.seed
         )
+    if config.prompt is not None and (names := list(writers(model.config))):
+        report("writing the prompt as " + ", ".join(f"a {MEDIA[name].noun}" for name in names))
+        document["written"] = inspect_written(loaded, config.prompt, settings, loops, config.seed)
     if config.media:
         report("looking at the " + ", ".join(MEDIA[name].plural for name in config.media))
         document |= inspect_media(loaded, config.media, settings, loops)

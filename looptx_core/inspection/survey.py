@@ -60,21 +60,31 @@ class _Observer:
     """Collects the signals of one batch, loop by loop."""
 
     def __init__(self) -> None:
-        self.loops: list[dict[str, Tensor]] = []
-        self._logits: Tensor | None = None
+        self._loops: list[list[dict[str, Tensor]]] = []
+        self._logits: dict[int, Tensor] = {}
+        """Of the loop before, by the first token of a slice."""
 
-    def __call__(self, loop: int, state: Tensor, logits: Tensor, output: Confidence) -> None:
-        signals = ExitSignals(*output, logits, self._logits)
+    def __call__(
+        self, loop: int, rows: slice, state: Tensor, logits: Tensor, output: Confidence
+    ) -> None:
+        signals = ExitSignals(*output, logits, self._logits.get(rows.start))
         values = {
-            name: torch.as_tensor(s.value(signals)) for name, s in SIGNALS.items() if s.reads_logits
+            name: torch.as_tensor(s.value(signals)).cpu()
+            for name, s in SIGNALS.items()
+            if s.reads_logits
         }
-        self.loops.append({name: value.cpu() for name, value in values.items()})
-        self._logits = logits
+        if loop > len(self._loops):
+            self._loops.append([])
+        self._loops[loop - 1].append(values)
+        self._logits[rows.start] = logits
 
     @property
     def logit_signals(self) -> dict[str, Tensor]:
         """Each signal, (loops, tokens)."""
-        return {name: torch.stack([each[name] for each in self.loops]) for name in self.loops[0]}
+        return {
+            name: torch.stack([torch.cat([part[name] for part in loop]) for loop in self._loops])
+            for name in self._loops[0][0]
+        }
 
 
 def survey_lines(

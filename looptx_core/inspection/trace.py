@@ -97,7 +97,8 @@ def _run_all_loops(
     confidence = torch.zeros(len(tokens))
     logits: list[Tensor] = []
     by_loop: list[dict[str, Tensor]] = []
-    before = embedding = model.embed(tokens[None], ctx)
+    embedding = model.embed(tokens[None], ctx)
+    before = model.injection.open(embedding)
     for loop, state in model.iterate(embedding, embedding, ctx, range(1, loops + 1)):
         output = (*model.confidence(state, loop), relative_change(before, state))
         before = state

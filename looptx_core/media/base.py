@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -18,9 +18,9 @@ from looptx_core.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from looptx_core.config.generation import GenerationOptions
     from looptx_core.config.model import ModelConfig
     from looptx_core.media.batch import MediaBatch, MediaItem
+    from looptx_core.media.writer import Writer
 
 Source = str | os.PathLike[str] | bytes
 """A file, by its path or by its content."""
@@ -331,69 +331,3 @@ class FolderMedium(Medium):
 
     def figures(self, found: Mapping[str, Any], number: int) -> dict[str, Any]:
         return self.module("maps").figures(found, number)
-
-
-class Writer:
-    """How a model writes items of one medium: as codes, which are ids of its vocabulary.
-
-    The codes' rows follow the text's. An item begins with the token `opens`; then `allowed` says
-    which ids may come, until `finished`. They are codes, but for a last one that may end the item,
-    and for others that the medium needs, such as those of the text that is spoken.
-    """
-
-    opens: int
-    """The token that begins an item; itself an ordinary token of the text's vocabulary."""
-    first_code: int
-    """The id of code 0."""
-    codes: int
-    """How many codes there are."""
-
-    @property
-    def code_ids(self) -> range:
-        """The ids of the codes."""
-        return range(self.first_code, self.first_code + self.codes)
-
-    def transcript(self, before: Sequence[int]) -> Sequence[int]:
-        """The ids of the text that an item says which begins after these ids; most say none."""
-        return ()
-
-    def allowed(self, written: Sequence[int], transcript: Sequence[int] = ()) -> Sequence[int]:
-        """The ids that may follow these ids of an item, which is not finished."""
-        return self.code_ids
-
-    def finished(self, written: Sequence[int], transcript: Sequence[int] = ()) -> bool:
-        """Whether these ids, without `opens`, are a whole item."""
-        raise NotImplementedError
-
-    def is_open(self, written: Sequence[int], transcript: Sequence[int] = ()) -> bool:
-        """Whether these ids are the beginning of an item."""
-        codes = self.code_ids
-        return all(token in codes for token in written) and not (
-            written and self.finished(written, transcript)
-        )
-
-    def encode(
-        self, source: Source, where: str | None = None, transcript: Sequence[tuple[int, bytes]] = ()
-    ) -> list[int]:
-        """The ids of a whole item in a file, without `opens`, to learn from.
-
-        transcript: the ids of the text before it, each with its bytes. Raises `DataError` for what
-        can't be read.
-        """
-        raise NotImplementedError
-
-    def learned(self, token: int) -> bool:
-        """Whether a model learns to predict this token of an item, which `encode` made."""
-        return True
-
-    def render(self, written: Sequence[int], options: GenerationOptions) -> bytes:
-        """The content of the file that a whole item makes, by a request's settings."""
-        raise NotImplementedError
-
-    def seconds(self, written: Sequence[int]) -> float | None:
-        """How long a whole item is; None for a medium without time."""
-        return None
-
-    def codes_of(self, seconds: float) -> int:
-        """The codes of so many seconds, for a medium with time."""
-        raise NotImplementedError

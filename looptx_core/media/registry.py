@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from looptx_core.media.audio.medium import Audio
-from looptx_core.media.base import Medium, Writer
+from looptx_core.media.base import Medium
 from looptx_core.media.image.medium import Image
 from looptx_core.media.video.medium import Video
+from looptx_core.media.writer import Writer
 
 if TYPE_CHECKING:
     from looptx_core.config.model import ModelConfig

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
+from looptx_core.model.injection import read_out
 from looptx_core.model.norm import RMSNorm
 
 
@@ -75,13 +76,13 @@ class ConfidenceHead(nn.Module):
         self.gain = nn.Linear(narrow, 1)
 
     def forward(self, state: Tensor, loop: int | Tensor) -> Confidence:
-        """state: (batch, length, d_model) after `loop`, an int or (batch,), counted from 1."""
+        """state: (batch, length, width) after `loop`, an int or (batch,), counted from 1."""
         state, deepest = state.detach(), self.loop.num_embeddings
         if isinstance(loop, int):
             depth = self.loop.weight[min(loop, deepest) - 1]
         else:
             depth = self.loop(loop.clamp(max=deepest)[:, None] - 1)
-        state = self.norm(state)
+        state = self.norm(read_out(state, self.norm.width))
         hidden = nn.functional.gelu(self.hidden(state) + depth) * self.gate(state)
         narrow, wide = hidden.split(self.widths, -1)
         return Confidence(self.out(wide).squeeze(-1), self.gain(narrow).squeeze(-1))

@@ -49,7 +49,7 @@ def token_flops(config: ModelConfig, context: float) -> TokenFlops:
     unit = 2 * (2 * config.d_model + 1)  # of the confidence head: hidden, gate, and its output
     return TokenFlops(
         prelude=config.prelude_layers * block + config.core_layers * fold,
-        loop=config.core_layers * (block + read),
+        loop=config.core_layers * (block + read) + _stream_products(config),
         readout=config.coda_layers * block + 2 * config.d_model * config.vocab_size,
         confidence=config.confidence_units * unit,
         gain=config.gain_units * unit,
@@ -67,6 +67,13 @@ def _memory_products(config: ModelConfig) -> tuple[int, int]:
         written += config.memory_block * width + 4 * width
     folds = config.max_loops if config.memory_per_loop else 1
     return 2 * (config.n_heads * width * width + gate), 2 * folds * heads * written
+
+
+def _stream_products(config: ModelConfig) -> int:
+    """FLOPs of reading and writing a token's streams in a loop: the gates and two weighted sums."""
+    if config.injection != "streams":
+        return 0
+    return 2 * config.state_width * 3 * (config.streams + 1)
 
 
 def state_bytes(config: ModelConfig, loops: int) -> int:

@@ -35,5 +35,4 @@ def initialise(model: LoopedTransformer) -> None:
     with torch.no_grad():
         model.confidence.out.bias.zero_()[0] = -3.0
         model.confidence.gain.bias.zero_()
-    if model.injection.kind == "bridge":
-        nn.init.zeros_(model.injection.bridge.weight)
+    model.injection.reset()

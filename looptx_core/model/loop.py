@@ -9,10 +9,10 @@ Every state can be read out, and the state after t loops never depends on how ma
 initial state is the prelude's output and not random, and nothing is scaled by the depth. Early
 exit, loss-triggered training and speculation all rest on that.
 
-The shape (prelude, core, coda) is Huginn's (arXiv 2502.05171); the injection is Parcae's
-(arXiv 2604.12946): a per-channel decay below 1 on the normalised state, plus the normalised
-embedding. With `injection="none"` one loop is an ordinary pre-norm decoder, and with no prelude
-and no coda the whole stack is looped.
+The shape (prelude, core, coda) is Huginn's (arXiv 2502.05171); the injection is Parcae's (arXiv
+2604.12946): a per-channel decay below 1 on the normalised state, plus the normalised embedding.
+With `injection="none"` one loop is an ordinary pre-norm decoder, and with no prelude and no coda
+the whole stack is looped. With `"streams"` a state is several residual streams.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from looptx_core.model.cache import CacheView, LoopCache
 from looptx_core.model.code_rows import AllCodeRows
 from looptx_core.model.confidence import Confidence, ConfidenceHead
 from looptx_core.model.initial import initialise
-from looptx_core.model.injection import Injection
+from looptx_core.model.injection import Injection, read_out
 from looptx_core.model.layer_state import KVState, LayerState, StateSpec
 from looptx_core.model.memory import window_mask
 from looptx_core.model.memory_state import MemoryState, WindowState
@@ -52,7 +52,7 @@ from looptx_core.model.vocabulary import new_embedding, new_head, tie_head
 
 
 class LoopOutput(NamedTuple):
-    """logits: (batch, length, vocab_size); state: (batch, length, d_model)."""
+    """logits: (batch, length, vocab_size); state: (batch, length, config.state_width)."""
 
     logits: Tensor
     state: Tensor
@@ -202,7 +202,7 @@ class LoopedTransformer(nn.Module):
         x, view = self.injection(state, embedding, loop), ctx.segment or ctx.view
         for layer, block in enumerate(self.core):
             x = block(x, ctx, view and view.core(layer, loop))
-        return x
+        return self.injection.after(state, x)
 
     def iterate(
         self,
@@ -223,6 +223,7 @@ class LoopedTransformer(nn.Module):
         none is left the first runs on, unread, as sharded weights need all ranks at each loop.
         """
         step = step or self.step
+        state = self.injection.open(state) if loops.start == 1 else state
         if self.config.has_memory and ctx.view is None:
             yield from iterate_blocks(self, state, embedding, ctx, loops, step, running)
             return
@@ -274,10 +275,10 @@ class LoopedTransformer(nn.Module):
 
     def coda_hidden(self, state: Tensor, ctx: ForwardContext) -> Tensor:
         """Coda and final norm: a loop's state -> what the head reads, (batch, length, d_model)."""
-        view = ctx.view
+        x, view = read_out(state, self.config.d_model), ctx.view
         for layer, block in enumerate(self.coda):
-            state = block(state, ctx, view and view.coda(layer))
-        return self.norm(state)
+            x = block(x, ctx, view and view.coda(layer))
+        return self.norm(x)
 
     def logits(self, decoded: Tensor) -> Tensor:
         """The head on `coda_hidden`'s output, (..., d_model) -> (..., vocab_size)."""

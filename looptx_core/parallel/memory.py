@@ -197,7 +197,8 @@ def count_activations(
     if model.has_memory:  # queries without RoPE, the read, its mixture; keys once a block that sees
         blocks = model.memory_window // model.memory_block
         looped += 6 * queries + 2 * keys * blocks + min(length, model.memory_window) - mask
-    loop = model.core_layers * looped + (0 if model.injection == "none" else 8 * width)
+    injected = {"none": 0, "streams": 4 * width + 2 * model.state_width}
+    loop = model.core_layers * looped + injected.get(model.injection, 8 * width)
     by_loop = deepest_rows(model, config, rows)
     readouts = {
         "last": rows,
@@ -206,7 +207,7 @@ def count_activations(
     }[config.loss_at]
     token = 4 * length * (_BF16_ACTIVATIONS if bf16 else 1.0)
     logits = 4 * length * readouts * model.vocab_size
-    kept = 2 * width if config.grad_checkpointing else loop
+    kept = width + model.state_width if config.grad_checkpointing else loop
     return Activations(
         prelude=int(token * rows * model.prelude_layers * block),
         loops=[int(token * here * kept) for here in by_loop],

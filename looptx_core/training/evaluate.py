@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from looptx_core.errors import DataError
@@ -16,9 +15,13 @@ from looptx_core.media.batch import Media, from_entries, to_device
 from looptx_core.model.confidence import Confidence, relative_change, top_log_odds
 from looptx_core.model.loop import LoopedTransformer
 
-Observe = Callable[[int, Tensor, Tensor, Confidence], object]
-"""Called after each loop, counted from 1, with the counted tokens' states (tokens, d_model), logits
-(tokens, vocab_size) and confidence, each (tokens,)."""
+Observe = Callable[[int, slice, Tensor, Tensor, Confidence], object]
+"""Called after each loop, counted from 1, for a slice of the counted tokens after another, the same
+ones in every loop: with their states (tokens, d_model), logits (tokens, vocab_size) and confidence,
+each (tokens,)."""
+_READ_OUT = 1 << 21
+"""Logits at a time. Those of a whole batch would be written to memory and read back for each of
+the sums below."""
 
 
 @dataclass
@@ -103,7 +106,7 @@ def evaluate_loops(
 
     tokens, targets: as in `inputs_and_targets`. counted: (batch, length) bool, the targets that
     count; all by default. documents: (batch, length), the document of each token; attention stays
-    within it. observe: called after each loop. media: the items of the placeholder tokens.
+    within it. observe: see `Observe`. media: the items of the placeholder tokens.
 
     Raises `DataError` for a loss that is not finite.
     """
@@ -116,22 +119,34 @@ def evaluate_loops(
     counted = torch.ones_like(targets, dtype=torch.bool) if counted is None else counted
     layout = model.layout(inputs, media)
     ctx = model.context(targets.shape[1], documents=documents, layout=layout)
-    losses, hits, norms, logits, gains, changes, odds = [], [], [], [], [], [], []
-    before = embedding = model.embed(inputs, ctx, media=media)
+    wanted = targets[counted]
+    pieces = _slices(len(wanted), max(1, _READ_OUT // model.config.vocab_size))
+    losses: list[Tensor] = []
+    hits: list[Tensor] = []
+    odds: list[Tensor] = []
+    norms, logits, gains, changes = [], [], [], []
+    embedding = model.embed(inputs, ctx, media=media)
+    before = model.injection.open(embedding)
     for loop, state in model.iterate(embedding, embedding, ctx, range(1, loops + 1)):
-        predicted = model.logits(model.coda_hidden(state, ctx)).float()
-        loss = F.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="none")
-        losses.append(loss.view(targets.shape)[counted])
-        hits.append((predicted.argmax(-1) == targets)[counted])
-        odds.append(top_log_odds(predicted[counted].log_softmax(-1)))
-        norms.append(state.float().square().mean(-1).sqrt()[counted].double().sum())
-        confidence = model.confidence(state, loop)
-        logits.append(confidence.logit.float()[counted])
-        gains.append(confidence.gain.float()[counted])
+        decoded, seen = model.coda_hidden(state, ctx)[counted], state[counted]
+        confidence = Confidence(*(part.float()[counted] for part in model.confidence(state, loop)))
+        read = [torch.empty_like(wanted, dtype=torch.float32) for _ in range(3)]
+        for rows in pieces:
+            predicted = model.logits(decoded[rows]).float()
+            log_probs = predicted.log_softmax(-1)
+            read[0][rows] = -log_probs.gather(-1, wanted[rows, None])[:, 0]
+            read[1][rows] = (predicted.argmax(-1) == wanted[rows]).float()
+            read[2][rows] = top_log_odds(log_probs)
+            if observe is not None:
+                judged = Confidence(*(part[rows] for part in confidence))
+                observe(loop, rows, seen[rows], predicted, judged)
+        for found, part in zip((losses, hits, odds), read):
+            found.append(part)
+        norms.append(seen.float().square().mean(-1).sqrt().double().sum())
+        logits.append(confidence.logit)
+        gains.append(confidence.gain)
         changes.append(relative_change(before, state)[counted])
         before = state
-        if observe is not None:
-            observe(loop, state[counted], predicted[counted], Confidence(logits[-1], gains[-1]))
     hit, token_loss = torch.stack(hits), torch.stack(losses)
     total = token_loss.double().sum(1).cpu()
     if not total.isfinite().all():
@@ -145,12 +160,16 @@ def evaluate_loops(
         correct=hit.double().sum(1).cpu(),
         norm=torch.stack(norms).cpu(),
         logit=torch.stack(logits).cpu(),
-        hit=hit.float().cpu(),
+        hit=hit.cpu(),
         gain=torch.stack(gains).cpu(),
         change=torch.stack(changes).cpu(),
         token_loss=token_loss.cpu(),
         top_log_odds=torch.stack(odds).cpu(),
     )
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, length, size)]
 
 
 def evaluate_batch(

@@ -16,7 +16,7 @@ from looptx_core.checkpoint.folder import LoadedModel, save_model
 from looptx_core.checkpoint.metrics_log import read_metrics
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.run import TrainConfig
-from looptx_core.data.bundled import bundled_corpus
+from looptx_core.data.bundled import CORPUS
 from looptx_core.data.datamodule import TokenData
 from looptx_core.data.mixture import RECORDS, TEXT, MixedData
 from looptx_core.data.own import FILE as OWN_DATA
@@ -125,7 +125,7 @@ def finish_training(
     plot_run(metrics, probes, folder / "curves.png")
     names = [Path(item["name"]).name for text in batches.texts for item in text.manifest.inputs]
     texts = [item for item in config.data if item not in records]
-    if not texts and names != [bundled_corpus().name]:
+    if not texts and names != [CORPUS]:
         texts = [str(folder) for folder in data]
     own = OwnData.of(
         "text", texts, asdict(config), shards=data[0] if len(data) == 1 else None, media=records,

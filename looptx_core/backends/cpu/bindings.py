@@ -58,6 +58,8 @@ def unsupported_reason(model: LoopedTransformer) -> str | None:
         return f"its layers are {', '.join(sorted(kind.__name__ for kind in kinds))}"
     if model.config.has_memory:
         return "its layers have a memory beyond their window"
+    if model.injection.kind == "streams":
+        return "its loops hand on several streams"
     if model.config.norm_position == "after":
         return "norms stand after attention and feed-forward layers"
     if model.config.qk_norm and model.config.qk_norm_over == "all":

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from looptx_core.media.base import Chunk, Encoded, FolderMedium, Grid, Source, Writer
+from looptx_core.media.base import Chunk, Encoded, FolderMedium, Grid, Source
+from looptx_core.media.writer import Writer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -9,7 +9,9 @@ text before `opens`; the model chooses codes and when to close.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -21,9 +23,10 @@ from looptx_core.media.audio.align import frames_of_tokens, recogniser
 from looptx_core.media.audio.coded import frames_of, grid_of, seconds_of, to_frames, to_patches
 from looptx_core.media.audio.read import item_of, samples_of
 from looptx_core.media.audio.vocoder import to_file, to_sound
-from looptx_core.media.base import Source, Writer
+from looptx_core.media.base import Source
 from looptx_core.media.codec.codec import Codec
 from looptx_core.media.codec.opened import opened_codec
+from looptx_core.media.writer import Writer
 
 MOST_SECONDS = 60.0
 """The longest recording that becomes codes."""
@@ -130,6 +133,14 @@ class Speaking(Writer):
             seed=options.seed,
         )
         return to_file(to_sound(to_frames(patches[0], codec.config), options.seed))
+
+    def grid(self, written: Sequence[int]) -> tuple[int, int]:
+        return len(self._codes(written)) // self.config.columns, self.config.columns
+
+    def shown(self, content: bytes) -> list[list[Any]]:
+        """Its mels over time, high ones first."""
+        frames = frames_of(torch.from_numpy(samples_of(content, "the speech", math.inf)))
+        return [[round(v, 3) for v in band] for band in ((frames.T.flip(0) + 1) / 2).tolist()]
 
     def seconds(self, written: Sequence[int]) -> float | None:
         return seconds_of(len(self._codes(written)) // self.config.columns, self.codec.config)

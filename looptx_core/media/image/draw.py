@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.media import DrawConfig
-from looptx_core.media.base import Source, Writer
+from looptx_core.media.base import Source
 from looptx_core.media.codec.codec import Codec
 from looptx_core.media.codec.opened import opened_codec
 from looptx_core.media.image.coded import read_patches, to_file, to_picture
+from looptx_core.media.writer import Writer
 
 
 class Drawing(Writer):
@@ -47,3 +52,11 @@ class Drawing(Writer):
             seed=options.seed,
         )
         return to_file(to_picture(patches[0], codec.config))
+
+    def grid(self, written: Sequence[int]) -> tuple[int, int]:
+        return self.config.rows, self.config.columns
+
+    def shown(self, content: bytes) -> list[list[Any]]:
+        with Image.open(io.BytesIO(content)) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        return (pixels / 255).round(3).tolist()

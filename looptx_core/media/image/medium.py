@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from looptx_core.media.base import FolderMedium, Grid, MediumLosses, Source, Writer
+from looptx_core.media.base import FolderMedium, Grid, MediumLosses, Source
+from looptx_core.media.writer import Writer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -1,0 +1,188 @@
+"""Graphs for onnxruntime: equal to the model at any depth, with padding and a cache."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_conversion import SHAPE, TOKENS, drawn, model
+
+from looptx_cli.main import main
+from looptx_core.checkpoint.folder import load_model, save_model
+from looptx_core.config.rope import RopeScaling
+from looptx_core.conversion import onnx_folder
+from looptx_core.conversion.memory import with_memory
+from looptx_core.conversion.onnx_folder import Session, logit_difference
+from looptx_core.conversion.ternary import pack_model, to_ternary
+from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.storage import to_int8
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+__all__ = ["model"]
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "decay": {},
+    "bridge, with all parts": {"injection": "bridge", "prelude_layers": 1, "coda_layers": 1,
+                               "core_layers": 2, "tie_embeddings": False},
+    "none, no norm of heads, biases": {"injection": "none", "qk_norm": False, "qkv_bias": True},
+    "add, norms after, of all heads": {"injection": "add", "norm_position": "after",
+                                       "qk_norm_over": "all", "activation": "silu"},
+    "no groups, scaled RoPE": {"n_kv_heads": 3, "scaled_rope": RopeScaling(
+        "llama3", 8.0, original_max_position_embeddings=64)},
+}  # fmt: skip
+
+
+def session_of(looped: LoopedTransformer, loops: int, place: Path) -> Session:
+    from looptx_core.conversion.onnx_graph import build_graph, save_graph
+
+    graph = build_graph(looped, loops)
+    onnx.checker.check_model(graph, full_check=True)
+    save_graph(graph, place / "model.onnx", apart=False)
+    return Session(place / "model.onnx", looped, loops)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_onnxruntime_gives_the_models_logits(kind: str, tmp_path: Path) -> None:
+    looped = drawn(replace(SHAPE, **SHAPES[kind]))
+    session = session_of(looped, 3, tmp_path)
+    rows = torch.cat([TOKENS, TOKENS.flip(0)])  # four, three of them padded
+    assert logit_difference(session, looped, 3, rows) < 1e-5
+    assert logit_difference(session, looped, 2, rows) > 1e-3, "the depth counts"
+
+
+def test_the_weights_stand_in_it_once(tmp_path: Path) -> None:
+    looped = drawn(replace(SHAPE, d_ff=500))
+    sizes = {}
+    for loops in (1, 4):
+        found = session_of(looped, loops, tmp_path).session
+        sizes[loops] = (tmp_path / "model.onnx").stat().st_size
+        layers = range(loops + 2)
+        pairs = [f"{n}.{part}" for n in layers for part in ("key", "value")]
+        assert [x.name for x in found.get_inputs()] == [
+            "input_ids", "attention_mask", "position_ids", *(f"past_key_values.{p}" for p in pairs)
+        ]  # fmt: skip
+        assert [x.name for x in found.get_outputs()] == ["logits", *(f"present.{p}" for p in pairs)]
+    weights = 4 * sum(p.numel() for p in looped.trunk_parameters())
+    assert weights < sizes[1] < sizes[4] < sizes[1] + 20_000 < 1.2 * weights
+
+
+def convert(capsys: pytest.CaptureFixture[str], *flags: object) -> tuple[int, str, str]:
+    code = main(["convert", "--to-onnx", *map(str, flags)])
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def test_the_command_writes_what_genai_opens(
+    model: Path, shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--model", model, "--data", shards, "--loops", 3)
+    code, shown, err = convert(capsys, *given, "--out", "a", "--json")
+    assert code == 0, err
+    found = json.loads(shown)
+    assert 0 < found["logit_difference"] < 1e-5 and found["loops"] == 3
+    assert found["bits_per_weight"] == 32
+    assert found["loss_after"] == pytest.approx(found["loss_before"], abs=1e-4)
+    genai = json.loads(Path("a/genai_config.json").read_text())["model"]
+    assert genai["decoder"]["num_hidden_layers"] == 5 and genai["type"] == "decoder"
+    assert genai["eos_token_id"] == load_model(model).special.ends[0]
+    assert json.loads(Path("a/config.json").read_text())["loops"] == 3
+    assert "Every token runs 3 loops" in Path("a/README.md").read_text()
+    assert Path("a/tokenizer.json").read_text() == (model / "tokenizer.json").read_text()
+    # Only its own is replaced, and looptx itself does not take it for a model of its own.
+    code, shown, err = convert(capsys, *given, "--out", "a", "--overwrite")
+    assert code == 0 and "replaces a: " in err, err
+    assert "onnxruntime at 3 loops against the model" in shown and "a/README.md" in err
+    assert main(["generate", "a", "--model", "a"]) == 4
+    assert "looptx-onnx" in capsys.readouterr().err.splitlines()[-1]
+    code, shown, err = convert(capsys, *given, "--dry-run", "--json")
+    assert code == 0 and "unroll 3 loops" in shown and not Path("small-onnx").exists()
+
+
+def test_int8_is_onnxruntimes_own(
+    model: Path, shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Here with the weights in a file of their own, as those of large models stand."""
+    monkeypatch.setattr(onnx_folder, "APART", 0)
+    given = ("--model", model, "--data", shards)
+    sizes = {}
+    for kind in ("float32", "int8"):
+        code, shown, err = convert(capsys, *given, "--dtype", kind, "--json", "--loops", 1)
+        assert code == 0, err
+        found = json.loads(shown)
+        out = Path(found["out"])
+        assert out == Path(f"small-{kind}-onnx")
+        sizes[kind] = (out / "model.onnx.data").stat().st_size
+        names = {path.name for path in out.iterdir()}
+        assert not {name for name in names if name.startswith("float32")}, names
+    assert 8 < found["bits_per_weight"] < 10 and sizes["int8"] < 0.6 * sizes["float32"]
+    assert 1e-5 < found["logit_difference"] < 0.2
+    assert found["loss_after"] == pytest.approx(found["loss_before"], rel=0.05)
+
+
+def test_what_it_cannot_express_is_named(
+    model: Path, shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    base = load_model(model)
+    batch = {"tokens": TOKENS}
+    others = {
+        "remembers": with_memory(drawn(), "delta", 16, 8),
+        "ternary": pack_model(to_ternary(drawn(), [batch])),
+        "sees": LoopedTransformer(replace(SHAPE, vision_layers=1, vision_width=20)),
+        "int8": to_int8(drawn()),
+    }
+    for name, other in others.items():
+        save_model(Path(name), other, base.tokenizer, exit_settings=base.exit, facts={})
+    cases: list[tuple[tuple[object, ...], int, str]] = [
+        (("--model", "remembers"), 2, "no place for a memory"),
+        (("--model", "ternary"), 2, "no ternary weights"),
+        (("--model", "sees"), 2, "no encoder of pictures"),
+        (("--model", model, "--loops", 5), 2, "--loops 5: "),
+        (("--model", model, "--loops", 0), 2, "--loops must"),
+        (("--model", model, "--dtype", "bf16"), 2, "float32 or int8, not bf16"),
+        (("--model", model, "--to-hf"), 2, "--to-onnx and --to-hf are two steps"),
+        (("--model", model, "--memory", "delta"), 2, "two steps"),
+    ]
+    for flags, code, what in cases:
+        found, shown, err = convert(capsys, *flags, "--data", shards, "--out", "x")
+        line = err.splitlines()[-1]
+        assert found == code and what in line and line.startswith("looptx: error:"), err
+        assert shown == "" and not Path("x").exists()
+    assert main(["convert", "--dtype", "bf16", "--loops", "2"]) == 2
+    assert "--loops is the depth of --to-onnx" in capsys.readouterr().err
+    code, _, err = convert(capsys, "--model", "int8", "--data", shards, "--out", "x", "--quiet")
+    assert code == 0, err  # whose rows become floats again
+
+
+def test_what_goes_wrong_writes_nothing(
+    model: Path, shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def refused(code: int, what: str) -> None:
+        given = ("--model", model, "--data", shards, "--out", "x", "--quiet")
+        found, shown, err = convert(capsys, *given)
+        assert found == code and what in err and len(err.splitlines()) == 1, err
+        assert shown == "" and list(Path().iterdir()) == []
+
+    with monkeypatch.context() as changed:
+        changed.setattr(onnx_folder, "MOST_DIFFERENCE", 1e-12)
+        refused(1, "logits differ by")
+    with monkeypatch.context() as changed:
+
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : opset 17\nis too new")
+
+        changed.setattr(onnxruntime, "InferenceSession", fail)
+        refused(1, "opset 17 is too new; pip install --upgrade onnxruntime")
+    for name in ("onnx", "onnxruntime"):
+        with monkeypatch.context() as changed:
+            changed.setitem(sys.modules, name, None)
+            refused(3, f"the package {name}; pip install 'looptx[onnx]'")
