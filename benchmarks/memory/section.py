@@ -1,0 +1,93 @@
+"""What docs/benchmarks.md says about memories."""
+
+from benchmarks.common.record import Record
+from benchmarks.common.tables import mean, percent, pick, records, source, table
+
+PLACES = ("start", "middle", "end", "four")
+
+
+def section() -> str:
+    makers = (("memory.run", "", _passkeys), ("memory.run", "prose", _prose),
+              ("memory.hops", "", _hops), ("memory.stream", "", _stream),
+              ("memory.reading", "", _reading))  # fmt: skip
+    found = [
+        (record, say) for name, variant, say in makers for record in records(name, variant)[:1]
+    ]
+    parts = [say(record) for record, say in found]
+    return "\n\n".join([
+        "## Does a memory keep what left the window?", *parts,
+        source(*(record for record, _ in found)),
+    ])  # fmt: skip
+
+
+def _keys(record: Record) -> str:
+    """Digits found by kind, length and place, a mean over seeds."""
+    rows = record["rows"]
+    lines = []
+    for kind, filler in dict.fromkeys((row["kind"], row["filler"]) for row in rows):
+        own = pick(rows, kind=kind, filler=filler)
+        shares = [percent(mean(pick(own, place=place), "accuracy"), 1) for place in PLACES]
+        rate = f"{mean(own, 'tokens_per_cpu_second') / 1e3:.0f}k"
+        lines.append([kind, f"{filler:,}", *shares, rate, f"{own[0]['state_bytes'] / 1e3:.0f} kB"])
+    heads = ["memory", "filler", *PLACES[:3], "one of four", "tokens a CPU second", "state"]
+    return table(heads, lines)
+
+
+def _passkeys(record: Record) -> str:
+    settings = record["settings"]
+    return f"""\
+Passkeys of five digits, told once in a filler of one sentence that comes again and again, and asked
+at the end. The models learned this at {settings["length"]} tokens in {settings["steps"]} steps.
+Digits that are right, by where the key stands (a guess is right in a tenth of the cases):
+
+{_keys(record)}"""
+
+
+def _prose(record: Record) -> str:
+    return f"""\
+The same in prose, of which the last fifth was held out:
+
+{_keys(record)}"""
+
+
+def _hops(record: Record) -> str:
+    lines = []
+    for row in record["rows"]:
+        for loop, shares in enumerate(row["accuracy_by_loop_and_hops"], start=1):
+            lines.append([row["kind"], row["loops"], loop, *(percent(s, 1) for s in shares)])
+    return f"""\
+**Hops over a memory.** A ring of {record["settings"]["symbols"]} arrows comes first, then
+{record["settings"]["between"]:,} tokens of held-out prose, then the question where one, two or
+three arrows lead:
+
+{table(["memory", "trained loops", "after loop", "1 hop", "2 hops", "3 hops"], lines)}"""
+
+
+def _stream(record: Record) -> str:
+    lines = []
+    for text, name in dict.fromkeys((row["text"], row["name"]) for row in record["rows"]):
+        own = pick(record["rows"], text=text, name=name)
+        stream = "" if own[0]["stream"] is None else f"{mean(own, 'stream'):.4f}"
+        lines.append([text, name, stream, f"{mean(own, 'in_pieces'):.4f}",
+                      f"{own[0]['flops_a_token'] / 1e6:.2f}M",
+                      f"{own[0]['state_bytes'] / 1e3:.0f} kB"])  # fmt: skip
+    return f"""\
+**Long texts.** Loss past the window in nats a token, of held-out text as one stream and in pieces
+of 4,096 tokens, a mean over seeds:
+
+{table(["text", "model", "stream", "pieces", "FLOPs a token", "state"], lines)}"""
+
+
+def _reading(record: Record) -> str:
+    lines = [
+        [row["kind"], f"{row['tokens']:,}", f"{row['tokens_per_cpu_second']:,}",
+         f"{row['peak_bytes'] / 1e6:.0f} MB", f"{row['state_bytes'] / 1e3:.0f} kB",
+         "" if row["first_id_changes"] is None else f"{row['first_id_changes']:.2g}"]
+        for row in record["rows"]
+    ]  # fmt: skip
+    heads = ["memory", "tokens", "tokens a CPU second", "peak of the process", "state", "change"]
+    return f"""\
+**Reading** by the engine, one text at a time. The last column: by how many nats a key's first digit
+at the start of the text changes the answer at its end:
+
+{table(heads, lines)}"""
