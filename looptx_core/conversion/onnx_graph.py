@@ -268,8 +268,8 @@ def _value(name: str, shape: list[Any], kind: int = TensorProto.FLOAT) -> Any:
 
 def save_graph(graph: Any, file: Path, *, apart: bool) -> None:
     """Write it. apart: the weights go to a second file, FILE.data."""
-    where = {"save_as_external_data": True, "location": f"{file.name}.data"} if apart else {}
-    onnx.save_model(graph, str(file), **where)
+    where = f"{file.name}.data" if apart else None
+    onnx.save_model(graph, str(file), save_as_external_data=apart, location=where)
 
 
 def stored_sizes(graph: Any) -> tuple[float, int]:
