@@ -186,7 +186,7 @@ def test_training_through_the_rounding_repairs(
                                                 > 1.1 * out["trained"]["loss_before"])  # fmt: skip
     assert set(out["direct"]) == {
         *("schema_version", "bytes_before", "bytes_after", "bits_per_weight"),
-        *("loss_before", "loss_after", "out", "core", "spans", "logit_difference"),
+        *("loss_before", "loss_after", "out", "core", "spans", "loops", "logit_difference"),
     }
     for found in out.values():
         assert found["bits_per_weight"] < 2.1 and found["bytes_after"] < found["bytes_before"]
