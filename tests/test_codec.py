@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from looptx_cli.main import main
 from looptx_core.checkpoint.codec_folder import load_codec, read_facts, save_codec
+from looptx_core.checkpoint.header import read_header
 from looptx_core.config.codec import CodecConfig
 from looptx_core.config.corpus import TokenizeConfig
 from looptx_core.errors import DataError, Interrupted, UsageError
@@ -252,6 +253,8 @@ def test_the_command_trains_one(
     assert Path(found["out"]).name == "codec-1"
     _, fingerprint = load_codec(found["out"])
     assert fingerprint == found["fingerprint"]
+    stored = read_header(Path(found["out"], "codec.safetensors"))
+    assert {tensor.dtype for tensor in stored.values()} == {"BF16"}
     assert main([*command, "--steps", "2", "--out", found["out"], "--overwrite"]) == 0
     assert "PSNR" in capsys.readouterr().out
     for arguments, code, says in (

@@ -25,4 +25,9 @@ def codec_settings(codec: Codec, fingerprint: str, folder: Path) -> dict[str, An
 def writer_settings(loaded: LoadedModel) -> dict[str, Any]:
     """Of a record of a model that writes one medium."""
     (section,) = loaded.config.written
-    return {"codec": section.codec, "steps": loaded.facts.get("steps")}
+    legs = [loaded.facts, *loaded.facts.get("lineage", ())]
+    return {
+        "codec": section.codec,
+        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        "steps": sum(leg.get("steps") or 0 for leg in legs),
+    }

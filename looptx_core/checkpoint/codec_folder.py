@@ -49,12 +49,8 @@ class _Document:
 def save_codec(folder: str | Path, codec: Codec, facts: Mapping[str, Any]) -> str:
     """Write a codec's folder, whole or not at all; returns its fingerprint.
 
-    Its weights are rounded to bfloat16, which halves the folder and is far below what
-    quantisation leaves. Raises `LooptxError` where it can't be written.
+    Raises `LooptxError` where it can't be written.
     """
-    with torch.no_grad():
-        for weight in codec.state_dict().values():
-            weight.copy_(weight.bfloat16())
     write_folder(Path(folder), lambda place: write_codec(place, codec, facts))
     found = fingerprint_of(codec)
     keep_codec(found, codec, facts)

@@ -138,9 +138,12 @@ def inspect_loops(
         document["trace" if asked else "sample"] = trace_text(
             model, loaded.tokenizer, tokens, settings, loops, config.seed
         )
-    if config.prompt is not None and (names := list(writers(model.config))):
+    names = list(writers(model.config))
+    if names and config.prompt is not None and config.prompt.strip():
         report("writing the prompt as " + ", ".join(f"a {MEDIA[name].noun}" for name in names))
-        document["written"] = inspect_written(loaded, config.prompt, settings, loops, config.seed)
+        document["written"] = inspect_written(
+            loaded, config.prompt, settings, loops, config.seed, report
+        )
     if config.media:
         report("looking at the " + ", ".join(MEDIA[name].plural for name in config.media))
         document |= inspect_media(loaded, config.media, settings, loops)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from looptx_core.checkpoint.folder import LoadedModel
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.documents import printable
-from looptx_core.errors import UsageError
 from looptx_core.generation.engine import Engine
 from looptx_core.generation.request import MediaPrompt
 from looptx_core.media.base import Figure
@@ -27,7 +26,12 @@ _WIDTH = 16  # columns on a terminal, each the mean of some rows of codes
 
 
 def inspect_written(
-    loaded: LoadedModel, text: str, settings: ExitSettings, loops: int, seed: int
+    loaded: LoadedModel,
+    text: str,
+    settings: ExitSettings,
+    loops: int,
+    seed: int,
+    report: Callable[[str], object],
 ) -> list[dict[str, Any]]:
     """JSON values for an item of each medium that the model writes, written for a text.
 
@@ -36,7 +40,7 @@ def inspect_written(
     `confidence` as they were written. `confidence_by_loop`, (loops, codes), is what it would
     be after each loop, also after the exit. `shown` is the item as rows of pixels.
 
-    Raises `UsageError` where an item finds no room in the model's context.
+    An item that does not end in the model's context is left out, and `report` told.
     """
     engine = Engine(loaded.model, loaded.tokenizer, settings, ends=loaded.special.ends)
     found = []
@@ -48,10 +52,8 @@ def inspect_written(
         options = GenerationOptions(seed=seed, max_new_tokens=room)
         (result,) = engine.complete([prompt], options)
         if not result.outputs:
-            raise UsageError(
-                f"`prompt`: a {MEDIA[name].noun} of it does not fit into the model's context; "
-                "shorten it"
-            )
+            report(f"a {MEDIA[name].noun} of the prompt did not end within {room:,} tokens")
+            continue
         (output,), (media,) = result.outputs, result.media
         places = [
             place for place, token in enumerate(output.ids, start=len(ids)) if token in output.codes

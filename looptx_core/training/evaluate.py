@@ -169,7 +169,7 @@ def evaluate_loops(
 
 
 def _slices(length: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, length, size)]
+    return [slice(start, start + size) for start in range(0, max(1, length), size)]
 
 
 def evaluate_batch(

@@ -62,14 +62,23 @@ def make_codec(
     except KeyboardInterrupt:
         if not steps:
             raise
+        round_weights(codec)
         save_codec(folder, codec.cpu(), {"steps": steps, parts: len(trained)})
         raise Interrupted(
             f"stopped at step {steps} of {settings.steps}; {folder} holds the codec as it was then"
         ) from None
     seconds = time.monotonic() - began
+    round_weights(codec)
     report = judge_codec(codec, held, settings.seed)
     report.steps, report.seconds = steps, seconds
     if not all(map(math.isfinite, report.psnr.values())):
         raise LooptxError(f"what the codec makes is not finite; lower `lr` ({settings.lr:g})")
     codec.cpu()
     return report, save_codec(folder, codec, {**asdict(report), parts: len(trained)})
+
+
+@torch.no_grad()
+def round_weights(codec: Codec) -> None:
+    """Round weights to bfloat16, as which they are stored: half as large a folder."""
+    for weight in codec.state_dict().values():
+        weight.copy_(weight.bfloat16())
