@@ -230,7 +230,7 @@ def test_an_inspection_maps_the_codes_over_time(
     writing: LoadedModel, writing_engine: Engine
 ) -> None:
     deep = replace(writing.exit, min_loops=3)
-    (found,) = inspect_written(writing, "red green", deep, 3, seed=1)
+    (found,) = inspect_written(writing, "red green", deep, 3, seed=1, report=print)
     engine = Engine(writing.model, writing.tokenizer, deep)
     (result,) = engine.complete(
         [asked("red green")], GenerationOptions(seed=1, max_new_tokens=390, draw_steps=1)
