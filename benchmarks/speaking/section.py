@@ -62,7 +62,8 @@ def _model() -> str:
 
 The bundled model that speaks, of {settings["parameters"] / 1e6:.1f} million parameters, with this
 codec in bfloat16, trained for {settings["steps"]:,} steps in all, on {settings["texts"]} other
-strings of five digits (aim: at most 10 % word errors) and as many other sentences of the same words (aim: at most 45 %), as pocketsphinx hears them; temperature
+strings of five digits (aim: at most 10 % word errors) and as many other sentences of the same
+words (aim: at most 45 %), as pocketsphinx hears them; temperature
 {settings["temperature"]:g}, {settings["draw_steps"]} step of diffusion. Length is the median of the
 ratios to the recording of the same text. At all loops, {controls}.
 
