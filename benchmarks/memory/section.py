@@ -28,8 +28,10 @@ def _keys(record: Record) -> str:
         own = pick(rows, kind=kind, filler=filler)
         shares = [percent(mean(pick(own, place=place), "accuracy"), 1) for place in PLACES]
         rate = f"{mean(own, 'tokens_per_cpu_second') / 1e3:.0f}k"
-        lines.append([kind, f"{filler:,}", *shares, rate, f"{own[0]['state_bytes'] / 1e3:.0f} kB"])
-    heads = ["memory", "filler", *PLACES[:3], "one of four", "tokens a CPU second", "state"]
+        texts, state = own[0]["texts"], f"{own[0]['state_bytes'] / 1e3:.0f} kB"
+        lines.append([kind, f"{filler:,}", texts, *shares, rate, state])
+    heads = ["memory", "filler", "texts", *PLACES[:3], "one of four", "tokens a CPU second",
+             "state"]  # fmt: skip
     return table(heads, lines)
 
 
