@@ -137,6 +137,7 @@ def test_what_it_cannot_express_is_named(
         "remembers": with_memory(drawn(), "delta", 16, 8),
         "ternary": pack_model(to_ternary(drawn(), [batch])),
         "sees": LoopedTransformer(replace(SHAPE, vision_layers=1, vision_width=20)),
+        "streams": drawn(replace(SHAPE, injection="streams")),
         "int8": to_int8(drawn()),
     }
     for name, other in others.items():
@@ -145,6 +146,7 @@ def test_what_it_cannot_express_is_named(
         (("--model", "remembers"), 2, "no place for a memory"),
         (("--model", "ternary"), 2, "no ternary weights"),
         (("--model", "sees"), 2, "no encoder of pictures"),
+        (("--model", "streams"), 2, "no streams between loops"),
         (("--model", model, "--loops", 5), 2, "--loops 5: "),
         (("--model", model, "--loops", 0), 2, "--loops must"),
         (("--model", model, "--dtype", "bf16"), 2, "float32 or int8, not bf16"),

@@ -90,6 +90,8 @@ def graph_depth(source: LoadedModel, loops: int | None) -> int:
         raise UsageError(f"{of} encoder of {plural}, which this model reads{other}")
     if config.has_memory:
         raise UsageError(f"{of} place for a memory, which this model has{other}")
+    if config.injection == "streams":
+        raise UsageError(f"{of} streams between loops, which this model has{other}")
     if config.linear in ("ternary", "packed"):
         raise UsageError(
             f"{of} ternary weights, which this model has; take the one it was made from, and "
