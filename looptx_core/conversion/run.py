@@ -192,10 +192,13 @@ def convert(
             exit_settings = calibrate(exit_settings, after)
 
     facts = dict(source.facts)
-    if suits or "loss_by_loop" not in facts:
+    if suits:
         facts["loss_by_loop"] = [round(x, 4) for x in after.loss_by_loop]
         if after is not before:
             facts["loss_by_loop_before"] = [round(x, 4) for x in before.loss_by_loop]
+    elif after is not before:  # what the source has was measured with other weights
+        for key in ("loss_by_loop", "loss_by_loop_before"):
+            facts.pop(key, None)
     if config.to_bitnet:
         done = {"data": [held_out.name], "steps": steps, "seed": config.seed} if steps else {}
         losses = {key: facts[key] for key in facts if key.startswith("loss_by_loop")}
