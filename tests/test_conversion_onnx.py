@@ -152,6 +152,8 @@ def test_what_it_cannot_express_is_named(
         (("--model", model, "--dtype", "bf16"), 2, "float32 or int8, not bf16"),
         (("--model", model, "--to-hf"), 2, "--to-onnx and --to-hf are two steps"),
         (("--model", model, "--memory", "delta"), 2, "two steps"),
+        (("--from-hf", "a"), 2, "--from-hf and --to-onnx are two steps"),
+        (("--from-gguf", "a"), 2, "then run looptx convert --to-onnx --model FOLDER"),
     ]
     for flags, code, what in cases:
         found, shown, err = convert(capsys, *flags, "--data", shards, "--out", "x")

@@ -100,11 +100,16 @@ class ConvertConfig:
             )
         if self.merge_adapter != bool(self.adapter):
             raise UsageError("`adapter` and `merge_adapter` go together; pass both")
+        name = "from_hf" if self.from_hf else "from_gguf"
         if self.foreign and (self.model or self.adapter):
-            name = "from_hf" if self.from_hf else "from_gguf"
             raise UsageError(f"`{name}` reads a model of its own; leave `model` and `adapter` out")
         if self.from_hf and self.from_gguf:
             raise UsageError("`from_hf` and `from_gguf` each read a model; pass one of them")
+        if self.foreign and self.to_onnx:
+            raise UsageError(
+                f"`{name}` and `to_onnx` are two steps; leave `to_onnx` out, then run "
+                "looptx convert --to-onnx --model FOLDER on what the first one wrote"
+            )
         if self.core and not self.foreign:
             raise UsageError("`core` is for a plain model of `from_hf` or `from_gguf`; pass one")
         if self.core and not re.fullmatch(r"auto|\d{1,6}:\d{1,6}", self.core):

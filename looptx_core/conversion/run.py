@@ -153,13 +153,13 @@ def convert(
     remembering = model
     if config.memory:
         remembering = with_memory(model, config.memory, config.memory_window, config.memory_block)
-    checked = compare_with_source(config, model, source.tokenizer, plain, report) if plain else {}
     if config.to_onnx:
         made = _to_onnx(config, source, model, out, report)
         return ConvertResult(
             out=out, bytes_before=folder_bytes(source.folder), bytes_after=folder_bytes(out),
-            memory_before=memory_before, seconds=time.monotonic() - started, **{**checked, **made},
+            memory_before=memory_before, seconds=time.monotonic() - started, **made,
         )  # fmt: skip
+    checked = compare_with_source(config, model, source.tokenizer, plain, report) if plain else {}
     trains = config.to_bitnet and not config.direct and model.config.linear == "float"
     judged = plain is not None and not config.to_bitnet
     held_out = evaluation_data(
