@@ -91,6 +91,10 @@ class ConvertConfig:
             raise UsageError(
                 f"`to_onnx` stores float32 or int8, not {self.dtype}; give another `dtype`"
             )
+        if self.to_onnx and self.shard_size != type(self).shard_size:
+            raise UsageError(
+                "`shard_size` is not for `to_onnx`, whose weights lie in one file; leave it out"
+            )
         if self.direct and not self.to_bitnet:
             raise UsageError("`direct` is a way of `to_bitnet`; pass both")
         if self.dtype == "int8" and (self.to_bitnet or self.to_hf):
