@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from test_conversion import SHAPE, TOKENS, drawn, model
 from looptx_cli.main import main
 from looptx_core.checkpoint.folder import load_model, save_model
 from looptx_core.config.rope import RopeScaling
-from looptx_core.conversion import onnx_folder
+from looptx_core.conversion import onnx_folder, run
 from looptx_core.conversion.memory import with_memory
 from looptx_core.conversion.onnx_folder import Session, logit_difference
 from looptx_core.conversion.ternary import pack_model, to_ternary
@@ -137,6 +138,7 @@ def test_what_it_cannot_express_is_named(
         "remembers": with_memory(drawn(), "delta", 16, 8),
         "ternary": pack_model(to_ternary(drawn(), [batch])),
         "sees": LoopedTransformer(replace(SHAPE, vision_layers=1, vision_width=20)),
+        "streams": drawn(replace(SHAPE, injection="streams")),
         "int8": to_int8(drawn()),
     }
     for name, other in others.items():
@@ -145,11 +147,15 @@ def test_what_it_cannot_express_is_named(
         (("--model", "remembers"), 2, "no place for a memory"),
         (("--model", "ternary"), 2, "no ternary weights"),
         (("--model", "sees"), 2, "no encoder of pictures"),
+        (("--model", "streams"), 2, "no streams between loops"),
         (("--model", model, "--loops", 5), 2, "--loops 5: "),
         (("--model", model, "--loops", 0), 2, "--loops must"),
         (("--model", model, "--dtype", "bf16"), 2, "float32 or int8, not bf16"),
+        (("--model", model, "--shard-size", "1MB"), 2, "--shard-size is not for --to-onnx"),
         (("--model", model, "--to-hf"), 2, "--to-onnx and --to-hf are two steps"),
         (("--model", model, "--memory", "delta"), 2, "two steps"),
+        (("--from-hf", "a"), 2, "--from-hf and --to-onnx are two steps"),
+        (("--from-gguf", "a"), 2, "then run looptx convert --to-onnx --model FOLDER"),
     ]
     for flags, code, what in cases:
         found, shown, err = convert(capsys, *flags, "--data", shards, "--out", "x")
@@ -164,7 +170,7 @@ def test_what_it_cannot_express_is_named(
 
 def test_what_goes_wrong_writes_nothing(
     model: Path, shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory,
 ) -> None:  # fmt: skip
     def refused(code: int, what: str) -> None:
         given = ("--model", model, "--data", shards, "--out", "x", "--quiet")
@@ -182,7 +188,26 @@ def test_what_goes_wrong_writes_nothing(
 
         changed.setattr(onnxruntime, "InferenceSession", fail)
         refused(1, "opset 17 is too new; pip install --upgrade onnxruntime")
+    with monkeypatch.context() as changed:
+        evaluate = run._evaluate
+
+        def meanwhile(*given: Any) -> Any:
+            Path("x").mkdir()
+            Path("x", "notes.txt").write_text("mine")
+            return evaluate(*given)
+
+        changed.setattr(run, "_evaluate", meanwhile)
+        given = ("--model", model, "--data", shards, "--out", "x", "--quiet")
+        found, _, err = convert(capsys, *given)
+        assert found == 2 and "x" in err and [p.name for p in Path("x").iterdir()] == ["notes.txt"]
+        shutil.rmtree("x")
     for name in ("onnx", "onnxruntime"):
         with monkeypatch.context() as changed:
             changed.setitem(sys.modules, name, None)
             refused(3, f"the package {name}; pip install 'looptx[onnx]'")
+    broken = tmp_path_factory.mktemp("broken")
+    (broken / "onnx.py").write_text("raise ImportError('DLL load failed:\\nnot found')")
+    with monkeypatch.context() as changed:
+        changed.delitem(sys.modules, "onnx")
+        changed.syspath_prepend(broken)
+        refused(3, "imported here (DLL load failed: not found); pip install 'looptx[onnx]'")

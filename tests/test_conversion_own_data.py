@@ -96,6 +96,17 @@ def test_a_model_of_unknown_data(kinds: Path, capsys) -> None:
         for name in ("base", "x")
     )
     assert before == after
+    # Nor is it recorded; and what the source records is of the source's weights alone.
+    assert not {"loss_by_loop", "loss_by_loop_before"} & load_model("x").facts.keys()
+    base, losses = load_model("base"), {"loss_by_loop": [3, 2, 1], "loss_by_loop_before": [4, 3, 2]}
+    save_model("known", base.model, base.tokenizer, exit_settings=base.exit, facts=losses)
+    convert = ["convert", "--model", "known", "--out", "y", "--overwrite", "--json"]
+    for flags in (["--dtype", "float32"], ["--memory", "delta"], ["--dtype", "int8"]):
+        assert main([*convert, *flags]) == 0
+        assert json.loads(capsys.readouterr().out)["loss_after"] > 1
+        found = load_model("y").facts
+        kept = {key: found[key] for key in losses if key in found}
+        assert kept == (losses if "float32" in flags else {}), flags
 
 
 @pytest.mark.parametrize("given", ["qa.jsonl", "chats.jsonl", "text.txt"])

@@ -91,6 +91,10 @@ class ConvertConfig:
             raise UsageError(
                 f"`to_onnx` stores float32 or int8, not {self.dtype}; give another `dtype`"
             )
+        if self.to_onnx and self.shard_size != type(self).shard_size:
+            raise UsageError(
+                "`shard_size` is not for `to_onnx`, whose weights lie in one file; leave it out"
+            )
         if self.direct and not self.to_bitnet:
             raise UsageError("`direct` is a way of `to_bitnet`; pass both")
         if self.dtype == "int8" and (self.to_bitnet or self.to_hf):
@@ -100,11 +104,16 @@ class ConvertConfig:
             )
         if self.merge_adapter != bool(self.adapter):
             raise UsageError("`adapter` and `merge_adapter` go together; pass both")
+        name = "from_hf" if self.from_hf else "from_gguf"
         if self.foreign and (self.model or self.adapter):
-            name = "from_hf" if self.from_hf else "from_gguf"
             raise UsageError(f"`{name}` reads a model of its own; leave `model` and `adapter` out")
         if self.from_hf and self.from_gguf:
             raise UsageError("`from_hf` and `from_gguf` each read a model; pass one of them")
+        if self.foreign and self.to_onnx:
+            raise UsageError(
+                f"`{name}` and `to_onnx` are two steps; leave `to_onnx` out, then run "
+                "looptx convert --to-onnx --model FOLDER on what the first one wrote"
+            )
         if self.core and not self.foreign:
             raise UsageError("`core` is for a plain model of `from_hf` or `from_gguf`; pass one")
         if self.core and not re.fullmatch(r"auto|\d{1,6}:\d{1,6}", self.core):

@@ -69,12 +69,18 @@ class Written:
 
 
 def require_onnx() -> None:
-    """Raise `MissingError` where a package is not installed."""
+    """Raise `MissingError` where a package is not installed or can't be imported."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingError(f"`to_onnx` needs the package {error.name}; {_INSTALL}") from error
+    except ImportError as error:  # such as a library that it was built for and is not here
+        reason = " ".join(str(error).split())[:300]
+        raise MissingError(
+            "`to_onnx` needs onnx and onnxruntime, which can't be imported here "
+            f"({reason}); {_INSTALL}"
+        ) from error
 
 
 def graph_depth(source: LoadedModel, loops: int | None) -> int:
@@ -90,6 +96,8 @@ def graph_depth(source: LoadedModel, loops: int | None) -> int:
         raise UsageError(f"{of} encoder of {plural}, which this model reads{other}")
     if config.has_memory:
         raise UsageError(f"{of} place for a memory, which this model has{other}")
+    if config.injection == "streams":
+        raise UsageError(f"{of} streams between loops, which this model has{other}")
     if config.linear in ("ternary", "packed"):
         raise UsageError(
             f"{of} ternary weights, which this model has; take the one it was made from, and "

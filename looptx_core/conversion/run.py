@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,8 @@ def convert(
     source, sources, plain = read_source(config, report)
     out = output_folder(config, source)
     inputs = (*inputs, *config.data, config.model, config.foreign, config.adapter, *sources)
-    if there := check_output(out, "convert", overwrite=overwrite, inputs=inputs):
+    check = partial(check_output, out, "convert", overwrite=overwrite, inputs=inputs)
+    if there := check():
         report(f"replaces {out}: {there}, once the new one is whole")
     check_kinds(config, source)
     was = torch.int8 if source.config.linear == "int8" else source.model.norm.weight.dtype
@@ -153,13 +155,13 @@ def convert(
     remembering = model
     if config.memory:
         remembering = with_memory(model, config.memory, config.memory_window, config.memory_block)
-    checked = compare_with_source(config, model, source.tokenizer, plain, report) if plain else {}
     if config.to_onnx:
-        made = _to_onnx(config, source, model, out, report)
+        made = _to_onnx(config, source, model, out, check, report)
         return ConvertResult(
             out=out, bytes_before=folder_bytes(source.folder), bytes_after=folder_bytes(out),
-            memory_before=memory_before, seconds=time.monotonic() - started, **{**checked, **made},
+            memory_before=memory_before, seconds=time.monotonic() - started, **made,
         )  # fmt: skip
+    checked = compare_with_source(config, model, source.tokenizer, plain, report) if plain else {}
     trains = config.to_bitnet and not config.direct and model.config.linear == "float"
     judged = plain is not None and not config.to_bitnet
     held_out = evaluation_data(
@@ -192,10 +194,13 @@ def convert(
             exit_settings = calibrate(exit_settings, after)
 
     facts = dict(source.facts)
-    if suits or "loss_by_loop" not in facts:
+    if suits:
         facts["loss_by_loop"] = [round(x, 4) for x in after.loss_by_loop]
         if after is not before:
             facts["loss_by_loop_before"] = [round(x, 4) for x in before.loss_by_loop]
+    elif after is not before:  # what the source has was measured with other weights
+        for key in ("loss_by_loop", "loss_by_loop_before"):
+            facts.pop(key, None)
     if config.to_bitnet:
         done = {"data": [held_out.name], "steps": steps, "seed": config.seed} if steps else {}
         losses = {key: facts[key] for key in facts if key.startswith("loss_by_loop")}
@@ -222,7 +227,7 @@ def convert(
             report(f"transformers: the export takes text alone; {kept}")
         weights, files = to_huggingface(weights, files, asdict(exit_settings))
     files["config.json"]["command"] = "convert"
-    check_output(out, "convert", overwrite=overwrite, inputs=inputs)
+    check()
     write_model(out, weights, files, config.shard_size)
     return ConvertResult(
         out=out,
@@ -246,9 +251,10 @@ def _to_onnx(
     source: LoadedModel,
     model: LoopedTransformer,
     out: Path,
+    check: Callable[[], object],
     report: Callable[[str], object],
 ) -> dict[str, Any]:
-    """Write the graph; its part of the result."""
+    """Write the graph, after a `check` of its place; its part of the result."""
     loops = graph_depth(source, config.loops)
     held_out = evaluation_data(config, source, False, report, rows=PLAIN_BATCH)
     _, files = model_files(
@@ -258,6 +264,7 @@ def _to_onnx(
     )  # fmt: skip
     files["config.json"]["command"] = "convert"
     before = _evaluate(model, held_out.batches, loops)
+    check()
     written = write_onnx(
         out, model, loops, onnx_files(files, source, loops), int8=config.dtype == "int8",
         tokens=check_text(source), held_out=held_out.batches.val_dataloader(),
