@@ -114,6 +114,45 @@ def test_bad_places(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "no such file" in capsys.readouterr().err
 
 
+def test_a_sweep_keeps_its_folder(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sweep(text: str, file: str = "grid.yaml", *flags: str) -> tuple[int, str]:
+        Path(file).write_text(text)
+        code = main(["sweep", file, "--out", "out", *flags])
+        return code, capsys.readouterr().err
+
+    monkeypatch.setattr("looptx_cli.sweep._train", lambda cell, run: None)
+    Path("out").mkdir()
+    for own in ("{}", "[]", "{", '{"command": "sweep"}', '{"command": "compare", "rows": []}'):
+        Path("out/sweep.json").write_text(own)
+        code, err = sweep("lr: [0.1, 0.2]")
+        assert code == 2 and err.count("\n") == 1 and "out is there and holds no sweep" in err
+        assert Path("out/sweep.json").read_text() == own
+    Path("out/sweep.json").unlink()
+    code, err = sweep("lr: [0.1, 0.2]\nsteps: 5\ndata: a.txt")
+    written = Path("out/sweep.json").read_text()
+    others = {
+        "lr: [0.1, 0.2]\nsteps: 6\ndata: a.txt": "steps",
+        "lr: [0.1, 0.2]\nsteps: 5": "data",
+        "lr: [0.1, 0.2]\nsteps: [5, 6]\ndata: a.txt": "steps",
+        "lr: 0.1\nsteps: 5\ndata: a.txt\nbeta2: [0.9, 0.99]": "beta2, lr",
+    }
+    for text, key in others.items():
+        code, err = sweep(text)
+        assert code == 2 and f"another grid, by {key}; choose another --out" in err, err
+    inside = Path(json.loads(written)["runs"][0]["folder"], "grid.yaml")
+    inside.parent.mkdir()
+    for file in ("out/sweep.json", "out/sweep.png", str(inside)):
+        code, err = sweep("{lr: [0.1, 0.2], steps: 5, data: a.txt}", file)
+        assert code == 2 and f"{file} stands where the sweep writes" in err, err
+        assert Path(file).read_text().startswith("{lr")
+    Path("out/sweep.json").write_text(written)
+    code, err = sweep("data: a.txt\nsteps: 5\nlr: [0.2, 0.4]\nseeds: [0, 7]", "out/mine.yaml",
+                      "--dry-run")  # fmt: skip
+    assert code == 0, err
+
+
 def test_a_run_is_known_by_all_its_settings(workplace: Path) -> None:
     def names(text: str) -> list[str]:
         Path("grid.yaml").write_text(text)
