@@ -168,6 +168,20 @@ def test_a_run_is_known_by_all_its_settings(workplace: Path) -> None:
     assert all("/" not in name and len(name) < 100 for name in long)
 
 
+@pytest.mark.parametrize("name", ["LOOPTX_LR", "LOOPTX_MODEL_D_MODEL", "LOOPTX_CONFIG"])
+def test_no_settings_beside_the_grid(
+    name: str, workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("grid.yaml").write_text("beta2: [0.9, 0.99]")
+    monkeypatch.setenv("LOOPTX_VOCAB_SIZE", "400")  # of looptx tokenize
+    assert main(["sweep", "grid.yaml", "--dry-run"]) == 0
+    capsys.readouterr()
+    monkeypatch.setenv(name, "8")
+    assert main(["sweep", "grid.yaml", "--dry-run"]) == 2
+    err = capsys.readouterr().err
+    assert f"{name} is set, and a sweep has" in err and err.count("\n") == 1
+
+
 def test_means_have_intervals() -> None:
     assert interval([1.0]) is None
     assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
