@@ -145,7 +145,11 @@ def _run(cell: Cell, folder: Path, place: str, errors: dict[str, str], quiet: bo
         note(f"{said}: failed, {errors[cell.name]}")
         return
     loss = final_loss(run)
-    note(f"{said}: {loss:.4f} nats a token" if loss is not None else f"{said}: not finished", quiet)
+    if loss is None:
+        errors[cell.name] = f"its steps are done and {run} holds no result; remove that folder"
+        note(f"{said}: failed, {errors[cell.name]}")
+        return
+    note(f"{said}: {loss:.4f} nats a token", quiet)
 
 
 def _train(cell: Cell, run: Path) -> None:

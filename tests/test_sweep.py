@@ -55,10 +55,15 @@ def test_a_grid_that_fails_in_part_and_goes_on(
     # One was stopped before its end and goes on; what has finished stays as it is.
     first, second = (Path(run["folder"]) for run in runs[:2])
     assert main(["compare", str(first), str(second), "--quiet"]) == 0, "ordinary runs"
+    shutil.rmtree(second / "final")
+    capsys.readouterr()
+    assert main(["sweep", "grid.yaml", "--quiet"]) == 1, "nothing is left to train"
+    err = capsys.readouterr().err
+    assert f"its steps are done and {second} holds no result; remove that folder" in err
+    assert err.count("failed, gone.txt") == 2 and "3 of 4 runs failed" in err.splitlines()[-1]
     facts = json.loads((second / "run.json").read_text())
     del facts["finished"]
     (second / "run.json").write_text(json.dumps(facts))
-    shutil.rmtree(second / "final")
     before = {file: file.stat().st_mtime_ns for file in first.rglob("*")}
     capsys.readouterr()
     assert main(["sweep", "grid.yaml"]) == 1
