@@ -19,7 +19,7 @@ from looptx_core.atomic import write_file
 from looptx_core.checkpoint.registry import RUNS
 from looptx_core.config.run import TrainConfig
 from looptx_core.config.sweep import Cell, Grid, read_grid, shown
-from looptx_core.documents import to_json
+from looptx_core.documents import read_json, some, to_json
 from looptx_core.errors import Interrupted, LooptxError, UsageError
 from looptx_core.words import counted
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from looptx_core.inspection.sweep import Document
 
 FILE, FIGURE = "sweep.json", "sweep.png"
+_VARIES = object()
+"""In place of a value: of a key that has several."""
 
 
 def sweep(
@@ -61,7 +63,7 @@ def sweep(
     """  # fmt: skip
     found = read_grid(grid)
     folder = out or RUNS / f"sweep-{grid.stem}"
-    _check_folder(folder)
+    _check_folder(folder, grid, found)
     with large_imports():
         from looptx_core.inspection.figures import draw_charts
         from looptx_core.inspection.sweep import sweep_chart, sweep_document
@@ -95,12 +97,29 @@ def sweep(
         )
 
 
-def _check_folder(folder: Path) -> None:
-    """Raise `UsageError` for a folder that holds something else."""
-    if not os.path.lexists(folder):
+def _check_folder(folder: Path, file: Path, grid: Grid) -> None:
+    """Raise `UsageError` for a folder that holds something else than a sweep of these keys and
+    fixed settings, and where the grid's own file would be written over."""
+    root, end = folder.resolve(), file.resolve()
+    names = {FILE, FIGURE, *(cell.name for cells in grid.cells for cell in cells)}
+    if any(end.is_relative_to(root / name) for name in names):
+        raise UsageError(f"{file} stands where the sweep writes; move it, or choose another --out")
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / FILE).is_file()):
-        raise UsageError(f"{folder} is there and holds no sweep; choose another --out")
+    written: dict[str, Any] = {}
+    with contextlib.suppress(LooptxError):
+        written = read_json(folder / FILE)
+    match written:
+        case {"command": "sweep", "fixed": dict(fixed), "rows": [{"settings": dict(varied)}, *_]}:
+            then = fixed | dict.fromkeys(varied, _VARIES)
+        case _:
+            raise UsageError(f"{folder} is there and holds no sweep; choose another --out")
+    now = json.loads(json.dumps(grid.fixed)) | dict.fromkeys(grid.axes, _VARIES)
+    same = {key for key in then.keys() & now.keys() if then[key] == now[key]}
+    if others := sorted((then.keys() | now.keys()) - same):
+        raise UsageError(
+            f"{folder} holds the sweep of another grid, by {some(others)}; choose another --out"
+        )
 
 
 def _run(cell: Cell, folder: Path, place: str, errors: dict[str, str], quiet: bool) -> None:
@@ -126,7 +145,11 @@ def _run(cell: Cell, folder: Path, place: str, errors: dict[str, str], quiet: bo
         note(f"{said}: failed, {errors[cell.name]}")
         return
     loss = final_loss(run)
-    note(f"{said}: {loss:.4f} nats a token" if loss is not None else f"{said}: not finished", quiet)
+    if loss is None:
+        errors[cell.name] = f"its steps are done and {run} holds no result; remove that folder"
+        note(f"{said}: failed, {errors[cell.name]}")
+        return
+    note(f"{said}: {loss:.4f} nats a token", quiet)
 
 
 def _train(cell: Cell, run: Path) -> None:

@@ -55,10 +55,15 @@ def test_a_grid_that_fails_in_part_and_goes_on(
     # One was stopped before its end and goes on; what has finished stays as it is.
     first, second = (Path(run["folder"]) for run in runs[:2])
     assert main(["compare", str(first), str(second), "--quiet"]) == 0, "ordinary runs"
+    shutil.rmtree(second / "final")
+    capsys.readouterr()
+    assert main(["sweep", "grid.yaml", "--quiet"]) == 1, "nothing is left to train"
+    err = capsys.readouterr().err
+    assert f"its steps are done and {second} holds no result; remove that folder" in err
+    assert err.count("failed, gone.txt") == 2 and "3 of 4 runs failed" in err.splitlines()[-1]
     facts = json.loads((second / "run.json").read_text())
     del facts["finished"]
     (second / "run.json").write_text(json.dumps(facts))
-    shutil.rmtree(second / "final")
     before = {file: file.stat().st_mtime_ns for file in first.rglob("*")}
     capsys.readouterr()
     assert main(["sweep", "grid.yaml"]) == 1
@@ -114,6 +119,45 @@ def test_bad_places(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "no such file" in capsys.readouterr().err
 
 
+def test_a_sweep_keeps_its_folder(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sweep(text: str, file: str = "grid.yaml", *flags: str) -> tuple[int, str]:
+        Path(file).write_text(text)
+        code = main(["sweep", file, "--out", "out", *flags])
+        return code, capsys.readouterr().err
+
+    monkeypatch.setattr("looptx_cli.sweep._train", lambda cell, run: None)
+    Path("out").mkdir()
+    for own in ("{}", "[]", "{", '{"command": "sweep"}', '{"command": "compare", "rows": []}'):
+        Path("out/sweep.json").write_text(own)
+        code, err = sweep("lr: [0.1, 0.2]")
+        assert code == 2 and err.count("\n") == 1 and "out is there and holds no sweep" in err
+        assert Path("out/sweep.json").read_text() == own
+    Path("out/sweep.json").unlink()
+    code, err = sweep("lr: [0.1, 0.2]\nsteps: 5\ndata: a.txt")
+    written = Path("out/sweep.json").read_text()
+    others = {
+        "lr: [0.1, 0.2]\nsteps: 6\ndata: a.txt": "steps",
+        "lr: [0.1, 0.2]\nsteps: 5": "data",
+        "lr: [0.1, 0.2]\nsteps: [5, 6]\ndata: a.txt": "steps",
+        "lr: 0.1\nsteps: 5\ndata: a.txt\nbeta2: [0.9, 0.99]": "beta2, lr",
+    }
+    for text, key in others.items():
+        code, err = sweep(text)
+        assert code == 2 and f"another grid, by {key}; choose another --out" in err, err
+    inside = Path(json.loads(written)["runs"][0]["folder"], "grid.yaml")
+    inside.parent.mkdir()
+    for file in ("out/sweep.json", "out/sweep.png", str(inside)):
+        code, err = sweep("{lr: [0.1, 0.2], steps: 5, data: a.txt}", file)
+        assert code == 2 and f"{file} stands where the sweep writes" in err, err
+        assert Path(file).read_text().startswith("{lr")
+    Path("out/sweep.json").write_text(written)
+    code, err = sweep("data: a.txt\nsteps: 5\nlr: [0.2, 0.4]\nseeds: [0, 7]", "out/mine.yaml",
+                      "--dry-run")  # fmt: skip
+    assert code == 0, err
+
+
 def test_a_run_is_known_by_all_its_settings(workplace: Path) -> None:
     def names(text: str) -> list[str]:
         Path("grid.yaml").write_text(text)
@@ -127,6 +171,20 @@ def test_a_run_is_known_by_all_its_settings(workplace: Path) -> None:
     assert odd.startswith("seed-0-"), "what does not vary is not in the name"
     long = names(f"data: [{'a' * 300}, '../b/c']")
     assert all("/" not in name and len(name) < 100 for name in long)
+
+
+@pytest.mark.parametrize("name", ["LOOPTX_LR", "LOOPTX_MODEL_D_MODEL", "LOOPTX_CONFIG"])
+def test_no_settings_beside_the_grid(
+    name: str, workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("grid.yaml").write_text("beta2: [0.9, 0.99]")
+    monkeypatch.setenv("LOOPTX_VOCAB_SIZE", "400")  # of looptx tokenize
+    assert main(["sweep", "grid.yaml", "--dry-run"]) == 0
+    capsys.readouterr()
+    monkeypatch.setenv(name, "8")
+    assert main(["sweep", "grid.yaml", "--dry-run"]) == 2
+    err = capsys.readouterr().err
+    assert f"{name} is set, and a sweep has" in err and err.count("\n") == 1
 
 
 def test_means_have_intervals() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from looptx_core.config.model import ModelConfig
-from looptx_core.config.resolve import keys_in, keys_of, resolve
+from looptx_core.config.resolve import PREFIX, config_file, keys_in, keys_of, resolve
 from looptx_core.config.run import TrainConfig
 from looptx_core.documents import short
 from looptx_core.errors import UsageError
@@ -89,8 +89,10 @@ def read_grid(file: Path) -> Grid:
 
     Raises:
         UsageError: a key that `looptx train` has not or a grid can't have, an empty list, a value
-            twice, more than `MOST_RUNS` runs, or settings that do not fit together.
+            twice, more than `MOST_RUNS` runs, settings that do not fit together, or settings in the
+            environment.
     """
+    _check_environment()
     hints = keys_of({"": TrainConfig, **SECTIONS})
     axes: dict[str, list[Any]] = {}
     fixed: dict[str, Any] = {}
@@ -127,6 +129,17 @@ def read_grid(file: Path) -> Grid:
             said = ", ".join(f"{key} {shown(value)}" for key, value in cell.varied.items())
             raise UsageError(f"{file}{said and f', with {said}'}: {error}") from error
     return grid
+
+
+def _check_environment() -> None:
+    """Raise `UsageError` for settings beside the grid, which no run's name would tell."""
+    if config_file(None):
+        given = [PREFIX + "CONFIG"]
+    else:
+        origins = resolve(TrainConfig, SECTIONS).origins.values()
+        given = [origin for origin in origins if origin.startswith(PREFIX)]
+    if given:
+        raise UsageError(f"{given[0]} is set, and a sweep has all settings in its grid; unset it")
 
 
 def _distinct(values: list[Any], hint: Any, where: str) -> list[Any]:
