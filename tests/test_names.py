@@ -32,7 +32,7 @@ PRIVATE_WORDS = {
     "follow": "score_forced", "Followed": "ForcedScores", "Work": "WorkCounters",
     "forget": "truncate", "grow": "advance", "obstacle": "unsupported_reason",
     "Track": "GraphPass", "Spread": "ParallelLayout", "Hold": "MemoryUse", "Need": "MemoryEstimate",
-    "sweep": "remove_partial", "Piece": "TensorShard",
+    "Piece": "TensorShard",
 }  # fmt: skip
 MAX_LINES = 400
 
