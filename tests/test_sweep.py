@@ -72,12 +72,20 @@ def test_a_grid_that_fails_in_part_and_goes_on(
     assert "2 of 2" in out and "best" in out
     assert {file: file.stat().st_mtime_ns for file in first.rglob("*")} == before
 
-    def stopped(*_: object) -> None:
-        raise Interrupted("stopped and saved")
+    # Stopped after the second, which finishes meanwhile.
+    (second / "final").rename("aside")
+
+    def stopped(_: object, run: Path) -> None:
+        if run != second:
+            raise Interrupted("stopped and saved")
+        Path("aside").rename(second / "final")
 
     monkeypatch.setattr("looptx_cli.sweep._train", stopped)
     assert main(["sweep", "grid.yaml", "--quiet"]) == 130
     assert "stopped and saved" in capsys.readouterr().err
+    written = json.loads(Path("runs/sweep-grid/sweep.json").read_text())
+    assert [run["state"] for run in written["runs"]] == ["finished", "finished", "new", "new"]
+    assert written["rows"][0]["seeds"] == 2
 
 
 BAD = {
