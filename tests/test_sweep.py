@@ -102,6 +102,10 @@ BAD = {
     "too many": (f"seeds: {list(range(100))}\nlr: {[n + 1 for n in range(100)]}",
                  f"10,000 runs, and the limit is {MOST_RUNS:,}"),
     "not YAML": ("lr: [", "not valid YAML"),
+    "two lengths": ("steps: 5\nepochs: [1, 2]", "with epochs 1: `epochs` and `steps` each say"),
+    "two shapes": ("preset: small\ninit: [a, b]", "with init a: `init` brings the model's own"),
+    "a key twice": ("model.core_layers: [1, 2]\nmodel: {core_layers: 3}",
+                    "grid.yaml, line 2: model.core_layers stands twice"),
     "a context": ("seq_len: [64, 4096]", "with seq_len 4096: "),
 }  # fmt: skip
 
