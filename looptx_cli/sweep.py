@@ -80,10 +80,12 @@ def sweep(
     write_file(file, to_json({"command": "sweep", **sweep_document(found, folder, {})}),
                parents=True)  # fmt: skip
     errors: dict[str, str] = {}
-    for number, cell in enumerate(runs, 1):
-        _run(cell, folder, f"{number} of {len(runs)}", errors, quiet)
-    document = sweep_document(found, folder, errors)
-    write_file(file, to_json({"command": "sweep", **document}))
+    try:
+        for number, cell in enumerate(runs, 1):
+            _run(cell, folder, f"{number} of {len(runs)}", errors, quiet)
+    finally:  # what was reached until an interrupt, too
+        document = sweep_document(found, folder, errors)
+        write_file(file, to_json({"command": "sweep", **document}))
     draw_charts([sweep_chart(found, document)], folder / FIGURE)
     if as_json:
         _print(document)

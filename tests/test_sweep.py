@@ -72,12 +72,20 @@ def test_a_grid_that_fails_in_part_and_goes_on(
     assert "2 of 2" in out and "best" in out
     assert {file: file.stat().st_mtime_ns for file in first.rglob("*")} == before
 
-    def stopped(*_: object) -> None:
-        raise Interrupted("stopped and saved")
+    # Stopped after the second, which finishes meanwhile.
+    (second / "final").rename("aside")
+
+    def stopped(_: object, run: Path) -> None:
+        if run != second:
+            raise Interrupted("stopped and saved")
+        Path("aside").rename(second / "final")
 
     monkeypatch.setattr("looptx_cli.sweep._train", stopped)
     assert main(["sweep", "grid.yaml", "--quiet"]) == 130
     assert "stopped and saved" in capsys.readouterr().err
+    written = json.loads(Path("runs/sweep-grid/sweep.json").read_text())
+    assert [run["state"] for run in written["runs"]] == ["finished", "finished", "new", "new"]
+    assert written["rows"][0]["seeds"] == 2
 
 
 BAD = {
@@ -94,6 +102,10 @@ BAD = {
     "too many": (f"seeds: {list(range(100))}\nlr: {[n + 1 for n in range(100)]}",
                  f"10,000 runs, and the limit is {MOST_RUNS:,}"),
     "not YAML": ("lr: [", "not valid YAML"),
+    "two lengths": ("steps: 5\nepochs: [1, 2]", "with epochs 1: `epochs` and `steps` each say"),
+    "two shapes": ("preset: small\ninit: [a, b]", "with init a: `init` brings the model's own"),
+    "a key twice": ("model.core_layers: [1, 2]\nmodel: {core_layers: 3}",
+                    "grid.yaml, line 2: model.core_layers stands twice"),
     "a context": ("seq_len: [64, 4096]", "with seq_len 4096: "),
 }  # fmt: skip
 
