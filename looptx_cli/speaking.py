@@ -100,8 +100,8 @@ def speak_text(
         print_now("".join(f"{line}\n" for line in token_lines(engine, result)))
     note(
         f"{media['seconds']:.2f} s of speech, {len(media['codes'])} codes, {result.mean_loops:.2f} "
-        f"loops a token of {config.max_loops}, in {result.tokens[-1].seconds:.2f} s, made "
-        f"sound in {media['elapsed']:.2f} s",
+        f"loops a token of {config.max_loops}, in {result.tokens[-1].seconds:.2f} s, then "
+        f"{media['elapsed']:.2f} s from codes to sound",
         quiet,
     )
     if not iterations:
