@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from finetuning_cases import QUICK, logits
+from finetuning_cases import QUICK, SHAPE, logits
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +21,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.presets import PRESETS
 from looptx_core.config.run import TrainConfig
 from looptx_core.errors import UsageError
-from looptx_core.finetuning.adapters import attach, load_adapter
+from looptx_core.finetuning.adapters import attach, load_adapter, targets
 from looptx_core.finetuning.merge import merge, merge_adapter
 from looptx_core.finetuning.quantise import quantise, stored_bytes
 from looptx_core.finetuning.run import finetune, prepare
@@ -197,6 +198,14 @@ class StopAt(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         if trainer.global_step == 5:
             raise RuntimeError("pulled the plug")
+
+
+def test_adapters_leave_the_gates_of_streams_alone() -> None:
+    model = LoopedTransformer(replace(SHAPE, injection="streams"))
+    for gate in ("read", "write"):
+        others = "there are (?!.*(read|write))"
+        with pytest.raises(UsageError, match=f"{gate}: matches no layer; {others}"):
+            targets(model, ["q_proj", gate])
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "per loop nf4"])

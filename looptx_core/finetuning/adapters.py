@@ -107,11 +107,13 @@ def _encoders(model: LoopedTransformer) -> list[str]:
 
 def targets(model: LoopedTransformer, names: Sequence[str]) -> list[str]:
     """The full names of the linear layers that `names` mean, by their ends."""
-    left_out = ("confidence.", *(f"{name}." for name in _encoders(model)))
+    left_out = ["confidence.", *(f"{name}." for name in _encoders(model))]
+    if model.injection.kind == "streams":  # whose gates are no layers of a block
+        left_out.append("injection.")
     linear = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(left_out)
+        if isinstance(module, nn.Linear) and not name.startswith(tuple(left_out))
     }
     found: set[str] = set()
     for target in names:
