@@ -16,8 +16,11 @@ from safetensors.torch import load_file
 from test_training_objective import MODEL
 
 from looptx_core.checkpoint.folder import read_exit
+from looptx_core.config.model import ModelConfig
+from looptx_core.config.run import TrainConfig
 from looptx_core.training.callbacks import read_metrics
 from looptx_core.training.curves import verdict
+from looptx_core.training.run import train
 
 SETTINGS = {
     "steps": 12, "seq_len": 32, "batch_size": 8, "micro_batch": 4, "save_every": 4, "val_every": 6,
@@ -112,6 +115,20 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, shards) -> None:
     assert process.returncode == 130, err
     assert f"--resume {folder}" in err.splitlines()[-1] and "minutes left" in err
     assert len(list(folder.glob("checkpoints/*.ckpt"))) == 1
+
+
+def test_signals_are_put_back_after_a_run(tmp_path, shards) -> None:
+    """What comes after the training, as a calibration, ends by a signal as before it."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    given = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    try:
+        settings = TrainConfig(steps=1, seq_len=16, batch_size=1, val_batches=1)
+        shape = ModelConfig(d_model=16, n_heads=1, n_kv_heads=1, head_dim=16, d_ff=16, max_loops=1)
+        train(settings, shape, data=shards, folder=tmp_path / "run")
+        assert [signal.getsignal(n) for n in numbers] == [signal.default_int_handler] * 3
+    finally:
+        for number, handler in zip(numbers, given):
+            signal.signal(number, handler)
 
 
 def test_a_loss_of_nan_stops_and_keeps_the_checkpoint(tmp_path, shards) -> None:

@@ -134,7 +134,10 @@ def test_bad_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = io.BytesIO()
     Image.new("1", (20_000, 4)).save(wide, "PNG")
     assert VIDEO.read(wide.getvalue(), WATCHING).grid[:3] == (1, 1, 4)
-    for content, says in ((b"nothing", "not a picture"), (clip([1, 2])[:60], "damaged|not a pic")):
+    for content, says in (
+        (b"nothing", "not a clip"),
+        (clip([1, 2])[:60], "damaged clip|not a clip"),
+    ):
         with pytest.raises(DataError, match=says):
             VIDEO.read(content, WATCHING)
     with pytest.raises(DataError, match="no such clip"):

@@ -234,9 +234,8 @@ class StopCleanly(L.Callback):
             # What nohup ignores stays ignored.
             if number is None or signal.getsignal(number) is signal.SIG_IGN:
                 continue
-            before = signal.signal(number, self._on_signal)
-            if before != self._on_signal:
-                self._handlers[number] = before
+            self._handlers.setdefault(number, signal.getsignal(number))
+            signal.signal(number, self._on_signal)
 
     def on_exception(
         self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
@@ -278,7 +277,8 @@ class StopCleanly(L.Callback):
             self._save(trainer)
             trainer.should_stop = True
 
-    def teardown(self, *_: Any, **__: Any) -> None:
+    def restore_signals(self) -> None:
+        """To be called after the run: Lightning ends by putting back what it found, our handler."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}

@@ -337,6 +337,7 @@ def fit(
                 raise LooptxError(f"another process of this run is gone; {advice}") from error
             raise
         finally:
+            stop.restore_signals()
             if swap := getattr(strategy, "swap", None):
                 swap.close()
             fused.enable_fused(False)

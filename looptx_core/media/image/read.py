@@ -108,8 +108,16 @@ def preprocessor(config: ModelConfig) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def opened(source: Source, where: str | None) -> Iterator[Image.Image]:
-    """An opened picture of a bearable size; what goes wrong while it is read is a `DataError`."""
+def opened(
+    source: Source,
+    where: str | None,
+    noun: str = "picture",
+    kinds: str = "PNG, JPEG, WebP, GIF, BMP or TIFF",
+) -> Iterator[Image.Image]:
+    """An opened picture of a bearable size; what goes wrong while it is read is a `DataError`.
+
+    noun, kinds: what it is called in errors, and the files that are read.
+    """
     name = _name(source, where)
     try:
         with warnings.catch_warnings():
@@ -122,17 +130,15 @@ def opened(source: Source, where: str | None) -> Iterator[Image.Image]:
             check_size(*image.size, name)
             yield image
     except FileNotFoundError as error:
-        raise DataError(f"{name}: no such picture; check the path") from error
+        raise DataError(f"{name}: no such {noun}; check the path") from error
     except (UnidentifiedImageError, IsADirectoryError) as error:
-        raise DataError(
-            f"{name}: not a picture that can be read; give PNG, JPEG, WebP, GIF, BMP or TIFF"
-        ) from error
+        raise DataError(f"{name}: not a {noun} that can be read; give {kinds}") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{name}: far too many pixels; {_TOO_LARGE}") from error
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error, IndexError,
             KeyError, TypeError, ZeroDivisionError, OverflowError) as error:  # fmt: skip
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{name}: a damaged picture ({reason}); save it again") from error
+        raise DataError(f"{name}: a damaged {noun} ({reason}); save it again") from error
 
 
 def moves(file: Path) -> bool:

@@ -164,7 +164,7 @@ class _Pictures:
 
 
 def _by_pillow(source: Source, name: str) -> Iterator[Frame]:
-    with opened(source, name) as image:
+    with opened(source, name, "clip", "animated WebP, GIF, APNG, MP4 or WebM") as image:
         count, begin = getattr(image, "n_frames", 1), 0.0
         if count > MOST_FRAMES:
             raise DataError(f"{name}: over {MOST_FRAMES:,} frames; cut the clip first")
