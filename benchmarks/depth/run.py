@@ -27,6 +27,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,13 +72,13 @@ CHECK = Size(
 )  # fmt: skip
 
 
-def shape(width: int, blocks: int, loops: int, **changes: object) -> ModelConfig:
+def shape(width: int, blocks: int, loops: int, **changes: Any) -> ModelConfig:
     """A core alone, run `loops` times. At one loop the injection is a norm on the embedding."""
     config = ModelConfig(
         vocab_size=VOCAB, prelude_layers=0, core_layers=blocks, coda_layers=0, max_loops=loops,
         d_model=width, n_heads=width // 16, n_kv_heads=width // 16, head_dim=16, d_ff=3 * width,
     )  # fmt: skip
-    return replace(config, **changes)  # type: ignore[arg-type]
+    return replace(config, **changes)
 
 
 class Runs:
