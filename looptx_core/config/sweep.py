@@ -20,6 +20,8 @@ from looptx_core.errors import UsageError
 from looptx_core.schema import coerce
 
 MOST_RUNS = 1_000
+FILE = "sweep.json"
+"""Of a sweep's folder: what its runs reached."""
 SECTIONS = {"model": ModelConfig}
 _SEEDS = "seeds"
 _OTHERS = {
