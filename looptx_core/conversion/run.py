@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from looptx_core.checkpoint.card import descended
+from looptx_core.checkpoint.card import descended, unmeasured
 from looptx_core.checkpoint.folder import (
     LoadedModel,
     model_files,
@@ -24,6 +24,7 @@ from looptx_core.config.run import TrainConfig
 from looptx_core.conversion.huggingface import to_huggingface
 from looptx_core.conversion.memory import with_memory
 from looptx_core.conversion.onnx_folder import (
+    Written,
     check_text,
     graph_depth,
     onnx_files,
@@ -193,14 +194,11 @@ def convert(
         if suits and loops == model.config.max_loops:
             exit_settings = calibrate(exit_settings, after)
 
-    facts = dict(source.facts)
+    facts = dict(source.facts) if after is before else unmeasured(source.facts)
     if suits:
         facts["loss_by_loop"] = [round(x, 4) for x in after.loss_by_loop]
         if after is not before:
             facts["loss_by_loop_before"] = [round(x, 4) for x in before.loss_by_loop]
-    elif after is not before:  # what the source has was measured with other weights
-        for key in ("loss_by_loop", "loss_by_loop_before"):
-            facts.pop(key, None)
     if config.to_bitnet:
         done = {"data": [held_out.name], "steps": steps, "seed": config.seed} if steps else {}
         losses = {key: facts[key] for key in facts if key.startswith("loss_by_loop")}
@@ -257,20 +255,30 @@ def _to_onnx(
     """Write the graph, after a `check` of its place; its part of the result."""
     loops = graph_depth(source, config.loops)
     held_out = evaluation_data(config, source, False, report, rows=PLAIN_BATCH)
-    _, files = model_files(
-        out, model, source.tokenizer, source.exit,
-        {**source.facts, "converted_from": source.name}, chat_template=source.chat_template,
-        special=source.special,
-    )  # fmt: skip
-    files["config.json"]["command"] = "convert"
-    before = _evaluate(model, held_out.batches, loops)
+    before = _evaluate(model, held_out.batches, loops).loss_by_loop[-1]
+    int8 = config.dtype == "int8"
+
+    def files(written: Written) -> dict[str, Any]:
+        facts = unmeasured(source.facts)  # the graph has one depth, and perhaps rounded weights
+        if held_out.own or config.data:
+            facts |= {"loss": round(written.loss, 4), "loss_before": round(before, 4)}
+        facts["converted_from"] = source.name
+        if int8:
+            facts["quantised"] = "int8, by onnxruntime"
+        _, made = model_files(
+            out, model, source.tokenizer, source.exit, facts, chat_template=source.chat_template,
+            special=source.special,
+        )  # fmt: skip
+        made["config.json"]["command"] = "convert"
+        return onnx_files(made, source, loops)
+
     check()
     written = write_onnx(
-        out, model, loops, onnx_files(files, source, loops), int8=config.dtype == "int8",
-        tokens=check_text(source), held_out=held_out.batches.val_dataloader(),
+        out, model, loops, files, int8=int8, tokens=check_text(source),
+        held_out=held_out.batches.val_dataloader(),
     )  # fmt: skip
     return {
-        "loss_by_loop_before": before.loss_by_loop[-1:],
+        "loss_by_loop_before": [before],
         "loss_by_loop": [written.loss],
         "judged_by": held_out.name,
         "own": held_out.own,

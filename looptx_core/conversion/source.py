@@ -15,6 +15,7 @@ from looptx_core.checkpoint.folder import LoadedModel, load_model
 from looptx_core.checkpoint.registry import local_folder, resolve_adapter, resolve_model
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.conversion.huggingface import from_huggingface
+from looptx_core.conversion.onnx_folder import check_folder
 from looptx_core.conversion.pretrained import Looping, is_plain, open_plain
 from looptx_core.conversion.source_check import (
     logit_difference,
@@ -57,7 +58,8 @@ def read_source(
         assert found.adapter is not None
         report(f"model: {found.folder}, with the adapter {found.adapter}")
         return merge(found.folder, found.adapter), [found.folder, found.adapter], None
-    found = resolve_model(config.model, need=frozenset({"weights"}))
+    suits = check_folder if config.to_onnx else lambda folder: None
+    found = resolve_model(config.model, need=frozenset({"weights"}), check=suits)
     if config.model is None:
         report(f"model: {found.folder}, {found.reason}")
     return load_model(found.folder), [found.folder], None
