@@ -136,6 +136,7 @@ def evaluation_data(
         batches=config.finetune_steps,
         val_batches=VAL_BATCHES,
         seed=config.seed,
+        held_out_only=not config.to_bitnet,  # which sets its scales by a batch of training
         report=report,
     )
     return EvaluationData(batches, name, mine, data if trains else own)
