@@ -170,12 +170,21 @@ def tokenizer_values(
     for pre in _WRITTEN_AS:
         found = {f"tokenizer.ggml.{name}": value for name, value in (values | {"pre": pre}).items()}
         built, _, _ = read_gguf_tokenizer(found, str(where))
-        if all(built.encode(text).ids == tokenizer.encode(text).ids for text in _PROBES):
+        if _words(built) == _words(tokenizer) and all(
+            built.encode(text).ids == tokenizer.encode(text).ids for text in _PROBES
+        ):
             return found
     raise UsageError(
         f"{where}: its tokenizer splits words in a way of its own, and {', '.join(_WRITTEN_AS)} "
         "are written by `to_gguf`; give another model"
     )
+
+
+def _words(tokenizer: Tokenizer) -> list[Any]:
+    """How the tokenizer splits the probes, before any merge."""
+    normal, split = tokenizer.normalizer, tokenizer.pre_tokenizer
+    texts = [normal.normalize_str(text) if normal else text for text in _PROBES]
+    return [split.pre_tokenize_str(text) if split else text for text in texts]
 
 
 def _pre_tokenizer(kind: _Kind) -> pre_tokenizers.PreTokenizer:
