@@ -134,6 +134,7 @@ def evaluation_data(
         batches=config.finetune_steps,
         val_batches=VAL_BATCHES,
         seed=config.seed,
+        chat=source.chat,
         report=report,
     )
     return EvaluationData(batches, name, mine, data if trains else own)
