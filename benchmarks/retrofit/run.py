@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.record import write
-from benchmarks.retrofit.chains import chains
+from benchmarks.retrofit.chains import chats
 from looptx_core.checkpoint.folder import LoadedModel, load_model
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.finetuning.adapters import load_adapter
@@ -36,18 +36,25 @@ from looptx_core.training.control import control_changes, counted_share, text_lo
 HELD_OUT_SEED = 10_000
 
 
-def questions(args: argparse.Namespace, hops: int) -> list[dict[str, str]]:
-    """Held-out ones of one kind."""
-    return list(chains(HELD_OUT_SEED + hops, args.questions, args.people, [hops]))
+def questions(args: argparse.Namespace, hops: int) -> list[list[dict[str, str]]]:
+    """Held-out chats of one question of one kind."""
+    asked = chats(HELD_OUT_SEED + hops, args.questions, args.people, [hops], 1)
+    return [record["messages"] for record in asked]
 
 
 @torch.no_grad()
-def share_right(loaded: LoadedModel, asked: list[dict[str, str]], loops: int) -> list[float]:
+def share_right(loaded: LoadedModel, asked: list[list[dict[str, str]]], loops: int) -> list[float]:
     """Share of the answers whose first token is the most likely one, by loop."""
-    encode = loaded.tokenizer.encode
+    template, tokenizer = loaded.chat, loaded.tokenizer
+    assert template is not None, "the base must be an instruct model, with a chat template"
     right = torch.zeros(loops)
-    rows = [(encode(q["prompt"]).ids, encode(q["response"], add_special_tokens=False).ids[0])
-            for q in asked]  # fmt: skip
+    rows = [
+        (
+            template.prompt([question], tokenizer),
+            tokenizer.encode(answer["content"], add_special_tokens=False).ids[0],
+        )
+        for question, answer in asked
+    ]
     rows.sort(key=lambda row: len(row[0]))
     for _, some in itertools.groupby(rows, key=lambda row: len(row[0])):
         same = list(some)
@@ -85,16 +92,17 @@ def trained(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, required=True, help="A converted model with a core.")
-    parser.add_argument("--people", type=int, default=4)
-    parser.add_argument("--hops", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=4, help="Sequences a step.")
-    parser.add_argument("--seq-len", type=int, default=132)
+    parser.add_argument("--people", type=int, default=6)
+    parser.add_argument("--hops", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--asked", type=int, default=6, help="Questions about each ring.")
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--batch", type=int, default=8, help="Sequences a step.")
+    parser.add_argument("--seq-len", type=int, default=192)
     parser.add_argument("--max-loops", type=int, default=2)
     parser.add_argument("--layers", choices=["core", "all", "later"], default="core")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--questions", type=int, default=60, help="Held out, for each hop.")
+    parser.add_argument("--questions", type=int, default=200, help="Held out, for each hop.")
     parser.add_argument("--examples", type=int, default=4000)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--seed", type=int, default=0)
@@ -115,8 +123,8 @@ def main() -> None:
         place = Path(scratch)
         data = place / "chains.jsonl"
         data.write_text("".join(
-            json.dumps(record) + "\n"
-            for record in chains(args.seed, args.examples, args.people, args.hops)
+            json.dumps(record) + "\n" for record in
+            chats(args.seed, args.examples, args.people, args.hops, args.asked)
         ))  # fmt: skip
         looped, counted = trained(args, config, str(data), place / "looped")
         changes: Any = control_changes(config, base.config, looped.flops, counted)
