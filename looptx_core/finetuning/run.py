@@ -48,6 +48,7 @@ from looptx_core.training.evaluate import LoopEvaluation, evaluate_all
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.metrics import calibration_error
 from looptx_core.training.run import fit, report_unlabelled, resuming
+from looptx_core.training.task_evaluation import task_evaluation
 from looptx_core.training.teacher import check_teacher
 from looptx_core.words import counted
 
@@ -210,9 +211,10 @@ def finetune(
     before = prepared.before
     assert before is not None, "a prepared run has judged its base"
     model, peft, loops = loaded.model, prepared.peft, prepared.loops
+    evaluation = task_evaluation(config, loaded.tokenizer, loaded.special, report)
     module, steps = fit(
         model, batches, config, folder=folder, advice=resuming("finetune", folder), resume=resume,
-        until=until, callbacks=callbacks, report=report, watch=watch,
+        until=until, callbacks=[*callbacks, *evaluation], report=report, watch=watch,
     )  # fmt: skip
     if not is_first():
         return None
