@@ -6,7 +6,7 @@
     python -m benchmarks.retrofit.run --base smol --people 12 --hops 1 2 3 4 5 6 7 8 \
         --steps 3000 --batch 64 --max-loops 4 --variant gpu
 
-Adapters and the bridge are trained on chats about chains of look-ups (`chains.py`), on the layers
+Adapters and the bridge are trained on chains of look-ups (`chains.py`), on the layers
 of the core (`--layers all`: on all of them), the depth growing from one loop. The control has the
 same data, adapters and FLOPs, and one loop. Both answer held-out questions, greedily, a row for
 each number of hops and of loops. Resumable, by seed and layers; half an hour of a core a seed.
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.record import results_file, rows_so_far, write
-from benchmarks.retrofit.chains import chats
+from benchmarks.retrofit.chains import chains
 from looptx_core.checkpoint.folder import LoadedModel, load_model
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.finetuning.adapters import load_adapter
@@ -35,25 +35,18 @@ from looptx_core.training.control import control_changes, counted_share, text_lo
 HELD_OUT_SEED = 10_000
 
 
-def questions(args: argparse.Namespace, hops: int) -> list[list[dict[str, str]]]:
-    """Held-out chats of one question of one kind."""
-    asked = chats(HELD_OUT_SEED + hops, args.questions, args.people, [hops], 1)
-    return [record["messages"] for record in asked]
+def questions(args: argparse.Namespace, hops: int) -> list[dict[str, str]]:
+    """Held-out ones of one kind."""
+    return list(chains(HELD_OUT_SEED + hops, args.questions, args.people, [hops]))
 
 
 @torch.no_grad()
-def share_right(loaded: LoadedModel, asked: list[list[dict[str, str]]], loops: int) -> list[float]:
+def share_right(loaded: LoadedModel, asked: list[dict[str, str]], loops: int) -> list[float]:
     """Share of the answers whose first token is the most likely one, by loop."""
-    template, tokenizer = loaded.chat, loaded.tokenizer
-    assert template is not None, "the base must be an instruct model, with a chat template"
+    encode = loaded.tokenizer.encode
     right = torch.zeros(loops)
-    rows = [
-        (
-            template.prompt([question], tokenizer),
-            tokenizer.encode(answer["content"], add_special_tokens=False).ids[0],
-        )
-        for question, answer in asked
-    ]
+    rows = [(encode(q["prompt"]).ids, encode(q["response"], add_special_tokens=False).ids[0])
+            for q in asked]  # fmt: skip
     rows.sort(key=lambda row: len(row[0]))
     for _, some in itertools.groupby(rows, key=lambda row: len(row[0])):
         same = list(some)
@@ -94,8 +87,8 @@ def measured(args: argparse.Namespace, config: FinetuneConfig) -> list[Any]:
     rows = rows_of(args, "base", base, 1)
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        data = place / "chats.jsonl"
-        records = chats(config.seed, args.examples, args.people, args.hops, args.asked)
+        data = place / "chains.jsonl"
+        records = chains(config.seed, args.examples, args.people, args.hops)
         data.write_text("".join(json.dumps(record) + "\n" for record in records))
         looped, counted = trained(args, config, str(data), place / "looped")
         changes: Any = control_changes(config, base.config, looped.flops, counted)
@@ -115,9 +108,8 @@ def measured(args: argparse.Namespace, config: FinetuneConfig) -> list[Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, required=True, help="A converted model with a core.")
-    parser.add_argument("--people", type=int, default=6)
+    parser.add_argument("--people", type=int, default=5)
     parser.add_argument("--hops", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--asked", type=int, default=6, help="Questions about each ring.")
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--batch", type=int, default=8, help="Sequences a step.")
     parser.add_argument("--seq-len", type=int, default=192)
@@ -126,7 +118,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--questions", type=int, default=200, help="Held out, for each hop.")
-    parser.add_argument("--examples", type=int, default=4000)
+    parser.add_argument("--examples", type=int, default=8000)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variant", default="")

@@ -108,9 +108,9 @@ def section() -> str:
 ## Do loops pay in a pretrained model?
 
 SmolLM2-135M-Instruct with a core of its own layers, and adapters of rank {settings["rank"]}, after
-{steps["looped"]} steps of {settings["batch"]} chats about chains of look-ups ("Who is Ann's boss's
-boss?", {settings["people"]} people, {settings["asked"]} questions a chat); the control is trained
-without loops, {steps["control"]} steps at the same FLOPs. Percent of held-out questions
+{steps["looped"]} steps of {settings["batch"]} rows of chains of look-ups ("Ann's boss's boss is",
+{settings["people"]} people); the control is trained without loops, {steps["control"]} steps at the
+same FLOPs. Percent of held-out questions
 ({settings["questions"]} of each kind) whose answer is the likeliest token, and nats a token on
 *Moby Dick*, of which the adapters saw nothing. The aims: later loops bring 10 points at the most
 hops, one loop is at most 3 below the control, and other text costs at most 0.5 % more than the
