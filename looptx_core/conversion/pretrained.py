@@ -161,12 +161,17 @@ def _window(settings: Mapping[str, Any]) -> float:
     return settings.get("sliding_window") or math.inf if slides else math.inf
 
 
-def looped_names(config: ModelConfig) -> Callable[[str], str | None]:
-    """From transformers' names of tensors to the looped model's; None for a tied head."""
-    counts = {"prelude": config.prelude_layers, "core": config.core_layers,
-              "coda": config.coda_layers}  # fmt: skip
+def looped_names(config: ModelConfig, loops: int = 1) -> Callable[[str], str | None]:
+    """From transformers' names of tensors to the looped model's; None for a tied head.
+
+    loops: how often the core's layers stand in transformers' stack.
+    """
     modules = {"self_attn": "attention", **_NORMS[config.norm_position]}
-    places = [f"{part}.{number}" for part, count in counts.items() for number in range(count)]
+    places = [
+        *(f"prelude.{number}" for number in range(config.prelude_layers)),
+        *[f"core.{number}" for number in range(config.core_layers)] * loops,
+        *(f"coda.{number}" for number in range(config.coda_layers)),
+    ]
 
     def rename(name: str) -> str | None:
         if name in _TOP:
