@@ -8,7 +8,8 @@ CPU time, so that they hold on a shared machine; read the ratios.
 
     python -m benchmarks.memory.decoding [--presets nano small] [--rounds 9] [--check]
 
-Three minutes on one core. `--check` measures one round of `nano` and leaves no record.
+Three minutes on a core of one's own. A preset that is measured anew replaces its rows in the
+record, others stay. `--check` measures one round of `nano` and leaves no record.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.common.record import write
+from benchmarks.common.record import results_file, rows_so_far, write
 from benchmarks.decode_speed.run import engine_of
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
@@ -87,6 +88,8 @@ def main() -> None:
             for row in rows[-len(SIDES) :]:
                 print({key: row[key] for key in list(row)[:-1]}, flush=True)
     if not args.check:
+        earlier = rows_so_far(results_file("memory.decoding"))
+        rows = [*(row for row in earlier if row["preset"] not in args.presets), *rows]
         write("memory.decoding", "decoding by the CPU kernel with a memory and without", rows,
               settings={"rounds": args.rounds, "window": WINDOW, "block": BLOCK})  # fmt: skip
 
