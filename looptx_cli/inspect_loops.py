@@ -125,7 +125,7 @@ def _data(
             batches = open_data(
                 own, loaded.tokenizer, loaded.config, seq_len=settings.seq_len,
                 rows=settings.batch_size, batches=1, val_batches=settings.val_batches,
-                report=lambda line: note(line, quiet),
+                chat=loaded.chat, report=lambda line: note(line, quiet),
             )  # fmt: skip
             return batches, own.name
         what = ", ".join(own.inputs)

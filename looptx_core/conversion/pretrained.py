@@ -144,7 +144,7 @@ def looped_shape(settings: Mapping[str, Any], where: str, looping: Looping) -> M
             "activation": act,
             "rope_theta": rope.get("rope_theta") or settings.get("rope_theta") or 10_000.0,
             "scaled_rope": _scaled_rope(rope, need),
-            "local_attention": settings.get("local_attention", {}),
+            "local_attention": settings["local_attention"] if kind == gemma3.KIND else {},
             "norm_eps": settings.get("rms_norm_eps", 1e-6),
             # Within its window a sliding attention is a full one.
             "max_seq_len": min(settings.get("max_position_embeddings", 2048), _window(settings)),
@@ -169,12 +169,17 @@ def _window(settings: Mapping[str, Any]) -> float:
     return settings.get("sliding_window") or math.inf if slides else math.inf
 
 
-def looped_names(config: ModelConfig) -> Callable[[str], str | None]:
-    """From transformers' names of tensors to the looped model's; None for a tied head."""
-    counts = {"prelude": config.prelude_layers, "core": config.core_layers,
-              "coda": config.coda_layers}  # fmt: skip
+def looped_names(config: ModelConfig, loops: int = 1) -> Callable[[str], str | None]:
+    """From transformers' names of tensors to the looped model's; None for a tied head.
+
+    loops: how often the core's layers stand in transformers' stack.
+    """
     modules = {"self_attn": "attention", **_NORMS[config.norm_position]}
-    places = [f"{part}.{number}" for part, count in counts.items() for number in range(count)]
+    places = [
+        *(f"prelude.{number}" for number in range(config.prelude_layers)),
+        *[f"core.{number}" for number in range(config.core_layers)] * loops,
+        *(f"coda.{number}" for number in range(config.coda_layers)),
+    ]
 
     def rename(name: str) -> str | None:
         if name in _TOP:
