@@ -16,8 +16,9 @@ from test_conversion import SHAPE, TOKENS, drawn, model
 
 from looptx_cli.main import main
 from looptx_core.checkpoint.folder import load_model, save_model
+from looptx_core.config.local_attention import LocalAttention
 from looptx_core.config.rope import RopeScaling
-from looptx_core.conversion import onnx_folder, run
+from looptx_core.conversion import export, onnx_folder
 from looptx_core.conversion.memory import with_memory
 from looptx_core.conversion.onnx_folder import Session, logit_difference
 from looptx_core.conversion.ternary import pack_model, to_ternary
@@ -38,6 +39,8 @@ SHAPES: dict[str, dict[str, Any]] = {
                                        "qk_norm_over": "all", "activation": "silu"},
     "no groups, scaled RoPE": {"n_kv_heads": 3, "scaled_rope": RopeScaling(
         "llama3", 8.0, original_max_position_embeddings=64)},
+    "local layers, norms in both places": {"local_attention": LocalAttention(4, 2, 500.0),
+                                           "norm_position": "both", "activation": "gelu_tanh"},
 }  # fmt: skip
 
 
@@ -204,14 +207,14 @@ def test_what_goes_wrong_writes_nothing(
         changed.setattr(onnxruntime, "InferenceSession", fail)
         refused(1, "opset 17 is too new; pip install --upgrade onnxruntime")
     with monkeypatch.context() as changed:
-        evaluate = run._evaluate
+        evaluate = export.evaluate_all
 
         def meanwhile(*given: Any) -> Any:
             Path("x").mkdir()
             Path("x", "notes.txt").write_text("mine")
             return evaluate(*given)
 
-        changed.setattr(run, "_evaluate", meanwhile)
+        changed.setattr(export, "evaluate_all", meanwhile)
         given = ("--model", model, "--data", shards, "--out", "x", "--quiet")
         found, _, err = convert(capsys, *given)
         assert found == 2 and "x" in err and [p.name for p in Path("x").iterdir()] == ["notes.txt"]

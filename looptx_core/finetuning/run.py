@@ -16,7 +16,6 @@ from looptx_core.checkpoint.folder import (
     LoadedModel,
     as_float,
     load_model,
-    read_chat_template,
     save_model,
     update_generation_config,
 )
@@ -307,6 +306,7 @@ def _data(
         skip_bad=config.skip_bad,
         config=loaded.config,
         columns=config.columns,
+        chat=loaded.chat,
     )
     train, val = split_packed(
         examples.kept,
@@ -336,4 +336,5 @@ def _data(
         + (lost if examples.dropped or examples.truncated else "")
         + (f"; left out {examples.skipped} that can't be used" if examples.skipped else "")
     )
-    return config, batches, TEMPLATE if examples.chat else read_chat_template(loaded.folder)
+    ours = examples.chat and loaded.chat is None
+    return config, batches, TEMPLATE if ours else loaded.chat_template
