@@ -16,12 +16,15 @@ from test_conversion import SHAPE, TOKENS, drawn, model
 
 from looptx_cli.main import main
 from looptx_core.checkpoint.folder import load_model, save_model
+from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.local_attention import LocalAttention
 from looptx_core.config.rope import RopeScaling
 from looptx_core.conversion import export, onnx_folder
 from looptx_core.conversion.memory import with_memory
 from looptx_core.conversion.onnx_folder import Session, logit_difference
 from looptx_core.conversion.ternary import pack_model, to_ternary
+from looptx_core.generation.engine import Engine
+from looptx_core.generation.request import TokenPrompt
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.storage import to_int8
 
@@ -108,6 +111,40 @@ def test_the_command_writes_what_genai_opens(
     assert "looptx-onnx" in capsys.readouterr().err.splitlines()[-1]
     code, shown, err = convert(capsys, *given, "--dry-run", "--json")
     assert code == 0 and "unroll 3 loops" in shown and not Path("small-onnx").exists()
+
+
+def test_genai_writes_the_same_tokens(
+    model: Path, shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Alone, and in a batch that it pads on the left."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    code, _, err = convert(capsys, "--model", model, "--data", shards, "--loops", 3, "--out", "a")
+    assert code == 0, err
+    looped = load_model(model)
+    opened = genai.Model("a")
+    tokenizer = genai.Tokenizer(opened)
+    texts = ["Call me", "The whale, which", "a"]
+
+    def continued(tokens: Any, rows: int, length: int) -> list[list[int]]:
+        options = genai.GeneratorParams(opened)
+        options.set_search_options(max_length=length + 8, batch_size=rows)
+        generator = genai.Generator(opened, options)
+        generator.append_tokens(tokens)
+        while not generator.is_done():
+            generator.generate_next_token()
+        return [[*map(int, generator.get_sequence(row))][length:] for row in range(rows)]
+
+    prompts = [[*map(int, tokenizer.encode(text))] for text in texts]
+    assert prompts == [looped.tokenizer.encode(text).ids for text in texts]
+    batch = continued(tokenizer.encode_batch(texts), 3, max(map(len, prompts)))
+    alone = [continued(prompt, 1, len(prompt))[0] for prompt in prompts]
+    engine = Engine(looped.model, looped.tokenizer, ends=looped.special.ends)
+    options = GenerationOptions(loops=3, temperature=0, max_new_tokens=8)
+    ours = engine.complete([TokenPrompt(tuple(prompt)) for prompt in prompts], options)
+    for expected, one, padded in zip(ours, alone, batch, strict=True):
+        ids = [step.id for step in expected.tokens]
+        assert len(one) > 2 and ids[: len(one)] == one
+        assert padded[: len(one)] == one[: len(padded)]
 
 
 def test_int8_is_onnxruntimes_own(
