@@ -71,7 +71,7 @@ def written(source: LoadedModel, out: Path, kind: str = "F32") -> tuple[Any, Any
     """The file, and what was read back from it."""
     from looptx_core.conversion.gguf_export import gguf_stack, write_gguf
 
-    found = write_gguf(out, source, source.model, gguf_stack(source, None), {}, kind=kind,
+    found = write_gguf(out, source, source.model, gguf_stack(source, None), lambda _: {}, kind=kind,
                        exact=kind == "F32", tokens=TOKENS)  # fmt: skip
     [file] = out.glob("*.gguf")
     return file, found

@@ -218,7 +218,7 @@ def load_model(
             weights are a pickle, or not those that the folder was written with.
     """
     folder = Path(folder)
-    config, settings = _read_config(folder)
+    config, settings = read_config(folder)
     tokenizer = read_tokenizer(folder, config, settings.get("tokenizer_fingerprint", ""))
     exit_settings = read_exit(folder)
     check_size(config, folder)
@@ -293,8 +293,11 @@ def update_generation_config(folder: str | Path, exit_settings: ExitSettings) ->
     write_file(file, text)
 
 
-def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The shape and all of config.json."""
+def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The shape of a model folder, and all of its config.json.
+
+    Raises `DataError` for a folder that is no model's, or of another format.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such model folder; give a run or a model folder")
     check_links(folder)

@@ -230,7 +230,7 @@ def write_gguf(
     source: LoadedModel,
     model: LoopedTransformer,
     stack: Stack,
-    files: Mapping[str, Any],
+    files: Callable[[Written], Mapping[str, Any]],
     *,
     kind: str,
     exact: bool,
@@ -238,8 +238,9 @@ def write_gguf(
 ) -> Written:
     """Write a folder with the file, whole or not at all.
 
-    model: the source's, in float32. kind: of the matrices. exact: it holds the weights as they
-    are. tokens: (rows, length), on which the file is compared with the model.
+    model: the source's, in float32. files: what else stands in the folder, once the file is
+    measured. kind: of the matrices. exact: it holds the weights as they are. tokens: (rows,
+    length), on which the file is compared with the model.
 
     Raises:
         UsageError: a tokenizer that GGUF has no name for.
@@ -259,7 +260,7 @@ def write_gguf(
                 f"{MOST_DIFFERENCE:.0e} is the limit; try another version of the package gguf"
             )
         found.append(Written(back, difference, bits, size))
-        write_files(place, files)
+        write_files(place, files(found[0]))
 
     write_folder(out, write)
     return found[0]

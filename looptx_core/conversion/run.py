@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from looptx_core.checkpoint.card import descended
+from looptx_core.checkpoint.card import descended, unmeasured
 from looptx_core.checkpoint.folder import (
     LoadedModel,
     model_files,
@@ -187,14 +187,11 @@ def convert(
         if suits and loops == model.config.max_loops:
             exit_settings = calibrate(exit_settings, after)
 
-    facts = dict(source.facts)
+    facts = dict(source.facts) if after is before else unmeasured(source.facts)
     if suits:
         facts["loss_by_loop"] = [round(x, 4) for x in after.loss_by_loop]
         if after is not before:
             facts["loss_by_loop_before"] = [round(x, 4) for x in before.loss_by_loop]
-    elif after is not before:  # what the source has was measured with other weights
-        for key in ("loss_by_loop", "loss_by_loop_before"):
-            facts.pop(key, None)
     if config.to_bitnet:
         done = {"data": [held_out.name], "steps": steps, "seed": config.seed} if steps else {}
         losses = {key: facts[key] for key in facts if key.startswith("loss_by_loop")}

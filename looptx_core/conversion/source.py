@@ -16,6 +16,7 @@ from looptx_core.checkpoint.registry import local_folder, resolve_adapter, resol
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.conversion.gguf_names import require_gguf
 from looptx_core.conversion.huggingface import from_huggingface
+from looptx_core.conversion.onnx_folder import check_folder
 from looptx_core.conversion.pretrained import Looping, is_plain, open_plain
 from looptx_core.conversion.source_check import (
     logit_difference,
@@ -55,7 +56,8 @@ def read_source(
         assert found.adapter is not None
         report(f"model: {found.folder}, with the adapter {found.adapter}")
         return merge(found.folder, found.adapter), [found.folder, found.adapter], None
-    found = resolve_model(config.model, need=frozenset({"weights"}))
+    suits = check_folder if config.to_onnx else lambda folder: None
+    found = resolve_model(config.model, need=frozenset({"weights"}), check=suits)
     if config.model is None:
         report(f"model: {found.folder}, {found.reason}")
     return load_model(found.folder), [found.folder], None
@@ -133,6 +135,7 @@ def evaluation_data(
         val_batches=VAL_BATCHES,
         seed=config.seed,
         chat=source.chat,
+        held_out_only=not config.to_bitnet,  # which sets its scales by a batch of training
         report=report,
     )
     return EvaluationData(batches, name, mine, data if trains else own)

@@ -171,13 +171,14 @@ def open_data(
     seq_len: int,
     rows: int,
     chat: ChatTemplate | None = None,
+    held_out_only: bool = False,
     report: Callable[[str], object] = lambda line: None,
     **how: Any,
 ) -> Batches:
     """Batches to train on and to judge by, split as in the run that made the note.
 
-    seq_len, rows: of text; records have their run's. chat: as for `read_examples`.
-    how: the other arguments of `Batches`.
+    seq_len, rows: of text; records have their run's. chat: as for `read_examples`. held_out_only:
+    nothing will be trained, as for `MixedData`. how: the other arguments of `Batches`.
     Raises `DataError` for data that can't be read or that is of another tokenizer.
     """
     own = data.settings
@@ -208,7 +209,8 @@ def open_data(
         shards, [read_records(group, skip_bad) for group in groups], config, seq_len=limit,
         micro_batch=few, skip_bad=skip_bad,
         mix=weights or parse_mix(own.get("mix") or ("0:1" if only else "1:1"))[:2],
-        augment=own.get("augment", True), direction=own.get("direction", "both"), **how,
+        augment=own.get("augment", True), direction=own.get("direction", "both"),
+        held_out_only=held_out_only, **how,
     )  # fmt: skip
     if only:  # no text was named, so none judges
         mixed.val = mixed.val_parts[RECORDS]

@@ -182,7 +182,12 @@ class KernelModel:
         """
         check_status(
             self._library.looptx_fold(
-                self._handle, ints(rows), ints(deepest), len(rows), first, ctypes.byref(cache.struct)
+                self._handle,
+                ints(rows),
+                ints(deepest),
+                len(rows),
+                first,
+                ctypes.byref(cache.struct),
             )
         )
 
