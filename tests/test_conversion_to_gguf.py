@@ -18,8 +18,8 @@ from looptx_cli.main import main
 from looptx_core.checkpoint.folder import LoadedModel, load_model, save_model
 from looptx_core.checkpoint.special_tokens import SpecialTokens
 from looptx_core.config.generation import ExitSettings
-from looptx_core.config.model import ModelConfig
 from looptx_core.config.local_attention import LocalAttention
+from looptx_core.config.model import ModelConfig
 from looptx_core.config.rope import RopeScaling
 from looptx_core.conversion.memory import with_memory
 from looptx_core.conversion.ternary import pack_model, to_ternary
