@@ -16,6 +16,7 @@ from test_conversion import SHAPE, TOKENS, drawn, model
 
 from looptx_cli.main import main
 from looptx_core.checkpoint.folder import load_model, save_model
+from looptx_core.config.local_attention import LocalAttention
 from looptx_core.config.rope import RopeScaling
 from looptx_core.conversion import export, onnx_folder
 from looptx_core.conversion.memory import with_memory
@@ -38,6 +39,8 @@ SHAPES: dict[str, dict[str, Any]] = {
                                        "qk_norm_over": "all", "activation": "silu"},
     "no groups, scaled RoPE": {"n_kv_heads": 3, "scaled_rope": RopeScaling(
         "llama3", 8.0, original_max_position_embeddings=64)},
+    "local layers, norms in both places": {"local_attention": LocalAttention(4, 2, 500.0),
+                                           "norm_position": "both", "activation": "gelu_tanh"},
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from looptx_core.checkpoint.folder import LoadedModel, load_model, save_model
 from looptx_core.checkpoint.special_tokens import SpecialTokens
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
+from looptx_core.config.local_attention import LocalAttention
 from looptx_core.config.rope import RopeScaling
 from looptx_core.conversion.memory import with_memory
 from looptx_core.conversion.ternary import pack_model, to_ternary
@@ -215,6 +216,7 @@ def test_what_llama_cpp_has_not_is_named(place: Path, capsys: pytest.CaptureFixt
     models = {
         "injection of the kind decay": drawn(injection="decay"),
         "injection of the kind streams": drawn(injection="streams"),
+        "layers that attend within": drawn(local_attention=LocalAttention(8)),
         "gate with an exact GELU": drawn(activation="gelu"),
         "norms and biases together": drawn(qk_norm=True, qkv_bias=True),
         "qwen2 whose heads together are not as wide": drawn(qkv_bias=True, head_dim=16),

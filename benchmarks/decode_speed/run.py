@@ -59,14 +59,10 @@ def config_of(shape: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**shape, max_loops=max(shape["loops"], 2))
 
 
-def looptx(
-    config: ModelConfig,
-    prompt: list[int],
-    weights: str,
-    kernel: str = "auto",
-    device: str = "cpu",
-) -> tuple[Run, int]:
-    """The run, and the bytes of weights that a token reads at least once."""
+def engine_of(
+    config: ModelConfig, weights: str, kernel: str = "auto", device: str = "cpu"
+) -> Engine:
+    """An engine with fresh weights of this type, and ids for words."""
     torch.manual_seed(0)
     ternary = weights == "ternary"
     model = LoopedTransformer(replace(config, linear="ternary" if ternary else "float")).eval()
@@ -77,7 +73,18 @@ def looptx(
     held = "float32" if ternary else weights
     if device != "cpu":
         model, held = model.to(device, DTYPES[weights]), "float32"
-    engine = Engine(model, tokenizer, kernel=kernel, precision=held)
+    return Engine(model, tokenizer, kernel=kernel, precision=held)
+
+
+def looptx(
+    config: ModelConfig,
+    prompt: list[int],
+    weights: str,
+    kernel: str = "auto",
+    device: str = "cpu",
+) -> tuple[Run, int]:
+    """The run, and the bytes of weights that a token reads at least once."""
+    engine = engine_of(config, weights, kernel, device)
     options = GenerationOptions(
         loops=config.loops, temperature=0, max_new_tokens=NEW, ignore_eos=True
     )
@@ -86,7 +93,7 @@ def looptx(
         steps = list(engine.generate([prompt], options))
         return steps[-1].seconds - steps[0].seconds
 
-    return run, held_bytes(model, weights if device != "cpu" else held)
+    return run, held_bytes(engine.model, "float32" if weights == "ternary" else weights)
 
 
 def held_bytes(model: LoopedTransformer, precision: str = "float32") -> int:

@@ -19,7 +19,7 @@ class ConvertConfig:
     model."""
     from_hf: str | None = None
     """Read this folder of Hugging Face's format, or hf:OWNER/NAME: one of `to_hf`, or a plain
-    Llama, Mistral, Qwen2, Qwen3 or OLMo 2."""
+    Llama, Mistral, Qwen2, Qwen3, Gemma 3 (text) or OLMo 2."""
     from_gguf: str | None = None
     """Read this GGUF file, llama.cpp's format, with a plain Llama, Qwen2, Qwen3 or OLMo 2, or a
     looped Nanbeige (extra `gguf`)."""

@@ -109,6 +109,7 @@ def gguf_stack(source: LoadedModel, loops: int | None) -> Stack:
     else:
         need(config.injection == "none", f"injection of the kind {config.injection}, by which each "
              "loop of this model reads its input again", onnx)  # fmt: skip
+    need(not config.local_attention.window, "layers that attend within this model's windows", onnx)
     need(config.activation == "silu", "gate with an exact GELU, which this model has", onnx)
     layers = config.effective_layers(depth)
     need(layers <= _MOST_LAYERS, f"stack of {layers:,} layers, which are {depth:,} loops of this "
