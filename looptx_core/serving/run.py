@@ -22,6 +22,8 @@ from looptx_core.serving.service import Service
 
 HEAD_SECONDS = 10.0
 """For a request's head to arrive, from the connection's beginning or the answer before."""
+SEND_SECONDS = 60.0
+"""For a client to take what was sent, before its connection is closed."""
 MOST_CONNECTIONS = 1000
 """One more, and a connection without a request is closed."""
 _LAST_SECONDS = 5
@@ -133,9 +135,11 @@ def address(listener: socket.socket) -> str:
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's, which waits for ever for the rest of a request's head."""
+    """uvicorn's, which waits for ever for the rest of a request's head, and for a client to read
+    its answer."""
 
     _late: asyncio.TimerHandle | None = None
+    _stuck: asyncio.TimerHandle | None = None
 
     @property
     def idle(self) -> bool:
@@ -143,6 +147,7 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # writing pauses while anything is left to be taken
         self._wait()
         if len(self.connections) > MOST_CONNECTIONS:
             waiting = [
@@ -159,8 +164,17 @@ class _Protocol(H11Protocol):
         elif self._late is None:
             self._wait()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stuck = self.loop.call_later(SEND_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_sending()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._stop_sending()
         super().connection_lost(exc)
 
     def _wait(self) -> None:
@@ -170,6 +184,11 @@ class _Protocol(H11Protocol):
         if self._late is not None:
             self._late.cancel()
             self._late = None
+
+    def _stop_sending(self) -> None:
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
 
     def _give_up(self) -> None:
         self._late = None
