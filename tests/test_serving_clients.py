@@ -146,7 +146,7 @@ def test_a_client_that_stops_reading_its_stream(engine, monkeypatch):
 
 
 def test_a_crowd_of_idle_connections_keeps_nobody_out(address, monkeypatch):
-    monkeypatch.setattr(run, "MOST_CONNECTIONS", 20)
+    monkeypatch.setattr(run, "MOST_WAITING", 20)
     host, port = address.removeprefix("http://").split(":")
     crowd = [socket.create_connection((host, int(port))) for _ in range(60)]
     # A new client: an old one may hold a connection that is idle and is closed with the others.
