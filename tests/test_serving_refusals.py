@@ -34,7 +34,8 @@ REFUSED = [
     ("stop", {"stop": ""}),
     ("stop", {"stop": "a" * 257}),
     ("stop", {"stop": ["a", "b" * 257]}),
-    ("seed", {"seed": 2**70}),
+    ("seed", {"seed": 2**63}),
+    ("seed", {"seed": -(2**63) - 1}),
     ("loops", {"loops": 0}),
     ("loops", {"loops": 5}),
     ("max_loops", {"max_loops": 9}),
@@ -97,6 +98,7 @@ def test_neutral_values_pass(service):
     for extreme in (
         {"repetition_penalty": 5e-324}, {"repetition_penalty": 1e300}, {"temperature": 5e-324},
         {"temperature": 1e300}, {"top_p": 5e-324}, {"threshold": -1e300},
+        {"seed": -1}, {"seed": -(2**63)},
     ):  # fmt: skip
         completion(service, prompt="a whale", max_tokens=3, **extreme)
     completion(
