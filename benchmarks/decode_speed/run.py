@@ -33,6 +33,7 @@ from tokenizers import Tokenizer, models
 from torch import nn
 
 from benchmarks.common.decoding import Run, by_engine, by_transformers, measure, summary
+from benchmarks.common.llama_file import write_llama
 from benchmarks.common.record import results_file, rows_by, rows_so_far, write
 from looptx_core.backends.cpu.rounding import all_blocks, block_layers
 from looptx_core.config.model import ModelConfig
@@ -127,54 +128,10 @@ def hugging_face(
 
 def llama_cpp(config: ModelConfig, prompt: list[int], weights: str, folder: Path) -> Run:
     """llama.cpp on a Llama of this shape, written as GGUF with weights of its own type."""
-    import gguf
     import llama_cpp
     import numpy as np
 
-    kinds = {"float32": "F32", "bf16": "BF16", "int8": "Q8_0", "ternary": "TQ2_0"}
-    kind = gguf.GGMLQuantizationType[kinds[weights]]
-    layers, rng = config.effective_layers(config.loops), np.random.default_rng(0)
-    file = folder / f"{weights}-{config.d_model}-{layers}.gguf"
-    writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_block_count(layers)
-    writer.add_context_length(config.max_seq_len)
-    writer.add_embedding_length(config.d_model)
-    writer.add_feed_forward_length(config.d_ff)
-    writer.add_head_count(config.n_heads)
-    writer.add_head_count_kv(config.n_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
-
-    def matrix(name: str, rows: int, width: int, own: Any = kind) -> None:
-        values = (rng.standard_normal((rows, width)) * 0.02).astype(np.float32)
-        writer.add_tensor(name, gguf.quants.quantize(values, own), raw_dtype=own)
-
-    def vector(name: str, width: int) -> None:
-        writer.add_tensor(name, np.ones(width, dtype=np.float32))
-
-    # Beside ternary layers its converter leaves the embedding in 16 bits.
-    outer = gguf.GGMLQuantizationType.F16 if weights == "ternary" else kind
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    matrix("token_embd.weight", config.vocab_size, config.d_model, outer)
-    vector("output_norm.weight", config.d_model)
-    for i in range(layers):
-        vector(f"blk.{i}.attn_norm.weight", config.d_model)
-        vector(f"blk.{i}.ffn_norm.weight", config.d_model)
-        matrix(f"blk.{i}.attn_q.weight", q, config.d_model)
-        matrix(f"blk.{i}.attn_k.weight", kv, config.d_model)
-        matrix(f"blk.{i}.attn_v.weight", kv, config.d_model)
-        matrix(f"blk.{i}.attn_output.weight", config.d_model, q)
-        matrix(f"blk.{i}.ffn_gate.weight", config.d_ff, config.d_model)
-        matrix(f"blk.{i}.ffn_up.weight", config.d_ff, config.d_model)
-        matrix(f"blk.{i}.ffn_down.weight", config.d_model, config.d_ff)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    file = write_llama(folder / f"{weights}-{config.d_model}.gguf", config, weights)
     threads = torch.get_num_threads()
     model = llama_cpp.Llama(
         str(file), n_ctx=256, n_threads=threads, n_threads_batch=threads, verbose=False
