@@ -170,6 +170,10 @@ def compare(
             name: 1000 * statistics.median(own.cpu / own.tokens for own in found)
             for name, found in short.items()
         },
+        "cpu_ms_a_prompt_token": {
+            name: 1000 * statistics.median(own.cpu for own in found) / (STREAMS * LONG)
+            for name, found in long.items()
+        },
         "first_token_p95": waits,
         "first_token_ratio": waits["looptx"] / waits["llama.cpp"],
     }
