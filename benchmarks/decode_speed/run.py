@@ -23,7 +23,6 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,10 +32,10 @@ import torch
 from tokenizers import Tokenizer, models
 from torch import nn
 
+from benchmarks.common.decoding import Run, by_engine, by_transformers, measure, summary
 from benchmarks.common.llama_file import write_llama
 from benchmarks.common.record import results_file, rows_by, rows_so_far, write
 from looptx_core.backends.cpu.rounding import all_blocks, block_layers
-from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.conversion.ternary import pack_model
 from looptx_core.generation.engine import Engine
@@ -52,22 +51,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "medium 2 + 4 x 3 + 2": dict(MEDIUM, prelude_layers=2, core_layers=4, loops=3, coda_layers=2),
 }
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-Run = Callable[[], float]
-"""Generates once; seconds for the tokens after the first."""
 
 
 def config_of(shape: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**shape, max_loops=max(shape["loops"], 2))
 
 
-def looptx(
-    config: ModelConfig,
-    prompt: list[int],
-    weights: str,
-    kernel: str = "auto",
-    device: str = "cpu",
-) -> tuple[Run, int]:
-    """The run, and the bytes of weights that a token reads at least once."""
+def engine_of(
+    config: ModelConfig, weights: str, kernel: str = "auto", device: str = "cpu"
+) -> Engine:
+    """An engine with fresh weights of this type, and ids for words."""
     torch.manual_seed(0)
     ternary = weights == "ternary"
     model = LoopedTransformer(replace(config, linear="ternary" if ternary else "float")).eval()
@@ -78,16 +71,20 @@ def looptx(
     held = "float32" if ternary else weights
     if device != "cpu":
         model, held = model.to(device, DTYPES[weights]), "float32"
-    engine = Engine(model, tokenizer, kernel=kernel, precision=held)
-    options = GenerationOptions(
-        loops=config.loops, temperature=0, max_new_tokens=NEW, ignore_eos=True
-    )
+    return Engine(model, tokenizer, kernel=kernel, precision=held)
 
-    def run() -> float:
-        steps = list(engine.generate([prompt], options))
-        return steps[-1].seconds - steps[0].seconds
 
-    return run, held_bytes(model, weights if device != "cpu" else held)
+def looptx(
+    config: ModelConfig,
+    prompt: list[int],
+    weights: str,
+    kernel: str = "auto",
+    device: str = "cpu",
+) -> tuple[Run, int]:
+    """The run, and the bytes of weights that a token reads at least once."""
+    engine = engine_of(config, weights, kernel, device)
+    run = by_engine(engine, prompt, config.loops, NEW)
+    return run, held_bytes(engine.model, "float32" if weights == "ternary" else weights)
 
 
 def held_bytes(model: LoopedTransformer, precision: str = "float32") -> int:
@@ -125,27 +122,8 @@ def hugging_face(
     import transformers
 
     model = transformers.LlamaForCausalLM(llama_config(config)).to(device, DTYPES[weights]).eval()
-    ids = torch.tensor([prompt], device=device)
     more = {"cache_implementation": "static"} if compiled else {}
-
-    class Clock(transformers.StoppingCriteria):
-        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-            self.first = self.first or time.perf_counter()
-            return torch.zeros(1, dtype=torch.bool, device=input_ids.device)
-
-    def run() -> float:
-        clock = Clock()
-        clock.first = 0.0
-        with torch.inference_mode():
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False,
-                stopping_criteria=[clock], **more,
-            )  # fmt: skip
-            out = out.cpu()
-        assert out.shape[1] == PROMPT + NEW
-        return time.perf_counter() - clock.first
-
-    return run
+    return by_transformers(model, prompt, NEW, **more)
 
 
 def llama_cpp(config: ModelConfig, prompt: list[int], weights: str, folder: Path) -> Run:
@@ -170,17 +148,6 @@ def llama_cpp(config: ModelConfig, prompt: list[int], weights: str, folder: Path
     return run
 
 
-def measure(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Tokens a second by side and round."""
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            seconds = run()
-            if number:  # the first round warms up
-                rates[name].append((NEW - 1) / seconds)
-    return rates
-
-
 def against_peers(
     config: ModelConfig, prompt: list[int], rounds: int, device: str, compiled: bool
 ) -> dict[str, Any]:
@@ -200,17 +167,8 @@ def against_peers(
                 )
             if on_cpu and find_spec("llama_cpp") and find_spec("gguf"):
                 runs["llama.cpp"] = llama_cpp(config, prompt, weights, Path(folder))
-            rates = measure(runs, rounds)
-            report[weights] = {
-                "bytes_of_weights": read,
-                "tokens_per_second": {name: statistics.median(r) for name, r in rates.items()},
-                "ratio_to": {
-                    name: statistics.median(a / b for a, b in zip(rates["looptx"], others))
-                    for name, others in rates.items()
-                    if name != "looptx"
-                },
-                "rates": rates,
-            }
+            rates = measure(runs, rounds, NEW)
+            report[weights] = {"bytes_of_weights": read, **summary(rates)}
             print(weights, json.dumps({k: report[weights][k] for k in list(report[weights])[:3]}))
             del runs, ours
             gc.collect()
@@ -227,7 +185,7 @@ def by_loops(prompt: list[int], rounds: int, device: str) -> dict[str, Any]:
             runs[str(loops)], read[str(loops)] = looptx(
                 config_of(dict(shape, loops=loops)), prompt, weights, device=device
             )
-        rates = measure(runs, rounds)
+        rates = measure(runs, rounds, NEW)
         report[weights] = {
             loops: {"tokens_per_second": statistics.median(rates[loops]), "bytes": read[loops]}
             for loops in runs

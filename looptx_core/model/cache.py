@@ -89,6 +89,8 @@ class LoopCache:
         self.ring = config.memory_window if config.has_memory else None
         axes = position_axes(config) if config.has_memory else 0
         self.positions = torch.zeros(axes, batch, self.ring or 0, dtype=torch.long, device=device)
+        self.folder: Callable[[LoopCache, Sequence[int], int], None] | None = None
+        """Of a back end that folds by itself, in place of `fold`."""
 
     @property
     def layers(self) -> list[LayerState]:
@@ -192,12 +194,16 @@ class LoopCache:
             if count and length % size == 0 and length >= self.ring:
                 leaving.setdefault(length % self.ring, []).append(row)
         for first, rows in leaving.items():
-            positions = self.positions[:, rows, first : first + size]
-            width, theta = self.config.head_dim, self.config.rope_theta
-            scaling = self.config.scaled_rope
-            rotary = rotary_tables(positions, width, theta, self.dtype, scaling, far=True)
-            for state in self.core:
-                state.fold(rows, first, rotary, [self.deepest[row] for row in rows])
+            (self.folder or LoopCache.fold)(self, rows, first)
+
+    def fold(self, rows: Sequence[int], first: int) -> None:
+        """Take the block of these rows that begins at slot `first` into the core's memories."""
+        positions = self.positions[:, rows, first : first + self.config.memory_block]
+        width, theta = self.config.head_dim, self.config.rope_theta
+        scaling = self.config.scaled_rope
+        rotary = rotary_tables(positions, width, theta, self.dtype, scaling, far=True)
+        for state in self.core:
+            state.fold(rows, first, rotary, [self.deepest[row] for row in rows])
 
     def truncate(self, columns: int, rows: Sequence[int] | None = None) -> None:
         """Drop the last columns of these rows, or of all, so that they can be written again."""

@@ -44,12 +44,16 @@ class CpuBackend(Backend):
         count = len(cache.lengths) if rows is None else len(rows)
         known = not media and count * new <= _MAX_TOKENS
         kernel_cache = self._describe(cache) if known else None
+        block = None if cache.ring is None else cache.config.memory_block
+        if block is not None:
+            cache.folder = self._fold
         if kernel_cache is None:
             return TorchPass.of(self.model, cache, rows, new, tokens, media)
         row: list[int] = []
         column: list[int] = []
         for own in range(count) if rows is None else rows:
             assert cache.has_room(cache.lengths[own] + new), "the cache is full"
+            assert block is None or cache.lengths[own] % block + new <= block, "one block a pass"
             row += [own] * new
             column += range(cache.lengths[own], cache.lengths[own] + new)
         start, position = [0] * len(row), column
@@ -66,6 +70,14 @@ class CpuBackend(Backend):
         if self._cache is None or not self._cache.is_of(cache):
             self._cache = KernelCache.of(cache)
         return self._cache
+
+    def _fold(self, cache: LoopCache, rows: Sequence[int], first: int) -> None:
+        """`LoopCache.folder`."""
+        kernel_cache = self._describe(cache)
+        if kernel_cache is None:
+            cache.fold(rows, first)
+        else:
+            self.kernel.fold(kernel_cache, rows, first, [cache.deepest[row] for row in rows])
 
     def stop_condition(self, exits: Sequence[Exit]) -> StopCondition:
         """When the kernel has to return to Python; kept while the same rows go on."""

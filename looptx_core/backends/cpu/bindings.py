@@ -16,11 +16,16 @@ from looptx_core.backends.cpu.structs import (
     BRIDGE,
     BY_CHANNEL,
     BYTES,
+    DELTA,
     FLOAT,
+    INFINI,
+    INFINI_DELTA,
     NO_INJECTION,
+    NO_MEMORY,
     PRECISIONS,
     TERNARY,
     BlockWeights,
+    KernelCache,
     KernelRows,
     Matrix,
     ModelWeights,
@@ -29,6 +34,7 @@ from looptx_core.backends.cpu.structs import (
     ints,
     load_kernel,
 )
+from looptx_core.config.model import ModelConfig
 from looptx_core.errors import MissingError
 from looptx_core.model.attention import sdpa
 from looptx_core.model.bitnet import TernaryLinear
@@ -38,6 +44,7 @@ from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_frequencies
 
+_MEMORIES = {"none": NO_MEMORY, "infini": INFINI, "delta": DELTA}
 _INJECTIONS = {"none": NO_INJECTION, "bridge": BRIDGE}
 _KNOWN = {nn.Linear, TernaryLinear, Int8Linear}
 
@@ -56,12 +63,14 @@ def unsupported_reason(model: LoopedTransformer) -> str | None:
     kinds = {type(layer) for block in all_blocks(model) for layer in block_layers(block)}
     if len(kinds) > 1 or not kinds <= _KNOWN or type(model.head) not in (nn.Linear, Int8Linear):
         return f"its layers are {', '.join(sorted(kind.__name__ for kind in kinds))}"
-    if model.config.has_memory:
-        return "its layers have a memory beyond their window"
     if model.injection.kind == "streams":
         return "its loops hand on several streams"
-    if model.config.norm_position == "after":
+    if model.config.norm_position != "before":
         return "norms stand after attention and feed-forward layers"
+    if model.config.local_attention.window:
+        return "some of its layers attend within a window"
+    if model.config.activation == "gelu_tanh":
+        return "its gates have the gelu by tanh"
     if model.config.qk_norm and model.config.qk_norm_over == "all":
         return "queries and keys are normed over all heads"
     if model.config.head_dim > 1024:
@@ -164,6 +173,17 @@ class KernelModel:
         )
         return list(zip(out[::2], out[1::2]))
 
+    def fold(
+        self, cache: KernelCache, rows: Sequence[int], first: int, deepest: Sequence[int]
+    ) -> None:
+        """Take the block of these rows that begins at slot `first` of a ring into the memories.
+
+        deepest: the most loops that each of the rows runs.
+        """
+        check_status(self._library.looptx_fold(
+            self._handle, ints(rows), ints(deepest), len(rows), first, ctypes.byref(cache.struct)
+        ))  # fmt: skip
+
     # What follows describes the model to the kernel.
 
     def _describe(self, model: LoopedTransformer) -> ModelWeights:
@@ -191,7 +211,9 @@ class KernelModel:
             head_dim=config.head_dim, d_ff=config.d_ff, vocab=config.vocab_size,
             prelude=config.prelude_layers, core=config.core_layers, coda=config.coda_layers,
             max_loops=config.max_loops, silu=config.activation == "silu",
-            injection=_INJECTIONS.get(injection.kind, BY_CHANNEL), eps=config.norm_eps,
+            injection=_INJECTIONS.get(injection.kind, BY_CHANNEL), memory=_memory(config),
+            memory_window=config.memory_window, memory_block=config.memory_block,
+            eps=config.norm_eps,
             blocks=ctypes.addressof(blocks), **parts,
             embedding=self._rows(model.embedding), norm=self._vector(model.norm.weight),
             frequencies=self._vector(
@@ -226,8 +248,10 @@ class KernelModel:
             for name in ("q_bias", "k_bias", "v_bias")
             if (bias := getattr(attention, name)) is not None
         }
+        memory = attention.memory.named_parameters() if attention.memory is not None else ()
         return BlockWeights(
             **biases,
+            **{name: self._vector(values) for name, values in memory},
             **{name: self._layer(layer) for name, layer in named.items()},
             **{
                 name: self._vector(norm.weight)
@@ -270,6 +294,11 @@ class KernelModel:
         tensor = tensor.detach().contiguous()
         self._kept.append(tensor)
         return tensor.data_ptr()
+
+
+def _memory(config: ModelConfig) -> int:
+    subtracts = config.memory == "infini" and config.infini_delta
+    return INFINI_DELTA if subtracts else _MEMORIES[config.memory]
 
 
 def _in_fours(values: Tensor) -> Tensor:

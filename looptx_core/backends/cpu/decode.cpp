@@ -2,8 +2,8 @@
 //
 // A pass takes n rows. Each row is one token: it has a row of the cache, a column in it, and its
 // own loop. All rows share every read of the weights, which is what decoding waits for. The
-// equations are those of looptx_core/model (loop.py, block.py, confidence.py); a test holds both
-// together. Weights are float32, bfloat16, 8-bit with a scale a row, or ternary with two bits each.
+// equations are those of looptx_core/model (loop.py, block.py, memory.py, confidence.py); a test
+// holds both together. Weights are float32, bfloat16, 8-bit with a scale a row, or ternary with two bits each.
 
 #include <algorithm>
 #include <atomic>
@@ -383,10 +383,11 @@ void ternary_dots(const uint8_t* w, const int8_t* x, int width, int32_t* out) {
 
 extern "C" {
 
-constexpr int32_t LOOPTX_ABI_VERSION = 4;  // structs.py has it too
+constexpr int32_t LOOPTX_ABI_VERSION = 5;  // structs.py has it too
 
 enum Kind : int32_t { FLOAT, BFLOAT, BYTES, TERNARY };
 enum Injection : int32_t { NONE, BY_CHANNEL, BRIDGE };
+enum MemoryKind : int32_t { NO_MEMORY, INFINI, INFINI_DELTA, DELTA };
 
 struct Matrix {
     const void* data;     // (rows, width), in `kind`
@@ -400,12 +401,16 @@ struct Block {
     const float *attention_norm, *mlp_norm, *q_norm, *k_norm;  // q_norm, k_norm: or null
     const float *o_norm, *down_norm;                           // inside ternary layers, or null
     const float *q_bias, *k_bias, *v_bias;                     // or null
+    // Of a memory, else null: (heads,), and of DELTA (heads, d_model), (2, kv_heads, 2 * head_dim)
+    // and (2, kv_heads), those for what is written before those for what is kept.
+    const float *gate_bias, *gate_weight, *write_weight, *write_bias;
 };
 
 struct Model {
     int32_t d_model, heads, kv_heads, head_dim, d_ff, vocab;
     int32_t prelude, core, coda, max_loops;
     int32_t silu, injection;  // injection: an `Injection`
+    int32_t memory, memory_window, memory_block;  // memory: a `MemoryKind`
     float eps;
     const Block* blocks;  // prelude, core, coda
     // Of the injection: all four BY_CHANNEL, and the first beside a BRIDGE.
@@ -422,6 +427,12 @@ struct Cache {
     float *const *keys, *const *values;  // of each layer: (depths, batch, kv_heads, capacity, head_dim)
     int64_t depth, row, head;            // strides, in floats
     int32_t depths;                      // slots of a core layer; other layers have one
+    // Of a model with a memory. The columns are a ring of `memory_window` slots then.
+    int32_t memories, axes;        // of a core layer: one for each slot, or one; axes of a position
+    int64_t* positions;            // (axes, batch, memory_window)
+    float *const *matrix, *const *norm;  // of each core layer: (memories, batch, kv_heads, head_dim,
+                                         // head_dim); (memories, batch, kv_heads, head_dim) or null
+    int64_t* const* document;            // of each core layer: (memories, batch)
 };
 
 struct Rows {
@@ -475,6 +486,13 @@ inline float erf_of(float x) {  // Abramowitz and Stegun 7.1.26, absolute error 
                          0.284496736f) * t + 0.254829592f) * t * exp_of(-a * a);
     return std::copysign(1.0f - tail, x);
 }
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
+
+inline float softplus(float x) { return x > 20 ? x : std::log1p(std::exp(x)); }
+
+// The constants of memory.py.
+constexpr float MEMORY_EPS = 1e-6f, FREE_DECAY = 1e-3f;
 
 inline float gelu(float x) { return 0.5f * x * (1.0f + erf_of(x * 0.70710678f)); }
 
@@ -595,12 +613,19 @@ void product(const Matrix& m, int begin, int end, const Input& in, float* out, i
 
 }  // namespace
 
+// The slots that a row attends to: from `begin` to `end`, and before those, where the store is a
+// ring, from `ring_begin` to `ring_end`.
+struct Seen {
+    int begin, end, ring_begin, ring_end;
+};
+
 // Buffers of one pass, and the threads that share it.
 struct Runner {
     const Model model;
     Pool pool;
     int room = 0;
-    std::vector<float> normed, qkv, attended, hidden, turns, judged, before;
+    std::vector<float> normed, qkv, attended, hidden, turns, judged, before, backwards;
+    std::vector<int32_t> turned;  // the positions that `turns` are of
     Input input;
 
     Runner(const Model& model, int threads) : model(model), pool(threads) {}
@@ -643,9 +668,11 @@ struct Runner {
         });
     }
 
-    void turn(float* at, const float* norm, const float* table) const {
+    // Norm and RoPE of a head. plain: takes the head before RoPE, unless it is null.
+    void turn(float* at, const float* norm, const float* table, float* plain = nullptr) const {
         const int width = model.head_dim, half = width / 2;
-        float tmp[MOST_HEAD_DIM];
+        float own[MOST_HEAD_DIM];
+        float* tmp = plain ? plain : own;
         if (norm)
             rms_norm(at, norm, width, model.eps, tmp);
         else
@@ -657,14 +684,33 @@ struct Runner {
         }
     }
 
-    void attend(const float* q, const float* keys, const float* values, int length,
-                float* out) const {
+    // out += the sum of `values`, (length, head_dim), each times its chance.
+    void weigh(const float* chances, const float* values, int length, float* out) const {
         const int width = model.head_dim;
+        int c = 0;
+        for (; c + 4 <= length; c += 4) {  // the sums are read and written once for four
+            const float* v = values + (int64_t)c * width;
+            const float* four = chances + c;
+            for (int i = 0; i < width; ++i)
+                out[i] += (four[0] * v[i] + four[1] * v[width + i]) +
+                          (four[2] * v[2 * width + i] + four[3] * v[3 * width + i]);
+        }
+        for (; c < length; ++c)
+            for (int i = 0; i < width; ++i) out[i] += chances[c] * values[(int64_t)c * width + i];
+    }
+
+    // keys, values: of a row and a head, (slots, head_dim).
+    void attend(const float* q, const float* keys, const float* values, const Seen& seen,
+                float* out) const {
+        const int width = model.head_dim, near = seen.end - seen.begin;
+        const int length = near + seen.ring_end - seen.ring_begin;
+        const int64_t first = (int64_t)seen.begin * width, again = (int64_t)seen.ring_begin * width;
         const float scale = 1.0f / std::sqrt((float)width);
         thread_local std::vector<float> chances;
         if ((int)chances.size() < length) chances.resize(length + 256);
         float* each = chances.data();
-        float_rows(keys, 0, length, q, width, 1, each, length);
+        float_rows(keys + first, 0, near, q, width, 1, each, length);
+        float_rows(keys + again, 0, length - near, q, width, 1, each + near, length);
         float largest = -3e38f, total = 0;
 #pragma omp simd reduction(max : largest)
         for (int c = 0; c < length; ++c) largest = std::max(largest, each[c]);
@@ -672,17 +718,21 @@ struct Runner {
 #pragma omp simd reduction(+ : total)
         for (int c = 0; c < length; ++c) total += each[c];
         for (int i = 0; i < width; ++i) out[i] = 0;
-        int c = 0;
-        for (; c + 4 <= length; c += 4) {  // the sums are read and written once for four
-            const float* v = values + (int64_t)c * width;
-            const float* four = each + c;
-            for (int i = 0; i < width; ++i)
-                out[i] += (four[0] * v[i] + four[1] * v[width + i]) +
-                          (four[2] * v[2 * width + i] + four[3] * v[3 * width + i]);
-        }
-        for (; c < length; ++c)
-            for (int i = 0; i < width; ++i) out[i] += each[c] * values[(int64_t)c * width + i];
+        weigh(each, values + first, near, out);
+        weigh(each + near, values + again, length - near, out);
         for (int i = 0; i < width; ++i) out[i] /= total;
+    }
+
+    // The slot of a column in a layer's store.
+    int slot_of(int column) const {
+        return model.memory ? column % model.memory_window : column;
+    }
+
+    Seen seen(const Rows& rows, int r) const {
+        const int column = rows.column[r], ring = model.memory_window, size = model.memory_block;
+        if (!model.memory) return {rows.start[r], column + 1, 0, 0};
+        const int oldest = std::max((column / size + 1) * size - ring, 0) % ring;
+        return {0, column % ring + 1, oldest ? oldest : ring, ring};
     }
 
     // out: what some matrices make of the input, one behind the other, rows `stride` apart. They
@@ -720,15 +770,16 @@ struct Runner {
         shift(b.q_bias, q, qkv.data(), all, n);
         shift(b.k_bias, kv, qkv.data() + q, all, n);
         shift(b.v_bias, kv, qkv.data() + q + kv, all, n);
-        auto place = [&](int r, int head, int column) {
-            return slot(r) * cache.depth + rows.row[r] * cache.row + head * cache.head +
-                   (int64_t)column * width;
+        const bool remembers = b.gate_bias;
+        const int64_t batch = cache.depth / cache.row;
+        auto place = [&](int r, int head) {
+            return slot(r) * cache.depth + rows.row[r] * cache.row + head * cache.head;
         };
         for (int r = 0; r < n; ++r)
             for (int h = 0; h < m.kv_heads; ++h) {
                 float* key = qkv.data() + (int64_t)r * all + q + h * width;
                 turn(key, b.k_norm, turns.data() + (int64_t)r * width);
-                const int64_t to = place(r, h, rows.column[r]);
+                const int64_t to = place(r, h) + (int64_t)slot_of(rows.column[r]) * width;
                 memcpy(keys + to, key, width * sizeof(float));
                 memcpy(values + to, key + kv, width * sizeof(float));
             }
@@ -736,11 +787,17 @@ struct Runner {
             for (int item = begin; item < end; ++item) {
                 const int r = item / m.heads, h = item % m.heads;
                 float* query = qkv.data() + (int64_t)r * all + h * width;
-                turn(query, b.q_norm, turns.data() + (int64_t)r * width);
-                const int64_t from = place(r, h / group, rows.start[r]);
-                attend(query, keys + from, values + from,
-                       rows.column[r] + 1 - rows.start[r],
-                       attended.data() + (int64_t)r * q + h * width);
+                float plain[MOST_HEAD_DIM];
+                turn(query, b.q_norm, turns.data() + (int64_t)r * width,
+                     remembers ? plain : nullptr);
+                const int64_t from = place(r, h / group);
+                float* out = attended.data() + (int64_t)r * q + h * width;
+                attend(query, keys + from, values + from, seen(rows, r), out);
+                if (!remembers || rows.column[r] < m.memory_window) continue;
+                const int64_t own = cache.memories > 1 ? slot(r) : 0;
+                const int64_t which = (own * batch + rows.row[r]) * m.kv_heads + h / group;
+                recall(b, h, normed.data() + (int64_t)r * m.d_model, plain,
+                       memory_of(cache, layer - m.prelude, which), out);
             }
         });
         enter(attended.data(), b.o_norm, n, q, b.o.kind);
@@ -764,15 +821,178 @@ struct Runner {
         add(b.down, at);
     }
 
+    // The angles of RoPE. Of a model that reads without end they are float64, as positions are more
+    // than float32 tells apart.
     void find_turns(const Rows& rows) {
         const int half = model.head_dim / 2;
+        if ((int)turned.size() == rows.count &&
+            std::equal(turned.begin(), turned.end(), rows.position))
+            return;
+        turned.assign(rows.position, rows.position + rows.count);
         for (int r = 0; r < rows.count; ++r)
             for (int i = 0; i < half; ++i) {
-                const float angle = (float)rows.position[r] * model.frequencies[i];
-                turns[(int64_t)r * model.head_dim + i] = std::cos(angle);
-                turns[(int64_t)r * model.head_dim + half + i] = std::sin(angle);
+                float* to = turns.data() + (int64_t)r * model.head_dim + i;
+                if (model.memory) {
+                    const double angle = (double)rows.position[r] * model.frequencies[i];
+                    to[0] = (float)std::cos(angle), to[half] = (float)std::sin(angle);
+                } else {
+                    const float angle = (float)rows.position[r] * model.frequencies[i];
+                    to[0] = std::cos(angle), to[half] = std::sin(angle);
+                }
             }
     }
+
+    // ------------------------------------------------------------ memory
+
+    // What a key head remembers. norm: null for DELTA.
+    struct Memory {
+        float *matrix, *norm;
+    };
+
+    // which: of (memories, batch, kv_heads), flat.
+    Memory memory_of(const Cache& cache, int layer, int64_t which) const {
+        const int64_t width = model.head_dim;
+        float* norm = cache.norm[layer];
+        return {cache.matrix[layer] + which * width * width, norm ? norm + which * width : nullptr};
+    }
+
+    // What a memory is read and written by, from a query or key without RoPE, in place.
+    void feature(float* x) const {
+        const int width = model.head_dim;
+        if (model.memory == DELTA) {
+            const float scale = 1.0f / std::max(std::sqrt(line(x, x, width)), MEMORY_EPS);
+            for (int i = 0; i < width; ++i) x[i] *= scale;
+        } else {
+            for (int i = 0; i < width; ++i) x[i] = x[i] > 0 ? x[i] + 1 : exp_of(x[i]);
+        }
+    }
+
+    // out: what a memory returns for a feature.
+    void read(const Memory& memory, const float* feature, float* out) const {
+        const int width = model.head_dim;
+        for (int i = 0; i < width; ++i) out[i] = 0;
+        weigh(feature, memory.matrix, width, out);
+        if (!memory.norm) return;
+        const float scale = 1.0f / std::max(line(feature, memory.norm, width), MEMORY_EPS);
+        for (int i = 0; i < width; ++i) out[i] *= scale;
+    }
+
+    // Mix what attention gave with what a memory returns, by the head's gate. x: the row that
+    // attention read. query: without RoPE, overwritten.
+    void recall(const Block& b, int head, const float* x, float* query, const Memory& memory,
+                float* out) const {
+        const int width = model.head_dim, d = model.d_model;
+        float found[MOST_HEAD_DIM], logit = b.gate_bias[head];
+        if (b.gate_weight) logit += line(b.gate_weight + (int64_t)head * d, x, d);
+        feature(query);
+        read(memory, query, found);
+        const float gate = sigmoid(logit);
+        for (int i = 0; i < width; ++i) out[i] += gate * (found[i] - out[i]);
+    }
+
+    // Take the block that begins at slot `first` into the memories of these rows. deepest: the most
+    // loops that each of them runs.
+    void fold(const int32_t* rows, const int32_t* deepest, int count, int first,
+              const Cache& cache) {
+        const Model& m = model;
+        const int width = m.head_dim, half = width / 2, size = m.memory_block;
+        const int64_t batch = cache.depth / cache.row, heads = cache.memories * m.kv_heads;
+        backwards.resize((size_t)count * size * width);
+        pool.each(count * size, 4, [&](int begin, int end) {
+            for (int item = begin; item < end; ++item) {
+                const int64_t slot = rows[item / size] * m.memory_window + first + item % size;
+                float* table = backwards.data() + (int64_t)item * width;
+                for (int i = 0; i < half; ++i) {
+                    const int64_t axis = i % cache.axes * batch * m.memory_window;
+                    const double angle = (double)cache.positions[axis + slot] * m.frequencies[i];
+                    table[i] = (float)std::cos(angle), table[half + i] = (float)-std::sin(angle);
+                }
+            }
+        });
+        pool.each(count * m.core * (int)heads, 1, [&](int begin, int end) {
+            for (int item = begin; item < end; ++item) {
+                const int n = item / (int)heads / m.core, layer = item / (int)heads % m.core;
+                const int64_t own = item % heads / m.kv_heads, head = item % m.kv_heads;
+                int64_t depth = core_slot(deepest[n], cache);
+                if (cache.memories > 1) depth = std::min(depth, own);
+                const int64_t from = depth * cache.depth + rows[n] * cache.row +
+                                     head * cache.head + (int64_t)first * width;
+                const int64_t of_row = own * batch + rows[n];
+                if (!head) cache.document[layer][of_row] = 0;
+                write(m.blocks[m.prelude + layer], (int)head,
+                      memory_of(cache, layer, of_row * m.kv_heads + head),
+                      cache.keys[m.prelude + layer] + from, cache.values[m.prelude + layer] + from,
+                      backwards.data() + (int64_t)n * size * width);
+            }
+        });
+    }
+
+    // Write a block's keys and values, (memory_block, head_dim), into a memory, token after token.
+    // tables: that turn the keys back.
+    void write(const Block& b, int head, const Memory& memory, const float* keys,
+               const float* values, const float* tables) const {
+        const int width = model.head_dim;
+        thread_local std::vector<float> before;  // the block, for INFINI_DELTA
+        Memory old{nullptr, nullptr};
+        if (model.memory == INFINI_DELTA) {
+            before.assign(memory.matrix, memory.matrix + (int64_t)width * width);
+            before.insert(before.end(), memory.norm, memory.norm + width);
+            old = {before.data(), before.data() + (int64_t)width * width};
+        }
+        float key[MOST_HEAD_DIM], value[MOST_HEAD_DIM];
+        for (int t = 0; t < model.memory_block; ++t) {
+            const int64_t at = (int64_t)t * width;
+            memcpy(key, keys + at, width * sizeof(float));
+            memcpy(value, values + at, width * sizeof(float));
+            turn(key, nullptr, tables + at);
+            if (model.memory == DELTA)
+                replace(b, head, memory, key, value);
+            else
+                accumulate(memory, old, key, value);
+        }
+    }
+
+    // The gated delta rule for a token; key and value are overwritten.
+    void replace(const Block& b, int head, const Memory& memory, float* key, float* value) const {
+        const int width = model.head_dim;
+        const auto logit = [&](int which) {
+            const int64_t row = which * model.kv_heads + head;
+            const float* weight = b.write_weight + row * 2 * width;
+            return line(weight, key, width) + line(weight + width, value, width) +
+                   b.write_bias[row];
+        };
+        const float written = sigmoid(logit(0));
+        const float kept = std::exp(-std::max(softplus(logit(1)) - FREE_DECAY, 0.0f));
+        float found[MOST_HEAD_DIM];
+        feature(key);
+        read(memory, key, found);
+        for (int i = 0; i < width; ++i) value[i] = written * (value[i] - kept * found[i]);
+        add_outer(memory.matrix, kept, key, value);
+    }
+
+    // Infini-attention's sums for a token. old: what is taken off the value, or null.
+    void accumulate(const Memory& memory, const Memory& old, float* key, float* value) const {
+        const int width = model.head_dim;
+        feature(key);
+        if (old.matrix) {
+            float found[MOST_HEAD_DIM];
+            read(old, key, found);
+            for (int i = 0; i < width; ++i) value[i] -= found[i];
+        }
+        add_outer(memory.matrix, 1, key, value);
+        for (int i = 0; i < width; ++i) memory.norm[i] += key[i];
+    }
+
+    // matrix = kept * matrix + key value^T
+    void add_outer(float* matrix, float kept, const float* key, const float* value) const {
+        const int width = model.head_dim;
+        for (int i = 0; i < width; ++i) {
+            float* row = matrix + (int64_t)i * width;
+            for (int j = 0; j < width; ++j) row[j] = kept * row[j] + key[i] * value[j];
+        }
+    }
+
+    // ------------------------------------------------------------ stages
 
     void embed(const int64_t* tokens, float* at, const Rows& rows, const Cache& cache) {
         const Model& m = model;
@@ -780,8 +1000,18 @@ struct Runner {
             memcpy(at + (int64_t)r * m.d_model, m.embedding + tokens[r] * m.d_model,
                    m.d_model * sizeof(float));
         find_turns(rows);
+        if (m.memory) keep_positions(rows, cache);
         for (int layer = 0; layer < m.prelude; ++layer)
             block(layer, at, rows, cache, [](int) { return (int64_t)0; });
+    }
+
+    // Positions for the block's folding; text stands at the same place on every axis.
+    void keep_positions(const Rows& rows, const Cache& cache) const {
+        const int64_t ring = model.memory_window, axis = cache.depth / cache.row * ring;
+        for (int r = 0; r < rows.count; ++r)
+            for (int a = 0; a < cache.axes; ++a)
+                cache.positions[a * axis + rows.row[r] * ring + slot_of(rows.column[r])] =
+                    rows.position[r];
     }
 
     int64_t core_slot(int loop, const Cache& cache) const { return std::min(loop, cache.depths) - 1; }
@@ -904,7 +1134,7 @@ struct Runner {
                 float* key = qkv.data() + (int64_t)r * 2 * kv + h * width;
                 turn(key, b.k_norm, turns.data() + (int64_t)r * width);
                 const int64_t to = rows.row[r] * cache.row + h * cache.head +
-                                   (int64_t)rows.column[r] * width;
+                                   (int64_t)slot_of(rows.column[r]) * width;
                 for (int layer = 0; layer < (shared ? 1 : m.core); ++layer) {
                     float* keys = cache.keys[m.prelude + layer] + to;
                     float* values = cache.values[m.prelude + layer] + to;
@@ -952,7 +1182,7 @@ struct Runner {
 namespace {
 
 // What a call returns in place of 0; the Python side has a sentence for each.
-enum Error : int32_t { BAD_TOKEN = -1, BAD_PLACE = -2, BAD_LOOP = -3, NO_MEMORY = -4, FAILED = -5 };
+enum Error : int32_t { BAD_TOKEN = -1, BAD_PLACE = -2, BAD_LOOP = -3, NO_ROOM = -4, FAILED = -5 };
 
 struct Refused {
     Error error;
@@ -965,19 +1195,25 @@ template <class Work> int32_t guarded(Work&& work) {
     } catch (const Refused& refused) {
         return refused.error;
     } catch (const std::bad_alloc&) {
-        return NO_MEMORY;
+        return NO_ROOM;
     } catch (...) {
         return FAILED;
     }
+}
+
+void check_ring(const Runner& r, int64_t capacity) {
+    if (capacity != r.model.memory_window) throw Refused{BAD_PLACE};
 }
 
 // Nothing is read or written beyond the cache.
 void check(const Runner& r, const Rows& rows, const Cache& cache) {
     const int64_t batch = cache.depth / std::max<int64_t>(cache.row, 1);
     const int64_t capacity = cache.head / r.model.head_dim;
+    if (r.model.memory) check_ring(r, capacity);
     for (int n = 0; n < rows.count; ++n)
         if (rows.row[n] < 0 || rows.row[n] >= batch || rows.start[n] < 0 ||
-            rows.start[n] > rows.column[n] || rows.column[n] >= capacity || rows.position[n] < 0)
+            rows.start[n] > rows.column[n] || rows.position[n] < 0 ||
+            (!r.model.memory && rows.column[n] >= capacity))
             throw Refused{BAD_PLACE};
 }
 
@@ -1055,6 +1291,21 @@ int32_t looptx_backfill(Runner* r, const float* at, const float* words, const in
         check_loops(loops, rows->count);
         r->make_room(rows->count);
         r->backfill(at, words, loops, *rows, *cache);
+        return 0;
+    });
+}
+
+int32_t looptx_fold(Runner* r, const int32_t* rows, const int32_t* deepest, int32_t count,
+                    int32_t first, const Cache* cache) {
+    return guarded([&] {
+        const int64_t batch = cache->depth / std::max<int64_t>(cache->row, 1);
+        check_ring(*r, cache->head / r->model.head_dim);
+        check_loops(deepest, count);
+        for (int n = 0; n < count; ++n)
+            if (rows[n] < 0 || rows[n] >= batch) throw Refused{BAD_PLACE};
+        if (first < 0 || first + r->model.memory_block > r->model.memory_window)
+            throw Refused{BAD_PLACE};
+        r->fold(rows, deepest, count, first, *cache);
         return 0;
     });
 }

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from looptx_core.backends.cpu.source import KERNEL
 from looptx_core.errors import LooptxError, MissingError, UsageError
 from looptx_core.machine.kernels import load
 from looptx_core.model.cache import LoopCache
 from looptx_core.model.layer_state import KVState
+from looptx_core.model.memory_state import MemoryState, WindowState
 
 FLOAT, BFLOAT, BYTES, TERNARY = range(4)
 PRECISIONS = {"float32": FLOAT, "bf16": BFLOAT, "int8": BYTES}
@@ -21,6 +23,9 @@ PRECISIONS = {"float32": FLOAT, "bf16": BFLOAT, "int8": BYTES}
 
 NO_INJECTION, BY_CHANNEL, BRIDGE = range(3)
 """`ModelWeights.injection`."""
+
+NO_MEMORY, INFINI, INFINI_DELTA, DELTA = range(4)
+"""`ModelWeights.memory`."""
 
 _pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
@@ -41,6 +46,7 @@ class BlockWeights(ctypes.Structure):
         q__k__v__o__gate__up__down=Matrix,
         attention_norm__mlp_norm__q_norm__k_norm__o_norm__down_norm=_pointer,
         q_bias__k_bias__v_bias=_pointer,
+        gate_bias__gate_weight__write_weight__write_bias=_pointer,
     )
 
 
@@ -48,6 +54,7 @@ class ModelWeights(ctypes.Structure):
     _fields_ = _fields(
         d_model__heads__kv_heads__head_dim__d_ff__vocab=_int,
         prelude__core__coda__max_loops__silu__injection=_int,
+        memory__memory_window__memory_block=_int,
         eps=_float,
         blocks__state_norm__state_scale__embedding_norm__embedding_scale=_pointer,
         embedding__norm__frequencies=_pointer,
@@ -59,7 +66,10 @@ class ModelWeights(ctypes.Structure):
 
 
 class _Cache(ctypes.Structure):
-    _fields_ = _fields(keys__values=_pointer, depth__row__head=_long, depths=_int)
+    _fields_ = _fields(
+        keys__values=_pointer, depth__row__head=_long, depths__memories__axes=_int,
+        positions__matrix__norm__document=_pointer,
+    )  # fmt: skip
 
 
 class _Rows(ctypes.Structure):
@@ -73,7 +83,7 @@ class _StopCondition(ctypes.Structure):
     )  # fmt: skip
 
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 """Of the structs and functions; `LOOPTX_ABI_VERSION` of decode.cpp."""
 _STRUCTS = (Matrix, BlockWeights, ModelWeights, _Cache, _Rows, _StopCondition)
 
@@ -118,30 +128,47 @@ class StopCondition:
 
 
 class KernelCache:
-    """A cache's memory: keys and values of each layer, float32."""
+    """A cache's memory: keys and values of each layer, float32, and what the core has folded."""
 
     def __init__(self, cache: LoopCache, states: Sequence[KVState]) -> None:
         self._of, self._first = weakref.ref(cache), states[0].keys
-        self._keys, self._values = (
-            (_pointer * len(states))(*(store.data_ptr() for store in stores))
-            for stores in zip(*((state.keys, state.values) for state in states))
-        )
         strides, depths = states[0].keys.stride(), max(state.depths for state in states)
-        tables = ctypes.addressof(self._keys), ctypes.addressof(self._values)
-        self.struct = _Cache(*tables, *strides[:3], depths)
+        memories = [state.memory for state in states if isinstance(state, MemoryState)]
+        self._tables = [
+            _addresses([state.keys for state in states]),
+            _addresses([state.values for state in states]),
+            _addresses([memory.matrix for memory in memories]),
+            _addresses([memory.norm for memory in memories]),
+            _addresses([memory.document for memory in memories]),
+        ]
+        keys, values, *folded = map(ctypes.addressof, self._tables)
+        count = len(memories[0].document) if memories else 0
+        positions = cache.positions
+        self.struct = _Cache(
+            keys, values, *strides[:3], depths, count, len(positions), positions.data_ptr(), *folded
+        )
 
     @classmethod
     def of(cls, cache: LoopCache) -> KernelCache | None:
-        """None where the kernel can't read it: a layer that holds something else than keys and
-        values, or holds them rounded or in another type."""
-        states = [state for state in cache.layers if type(state) is KVState]
+        """None where the kernel can't read it: a layer that holds something else than keys, values
+        and memories, or holds them rounded or in another type."""
+        states = [state for state in cache.layers if isinstance(state, KVState)]
+        known = len(states) == len(cache.layers) and {*map(type, states)} <= _STATES
         plain = all(state.is_plain and state.dtype == torch.float32 for state in states)
-        return cls(cache, states) if plain and len(states) == len(cache.layers) else None
+        return cls(cache, states) if known and plain else None
 
     def is_of(self, cache: LoopCache) -> bool:
         """Whether it describes this cache as it is now."""
         first = cache.layers[0]
         return self._of() is cache and isinstance(first, KVState) and first.keys is self._first
+
+
+_STATES = {KVState, WindowState, MemoryState}
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Any:
+    """Of their memory; none for those without elements."""
+    return (_pointer * len(tensors))(*(each.data_ptr() or None for each in tensors))
 
 
 class KernelRows:
