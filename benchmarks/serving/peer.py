@@ -140,7 +140,10 @@ def compare(
     file = write_llama(
         folder.parent / f"{weights}.gguf", loaded.model.config, weights, loaded.tokenizer
     )
-    own = {"looptx": {"loops": LOOPS}, "llama.cpp": {"cache_prompt": False}}
+    own: dict[str, dict[str, Any]] = {
+        "looptx": {"loops": LOOPS},
+        "llama.cpp": {"cache_prompt": False},
+    }
     short: dict[str, list[Round]] = {name: [] for name in own}
     long: dict[str, list[Round]] = {name: [] for name in own}
     with ExitStack() as stack:
