@@ -140,7 +140,10 @@ def compare(
     file = write_llama(
         folder.parent / f"{weights}.gguf", loaded.model.config, weights, loaded.tokenizer
     )
-    own = {"looptx": {"loops": LOOPS}, "llama.cpp": {"cache_prompt": False}}
+    own: dict[str, dict[str, Any]] = {
+        "looptx": {"loops": LOOPS},
+        "llama.cpp": {"cache_prompt": False},
+    }
     short: dict[str, list[Round]] = {name: [] for name in own}
     long: dict[str, list[Round]] = {name: [] for name in own}
     with ExitStack() as stack:
@@ -169,6 +172,10 @@ def compare(
         "cpu_ms_a_token": {
             name: 1000 * statistics.median(own.cpu / own.tokens for own in found)
             for name, found in short.items()
+        },
+        "cpu_ms_a_prompt_token": {
+            name: 1000 * statistics.median(own.cpu for own in found) / (STREAMS * LONG)
+            for name, found in long.items()
         },
         "first_token_p95": waits,
         "first_token_ratio": waits["looptx"] / waits["llama.cpp"],

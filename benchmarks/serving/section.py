@@ -1,6 +1,7 @@
 """What docs/benchmarks.md says about serving."""
 
-from benchmarks.common.tables import newest, one, percent, source, table
+from benchmarks.common.record import Record
+from benchmarks.common.tables import newest, one, percent, records, source, table
 
 
 def section() -> str:
@@ -29,4 +30,45 @@ their kind, {row["running"] + row["waiting"]:.0f} were left, and the memory grew
 {100 * row["memory_growth"]:.1f} % after the first 400.
 
 {source(record)}
-{source(soak)}"""
+{source(soak)}
+{beside_llama()}""".rstrip()
+
+
+def beside_llama() -> str:
+    """Nothing where no machine has compared the two yet."""
+    found = records("serving.peer")
+    return _beside(found[0]) if found else ""
+
+
+def _beside(record: Record) -> str:
+    lines = []
+    for row in record["rows"]:
+        rates = [f"{row[f'tokens_per_second.{name}']:.0f}" for name in ("looptx", "llama.cpp")]
+        waits = [f"{row[f'first_token_p95.{name}']:.2f}" for name in ("looptx", "llama.cpp")]
+        lines.append(
+            [
+                row["weights"],
+                *rates,
+                f"{row['ratio']:.2f}",
+                *waits,
+                f"{row['first_token_ratio']:.2f}",
+            ]
+        )
+    heads = [
+        "weights", "tokens/s", "llama-server's", "ratio", "first token, p95 s", "llama-server's",
+        "ratio",
+    ]  # fmt: skip
+    settings = record["settings"]
+    return f"""
+## How fast does it serve, beside llama.cpp's server?
+
+{settings["streams"]} streams at once over HTTP, greedy, {settings["new"]} new tokens after 8, at
+full depth: `small` at two loops, and in `llama-server` a Llama of the same widths, vocabulary and
+12 layers, with weights of the same type (int8: its q8_0). Both alternate on the same
+{settings["threads"]} cores, which the client shares. Aims: 1.3 times its tokens in float32 and
+bf16, as many in int8. The first token is that of {settings["streams"]} prompts of 256 tokens which
+arrive together; aim: at most 1.5 times its wait.
+
+{table(heads, lines)}
+
+{source(record)}"""
