@@ -12,8 +12,9 @@ from test_conversion_gguf import made_tokenizer, plain, write
 
 from looptx_cli.main import main
 from looptx_core.config.generation import GenerationOptions
+from looptx_core.config.local_attention import LocalAttention
 from looptx_core.conversion.huggingface import from_huggingface
-from looptx_core.conversion.pretrained import Looping
+from looptx_core.conversion.pretrained import Looping, looped_shape
 from looptx_core.conversion.source_check import logit_difference
 from looptx_core.errors import DataError
 from looptx_core.generation.engine import Engine
@@ -126,6 +127,32 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+def test_an_older_description_of_a_gemma_3_is_the_same() -> None:
+    """transformers' before 5, as the hub has them, with what its defaults leave out."""
+    settings = plain("Gemma3", **GEMMA).config.to_dict()
+    found = looped_shape(settings, "x", Looping("1:3"))
+    older = {key: value for key, value in settings.items() if key not in (
+        "rope_parameters", "layer_types", "tie_word_embeddings", "hidden_activation")}  # fmt: skip
+    older |= {"rope_theta": 1e6, "rope_local_base_freq": 1e4,
+              "rope_scaling": {"rope_type": "linear", "factor": 8.0}}  # fmt: skip
+    assert looped_shape(older, "x", Looping("1:3")) == found
+    assert found.local_attention == LocalAttention(16, 3, 1e4) and found.tie_embeddings
+    for key, value, said in (
+        ("layer_types", ["full_attention", "sliding_attention"] * 3 + ["sliding_attention"],
+         "in an order of no fixed distance"),
+        ("layer_types", 7, "in an order of no fixed distance"),
+        ("final_logit_softcapping", 30.0, "capped logits"),
+        ("use_bidirectional_attention", True, "attention in both directions"),
+        ("query_pre_attn_scalar", "a", "query_pre_attn_scalar is a"),
+        ("sliding_window_pattern", 0, "sliding_window_pattern is 0"),
+        ("sliding_window", "a", "window"),
+        ("rms_norm_eps", [], "norm_eps"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=said) as error:
+            looped_shape({**older, key: value}, "x", Looping("1:3"))
+        assert len(str(error.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [("gemma3", "gemma3 has an encoder of other media; "),
@@ -138,9 +165,14 @@ def test_another_family_is_refused(kind: Any, said: str, tmp_path: Path) -> None
     assert said in str(found.value) and len(str(found.value).splitlines()) == 1
 
 
-def test_transformers_opens_the_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With biases, scaled RoPE and a bridge, whose settings it has names of its own for."""
-    source = saved(tmp_path / "hf", "Qwen2", rope_parameters=LLAMA3)
+@pytest.mark.parametrize("kind", ["Qwen2", "Gemma3"])
+def test_transformers_opens_the_export(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With biases, scaled RoPE, windows and a bridge, whose settings it has names of its own
+    for."""
+    changes = GEMMA if kind == "Gemma3" else {"rope_parameters": LLAMA3}
+    source = saved(tmp_path / "hf", kind, **changes)
     text = tmp_path / "few.txt"
     text.write_text("a few words " * 400, "utf-8")
     out = tmp_path / "out"
@@ -157,7 +189,9 @@ def test_transformers_opens_the_export(tmp_path: Path, capsys: pytest.CaptureFix
     opened.save_pretrained(tmp_path / "again")
     made_tokenizer().save(str(tmp_path / "again" / "tokenizer.json"))
     back = from_huggingface(tmp_path / "again").model.config
-    assert back.qkv_bias and back.scaled_rope.factor == 8.0 and back.injection == "bridge"
+    assert back.scaled_rope.factor == 8.0 and back.injection == "bridge"
+    assert back.qkv_bias == (kind == "Qwen2")
+    assert back.local_attention.window == (16 if kind == "Gemma3" else 0)
 
 
 @pytest.mark.parametrize("what", REFUSED)
