@@ -2,9 +2,9 @@
 
 The presets `nano` and `small` with fresh weights, with a memory and without, greedy, batch 1. A
 window holds 128 tokens and a block 64. The model with a memory has read four blocks, the one
-without has read one, so that both attend to as many tokens; each then decodes a block, at the end of
-which the memory folds the one that leaves its window. Sides alternate, rounds apart, and times are
-CPU time, so that they hold on a shared machine; read the ratios.
+without has read one, so that both attend to as many tokens; each then decodes a block, at the end
+of which the memory folds the one that leaves its window. Sides alternate, rounds apart, and times
+are CPU time, so that they hold on a shared machine; read the ratios.
 
     python -m benchmarks.memory.decoding [--presets nano small] [--rounds 9] [--check]
 

@@ -9,7 +9,7 @@ PLACES = ("start", "middle", "end", "four")
 def section() -> str:
     makers = (("memory.run", "", _passkeys), ("memory.run", "prose", _prose),
               ("memory.hops", "", _hops), ("memory.stream", "", _stream),
-              ("memory.reading", "", _reading))  # fmt: skip
+              ("memory.reading", "", _reading), ("memory.decoding", "", _decoding))  # fmt: skip
     found = [
         (record, say) for name, variant, say in makers for record in records(name, variant)[:1]
     ]
@@ -78,6 +78,25 @@ def _stream(record: Record) -> str:
 of 4,096 tokens, a mean over seeds:
 
 {table(["text", "model", "stream", "pieces", "FLOPs a token", "state"], lines)}"""
+
+
+def _decoding(record: Record) -> str:
+    rows, settings = record["rows"], record["settings"]
+    lines = []
+    for preset, weights in dict.fromkeys((row["preset"], row["weights"]) for row in rows):
+        plain, *others = pick(rows, preset=preset, weights=weights)
+        lines.append([preset, plain["loops"], weights, f"{plain['tokens_per_cpu_second']:,.0f}",
+                      *(f"{row['tokens_per_cpu_second']:,.0f}" for row in others),
+                      *(f"{row['ratio_of_times']:.2f}" for row in others)])  # fmt: skip
+    heads = ["preset", "loops", "weights", "without", "delta", "infini", "time by delta",
+             "by infini"]  # fmt: skip
+    return f"""\
+**Decoding** by the CPU kernel, tokens a CPU second, batch 1, beyond a window of
+{settings["window"]} tokens and without a memory over as many tokens. The last two columns: the time
+of a token as a multiple of that without a memory, a median over {settings["rounds"]} rounds (aim:
+at most 1.10; the machine's noise is of the same size):
+
+{table(heads, lines)}"""
 
 
 def _reading(record: Record) -> str:

@@ -180,16 +180,9 @@ class KernelModel:
 
         deepest: the most loops that each of the rows runs.
         """
-        check_status(
-            self._library.looptx_fold(
-                self._handle,
-                ints(rows),
-                ints(deepest),
-                len(rows),
-                first,
-                ctypes.byref(cache.struct),
-            )
-        )
+        check_status(self._library.looptx_fold(
+            self._handle, ints(rows), ints(deepest), len(rows), first, ctypes.byref(cache.struct)
+        ))  # fmt: skip
 
     # What follows describes the model to the kernel.
 

@@ -152,9 +152,10 @@ class KernelCache:
     def of(cls, cache: LoopCache) -> KernelCache | None:
         """None where the kernel can't read it: a layer that holds something else than keys, values
         and memories, or holds them rounded or in another type."""
-        states = [state for state in cache.layers if type(state) in _STATES]
+        states = [state for state in cache.layers if isinstance(state, KVState)]
+        known = len(states) == len(cache.layers) and {*map(type, states)} <= _STATES
         plain = all(state.is_plain and state.dtype == torch.float32 for state in states)
-        return cls(cache, states) if plain and len(states) == len(cache.layers) else None
+        return cls(cache, states) if known and plain else None
 
     def is_of(self, cache: LoopCache) -> bool:
         """Whether it describes this cache as it is now."""
@@ -162,7 +163,7 @@ class KernelCache:
         return self._of() is cache and isinstance(first, KVState) and first.keys is self._first
 
 
-_STATES = (KVState, WindowState, MemoryState)
+_STATES = {KVState, WindowState, MemoryState}
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Any:
