@@ -210,7 +210,10 @@ def test_the_command_and_the_way_back(place: Path, capsys: pytest.CaptureFixture
     assert before.special.ends == (0, 2) and after.special == replace(before.special, ends=(2, 0))
 
 
-def test_what_llama_cpp_has_not_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_llama_cpp_has_not_is_named(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from looptx_core.conversion import gguf_export
     from looptx_core.conversion.gguf_export import gguf_stack
 
     models = {
@@ -218,7 +221,6 @@ def test_what_llama_cpp_has_not_is_named(place: Path, capsys: pytest.CaptureFixt
         "injection of the kind streams": drawn(injection="streams"),
         "layers that attend within": drawn(local_attention=LocalAttention(8)),
         "gate with gelu": drawn(activation="gelu"),
-        "place for local_attention": drawn(local_attention=LocalAttention(16)),
         "norms and biases together": drawn(qk_norm=True, qkv_bias=True),
         "qwen2 whose heads together are not as wide": drawn(qkv_bias=True, head_dim=16),
         "qwen3 with Llama 3's scaled RoPE": drawn(qk_norm=True, scaled_rope=RopeScaling("llama3")),
@@ -230,6 +232,10 @@ def test_what_llama_cpp_has_not_is_named(place: Path, capsys: pytest.CaptureFixt
     for what, model in models.items():
         with pytest.raises(UsageError, match=f"small: llama.cpp has no .*{what}"):
             gguf_stack(loaded(model), None)
+    with monkeypatch.context() as patch:  # a part that came later
+        patch.setattr(gguf_export, "_KNOWN", gguf_export._KNOWN - {"rope_theta"})
+        with pytest.raises(UsageError, match="has no place for rope_theta"):
+            gguf_stack(loaded(drawn()), None)
     folder = save(place / "a", drawn(injection="decay"))
     code, _, error = convert(capsys, "--to-gguf", "--model", folder, "--out", "x", "--quiet")
     assert code == 2 and "a: llama.cpp has no injection" in error and "--to-onnx" in error

@@ -46,55 +46,16 @@ KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", tor
 _FILE_TYPES = {"F32": "ALL_F32", "BF16": "MOSTLY_BF16", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
 _BLOCK = 32  # columns that share a scale in Q8_0
 _MOST_LAYERS = 512  # of llama.cpp
-_KNOWN = frozenset(
-    [
-        "vocab_size",
-        "d_model",
-        "n_heads",
-        "n_kv_heads",
-        "head_dim",
-        "d_ff",
-        "activation",
-        "prelude_layers",
-        "core_layers",
-        "coda_layers",
-        "loops",
-        "max_loops",
-        "confidence_width",
-        "gain_width",
-        "injection",
-        "retain",
-        "streams",
-        "qk_norm",
-        "qk_norm_over",
-        "norm_position",
-        "rope_theta",
-        "scaled_rope",
-        "qkv_bias",
-        "norm_eps",
-        "max_seq_len",
-        "dropout",
-        "tie_embeddings",
-        "linear",
-        "memory",
-        "memory_window",
-        "memory_block",
-        "memory_per_loop",
-        "infini_delta",
-        "vision_layers",
-        "vision_width",
-        "patch_size",
-        "max_patches",
-        "image_token",
-        "image_attention",
-        "reconstruct",
-        "audio",
-        "video",
-        "draw",
-        "speak",
-        "media",
-    ]
-)
+_KNOWN = {
+    "vocab_size", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "activation",
+    "prelude_layers", "core_layers", "coda_layers", "loops", "max_loops", "confidence_width",
+    "gain_width", "injection", "retain", "streams", "qk_norm", "qk_norm_over", "norm_position",
+    "rope_theta", "scaled_rope", "local_attention", "qkv_bias", "norm_eps", "max_seq_len",
+    "dropout", "tie_embeddings", "linear", "memory", "memory_window", "memory_block",
+    "memory_per_loop", "infini_delta", "vision_layers", "vision_width", "patch_size",
+    "max_patches", "image_token", "image_attention", "reconstruct", "audio", "video", "draw",
+    "speak", "media",
+}  # fmt: skip
 """The parts of a shape that are judged here. Another one is refused where a model has it."""
 _USE = """```sh
 llama-cli -m {file} -p "Call me" -n 40
