@@ -14,7 +14,6 @@ from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.resolve import config_file, resolve
-from looptx_core.words import counted
 
 if TYPE_CHECKING:
     from looptx_core.conversion.run import ConvertResult
@@ -34,7 +33,8 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no notes.")] = False,
 ) -> None:
-    """Convert a model: plain models into looped ones, ternary weights, transformers' format, ONNX.
+    """Convert a model: into ternary weights, for transformers, ONNX or llama.cpp, or from plain
+    ones.
 
     \b
     looptx convert --to-bitnet
@@ -43,6 +43,7 @@ def convert(
     looptx convert --dtype int8 --model runs/a --out small
     looptx convert --to-hf --model runs/a --dtype bf16
     looptx convert --to-onnx --model runs/a --loops 4
+    looptx convert --to-gguf --model runs/finetune-1 --dtype int8
     looptx convert --from-hf a-hf --out a-again
     looptx convert --from-gguf model-Q4_K_M.gguf --core auto
     looptx convert --adapter runs/finetune-1 --merge-adapter
@@ -86,6 +87,9 @@ def convert(
         )
     elif settings.to_onnx:
         note(f"try next: {result.out}/README.md tells how onnxruntime-genai opens it", quiet)
+    elif settings.to_gguf:
+        file = next(result.out.glob("*.gguf"))
+        note(f'try next: llama-cli -m {file} -p "Call me" -n 40', quiet)
     elif settings.memory:
         note(f"try next: looptx finetune --model {result.out} --seq-len 1024", quiet)
     else:
@@ -123,10 +127,8 @@ def _show(result: ConvertResult) -> None:
     if result.core:
         say(f"core: layers {result.core}, which later loops enter through an untrained bridge")
     if result.logit_difference is not None:
-        compared = "one loop against the source in transformers"
-        if result.loops is not None:
-            compared = f"onnxruntime at {counted(result.loops, 'loop')} against the model"
-        say(f"{compared}: logits differ by at most {result.logit_difference:.1e} of the largest")
+        gap = f"{result.logit_difference:.1e}"
+        say(f"{result.compared}: logits differ by at most {gap} of the largest")
     say(
         f"{result.bytes_before:,} bytes -> {result.bytes_after:,} bytes "
         f"({_change_of_size(result.bytes_before, result.bytes_after)}), "

@@ -14,7 +14,7 @@ from looptx_cli.console import is_plain, note, stdout
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_cli.streaming import given_media
-from looptx_core.config.inspection import InspectConfig
+from looptx_core.config.inspection import BRIEF, InspectConfig
 from looptx_core.config.resolve import config_file, resolve
 from looptx_core.documents import printable
 from looptx_core.media.registry import MEDIA
@@ -48,7 +48,15 @@ def inspect_loops(
     looptx inspect-loops --image cat.png
     looptx inspect-loops --audio hello.wav
     """
-    settings = resolve(InspectConfig, flags=flags, config=config).build(InspectConfig)
+    resolved = resolve(InspectConfig, flags=flags, config=config)
+    settings = resolved.build(InspectConfig)
+    looked_at = settings.text or settings.prompt or settings.media
+    if looked_at and not any(map(resolved.given, ("data", "calibrate", "target_loss_increase"))):
+        brief = {key: value for key, value in BRIEF.items() if not resolved.given(key)}
+        settings = replace(settings, **brief)
+        if brief:
+            flags_of = " and ".join(f"--{key.replace('_', '-')}" for key in brief)
+            note(f"held-out data is measured in brief beside it; {flags_of} measure more", quiet)
     shown = given_media(quiet, **{name: map(Path, f) for name, f in settings.media.items()})
     found_media: dict[str, Any] = {name: tuple(map(str, f)) for name, f in shown.items()}
     settings = replace(settings, **found_media)
@@ -125,7 +133,7 @@ def _data(
             batches = open_data(
                 own, loaded.tokenizer, loaded.config, seq_len=settings.seq_len,
                 rows=settings.batch_size, batches=1, val_batches=settings.val_batches,
-                report=lambda line: note(line, quiet),
+                chat=loaded.chat, held_out_only=True, report=lambda line: note(line, quiet),
             )  # fmt: skip
             return batches, own.name
         what = ", ".join(own.inputs)

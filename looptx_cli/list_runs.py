@@ -23,7 +23,7 @@ def runs(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No notes.")] = False,
 ) -> None:
-    """List the runs of train and finetune, the newest first.
+    """List the runs of train and finetune, those of a sweep among them, the newest first.
 
     \b
     looptx runs

@@ -20,7 +20,7 @@ _MOST_USED = {
     "max_loops",
     "evaluate": "model tasks loops limit out include_path",
     "serve": "model adapter host port api_key max_batch max_context precision",
-    "convert": "model out from_gguf from_hf to_bitnet to_hf to_onnx dtype adapter data",
+    "convert": "model out from_gguf from_hf to_bitnet to_hf to_onnx to_gguf dtype adapter",
     "tokenize": "data out vocab_size tokenizer text_key codec set",
     "doctor": "build path",
     "compare": "out format",

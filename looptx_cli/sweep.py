@@ -18,7 +18,7 @@ from looptx_cli.imports import large_imports
 from looptx_core.atomic import write_file
 from looptx_core.checkpoint.registry import RUNS
 from looptx_core.config.run import TrainConfig
-from looptx_core.config.sweep import Cell, Grid, read_grid, shown
+from looptx_core.config.sweep import FILE, Cell, Grid, read_grid, shown
 from looptx_core.documents import read_json, some, to_json
 from looptx_core.errors import Interrupted, LooptxError, UsageError
 from looptx_core.words import counted
@@ -26,7 +26,7 @@ from looptx_core.words import counted
 if TYPE_CHECKING:
     from looptx_core.inspection.sweep import Document
 
-FILE, FIGURE = "sweep.json", "sweep.png"
+FIGURE = "sweep.png"
 _VARIES = object()
 """In place of a value: of a key that has several."""
 

@@ -68,7 +68,6 @@ def load(
 
     import torch
 
-    from looptx_core.data.chat import TEMPLATE, ChatTemplate
     from looptx_core.finetuning.load import load_resolved
     from looptx_core.generation.engine import Engine
     from looptx_core.machine.device import best_device
@@ -83,14 +82,12 @@ def load(
     choices.append(f"attention: {chosen.name}, {chosen.reason}")
     _log.info(choices[-1])
     loaded.model.attend = chosen.attend
-    template = loaded.chat_template
-    own = template in (None, TEMPLATE)
     engine = Engine(
         loaded.model,
         loaded.tokenizer,
         loaded.exit,
         ends=loaded.special.ends,
-        chat_template=None if own else ChatTemplate(str(template), loaded.special.names()),
+        chat_template=loaded.chat,
         name=loaded.name,
         batch_size=batch_size,
         kernel=kernel,

@@ -30,7 +30,7 @@ _CORE = Path(__file__).parent
 # An export holds modules of this package, each named by where it stands.
 _EXPORT = (
     *("modeling_looptx.py", "__pycache__/*.pyc"),
-    *("model.onnx", "model.onnx.data", "genai_config.json"),
+    *("model.onnx", "model.onnx.data", "genai_config.json", "*.gguf"),
     *("_".join(module.relative_to(_CORE).parts) for module in sorted(_CORE.rglob("*.py"))),
 )
 _RUN = (

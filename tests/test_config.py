@@ -106,6 +106,12 @@ def test_configuration_file_from_the_environment(tmp_path: Path) -> None:
         ("d_model: 3", "unknown key 'd_model', did you mean 'model.d_model'"),
         ("model: {d_modle: 3}", "unknown key 'model.d_modle', did you mean 'model.d_model'"),
         ("qqqqqq: 3", "unknown key 'qqqqqq'; remove it"),
+        ("lr: 3\nsteps: 1\nlr: 4", "my.yaml, line 3: not valid YAML (the key 'lr' stands twice)"),
+        ("model: {d_model: 3}\nmodel.d_model: 4", "my.yaml, line 2: model.d_model stands twice"),
+        (
+            "model.audio.layers: 3\nmodel:\n  audio: {layers: 3}",
+            "line 3: model.audio.layers",
+        ),
         ("lr: fast", "lr: expected a number, not 'fast'"),
         ("steps: 1.5", "steps: expected a whole number, not 1.5"),
         ("steps: true", "steps: expected a whole number, not True"),

@@ -11,19 +11,31 @@ import torch
 from test_conversion_gguf import made_tokenizer, plain, write
 
 from looptx_cli.main import main
+from looptx_core.config.generation import GenerationOptions
 from looptx_core.conversion.huggingface import from_huggingface
 from looptx_core.conversion.pretrained import Looping
 from looptx_core.conversion.source_check import logit_difference
 from looptx_core.errors import DataError
+from looptx_core.generation.engine import Engine
 
 transformers = pytest.importorskip("transformers")
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 50_000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+GEMMA = {
+    "num_hidden_layers": 7, "sliding_window": 16, "sliding_window_pattern": 3,
+    "query_pre_attn_scalar": 20, "pad_token_id": 0, "eos_token_id": None, "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2 and its biases": ("Qwen2", {}),
     "Mistral without a window": ("Mistral", {"sliding_window": None}),
     "Llama 3's RoPE": ("Llama", {"rope_parameters": LLAMA3}),
+    "SmolLM": ("Llama", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48}),
+    "Qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": False}),
+    "Gemma 3": ("Gemma3", GEMMA),
     "OLMo 2": ("Olmo2", {"eos_token_id": 2, "pad_token_id": 2}),
     "linear RoPE": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0,
                                                   "rope_theta": 10_000.0}}),
@@ -57,6 +69,15 @@ def test_one_loop_is_the_source(family: str, tmp_path: Path) -> None:
         stepped = [loaded.model(tokens[:, [at]], 1, cache).logits for at in range(40, 44)]
         expected = source(tokens).logits[:, 40:44]
     assert (torch.cat(stepped, 1) - expected).abs().max() < 1e-4 * expected.abs().max()
+    # And in a batch of texts of different lengths.
+    prompts = [tokens[0, :30].tolist(), tokens[1, :5].tolist()]
+    engine = Engine(loaded.model, loaded.tokenizer)
+    options = GenerationOptions(temperature=0, max_new_tokens=24, ignore_eos=True, loops=1)
+    for prompt, found in zip(prompts, engine.complete(prompts, options), strict=True):
+        ids = torch.tensor([prompt])
+        theirs = source.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24,
+                                 do_sample=False, eos_token_id=None)[0]  # fmt: skip
+        assert prompt + [token.id for token in found.tokens] == theirs.tolist()
 
 
 def test_a_window_limits_the_context(tmp_path: Path) -> None:
@@ -107,7 +128,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(
     ("kind", "said"),
-    [("gemma3_text", "gemma3_text has layers with windows and a RoPE of their own; "),
+    [("gemma3", "gemma3 has an encoder of other media; "),
      ("mamba", "model_type mamba; `from_hf` reads"), (["a"], "from_hf")],
 )  # fmt: skip
 def test_another_family_is_refused(kind: Any, said: str, tmp_path: Path) -> None:

@@ -64,13 +64,14 @@ def made_tokenizer() -> Tokenizer:
 def plain(kind: str, **changes: Any) -> Any:
     """A small model by transformers, its weights far from their beginnings."""
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**{
+    made = getattr(transformers, f"{kind}ForCausalLM")
+    config = made.config_class(**{
         "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5,
         "rope_theta": 50_000.0, "max_position_embeddings": 128, "tie_word_embeddings": True,
         "initializer_range": 0.2, **changes,
     })  # fmt: skip
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    return made(config).eval()
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -15,8 +16,9 @@ from test_conversion import SHAPE, TOKENS, drawn, model
 
 from looptx_cli.main import main
 from looptx_core.checkpoint.folder import load_model, save_model
+from looptx_core.config.local_attention import LocalAttention
 from looptx_core.config.rope import RopeScaling
-from looptx_core.conversion import onnx_folder, run
+from looptx_core.conversion import export, onnx_folder
 from looptx_core.conversion.memory import with_memory
 from looptx_core.conversion.onnx_folder import Session, logit_difference
 from looptx_core.conversion.ternary import pack_model, to_ternary
@@ -37,6 +39,8 @@ SHAPES: dict[str, dict[str, Any]] = {
                                        "qk_norm_over": "all", "activation": "silu"},
     "no groups, scaled RoPE": {"n_kv_heads": 3, "scaled_rope": RopeScaling(
         "llama3", 8.0, original_max_position_embeddings=64)},
+    "local layers, norms in both places": {"local_attention": LocalAttention(4, 2, 500.0),
+                                           "norm_position": "both", "activation": "gelu_tanh"},
 }  # fmt: skip
 
 
@@ -126,6 +130,11 @@ def test_int8_is_onnxruntimes_own(
     assert 8 < found["bits_per_weight"] < 10 and sizes["int8"] < 0.6 * sizes["float32"]
     assert 1e-5 < found["logit_difference"] < 0.2
     assert found["loss_after"] == pytest.approx(found["loss_before"], rel=0.05)
+    # What stands in the folder was measured with its own weights, at its own depth.
+    facts = json.loads((out / "config.json").read_text())["facts"]
+    assert facts["loss"] == round(found["loss_after"], 4) and facts["loss_before"] != facts["loss"]
+    assert not {key for key in facts if "_by_loop" in key} and "int8" in facts["quantised"]
+    assert "validation loss" not in (out / "README.md").read_text()
 
 
 def test_what_it_cannot_express_is_named(
@@ -164,8 +173,17 @@ def test_what_it_cannot_express_is_named(
         assert shown == "" and not Path("x").exists()
     assert main(["convert", "--dtype", "bf16", "--loops", "2"]) == 2
     assert "--loops is the depth of --to-onnx" in capsys.readouterr().err
-    code, _, err = convert(capsys, "--model", "int8", "--data", shards, "--out", "x", "--quiet")
+    # Without a model, the newest run that it can express is taken.
+    for age, name in enumerate(("int8", "streams", "sees")):
+        run_folder = Path("runs", name)
+        shutil.copytree(name, run_folder / "final")
+        (run_folder / "config.yaml").write_text("")
+        os.utime(run_folder / "final/config.json", (age, age))
+    code, _, err = convert(capsys, "--data", shards, "--out", "x")
     assert code == 0, err  # whose rows become floats again
+    chosen = next(line for line in err.splitlines() if "model: runs" in line)
+    assert "model: runs/int8/final, newest" in chosen and "runs/sees/final: an ONNX" in chosen
+    assert "no streams between loops, which this model has" in chosen
 
 
 def test_what_goes_wrong_writes_nothing(
@@ -189,14 +207,14 @@ def test_what_goes_wrong_writes_nothing(
         changed.setattr(onnxruntime, "InferenceSession", fail)
         refused(1, "opset 17 is too new; pip install --upgrade onnxruntime")
     with monkeypatch.context() as changed:
-        evaluate = run._evaluate
+        evaluate = export.evaluate_all
 
         def meanwhile(*given: Any) -> Any:
             Path("x").mkdir()
             Path("x", "notes.txt").write_text("mine")
             return evaluate(*given)
 
-        changed.setattr(run, "_evaluate", meanwhile)
+        changed.setattr(export, "evaluate_all", meanwhile)
         given = ("--model", model, "--data", shards, "--out", "x", "--quiet")
         found, _, err = convert(capsys, *given)
         assert found == 2 and "x" in err and [p.name for p in Path("x").iterdir()] == ["notes.txt"]

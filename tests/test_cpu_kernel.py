@@ -14,6 +14,7 @@ from looptx_core.backends.cpu.structs import KernelCache, KernelRows
 from looptx_core.backends.select import select_backend
 from looptx_core.backends.torch_backend import TorchBackend
 from looptx_core.config.generation import ExitSettings, GenerationOptions
+from looptx_core.config.local_attention import LocalAttention
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.rope import RopeScaling
 from looptx_core.conversion.ternary import pack_model
@@ -243,8 +244,14 @@ def test_no_gain_is_predicted_beyond_what_a_token_can_lose(tokenizer, kernel: st
 
 def test_it_steps_aside_and_says_why() -> None:
     model = make(SMALL)
-    with pytest.raises(MissingError, match="several streams"):
-        select_backend(make(replace(SMALL, injection="streams")), "native")
+    for shape, why in (
+        ({"injection": "streams"}, "several streams"),
+        ({"norm_position": "both"}, "norms stand after"),
+        ({"local_attention": LocalAttention(8)}, "within a window"),
+        ({"activation": "gelu_tanh"}, "gelu by tanh"),
+    ):
+        with pytest.raises(MissingError, match=why):
+            select_backend(make(replace(SMALL, **shape)), "native")
     assert isinstance(select_backend(model)[0], CpuBackend)
     for change, why in (
         (lambda m: m.double(), "float64"),

@@ -19,6 +19,7 @@ from looptx_core.backends.select import select_backend
 from looptx_core.backends.torch_backend import TorchBackend
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings, GenerationOptions
+from looptx_core.config.local_attention import LocalAttention
 from looptx_core.config.model import ModelConfig
 from looptx_core.data.tokenizer import train_tokenizer
 from looptx_core.errors import MissingError
@@ -69,6 +70,7 @@ def written(
     [
         {"exit": "auto"},
         {"exit": "auto", "injection": "streams"},
+        {"exit": "auto", "local_attention": LocalAttention(6, 2, 500.0)},
         {"exit": "gain", "min_loops": 2},
         {"exit": "kl", "threshold": 0.05},
         {"exit": "auto", "kv_policy": "last"},
@@ -82,7 +84,8 @@ def test_the_same_tokens(
     options: dict, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = {"temperature": 0.0, "max_new_tokens": 40, "ignore_eos": True, **options}
-    shape = replace(SHAPE, injection=given.pop("injection", "decay"))
+    shape = replace(SHAPE, **{key: given.pop(key) for key in ("injection", "local_attention")
+                              if key in given})  # fmt: skip
     recorded, plain = engines(device, monkeypatch, shape)
     for prompt in ("some", "some words to write with and more"):
         ours, theirs = (

@@ -22,10 +22,11 @@ from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.inspection import InspectConfig
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
+from looptx_core.data import mixture
 from looptx_core.data.directions import in_directions
 from looptx_core.data.encode_record import encode_record
-from looptx_core.data.example import CODES_COUNT, code_ranges, target_weights
-from looptx_core.data.records import read_records
+from looptx_core.data.example import CODES_COUNT, Example, code_ranges, target_weights
+from looptx_core.data.records import Record, read_records
 from looptx_core.errors import DataError
 from looptx_core.generation.engine import Engine, MediaPrompt
 from looptx_core.inspection import written
@@ -225,6 +226,27 @@ def test_records_in_both_directions(
     assert targets[-1] == 1 and targets[:-1].sum() == pytest.approx(CODES_COUNT)
     with pytest.raises(DataError, match="writes no pictures"):
         encode_record(write[0], writing.tokenizer, SHAPE)
+
+
+def test_where_nothing_is_trained_only_what_is_held_out_is_encoded(
+    drawings: Path, config: ModelConfig, colour_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records, encoded = read_records([drawings / "all.jsonl"]), []
+
+    def noted(record: Record, *others: object) -> Example:
+        encoded.append(record.where)
+        return encode_record(record, *others)
+
+    monkeypatch.setattr(mixture, "encode_record", noted)
+    shape = {"seq_len": 32, "mix": (0, 1), "direction": "both", "micro_batch": 2, "batches": 1}
+    whole = mixture.MixedData(colour_shards, records, config, **shape)
+    assert len(encoded) == 32
+    encoded.clear()
+    held = mixture.MixedData(colour_shards, records, config, **shape, held_out_only=True)
+    assert 2 <= len(encoded) < 8 and len(held.val) == len(whole.val) and not len(held.train)
+    for ours, theirs in zip(held.val_dataloader(), whole.val_dataloader(), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_another_codec_is_refused(

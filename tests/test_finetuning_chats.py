@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from finetuning_cases import QUICK, write
 from looptx_cli.main import main
 from looptx_core.checkpoint.folder import load_model, read_chat_template
 from looptx_core.config.finetune import FinetuneConfig
-from looptx_core.data.chat import chat_prompt
+from looptx_core.data.chat import ChatTemplate, chat_prompt
+from looptx_core.data.examples import read_examples
 from looptx_core.data.tokenizer import END
+from looptx_core.errors import DataError
 from looptx_core.finetuning.run import finetune, prepare
 
 
@@ -35,6 +38,53 @@ def test_the_chat_template_is_the_one_that_was_trained(tiny: Path, tmp_path: Pat
     )
     # A user can't spell a marker: it stays so many characters.
     assert chat_prompt(asked, ours).count(ours.token_to_id(END)) == 0
+
+
+TEMPLATE = (
+    "{{ '<|system|>Be good.' }}{% for m in messages %}{{ '<|' + m.role + '|>\\n' }}"
+    "{{ m.content + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+"""Of another's shape: a system prompt of its own, lines, and a line's end after each turn."""
+
+
+def test_chats_are_trained_by_the_models_own_template(tiny: Path, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    base = shutil.copytree(tiny, tmp_path / "base")
+    (base / "chat_template.jinja").write_text(TEMPLATE, "utf-8")
+    (base / "digests.json").unlink(missing_ok=True)
+    loaded = load_model(base)
+    assert loaded.chat is not None
+    said = [("user", "Who?"), ("assistant", "Ann."), ("user", "And?"), ("assistant", "Bob it is.")]
+    chat = [{"role": role, "content": content} for role, content in said]
+    data = write(tmp_path / "chat.jsonl", *[{"messages": chat}] * 4)
+    example = read_examples([data], loaded.tokenizer, seq_len=64, chat=loaded.chat).kept[0]
+    theirs = PreTrainedTokenizerFast.from_pretrained(base)
+    written = theirs.apply_chat_template(chat, return_dict=False)
+    assert example.ids.tolist() == written[: len(example.ids)]
+    answers = [loaded.tokenizer.encode(said[n][1]).ids for n in (1, 3)]
+    end = loaded.tokenizer.token_to_id(END)
+    assert example.ids[example.counted].tolist() == [*answers[0], end, *answers[1], end]
+    # What is asked is how an answer begins in training.
+    asked = loaded.chat.prompt(chat[:3], loaded.tokenizer)
+    assert example.ids[: len(asked)].tolist() == asked
+    (tmp_path / "run").mkdir()
+    config = FinetuneConfig(**(QUICK | {"steps": 1}), lora=True)
+    result = finetune(prepare(config, base=base, data=[data]), folder=tmp_path / "run")
+    assert result.answers is not None and result.answers.shown[0].expected == "Bob it is."
+    assert read_chat_template(result.model_folder) == TEMPLATE
+
+
+def test_a_chat_that_its_template_can_not_hold(tiny: Path) -> None:
+    tokenizer = load_model(tiny).tokenizer
+    chat = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
+    last = ChatTemplate("{% for m in messages %}{{ loop.revindex ~ m.content }}{% endfor %}", {})
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .* differently once others follow"):
+        last.turns(chat, tokenizer, "a.jsonl:1")
+    spelled = [{"role": "user", "content": END}, chat[1]]
+    with pytest.raises(DataError, match=r"a\.jsonl:1: a message spells <.end.>"):
+        last.turns(spelled, tokenizer, "a.jsonl:1")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,9 +13,11 @@ import pytest
 import torch
 from finetuning_cases import QUICK, SHAPE, logits
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
 from looptx_core.checkpoint.folder import LoadedModel, load_model, save_model
+from looptx_core.checkpoint.metrics_log import read_metrics
 from looptx_core.checkpoint.weights import fingerprint
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.model import ModelConfig
@@ -208,11 +211,29 @@ def test_adapters_leave_the_gates_of_streams_alone() -> None:
             targets(model, ["q_proj", gate])
 
 
+def test_a_copied_model_enters_its_own_loops(tiny: Path) -> None:
+    loaded = load_model(tiny)
+    attach(loaded.model, FinetuneConfig(lora_per_loop=True))
+    for name, weight in loaded.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    ids = tokens(loaded)
+    expected = logits(loaded.model, ids)
+    loaded.model.enter_loop(2)
+    other = copy.deepcopy(loaded.model)
+    assert torch.equal(logits(other, ids), expected)
+    layers = [m for m in loaded.model.core.modules() if isinstance(m, BaseTunerLayer)]
+    assert layers and all(layer.active_adapters == ["loop_2"] for layer in layers)
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "per loop nf4"])
 def test_a_resumed_run_is_the_same_run(method, tiny, questions, tmp_path) -> None:
-    config = FinetuneConfig(**QUICK, **METHODS[method])
+    """Tasks that are measured on the way change nothing."""
+    plain = FinetuneConfig(**QUICK, **METHODS[method])
+    tasks = {"eval_every": 4, "eval_tasks": ("text",), "eval_limit": 1}
 
     def go(name: str, **how) -> Path:
+        config = plain if name == "whole" else replace(plain, **tasks)
         (tmp_path / name).mkdir(exist_ok=True)
         ready = prepare(config, base=tiny, data=[str(questions)])
         return finetune(ready, folder=tmp_path / name, **how).model_folder
@@ -221,6 +242,9 @@ def test_a_resumed_run_is_the_same_run(method, tiny, questions, tmp_path) -> Non
     with pytest.raises(RuntimeError, match="pulled the plug"):
         go("broken", callbacks=[StopAt()])
     again = go("broken", resume=True)
+    name = "eval_text_bits_per_byte"
+    figures = [r[name] for r in read_metrics(tmp_path / "broken/metrics.jsonl") if name in r]
+    assert len(figures) == 2 and figures[0] != figures[1]
     files = sorted(whole.rglob("*.safetensors"))
     assert len(files) == (4 if "loop" in method else 1)
     for file in files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -21,8 +22,9 @@ from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.inspection import InspectConfig
 from looptx_core.config.model import ModelConfig
 from looptx_core.data.hops import hop_lines
-from looptx_core.errors import UsageError
+from looptx_core.errors import DataError, UsageError
 from looptx_core.generation.engine import Engine
+from looptx_core.inspection import report
 from looptx_core.inspection.charts import Chart, Series, charts
 from looptx_core.inspection.decoding import as_good, better_policy
 from looptx_core.inspection.frontier import cheapest_fixed, choose, frontier, rule_depths
@@ -377,6 +379,23 @@ def test_to_look_needs_no_trainer():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
+
+
+def test_who_looks_at_a_text_does_not_wait_for_more(bundled, tmp_path, monkeypatch):
+    measured = []
+
+    def stop(loaded, data, config, **how):
+        measured.append((config.val_batches, config.decode_tokens))
+        raise DataError("enough")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "inspect_loops", stop)
+    command = importlib.import_module("looptx_cli.inspect_loops")
+    monkeypatch.setattr(command, "_data", lambda *given: (tmp_path, ""))
+    for line in ([], ["--prompt", "a"], ["--text", "a", "--val-batches", "5"],
+                 ["--prompt", "a", "--target-loss-increase", "1%"]):  # fmt: skip
+        assert main(["inspect-loops", "--quiet", *line]) == 4
+    assert measured == [(16, 1920), (2, 0), (5, 0), (16, 1920)]
 
 
 def test_bad_input(tmp_path, capsys, monkeypatch):

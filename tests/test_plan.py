@@ -125,7 +125,10 @@ def test_zero_divides_by_the_processes() -> None:
 
 
 def test_parameters_by_part_are_the_models() -> None:
-    for shape in (ModelConfig(), ModelConfig(tie_embeddings=False, qk_norm=False, coda_layers=2)):
+    for shape in (
+        ModelConfig(norm_position="both"),
+        ModelConfig(tie_embeddings=False, qk_norm=False, coda_layers=2),
+    ):
         model, counts = LoopedTransformer(shape), count(shape)
         assert counts.all == sum(p.numel() for p in model.parameters())
         for part in ("prelude", "core", "coda"):

@@ -55,6 +55,16 @@ def test_the_figures_of_a_run(tmp_path: Path) -> None:
     assert (b.best_loss, b.best_bits_per_byte) == (2.5, None)
 
 
+def test_the_runs_of_a_sweep_are_listed(tmp_path: Path) -> None:
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "sweep-grid/lr-1-seed-0")
+    assert [run.name for run in list_runs(tmp_path)] == ["a"], "some other folder of runs"
+    (tmp_path / "sweep-grid/sweep.json").write_text("{}")
+    found = {run.name: run.folder for run in list_runs(tmp_path)}
+    assert found.keys() == {"a", "sweep-grid/lr-1-seed-0"}
+    assert found["sweep-grid/lr-1-seed-0"] == tmp_path / "sweep-grid/lr-1-seed-0"
+
+
 def test_a_run_that_is_to_go_on_is_not_finished(tmp_path: Path) -> None:
     update_facts(make_run(tmp_path / "a"), finished=20, until=40)
     summary = read_run(tmp_path / "a").summary

@@ -48,11 +48,12 @@ OPTIONS = {
         --loss-at --loss-prior --teacher --teacher-weight --control --no-control --precision
         --attention --compile --no-compile --grad-checkpointing --no-grad-checkpointing --devices
         --nodes --strategy --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every
-        --keep --keep-best --no-keep-best --val-every --val-batches --log-every --log --profile
-        --model --lora --no-lora --qlora --no-qlora --quantization --dora --no-dora --lora-per-loop
-        --no-lora-per-loop --lora-layers --lora-rank --lora-alpha --lora-dropout --rslora
-        --no-rslora --target-modules --columns --train-on-prompt --no-train-on-prompt --too-long
-        --val-fraction --config --resume --overwrite --dry-run --json --quiet
+        --keep --keep-best --no-keep-best --val-every --val-batches --eval-every --eval-tasks
+        --eval-limit --log-every --log --profile --model --lora --no-lora --qlora --no-qlora
+        --quantization --dora --no-dora --lora-per-loop --no-lora-per-loop --lora-layers --lora-rank
+        --lora-alpha --lora-dropout --rslora --no-rslora --target-modules --columns
+        --train-on-prompt --no-train-on-prompt --too-long --val-fraction --config --resume
+        --overwrite --dry-run --json --quiet
     """,
     "generate": """
         --max-new-tokens --loops --exit --threshold --min-loops --max-loops --prompt-loops
@@ -66,7 +67,8 @@ OPTIONS = {
         --model --from-hf --from-gguf --core --max-loops --out --to-bitnet --no-to-bitnet --direct
         --no-direct --finetune-steps --max-minutes --lr --data --seed --memory --memory-window
         --memory-block --adapter --merge-adapter --no-merge-adapter --to-hf --no-to-hf --to-onnx
-        --no-to-onnx --loops --dtype --shard-size --config --overwrite --dry-run --json --quiet
+        --no-to-onnx --to-gguf --no-to-gguf --loops --dtype --shard-size --config --overwrite
+        --dry-run --json --quiet
     """,
     "doctor": """
         --build --path --json --quiet
@@ -99,10 +101,10 @@ OPTIONS = {
         --loss-at --loss-prior --teacher --teacher-weight --control --no-control --precision
         --attention --compile --no-compile --grad-checkpointing --no-grad-checkpointing --devices
         --nodes --strategy --zero3 --no-zero3 --offload --nvme-path --deepspeed-config --save-every
-        --keep --keep-best --no-keep-best --val-every --val-batches --log-every --log --profile
-        --preset --init --document-mask --no-document-mask --mix --codec --direction --mask-patches
-        --eval-every --eval-tasks --eval-limit --bitnet --no-bitnet --set --config --memory --resume
-        --overwrite --dry-run --force --json --quiet
+        --keep --keep-best --no-keep-best --val-every --val-batches --eval-every --eval-tasks
+        --eval-limit --log-every --log --profile --preset --init --document-mask --no-document-mask
+        --mix --codec --direction --mask-patches --bitnet --no-bitnet --set --config --memory
+        --resume --overwrite --dry-run --force --json --quiet
     """,
 }
 

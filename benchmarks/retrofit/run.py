@@ -6,10 +6,10 @@
     python -m benchmarks.retrofit.run --base smol --people 12 --hops 1 2 3 4 5 6 7 8 \
         --steps 3000 --batch 64 --max-loops 4 --variant gpu
 
-Adapters and the bridge are trained on chains of look-ups (`chains.py`), on the layers of the core
-(`--layers all`: on all of them), the depth growing from one loop. The control has the same data,
-adapters and FLOPs, and one loop. Both answer held-out questions, greedily, a row for each number of
-hops and of loops.
+Adapters and the bridge are trained on chains of look-ups (`chains.py`), on the layers
+of the core (`--layers all`: on all of them), the depth growing from one loop. The control has the
+same data, adapters and FLOPs, and one loop. Both answer held-out questions, greedily, a row for
+each number of hops and of loops. Resumable, by seed and layers; half an hour of a core a seed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ import argparse
 import itertools
 import json
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common.record import write
+from benchmarks.common.record import results_file, rows_so_far, write
 from benchmarks.retrofit.chains import chains
 from looptx_core.checkpoint.folder import LoadedModel, load_model
 from looptx_core.config.finetune import FinetuneConfig
@@ -82,22 +81,46 @@ def trained(
     return finetune(prepared, folder=folder, report=print, watch=print), counted
 
 
+def measured(args: argparse.Namespace, config: FinetuneConfig) -> list[Any]:
+    """Train both arms from one seed, and ask both."""
+    base = load_model(args.base, dtype=torch.float32)
+    rows = rows_of(args, "base", base, 1)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        data = place / "chains.jsonl"
+        records = chains(config.seed, args.examples, args.people, args.hops)
+        data.write_text("".join(json.dumps(record) + "\n" for record in records))
+        looped, counted = trained(args, config, str(data), place / "looped")
+        changes: Any = control_changes(config, base.config, looped.flops, counted)
+        control, _ = trained(args, replace(config, **changes), str(data), place / "control")
+        for arm, result, loops in (("looped", looped, args.max_loops), ("control", control, 1)):
+            fresh = load_model(args.base, dtype=torch.float32)
+            adapted = load_adapter(fresh, result.model_folder)
+            rows += rows_of(args, arm, adapted, loops)
+            rows.append({
+                "part": "training", "arm": arm, "steps": result.steps, "flops": result.flops,
+                "seconds": round(result.seconds, 1), "trainable": result.trainable,
+                "loss": [round(x, 4) for x in result.loss_by_loop],
+            })  # fmt: skip
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, required=True, help="A converted model with a core.")
-    parser.add_argument("--people", type=int, default=4)
-    parser.add_argument("--hops", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=4, help="Sequences a step.")
-    parser.add_argument("--seq-len", type=int, default=132)
+    parser.add_argument("--people", type=int, default=5)
+    parser.add_argument("--hops", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--batch", type=int, default=8, help="Sequences a step.")
+    parser.add_argument("--seq-len", type=int, default=192)
     parser.add_argument("--max-loops", type=int, default=2)
     parser.add_argument("--layers", choices=["core", "all", "later"], default="core")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--questions", type=int, default=60, help="Held out, for each hop.")
-    parser.add_argument("--examples", type=int, default=4000)
+    parser.add_argument("--questions", type=int, default=200, help="Held out, for each hop.")
+    parser.add_argument("--examples", type=int, default=8000)
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variant", default="")
     args = parser.parse_args()
     assert max(args.hops) < args.people, "every hop needs another answer"
@@ -106,37 +129,21 @@ def main() -> None:
         loop_schedule="grow", grow_share=0.6, max_loops=args.max_loops,
         mean_loops=float(args.max_loops), loss_at="last", steps=args.steps, batch_size=args.batch,
         seq_len=args.seq_len, lr=args.lr, precision=args.precision, val_every=args.steps,
-        val_batches=1, val_fraction=0.01, save_every=args.steps, seed=args.seed,
+        val_batches=1, val_fraction=0.01, save_every=args.steps,
     )  # fmt: skip
-    started = time.monotonic()
-    base = load_model(args.base, dtype=torch.float32)
-    rows = rows_of(args, "base", base, 1)
-    with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        data = place / "chains.jsonl"
-        data.write_text("".join(
-            json.dumps(record) + "\n"
-            for record in chains(args.seed, args.examples, args.people, args.hops)
-        ))  # fmt: skip
-        looped, counted = trained(args, config, str(data), place / "looped")
-        changes: Any = control_changes(config, base.config, looped.flops, counted)
-        control, _ = trained(args, replace(config, **changes), str(data), place / "control")
-        for arm, result, loops in (("looped", looped, args.max_loops), ("control", control, 1)):
-            fresh = load_model(args.base, dtype=torch.float32)
-            rows += rows_of(args, arm, load_adapter(fresh, result.model_folder), loops)
-            rows.append({
-                "part": "training", "arm": arm, "steps": result.steps, "flops": result.flops,
-                "seconds": round(result.seconds, 1), "trainable": result.trainable,
-                "loss": [round(x, 4) for x in result.loss_by_loop],
-            })  # fmt: skip
-    settings = {key: str(value) if isinstance(value, Path) else value
-                for key, value in vars(args).items() if key != "base"}  # fmt: skip
-    write(
-        "retrofit.run",
-        "Held-out answers by hops, of a looped SmolLM2-135M and of its control at equal FLOPs.",
-        rows, variant=args.variant, peers=("peft",),
-        settings=settings | {"seconds": round(time.monotonic() - started)},
-    )  # fmt: skip
+    kept_out = ("base", "seeds", "layers", "variant")
+    settings = {key: value for key, value in vars(args).items() if key not in kept_out}
+    file = results_file("retrofit.run", args.variant)
+    for seed in args.seeds:
+        own = {"seed": seed, "layers": args.layers}
+        if any(own.items() <= row.items() for row in rows_so_far(file)):
+            continue
+        found = [own | row for row in measured(args, replace(config, seed=seed))]
+        write(
+            "retrofit.run",
+            "Held-out answers by hops, of a looped SmolLM2-135M and of its control at equal FLOPs.",
+            [*rows_so_far(file), *found], variant=args.variant, peers=("peft",), settings=settings,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,34 +1,122 @@
 """What docs/benchmarks.md says about loops in a pretrained model."""
 
-from benchmarks.common.tables import newest, one, percent, pick, source, table
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from benchmarks.common.record import Record
+from benchmarks.common.tables import newest, pick, records, source, table
+
+STUDENT = {2: 12.706, 3: 4.303}  # for a 95 % interval of the mean of so many seeds
+
+
+def over_seeds(values: Sequence[float], scale: float, digits: int) -> str:
+    """The mean, with its 95 % interval where there are several."""
+    mean = f"{scale * statistics.mean(values):.{digits}f}"
+    if len(values) not in STUDENT:
+        return mean
+    within = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean} ± {scale * within:.{digits}f}"
+
+
+def answers(record: Record, layers: str) -> tuple[list[list[str]], list[int]]:
+    """A line for each arm and number of loops, and the seeds."""
+    rows, hops = pick(record["rows"], layers=layers), record["settings"]["hops"]
+    lines = []
+    kinds = dict.fromkeys((row["arm"], row["loops"]) for row in pick(rows, part="text"))
+    for arm, loops in kinds:
+        own = {"arm": arm, "loops": loops}
+        right = [
+            [row["right"] for row in pick(rows, part="hops", hops=count, **own)] for count in hops
+        ]
+        text = [row["loss"] for row in pick(rows, part="text", **own)]
+        if arm == "base":  # the same for every seed
+            right, text = [values[:1] for values in right], text[:1]
+        lines.append([
+            arm, str(loops), *(over_seeds(values, 100, 0) for values in right),
+            over_seeds(text, 1, 3),
+        ])  # fmt: skip
+    return lines, sorted({row["seed"] for row in rows})
+
+
+def differences(record: Record, layers: str) -> str:
+    """What the second loop brings, and how one loop and both stand to the control."""
+    rows, hops = pick(record["rows"], layers=layers), max(record["settings"]["hops"])
+
+    def right(arm: str, loops: int) -> list[float]:
+        found = pick(rows, part="hops", arm=arm, loops=loops, hops=hops)
+        return [row["right"] for row in sorted(found, key=lambda row: row["seed"])]
+
+    one, deep = right("looped", 1), right("looped", record["settings"]["max_loops"])
+    control = right("control", 1)
+    parts = (
+        [b - a for a, b in zip(one, deep)], [a - b for a, b in zip(one, control)],
+        [a - b for a, b in zip(deep, control)],
+    )  # fmt: skip
+    brought, first, whole = (over_seeds(values, 100, 0) for values in parts)
+    text = [
+        [r["loss"] for r in pick(rows, part="text", arm=arm, loops=loops)]
+        for arm, loops in (("looped", record["settings"]["max_loops"]), ("control", 1))
+    ]
+    more = over_seeds([a / b - 1 for a, b in zip(*text)], 100, 1)
+    return (
+        f"At {hops} hops the later loops bring {brought} points within the looped model; at one "
+        f"loop it is {first} points from the control, and at all loops {whole}. Its loss on other "
+        f"text is {more} % from the control's."
+    )
+
+
+def speed() -> str:
+    found = records("retrofit.training")[:1]
+    if not found:
+        return ""
+    lines = [
+        [r["side"], r["precision"], f"{r['tokens_per_cpu_second']:.0f}",
+         f"{r['ratio_of_processor_time']:.2f}", f"{r['peak_gb']:.1f} GB"]
+        for r in found[0]["rows"]
+    ]  # fmt: skip
+    settings = found[0]["settings"]
+    return f"""\
+
+**How fast, beside PEFT?** Steps of {settings["batch"]} x {settings["seq_len"]} tokens that all
+count, LoRA of rank {settings["rank"]} on the core's layers, one loop, in turns; the ratio is that
+of processor time to transformers with PEFT.
+
+{table(["side", "precision", "tokens a CPU second", "ratio", "peak memory"], lines)}
+
+{source(found[0])}"""
 
 
 def section() -> str:
     record = newest("retrofit.run")
-    rows, settings = record["rows"], record["settings"]
-    lines = []
-    for text in pick(rows, part="text"):
-        arm, loops = text["arm"], text["loops"]
-        right = [
-            percent(one(rows, part="hops", arm=arm, loops=loops, hops=hops)["right"])
-            for hops in settings["hops"]
-        ]
-        lines.append([arm, loops, *right, f"{text['loss']:.3f}"])
-    looped, control = (one(rows, part="training", arm=arm) for arm in ("looped", "control"))
+    settings, parts = record["settings"], []
     heads = ["arm", "loops", *(f"{n} hop{'s' * (n > 1)}" for n in settings["hops"]), "other text"]
-    return f"""\
-## Do loops pay in a pretrained model?
-
-SmolLM2-135M with a core of its own layers, and adapters of rank {settings["rank"]} on them, after
-{looped["steps"]} steps of {settings["batch"]} chains of look-ups in plain English; the control is
-trained without loops, {control["steps"]} steps at the same FLOPs. Held-out questions
-({settings["questions"]} of each kind) whose answer's first token is the likeliest one, and nats a
-token on *Moby Dick*, of which the adapters saw nothing (aims: the second loop brings 10 points at
-the most hops, and other text costs at most 0.5 % more than the control's).
+    for layers in dict.fromkeys(row["layers"] for row in record["rows"]):
+        lines, seeds = answers(record, layers)
+        parts.append(f"""\
+**Adapters on {"the core's" if layers == "core" else "all"} layers**, seeds {seeds}, each with its
+95 % interval over them:
 
 {table(heads, lines)}
 
-So few steps on one processor show no gain over the control: what the second loop brings within the
-looped model, the control has in one.
+{differences(record, layers)}""")
+    trained = pick(record["rows"], part="training")
+    steps = {arm: pick(trained, arm=arm)[0]["steps"] for arm in ("looped", "control")}
+    tables = "\n\n".join(parts)
+    return f"""\
+## Do loops pay in a pretrained model?
 
-{source(record)}"""
+SmolLM2-135M-Instruct with a core of its own layers, and adapters of rank {settings["rank"]}, after
+{steps["looped"]} steps of {settings["batch"]} rows of chains of look-ups ("Ann's boss's boss is",
+{settings["people"]} people); the control is trained without loops, {steps["control"]} steps at the
+same FLOPs. Percent of held-out questions
+({settings["questions"]} of each kind) whose answer is the likeliest token, and nats a token on
+*Moby Dick*, of which the adapters saw nothing. The aims: later loops bring 10 points at the most
+hops, one loop is at most 3 below the control, and other text costs at most 0.5 % more than the
+control's.
+
+{tables}
+
+{source(record)}
+{speed()}"""

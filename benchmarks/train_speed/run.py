@@ -275,7 +275,7 @@ def timed(
     for line in lines.values():
         line.send(None)
     for seat in seats:
-        seat.fuse_projections()
+        seat.join()
 
     def ratios(times: dict[str, list[float]], to: str) -> dict[str, float]:
         """Medians over rounds, as such machines change their speed from one minute to the next."""

@@ -166,9 +166,7 @@ class GraphPass(Pass):
 
     def _set_position(self) -> None:
         now = self.model.context(1, self.view)
-        assert isinstance(now.mask, Tensor) and isinstance(self.ctx.mask, Tensor)
-        self.ctx.mask.copy_(now.mask)
-        for buffer, value in zip(self.ctx.rotary, now.rotary):
+        for buffer, value in zip(self.ctx.buffers(), now.buffers(), strict=True):
             buffer.copy_(value)
 
     def _embed(self) -> None:

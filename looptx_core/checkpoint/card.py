@@ -85,6 +85,11 @@ def descended(
     return {"base": base, **(kept or {}), **own, "lineage": line}
 
 
+def unmeasured(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts without the losses by loop, which hold for the weights they were measured with."""
+    return {key: value for key, value in facts.items() if "_by_loop" not in key}
+
+
 def lineage_table(lineage: Any) -> str:
     """The models that a model was made from, the oldest first, as a table; '' for none."""
     if not isinstance(lineage, list) or not lineage:

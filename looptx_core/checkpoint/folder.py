@@ -32,6 +32,7 @@ from looptx_core.checkpoint.special_tokens import SpecialTokens
 from looptx_core.checkpoint.weights import check_size, load_weights, tensors_of
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import FIRST_FORMAT, FORMAT_VERSION, ModelConfig
+from looptx_core.data.chat import ChatTemplate
 from looptx_core.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from looptx_core.documents import COPY_AGAIN, check_links, read_json, read_text, to_json
 from looptx_core.errors import DataError
@@ -65,6 +66,11 @@ class LoadedModel:
     """Of a model that was finetuned on chats; `data.chat` has ours."""
     special: SpecialTokens = field(default_factory=SpecialTokens)
     """What begins and ends its texts."""
+
+    @property
+    def chat(self) -> ChatTemplate | None:
+        """Its way to write chats where it is another's; None: ours."""
+        return ChatTemplate.of_others(self.chat_template, self.special.names())
 
     @property
     def name(self) -> str:
@@ -212,7 +218,7 @@ def load_model(
             weights are a pickle, or not those that the folder was written with.
     """
     folder = Path(folder)
-    config, settings = _read_config(folder)
+    config, settings = read_config(folder)
     tokenizer = read_tokenizer(folder, config, settings.get("tokenizer_fingerprint", ""))
     exit_settings = read_exit(folder)
     check_size(config, folder)
@@ -287,8 +293,11 @@ def update_generation_config(folder: str | Path, exit_settings: ExitSettings) ->
     write_file(file, text)
 
 
-def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The shape and all of config.json."""
+def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The shape of a model folder, and all of its config.json.
+
+    Raises `DataError` for a folder that is no model's, or of another format.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such model folder; give a run or a model folder")
     check_links(folder)

@@ -30,7 +30,10 @@ class ResolvedModel:
 
 
 def resolve_model(
-    path: str | Path | None, runs: Path = RUNS, need: frozenset[str] = frozenset()
+    path: str | Path | None,
+    runs: Path = RUNS,
+    need: frozenset[str] = frozenset(),
+    check: Callable[[Path], object] = lambda folder: None,
 ) -> ResolvedModel:
     """The model folder that is meant.
 
@@ -40,6 +43,8 @@ def resolve_model(
             else the bundled model.
         need: what the model must be able to do: a medium's `ability`, or have 'weights' of its
             own, which an adapter has not.
+        check: called with the folder of a run; one for which it raises `DataError` is left out,
+            with this reason. A model that is given is not checked.
     Raises:
         DataError: no such folder, or one that is neither, is not finished or can't do it.
         LooptxError: the hub can't be reached.
@@ -58,6 +63,7 @@ def resolve_model(
     for run in _runs(runs):
         try:
             if need <= abilities(run / "final"):
+                check(run / "final")
                 return _resolved(run / "final", f"newest finished run under {runs}{_but(skipped)}")
         except DataError as error:  # one damaged run must not hide the others
             skipped.append(str(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.resolve import Resolved, read_resolved
 from looptx_core.config.run import TrainConfig
+from looptx_core.config.sweep import FILE as SWEEP
 from looptx_core.documents import read_json
 from looptx_core.errors import DataError, LooptxError
 
@@ -66,18 +67,20 @@ class RunDetails:
 def list_runs(runs: Path = RUNS) -> list[RunSummary]:
     """The runs of `train` and `finetune` in a folder, the newest first.
 
-    A run that can't be read is listed as damaged. A folder with neither `config.yaml` nor
-    `run.json` is no run.
+    Those of a sweep are among them, named by the sweep's folder and their own. A run that can't be
+    read is listed as damaged. A folder with neither `config.yaml` nor `run.json` is no run.
 
     Raises `DataError` where `runs` is there and can't be listed.
     """
     if not runs.exists():
         return []
-    try:
-        folders = [path for path in runs.iterdir() if path.is_dir() and path.name[0] != "."]
-    except OSError as error:
-        raise DataError(f"{runs}: cannot be listed ({error.strerror}); give another one") from error
-    found = [_summary_of(folder) for folder in folders if _is_run(folder)]
+    found = []
+    for folder in _folders(runs):
+        if _is_run(folder):
+            found.append(_summary_of(folder))
+        elif (folder / SWEEP).is_file():
+            swept = [_summary_of(run) for run in _folders(folder) if _is_run(run)]
+            found += [replace(run, name=f"{folder.name}/{run.name}") for run in swept]
     return sorted(found, key=lambda run: (run.updated or "", run.name), reverse=True)
 
 
@@ -113,6 +116,15 @@ def read_run(folder: Path) -> RunDetails:
         **_on_disk(folder),
     )
     return RunDetails(summary, settings, records, model_facts or {})
+
+
+def _folders(place: Path) -> list[Path]:
+    try:
+        return [path for path in place.iterdir() if path.is_dir() and path.name[0] != "."]
+    except OSError as error:
+        raise DataError(
+            f"{place}: cannot be listed ({error.strerror}); give another one"
+        ) from error
 
 
 def _summary_of(folder: Path) -> RunSummary:

@@ -19,10 +19,10 @@ class ConvertConfig:
     model."""
     from_hf: str | None = None
     """Read this folder of Hugging Face's format, or hf:OWNER/NAME: one of `to_hf`, or a plain
-    Llama, Mistral, Qwen2, Qwen3 or OLMo 2."""
+    Llama, Mistral, Qwen2, Qwen3, Gemma 3 (text) or OLMo 2."""
     from_gguf: str | None = None
-    """Read this GGUF file, llama.cpp's format, with a plain Llama, Qwen2 or Qwen3 (extra
-    `gguf`)."""
+    """Read this GGUF file, llama.cpp's format, with a plain Llama, Qwen2, Qwen3 or OLMo 2, or a
+    looped Nanbeige (extra `gguf`)."""
     core: str | None = None
     """from_hf, from_gguf: loop the layers A to B-1 of a plain model, as A:B, counted from 0; auto
     takes those from 0.4 to 0.6 of the depth. One loop stays the source; absent: one loop alone."""
@@ -64,36 +64,46 @@ class ConvertConfig:
     """Write a folder that transformers opens by itself, with trust_remote_code."""
     to_onnx: bool = False
     """Write a graph of a fixed depth that onnxruntime and onnxruntime-genai open (extra `onnx`)."""
+    to_gguf: bool = False
+    """Write a GGUF file of a fixed depth for llama.cpp and Ollama, of a model that is a stack of
+    their layers (extra `gguf`)."""
     loops: int | None = None
-    """to_onnx: loops of the graph; absent: the depth of a plain call, which training stores."""
+    """to_onnx, to_gguf: loops that are written; absent: the depth of a plain call, which training
+    stores."""
     dtype: Literal["float32", "bf16", "fp16", "int8"] | None = None
-    """Number type of the stored weights; int8: the matrices, each row with a scale; absent: as
-    they are."""
+    """Number type of the stored weights; int8: the matrices, each row with a scale, or Q8_0 in a
+    GGUF file; absent: as they are."""
     shard_size: str = "5GB"
     """The most bytes in a file of weights, such as 500MB."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        steps = (self.to_bitnet, self.to_hf, self.to_onnx, self.foreign, self.dtype,
+        steps = (self.to_bitnet, self.to_hf, self.to_onnx, self.to_gguf, self.foreign, self.dtype,
                  self.merge_adapter, self.memory)  # fmt: skip
         if not any(steps):
             raise UsageError(
-                "nothing to convert to; pass `to_bitnet`, `to_hf`, `to_onnx`, `from_hf` FOLDER, "
-                "`from_gguf` FILE, `dtype`, `memory` or `adapter` A with `merge_adapter`"
+                "nothing to convert to; pass `to_bitnet`, `to_hf`, `to_onnx`, `to_gguf`, `from_hf` "
+                "FOLDER, `from_gguf` FILE, `dtype`, `memory` or `adapter` A with `merge_adapter`"
             )
-        for name in ("memory", "to_onnx"):
-            for other in ("to_bitnet", "to_hf", "memory"):
+        for name in ("memory", "to_onnx", "to_gguf"):
+            for other in ("to_bitnet", "to_hf", "memory", "to_onnx"):
                 if name != other and getattr(self, name) and getattr(self, other):
                     raise UsageError(f"`{name}` and `{other}` are two steps; leave one of them out")
-        if self.loops is not None and not self.to_onnx:
-            raise UsageError("`loops` is the depth of `to_onnx`; pass both")
+        if self.loops is not None and not self.unrolled:
+            raise UsageError("`loops` is the depth of `to_onnx` or `to_gguf`; pass one of them too")
         if self.to_onnx and self.dtype in ("bf16", "fp16"):
             raise UsageError(
                 f"`to_onnx` stores float32 or int8, not {self.dtype}; give another `dtype`"
             )
-        if self.to_onnx and self.shard_size != type(self).shard_size:
+        if self.unrolled and self.shard_size != type(self).shard_size:
             raise UsageError(
-                "`shard_size` is not for `to_onnx`, whose weights lie in one file; leave it out"
+                f"`shard_size` is not for `{self.unrolled}`, whose weights lie in one file; leave "
+                "it out"
+            )
+        if self.to_gguf and self.out and self.out.endswith(".gguf"):
+            raise UsageError(
+                f"`out` {self.out}: a folder, in which the file gets a name with its number type; "
+                "leave .gguf out"
             )
         if self.direct and not self.to_bitnet:
             raise UsageError("`direct` is a way of `to_bitnet`; pass both")
@@ -109,10 +119,11 @@ class ConvertConfig:
             raise UsageError(f"`{name}` reads a model of its own; leave `model` and `adapter` out")
         if self.from_hf and self.from_gguf:
             raise UsageError("`from_hf` and `from_gguf` each read a model; pass one of them")
-        if self.foreign and self.to_onnx:
+        if self.foreign and (then := self.unrolled):
             raise UsageError(
-                f"`{name}` and `to_onnx` are two steps; leave `to_onnx` out, then run "
-                "looptx convert --to-onnx --model FOLDER on what the first one wrote"
+                f"`{name}` and `{then}` are two steps; leave `{then}` out, then run "
+                f"looptx convert --{then.replace('_', '-')} --model FOLDER on what the first one "
+                "wrote"
             )
         if self.core and not self.foreign:
             raise UsageError("`core` is for a plain model of `from_hf` or `from_gguf`; pass one")
@@ -129,6 +140,11 @@ class ConvertConfig:
         return self.from_hf or self.from_gguf
 
     @property
+    def unrolled(self) -> Literal["to_onnx", "to_gguf"] | None:
+        """The format of others in which a fixed depth is written."""
+        return "to_onnx" if self.to_onnx else "to_gguf" if self.to_gguf else None
+
+    @property
     def suffix(self) -> str:
         """What the new folder's name says was done."""
         steps = (
@@ -139,5 +155,6 @@ class ConvertConfig:
             (self.dtype is not None, self.dtype),
             (self.to_hf, "hf"),
             (self.to_onnx, "onnx"),
+            (self.to_gguf, "gguf"),
         )
         return "-".join(str(name) for done, name in steps if done)

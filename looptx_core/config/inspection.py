@@ -10,6 +10,10 @@ from looptx_core.errors import UsageError
 MEDIA_PATHS = ("image", "audio", "video")
 """The settings that name files of media."""
 
+BRIEF = {"val_batches": 2, "decode_tokens": 0}
+"""What is measured of held-out data where the user looks at a text or an item: it takes seconds,
+and suffices to calibrate."""
+
 
 @dataclass(frozen=True)
 class InspectConfig:
@@ -24,7 +28,8 @@ class InspectConfig:
     batch_size: int = 32
     """Sequences a pass."""
     val_batches: int = 16
-    """Passes; half of the sequences calibrate, the other half are reported on."""
+    """Passes; half of the sequences calibrate, the other half are reported on. Where a text or an
+    item of media is to be seen, and nothing else is asked for: 2."""
     max_loops: int | None = None
     """The deepest loop to look at; absent: the model's maximum."""
     calibrate: bool = False
@@ -44,7 +49,8 @@ class InspectConfig:
     max_new_tokens: int = 40
     """prompt: tokens to generate."""
     decode_tokens: int = 1920
-    """Tokens decoded one by one for each cache policy, with exits and at fixed depths; 0: none."""
+    """Tokens decoded one by one for each cache policy, with exits and at fixed depths; 0: none, as
+    where a text or an item of media is to be seen."""
     seed: int = 0
     """Seed of the deletion test's random tokens."""
 

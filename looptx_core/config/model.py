@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from looptx_core.config.local_attention import LocalAttention
 from looptx_core.config.media import (
     AudioConfig,
     DrawConfig,
@@ -37,8 +38,8 @@ _MEMORY_KEYS = (
     "memory", "memory_window", "memory_block", "memory_per_loop", "infini_delta",
 )  # fmt: skip
 SECTIONS: dict[str, type] = {
-    "scaled_rope": RopeScaling, "audio": AudioConfig, "video": VideoConfig, "draw": DrawConfig,
-    "speak": SpeakConfig,
+    "scaled_rope": RopeScaling, "local_attention": LocalAttention, "audio": AudioConfig,
+    "video": VideoConfig, "draw": DrawConfig, "speak": SpeakConfig,
 }  # fmt: skip
 """The classes of the sections inside a model's configuration, by key."""
 
@@ -70,8 +71,9 @@ class ModelConfig:
     """Width of one head; even, for RoPE."""
     d_ff: int = 384
     """Width of the GeGLU layer (arXiv 2002.05202)."""
-    activation: Literal["gelu", "silu"] = "gelu"
-    """Of the gate: gelu, or silu as in SwiGLU, for weights that were trained so."""
+    activation: Literal["gelu", "gelu_tanh", "silu"] = "gelu"
+    """Of the gate: gelu; gelu_tanh, its approximation by tanh; or silu as in SwiGLU. The last two
+    are for weights that were trained so."""
     prelude_layers: int = 1
     """Blocks before the loop, run once."""
     core_layers: int = 2
@@ -100,14 +102,16 @@ class ModelConfig:
     """RMSNorm on queries and keys (arXiv 2302.05442)."""
     qk_norm_over: Literal["head", "all"] = "head"
     """Whether this norm is of each head or of all heads together."""
-    norm_position: Literal["before", "after"] = "before"
-    """Whether a block's norms stand before attention and feed-forward layer, or after them and
-    before their sum with the residual stream (OLMo 2, arXiv 2501.00656)."""
+    norm_position: Literal["before", "after", "both"] = "before"
+    """Whether a block's norms stand before attention and feed-forward layer, after them and before
+    their sum with the residual stream (OLMo 2, arXiv 2501.00656), or in both places (Gemma 3)."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies (arXiv 2104.09864)."""
     # Not `rope_scaling`: transformers' configurations, which hold these keys too, translate that.
     scaled_rope: RopeScaling = field(default_factory=RopeScaling)
     """How these frequencies are lowered for long texts."""
+    local_attention: LocalAttention = field(default_factory=LocalAttention)
+    """Layers that attend within a window, with rotary frequencies of their own."""
     qkv_bias: bool = False
     """Queries, keys and values have a bias, as in Qwen2."""
     norm_eps: float = 1e-6
@@ -204,12 +208,12 @@ class ModelConfig:
             f"qk_norm_over must be head or all, not {self.qk_norm_over!r}",
         )
         need(
-            self.norm_position in ("before", "after"),
-            f"norm_position must be before or after, not {self.norm_position!r}",
+            self.norm_position in ("before", "after", "both"),
+            f"norm_position must be before, after or both, not {self.norm_position!r}",
         )
         need(
-            self.activation in ("gelu", "silu"),
-            f"activation must be gelu or silu, not {self.activation!r}",
+            self.activation in ("gelu", "gelu_tanh", "silu"),
+            f"activation must be gelu, gelu_tanh or silu, not {self.activation!r}",
         )
         need(
             self.linear in ("float", "ternary", "packed", "int8"),
@@ -271,6 +275,10 @@ class ModelConfig:
             self.memory_window >= 1 and self.memory_window % self.memory_block == 0,
             f"memory_window ({self.memory_window}) must be a multiple of memory_block "
             f"({self.memory_block})",
+        )
+        need(
+            self.memory == "none" or not self.local_attention.window,
+            "a memory has a window of its own, so local_attention.window must be 0",
         )
         need(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), not {self.dropout}")
 

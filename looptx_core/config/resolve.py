@@ -299,7 +299,8 @@ def keys_in(
 ) -> dict[str, tuple[Any, str]]:
     """What a file holds by dotted key, as YAML has it, each with the place where it stands.
 
-    Raises `UsageError`, with the line, for a key that no schema has.
+    Raises `UsageError`, with the line, for a key that no schema has, and for one that stands both
+    dotted and in its section.
     """
     tree, lines = read_yaml(path)
     flat: dict[str, tuple[Any, str]] = {}
@@ -314,6 +315,8 @@ def keys_in(
                     held = short(repr(value))
                     raise UsageError(f"{where}: {key} must hold keys of its own, not {held}")
                 flatten(value or {}, *here)
+            elif key in flat:
+                raise UsageError(f"{where}: {key} stands twice; leave one out")
             elif key != ORIGINS:
                 flat[key] = value, where
 

@@ -129,6 +129,12 @@ class RunConfig:
     """Steps between validations."""
     val_batches: int = 4
     """Batches of one validation."""
+    eval_every: int | None = None
+    """Steps between evaluations on tasks, whose figures join the metrics; absent: none."""
+    eval_tasks: tuple[str, ...] = ()
+    """Names of tasks of looptx evaluate, separated by commas; absent: all of looptx's own."""
+    eval_limit: int | None = 50
+    """The first so many lines of each task."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     log: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
@@ -172,11 +178,14 @@ class RunConfig:
                 )
         if self.teacher and zero:
             raise UsageError("`teacher` with ZeRO is refused; leave one of them out")
-        if self.keep_best and self.sharding not in ("none", "ddp"):
-            raise UsageError(
-                f"`keep_best` with {self.sharding} is refused: no process has all weights; "
-                "leave it out"
-            )
+        if self.eval_tasks and not self.eval_every:
+            raise UsageError("`eval_tasks` does nothing without `eval_every`; add it")
+        for name in ("keep_best", "eval_every"):
+            if getattr(self, name) and self.sharding not in ("none", "ddp"):
+                raise UsageError(
+                    f"`{name}` with {self.sharding} is refused: no process has all weights; "
+                    "leave it out"
+                )
         if self.nvme_path and self.offload not in ("nvme", "auto", None):
             raise UsageError(f"`nvme_path` does nothing under `offload` {self.offload}")
         if self.nvme_path and not zero:
@@ -238,24 +247,8 @@ class TrainConfig(RunConfig):
     """With a codec: whether a picture with its text is read, written or, as two records, both."""
     mask_patches: float = 0.0
     """Share of the patches to hide from the encoder and to draw back, with a loss of their own."""
-    eval_every: int | None = None
-    """Steps between evaluations on tasks, whose figures join the metrics; absent: none."""
-    eval_tasks: tuple[str, ...] = ()
-    """Names of tasks of looptx evaluate, separated by commas; absent: all of looptx's own."""
-    eval_limit: int | None = 50
-    """The first so many lines of each task."""
     bitnet: bool = False
     """Ternary weights in the blocks (BitNet b1.58); looptx convert --to-bitnet packs them."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.eval_tasks and not self.eval_every:
-            raise UsageError("`eval_tasks` does nothing without `eval_every`; add it")
-        if self.eval_every and self.sharding not in ("none", "ddp"):
-            raise UsageError(
-                f"`eval_every` with {self.sharding} is refused: no process has all weights; "
-                "leave it out"
-            )
 
     @property
     def weights(self) -> tuple[float, float]:

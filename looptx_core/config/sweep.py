@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from typing import Any
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.resolve import PREFIX, config_file, keys_in, keys_of, resolve
 from looptx_core.config.run import TrainConfig
-from looptx_core.config.yaml_file import read_yaml
 from looptx_core.documents import short
 from looptx_core.errors import UsageError
 from looptx_core.schema import coerce
 
 MOST_RUNS = 1_000
+FILE = "sweep.json"
+"""Of a sweep's folder: what its runs reached."""
 SECTIONS = {"model": ModelConfig}
 _SEEDS = "seeds"
 _OTHERS = {
@@ -98,9 +99,7 @@ def read_grid(file: Path) -> Grid:
     axes: dict[str, list[Any]] = {}
     fixed: dict[str, Any] = {}
     seeds = [0]
-    found = keys_in(file, {**hints, _SEEDS: list}, SECTIONS)
-    _check_once(file, found)
-    for key, (value, where) in found.items():
+    for key, (value, where) in keys_in(file, {**hints, _SEEDS: list}, SECTIONS).items():
         if key in _OTHERS:
             raise UsageError(f"{where}: '{key}' can't stand in a grid; {_OTHERS[key]}")
         if value == []:
@@ -147,18 +146,6 @@ def _check_environment() -> None:
         given = [origin for origin in origins if origin.startswith(PREFIX)]
     if given:
         raise UsageError(f"{given[0]} is set, and a sweep has all settings in its grid; unset it")
-
-
-def _check_once(file: Path, keys: Container[str]) -> None:
-    """Raise `UsageError` for one of these keys that stands both dotted and in its section."""
-    if not file.is_file():  # a pipe, which can't be read again
-        return
-    seen: set[str] = set()
-    for place, line in read_yaml(file)[1].items():
-        key = ".".join(place)
-        if key in seen and key in keys:
-            raise UsageError(f"{file}, line {line}: {key} stands twice; leave one out")
-        seen.add(key)
 
 
 def _distinct(values: list[Any], hint: Any, where: str) -> list[Any]:

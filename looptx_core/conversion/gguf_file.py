@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,14 @@ from looptx_core.checkpoint.folder import LoadedModel
 from looptx_core.checkpoint.weights import check_finite, tensors_of
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.rope import RopeScaling
+from looptx_core.conversion.gguf_names import (
+    ARCHITECTURES,
+    FREQUENCIES,
+    LOOPED,
+    from_neighbours,
+    transformers_name,
+    turned_part,
+)
 from looptx_core.conversion.gguf_tokenizer import read_gguf_tokenizer
 from looptx_core.conversion.pretrained import (
     Looping,
@@ -32,31 +40,16 @@ from looptx_core.conversion.pretrained import (
     looped_shape,
 )
 from looptx_core.documents import short, some
-from looptx_core.errors import DataError
+from looptx_core.errors import DataError, UsageError
 from looptx_core.model.rope import rotary_frequencies
 from looptx_core.model.vocabulary import tie_head
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 """The number types that are read."""
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _COPY_AGAIN = "copy or download the file again"
 _DAMAGE = (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError)
-_FREQUENCIES = "rope_freqs.weight"
 _BIAS = re.compile(r"blk\.\d+\.attn_[qkv]\.bias")
-_TOP = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    **{f"attn_{part}": f"self_attn.{part}_proj" for part in "qkv"},
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
-}
+_MOST_LOOPS = 512  # llama.cpp's limit on layers times loops
 
 
 class _Reader(GGUFReader):
@@ -71,8 +64,8 @@ class _Reader(GGUFReader):
 class GGUF:
     """What a GGUF file holds, with its tensors still in the file.
 
-    settings: as in transformers' config.json. Raises `DataError` for a file that is damaged, or of
-    an architecture or a type that is not read.
+    settings: as in transformers' config.json. loops: how often all of its layers are run. Raises
+    `DataError` for a file that is damaged, or of an architecture or a type that is not read.
     """
 
     def __init__(self, file: Path) -> None:
@@ -88,10 +81,10 @@ class GGUF:
         if reader.byte_order != "I":
             raise DataError(f"{file}: of the other byte order; convert it for this machine")
         self.architecture = str(self.values.get("general.architecture"))
-        if self.architecture not in _ARCHITECTURES:
+        if self.architecture not in ARCHITECTURES:
             raise DataError(
                 f"{file}: its architecture is {short(self.architecture)}; `from_gguf` reads "
-                f"{', '.join(_ARCHITECTURES)}"
+                f"{', '.join(ARCHITECTURES)}"
             )
         self.stored = {tensor.name: tensor for tensor in reader.tensors}
         for name, tensor in self.stored.items():
@@ -101,6 +94,7 @@ class GGUF:
                     "quantise the model to one of these"
                 )
         self.settings = self._settings()
+        self.loops = self._loops()
 
     @property
     def types(self) -> list[str]:
@@ -113,7 +107,7 @@ class GGUF:
     @property
     def weights(self) -> list[str]:
         """The names of what is learned."""
-        return [name for name in self.stored if name != _FREQUENCIES]
+        return [name for name in self.stored if name != FREQUENCIES]
 
     @property
     def elements(self) -> int:
@@ -138,7 +132,7 @@ class GGUF:
         heads, width = get("attention.head_count"), get("embedding_length")
         head_dim = get("attention.key_length", max(1, width // heads))
         rope: dict[str, Any] = {"rope_type": "default"}
-        if _FREQUENCIES in self.stored:
+        if FREQUENCIES in self.stored:
             rope = self._llama3(get("rope.freq_base", 10_000.0, float), head_dim)
         elif has("rope.scaling.type"):
             rope = {"rope_type": self.values[f"{self.architecture}.rope.scaling.type"],
@@ -159,7 +153,7 @@ class GGUF:
         if embedding is None or len(embedding.shape) != 2:
             raise DataError(f"{self.file}: it has no token_embd.weight; {_COPY_AGAIN}")
         return {
-            "model_type": self.architecture,
+            "model_type": "llama" if self.architecture == LOOPED else self.architecture,
             "vocab_size": int(embedding.shape[1]),
             "hidden_size": width,
             "intermediate_size": get("feed_forward_length"),
@@ -174,9 +168,22 @@ class GGUF:
             "tie_word_embeddings": "output.weight" not in self.stored,
         }
 
+    def _loops(self) -> int:
+        if self.architecture != LOOPED:
+            return 1
+        key = f"{LOOPED}.num_loops"
+        loops = self.values.get(key, 1)
+        if type(loops) is not int or not 1 <= loops <= _MOST_LOOPS:
+            raise DataError(f"{self.file}: {key} is {short(loops)}; {_COPY_AGAIN}")
+        if loops > 1 and self.values.get(f"{LOOPED}.skip_loop_final_norm") is not True:
+            raise DataError(
+                f"{self.file}: a norm between its loops, which a looped model has no place for"
+            )
+        return loops
+
     def _llama3(self, theta: float, head_dim: int) -> dict[str, Any]:
         """Llama 3's scaled RoPE, of which a file has but what each frequency is divided by."""
-        divisors = self._read(_FREQUENCIES)
+        divisors = self._read(FREQUENCIES)
         factor = float(divisors.max())
         plain = rotary_frequencies(head_dim, theta)
         for original in (8192, 4096, 2048, 16384, 32768):
@@ -185,7 +192,7 @@ class GGUF:
             if divisors.shape == expected.shape and torch.allclose(divisors, expected, rtol=1e-4):
                 return asdict(scaling)
         raise DataError(
-            f"{self.file}: scaled RoPE with {_FREQUENCIES} that are not Llama 3's, which a looped "
+            f"{self.file}: scaled RoPE with {FREQUENCIES} that are not Llama 3's, which a looped "
             "model has no place for"
         )
 
@@ -199,22 +206,11 @@ class GGUF:
     def tensor(self, name: str) -> Tensor:
         """A tensor in float32, as transformers holds it."""
         values = self._read(name)
-        match = re.fullmatch(r"blk\.\d+\.attn_([qk])\.weight", name)
-        if not match or self.architecture != "llama":
+        part = turned_part(self.architecture, name)
+        if part is None:
             return values
-        # llama.cpp rotates neighbouring rows of a head, transformers rows half a head apart.
-        heads = self.settings[
-            "num_attention_heads" if match[1] == "q" else "num_key_value_heads"
-        ]  # fmt: skip
-        pairs = values.view(heads, -1, 2, values.shape[1])
-        return pairs.transpose(1, 2).reshape(values.shape)
-
-    def transformers_name(self, name: str) -> str:
-        """As transformers calls a tensor; its own name where it has none."""
-        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-        if match and match[2] in _LAYER:
-            return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
-        return _TOP.get(name, name)
+        key = "num_attention_heads" if part == "q" else "num_key_value_heads"
+        return from_neighbours(values, self.settings[key])
 
     def in_transformers(self) -> torch.nn.Module:
         """The model by transformers' own code, with the same weights in float32."""
@@ -227,7 +223,7 @@ class GGUF:
             )
         # RoPE's frequencies are no weight: they are computed anew.
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-        weights = {self.transformers_name(name): self.tensor(name) for name in self.weights}
+        weights = {transformers_name(name): self.tensor(name) for name in self.weights}
         if self.settings["tie_word_embeddings"]:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
         model.load_state_dict(weights, assign=True)
@@ -240,10 +236,15 @@ def from_gguf(gguf: GGUF, looping: Looping) -> LoadedModel:
     Raises:
         DataError: what a looped model has no place for, tensors that do not fit or are missing, or
             a tokenizer that can't be built.
-        UsageError: a core that does not fit.
+        UsageError: a core that does not fit, or one for a file whose layers are looped already.
     """
     file = gguf.file
+    if gguf.loops > 1 and looping.core is not None:
+        raise UsageError(f"{file}: a looped model already; `core` is for plain ones")
     config = looped_shape(gguf.settings, str(file), looping)
+    if gguf.loops > 1:
+        config = replace(config, prelude_layers=0, core_layers=gguf.settings["num_hidden_layers"],
+                         coda_layers=0, loops=gguf.loops, max_loops=gguf.loops)  # fmt: skip
     check_fits(gguf.elements, file)
     tokenizer, special, template = read_gguf_tokenizer(gguf.values, str(file))
     model, rename = empty_model(config), looped_names(config)
@@ -251,7 +252,7 @@ def from_gguf(gguf: GGUF, looping: Looping) -> LoadedModel:
     names: dict[str, str] = {}
     for name in gguf.weights:
         tensor = gguf.stored[name]
-        ours = rename(gguf.transformers_name(name))
+        ours = rename(transformers_name(name))
         if ours not in expected:
             raise DataError(f"{file}: unexpected {short(name)}; a looped model has no place for it")
         shape = [int(size) for size in reversed(tensor.shape)]
@@ -271,7 +272,14 @@ def from_gguf(gguf: GGUF, looping: Looping) -> LoadedModel:
     if isinstance(licence := gguf.values.get("general.license"), str):
         facts["license"] = licence
     return LoadedModel(
-        model.eval(), config, tokenizer, ExitSettings(), facts, file, template, special
+        model.eval(),
+        config,
+        tokenizer,
+        ExitSettings(min_loops=gguf.loops),  # its confidence head is not trained
+        facts,
+        file,
+        template,
+        special,
     )
 
 

@@ -1,4 +1,4 @@
-"""The byte-level BPE tokenizer that a GGUF file describes, by the library `tokenizers`.
+"""The byte-level BPE tokenizer of a GGUF file: built by the library `tokenizers`, and described.
 
 A GGUF names its way of splitting a text into words; each name here has the regular expression and
 the normalizer of the Hugging Face tokenizer that it stands for (llama.cpp's src/llama-vocab.cpp).
@@ -6,7 +6,9 @@ the normalizer of the Hugging Face tokenizer that it stands for (llama.cpp's src
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import (
@@ -21,12 +23,14 @@ from tokenizers import (
 )
 
 from looptx_core.checkpoint.special_tokens import SpecialTokens
-from looptx_core.data.tokenizer import as_plain_text
+from looptx_core.data.tokenizer import as_plain_text, opening_ids
 from looptx_core.documents import is_one_of
-from looptx_core.errors import DataError
+from looptx_core.errors import DataError, UsageError
 
 _GIVE_FOLDER = "convert the Hugging Face folder of this model by `from_hf`"
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
+# Of tokenizer.ggml.token_type.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
+_ENDS = ("eos", "eot", "eom")
 _PREFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _SUFFIX = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -49,6 +53,15 @@ _KINDS = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _Kind(3, whole=True, begins=True)),
     "qwen2": _Kind(1, nfc=True),
 }
+_WRITTEN_AS = ("smollm", "gpt-2", "llama-bpe", "qwen2")
+"""A name for each kind."""
+_PROBES = (
+    "Call me Ishmael. It's 7, 42, 1851 or 1234567 miles; WE'LL see, they'd said I'VE NOT'S.",
+    "  two spaces,\ttabs\t\t and\n\n\nlines \r\n   end  \n  ",
+    "naïve Ünïcode, cafe\u0301, Москва 2024, 東京は2時, مرحبا ١٢٣, हिन्दी, ½ ² Ⅷ, 🐋🏳️‍🌈!",
+    "def f(x_1=0x1F): return {'a': [x**2, -3.14e-10]} # ...???!!! --> <|end|> </s>",
+)
+"""What kinds of tokenizers split differently."""
 
 
 def read_gguf_tokenizer(
@@ -107,12 +120,71 @@ def read_gguf_tokenizer(
         built.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
         )
-    ends = [name for part in ("eos", "eot", "eom") if (name := named(part)) is not None]
+    ends = [name for part in _ENDS if (name := named(part)) is not None]
     found = SpecialTokens(
         bos, named("eos"), named("padding"), tuple(dict.fromkeys(vocabulary[end] for end in ends))
     )
     template = values.get("tokenizer.chat_template")
     return as_plain_text(built), found, template if isinstance(template, str) else None
+
+
+def tokenizer_values(
+    tokenizer: Tokenizer, special: SpecialTokens, vocab_size: int, where: Path
+) -> dict[str, Any]:
+    """The metadata of a GGUF file for a tokenizer, as `read_gguf_tokenizer` reads it.
+
+    vocab_size: of the model, which may have more tokens. Raises `UsageError` for a tokenizer that
+    is not byte-level BPE, has no end, or splits words as no kind here does.
+    """
+
+    def need(ok: bool, what: str) -> None:
+        if not ok:
+            raise UsageError(f"{where}: {what}, which `to_gguf` can't write; give another model")
+
+    described = json.loads(tokenizer.to_str())["model"]
+    bytewise = isinstance(tokenizer.decoder, decoders.ByteLevel)
+    need(described["type"] == "BPE" and bytewise, "its tokenizer is no byte-level BPE")
+    tokens = [f"[PAD{number}]" for number in range(vocab_size)]
+    types = [_UNUSED] * vocab_size
+    for token, number in tokenizer.get_vocab().items():
+        tokens[number], types[number] = token, _NORMAL
+    for number, added in tokenizer.get_added_tokens_decoder().items():
+        types[number] = _CONTROL if added.special else _USER_DEFINED
+    opening = opening_ids(tokenizer)
+    bos = opening[0] if opening else special.bos and tokenizer.token_to_id(special.bos)
+    need(len(opening) < 2, "its texts begin with several tokens")
+    eos = special.eos and tokenizer.token_to_id(special.eos)
+    ends = sorted(special.ends, key=lambda end: end != eos)
+    need(len(ends) > 0, "it has no token that ends a text")  # llama.cpp would take another one
+    need(len(ends) <= len(_ENDS), f"{len(ends)} tokens end its texts")
+    pad = special.pad and tokenizer.token_to_id(special.pad)
+    named = {"bos": bos, **dict(zip(_ENDS, ends)), "padding": pad}
+    values = {
+        "model": "gpt2",
+        "tokens": tokens,
+        "token_type": types,
+        "merges": [" ".join(m) if isinstance(m, list) else m for m in described["merges"]],
+        **{f"{part}_token_id": number for part, number in named.items() if number is not None},
+        "add_bos_token": bool(opening),
+    }
+    for pre in _WRITTEN_AS:
+        found = {f"tokenizer.ggml.{name}": value for name, value in (values | {"pre": pre}).items()}
+        built, _, _ = read_gguf_tokenizer(found, str(where))
+        if _words(built) == _words(tokenizer) and all(
+            built.encode(text).ids == tokenizer.encode(text).ids for text in _PROBES
+        ):
+            return found
+    raise UsageError(
+        f"{where}: its tokenizer splits words in a way of its own, and {', '.join(_WRITTEN_AS)} "
+        "are written by `to_gguf`; give another model"
+    )
+
+
+def _words(tokenizer: Tokenizer) -> list[Any]:
+    """How the tokenizer splits the probes, before any merge."""
+    normal, split = tokenizer.normalizer, tokenizer.pre_tokenizer
+    texts = [normal.normalize_str(text) if normal else text for text in _PROBES]
+    return [split.pre_tokenize_str(text) if split else text for text in texts]
 
 
 def _pre_tokenizer(kind: _Kind) -> pre_tokenizers.PreTokenizer:

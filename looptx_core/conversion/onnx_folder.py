@@ -11,7 +11,7 @@ What is written is run before it is kept: onnxruntime's logits have to be the mo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -23,11 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looptx_core.atomic import write_folder
-from looptx_core.checkpoint.folder import LoadedModel, write_files
+from looptx_core.checkpoint.folder import LoadedModel, read_config, write_files
+from looptx_core.config.model import ModelConfig
 from looptx_core.conversion.huggingface import with_use
 from looptx_core.conversion.source_check import MOST_DIFFERENCE
 from looptx_core.data.sample import sample_text
-from looptx_core.errors import LooptxError, MissingError, UsageError
+from looptx_core.errors import DataError, LooptxError, MissingError, UsageError
+from looptx_core.media.registry import media_for
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.evaluate import inputs_and_targets
 from looptx_core.words import counted
@@ -89,23 +91,36 @@ def graph_depth(source: LoadedModel, loops: int | None) -> int:
     Raises `UsageError` for a depth that the model has not, and for a model that a graph of plain
     attention over text can't express.
     """
-    config, of = source.config, f"{source.folder}: an ONNX graph has no"
-    other = "; give another model by `model`"
-    if source.model.media:
-        plural = " and ".join(medium.plural for medium in source.model.media)
-        raise UsageError(f"{of} encoder of {plural}, which this model reads{other}")
-    if config.has_memory:
-        raise UsageError(f"{of} place for a memory, which this model has{other}")
-    if config.injection == "streams":
-        raise UsageError(f"{of} streams between loops, which this model has{other}")
-    if config.linear in ("ternary", "packed"):
-        raise UsageError(
-            f"{of} ternary weights, which this model has; take the one it was made from, and "
-            "`dtype` int8 to make it small"
-        )
+    config = source.config
+    if lacking := _lacking(config):
+        mend = "give another model by `model`"
+        if config.linear in ("ternary", "packed"):
+            mend = "take the one it was made from, and `dtype` int8 to make it small"
+        raise UsageError(f"{source.folder}: {lacking}; {mend}")
     if loops is not None and loops > config.max_loops:
         raise UsageError(f"`loops` {loops}: {source.folder} runs at most {config.max_loops}")
     return loops or config.loops
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `DataError` for a model folder that a graph can't express, by its config.json alone."""
+    if lacking := _lacking(read_config(folder)[0]):
+        raise DataError(f"{folder}: {lacking}")
+
+
+def _lacking(config: ModelConfig) -> str:
+    """What the graph has no place for; '' where it can express the model."""
+    has = ""
+    if media := media_for(config):
+        plural = " and ".join(medium.plural for medium in media)
+        return f"an ONNX graph has no encoder of {plural}, which this model reads"
+    if config.has_memory:
+        has = "place for a memory"
+    elif config.injection == "streams":
+        has = "streams between loops"
+    elif config.linear in ("ternary", "packed"):
+        has = "ternary weights"
+    return has and f"an ONNX graph has no {has}, which this model has"
 
 
 def onnx_files(files: Mapping[str, Any], source: LoadedModel, loops: int) -> dict[str, Any]:
@@ -161,7 +176,7 @@ def write_onnx(
     out: Path,
     model: LoopedTransformer,
     loops: int,
-    files: Mapping[str, Any],
+    files: Callable[[Written], Mapping[str, Any]],
     *,
     int8: bool,
     tokens: Tensor,
@@ -169,14 +184,15 @@ def write_onnx(
 ) -> Written:
     """Write the folder, whole or not at all.
 
-    model: in float32. int8: let onnxruntime quantise it. tokens: (rows, length), to compare with
-    the model; held_out: batches for the loss.
+    model: in float32. files: what else stands in the folder, once the graph is measured. int8: let
+    onnxruntime quantise it. tokens: (rows, length), to compare with the model; held_out: batches
+    for the loss.
 
     Raises:
         LooptxError: onnxruntime does not open the graph, or its logits are not the model's. Those
             of an int8 graph may differ.
     """
-    found = []
+    found: list[Written] = []
 
     def write(place: Path) -> None:
         file = place / FILE
@@ -189,7 +205,7 @@ def write_onnx(
                 f"{MOST_DIFFERENCE:.0e} is the limit; try another version of onnxruntime"
             )
         found.append(Written(difference, mean_loss(session, held_out), *stored))
-        write_files(place, files)
+        write_files(place, files(found[0]))
 
     write_folder(out, write)
     return found[0]

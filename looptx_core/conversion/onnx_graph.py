@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -52,6 +52,14 @@ def build_graph(model: LoopedTransformer, loops: int, *, shared_table: bool = Tr
 def cache_names(layers: int, prefix: str) -> list[str]:
     """The names of the keys and values of all layers; prefix: past_key_values or present."""
     return [f"{prefix}.{n}.{part}" for n in range(layers) for part in ("key", "value")]
+
+
+class _Context(NamedTuple):
+    """What layers of one kind share: the mask, added to the scores, and the rotary tables."""
+
+    mask: str
+    cos: str
+    sin: str
 
 
 class _Graph:
@@ -103,7 +111,7 @@ class _Graph:
         )  # fmt: skip
 
     def prepare(self) -> None:
-        """What all layers share: the mask, added to the scores, and the rotary tables."""
+        """What layers share, those of the whole text and local ones."""
         new, whole = self.length("input_ids"), self.length("attention_mask")
         zero, one = self.const(0), self.const(1)
         columns = self.op("Range", zero, whole, one)
@@ -114,18 +122,29 @@ class _Graph:
         seen = self.op("And", self.op("LessOrEqual", columns, own), earlier)
         # Padding attends to itself, so that no row of the softmax is empty.
         seen = self.op("Or", seen, self.op("Equal", columns, own))
-        seen = self.op("Unsqueeze", seen, self.const([1, 2]))
-        self.mask = self.op("Where", seen, self.const(0.0), self.const(_FAR))
-
-        config = self.config
-        frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.scaled_rope)
+        config, local = self.config, self.config.local_attention
         places = self.op("Cast", "position_ids", to=TensorProto.FLOAT)
         places = self.op("Unsqueeze", places, self.const([2, 3]))
-        self.stored["rotary"] = numpy_helper.from_array(frequencies.numpy(), "rotary")
-        angles = self.op("Mul", places, "rotary")
+        frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.scaled_rope)
+        self.everywhere = _Context(self.mask(seen), *self.rotary(places, frequencies, "rotary"))
+        if local.window:
+            near = self.op("Less", self.op("Sub", own, columns), self.const(local.window))
+            frequencies = rotary_frequencies(config.head_dim, local.rope_theta)
+            tables = self.rotary(places, frequencies, "local rotary")
+            self.near = _Context(self.mask(self.op("And", seen, near)), *tables)
+
+    def mask(self, seen: str) -> str:
+        """What is added to the scores; seen: (batch, new, columns)."""
+        seen = self.op("Unsqueeze", seen, self.const([1, 2]))
+        return self.op("Where", seen, self.const(0.0), self.const(_FAR))
+
+    def rotary(self, places: str, frequencies: Tensor, name: str) -> tuple[str, str]:
+        """Cosines and signed sines; places: (batch, new, 1, 1)."""
+        self.stored[name] = numpy_helper.from_array(frequencies.numpy(), name)
+        angles = self.op("Mul", places, name)
         cos, sin = self.op("Cos", angles), self.op("Sin", angles)
-        self.cos = self.op("Concat", cos, cos, axis=-1)
-        self.sin = self.op("Concat", self.op("Neg", sin), sin, axis=-1)
+        signed = self.op("Concat", self.op("Neg", sin), sin, axis=-1)
+        return self.op("Concat", cos, cos, axis=-1), signed
 
     def length(self, name: str) -> str:
         """The size of a second dimension, as a number."""
@@ -157,15 +176,20 @@ class _Graph:
         return self.op("Add", state, embedding)
 
     def block(self, x: str, block: Block) -> str:
+        self.context = self.near if block.local else self.everywhere
         parts = (
-            (block.attention_norm, lambda y: self.attention(y, block.attention)),
-            (block.mlp_norm, lambda y: self.mlp(y, block.mlp)),
-        )
-        for norm, part in parts:
+            (block.attention_norm, block.attention_post_norm,
+             lambda y: self.attention(y, block.attention)),
+            (block.mlp_norm, block.mlp_post_norm, lambda y: self.mlp(y, block.mlp)),
+        )  # fmt: skip
+        for norm, post_norm, part in parts:
             if block.norms_after:
                 x = self.op("Add", x, self.norm(part(x), norm))
-            else:
-                x = self.op("Add", x, part(self.norm(x, norm)))
+                continue
+            made = part(self.norm(x, norm))
+            if isinstance(post_norm, RMSNorm):
+                made = self.norm(made, post_norm)
+            x = self.op("Add", x, made)
         return x
 
     def mlp(self, x: str, mlp: Any) -> str:
@@ -173,7 +197,14 @@ class _Graph:
         if self.config.activation == "silu":
             gate = self.op("Mul", gate, self.op("Sigmoid", gate))
         else:
-            tail = self.op("Erf", self.op("Div", gate, self.const(float(np.sqrt(2)))))
+            if self.config.activation == "gelu_tanh":
+                cube = self.op("Mul", self.op("Pow", gate, self.const(3.0)), self.const(0.044715))
+                inner = self.op(
+                    "Mul", self.op("Add", gate, cube), self.const(math.sqrt(2 / math.pi))
+                )
+                tail = self.op("Tanh", inner)
+            else:
+                tail = self.op("Erf", self.op("Div", gate, self.const(math.sqrt(2))))
             gate = self.op("Mul", self.op("Mul", gate, self.op("Add", tail, self.const(1.0))),
                            self.const(0.5))  # fmt: skip
         return self.linear(self.op("Mul", gate, up), mlp.down_proj)
@@ -195,7 +226,7 @@ class _Graph:
         queries = self.shape(queries, 0, config.n_kv_heads, groups, -1, width)
         keys, values = (self.op("Unsqueeze", part, self.const([2])) for part in (keys, values))
         scores = self.op("MatMul", queries, self.op("Transpose", keys, perm=[0, 1, 2, 4, 3]))
-        weights = self.op("Softmax", self.op("Add", scores, self.mask), axis=-1)
+        weights = self.op("Softmax", self.op("Add", scores, self.context.mask), axis=-1)
         out = self.shape(self.op("MatMul", weights, values), 0, config.n_heads, -1, width)
         out = self.op("Transpose", out, perm=[0, 2, 1, 3])
         return self.linear(self.shape(out, 0, 0, config.n_heads * width), attention.o_proj)
@@ -213,8 +244,8 @@ class _Graph:
             x = self.norm(x, norm)
         if norm is not None:
             first, second = self.ops("Split", 2, x, axis=-1)
-            turned = self.op("Mul", self.op("Concat", second, first, axis=-1), self.sin)
-            x = self.op("Add", self.op("Mul", x, self.cos), turned)
+            turned = self.op("Mul", self.op("Concat", second, first, axis=-1), self.context.sin)
+            x = self.op("Add", self.op("Mul", x, self.context.cos), turned)
         return self.op("Transpose", x, perm=[0, 2, 1, 3])
 
     def norm(self, x: str, norm: RMSNorm) -> str:

@@ -13,10 +13,10 @@ from looptx_core.checkpoint.folder import LoadedModel
 from looptx_core.checkpoint.weights import tensors_of
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.model import STORED_AS
+from looptx_core.conversion.export import DTYPES, require_packages
 from looptx_core.conversion.memory import with_memory
-from looptx_core.conversion.onnx_folder import graph_depth, require_onnx
+from looptx_core.conversion.onnx_folder import graph_depth
 from looptx_core.conversion.run import (
-    DTYPES,
     check_kinds,
     folder_bytes,
     output_folder,
@@ -68,8 +68,7 @@ def plan_conversion(
 
     Where it would train, two steps are timed.
     """
-    if config.to_onnx:
-        require_onnx()
+    require_packages(config)
     source, sources, _ = read_source(config, report)
     out = output_folder(config, source)
     inputs = (*inputs, *config.data, config.model, config.foreign, config.adapter, *sources)
@@ -102,12 +101,16 @@ def plan_conversion(
         floats = to_float(model.float())
         model = with_memory(floats, config.memory, config.memory_window, config.memory_block)
     kind, dtype = _stored(config, source)
-    if config.dtype and not config.to_onnx:
+    if config.dtype and not config.unrolled:
         does.append(f"store {STORED_AS.get(kind) or f'{_name(dtype)} weights'}")
     if config.to_onnx:
         loops = graph_depth(source, config.loops)
         size = "int8, by onnxruntime" if config.dtype == "int8" else "float32"
         does.append(f"unroll {counted(loops, 'loop')} into an ONNX graph, {size}")
+    size_of_gguf = 0
+    if config.to_gguf:
+        line, size_of_gguf = _gguf(config, source)
+        does.append(line)
     if config.to_hf:
         does.append("add the code that transformers needs")
     does.append(f"write {out}" + (f", in place of {there}" if there else ""))
@@ -118,9 +121,24 @@ def plan_conversion(
         does=does,
         parameters=parameter_count(shape),
         bytes_before=folder_bytes(source.folder),
-        bytes_after=sum(t.numel() * t.element_size() for t in stored.values()),
+        bytes_after=size_of_gguf or sum(t.numel() * t.element_size() for t in stored.values()),
         time=time,
     )
+
+
+def _gguf(config: ConvertConfig, source: LoadedModel) -> tuple[str, int]:
+    """What a GGUF file would hold, in words, and the bytes of its tensors."""
+    from looptx_core.conversion.gguf_export import KINDS, gguf_stack, stored_bytes
+
+    stack = gguf_stack(source, config.loops)
+    int8 = source.config.linear == "int8"
+    was = torch.int8 if int8 else source.model.norm.weight.dtype
+    kind = KINDS[DTYPES[config.dtype] if config.dtype else was]
+    line = (
+        f"write {counted(stack.loops, 'loop')} as a GGUF file of {counted(stack.layers, 'layer')}, "
+        f"architecture {stack.architecture}, type {kind}"
+    )
+    return line, stored_bytes(stack, like(source.model, "float"), kind)
 
 
 def _stored(config: ConvertConfig, source: LoadedModel) -> tuple[Kind, torch.dtype]:
@@ -128,7 +146,7 @@ def _stored(config: ConvertConfig, source: LoadedModel) -> tuple[Kind, torch.dty
     was = source.model.norm.weight.dtype
     if config.dtype == "int8":
         return "int8", torch.float32
-    if config.to_onnx:
+    if config.unrolled:
         return "float", torch.float32
     dtype = DTYPES[config.dtype] if config.dtype else was
     if config.to_bitnet or source.config.linear == "packed":

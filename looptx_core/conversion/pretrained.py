@@ -24,6 +24,7 @@ from looptx_core.checkpoint.weights import load_weights, refuse_pickle, weight_f
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.rope import ROPE_TYPES, RopeScaling
+from looptx_core.conversion import gemma3
 from looptx_core.documents import is_one_of, read_json, short
 from looptx_core.errors import DataError, UsageError
 from looptx_core.machine.facts import free_ram
@@ -31,13 +32,12 @@ from looptx_core.model.empty_weights import init_empty_weights
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.schema import typed
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", gemma3.KIND)
 """transformers' `model_type` of the models that can be expressed exactly."""
 WITHOUT_PLACE = {
     "gemma": "embeddings that are scaled",
     "gemma2": "layers whose windows alternate, and capped logits",
-    "gemma3": "layers with windows and a RoPE of their own",
-    "gemma3_text": "layers with windows and a RoPE of their own",
+    "gemma3": "an encoder of other media",
     "gpt2": "learned positions",
     "gpt_neox": "attention beside the feed-forward layer",
     "mixtral": "experts",
@@ -54,8 +54,12 @@ _NORMS = {
         "post_attention_layernorm": "attention_norm",
         "post_feedforward_layernorm": "mlp_norm",
     },
+    "both": gemma3.NORMS,
 }
 """transformers' names of the norms, by where they stand."""
+_ACTIVATIONS = {
+    "silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+}  # fmt: skip
 _TOP = {
     "model.embed_tokens.weight": "embedding.weight",
     "model.norm.weight": "norm.weight",
@@ -106,9 +110,12 @@ def looped_shape(settings: Mapping[str, Any], where: str, looping: Looping) -> M
             raise DataError(f"{where}: {what}, which a looped model has no place for")
 
     kind = settings["model_type"]
+    if kind == gemma3.KIND:
+        settings = gemma3.complete(settings, where, need)
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    act = {"silu": "silu", "gelu": "gelu"}.get(settings.get("hidden_act", "silu"))
-    need(act is not None, f"hidden_act {settings.get('hidden_act')!r}")
+    given = settings.get("hidden_act", "silu")
+    act = _ACTIVATIONS.get(given) if isinstance(given, str) else None
+    need(act is not None, f"hidden_act {short(repr(given))}")
     part = rope.get("partial_rotary_factor") or settings.get("partial_rotary_factor") or 1.0
     need(part == 1.0, "RoPE on a part of each head")
     need(not settings.get("attention_bias"), "biases on the output of attention")
@@ -130,13 +137,14 @@ def looped_shape(settings: Mapping[str, Any], where: str, looping: Looping) -> M
             "loops": 1,
             "max_loops": most,
             "injection": "none" if looping.core is None else "bridge",
-            "qk_norm": kind in ("qwen3", "olmo2"),
+            "qk_norm": kind in ("qwen3", "olmo2", gemma3.KIND),
             "qk_norm_over": "all" if kind == "olmo2" else "head",
-            "norm_position": "after" if kind == "olmo2" else "before",
+            "norm_position": {"olmo2": "after", gemma3.KIND: "both"}.get(kind, "before"),
             "qkv_bias": kind == "qwen2",
             "activation": act,
             "rope_theta": rope.get("rope_theta") or settings.get("rope_theta") or 10_000.0,
             "scaled_rope": _scaled_rope(rope, need),
+            "local_attention": settings["local_attention"] if kind == gemma3.KIND else {},
             "norm_eps": settings.get("rms_norm_eps", 1e-6),
             # Within its window a sliding attention is a full one.
             "max_seq_len": min(settings.get("max_position_embeddings", 2048), _window(settings)),
@@ -161,12 +169,17 @@ def _window(settings: Mapping[str, Any]) -> float:
     return settings.get("sliding_window") or math.inf if slides else math.inf
 
 
-def looped_names(config: ModelConfig) -> Callable[[str], str | None]:
-    """From transformers' names of tensors to the looped model's; None for a tied head."""
-    counts = {"prelude": config.prelude_layers, "core": config.core_layers,
-              "coda": config.coda_layers}  # fmt: skip
+def looped_names(config: ModelConfig, loops: int = 1) -> Callable[[str], str | None]:
+    """From transformers' names of tensors to the looped model's; None for a tied head.
+
+    loops: how often the core's layers stand in transformers' stack.
+    """
     modules = {"self_attn": "attention", **_NORMS[config.norm_position]}
-    places = [f"{part}.{number}" for part, count in counts.items() for number in range(count)]
+    places = [
+        *(f"prelude.{number}" for number in range(config.prelude_layers)),
+        *[f"core.{number}" for number in range(config.core_layers)] * loops,
+        *(f"coda.{number}" for number in range(config.coda_layers)),
+    ]
 
     def rename(name: str) -> str | None:
         if name in _TOP:
@@ -211,6 +224,8 @@ def from_folder(folder: Path, settings: Mapping[str, Any], looping: Looping) -> 
     check_fits(sum(total_elements(read_header(file)) for file in files), folder)
     model = empty_model(config)
     load_weights(model, folder, rename=looped_names(config))
+    if settings["model_type"] == gemma3.KIND:
+        gemma3.fold(model, settings)
     for part in (model.confidence, model.injection):
         part.to(model.embedding.weight.dtype)
     tokenizer = read_tokenizer(folder, config)

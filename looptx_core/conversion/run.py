@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from looptx_core.checkpoint.card import descended
+from looptx_core.checkpoint.card import descended, unmeasured
 from looptx_core.checkpoint.folder import (
     LoadedModel,
     model_files,
@@ -21,15 +21,10 @@ from looptx_core.checkpoint.folder import (
 )
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.run import TrainConfig
+from looptx_core.conversion.export import DTYPES, export, require_packages
 from looptx_core.conversion.huggingface import to_huggingface
 from looptx_core.conversion.memory import with_memory
-from looptx_core.conversion.onnx_folder import (
-    check_text,
-    graph_depth,
-    onnx_files,
-    require_onnx,
-    write_onnx,
-)
+from looptx_core.conversion.onnx_folder import graph_depth
 from looptx_core.conversion.source import (
     BATCH,
     PLAIN_BATCH,
@@ -54,12 +49,10 @@ from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.storage import to_float, to_int8
 from looptx_core.outputs import check_output
 from looptx_core.training.calibration import calibrate
-from looptx_core.training.evaluate import LoopEvaluation, evaluate_all
+from looptx_core.training.evaluate import evaluate_all
 from looptx_core.training.run import fit
 from looptx_core.words import counted
 
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
-          "int8": torch.int8}  # fmt: skip
 _WARM_UP = 0.25  # of the steps
 
 
@@ -88,9 +81,11 @@ class ConvertResult:
     """Whether that is what the model was made for."""
     logit_difference: float | None = None
     """Relative to the largest logit: of one loop and the plain model it came from, None where there
-    is no such model, or no transformers to run it; or of onnxruntime and the model."""
+    is no such model, or no transformers to run it; or of what was exported and the model."""
+    compared: str = "one loop against the source in transformers"
+    """What that is the difference of, in words."""
     loops: int | None = None
-    """The depth of a graph, where the losses are at this depth alone."""
+    """The depth of a graph or a GGUF file, where the losses are at this depth alone."""
     core: str | None = None
     """The layers that are looped, as A:B; None where no choice was asked for."""
     spans: list[Span] = field(default_factory=list)
@@ -136,12 +131,11 @@ def convert(
             for each loop.
         DataError: unusable models, adapters or data; or one loop of a plain model that differs
             from it.
-        MissingError: a GGUF file, and no package that reads it; or none that writes ONNX.
+        MissingError: a GGUF file, and no package that reads or writes it; or none for ONNX.
         Interrupted: a Ctrl-C; nothing was written.
     """
     started = time.monotonic()
-    if config.to_onnx:
-        require_onnx()
+    require_packages(config)
     source, sources, plain = read_source(config, report)
     out = output_folder(config, source)
     inputs = (*inputs, *config.data, config.model, config.foreign, config.adapter, *sources)
@@ -155,8 +149,8 @@ def convert(
     remembering = model
     if config.memory:
         remembering = with_memory(model, config.memory, config.memory_window, config.memory_block)
-    if config.to_onnx:
-        made = _to_onnx(config, source, model, out, check, report)
+    if config.unrolled:
+        made = export(config, source, model, was, out, check, report)
         return ConvertResult(
             out=out, bytes_before=folder_bytes(source.folder), bytes_after=folder_bytes(out),
             memory_before=memory_before, seconds=time.monotonic() - started, **made,
@@ -172,7 +166,7 @@ def convert(
     batches = held_out.batches
     # Text that a model was not trained on tells nothing of when it may stop.
     suits = held_out.own or bool(config.data)
-    before = _evaluate(model, batches, loops)
+    before = evaluate_all(model, batches.val_dataloader(), loops)
     bytes_before = folder_bytes(source.folder)
 
     after, exit_settings, steps = before, source.exit, 0
@@ -188,19 +182,16 @@ def convert(
     model = to_int8(model) if kind == torch.int8 else model.to(kind)
     memory_after = running_bytes(model)
     if config.to_bitnet or config.memory or kind != was:
-        after = _evaluate(model.float(), batches, loops)
+        after = evaluate_all(model.float(), batches.val_dataloader(), loops)
         model = model.to(torch.float32 if kind == torch.int8 else kind)
         if suits and loops == model.config.max_loops:
             exit_settings = calibrate(exit_settings, after)
 
-    facts = dict(source.facts)
+    facts = dict(source.facts) if after is before else unmeasured(source.facts)
     if suits:
         facts["loss_by_loop"] = [round(x, 4) for x in after.loss_by_loop]
         if after is not before:
             facts["loss_by_loop_before"] = [round(x, 4) for x in before.loss_by_loop]
-    elif after is not before:  # what the source has was measured with other weights
-        for key in ("loss_by_loop", "loss_by_loop_before"):
-            facts.pop(key, None)
     if config.to_bitnet:
         done = {"data": [held_out.name], "steps": steps, "seed": config.seed} if steps else {}
         losses = {key: facts[key] for key in facts if key.startswith("loss_by_loop")}
@@ -244,45 +235,6 @@ def convert(
         own=held_out.own,
         **checked,
     )
-
-
-def _to_onnx(
-    config: ConvertConfig,
-    source: LoadedModel,
-    model: LoopedTransformer,
-    out: Path,
-    check: Callable[[], object],
-    report: Callable[[str], object],
-) -> dict[str, Any]:
-    """Write the graph, after a `check` of its place; its part of the result."""
-    loops = graph_depth(source, config.loops)
-    held_out = evaluation_data(config, source, False, report, rows=PLAIN_BATCH)
-    _, files = model_files(
-        out, model, source.tokenizer, source.exit,
-        {**source.facts, "converted_from": source.name}, chat_template=source.chat_template,
-        special=source.special,
-    )  # fmt: skip
-    files["config.json"]["command"] = "convert"
-    before = _evaluate(model, held_out.batches, loops)
-    check()
-    written = write_onnx(
-        out, model, loops, onnx_files(files, source, loops), int8=config.dtype == "int8",
-        tokens=check_text(source), held_out=held_out.batches.val_dataloader(),
-    )  # fmt: skip
-    return {
-        "loss_by_loop_before": before.loss_by_loop[-1:],
-        "loss_by_loop": [written.loss],
-        "judged_by": held_out.name,
-        "own": held_out.own,
-        "loops": loops,
-        "logit_difference": written.logit_difference,
-        "bits_per_weight": written.bits_per_weight,
-        "memory_after": written.memory,
-    }
-
-
-def _evaluate(model: LoopedTransformer, batches: Batches, loops: int) -> LoopEvaluation:
-    return evaluate_all(model, batches.val_dataloader(), loops)
 
 
 def _finetune(
@@ -345,6 +297,10 @@ def check_kinds(config: ConvertConfig, source: LoadedModel) -> None:
         )
     if config.to_onnx:
         graph_depth(source, config.loops)
+    if config.to_gguf:
+        from looptx_core.conversion.gguf_export import gguf_stack  # brings the extra
+
+        gguf_stack(source, config.loops)
 
 
 def output_folder(config: ConvertConfig, source: LoadedModel) -> Path:

@@ -14,7 +14,9 @@ from torch import nn
 from looptx_core.checkpoint.folder import LoadedModel, load_model
 from looptx_core.checkpoint.registry import local_folder, resolve_adapter, resolve_model
 from looptx_core.config.conversion import ConvertConfig
+from looptx_core.conversion.gguf_names import require_gguf
 from looptx_core.conversion.huggingface import from_huggingface
+from looptx_core.conversion.onnx_folder import check_folder
 from looptx_core.conversion.pretrained import Looping, is_plain, open_plain
 from looptx_core.conversion.source_check import (
     logit_difference,
@@ -24,7 +26,7 @@ from looptx_core.conversion.source_check import (
 from looptx_core.data.datamodule import Batches
 from looptx_core.data.own import OwnData, given_data, open_data, own_data
 from looptx_core.data.sample import sample_text
-from looptx_core.errors import MissingError, UsageError
+from looptx_core.errors import UsageError
 from looptx_core.model.loop import LoopedTransformer
 
 SEQ_LEN, BATCH, VAL_BATCHES = 128, 32, 4
@@ -42,14 +44,11 @@ def read_source(
         loaded = from_huggingface(folder, looping)
         return loaded, [], partial(open_plain, folder) if is_plain(folder) else None
     if config.from_gguf:
-        try:
-            from looptx_core.conversion.gguf_file import GGUF, from_gguf
-        except ModuleNotFoundError as error:
-            raise MissingError(
-                "`from_gguf` needs the package gguf; pip install 'looptx[gguf]'"
-            ) from error
+        require_gguf("from_gguf")
+        from looptx_core.conversion.gguf_file import GGUF, from_gguf
+
         file = GGUF(Path(config.from_gguf))
-        return from_gguf(file, looping), [], file.in_transformers
+        return from_gguf(file, looping), [], file.in_transformers if file.loops == 1 else None
     if config.adapter:
         from looptx_core.finetuning.merge import merge  # brings PEFT
 
@@ -57,7 +56,8 @@ def read_source(
         assert found.adapter is not None
         report(f"model: {found.folder}, with the adapter {found.adapter}")
         return merge(found.folder, found.adapter), [found.folder, found.adapter], None
-    found = resolve_model(config.model, need=frozenset({"weights"}))
+    suits = check_folder if config.to_onnx else lambda folder: None
+    found = resolve_model(config.model, need=frozenset({"weights"}), check=suits)
     if config.model is None:
         report(f"model: {found.folder}, {found.reason}")
     return load_model(found.folder), [found.folder], None
@@ -134,6 +134,8 @@ def evaluation_data(
         batches=config.finetune_steps,
         val_batches=VAL_BATCHES,
         seed=config.seed,
+        chat=source.chat,
+        held_out_only=not config.to_bitnet,  # which sets its scales by a batch of training
         report=report,
     )
     return EvaluationData(batches, name, mine, data if trains else own)

@@ -11,15 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer
+import numpy as np
+from tokenizers import Encoding, Tokenizer
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.data.content import content_ids
 from looptx_core.data.tokenizer import ASSISTANT, SYSTEM, USER, end_id
 from looptx_core.documents import is_one_of
 from looptx_core.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 TEMPLATE = (
@@ -42,6 +47,11 @@ class ChatTemplate:
     text: str
     names: Mapping[str, str | None]
 
+    @classmethod
+    def of_others(cls, text: str | None, names: Mapping[str, str | None]) -> ChatTemplate | None:
+        """A stored template; None for ours, and where there is none."""
+        return None if text in (None, TEMPLATE) else cls(str(text), names)
+
     def prompt(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:
         """The ids that a model continues with the next answer.
 
@@ -49,15 +59,56 @@ class ChatTemplate:
             DataError: a message of another form, or a template that fails.
             UsageError: a message that spells a special token, which would end or open a turn.
         """
+        check_messages([*messages, {"role": "assistant", "content": ""}], "chat")
+        if token := self._spelled(messages, tokenizer):
+            raise UsageError(f"a message spells {token}, a token of the chat; leave it out")
+        return self._encode(self._render(messages, asks=True), tokenizer).ids
+
+    def turns(
+        self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, where: str
+    ) -> tuple[list[int], list[bool]]:
+        """Token ids up to the last answer's end, and which of them are answers or their ends.
+
+        An answer is what follows the prompt for it, up to its last special token. where: what to
+        name in an error.
+
+        Raises `DataError` for a message that spells a special token, and for a template that fails
+        or that writes earlier turns differently once others follow.
+        """
+        if token := self._spelled(messages, tokenizer):
+            raise DataError(f"{where}: a message spells {token}, a token of the chat; leave it out")
+        places = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        whole = self._render(messages[: places[-1] + 1])
+        encoded = self._encode(whole, tokenizer)
+        starts = np.array([start for start, _ in encoded.offsets])
+        special = np.isin(encoded.ids, _special_ids(tokenizer))
+        counted = np.zeros(len(starts), bool)
+        for place in places:
+            before = self._render(messages[:place], asks=True)
+            after = self._render(messages[: place + 1])
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise DataError(
+                    f"{where}: the model's chat template writes a turn differently once others "
+                    "follow it; give records of one answer each"
+                )
+            answer = (starts >= len(before)) & (starts < len(after))
+            ends = np.flatnonzero(answer & special)
+            counted |= answer & (np.arange(len(answer)) <= (ends[-1] if len(ends) else len(answer)))
+        if not counted.any():
+            raise DataError(f"{where}: no answer has a word in it; drop this record")
+        last = int(np.flatnonzero(counted)[-1]) + 1
+        return encoded.ids[:last], counted[:last].tolist()
+
+    def _spelled(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> str | None:
+        """A special token that a message has among its text."""
+        special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+        texts = [message["content"] for message in messages]
+        return next((token for token in special if any(token in text for text in texts)), None)
+
+    @cached_property
+    def _compiled(self) -> Template:
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        check_messages([*messages, {"role": "assistant", "content": ""}], "chat")
-        special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
-        for message in messages:
-            for token in special:
-                if token in message["content"]:
-                    raise UsageError(f"a message spells {token}, a token of the chat; leave it out")
 
         def raise_exception(reason: str) -> None:
             raise TemplateError(reason)
@@ -66,20 +117,32 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = raise_exception
+        return environment.from_string(self.text)
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], asks: bool = False) -> str:
+        """asks: up to where the next answer begins."""
+        from jinja2 import TemplateError
+
         try:
-            text = environment.from_string(self.text).render(
-                messages=list(messages), add_generation_prompt=True, **self.names
+            return self._compiled.render(
+                messages=list(messages), add_generation_prompt=asks, **self.names
             )
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(
                 f"the model's chat template fails ({reason}); copy the model again, or use generate"
             ) from error
+
+    def _encode(self, text: str, tokenizer: Tokenizer) -> Encoding:
         tokenizer.encode_special_tokens = False  # within the template they are tokens
         try:
-            return tokenizer.encode(text, add_special_tokens=False).ids
+            return tokenizer.encode(text, add_special_tokens=False)
         finally:
             tokenizer.encode_special_tokens = True
+
+
+def _special_ids(tokenizer: Tokenizer) -> list[int]:
+    return [n for n, token in tokenizer.get_added_tokens_decoder().items() if token.special]
 
 
 def check_messages(messages: Any, where: str) -> None:

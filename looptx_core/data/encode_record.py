@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from looptx_core.config.model import ModelConfig
-from looptx_core.data.chat import encode_turns
+from looptx_core.data.chat import ChatTemplate, encode_turns
 from looptx_core.data.example import Example
 from looptx_core.data.records import MediaFile, Record, Turn
 from looptx_core.data.tokenizer import end_id, token_bytes
@@ -20,16 +20,20 @@ from looptx_core.media.registry import MEDIA, media_for, writers
 
 
 def encode_record(
-    record: Record, tokenizer: Tokenizer, config: ModelConfig | None, all_count: bool = False
+    record: Record,
+    tokenizer: Tokenizer,
+    config: ModelConfig | None,
+    all_count: bool = False,
+    chat: ChatTemplate | None = None,
 ) -> Example:
     """A record as tokens, with each of its texts; the longest one comes first.
 
     Text n of a part goes with text n of the record's other parts, which go round. all_count:
-    prompts count as well.
+    prompts count as well. chat: the template of a conversation without media; by default ours.
 
     Raises `DataError` for an item that can't be read, or of a medium that the model has not.
     """
-    encoder = _Encoder(tokenizer, config, record)
+    encoder = _Encoder(tokenizer, config, record, chat)
     parts = [part for turn in record.turns for part in turn.content]
     count = max((len(part) for part in parts if not isinstance(part, MediaFile)), default=1)
     ways = sorted(
@@ -41,8 +45,14 @@ def encode_record(
 class _Encoder:
     """Makes tokens of one record, whose items it measures once."""
 
-    def __init__(self, tokenizer: Tokenizer, config: ModelConfig | None, record: Record) -> None:
-        self.tokenizer, self.config, self.record = tokenizer, config, record
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        config: ModelConfig | None,
+        record: Record,
+        chat: ChatTemplate | None,
+    ) -> None:
+        self.tokenizer, self.config, self.record, self.chat = tokenizer, config, record, chat
         self.files = tuple(file for file in record.files if not file.written)
         self.placeholders: list[int] = []
         self.grids: list[Grid] = []
@@ -79,6 +89,10 @@ class _Encoder:
 
     def example(self, way: int, all_count: bool) -> Example:
         """With text `way` of each part."""
+        if self.record.form == "messages" and self.chat is not None and not self.record.files:
+            ids, counted = self.chat.turns(self._messages(way), self.tokenizer, self.record.where)
+            learned = np.ones(len(ids), bool) if all_count else np.array(counted)
+            return Example(np.array(ids, np.int32), learned, (), (), self.record.group, (), None)
         end, items = end_id(self.tokenizer), iter(self.items)
         turns: list[list[int]] = []
         for turn in self.record.turns:
@@ -104,6 +118,16 @@ class _Encoder:
         return Example(
             tokens, learned, self.files, (), self.record.group, tuple(self.grids), self._label(way)
         )
+
+    def _messages(self, way: int) -> list[dict[str, str]]:
+        """With text `way` of each part."""
+        return [
+            {
+                "role": turn.role,
+                "content": "".join(str(part[way % len(part)]) for part in turn.content),
+            }
+            for turn in self.record.turns
+        ]
 
     def _label(self, way: int) -> str | None:
         match self.record.turns[0].content:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from looptx_core.config.model import ModelConfig
+from looptx_core.data.chat import ChatTemplate
 from looptx_core.data.datamodule import Batches
 from looptx_core.data.encode_record import encode_record
 from looptx_core.data.example import Example, code_ranges, target_weights
@@ -56,6 +57,7 @@ def read_examples(
     skip_bad: bool = False,
     config: ModelConfig | None = None,
     columns: Sequence[str] = (),
+    chat: ChatTemplate | None = None,
 ) -> Examples:
     """Read records and make them tokens; items are measured and not decoded yet.
 
@@ -64,7 +66,8 @@ def read_examples(
     response begins beyond is dropped.
 
     skip_bad: leave out, and count, records that can't be used. config: of the model that will read
-    the items. columns: as of `FinetuneConfig`.
+    the items. columns: as of `FinetuneConfig`. chat: the template of
+    conversations; by default ours.
 
     Raises:
         DataError: an input or a record that can't be read or holds nothing to learn, or one with
@@ -76,7 +79,7 @@ def read_examples(
     for where, folder, raw in raw_records(inputs):
         try:
             record = parse(rename_columns(raw, columns, where), where, folder)
-            example = encode_record(record, tokenizer, config, train_on_prompt)
+            example = encode_record(record, tokenizer, config, train_on_prompt, chat)
         except DataError:
             if not skip_bad:
                 raise

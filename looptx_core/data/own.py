@@ -19,6 +19,7 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.config.ranges import check_ranges
 from looptx_core.config.run import parse_mix
 from looptx_core.data.bundled import CORPUS, bundled_questions, bundled_shards
+from looptx_core.data.chat import ChatTemplate
 from looptx_core.data.corpus import Corpus
 from looptx_core.data.datamodule import Batches, TokenData
 from looptx_core.data.examples import ExampleData, read_examples, split_packed
@@ -169,12 +170,15 @@ def open_data(
     *,
     seq_len: int,
     rows: int,
+    chat: ChatTemplate | None = None,
+    held_out_only: bool = False,
     report: Callable[[str], object] = lambda line: None,
     **how: Any,
 ) -> Batches:
     """Batches to train on and to judge by, split as in the run that made the note.
 
-    seq_len, rows: of text; records have their run's. how: the other arguments of `Batches`.
+    seq_len, rows: of text; records have their run's. chat: as for `read_examples`. held_out_only:
+    nothing will be trained, as for `MixedData`. how: the other arguments of `Batches`.
     Raises `DataError` for data that can't be read or that is of another tokenizer.
     """
     own = data.settings
@@ -182,7 +186,7 @@ def open_data(
     few = min(own.get("batch_size") or rows, rows)
     skip_bad = bool(own.get("skip_bad"))
     if data.kind == "records":
-        return _records(data, tokenizer, config, limit, few, skip_bad, report, how)
+        return _records(data, tokenizer, config, limit, few, skip_bad, chat, report, how)
     how["document_mask"] = own.get("document_mask", True)
     weights = data.weights
     if len(weights) != len(data.inputs) + len(data.media) or not data.inputs:
@@ -205,7 +209,8 @@ def open_data(
         shards, [read_records(group, skip_bad) for group in groups], config, seq_len=limit,
         micro_batch=few, skip_bad=skip_bad,
         mix=weights or parse_mix(own.get("mix") or ("0:1" if only else "1:1"))[:2],
-        augment=own.get("augment", True), direction=own.get("direction", "both"), **how,
+        augment=own.get("augment", True), direction=own.get("direction", "both"),
+        held_out_only=held_out_only, **how,
     )  # fmt: skip
     if only:  # no text was named, so none judges
         mixed.val = mixed.val_parts[RECORDS]
@@ -234,6 +239,7 @@ def _records(
     seq_len: int,
     rows: int,
     skip_bad: bool,
+    chat: ChatTemplate | None,
     report: Callable[[str], object],
     how: Mapping[str, Any],
 ) -> ExampleData:
@@ -247,6 +253,7 @@ def _records(
         skip_bad=skip_bad,
         config=config,
         columns=own.get("columns", ()),
+        chat=chat,
     )
     if found.skipped or found.dropped or found.truncated:
         report(

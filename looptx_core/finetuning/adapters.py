@@ -142,12 +142,20 @@ def follow_loops(
     for layer in layers:
         layer.set_requires_grad(names, trainable)
 
-    def enter(loop: int) -> None:
-        for layer in layers:
-            layer._active_adapter = list(by_loop[min(loop, len(by_loop)) - 1])
+    model.enter_loop = _Chosen(layers, by_loop)
+    model.enter_loop(1)
 
-    model.enter_loop = enter
-    enter(1)
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Switches layers to the adapters of a loop; no closure, so that a copied model has its own."""
+
+    layers: Sequence[BaseTunerLayer]
+    by_loop: Sequence[Sequence[str]]
+
+    def __call__(self, loop: int) -> None:
+        for layer in self.layers:
+            layer._active_adapter = list(self.by_loop[min(loop, len(self.by_loop)) - 1])
 
 
 def save_adapter(

@@ -16,7 +16,6 @@ from looptx_core.checkpoint.folder import (
     LoadedModel,
     as_float,
     load_model,
-    read_chat_template,
     save_model,
     update_generation_config,
 )
@@ -49,6 +48,7 @@ from looptx_core.training.evaluate import LoopEvaluation, evaluate_all
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.metrics import calibration_error
 from looptx_core.training.run import fit, report_unlabelled, resuming
+from looptx_core.training.task_evaluation import task_evaluation
 from looptx_core.training.teacher import check_teacher
 from looptx_core.words import counted
 
@@ -211,9 +211,10 @@ def finetune(
     before = prepared.before
     assert before is not None, "a prepared run has judged its base"
     model, peft, loops = loaded.model, prepared.peft, prepared.loops
+    evaluation = task_evaluation(config, loaded.tokenizer, loaded.special, report)
     module, steps = fit(
         model, batches, config, folder=folder, advice=resuming("finetune", folder), resume=resume,
-        until=until, callbacks=callbacks, report=report, watch=watch,
+        until=until, callbacks=[*callbacks, *evaluation], report=report, watch=watch,
     )  # fmt: skip
     if not is_first():
         return None
@@ -305,6 +306,7 @@ def _data(
         skip_bad=config.skip_bad,
         config=loaded.config,
         columns=config.columns,
+        chat=loaded.chat,
     )
     train, val = split_packed(
         examples.kept,
@@ -334,4 +336,5 @@ def _data(
         + (lost if examples.dropped or examples.truncated else "")
         + (f"; left out {examples.skipped} that can't be used" if examples.skipped else "")
     )
-    return config, batches, TEMPLATE if examples.chat else read_chat_template(loaded.folder)
+    ours = examples.chat and loaded.chat is None
+    return config, batches, TEMPLATE if ours else loaded.chat_template

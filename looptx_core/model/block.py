@@ -53,6 +53,8 @@ class ForwardContext:
     """What these tokens attend to where they are a block of whole rows; else None."""
     documents: Tensor | None = None
     """(rows, length), numbers, where a memory has to tell documents apart."""
+    local: ForwardContext | None = None
+    """What blocks that attend within a window have in place of this; None where all have this."""
 
     def rows(self, index: Tensor | slice) -> ForwardContext:
         """The context of some rows of the batch; index: a slice or (rows,). Not with a cache."""
@@ -65,9 +67,16 @@ class ForwardContext:
         if mask is not None:
             mask = mask[index] if isinstance(mask, VarlenBatch) else pick(mask)
         documents = None if self.documents is None else self.documents[index]
+        local = None if self.local is None else self.local.rows(index)
         return replace(
-            self, rotary=(pick(cos), pick(sin)), mask=mask, view=None, documents=documents
-        )
+            self, rotary=(pick(cos), pick(sin)), mask=mask, view=None, documents=documents,
+            local=local,
+        )  # fmt: skip
+
+    def buffers(self) -> list[Tensor]:
+        """The tensors that depend on where the tokens stand."""
+        masks = [self.mask] if isinstance(self.mask, Tensor) else []
+        return [*self.rotary, *masks, *(self.local.buffers() if self.local else [])]
 
 
 class FusedProjection(nn.Module):
@@ -164,7 +173,7 @@ class Attention(FusedProjection):
         super().__init__()
         self.head_dim = config.head_dim
         width, kv_width = (n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
-        normed = config.norm_position == "before"
+        normed = config.norm_position != "after"
         self.q_proj = linear(config, config.d_model, width, normed)
         self.k_proj = linear(config, config.d_model, kv_width, normed)
         self.v_proj = linear(config, config.d_model, kv_width, normed)
@@ -215,9 +224,11 @@ class GeGLU(FusedProjection):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        activation: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
+        activation: dict[str, Callable[[Tensor], Tensor]] = {
+            "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu,
+        }  # fmt: skip
         self.activation = activation[config.activation]
-        normed = config.norm_position == "before"
+        normed = config.norm_position != "after"
         self.gate_proj = linear(config, config.d_model, config.d_ff, normed)
         self.up_proj = linear(config, config.d_model, config.d_ff, normed)
         self.down_proj = linear(config, config.d_ff, config.d_model, normed=False)
@@ -230,28 +241,43 @@ class GeGLU(FusedProjection):
 
 
 class Block(nn.Module):
-    """Attention and GeGLU with their norms, each added to the residual stream."""
+    """Attention and GeGLU with their norms, each added to the residual stream.
 
-    def __init__(self, config: ModelConfig, remembers: bool = False) -> None:
+    remembers: see `Attention`. local: whether it attends within the configured window.
+    """
+
+    def __init__(self, config: ModelConfig, remembers: bool = False, local: bool = False) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config, remembers)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = GeGLU(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.norms_after = config.norm_position == "after"
+        self.norms_after, self.local = config.norm_position == "after", local
+        self.attention_post_norm, self.mlp_post_norm = (
+            RMSNorm(config.d_model, config.norm_eps)
+            if config.norm_position == "both"
+            else nn.Identity()
+            for _ in range(2)
+        )
 
     def forward(self, x: Tensor, ctx: ForwardContext, past: Past | None = None) -> Tensor:
-        """x: (batch, length, d_model), and so is the result. past, remembers: see `Attention`."""
+        """x: (batch, length, d_model), and so is the result. past: see `Attention`."""
+        ctx = self._own(ctx)
         if self.norms_after:
             x = x + self.dropout(self.attention_norm(self.attention(x, ctx, past)))
             return x + self.dropout(self.mlp_norm(self.mlp(x)))
-        x = x + self.dropout(self.attention(self.attention_norm(x), ctx, past))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        attended = self.attention(self.attention_norm(x), ctx, past)
+        x = x + self.dropout(self.attention_post_norm(attended))
+        return x + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
 
     def entries(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """`Attention.entries` for what enters the block, (batch, length, d_model)."""
-        return self.attention.entries(x if self.norms_after else self.attention_norm(x), ctx)
+        x = x if self.norms_after else self.attention_norm(x)
+        return self.attention.entries(x, self._own(ctx))
+
+    def _own(self, ctx: ForwardContext) -> ForwardContext:
+        return ctx.local if self.local and ctx.local is not None else ctx
 
 
 def _with_bias(x: Tensor, bias: Tensor | None) -> Tensor:

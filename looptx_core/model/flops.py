@@ -43,14 +43,22 @@ def token_flops(config: ModelConfig, context: float) -> TokenFlops:
         config.d_model * (heads + 2 * config.n_kv_heads) * width + heads * width * config.d_model
     )
     seen = min(context, config.memory_window) if config.has_memory else context
-    scores = 2 * seen * heads * width
+    products = attention + 3 * config.d_model * config.d_ff
+    first, end = config.prelude_layers, config.prelude_layers + config.core_layers
+
+    def blocks(layers: range) -> int:
+        local = [layer for layer in layers if config.local_attention.has(layer)]
+        near, far = len(local), len(layers) - len(local)
+        columns = near * min(seen, config.local_attention.window) + far * seen
+        return int(2 * (len(layers) * products + 2 * columns * heads * width))
+
     read, fold = _memory_products(config)
-    block = int(2 * (attention + 3 * config.d_model * config.d_ff + scores))
     unit = 2 * (2 * config.d_model + 1)  # of the confidence head: hidden, gate, and its output
     return TokenFlops(
-        prelude=config.prelude_layers * block + config.core_layers * fold,
-        loop=config.core_layers * (block + read) + _stream_products(config),
-        readout=config.coda_layers * block + 2 * config.d_model * config.vocab_size,
+        prelude=blocks(range(first)) + config.core_layers * fold,
+        loop=blocks(range(first, end)) + config.core_layers * read + _stream_products(config),
+        readout=blocks(range(end, end + config.coda_layers))
+        + 2 * config.d_model * config.vocab_size,
         confidence=config.confidence_units * unit,
         gain=config.gain_units * unit,
     )

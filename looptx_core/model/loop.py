@@ -18,6 +18,7 @@ the whole stack is looped. With `"streams"` a state is several residual streams.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ from looptx_core.model.confidence import Confidence, ConfidenceHead
 from looptx_core.model.initial import initialise
 from looptx_core.model.injection import Injection, read_out
 from looptx_core.model.layer_state import KVState, LayerState, StateSpec
+from looptx_core.model.local import with_local
 from looptx_core.model.memory import window_mask
 from looptx_core.model.memory_state import MemoryState, WindowState
 from looptx_core.model.norm import RMSNorm
@@ -49,6 +51,7 @@ from looptx_core.model.rope import rotary_tables
 from looptx_core.model.score import Score, score
 from looptx_core.model.segments import iterate_blocks
 from looptx_core.model.vocabulary import new_embedding, new_head, tie_head
+from looptx_core.model.weights import compute_dtype
 
 
 class LoopOutput(NamedTuple):
@@ -77,12 +80,15 @@ class LoopedTransformer(nn.Module):
         for medium in self.media:
             if (encoder := medium.encoder(config)) is not None:
                 self.add_module(medium.encoder_name, encoder)
-        self.prelude = nn.ModuleList(Block(config) for _ in range(config.prelude_layers))
+        local = map(config.local_attention.has, count())  # layer after layer
+
+        def blocks(layers: int, remembers: bool = False) -> nn.ModuleList:
+            return nn.ModuleList(Block(config, remembers, next(local)) for _ in range(layers))
+
+        self.prelude = blocks(config.prelude_layers)
         self.injection = Injection(config)
-        self.core = nn.ModuleList(
-            Block(config, remembers=config.has_memory) for _ in range(config.core_layers)
-        )
-        self.coda = nn.ModuleList(Block(config) for _ in range(config.coda_layers))
+        self.core = blocks(config.core_layers, config.has_memory)
+        self.coda = blocks(config.coda_layers)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = new_head(config)
         tie_head(self)
@@ -138,11 +144,12 @@ class LoopedTransformer(nn.Module):
         if view is not None:
             view.keep_positions(positions)
         rotary = rotary_tables(
-            positions, self.config.head_dim, self.config.rope_theta, _compute_dtype(weight),
+            positions, self.config.head_dim, self.config.rope_theta, compute_dtype(weight),
             self.config.scaled_rope, far=self.config.has_memory,
         )  # fmt: skip
         kept = documents if self.config.has_memory else None
-        return ForwardContext(rotary, mask, self.attend, view, documents=kept)
+        ctx = ForwardContext(rotary, mask, self.attend, view, documents=kept)
+        return with_local(ctx, self.config, positions, length)
 
     def encode(self, media: Media | None) -> dict[str, Encoded]:
         """What the encoder of each medium makes of its items."""
@@ -391,10 +398,3 @@ class LoopedTransformer(nn.Module):
         """All parameters except the confidence head's."""
         own = {id(p) for p in self.confidence.parameters()}
         return [p for p in self.parameters() if id(p) not in own]
-
-
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    """The type of the activations: autocast's if that is on, else the weights'."""
-    if torch.is_autocast_enabled(weight.device.type):
-        return torch.get_autocast_dtype(weight.device.type)
-    return weight.dtype

@@ -1,11 +1,12 @@
-"""The distribution that new weights are drawn from."""
+"""The distribution that new weights are drawn from, and the type that they compute in."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def draw_weights(parameters: Iterable[tuple[str, nn.Parameter]], depth: int) -> None:
@@ -18,3 +19,10 @@ def draw_weights(parameters: Iterable[tuple[str, nn.Parameter]], depth: int) -> 
             nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth))
         elif parameter.dim() >= 2:
             nn.init.normal_(parameter, std=0.02)
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The type of the activations: autocast's if that is on, else the weights'."""
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype

@@ -137,7 +137,8 @@ def count(model: ModelConfig) -> Counts:
     matrices = model.d_model * (2 * queries + 2 * keys) + 3 * model.d_model * model.d_ff
     normed = queries + keys if model.qk_norm_over == "all" else 2 * model.head_dim
     vectors = model.qk_norm * normed + model.qkv_bias * (queries + 2 * keys)
-    block = matrices + 2 * model.d_model + vectors
+    norms = 4 if model.norm_position == "both" else 2
+    block = matrices + norms * model.d_model + vectors
     blocks = model.prelude_layers + model.core_layers + model.coda_layers
     words = model.vocab_size * model.d_model
     return Counts(

@@ -58,7 +58,7 @@ from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
 from looptx_core.training.optimizer import learning_rate_factor
 from looptx_core.training.profile import Profile
 from looptx_core.training.start import copy_weights
-from looptx_core.training.task_evaluation import TaskEvaluation, check_tasks
+from looptx_core.training.task_evaluation import check_tasks, task_evaluation
 from looptx_core.training.trackers import Tracker, asked, check_trackers
 from looptx_core.training.trainer import build_trainer
 from looptx_core.words import counted
@@ -148,15 +148,13 @@ def train(
         new = copy_weights(model, init)
         news = f"; new are {', '.join(new[:3])}{' and others' if new[3:] else ''}" if new else ""
         report(f"weights: those of {init.name}{news}")
-    if config.eval_every:
-        special = init.special if init else None
-        evaluation = TaskEvaluation(config, batches.shards.tokenizer, special, report)
-        callbacks = [*callbacks, evaluation]
+    special = init.special if init else None
+    evaluation = task_evaluation(config, batches.shards.tokenizer, special, report)
     learned = {section.codec for section in init.config.written} if init else ()
     share_code_rows(model, learned)
     module, steps = fit(
         model, batches, config, folder=folder, advice=resuming("train", folder), resume=resume,
-        until=until, callbacks=callbacks, report=report, watch=watch,
+        until=until, callbacks=[*callbacks, *evaluation], report=report, watch=watch,
     )  # fmt: skip
     if not is_first():
         return None
@@ -186,8 +184,7 @@ def check(config: RunConfig, folder: Path) -> None:
     )
     check_strategy(config, folder)
     check_trackers(config.log)
-    if isinstance(config, TrainConfig):
-        check_tasks(config)
+    check_tasks(config)
 
 
 def resuming(command: str, folder: Path) -> str:

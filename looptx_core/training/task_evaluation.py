@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,22 +11,20 @@ from tokenizers import Tokenizer
 
 from looptx_core.checkpoint.special_tokens import SpecialTokens
 from looptx_core.config.evaluation import EvaluateConfig
-from looptx_core.config.run import TrainConfig
+from looptx_core.config.run import RunConfig
 from looptx_core.errors import MissingError, UsageError
 from looptx_core.evaluation.run import evaluate, find_tasks
 from looptx_core.generation.engine import Engine
-from looptx_core.model.empty_weights import init_empty_weights
-from looptx_core.model.loop import LoopedTransformer
 
 
-def tasks_of(config: TrainConfig, depths: tuple[int, ...] = (1,)) -> EvaluateConfig:
+def tasks_of(config: RunConfig, depths: tuple[int, ...] = (1,)) -> EvaluateConfig:
     """The evaluation that a run asks for."""
     return EvaluateConfig(
         tasks=config.eval_tasks, loops=tuple(map(str, depths)), limit=config.eval_limit
     )
 
 
-def check_tasks(config: TrainConfig) -> None:
+def check_tasks(config: RunConfig) -> None:
     """Raise what `find_tasks` does for tasks that can't be had, before a run has a folder."""
     if not config.eval_every:
         return
@@ -35,25 +34,39 @@ def check_tasks(config: TrainConfig) -> None:
         raise type(error)(str(error).replace("`tasks`", "`eval_tasks`")) from error
 
 
+def task_evaluation(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    special: SpecialTokens | None,
+    report: Callable[[str], object],
+) -> list[L.Callback]:
+    """The callback that measures the tasks of a run, if it asks for any.
+
+    special: those of a model that is trained further; None: the tokenizer's own.
+    """
+    if not config.eval_every:
+        return []
+    return [TaskEvaluation(config, tokenizer, special or SpecialTokens.known(tokenizer), report)]
+
+
 class TaskEvaluation(L.Callback):
     """Measures the model on tasks each `eval_every` optimizer steps and after the last one.
 
     The logs get `eval_TASK_METRIC` at the last loop and `eval_TASK_METRIC_at_1` at one loop. It
-    works with a copy of the weights, so that the run is the same as without it, and before the
-    step's checkpoint is saved, so that a checkpoint's records are in the log.
+    works with a copy of the model, with its adapters, so that the run is the same as without it,
+    and before the step's checkpoint is saved, so that a checkpoint's records are in the log.
     """
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: RunConfig,
         tokenizer: Tokenizer,
-        special: SpecialTokens | None,
+        special: SpecialTokens,
         report: Callable[[str], object],
     ) -> None:
         assert config.eval_every is not None
         self.config, self.every, self.report = config, config.eval_every, report
-        self.tokenizer = tokenizer
-        self.special = special or SpecialTokens.known(tokenizer)
+        self.tokenizer, self.special = tokenizer, special
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         """One line of each task, so that lines which don't fit the model are found at once."""
@@ -82,21 +95,11 @@ class TaskEvaluation(L.Callback):
         wanted = tasks_of(self.config, tuple(sorted({1, deepest})))
         wanted = EvaluateConfig(wanted.tasks, wanted.loops, limit)
         engine = Engine(
-            _copy(module.model), self.tokenizer, ends=self.special.ends, kernel="torch",
-            batch_size=wanted.batch_size,
+            copy.deepcopy(module.model).eval(), self.tokenizer, ends=self.special.ends,
+            kernel="torch", batch_size=wanted.batch_size,
         )  # fmt: skip
         found = {}
         for row in evaluate(engine, wanted)["results"]:
             name = f"eval_{row['task']}_{row['metric']}"
             found[name if row["loops"] == deepest else f"{name}_at_1"] = row["value"]
         return found
-
-
-def _copy(model: LoopedTransformer) -> LoopedTransformer:
-    """A model with the same values, which an engine may rearrange."""
-    with init_empty_weights():
-        copy = LoopedTransformer(model.config)
-    values = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    copy.load_state_dict(values, assign=True)
-    copy.attend = model.attend
-    return copy.eval()

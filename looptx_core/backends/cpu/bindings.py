@@ -65,8 +65,12 @@ def unsupported_reason(model: LoopedTransformer) -> str | None:
         return f"its layers are {', '.join(sorted(kind.__name__ for kind in kinds))}"
     if model.injection.kind == "streams":
         return "its loops hand on several streams"
-    if model.config.norm_position == "after":
+    if model.config.norm_position != "before":
         return "norms stand after attention and feed-forward layers"
+    if model.config.local_attention.window:
+        return "some of its layers attend within a window"
+    if model.config.activation == "gelu_tanh":
+        return "its gates have the gelu by tanh"
     if model.config.qk_norm and model.config.qk_norm_over == "all":
         return "queries and keys are normed over all heads"
     if model.config.head_dim > 1024:

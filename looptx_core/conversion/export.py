@@ -1,0 +1,151 @@
+"""A fixed depth of a model in a format of others: ONNX or GGUF."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from looptx_core.checkpoint.card import unmeasured
+from looptx_core.checkpoint.folder import LoadedModel, model_files
+from looptx_core.config.conversion import ConvertConfig
+from looptx_core.conversion.gguf_names import require_gguf
+from looptx_core.conversion.onnx_folder import (
+    check_text,
+    graph_depth,
+    onnx_files,
+    require_onnx,
+    write_onnx,
+)
+from looptx_core.conversion.source import PLAIN_BATCH, evaluation_data
+from looptx_core.data.datamodule import Batches
+from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.evaluate import evaluate_all
+from looptx_core.words import counted
+
+Files = Callable[[float, float, str], dict[str, Any]]
+"""The files of a model folder, by the loss of the model, of what is written, and how it is
+quantised."""
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+          "int8": torch.int8}  # fmt: skip
+
+
+def require_packages(config: ConvertConfig) -> None:
+    """Raise `MissingError` where what writes a format of others is not installed."""
+    if config.to_onnx:
+        require_onnx()
+    if config.to_gguf:
+        require_gguf("to_gguf")
+
+
+def export(
+    config: ConvertConfig,
+    source: LoadedModel,
+    model: LoopedTransformer,
+    was: torch.dtype,
+    out: Path,
+    check: Callable[[], object],
+    report: Callable[[str], object],
+) -> dict[str, Any]:
+    """Write a fixed depth for others, after a `check` of its place; its part of the result.
+
+    model: the source's, in float32. was: the number type in which it is stored.
+    """
+    held_out = evaluation_data(config, source, False, report, rows=PLAIN_BATCH)
+
+    def files(before: float, after: float, quantised: str) -> dict[str, Any]:
+        """Of a model folder. before, after: losses of the model and of what is written."""
+        facts = unmeasured(source.facts)  # it has one depth, and perhaps rounded weights
+        if held_out.own or config.data:
+            facts |= {"loss": round(after, 4), "loss_before": round(before, 4)}
+        facts["converted_from"] = source.name
+        if config.dtype == "int8":
+            facts["quantised"] = quantised
+        _, made = model_files(
+            out, model, source.tokenizer, source.exit, facts, chat_template=source.chat_template,
+            special=source.special,
+        )  # fmt: skip
+        made["config.json"]["command"] = "convert"
+        return made
+
+    made = {"judged_by": held_out.name, "own": held_out.own}
+    write = _to_onnx if config.to_onnx else _to_gguf
+    return made | write(config, source, model, was, out, check, files, held_out.batches)
+
+
+def _to_onnx(
+    config: ConvertConfig,
+    source: LoadedModel,
+    model: LoopedTransformer,
+    was: torch.dtype,
+    out: Path,
+    check: Callable[[], object],
+    files: Files,
+    batches: Batches,
+) -> dict[str, Any]:
+    loops = graph_depth(source, config.loops)
+    before = evaluate_all(model, batches.val_dataloader(), loops).loss_by_loop[-1]
+    check()
+    written = write_onnx(
+        out, model, loops,
+        lambda graph: onnx_files(
+            files(before, graph.loss, "int8, by onnxruntime"), source, loops
+        ),
+        int8=config.dtype == "int8", tokens=check_text(source), held_out=batches.val_dataloader(),
+    )  # fmt: skip
+    return {
+        "loss_by_loop_before": [before],
+        "loss_by_loop": [written.loss],
+        "loops": loops,
+        "compared": f"onnxruntime at {counted(loops, 'loop')} against the model",
+        "logit_difference": written.logit_difference,
+        "bits_per_weight": written.bits_per_weight,
+        "memory_after": written.memory,
+    }
+
+
+def _to_gguf(
+    config: ConvertConfig,
+    source: LoadedModel,
+    model: LoopedTransformer,
+    was: torch.dtype,
+    out: Path,
+    check: Callable[[], object],
+    files: Files,
+    batches: Batches,
+) -> dict[str, Any]:
+    from looptx_core.conversion.gguf_export import (
+        KINDS,
+        Written,
+        gguf_files,
+        gguf_stack,
+        write_gguf,
+    )
+
+    stack = gguf_stack(source, config.loops)
+    kind = KINDS[DTYPES[config.dtype] if config.dtype else was]
+    before = evaluate_all(model, batches.val_dataloader(), stack.loops).loss_by_loop[-1]
+    check()
+    after: list[float] = []
+
+    def beside(file: Written) -> dict[str, Any]:
+        found = evaluate_all(file.model, batches.val_dataloader(), file.model.config.loops)
+        after.append(found.loss_by_loop[-1])
+        return gguf_files(files(before, after[0], "Q8_0"), source, stack, kind)
+
+    written = write_gguf(
+        out, source, model, stack, beside, kind=kind,
+        exact=kind in ("F32", KINDS[was]) and kind != "Q8_0", tokens=check_text(source),
+    )  # fmt: skip
+    return {
+        "loss_by_loop_before": [before],
+        "loss_by_loop": after,
+        "loops": stack.loops,
+        "compared": f"the file, read back, against {counted(stack.loops, 'loop')} of the model",
+        "logit_difference": written.logit_difference,
+        "bits_per_weight": written.bits_per_weight,
+        "memory_after": written.memory,
+    }
