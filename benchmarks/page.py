@@ -16,10 +16,10 @@ from benchmarks.common.tables import all_records
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 QUESTIONS = (
-    "p_hop", "depth_pays", "depth", "recipe", "portable", "exits", "decode_speed", "batches", "speculation",
-    "kv_cache", "memory", "retrofit", "serving", "start_time", "train_speed", "scale", "ternary",
-    "finetuning", "pictures", "sound", "video", "drawing", "speaking", "tokenizing", "mutation",
-    "reliability",
+    "p_hop", "depth_pays", "depth", "recipe", "portable", "exits", "decode_speed", "batches",
+    "speculation", "kv_cache", "memory", "retrofit", "serving", "start_time", "train_speed",
+    "scale", "ternary", "finetuning", "pictures", "sound", "video", "drawing", "speaking",
+    "tokenizing", "mutation", "reliability",
 )  # fmt: skip
 INTRODUCTION = """\
 # Benchmarks

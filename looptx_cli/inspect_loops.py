@@ -52,7 +52,7 @@ def inspect_loops(
     settings = resolved.build(InspectConfig)
     looked_at = settings.text or settings.prompt or settings.media
     if looked_at and not any(map(resolved.given, ("data", "calibrate", "target_loss_increase"))):
-        brief = {key: value for key, value in BRIEF.items() if not resolved.given(key)}
+        brief: dict[str, Any] = {k: v for k, v in BRIEF.items() if not resolved.given(k)}
         settings = replace(settings, **brief)
         if brief:
             flags_of = " and ".join(f"--{key.replace('_', '-')}" for key in brief)

@@ -18,8 +18,8 @@ from looptx_cli.main import main
 from looptx_core.checkpoint.folder import LoadedModel, load_model, save_model
 from looptx_core.checkpoint.special_tokens import SpecialTokens
 from looptx_core.config.generation import ExitSettings
-from looptx_core.config.model import ModelConfig
 from looptx_core.config.local_attention import LocalAttention
+from looptx_core.config.model import ModelConfig
 from looptx_core.config.rope import RopeScaling
 from looptx_core.conversion.memory import with_memory
 from looptx_core.conversion.ternary import pack_model, to_ternary
@@ -217,7 +217,8 @@ def test_what_llama_cpp_has_not_is_named(place: Path, capsys: pytest.CaptureFixt
         "injection of the kind decay": drawn(injection="decay"),
         "injection of the kind streams": drawn(injection="streams"),
         "layers that attend within": drawn(local_attention=LocalAttention(8)),
-        "gate with an exact GELU": drawn(activation="gelu"),
+        "gate with gelu": drawn(activation="gelu"),
+        "place for local_attention": drawn(local_attention=LocalAttention(16)),
         "norms and biases together": drawn(qk_norm=True, qkv_bias=True),
         "qwen2 whose heads together are not as wide": drawn(qkv_bias=True, head_dim=16),
         "qwen3 with Llama 3's scaled RoPE": drawn(qk_norm=True, scaled_rope=RopeScaling("llama3")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -114,8 +115,38 @@ def test_clients_that_send_half_a_request(address, monkeypatch):
     assert raw(address, b"\x00\x01\r\n\r\n").startswith(b"HTTP/1.1 400")
 
 
+def test_a_client_that_stops_reading_its_stream(engine, monkeypatch):
+    """Its connection is closed, and its places are free."""
+    monkeypatch.setattr(run, "SEND_SECONDS", 0.3)
+    listen = run.listen
+
+    def narrow(host, port):
+        listener = listen(host, port)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return listener
+
+    monkeypatch.setattr(run, "listen", narrow)
+    body = json.dumps({"prompt": "a", "max_tokens": 500, "n": 4, "stream": True, "loops": 4})
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    with service_of(engine) as service, served(service) as (address, server):
+        host, port = address.removeprefix("http://").split(":")
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((host, int(port)))
+            connection.sendall((head + body).encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+            deadline = time.monotonic() + 20
+            while not (service.idle and not server.server_state.connections):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        assert service.metrics.failed._value.get() == 4
+
+
 def test_a_crowd_of_idle_connections_keeps_nobody_out(address, monkeypatch):
-    monkeypatch.setattr(run, "MOST_CONNECTIONS", 20)
+    monkeypatch.setattr(run, "MOST_WAITING", 20)
     host, port = address.removeprefix("http://").split(":")
     crowd = [socket.create_connection((host, int(port))) for _ in range(60)]
     # A new client: an old one may hold a connection that is idle and is closed with the others.

@@ -7,9 +7,13 @@ import threading
 
 from serving_cases import GREEDY, events, post, run, service_of, until
 
+from looptx_core.errors import DataError
+from looptx_core.generation import request as request_module
 from looptx_core.generation.encoding import PromptEncoder
-from looptx_core.generation.request import TokenPrompt
+from looptx_core.generation.request import Request, TokenPrompt
+from looptx_core.generation.running_batch import RunningBatch
 from looptx_core.generation.scheduler import Scheduler
+from looptx_core.generation.text import TextStream
 
 
 def test_what_a_client_that_left_held_is_free_at_once(engine):
@@ -87,6 +91,62 @@ def test_a_turn_that_fails_ends_what_ran_and_nothing_else(engine, monkeypatch):
         answers = run(service, ask)
     assert sorted(answer.status_code for answer in answers) == [200, 500, 500]
     assert not any("memory" in answer.text for answer in answers)
+
+
+def test_a_request_that_fails_by_itself_ends_alone(engine, monkeypatch, caplog):
+    """In its draw, its text, its prompt's pass and its drafts; it is told so, others go on."""
+    body = {"prompt": "a whale", "max_tokens": 12, **GREEDY}
+    chances, push, prompt = Request.chances, TextStream.push, RunningBatch.prompt
+
+    def fail_draw(self, logits, seen):
+        if self.options.seed == 1 and len(self.seen) > 9:
+            raise RuntimeError("secret")
+        return chances(self, logits, seen)
+
+    def fail_text(self, token):
+        if self._stop == ("never",):
+            raise RuntimeError("secret")
+        return push(self, token)
+
+    def fail_prompt(self, rows, tokens, *how, **more):
+        if tokens.shape[1] == 9:
+            raise RuntimeError("secret")
+        return prompt(self, rows, tokens, *how, **more)
+
+    monkeypatch.setattr(Request, "chances", fail_draw)
+    monkeypatch.setattr(TextStream, "push", fail_text)
+    monkeypatch.setattr(RunningBatch, "prompt", fail_prompt)
+    wrong = [
+        {"seed": 1, "speculate": 2}, {"stop": "never"}, {"prompt": [20] * 9},
+        {"stop": "never", "stream": True},
+    ]  # fmt: skip
+
+    async def ask(client):
+        async def one(more):
+            return await client.post("/v1/completions", json=body | more)
+
+        alone = await one({})
+        *bad, good = await asyncio.gather(*map(one, [*wrong, {}]))
+        await until(lambda: service.idle)
+        return alone, bad, good
+
+    with service_of(engine, max_batch=5) as service:
+        alone, (*bad, stream), good = run(service, ask)
+        assert len(service.worker._scheduler) == 0 and service.worker._scheduler.tokens == 0
+    assert good.json()["choices"] == alone.json()["choices"]
+    assert [answer.status_code for answer in bad] == [500] * 3
+    assert '"server_error"' in stream.text and "[DONE]" not in stream.text
+    assert not any("secret" in answer.text for answer in (*bad, stream))
+    assert caplog.text.count("RuntimeError: secret") == 4
+
+
+def test_weights_that_are_damaged_are_no_fault_of_the_request(engine, monkeypatch):
+    def fail(*_):
+        raise DataError("the model's logits are no numbers")
+
+    monkeypatch.setattr(request_module, "check_number", fail)
+    with service_of(engine) as service:
+        assert post(service, "/v1/completions", {"prompt": "a"}).status_code == 500
 
 
 def test_a_cache_that_cannot_be_allocated(engine, monkeypatch):

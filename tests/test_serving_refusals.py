@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from serving_cases import CONFIG, completion, post, run
+from serving_cases import CONFIG, GREEDY, completion, post, run, service_of
 
 from looptx_core.config.serving import ServeConfig
 from looptx_core.errors import LooptxError, UsageError
@@ -26,12 +26,16 @@ REFUSED = [
     ("n", {"n": 1000}),
     ("max_tokens", {"max_tokens": -1}),
     ("logprobs", {"logprobs": 6}),
+    ("max_tokens", {"max_tokens": 512}),
+    ("max_tokens", {"max_tokens": 2**70, "stream": True}),
+    ("max_tokens", {"prompt": [[20], [20] * 500], "max_tokens": 13}),
     (None, {"prompt": "a" * 100_000}),
     ("stop", {"stop": ["a"] * 5}),
     ("stop", {"stop": ""}),
     ("stop", {"stop": "a" * 257}),
     ("stop", {"stop": ["a", "b" * 257]}),
-    ("seed", {"seed": 2**70}),
+    ("seed", {"seed": 2**63}),
+    ("seed", {"seed": -(2**63) - 1}),
     ("loops", {"loops": 0}),
     ("loops", {"loops": 5}),
     ("max_loops", {"max_loops": 9}),
@@ -71,10 +75,30 @@ def test_nothing_is_ignored_and_bad_values_are_named(service):
     assert run(service, ask) == expected
 
 
+def test_what_the_context_has_no_room_for(engine):
+    """What is asked for has to fit; where nothing is, the answer takes what there is."""
+    chat, said = "/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}
+    with service_of(engine, max_context=48) as service:
+        whole = post(service, chat, said | GREEDY).json()
+        assert whole["usage"]["total_tokens"] == 48
+        left = whole["usage"]["completion_tokens"]
+        for field in ("max_tokens", "max_completion_tokens"):
+            error = post(service, chat, said | {field: left + 1}).json()["error"]
+            assert (error["param"], error["code"]) == (field, "context_length_exceeded")
+            assert f"ask for {left} at most" in error["message"]
+            assert post(service, chat, said | {field: left}).status_code == 200
+        for most, length in ((None, 7), (7, 7), (2, 2)):
+            few = completion(service, prompt=[20] * 41, max_tokens=most, **GREEDY)
+            assert few["usage"]["completion_tokens"] == length
+        full = post(service, "/v1/completions", {"prompt": [20] * 48, "max_tokens": 0})
+        assert full.json()["error"]["code"] == "context_length_exceeded"
+
+
 def test_neutral_values_pass(service):
     for extreme in (
         {"repetition_penalty": 5e-324}, {"repetition_penalty": 1e300}, {"temperature": 5e-324},
         {"temperature": 1e300}, {"top_p": 5e-324}, {"threshold": -1e300},
+        {"seed": -1}, {"seed": -(2**63)},
     ):  # fmt: skip
         completion(service, prompt="a whale", max_tokens=3, **extreme)
     completion(

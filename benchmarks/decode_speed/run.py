@@ -23,7 +23,6 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,9 +32,10 @@ import torch
 from tokenizers import Tokenizer, models
 from torch import nn
 
+from benchmarks.common.decoding import Run, by_engine, by_transformers, measure, summary
+from benchmarks.common.llama_file import write_llama
 from benchmarks.common.record import results_file, rows_by, rows_so_far, write
 from looptx_core.backends.cpu.rounding import all_blocks, block_layers
-from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.model import ModelConfig
 from looptx_core.conversion.ternary import pack_model
 from looptx_core.generation.engine import Engine
@@ -51,8 +51,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "medium 2 + 4 x 3 + 2": dict(MEDIUM, prelude_layers=2, core_layers=4, loops=3, coda_layers=2),
 }
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-Run = Callable[[], float]
-"""Generates once; seconds for the tokens after the first."""
 
 
 def config_of(shape: dict[str, Any]) -> ModelConfig:
@@ -85,14 +83,7 @@ def looptx(
 ) -> tuple[Run, int]:
     """The run, and the bytes of weights that a token reads at least once."""
     engine = engine_of(config, weights, kernel, device)
-    options = GenerationOptions(
-        loops=config.loops, temperature=0, max_new_tokens=NEW, ignore_eos=True
-    )
-
-    def run() -> float:
-        steps = list(engine.generate([prompt], options))
-        return steps[-1].seconds - steps[0].seconds
-
+    run = by_engine(engine, prompt, config.loops, NEW)
     return run, held_bytes(engine.model, "float32" if weights == "ternary" else weights)
 
 
@@ -131,79 +122,16 @@ def hugging_face(
     import transformers
 
     model = transformers.LlamaForCausalLM(llama_config(config)).to(device, DTYPES[weights]).eval()
-    ids = torch.tensor([prompt], device=device)
     more = {"cache_implementation": "static"} if compiled else {}
-
-    class Clock(transformers.StoppingCriteria):
-        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-            self.first = self.first or time.perf_counter()
-            return torch.zeros(1, dtype=torch.bool, device=input_ids.device)
-
-    def run() -> float:
-        clock = Clock()
-        clock.first = 0.0
-        with torch.inference_mode():
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False,
-                stopping_criteria=[clock], **more,
-            )  # fmt: skip
-            out = out.cpu()
-        assert out.shape[1] == PROMPT + NEW
-        return time.perf_counter() - clock.first
-
-    return run
+    return by_transformers(model, prompt, NEW, **more)
 
 
 def llama_cpp(config: ModelConfig, prompt: list[int], weights: str, folder: Path) -> Run:
     """llama.cpp on a Llama of this shape, written as GGUF with weights of its own type."""
-    import gguf
     import llama_cpp
     import numpy as np
 
-    kinds = {"float32": "F32", "bf16": "BF16", "int8": "Q8_0", "ternary": "TQ2_0"}
-    kind = gguf.GGMLQuantizationType[kinds[weights]]
-    layers, rng = config.effective_layers(config.loops), np.random.default_rng(0)
-    file = folder / f"{weights}-{config.d_model}-{layers}.gguf"
-    writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_block_count(layers)
-    writer.add_context_length(config.max_seq_len)
-    writer.add_embedding_length(config.d_model)
-    writer.add_feed_forward_length(config.d_ff)
-    writer.add_head_count(config.n_heads)
-    writer.add_head_count_kv(config.n_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
-
-    def matrix(name: str, rows: int, width: int, own: Any = kind) -> None:
-        values = (rng.standard_normal((rows, width)) * 0.02).astype(np.float32)
-        writer.add_tensor(name, gguf.quants.quantize(values, own), raw_dtype=own)
-
-    def vector(name: str, width: int) -> None:
-        writer.add_tensor(name, np.ones(width, dtype=np.float32))
-
-    # Beside ternary layers its converter leaves the embedding in 16 bits.
-    outer = gguf.GGMLQuantizationType.F16 if weights == "ternary" else kind
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    matrix("token_embd.weight", config.vocab_size, config.d_model, outer)
-    vector("output_norm.weight", config.d_model)
-    for i in range(layers):
-        vector(f"blk.{i}.attn_norm.weight", config.d_model)
-        vector(f"blk.{i}.ffn_norm.weight", config.d_model)
-        matrix(f"blk.{i}.attn_q.weight", q, config.d_model)
-        matrix(f"blk.{i}.attn_k.weight", kv, config.d_model)
-        matrix(f"blk.{i}.attn_v.weight", kv, config.d_model)
-        matrix(f"blk.{i}.attn_output.weight", config.d_model, q)
-        matrix(f"blk.{i}.ffn_gate.weight", config.d_ff, config.d_model)
-        matrix(f"blk.{i}.ffn_up.weight", config.d_ff, config.d_model)
-        matrix(f"blk.{i}.ffn_down.weight", config.d_model, config.d_ff)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    file = write_llama(folder / f"{weights}-{config.d_model}.gguf", config, weights)
     threads = torch.get_num_threads()
     model = llama_cpp.Llama(
         str(file), n_ctx=256, n_threads=threads, n_threads_batch=threads, verbose=False
@@ -218,17 +146,6 @@ def llama_cpp(config: ModelConfig, prompt: list[int], weights: str, folder: Path
         return time.perf_counter() - began
 
     return run
-
-
-def measure(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Tokens a second by side and round."""
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            seconds = run()
-            if number:  # the first round warms up
-                rates[name].append((NEW - 1) / seconds)
-    return rates
 
 
 def against_peers(
@@ -250,17 +167,8 @@ def against_peers(
                 )
             if on_cpu and find_spec("llama_cpp") and find_spec("gguf"):
                 runs["llama.cpp"] = llama_cpp(config, prompt, weights, Path(folder))
-            rates = measure(runs, rounds)
-            report[weights] = {
-                "bytes_of_weights": read,
-                "tokens_per_second": {name: statistics.median(r) for name, r in rates.items()},
-                "ratio_to": {
-                    name: statistics.median(a / b for a, b in zip(rates["looptx"], others))
-                    for name, others in rates.items()
-                    if name != "looptx"
-                },
-                "rates": rates,
-            }
+            rates = measure(runs, rounds, NEW)
+            report[weights] = {"bytes_of_weights": read, **summary(rates)}
             print(weights, json.dumps({k: report[weights][k] for k in list(report[weights])[:3]}))
             del runs, ours
             gc.collect()
@@ -277,7 +185,7 @@ def by_loops(prompt: list[int], rounds: int, device: str) -> dict[str, Any]:
             runs[str(loops)], read[str(loops)] = looptx(
                 config_of(dict(shape, loops=loops)), prompt, weights, device=device
             )
-        rates = measure(runs, rounds)
+        rates = measure(runs, rounds, NEW)
         report[weights] = {
             loops: {"tokens_per_second": statistics.median(rates[loops]), "bytes": read[loops]}
             for loops in runs

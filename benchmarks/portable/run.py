@@ -1,4 +1,4 @@
-"""What a looped model costs that llama.cpp could run: its two looped containers against the default.
+"""What a looped model that llama.cpp runs costs: its two looped containers beside the default.
 
 Both containers have SiLU, no norm on queries and keys, and neither prelude nor coda. Their loops
 differ, with n for a norm without weights and s for the state:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from benchmarks.common.record import Record
 from benchmarks.common.tables import newest, pick, records, source, table
 
+SIDES = ("looptx", "transformers", "llama.cpp")
 STUDENT = {2: 12.706, 3: 4.303}  # for a 95 % interval of the mean of so many seeds
 
 
@@ -88,6 +89,27 @@ of processor time to transformers with PEFT.
 {source(found[0])}"""
 
 
+def decoding() -> str:
+    found = records("retrofit.decoding")[:1]
+    if not found:
+        return ""
+    lines = []
+    for row in found[0]["rows"]:
+        cells = [row.get(f"tokens_per_second.{side}") for side in SIDES]
+        ratios = [row.get(f"ratio_to.{side}") for side in SIDES[1:]]
+        lines.append([row["threads"], row["weights"], *(f"{x:,.1f}" if x else "" for x in cells),
+                      *(f"{x:.2f}" if x else "" for x in ratios)])  # fmt: skip
+    heads = ["threads", "weights", *SIDES, *(f"ratio to {side}" for side in SIDES[1:])]
+    return f"""
+
+**How fast does it decode?** Its first loop, {found[0]["what"]}; llama.cpp with BF16 and Q8_0
+beside bf16 and int8. The aims: 1.5 times transformers, and no slower than llama.cpp.
+
+{table(heads, lines)}
+
+{source(found[0])}"""
+
+
 def section() -> str:
     record = newest("retrofit.run")
     settings, parts = record["settings"], []
@@ -119,4 +141,4 @@ control's.
 {tables}
 
 {source(record)}
-{speed()}"""
+{speed()}{decoding()}"""

@@ -209,7 +209,7 @@ def _given(path: Path) -> ResolvedModel:
         refuse_pickle(path)
         raise DataError(f"{path}: a file; give the folder of a run or of a model")
     if not path.exists():
-        raise DataError(f"{path}: no such run or model folder; check `model`")
+        raise DataError(f"{path}: no such run or model folder; check the path")
     if _is_model(path):
         return _resolved(path, "given")
     if _is_model(path / "final"):
@@ -218,7 +218,7 @@ def _given(path: Path) -> ResolvedModel:
         raise DataError(
             f"{path}: this run is not finished; resume it by looptx {run_command(path)} --resume"
         )
-    raise DataError(f"{path}: neither a run nor a model folder; check `model`")
+    raise DataError(f"{path}: neither a run nor a model folder; check the path")
 
 
 def _runs(runs: Path) -> list[Path]:

@@ -120,10 +120,11 @@ class ConvertConfig:
         if self.from_hf and self.from_gguf:
             raise UsageError("`from_hf` and `from_gguf` each read a model; pass one of them")
         if self.foreign and (then := self.unrolled):
+            again = {"to_onnx": "looptx convert --to-onnx --model FOLDER",
+                     "to_gguf": "looptx convert --to-gguf --model FOLDER"}[then]  # fmt: skip
             raise UsageError(
-                f"`{name}` and `{then}` are two steps; leave `{then}` out, then run "
-                f"looptx convert --{then.replace('_', '-')} --model FOLDER on what the first one "
-                "wrote"
+                f"`{name}` and `{then}` are two steps; leave `{then}` out, then run {again} on "
+                "what the first one wrote"
             )
         if self.core and not self.foreign:
             raise UsageError("`core` is for a plain model of `from_hf` or `from_gguf`; pass one")

@@ -250,6 +250,11 @@ class TrainConfig(RunConfig):
     bitnet: bool = False
     """Ternary weights in the blocks (BitNet b1.58); looptx convert --to-bitnet packs them."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mix is not None:
+            parse_mix(self.mix)
+
     @property
     def weights(self) -> tuple[float, float]:
         """`mix` as the weights of text and of records of media. Raises `UsageError`."""

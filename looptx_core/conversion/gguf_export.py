@@ -9,7 +9,7 @@ layers stand in it once for each loop. What is written is read back before it is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,56 @@ KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", tor
 _FILE_TYPES = {"F32": "ALL_F32", "BF16": "MOSTLY_BF16", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
 _BLOCK = 32  # columns that share a scale in Q8_0
 _MOST_LAYERS = 512  # of llama.cpp
+_KNOWN = frozenset(
+    [
+        "vocab_size",
+        "d_model",
+        "n_heads",
+        "n_kv_heads",
+        "head_dim",
+        "d_ff",
+        "activation",
+        "prelude_layers",
+        "core_layers",
+        "coda_layers",
+        "loops",
+        "max_loops",
+        "confidence_width",
+        "gain_width",
+        "injection",
+        "retain",
+        "streams",
+        "qk_norm",
+        "qk_norm_over",
+        "norm_position",
+        "rope_theta",
+        "scaled_rope",
+        "qkv_bias",
+        "norm_eps",
+        "max_seq_len",
+        "dropout",
+        "tie_embeddings",
+        "linear",
+        "memory",
+        "memory_window",
+        "memory_block",
+        "memory_per_loop",
+        "infini_delta",
+        "vision_layers",
+        "vision_width",
+        "patch_size",
+        "max_patches",
+        "image_token",
+        "image_attention",
+        "reconstruct",
+        "audio",
+        "video",
+        "draw",
+        "speak",
+        "media",
+    ]
+)
+"""The parts of a shape that are judged here. Another one is refused where a model has it."""
 _USE = """```sh
 llama-cli -m {file} -p "Call me" -n 40
 printf 'FROM ./{file}\\n' > Modelfile && ollama create {name} -f Modelfile
@@ -110,7 +160,12 @@ def gguf_stack(source: LoadedModel, loops: int | None) -> Stack:
         need(config.injection == "none", f"injection of the kind {config.injection}, by which each "
              "loop of this model reads its input again", onnx)  # fmt: skip
     need(not config.local_attention.window, "layers that attend within this model's windows", onnx)
-    need(config.activation == "silu", "gate with an exact GELU, which this model has", onnx)
+    need(config.activation == "silu", f"gate with {config.activation} in such a stack, as this "
+         "model has", onnx)  # fmt: skip
+    plain_shape = ModelConfig()
+    for part in (field.name for field in fields(ModelConfig) if field.name not in _KNOWN):
+        same = getattr(config, part) == getattr(plain_shape, part)
+        need(same, f"place for {part}, which this model has", onnx)
     layers = config.effective_layers(depth)
     need(layers <= _MOST_LAYERS, f"stack of {layers:,} layers, which are {depth:,} loops of this "
          f"model, and the limit is {_MOST_LAYERS}", "pass fewer `loops`")  # fmt: skip

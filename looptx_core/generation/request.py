@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from looptx_core.media.writer import Writer
 from looptx_core.model.confidence import top_log_odds
 from looptx_core.stopping.calibration import reported_confidence
 from looptx_core.stopping.rule import Exit
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class Step(NamedTuple):
     seconds: float
     """Time since the pass of its prompt began."""
     finish_reason: str | None = None
-    """Of a request's last token: length, stop (a stop string) or end (of the document)."""
+    """Of a request's last token: length, stop (a stop string) or end (of the document); error where
+    the request failed by itself, and then this is no token."""
     output: Output | None = None
     """The item of a medium that this token finishes, if any."""
     likeliest: tuple[tuple[int, float], ...] = ()
@@ -218,6 +222,28 @@ class Request:
     generator: torch.Generator = field(default_factory=torch.Generator)
     began: float = field(default_factory=time.perf_counter)
     done: bool = False
+    ends_alone: bool = False
+    """Whether an error in its own work ends this request only, instead of all that run."""
+    error: Exception | None = None
+    """What ended it, then."""
+
+    def attempt(self, work: Callable[[], T], instead: T) -> T:
+        """What the work gives; `instead` where it fails, or failed before, and the request ends
+        alone."""
+        if self.error is None:
+            try:
+                return work()
+            except Exception as error:
+                if not self.ends_alone:
+                    raise
+                self.error = error
+        return instead
+
+    def failure(self) -> Step:
+        """The last step of a request that ended by its own error."""
+        self.done = True
+        seconds = time.perf_counter() - self.began
+        return Step(self.index, -1, "", 0, 0.0, 0.0, seconds, "error")
 
     def sample(self, logits: Tensor, best: int) -> int:
         """Draw the next token from logits (vocab_size,). best: the most likely token."""
@@ -278,7 +304,10 @@ def next_tokens(requests: Sequence[Request], output: StepOutput) -> list[Step]:
     """Draw each request's next token from its row of `output`, and record it."""
     logits = at_least_float(output.logits)
     best = _without(requests, logits)[:, : requests[0].known].argmax(-1).tolist()
-    ids = [request.sample(*given) for request, *given in zip(requests, logits, best)]
+    ids = [
+        request.attempt(partial(request.sample, row, top), top)
+        for request, row, top in zip(requests, logits, best)
+    ]
     return record(requests, ids, output)
 
 
@@ -301,18 +330,30 @@ def record(requests: Sequence[Request], ids: Sequence[int], output: StepOutput) 
     chosen = torch.tensor(ids, device=logits.device)[:, None]
     logs = logits.log_softmax(-1)
     logprobs = logs.gather(1, chosen)[:, 0].tolist()
-    top_logits = top_log_odds(logs).tolist()
-    likeliest = [_likeliest(row, request) for request, row in zip(requests, logs)]
-    now = time.perf_counter()
-    columns = (requests, ids, output.loops, output.log_odds, top_logits, logprobs, likeliest)
-    steps = []
-    for request, token, loops, odds, top_logit, logprob, tops in zip(*columns):
-        check_number(logprob)
-        text, finished, reason = request.take(token)
-        confidence = reported_confidence(odds, top_logit, request.exit.settings)
-        figures = (loops, confidence, logprob, now - request.began)
-        steps.append(Step(request.index, token, text, *figures, reason, finished, tops))
-    return steps
+    columns = (ids, output.loops, output.log_odds, top_log_odds(logs).tolist(), logprobs, logs)
+    steps = [
+        request.attempt(partial(_step, request, *row), None)
+        for request, *row in zip(requests, *columns)
+    ]
+    return [step or request.failure() for request, step in zip(requests, steps)]
+
+
+def _step(
+    request: Request,
+    token: int,
+    loops: int,
+    log_odds: float,
+    top_logit: float,
+    logprob: float,
+    logs: Tensor,
+) -> Step:
+    """Append a token to a request. logs: (vocab_size,), the log-probabilities it was drawn from."""
+    check_number(logprob)
+    tops = _likeliest(logs, request)
+    text, finished, reason = request.take(token)
+    confidence = reported_confidence(log_odds, top_logit, request.exit.settings)
+    figures = (loops, confidence, logprob, time.perf_counter() - request.began)
+    return Step(request.index, token, text, *figures, reason, finished, tops)
 
 
 def score_prompts(requests: Sequence[Request], logits: Tensor, start: int) -> None:

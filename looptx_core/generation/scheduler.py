@@ -93,7 +93,8 @@ class Scheduler:
     def step(self) -> list[Step]:
         """Read some of the prompts, and loop until a row's exit has to be checked.
 
-        Returns the tokens that were drawn, in order.
+        Returns the tokens that were drawn, in order. Where a request fails by itself and ends
+        alone, its last step has the finish reason error.
         """
         while self._free and self._waiting:
             row, request = self._free.popleft(), self._waiting.popleft()
@@ -105,7 +106,11 @@ class Scheduler:
             self._prefills.append(_Prefill(row, request, pieces))
         steps = [] if self._owed else self._prefill()
         for row in list(self._drafting):
-            drawn = list(draft_and_verify(self.batch, row, self._owners[row]))
+            try:
+                drawn = list(draft_and_verify(self.batch, row, self._owners[row]))
+            except Exception as error:
+                steps += self._fail([row], error)
+                continue
             steps += drawn
             if drawn[-1].finish_reason:
                 self._release(row)
@@ -128,7 +133,12 @@ class Scheduler:
                 alike = alike[: max(1, room // length)]
             room -= length * len(alike)
             self._owed = set(streaming)
-            steps += self._take(self._run(alike))
+            try:
+                output = self._run(alike)
+            except Exception as error:
+                steps += self._fail([own.row for own in alike], error)
+            else:
+                steps += self._take(output)
         return steps
 
     def _run(self, alike: list[_Prefill]) -> StepOutput:
@@ -172,6 +182,17 @@ class Scheduler:
             tokens = [self._owners[row].seen[-1] for row in stay]
             self.batch.add(stay, tokens, [self._owners[row].exit for row in stay])
         return steps
+
+    def _fail(self, rows: Sequence[int], error: Exception) -> list[Step]:
+        """End the requests of rows whose own pass failed; raise the error if one of them does not
+        end alone."""
+        owners = [self._owners[row] for row in rows]
+        if not all(owner.ends_alone for owner in owners):
+            raise error
+        for row, owner in zip(rows, owners):
+            owner.error = error
+            self._release(row)
+        return [owner.failure() for owner in owners]
 
     def _release(self, row: int) -> None:
         """Free the row of a request, wherever the request stands."""

@@ -27,6 +27,8 @@ from looptx_core.serving.service import Exchange, Service
 from looptx_core.serving.worker import Job
 
 _CLIENT_LEFT = 499
+_FEW = 16
+"""Tokens of a completion that does not say how many."""
 _ERROR = {"description": "An error, as OpenAI gives it.", "content": {"application/json": {}}}
 _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(
     (400, 401, 403, 404, 408, 409, 413, 429, 500, 503), _ERROR
@@ -135,13 +137,15 @@ class Endpoints:
     async def completions(self, asked: fields.CompletionAsked, request: Request) -> Response:
         fields.check_model(asked.model, self.name)
         prompts = asked.prompts()
-        most = 16 if asked.max_tokens is None else asked.max_tokens
+        most = _FEW if asked.max_tokens is None else asked.max_tokens
         each = asked.options(self.config.max_loops, most)
         top, score = asked.logprobs or 0, bool(asked.echo) and asked.logprobs is not None
         names = [f"prompt {number + 1}" for number in range(len(prompts))]
         names = names if len(names) > 1 else ["the prompt"]
+        reader, room = self.service.reader, ("max_tokens", asked.max_tokens)
         read = await self.service.read(
-            len(prompts) * len(each), lambda: list(map(self.service.reader.read, prompts, names))
+            len(prompts) * len(each),
+            lambda: [reader.read(prompt, room, name) for prompt, name in zip(prompts, names)],
         )
         jobs = [
             Job(prompt, options, top, score, name)
@@ -189,12 +193,13 @@ class Endpoints:
 
     async def chat(self, asked: fields.ChatAsked, request: Request) -> Response:
         fields.check_model(asked.model, self.name)
-        most = self.service.context if asked.most_tokens is None else asked.most_tokens
+        room = asked.most_tokens
+        most = self.service.context if room[1] is None else room[1]
         each = asked.options(self.config.max_loops, most)
 
         def read() -> TokenPrompt:
             prompt = chat_prompt(asked.messages, self.engine, self.service.chats)
-            return self.service.reader.read(prompt)
+            return self.service.reader.read(prompt, room)
 
         prompt = await self.service.read(len(each), read)
         top = asked.top_logprobs or 0
@@ -288,8 +293,8 @@ class Stream:
                 used = _usage(jobs[:: self.choices], [] if self.silent else found)
                 yield answer.event([], usage=used)
             yield answers.DONE
-        except ApiError as error:
-            yield answers.event(error.document())
+        except Exception as error:  # the head is sent, so no status can tell
+            yield answers.event(errors.of(error).document())
 
 
 class _EventStream(StreamingResponse):

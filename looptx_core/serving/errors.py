@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from looptx_core.errors import DataError, MissingError, UsageError
+from looptx_core.serving.worker import EngineError
 
 log = logging.getLogger(__name__)
 _KINDS = {
@@ -49,6 +50,11 @@ def bad_field(name: str, message: str) -> ApiError:
     return ApiError(400, message, name)
 
 
+def too_long(message: str, name: str | None = None) -> ApiError:
+    """Of a prompt, or what is to follow it, that the context has no room for."""
+    return ApiError(400, message, name, "context_length_exceeded")
+
+
 def full_queue(most: int) -> ApiError:
     message = f"{most} requests are waiting already; try again in a moment"
     return ApiError(429, message, code="queue_full", headers={"retry-after": "1"})
@@ -73,5 +79,6 @@ def of(error: Exception) -> ApiError:
         named = re.search(r"`(\w+)`", str(error))
         message = re.sub(r"`(\w+)`", r"\1", str(error))
         return ApiError(400, message, named[1] if named else None)
-    log.error("a request failed", exc_info=error)
+    if not isinstance(error, EngineError):
+        log.error("a request failed", exc_info=error)
     return ApiError(500, "the server failed at this request; its log says why", headers=_NO_RETRY)

@@ -74,7 +74,7 @@ class Asked(Strict):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    seed: Annotated[int, Field(ge=0, le=MOST_SEED)] | None = None
+    seed: Annotated[int, Field(ge=-MOST_SEED - 1, le=MOST_SEED)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
 
@@ -149,7 +149,8 @@ class CompletionAsked(Asked):
     """POST /v1/completions."""
 
     prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]] = Field(default="")
-    max_tokens: Annotated[int, Field(ge=0)] | None = 16
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """How many tokens have to fit after the prompt; absent: 16, or as many as fit."""
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool | None = False
     best_of: Any = None
@@ -219,8 +220,11 @@ class ChatAsked(Asked):
             raise bad_field("top_logprobs", "top_logprobs needs logprobs; set it to true")
 
     @property
-    def most_tokens(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+    def most_tokens(self) -> tuple[str, int | None]:
+        """The field that says how many tokens have to fit after the prompt, and its value."""
+        if self.max_completion_tokens is None:
+            return "max_tokens", self.max_tokens
+        return "max_completion_tokens", self.max_completion_tokens
 
 
 class TokenizeAsked(Strict):

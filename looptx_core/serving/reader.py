@@ -14,6 +14,7 @@ from looptx_core.generation.encoding import PromptEncoder
 from looptx_core.generation.engine import Engine
 from looptx_core.generation.request import ChatPrompt, MediaPrompt, Prompt, TokenPrompt
 from looptx_core.media.registry import MEDIA
+from looptx_core.serving.errors import too_long
 
 _THREADS = 2
 """Prompts that are read at once; a large item of media takes hundreds of MB while it is decoded."""
@@ -32,9 +33,17 @@ class PromptReader:
         self.context, self.most_bytes = context, context * _longest(tokenizer)
         self.pool = ThreadPoolExecutor(_THREADS, "looptx-reader")
 
-    def read(self, prompt: Prompt, where: str = "the prompt") -> TokenPrompt:
-        """A prompt's ids. Raises the errors of `PromptEncoder.encode`, and `UsageError` for a
-        prompt that leaves no room for an answer: a text that is far too long is not encoded."""
+    def read(
+        self, prompt: Prompt, most: tuple[str, int | None], where: str = "the prompt"
+    ) -> TokenPrompt:
+        """A prompt's ids.
+
+        most: how many tokens have to fit after it, and the name of the field that says so; None:
+        what there is room for.
+
+        Raises the errors of `PromptEncoder.encode`, and `ApiError` for a prompt that leaves no room
+        for an answer: a text that is far too long is not encoded.
+        """
         if isinstance(prompt, str):
             self._check_bytes([prompt], where)
         elif isinstance(prompt, MediaPrompt):
@@ -43,11 +52,7 @@ class PromptReader:
             self._check_bytes([message["content"] for message in prompt.messages], where)
         with self._lock:
             found = self._encoder.read(prompt)
-        if len(found.ids) >= self.context:
-            raise UsageError(
-                f"{where} has {len(found.ids)} tokens and this server's context holds "
-                f"{self.context}, new tokens included; shorten it"
-            )
+        self._check_room(len(found.ids), *most, where)
         self._check_drawing(found.ids, where)
         return found
 
@@ -70,6 +75,20 @@ class PromptReader:
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
+    def _check_room(self, length: int, name: str, most: int | None, where: str) -> None:
+        left = self.context - length
+        if left < 1:
+            raise too_long(
+                f"{where} has {length} tokens, which leaves no room for an answer in this server's "
+                f"context of {self.context}; shorten it"
+            )
+        if most is not None and most > left:
+            raise too_long(
+                f"{where} has {length} tokens and {name} is {most}, and this server's context "
+                f"holds {self.context}; ask for {left} at most, or shorten the prompt",
+                name,
+            )
+
     def _check_drawing(self, ids: Sequence[int], where: str) -> None:
         for medium, writer in self._writers.items():
             codes = range(writer.first_code, writer.first_code + writer.codes)
@@ -83,7 +102,7 @@ class PromptReader:
     def _check_bytes(self, texts: Sequence[str], where: str) -> None:
         given = sum(len(text.encode()) for text in texts)
         if given > self.most_bytes:
-            raise UsageError(
+            raise too_long(
                 f"{where} has {given} bytes, and this server's context of {self.context} tokens "
                 f"holds {self.most_bytes} at most; shorten it"
             )

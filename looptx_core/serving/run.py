@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -20,10 +20,21 @@ from looptx_core.generation.engine import Engine
 from looptx_core.serving.app import build_app
 from looptx_core.serving.service import Service
 
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
+
 HEAD_SECONDS = 10.0
 """For a request's head to arrive, from the connection's beginning or the answer before."""
-MOST_CONNECTIONS = 1000
-"""One more, and a connection without a request is closed."""
+SEND_SECONDS = 60.0
+"""For a client to take what was sent, before its connection is closed."""
+MOST_WAITING = 500
+"""Connections without a request. One more, and the one that has waited longest is closed."""
+_BACKLOG = 256
+"""Connections that are accepted between two turns of the event loop."""
+_FILES = 4096
+"""Open files that the server may need: connections, those being accepted, and its own."""
 _LAST_SECONDS = 5
 """For the last events to reach the clients."""
 
@@ -42,6 +53,7 @@ def serve(
         Interrupted: a second signal.
     """
     service = Service(engine, config, chats=chats)
+    _allow_files()
     listener = listen(config.host, config.port)
     with listener:
         service.start()
@@ -65,7 +77,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(1024)
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise LooptxError(f"`port` {port} at {host}: {_why(error)}") from error
@@ -82,6 +94,16 @@ def _why(error: OSError) -> str:
     return f"{error.strerror}; give another `host` or `port`"
 
 
+def _allow_files() -> None:
+    """Where a process may open few files, ask the system for more, up to what it allows."""
+    if resource is None:
+        return
+    own, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if most == resource.RLIM_INFINITY else min(_FILES, most)
+    if own != resource.RLIM_INFINITY and own < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+
 class Server(uvicorn.Server):
     """uvicorn's, with our way to end."""
 
@@ -89,12 +111,13 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 build_app(service),
-                http=_Protocol,
+                http=type("Protocol", (_Protocol,), {"waiting": {}}),
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                backlog=_BACKLOG,
                 timeout_graceful_shutdown=_LAST_SECONDS,
             )
         )
@@ -133,9 +156,12 @@ def address(listener: socket.socket) -> str:
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's, which waits for ever for the rest of a request's head."""
+    """uvicorn's, which waits for ever for the rest of a request's head, and for a client to read
+    its answer."""
 
-    _late: asyncio.TimerHandle | None = None
+    waiting: ClassVar[dict[_Protocol, asyncio.TimerHandle]]
+    """Of one server: the connections without a request, the one that has waited longest first."""
+    _stuck: asyncio.TimerHandle | None = None
 
     @property
     def idle(self) -> bool:
@@ -143,35 +169,44 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # writing pauses while anything is left to be taken
         self._wait()
-        if len(self.connections) > MOST_CONNECTIONS:
-            waiting = [
-                (other._late.when(), other.transport) for other in self.connections
-                if isinstance(other, _Protocol) and other is not self and other.idle and other._late
-            ]  # fmt: skip
-            if waiting:  # who has waited longest makes room
-                min(waiting, key=lambda one: one[0])[1].abort()
+        if len(self.waiting) > MOST_WAITING:
+            next(iter(self.waiting))._give_up()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if not self.idle:
             self._stop_waiting()
-        elif self._late is None:
+        elif self not in self.waiting:
             self._wait()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stuck = self.loop.call_later(SEND_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_sending()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._stop_sending()
         super().connection_lost(exc)
 
     def _wait(self) -> None:
-        self._late = self.loop.call_later(HEAD_SECONDS, self._give_up)
+        self.waiting[self] = self.loop.call_later(HEAD_SECONDS, self._give_up)
 
     def _stop_waiting(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
+        if (timer := self.waiting.pop(self, None)) is not None:
+            timer.cancel()
+
+    def _stop_sending(self) -> None:
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
 
     def _give_up(self) -> None:
-        self._late = None
+        self._stop_waiting()
         if self.idle and not self.transport.is_closing():
             self.transport.abort()

@@ -106,6 +106,12 @@ class Exchange:
     def _check(self) -> None:
         if self._error is not None:
             raise errors.of(self._error)
+        # A client that reads slowly always finds tokens, so that nothing is waited for.
+        if self._open and asyncio.get_running_loop().time() > self._deadline:
+            raise self._late()
+
+    def _late(self) -> errors.ApiError:
+        return errors.too_late(self._service.config.request_timeout)
 
     async def _wait(self) -> None:
         """Until something happens."""
@@ -114,7 +120,7 @@ class Exchange:
             async with asyncio.timeout_at(self._deadline):
                 await self._changed.wait()
         except TimeoutError as error:
-            raise errors.too_late(self._service.config.request_timeout) from error
+            raise self._late() from error
 
 
 class Service:

@@ -55,6 +55,10 @@ class Accepted:
     """A job waits for its turn: its prompt is fine."""
 
 
+class EngineError(LooptxError):
+    """The engine failed at a request; the log has the reason."""
+
+
 @dataclass(frozen=True)
 class Failed:
     """A job ended by an error."""
@@ -134,40 +138,47 @@ class Worker:
                         assert job.request is not None
                         self._scheduler.add(job.request)
                     self._turns(self._scheduler)
-            except Exception as error:  # of a turn: its jobs fail, and the server lives on
+            except Exception:  # of a turn: its jobs fail, and the server lives on
                 log.exception("a turn of the engine failed")
-                self._fail(error)
+                self._fail()
                 time.sleep(_PAUSE)
         if not self._ending:
             log.error("the engine finds no memory for its cache and has given up")
             self._broken = True
-            self._lose(list(self._jobs.values()), LooptxError("there is no memory for the cache"))
+            self._lose(list(self._jobs.values()))
         while not self._ending:
             self._obey()  # every job fails, because there is no scheduler
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self) -> None:
         """A turn failed: the jobs that ran end, those that wait go on."""
         scheduler, self._scheduler = self._scheduler, None
         if scheduler is not None:
-            ran = [job for job in self._jobs.values() if job.request not in scheduler.waiting]
-            # Its frames would hold the cache while the next one is allocated.
-            self._lose(ran, error.with_traceback(None))
+            self._lose([job for job in self._jobs.values() if job.request not in scheduler.waiting])
 
-    def _lose(self, jobs: Sequence[Job], error: Exception) -> None:
+    def _lose(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             assert job.request is not None
             del self._jobs[job.request.index]
-        self._deliver([(job, Failed(error)) for job in jobs])
+        self._deliver([(job, Failed(EngineError("the engine failed"))) for job in jobs])
 
     def _turns(self, scheduler: Scheduler) -> None:
         while not self._ending:
             self._obey()
             if self._jobs:
-                events = [(self._jobs[step.request], step) for step in scheduler.step()]
-                for step in (step for _, step in events if step.finish_reason is not None):
-                    del self._jobs[step.request]
+                events = [self._event(step) for step in scheduler.step()]
                 if events:
                     self._deliver(events)
+
+    def _event(self, step: Step) -> tuple[Job, Event]:
+        """What a step means for its job, which may end with it."""
+        job = self._jobs[step.request]
+        if step.finish_reason is not None:
+            del self._jobs[step.request]
+        if (request := job.request) is None or request.error is None:
+            return job, step
+        log.error("a request failed", exc_info=request.error)
+        request.error = None  # its frames hold tensors
+        return job, Failed(EngineError("the engine failed"))
 
     def _obey(self) -> None:
         """Do what was asked since the last turn; wait for it where nothing else is to be done."""
@@ -195,7 +206,7 @@ class Worker:
     def _request(self, job: Job) -> Request:
         scheduler = self._scheduler
         if scheduler is None:
-            raise LooptxError("there is no memory for the cache")
+            raise EngineError("there is no memory for the cache")
         request = self.engine.request(next(self._numbers), job.prompt, job.options, where=job.where)
         job.prompt_tokens = len(request.seen)
         request.limit = min(request.limit, self.context)
@@ -214,6 +225,7 @@ class Worker:
         request.barred = [writer.opens for writer in request.writers.values()]
         request.writers = {}
         request.top_logprobs, request.score_prompt = job.top_logprobs, job.score_prompt
+        request.ends_alone = True
         return request
 
     def _drop(self, job: Job) -> None:

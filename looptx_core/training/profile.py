@@ -10,7 +10,8 @@ import torch
 
 from looptx_core.atomic import write_file
 
-_WARM_STEPS = 2  # the first steps allocate memory and compile
+WARM_STEPS = 2
+"""They allocate memory and compile, and are left out."""
 
 
 class Profile(L.Callback):
@@ -23,7 +24,7 @@ class Profile(L.Callback):
 
     def __init__(self, folder: Path, steps: int, begun_at: int) -> None:
         self.folder = folder
-        self.first = begun_at + _WARM_STEPS
+        self.first = begun_at + WARM_STEPS
         self.last = self.first + steps
         self._profiler: torch.profiler.profile | None = None
 

@@ -56,7 +56,7 @@ from looptx_core.training.kernel_trial import enable_kernels
 from looptx_core.training.memory_check import check_memory_use
 from looptx_core.training.module import LoopedLM, ShardedLM, quiet_lightning
 from looptx_core.training.optimizer import learning_rate_factor
-from looptx_core.training.profile import Profile
+from looptx_core.training.profile import WARM_STEPS, Profile
 from looptx_core.training.start import copy_weights
 from looptx_core.training.task_evaluation import check_tasks, task_evaluation
 from looptx_core.training.trackers import Tracker, asked, check_trackers
@@ -301,6 +301,8 @@ def fit(
     at_end = [gathered] if gathered else [final] if sharded else []
     ours = [*callbacks, stop, AtSetup(begin), *at_end, *([best] if best else [])]
     if config.profile:
+        if last_step - begin_at <= WARM_STEPS:
+            report(f"profile: none, as a run's first {WARM_STEPS} steps are left out")
         ours.append(Profile(folder / "profile", config.profile, begin_at))
     with quiet_lightning(), own_environment(folder):
         trainer = build_trainer(
