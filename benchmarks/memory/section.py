@@ -86,8 +86,8 @@ def _decoding(record: Record) -> str:
     for preset, weights in dict.fromkeys((row["preset"], row["weights"]) for row in rows):
         plain, *others = pick(rows, preset=preset, weights=weights)
         rounds = len(plain["microseconds_a_token"])
-        lines.append([preset, plain["loops"], weights, rounds, f"{plain['tokens_per_cpu_second']:,.0f}",
-                      *(f"{row['tokens_per_cpu_second']:,.0f}" for row in others),
+        rates = [f"{row['tokens_per_cpu_second']:,.0f}" for row in (plain, *others)]
+        lines.append([preset, plain["loops"], weights, rounds, *rates,
                       *(f"{row['ratio_of_times']:.2f}" for row in others)])  # fmt: skip
     heads = ["preset", "loops", "weights", "rounds", "without", "delta", "infini",
              "time by delta", "by infini"]  # fmt: skip
