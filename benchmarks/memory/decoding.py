@@ -91,7 +91,7 @@ def main() -> None:
         earlier = rows_so_far(results_file("memory.decoding"))
         rows = [*(row for row in earlier if row["preset"] not in args.presets), *rows]
         write("memory.decoding", "decoding by the CPU kernel with a memory and without", rows,
-              settings={"rounds": args.rounds, "window": WINDOW, "block": BLOCK})  # fmt: skip
+              settings={"window": WINDOW, "block": BLOCK})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -85,16 +85,17 @@ def _decoding(record: Record) -> str:
     lines = []
     for preset, weights in dict.fromkeys((row["preset"], row["weights"]) for row in rows):
         plain, *others = pick(rows, preset=preset, weights=weights)
-        lines.append([preset, plain["loops"], weights, f"{plain['tokens_per_cpu_second']:,.0f}",
-                      *(f"{row['tokens_per_cpu_second']:,.0f}" for row in others),
+        rounds = len(plain["microseconds_a_token"])
+        rates = [f"{row['tokens_per_cpu_second']:,.0f}" for row in (plain, *others)]
+        lines.append([preset, plain["loops"], weights, rounds, *rates,
                       *(f"{row['ratio_of_times']:.2f}" for row in others)])  # fmt: skip
-    heads = ["preset", "loops", "weights", "without", "delta", "infini", "time by delta",
-             "by infini"]  # fmt: skip
+    heads = ["preset", "loops", "weights", "rounds", "without", "delta", "infini",
+             "time by delta", "by infini"]  # fmt: skip
     return f"""\
 **Decoding** by the CPU kernel, tokens a CPU second, batch 1, beyond a window of
 {settings["window"]} tokens and without a memory over as many tokens. The last two columns: the time
-of a token as a multiple of that without a memory, a median over {settings["rounds"]} rounds (aim:
-at most 1.10; the machine's noise is of the same size):
+of a token as a multiple of that without a memory, a median over rounds (aim: at most 1.10; the
+noise of this shared machine is of the same size):
 
 {table(heads, lines)}"""
 
