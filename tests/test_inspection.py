@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +16,9 @@ import looptx_core
 from looptx_cli.main import main
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.generation import ExitSettings, GenerationOptions
-from looptx_core.config.inspection import InspectConfig
 from looptx_core.config.model import ModelConfig
 from looptx_core.data.hops import hop_lines
-from looptx_core.errors import DataError, UsageError
 from looptx_core.generation.engine import Engine
-from looptx_core.inspection import report
 from looptx_core.inspection.charts import Chart, Series, charts
 from looptx_core.inspection.decoding import as_good, better_policy
 from looptx_core.inspection.frontier import cheapest_fixed, choose, frontier, rule_depths
@@ -370,47 +364,3 @@ def test_a_model_of_one_loop_has_a_page(bundled, tmp_path):
     assert set(stops(document, document["sample"])) == {"fixed"}
     text = (tmp_path / "out/report.html").read_text()
     assert "one loop a token" in text and "Token by token" in text
-
-
-def test_to_look_needs_no_trainer():
-    program = (
-        "import sys, looptx_core.inspection.report; "
-        "print({'lightning', 'transformers', 'matplotlib'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout == "set()\n", done.stderr
-
-
-def test_who_looks_at_a_text_does_not_wait_for_more(bundled, tmp_path, monkeypatch):
-    measured = []
-
-    def stop(loaded, data, config, **how):
-        measured.append((config.val_batches, config.decode_tokens))
-        raise DataError("enough")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "inspect_loops", stop)
-    command = importlib.import_module("looptx_cli.inspect_loops")
-    monkeypatch.setattr(command, "_data", lambda *given: (tmp_path, ""))
-    for line in ([], ["--prompt", "a"], ["--text", "a", "--val-batches", "5"],
-                 ["--prompt", "a", "--target-loss-increase", "1%"]):  # fmt: skip
-        assert main(["inspect-loops", "--quiet", *line]) == 4
-    assert measured == [(16, 1920), (2, 0), (5, 0), (16, 1920)]
-
-
-def test_bad_input(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for line, said in (
-        (["--target-loss-increase", "half"], "0.5%"),
-        (["--text", "a", "--prompt", "b"], "one of them"),
-        (["--seq-len", "100000"], "--seq-len"),
-        (["--data", "nowhere.txt"], "nowhere.txt"),
-        (["--model", "nowhere"], "nowhere"),
-    ):
-        assert main(["inspect-loops", "--quiet", *line]) in (2, 4)
-        assert said in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
-    with pytest.raises(UsageError):
-        InspectConfig(max_loops=0)
-    with pytest.raises(UsageError, match="decode_tokens` must"):
-        InspectConfig(decode_tokens=-5)
