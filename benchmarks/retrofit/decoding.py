@@ -42,7 +42,7 @@ def as_gguf(base: LoadedModel, kind: str, folder: Path) -> Path:
     stack, out = gguf_stack(base, 1), folder / kind
     tokens = sample_text(base.tokenizer, 16)[:1]
     exact = kind == "F32"
-    write_gguf(out, base, base.model, stack, {}, kind=kind, exact=exact, tokens=tokens)
+    write_gguf(out, base, base.model, stack, lambda _: {}, kind=kind, exact=exact, tokens=tokens)
     return out / file_name(base, kind)
 
 
