@@ -15,10 +15,8 @@ three steps and leaves no record.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,9 +28,11 @@ from benchmarks.memory.learning import (
     cuttings,
     kept,
     learn,
+    options,
     prose,
     read,
     set_gates,
+    settings_in,
     settings_of,
     vocabulary,
 )
@@ -119,28 +119,17 @@ class Rings:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = options(
+        steps=3000, batch=16, length=160, symbols=12, lr=1e-2, width=64, window=64, block=32,
+        between=8000, rows=20,
+    )  # fmt: skip
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["delta"])
     parser.add_argument("--loops", nargs="+", type=int, default=[4, 1])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=160)
-    parser.add_argument("--symbols", type=int, default=12)
-    parser.add_argument("--lr", type=float, default=1e-2)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--window", type=int, default=64)
-    parser.add_argument("--block", type=int, default=32)
-    parser.add_argument("--between", type=int, default=8000)
-    parser.add_argument("--rows", type=int, default=20)
-    parser.add_argument("--models", help="Keep the trained models in this folder.")
-    parser.add_argument("--check", action="store_true", help="Three steps, and no record.")
     args = parser.parse_args()
     if args.check:
         args.steps, args.between, args.rows, args.models = 3, 300, 2, None
     print(f"kernels: {enable_fused()}", flush=True)
-    kept_out = ("kinds", "loops", "seeds", "models", "check")
-    settings = {key: value for key, value in vars(args).items() if key not in kept_out}
+    settings = settings_in(args, "kinds", "loops")
     rings = Rings(args.symbols)
     draw = partial(rings.draw, rows=args.batch, length=args.length, queries=args.window // 2)
     rows = [] if args.check else rows_so_far(results_file("memory.hops"))
@@ -157,9 +146,9 @@ def main() -> None:
         ))  # fmt: skip
         set_gates(model, kind)
         own = settings_of(args.steps, args.batch, args.lr, seed)
-        name = f"hops-{slug(kind)}-{loops}-{seed}-{args.steps}.safetensors"
-        file = Path(args.models) / name if args.models else None
-        learned = kept(file, model, partial(learn, model, draw, own, f"{kind}, {loops} loops"))
+        name = f"hops-{slug(kind)}-{loops}-{seed}-{args.steps}"
+        train = partial(learn, model, draw, own, f"{kind}, {loops} loops")
+        learned = kept(args.models, name, model, train)
         found = rings.accuracy(learned.model, args.between, args.rows, seed)
         print(f"{kind}, {loops} loops, seed {seed}, by loop and hops: {found}", flush=True)
         rows.append({
