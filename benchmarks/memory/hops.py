@@ -86,7 +86,8 @@ LESSONS = (
 class Rings:
     """Rows of arrows, prose and queries, with the ids of what is beside prose.
 
-    An arrow is one id for each pair of symbols. A query is the symbol from which arrows are followed; in its place the answer is read out.
+    An arrow is one id for each pair of symbols. A query is the symbol from which arrows are
+    followed; in its place the answer is read out.
     """
 
     def __init__(self, symbols: int) -> None:
