@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from benchmarks.common.record import Record
 from benchmarks.common.tables import newest, pick, records, source, table
+from looptx_core.words import counted
 
 SIDES = ("looptx", "transformers", "llama.cpp")
 STUDENT = {2: 12.706, 3: 4.303}  # for a 95 % interval of the mean of so many seeds
@@ -61,11 +62,10 @@ def differences(record: Record, layers: str) -> str:
         for arm, loops in (("looped", record["settings"]["max_loops"]), ("control", 1))
     ]
     more = over_seeds([a / b - 1 for a, b in zip(*text)], 100, 1)
-    return (
-        f"At {hops} hops the later loops bring {brought} points within the looped model; at one "
-        f"loop it is {first} points from the control, and at all loops {whole}. Its loss on other "
-        f"text is {more} % from the control's."
-    )
+    return f"""\
+At {hops} hops the later loops bring {brought} points within the looped model. It is {first} points
+from the control at one loop, and {whole} at all; its loss on other text is {more} % from the
+control's."""
 
 
 def speed() -> str:
@@ -117,8 +117,8 @@ def section() -> str:
     for layers in dict.fromkeys(row["layers"] for row in record["rows"]):
         lines, seeds = answers(record, layers)
         parts.append(f"""\
-**Adapters on {"the core's" if layers == "core" else "all"} layers**, seeds {seeds}, each with its
-95 % interval over them:
+**Adapters on {"the core's" if layers == "core" else "all"} layers**, {counted(len(seeds), "seed")}, a
+mean with its 95 % interval over them:
 
 {table(heads, lines)}
 
@@ -132,11 +132,10 @@ def section() -> str:
 SmolLM2-135M-Instruct with a core of its own layers, and adapters of rank {settings["rank"]}, after
 {steps["looped"]} steps of {settings["batch"]} rows of chains of look-ups ("Ann's boss's boss is",
 {settings["people"]} people); the control is trained without loops, {steps["control"]} steps at the
-same FLOPs. Percent of held-out questions
-({settings["questions"]} of each kind) whose answer is the likeliest token, and nats a token on
-*Moby Dick*, of which the adapters saw nothing. The aims: later loops bring 10 points at the most
-hops, one loop is at most 3 below the control, and other text costs at most 0.5 % more than the
-control's.
+same FLOPs. Percent of held-out questions ({settings["questions"]} of each kind) whose answer is the
+likeliest token, and nats a token on *Moby Dick*, of which the adapters saw nothing. The aims: later
+loops bring 10 points at the most hops, one loop is at most 3 below the control, and other text
+costs at most 0.5 % more than the control's.
 
 {tables}
 
