@@ -117,8 +117,8 @@ def section() -> str:
     for layers in dict.fromkeys(row["layers"] for row in record["rows"]):
         lines, seeds = answers(record, layers)
         parts.append(f"""\
-**Adapters on {"the core's" if layers == "core" else "all"} layers**, {counted(len(seeds), "seed")}, a
-mean with its 95 % interval over them:
+**Adapters on {"the core's" if layers == "core" else "all"} layers**, {counted(len(seeds), "seed")},
+a mean with its 95 % interval over them:
 
 {table(heads, lines)}
 
