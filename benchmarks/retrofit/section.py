@@ -10,16 +10,15 @@ from benchmarks.common.tables import newest, pick, records, source, table
 from looptx_core.words import counted
 
 SIDES = ("looptx", "transformers", "llama.cpp")
-STUDENT = {2: 12.706, 3: 4.303}  # for a 95 % interval of the mean of so many seeds
+STUDENT = 4.303  # for a 95 % interval of the mean of three
 
 
 def over_seeds(values: Sequence[float], scale: float, digits: int) -> str:
-    """The mean, with its 95 % interval where there are several."""
-    mean = f"{scale * statistics.mean(values):.{digits}f}"
-    if len(values) not in STUDENT:
-        return mean
-    within = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean} ± {scale * within:.{digits}f}"
+    """The mean of three with its 95 % interval, else each value."""
+    if len(values) != 3:
+        return ", ".join(f"{scale * value:.{digits}f}" for value in values)
+    within = STUDENT * statistics.stdev(values) / len(values) ** 0.5
+    return f"{scale * statistics.mean(values):.{digits}f} ± {scale * within:.{digits}f}"
 
 
 def answers(record: Record, layers: str) -> tuple[list[list[str]], list[int]]:
@@ -63,9 +62,8 @@ def differences(record: Record, layers: str) -> str:
     ]
     more = over_seeds([a / b - 1 for a, b in zip(*text)], 100, 1)
     return f"""\
-At {hops} hops the later loops bring {brought} points within the looped model. It is {first} points
-from the control at one loop, and {whole} at all; its loss on other text is {more} % from the
-control's."""
+Points at {hops} hops: by the later loops within the looped model {brought}; from the control, at
+one loop {first}, at all {whole}. Its loss on other text differs from the control's by {more} %."""
 
 
 def speed() -> str:
@@ -116,9 +114,10 @@ def section() -> str:
     heads = ["arm", "loops", *(f"{n} hop{'s' * (n > 1)}" for n in settings["hops"]), "other text"]
     for layers in dict.fromkeys(row["layers"] for row in record["rows"]):
         lines, seeds = answers(record, layers)
+        whose = "the core's" if layers == "core" else "all"
+        intervals = ", the mean with its 95 % interval" if len(seeds) == 3 else ""
         parts.append(f"""\
-**Adapters on {"the core's" if layers == "core" else "all"} layers**, {counted(len(seeds), "seed")},
-a mean with its 95 % interval over them:
+**Adapters on {whose} layers**, {counted(len(seeds), "seed")}{intervals}:
 
 {table(heads, lines)}
 
