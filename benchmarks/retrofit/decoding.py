@@ -48,8 +48,8 @@ def as_gguf(base: LoadedModel, kind: str, folder: Path) -> Path:
 
 def llama_bench(program: Path, file: Path, threads: int, prompt: int, new: int) -> dict[str, Any]:
     """What it says of so many new tokens after a prompt."""
-    command = [str(program.resolve()), "-m", str(file), "-t", str(threads), "-p", "0", "-n", str(new),
-               "-d", str(prompt), "-r", "1", "-ngl", "0", "-o", "json"]  # fmt: skip
+    command = [str(program.resolve()), "-m", str(file), "-t", str(threads), "-p", "0", "-n",
+               str(new), "-d", str(prompt), "-r", "1", "-ngl", "0", "-o", "json"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, Any]
     [found] = json.loads(done.stdout)
