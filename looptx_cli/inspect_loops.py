@@ -56,7 +56,7 @@ def inspect_loops(
         settings = replace(settings, **brief)
         if brief:
             flags_of = " and ".join(f"--{key.replace('_', '-')}" for key in brief)
-            note(f"held-out data is measured in brief beside it; {flags_of} measure more", quiet)
+            note(f"held-out data is measured in brief beside it; set {flags_of} for more", quiet)
     shown = given_media(quiet, **{name: map(Path, f) for name, f in settings.media.items()})
     found_media: dict[str, Any] = {name: tuple(map(str, f)) for name, f in shown.items()}
     settings = replace(settings, **found_media)

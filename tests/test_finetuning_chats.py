@@ -82,6 +82,9 @@ def test_a_chat_that_its_template_can_not_hold(tiny: Path) -> None:
     last = ChatTemplate("{% for m in messages %}{{ loop.revindex ~ m.content }}{% endfor %}", {})
     with pytest.raises(DataError, match=r"a\.jsonl:1: .* differently once others follow"):
         last.turns(chat, tokenizer, "a.jsonl:1")
+    first = ChatTemplate("{% if messages %}Be good. {% endif %}" + TEMPLATE, {})
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .* begin this record with one of the user"):
+        first.turns(chat[1:], tokenizer, "a.jsonl:1")
     spelled = [{"role": "user", "content": END}, chat[1]]
     with pytest.raises(DataError, match=r"a\.jsonl:1: a message spells <.end.>"):
         last.turns(spelled, tokenizer, "a.jsonl:1")

@@ -96,6 +96,8 @@ def test_echo_scores_the_prompt_at_a_depth(service, engine):
     likeliest = [max(tops.values()) for tops in choice["logprobs"]["top_logprobs"][1:]]
     assert likeliest == pytest.approx(logs.max(-1).values[:-1].tolist(), abs=1e-4)
     assert choice["looptx"]["loops"] == [] and choice["finish_reason"] == "length"
+    [silent] = completion(service, prompt=ids, max_tokens=0)["choices"]
+    assert (silent["text"], silent["finish_reason"]) == ("", "length")
     streamed = post(service, "/v1/completions", {"prompt": ids, "echo": True, "logprobs": 1,
                     "max_tokens": 1, "loops": 3, "temperature": 0, "stream": True})  # fmt: skip
     first, second = events(streamed.text)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,12 +81,18 @@ class ChatTemplate:
         whole = self._render(messages[: places[-1] + 1])
         encoded = self._encode(whole, tokenizer)
         starts = np.array([start for start, _ in encoded.offsets])
-        special = np.isin(encoded.ids, _special_ids(tokenizer))
+        names = _special(tokenizer, tokenizer.get_vocab_size())
+        special = np.array([token in names for token in encoded.ids])
         counted = np.zeros(len(starts), bool)
         for place in places:
             before = self._render(messages[:place], asks=True)
             after = self._render(messages[: place + 1])
             if not (whole.startswith(after) and after.startswith(before)):
+                if not place:
+                    raise DataError(
+                        f"{where}: the model's chat template asks for no answer before a message; "
+                        "begin this record with one of the user"
+                    )
                 raise DataError(
                     f"{where}: the model's chat template writes a turn differently once others "
                     "follow it; give records of one answer each"
@@ -101,9 +107,9 @@ class ChatTemplate:
 
     def _spelled(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> str | None:
         """A special token that a message has among its text."""
-        special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
-        texts = [message["content"] for message in messages]
-        return next((token for token in special if any(token in text for text in texts)), None)
+        special = _special(tokenizer, tokenizer.get_vocab_size()).values()
+        texts = "\0".join(message["content"] for message in messages)
+        return next((token for token in special if token in texts), None)
 
     @cached_property
     def _compiled(self) -> Template:
@@ -141,8 +147,14 @@ class ChatTemplate:
             tokenizer.encode_special_tokens = True
 
 
-def _special_ids(tokenizer: Tokenizer) -> list[int]:
-    return [n for n, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+@lru_cache(maxsize=1)
+def _special(tokenizer: Tokenizer, size: int) -> dict[int, str]:
+    """The special tokens by id, of which some tokenizers have thousands.
+
+    size: of the vocabulary, so that tokens which are added later are found.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    return {n: token.content for n, token in added.items() if token.special}
 
 
 def check_messages(messages: Any, where: str) -> None:

@@ -66,8 +66,8 @@ def read_examples(
     response begins beyond is dropped.
 
     skip_bad: leave out, and count, records that can't be used. config: of the model that will read
-    the items. columns: as of `FinetuneConfig`. chat: the template of
-    conversations; by default ours.
+    the items. columns: as of `FinetuneConfig`. chat: the template of conversations; by default
+    ours.
 
     Raises:
         DataError: an input or a record that can't be read or holds nothing to learn, or one with

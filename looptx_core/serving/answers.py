@@ -119,7 +119,7 @@ class Completion(Answer):
         self.most = most
 
     def choice(self, index: int, steps: Sequence[Step], text: str) -> dict[str, Any]:
-        return self._choice(index, text, steps, reason(steps), [], ())
+        return self._choice(index, text, steps, reason(steps) or "length", [], ())
 
     def echoed(
         self, index: int, steps: Sequence[Step], text: str, ids: Sequence[int], scores: list[Score]
