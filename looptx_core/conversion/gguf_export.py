@@ -63,7 +63,7 @@ printf 'FROM ./{file}\\n' > Modelfile && ollama create {name} -f Modelfile
 ```
 
 Every token runs {loops}.{needs}"""
-_NEEDS = " llama.cpp knows such a looped stack (`nanbeige`) since July 2026."
+_NEEDS = " llama.cpp has known such a looped stack (`nanbeige`) since July 2026."
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,15 @@ def gguf_stack(source: LoadedModel, loops: int | None) -> Stack:
     """
     config, of = source.config, f"{source.folder}: llama.cpp has no"
 
-    def need(ok: bool, what: str, mend: str = "give another model by `model`") -> None:
+    other, onnx = "give another model by `model`", "`to_onnx` writes it"
+
+    def need(ok: bool, what: str, mend: str = other) -> None:
         if not ok:
             raise UsageError(f"{of} {what}; {mend}")
 
     depth = loops or config.loops
     if depth > config.max_loops:
         raise UsageError(f"`loops` {loops}: {source.folder} runs at most {config.max_loops}")
-    onnx = "`to_onnx` writes any"
     if source.model.media:
         plural = " and ".join(medium.plural for medium in source.model.media)
         need(False, f"encoder of {plural} like the one of this model")
@@ -119,14 +120,15 @@ def gguf_stack(source: LoadedModel, loops: int | None) -> Stack:
              "pass `loops` 1 for the first alone, or `to_onnx` for all")  # fmt: skip
     else:
         need(config.injection == "none", f"injection of the kind {config.injection}, by which each "
-             "loop of this model reads its input again", onnx)  # fmt: skip
+             "loop of this model reads its input again",
+             other if config.injection == "streams" else onnx)  # fmt: skip
     need(not config.local_attention.window, "layers that attend within this model's windows", onnx)
     need(config.activation == "silu", f"gate with {config.activation} in such a stack, as this "
          "model has", onnx)  # fmt: skip
     plain_shape = ModelConfig()
     for part in (field.name for field in fields(ModelConfig) if field.name not in _KNOWN):
         same = getattr(config, part) == getattr(plain_shape, part)
-        need(same, f"place for {part}, which this model has", onnx)
+        need(same, f"place for {part}, which this model has")
     layers = config.effective_layers(depth)
     need(layers <= _MOST_LAYERS, f"stack of {layers:,} layers, which are {depth:,} loops of this "
          f"model, and the limit is {_MOST_LAYERS}", "pass fewer `loops`")  # fmt: skip
@@ -142,6 +144,13 @@ def gguf_stack(source: LoadedModel, loops: int | None) -> Stack:
     if kind == LOOPED:
         return Stack(kind, config.core_layers, depth, 1)
     return Stack(kind, layers, depth, depth)
+
+
+def check_gguf(source: LoadedModel, loops: int | None) -> None:
+    """Raise `UsageError` for a model that can't be written: by its shape, as `gguf_stack`, or by
+    its tokenizer."""
+    gguf_stack(source, loops)
+    tokenizer_values(source.tokenizer, source.special, source.config.vocab_size, source.folder)
 
 
 def _architecture(config: ModelConfig, looped: bool) -> str | None:
