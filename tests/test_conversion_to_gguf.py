@@ -153,6 +153,11 @@ def test_number_types(tmp_path: Path) -> None:
         bits[kind], gaps[kind] = found.bits_per_weight, found.logit_difference
         assert GGUF(file).types[0] == kind and file.name == f"small-{kind}.gguf"
     assert bits["F32"] == 32 and bits["BF16"] == bits["F16"] == 16 and 8.5 < bits["Q8_0"] < 12
+    with torch.no_grad():
+        source.model.embedding.weight[0, 0] = 1e5
+    with pytest.raises(UsageError, match=r"token_embd.weight holds 1e\+05, and F16 ends at 65504"):
+        written(source, tmp_path / "beyond", "F16")
+    assert not (tmp_path / "beyond").exists()
     assert 0 == gaps["F32"] < gaps["F16"] < gaps["BF16"] < 0.05 and 0 < gaps["Q8_0"] < 0.05
 
 

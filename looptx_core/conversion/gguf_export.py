@@ -46,6 +46,7 @@ KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", tor
 _FILE_TYPES = {"F32": "ALL_F32", "BF16": "MOSTLY_BF16", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
 _BLOCK = 32  # columns that share a scale in Q8_0
 _MOST_LAYERS = 512  # of llama.cpp
+_MOST_F16 = torch.finfo(torch.float16).max
 _KNOWN = {
     "vocab_size", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "activation",
     "prelude_layers", "core_layers", "coda_layers", "loops", "max_loops", "confidence_width",
@@ -268,7 +269,7 @@ def write_gguf(
     length), on which the file is compared with the model.
 
     Raises:
-        UsageError: a tokenizer that GGUF has no name for.
+        UsageError: a tokenizer that GGUF has no name for, or weights beyond the number type.
         LooptxError: an exact file that gives other logits.
     """
     settings = _settings(stack, source, kind)
@@ -304,6 +305,11 @@ def _write_file(
         add[type(value)](key, value)
     size = in_blocks = weights = 0
     for name, values, stored in stored_tensors(stack, model, kind):
+        largest = float(values.detach().abs().max())
+        if stored == GGMLQuantizationType.F16 and largest > _MOST_F16:
+            raise UsageError(
+                f"{name} holds {largest:.3g}, and F16 ends at {_MOST_F16:.0f}; give another `dtype`"
+            )
         array = gguf.quantize(np.ascontiguousarray(values.detach().float().numpy()), stored)
         writer.add_tensor(name, array, raw_dtype=stored)
         size += array.nbytes
