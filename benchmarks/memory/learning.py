@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import time
 from collections.abc import Callable
@@ -126,10 +127,13 @@ def learn(model: LoopedTransformer, draw: Draw, settings: TrainConfig, name: str
     return Learned(model.eval(), float(np.mean(losses[-50:])), time.process_time() - began)
 
 
-def kept(file: Path | None, model: LoopedTransformer, train: Callable[[], Learned]) -> Learned:
-    """`train`, which trains `model`, or what it left in this file before."""
-    if file is None:
+def kept(
+    folder: Path | None, name: str, model: LoopedTransformer, train: Callable[[], Learned]
+) -> Learned:
+    """`train`, which trains `model`, or what it left in this folder before, under this name."""
+    if folder is None:
         return train()
+    file = folder / f"{name}.safetensors"
     if not file.exists():
         learned = train()
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -139,6 +143,23 @@ def kept(file: Path | None, model: LoopedTransformer, train: Callable[[], Learne
     with safe_open(file, "pt") as stored:
         facts = stored.metadata()
     return Learned(model.eval(), float(facts["loss"]), float(facts["seconds"]))
+
+
+def options(**numbers: float) -> argparse.ArgumentParser:
+    """What every benchmark here asks for: seeds, each of these numbers, --models and --check."""
+    made = argparse.ArgumentParser()
+    made.add_argument("--seeds", nargs="+", type=int, default=[0])
+    for name, default in numbers.items():
+        made.add_argument(f"--{name}", type=type(default), default=default)
+    made.add_argument("--models", type=Path, help="Keep the trained models in this folder.")
+    made.add_argument("--check", action="store_true", help="Three steps, and no record.")
+    return made
+
+
+def settings_in(args: argparse.Namespace, *axes: str) -> dict[str, Any]:
+    """What a record says of a whole run: all but the axes that its rows name."""
+    kept_out = {"seeds", "models", "check", *axes}
+    return {key: value for key, value in vars(args).items() if key not in kept_out}
 
 
 def settings_of(steps: int, batch: int, lr: float, seed: int) -> TrainConfig:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,9 +32,11 @@ from benchmarks.memory.learning import (
     cuttings,
     kept,
     learn,
+    options,
     prose,
     read,
     set_gates,
+    settings_in,
     settings_of,
     vocabulary,
 )
@@ -155,22 +156,11 @@ def build(kind: str, seed: int, task: Task, args: argparse.Namespace) -> LoopedT
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser()
+    made = options(steps=200, batch=16, length=256, lr=2e-2, width=64, loops=2, window=64, block=32)
     made.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     made.add_argument("--text", choices=["sentence", "prose"], default="sentence")
-    made.add_argument("--seeds", nargs="+", type=int, default=[0])
-    made.add_argument("--steps", type=int, default=200)
-    made.add_argument("--batch", type=int, default=16)
-    made.add_argument("--length", type=int, default=256)
-    made.add_argument("--lr", type=float, default=2e-2)
-    made.add_argument("--width", type=int, default=64)
-    made.add_argument("--loops", type=int, default=2)
-    made.add_argument("--window", type=int, default=64)
-    made.add_argument("--block", type=int, default=32)
-    made.add_argument("--models", help="Keep the trained models in this folder.")
     made.add_argument("--filler", nargs="+", type=int, default=[1024, 32_768])
     made.add_argument("--rows", nargs="+", type=int, default=[30, 30])
-    made.add_argument("--check", action="store_true", help="Three steps, and no record.")
     return made
 
 
@@ -179,8 +169,7 @@ def main() -> None:
     if args.check:
         args.steps, args.filler, args.rows, args.models = 3, [1024], [2], None
     print(f"kernels: {enable_fused()}", flush=True)
-    kept_out = ("kinds", "seeds", "filler", "rows", "models", "check")
-    settings = {key: value for key, value in vars(args).items() if key not in kept_out}
+    settings = settings_in(args, "kinds", "filler", "rows")
     task, variant = Task(args.text), "" if args.text == "sentence" else args.text
     rows = [] if args.check else rows_so_far(results_file("memory.run", variant))
     done = {(row["kind"], row["seed"], row["filler"], row["place"]) for row in rows}
@@ -193,12 +182,11 @@ def main() -> None:
             }
             if not todo:
                 continue
-            name = f"{slug(kind)}-{args.text}-{seed}-{args.steps}.safetensors"
+            name = f"{slug(kind)}-{args.text}-{seed}-{args.steps}"
             model = build(kind, seed, task, args)
             draw = partial(task.draw, rows=args.batch, length=args.length, window=args.window)
             own = settings_of(args.steps, args.batch, args.lr, seed)
-            file = Path(args.models) / name if args.models else None
-            learned = kept(file, model, partial(learn, model, draw, own, kind))
+            learned = kept(args.models, name, model, partial(learn, model, draw, own, kind))
             for length, (count, places) in todo.items():
                 found = task.accuracy(learned.model, length, places, count, seed)
                 for place, values in found.items():

@@ -54,15 +54,23 @@ The same in prose, of which the last fifth was held out:
 
 def _hops(record: Record) -> str:
     lines = []
-    for row in record["rows"]:
-        for loop, shares in enumerate(row["accuracy_by_loop_and_hops"], start=1):
-            lines.append([row["kind"], row["loops"], loop, *(percent(s, 1) for s in shares)])
+    kinds = dict.fromkeys((row["kind"], row["loops"]) for row in record["rows"])
+    for kind, loops in kinds:
+        own = pick(record["rows"], kind=kind, loops=loops)
+        for loop in range(loops):
+            by_seed = [row["accuracy_by_loop_and_hops"][loop] for row in own]
+            shares = [", ".join(percent(seed[hops]) for seed in by_seed)
+                      for hops in range(len(by_seed[0]))]  # fmt: skip
+            lines.append([kind, loops, loop + 1, *shares])
+    heads = ["memory", "trained loops", "after loop", "1 hop", "2 hops", "3 hops", "4 hops"]
+    guess = percent(1 / record["settings"]["symbols"])
     return f"""\
 **Hops over a memory.** A ring of {record["settings"]["symbols"]} arrows comes first, then
-{record["settings"]["between"]:,} tokens of held-out prose, then the question where one, two or
-three arrows lead:
+{record["settings"]["between"]:,} tokens of held-out prose, then symbols: where do arrows lead from
+them? Loop n is taught to answer n hops, and a model of one loop to answer three. How often what is
+read out after a loop is where so many arrows lead, by seed (a guess: {guess}):
 
-{table(["memory", "trained loops", "after loop", "1 hop", "2 hops", "3 hops"], lines)}"""
+{table(heads, lines)}"""
 
 
 def _stream(record: Record) -> str:

@@ -19,7 +19,6 @@ import argparse
 import itertools
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,8 +30,10 @@ from benchmarks.memory.learning import (
     cuttings,
     kept,
     learn,
+    options,
     prose,
     set_gates,
+    settings_in,
     settings_of,
     vocabulary,
 )
@@ -92,26 +93,16 @@ def losses(model: LoopedTransformer, tokens: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = options(steps=150, tokens=8192, length=1024, lr=2e-2, loops=4, window=128, block=64)
+    parser.set_defaults(seeds=[0, 1])
     parser.add_argument("--text", nargs="+", choices=["moby dick", "speeches"],
                         default=["moby dick"])  # fmt: skip
     parser.add_argument("--names", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--tokens", type=int, default=8192, help="Of a step.")
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--lr", type=float, default=2e-2)
-    parser.add_argument("--loops", type=int, default=4)
-    parser.add_argument("--window", type=int, default=128)
-    parser.add_argument("--block", type=int, default=64)
-    parser.add_argument("--models", help="Keep the trained models in this folder.")
-    parser.add_argument("--check", action="store_true", help="Three steps, and no record.")
     args = parser.parse_args()
     if args.check:
         args.steps, args.seeds, args.tokens, args.models = 3, [0], 4096, None
     print(f"kernels: {enable_fused()}", flush=True)
-    kept_out = ("text", "names", "seeds", "models", "check")
-    settings = {key: value for key, value in vars(args).items() if key not in kept_out}
+    settings = settings_in(args, "text", "names")
     rows = [] if args.check else rows_so_far(results_file("memory.stream"))
     done = {(row["text"], row["name"], row["seed"]) for row in rows}
     for text, seed, name in itertools.product(args.text, args.seeds, args.names):
@@ -127,9 +118,9 @@ def main() -> None:
         length = PIECE if name == "full attention" else args.length
         drawn = partial(draw, ids=learnt, rows=args.tokens // length, length=length)
         own = settings_of(args.steps, args.tokens // length, args.lr, seed)
-        file = f"stream-{slug(text)}-{slug(name)}-{seed}-{args.steps}.safetensors"
-        path = Path(args.models) / file if args.models else None
-        learned = kept(path, model, partial(learn, model, drawn, own, f"{name}, {text}"))
+        file = f"stream-{slug(text)}-{slug(name)}-{seed}-{args.steps}"
+        train = partial(learn, model, drawn, own, f"{name}, {text}")
+        learned = kept(args.models, file, model, train)
         ids = torch.from_numpy(held_out).long()
         pieces = ids[: len(ids) // PIECE * PIECE].view(-1, PIECE)
         in_pieces = losses(model, pieces)[:, args.window :]

@@ -42,13 +42,13 @@ def as_gguf(base: LoadedModel, kind: str, folder: Path) -> Path:
     stack, out = gguf_stack(base, 1), folder / kind
     tokens = sample_text(base.tokenizer, 16)[:1]
     exact = kind == "F32"
-    write_gguf(out, base, base.model, stack, {}, kind=kind, exact=exact, tokens=tokens)
+    write_gguf(out, base, base.model, stack, lambda _: {}, kind=kind, exact=exact, tokens=tokens)
     return out / file_name(base, kind)
 
 
 def llama_bench(program: Path, file: Path, threads: int, prompt: int, new: int) -> dict[str, Any]:
     """What it says of so many new tokens after a prompt."""
-    command = [str(program), "-m", str(file), "-t", str(threads), "-p", "0", "-n", str(new),
+    command = [str(program.resolve()), "-m", str(file), "-t", str(threads), "-p", "0", "-n", str(new),
                "-d", str(prompt), "-r", "1", "-ngl", "0", "-o", "json"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, Any]

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 from benchmarks.common.record import Record
 from benchmarks.common.tables import newest, pick, records, source, table
+from looptx_core.words import counted
 
 SIDES = ("looptx", "transformers", "llama.cpp")
-STUDENT = {2: 12.706, 3: 4.303}  # for a 95 % interval of the mean of so many seeds
+STUDENT = 4.303  # for a 95 % interval of the mean of three
 
 
 def over_seeds(values: Sequence[float], scale: float, digits: int) -> str:
-    """The mean, with its 95 % interval where there are several."""
-    mean = f"{scale * statistics.mean(values):.{digits}f}"
-    if len(values) not in STUDENT:
-        return mean
-    within = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean} ± {scale * within:.{digits}f}"
+    """The mean of three with its 95 % interval, else each value."""
+    if len(values) != 3:
+        return ", ".join(f"{scale * value:.{digits}f}" for value in values)
+    within = STUDENT * statistics.stdev(values) / len(values) ** 0.5
+    return f"{scale * statistics.mean(values):.{digits}f} ± {scale * within:.{digits}f}"
 
 
 def answers(record: Record, layers: str) -> tuple[list[list[str]], list[int]]:
@@ -61,11 +61,9 @@ def differences(record: Record, layers: str) -> str:
         for arm, loops in (("looped", record["settings"]["max_loops"]), ("control", 1))
     ]
     more = over_seeds([a / b - 1 for a, b in zip(*text)], 100, 1)
-    return (
-        f"At {hops} hops the later loops bring {brought} points within the looped model; at one "
-        f"loop it is {first} points from the control, and at all loops {whole}. Its loss on other "
-        f"text is {more} % from the control's."
-    )
+    return f"""\
+Points at {hops} hops: by the later loops within the looped model {brought}; from the control, at
+one loop {first}, at all {whole}. Its loss on other text differs from the control's by {more} %."""
 
 
 def speed() -> str:
@@ -116,9 +114,10 @@ def section() -> str:
     heads = ["arm", "loops", *(f"{n} hop{'s' * (n > 1)}" for n in settings["hops"]), "other text"]
     for layers in dict.fromkeys(row["layers"] for row in record["rows"]):
         lines, seeds = answers(record, layers)
+        whose = "the core's" if layers == "core" else "all"
+        intervals = ", the mean with its 95 % interval" if len(seeds) == 3 else ""
         parts.append(f"""\
-**Adapters on {"the core's" if layers == "core" else "all"} layers**, seeds {seeds}, each with its
-95 % interval over them:
+**Adapters on {whose} layers**, {counted(len(seeds), "seed")}{intervals}:
 
 {table(heads, lines)}
 
@@ -132,11 +131,10 @@ def section() -> str:
 SmolLM2-135M-Instruct with a core of its own layers, and adapters of rank {settings["rank"]}, after
 {steps["looped"]} steps of {settings["batch"]} rows of chains of look-ups ("Ann's boss's boss is",
 {settings["people"]} people); the control is trained without loops, {steps["control"]} steps at the
-same FLOPs. Percent of held-out questions
-({settings["questions"]} of each kind) whose answer is the likeliest token, and nats a token on
-*Moby Dick*, of which the adapters saw nothing. The aims: later loops bring 10 points at the most
-hops, one loop is at most 3 below the control, and other text costs at most 0.5 % more than the
-control's.
+same FLOPs. Percent of held-out questions ({settings["questions"]} of each kind) whose answer is the
+likeliest token, and nats a token on *Moby Dick*, of which the adapters saw nothing. The aims: later
+loops bring 10 points at the most hops, one loop is at most 3 below the control, and other text
+costs at most 0.5 % more than the control's.
 
 {tables}
 
