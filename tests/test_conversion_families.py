@@ -147,6 +147,10 @@ def test_an_older_description_of_a_gemma_3_is_the_same() -> None:
         ("sliding_window_pattern", 0, "sliding_window_pattern is 0"),
         ("sliding_window", "a", "window"),
         ("rms_norm_eps", [], "norm_eps"),
+        ("max_position_embeddings", "a", "max_position_embeddings is 'a'"),
+        ("rope_scaling", [1], r"rope_scaling is \[1\]"),
+        ("rope_parameters", {"full_attention": {}, "sliding_attention": [1]},
+         r"sliding_attention is \[1\]"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=said) as error:
             looped_shape({**older, key: value}, "x", Looping("1:3"))

@@ -22,6 +22,7 @@ from looptx_core.config.local_attention import LocalAttention
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.rope import RopeScaling
 from looptx_core.conversion.memory import with_memory
+from looptx_core.conversion.onnx_folder import graph_depth
 from looptx_core.conversion.ternary import pack_model, to_ternary
 from looptx_core.errors import UsageError
 from looptx_core.model.loop import LoopedTransformer
@@ -152,7 +153,20 @@ def test_number_types(tmp_path: Path) -> None:
         bits[kind], gaps[kind] = found.bits_per_weight, found.logit_difference
         assert GGUF(file).types[0] == kind and file.name == f"small-{kind}.gguf"
     assert bits["F32"] == 32 and bits["BF16"] == bits["F16"] == 16 and 8.5 < bits["Q8_0"] < 12
+    with torch.no_grad():
+        source.model.embedding.weight[0, 0] = 1e5
+    with pytest.raises(UsageError, match=r"token_embd.weight holds 1e\+05, and F16 ends at 65504"):
+        written(source, tmp_path / "beyond", "F16")
+    assert not (tmp_path / "beyond").exists()
     assert 0 == gaps["F32"] < gaps["F16"] < gaps["BF16"] < 0.05 and 0 < gaps["Q8_0"] < 0.05
+
+
+def other(**parts: Any) -> Tokenizer:
+    """The tokenizer with some parts replaced."""
+    tokenizer = made_tokenizer()
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    return tokenizer
 
 
 def convert(capsys: pytest.CaptureFixture[str], *flags: object) -> tuple[int, str, str]:
@@ -162,9 +176,9 @@ def convert(capsys: pytest.CaptureFixture[str], *flags: object) -> tuple[int, st
     return code, shown.out, shown.err
 
 
-def save(folder: Path, model: LoopedTransformer) -> Path:
+def save(folder: Path, model: LoopedTransformer, tokenizer: Tokenizer = TOKENIZER) -> Path:
     source = loaded(model)
-    save_model(folder, model, source.tokenizer, exit_settings=ExitSettings(), facts={},
+    save_model(folder, model, tokenizer, exit_settings=ExitSettings(), facts={},
                chat_template=TEMPLATE, special=source.special)  # fmt: skip
     return folder
 
@@ -230,8 +244,10 @@ def test_what_llama_cpp_has_not_is_named(
         "ternary weights": pack_model(to_ternary(drawn(), [{"tokens": TOKENS}])),
     }
     for what, model in models.items():
-        with pytest.raises(UsageError, match=f"small: llama.cpp has no .*{what}"):
+        with pytest.raises(UsageError, match=f"small: llama.cpp has no .*{what}") as error:
             gguf_stack(loaded(model), None)
+        if "to_onnx" in str(error.value):  # which then takes it
+            graph_depth(loaded(model), None)
     with monkeypatch.context() as patch:  # a part that came later
         patch.setattr(gguf_export, "_KNOWN", gguf_export._KNOWN - {"rope_theta"})
         with pytest.raises(UsageError, match="has no place for rope_theta"):
@@ -240,6 +256,10 @@ def test_what_llama_cpp_has_not_is_named(
     code, _, error = convert(capsys, "--to-gguf", "--model", folder, "--out", "x", "--quiet")
     assert code == 2 and "a: llama.cpp has no injection" in error and "--to-onnx" in error
     assert len(error.splitlines()) == 1 and not Path("x").exists()
+    # What it can't split is named before anything is measured.
+    folder = save(place / "words", drawn(), other(normalizer=normalizers.Lowercase()))
+    code, _, error = convert(capsys, "--to-gguf", "--model", folder, "--dry-run", "--quiet")
+    assert code == 2 and "splits words in a way of its own" in error
     folder = save(place / "fine", drawn())
     refused = {
         ("--loops", 5): "runs at most 4",
@@ -272,12 +292,6 @@ def test_without_the_package(
 
 def test_tokenizers() -> None:
     from looptx_core.conversion.gguf_tokenizer import read_gguf_tokenizer, tokenizer_values
-
-    def other(**parts: Any) -> Tokenizer:
-        tokenizer = made_tokenizer()
-        for name, part in parts.items():
-            setattr(tokenizer, name, part)
-        return tokenizer
 
     def words(digits: str) -> pre_tokenizers.PreTokenizer:
         pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits

@@ -25,9 +25,9 @@ from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.evaluate import evaluate_all
 from looptx_core.words import counted
 
-Files = Callable[[float, float, str], dict[str, Any]]
+Files = Callable[[float, float, str | None], dict[str, Any]]
 """The files of a model folder, by the loss of the model, of what is written, and how it is
-quantised."""
+quantised, where it is."""
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
           "int8": torch.int8}  # fmt: skip
@@ -56,13 +56,13 @@ def export(
     """
     held_out = evaluation_data(config, source, False, report, rows=PLAIN_BATCH)
 
-    def files(before: float, after: float, quantised: str) -> dict[str, Any]:
+    def files(before: float, after: float, quantised: str | None) -> dict[str, Any]:
         """Of a model folder. before, after: losses of the model and of what is written."""
         facts = unmeasured(source.facts)  # it has one depth, and perhaps rounded weights
         if held_out.own or config.data:
             facts |= {"loss": round(after, 4), "loss_before": round(before, 4)}
         facts["converted_from"] = source.name
-        if config.dtype == "int8":
+        if quantised:
             facts["quantised"] = quantised
         _, made = model_files(
             out, model, source.tokenizer, source.exit, facts, chat_template=source.chat_template,
@@ -89,12 +89,12 @@ def _to_onnx(
     loops = graph_depth(source, config.loops)
     before = evaluate_all(model, batches.val_dataloader(), loops).loss_by_loop[-1]
     check()
+    int8 = config.dtype == "int8"
+    quantised = "int8, by onnxruntime" if int8 else None
     written = write_onnx(
         out, model, loops,
-        lambda graph: onnx_files(
-            files(before, graph.loss, "int8, by onnxruntime"), source, loops
-        ),
-        int8=config.dtype == "int8", tokens=check_text(source), held_out=batches.val_dataloader(),
+        lambda graph: onnx_files(files(before, graph.loss, quantised), source, loops),
+        int8=int8, tokens=check_text(source), held_out=batches.val_dataloader(),
     )  # fmt: skip
     return {
         "loss_by_loop_before": [before],
@@ -134,7 +134,8 @@ def _to_gguf(
     def beside(file: Written) -> dict[str, Any]:
         found = evaluate_all(file.model, batches.val_dataloader(), file.model.config.loops)
         after.append(found.loss_by_loop[-1])
-        return gguf_files(files(before, after[0], "Q8_0"), source, stack, kind)
+        quantised = kind if kind == "Q8_0" else None
+        return gguf_files(files(before, after[0], quantised), source, stack, kind)
 
     written = write_gguf(
         out, source, model, stack, beside, kind=kind,

@@ -57,6 +57,8 @@ def complete(settings: Mapping[str, Any], where: str, need: Need) -> dict[str, A
         rope, local = both["full_attention"], both.get("sliding_attention") or {}
     else:  # of transformers before 5
         rope, local = found.get("rope_scaling") or {}, {}
+    if not isinstance(local, dict):
+        raise DataError(f"{where}: sliding_attention is {short(repr(local))}; copy the model again")
     need(local.get("rope_type", "default") == "default", "scaled RoPE in layers with a window")
     every = _every(found, need)
     slides = any((layer + 1) % every if every else True

@@ -46,6 +46,7 @@ KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", tor
 _FILE_TYPES = {"F32": "ALL_F32", "BF16": "MOSTLY_BF16", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
 _BLOCK = 32  # columns that share a scale in Q8_0
 _MOST_LAYERS = 512  # of llama.cpp
+_MOST_F16 = torch.finfo(torch.float16).max
 _KNOWN = {
     "vocab_size", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "activation",
     "prelude_layers", "core_layers", "coda_layers", "loops", "max_loops", "confidence_width",
@@ -63,7 +64,7 @@ printf 'FROM ./{file}\\n' > Modelfile && ollama create {name} -f Modelfile
 ```
 
 Every token runs {loops}.{needs}"""
-_NEEDS = " llama.cpp knows such a looped stack (`nanbeige`) since July 2026."
+_NEEDS = " llama.cpp has known such a looped stack (`nanbeige`) since July 2026."
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,15 @@ def gguf_stack(source: LoadedModel, loops: int | None) -> Stack:
     """
     config, of = source.config, f"{source.folder}: llama.cpp has no"
 
-    def need(ok: bool, what: str, mend: str = "give another model by `model`") -> None:
+    other, onnx = "give another model by `model`", "`to_onnx` writes it"
+
+    def need(ok: bool, what: str, mend: str = other) -> None:
         if not ok:
             raise UsageError(f"{of} {what}; {mend}")
 
     depth = loops or config.loops
     if depth > config.max_loops:
         raise UsageError(f"`loops` {loops}: {source.folder} runs at most {config.max_loops}")
-    onnx = "`to_onnx` writes any"
     if source.model.media:
         plural = " and ".join(medium.plural for medium in source.model.media)
         need(False, f"encoder of {plural} like the one of this model")
@@ -119,14 +121,15 @@ def gguf_stack(source: LoadedModel, loops: int | None) -> Stack:
              "pass `loops` 1 for the first alone, or `to_onnx` for all")  # fmt: skip
     else:
         need(config.injection == "none", f"injection of the kind {config.injection}, by which each "
-             "loop of this model reads its input again", onnx)  # fmt: skip
+             "loop of this model reads its input again",
+             other if config.injection == "streams" else onnx)  # fmt: skip
     need(not config.local_attention.window, "layers that attend within this model's windows", onnx)
     need(config.activation == "silu", f"gate with {config.activation} in such a stack, as this "
          "model has", onnx)  # fmt: skip
     plain_shape = ModelConfig()
     for part in (field.name for field in fields(ModelConfig) if field.name not in _KNOWN):
         same = getattr(config, part) == getattr(plain_shape, part)
-        need(same, f"place for {part}, which this model has", onnx)
+        need(same, f"place for {part}, which this model has")
     layers = config.effective_layers(depth)
     need(layers <= _MOST_LAYERS, f"stack of {layers:,} layers, which are {depth:,} loops of this "
          f"model, and the limit is {_MOST_LAYERS}", "pass fewer `loops`")  # fmt: skip
@@ -142,6 +145,13 @@ def gguf_stack(source: LoadedModel, loops: int | None) -> Stack:
     if kind == LOOPED:
         return Stack(kind, config.core_layers, depth, 1)
     return Stack(kind, layers, depth, depth)
+
+
+def check_gguf(source: LoadedModel, loops: int | None) -> None:
+    """Raise `UsageError` for a model that can't be written: by its shape, as `gguf_stack`, or by
+    its tokenizer."""
+    gguf_stack(source, loops)
+    tokenizer_values(source.tokenizer, source.special, source.config.vocab_size, source.folder)
 
 
 def _architecture(config: ModelConfig, looped: bool) -> str | None:
@@ -259,7 +269,7 @@ def write_gguf(
     length), on which the file is compared with the model.
 
     Raises:
-        UsageError: a tokenizer that GGUF has no name for.
+        UsageError: a tokenizer that GGUF has no name for, or weights beyond the number type.
         LooptxError: an exact file that gives other logits.
     """
     settings = _settings(stack, source, kind)
@@ -295,6 +305,11 @@ def _write_file(
         add[type(value)](key, value)
     size = in_blocks = weights = 0
     for name, values, stored in stored_tensors(stack, model, kind):
+        largest = float(values.detach().abs().max())
+        if stored == GGMLQuantizationType.F16 and largest > _MOST_F16:
+            raise UsageError(
+                f"{name} holds {largest:.3g}, and F16 ends at {_MOST_F16:.0f}; give another `dtype`"
+            )
         array = gguf.quantize(np.ascontiguousarray(values.detach().float().numpy()), stored)
         writer.add_tensor(name, array, raw_dtype=stored)
         size += array.nbytes

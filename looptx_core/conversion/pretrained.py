@@ -60,6 +60,11 @@ _NORMS = {
 _ACTIVATIONS = {
     "silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
 }  # fmt: skip
+_TYPES = {
+    "rope_parameters": dict, "rope_scaling": dict, "max_position_embeddings": int,
+    "sliding_window": int,
+}  # fmt: skip
+"""Of settings that are read before the shape is checked as a whole."""
 _TOP = {
     "model.embed_tokens.weight": "embedding.weight",
     "model.norm.weight": "norm.weight",
@@ -109,6 +114,10 @@ def looped_shape(settings: Mapping[str, Any], where: str, looping: Looping) -> M
         if not ok:
             raise DataError(f"{where}: {what}, which a looped model has no place for")
 
+    for name, expected in _TYPES.items():
+        given = settings.get(name)
+        if given is not None and type(given) is not expected:
+            raise DataError(f"{where}: {name} is {short(repr(given))}; copy the model again")
     kind = settings["model_type"]
     if kind == gemma3.KIND:
         settings = gemma3.complete(settings, where, need)

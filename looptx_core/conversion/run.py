@@ -298,9 +298,9 @@ def check_kinds(config: ConvertConfig, source: LoadedModel) -> None:
     if config.to_onnx:
         graph_depth(source, config.loops)
     if config.to_gguf:
-        from looptx_core.conversion.gguf_export import gguf_stack  # brings the extra
+        from looptx_core.conversion.gguf_export import check_gguf  # brings the extra
 
-        gguf_stack(source, config.loops)
+        check_gguf(source, config.loops)
 
 
 def output_folder(config: ConvertConfig, source: LoadedModel) -> Path:

@@ -3,7 +3,8 @@
 // A pass takes n rows. Each row is one token: it has a row of the cache, a column in it, and its
 // own loop. All rows share every read of the weights, which is what decoding waits for. The
 // equations are those of looptx_core/model (loop.py, block.py, memory.py, confidence.py); a test
-// holds both together. Weights are float32, bfloat16, 8-bit with a scale a row, or ternary with two bits each.
+// holds both together. Weights are float32, bfloat16, 8-bit with a scale a row, or ternary with two
+// bits each.
 
 #include <algorithm>
 #include <atomic>
