@@ -133,7 +133,8 @@ def _data(
             batches = open_data(
                 own, loaded.tokenizer, loaded.config, seq_len=settings.seq_len,
                 rows=settings.batch_size, batches=1, val_batches=settings.val_batches,
-                chat=loaded.chat, held_out_only=True, report=lambda line: note(line, quiet),
+                chat=loaded.chat, end=loaded.end, held_out_only=True,
+                report=lambda line: note(line, quiet),
             )  # fmt: skip
             return batches, own.name
         what = ", ".join(own.inputs)

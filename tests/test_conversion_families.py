@@ -11,6 +11,7 @@ import torch
 from test_conversion_gguf import made_tokenizer, plain, write
 
 from looptx_cli.main import main
+from looptx_core.checkpoint.card import UNKNOWN, stated_license
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.local_attention import LocalAttention
 from looptx_core.conversion.huggingface import from_huggingface
@@ -155,6 +156,18 @@ def test_an_older_description_of_a_gemma_3_is_the_same() -> None:
         with pytest.raises(DataError, match=said) as error:
             looped_shape({**older, key: value}, "x", Looping("1:3"))
         assert len(str(error.value).splitlines()) == 1
+
+
+def test_the_license_is_the_sources(tmp_path: Path) -> None:
+    assert stated_license(tmp_path) == UNKNOWN
+    for text, found in (
+        ("---\nlicense: gemma\ntags: [a]\n---\n# A model\n", "gemma"),
+        ("# A model\n---\nlicense: mit\n---\n", UNKNOWN),
+        ("---\nlicense: [a\n---\n", UNKNOWN),
+        ("---\nlicense: 3\n---\n", UNKNOWN),
+    ):
+        (tmp_path / "README.md").write_text(text)
+        assert stated_license(tmp_path) == found
 
 
 @pytest.mark.parametrize(

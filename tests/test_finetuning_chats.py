@@ -13,7 +13,7 @@ from finetuning_cases import QUICK, write
 from looptx_cli.main import main
 from looptx_core.checkpoint.folder import load_model, read_chat_template
 from looptx_core.config.finetune import FinetuneConfig
-from looptx_core.data.chat import ChatTemplate, chat_prompt
+from looptx_core.data.chat import ROLES, ChatTemplate, chat_prompt
 from looptx_core.data.examples import read_examples
 from looptx_core.data.tokenizer import END
 from looptx_core.errors import DataError
@@ -74,6 +74,19 @@ def test_chats_are_trained_by_the_models_own_template(tiny: Path, tmp_path: Path
     result = finetune(prepare(config, base=base, data=[data]), folder=tmp_path / "run")
     assert result.answers is not None and result.answers.shown[0].expected == "Bob it is."
     assert read_chat_template(result.model_folder) == TEMPLATE
+
+
+def test_a_response_ends_with_a_token_at_which_generation_stops(tiny: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny, tmp_path / "base")
+    other = load_model(tiny).tokenizer.token_to_id(ROLES["system"])
+    settings = json.loads((base / "generation_config.json").read_text())
+    text = json.dumps(settings | {"eos_token_id": [other]})
+    (base / "generation_config.json").write_text(text)
+    (base / "digests.json").unlink(missing_ok=True)
+    data = write(tmp_path / "data.jsonl", *[{"prompt": "a", "response": "b"}] * 4)
+    prepared = prepare(FinetuneConfig(**QUICK, lora=True), base=base, data=[data], judge=False)
+    assert prepared.base.end == other
+    assert {example.ids[-1] for example in prepared.batches.train.examples} == {other}
 
 
 def test_a_chat_that_its_template_can_not_hold(tiny: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import STORED_AS, ModelConfig
+from looptx_core.documents import read_text
 
 _FRONT_MATTER = {
     "license": "apache-2.0",
@@ -16,6 +18,9 @@ _FRONT_MATTER = {
     "pipeline_tag": "text-generation",
     "tags": ["looptx", "looped-transformer", "recurrent-depth", "early-exit"],
 }
+
+UNKNOWN = "unknown"
+"""The license of a model of others that names none."""
 
 
 def model_card(
@@ -88,6 +93,18 @@ def descended(
 def unmeasured(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts without the losses by loop, which hold for the weights they were measured with."""
     return {key: value for key, value in facts.items() if "_by_loop" not in key}
+
+
+def stated_license(folder: Path) -> str:
+    """The license that a folder's card names in its front matter; `UNKNOWN` where it names none."""
+    card = folder / "README.md"
+    parts = read_text(card).split("---\n", 2) if card.is_file() else []
+    try:
+        front = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
+    except yaml.YAMLError:
+        front = None
+    named = front.get("license") if isinstance(front, dict) else None
+    return named if isinstance(named, str) else UNKNOWN
 
 
 def lineage_table(lineage: Any) -> str:

@@ -33,7 +33,7 @@ from looptx_core.checkpoint.weights import check_size, load_weights, tensors_of
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import FIRST_FORMAT, FORMAT_VERSION, ModelConfig
 from looptx_core.data.chat import ChatTemplate
-from looptx_core.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
+from looptx_core.data.tokenizer import end_id, fingerprint, load_tokenizer, vocabulary_size
 from looptx_core.documents import COPY_AGAIN, check_links, read_json, read_text, to_json
 from looptx_core.errors import DataError
 from looptx_core.machine.integrity import check_folder, write_digests
@@ -71,6 +71,11 @@ class LoadedModel:
     def chat(self) -> ChatTemplate | None:
         """Its way to write chats where it is another's; None: ours."""
         return ChatTemplate.of_others(self.chat_template, self.special.names())
+
+    @property
+    def end(self) -> int:
+        """The token that ends an answer: the first of those at which generation stops."""
+        return self.special.ends[0] if self.special.ends else end_id(self.tokenizer)
 
     @property
     def name(self) -> str:

@@ -19,6 +19,7 @@ from gguf.gguf_reader import ReaderField, ReaderTensor
 from gguf.quants import dequantize
 from torch import Tensor
 
+from looptx_core.checkpoint.card import UNKNOWN
 from looptx_core.checkpoint.folder import LoadedModel
 from looptx_core.checkpoint.weights import check_finite, tensors_of
 from looptx_core.config.generation import ExitSettings
@@ -269,8 +270,8 @@ def from_gguf(gguf: GGUF, looping: Looping) -> LoadedModel:
     model.load_state_dict(weights, strict=False, assign=True)
     tie_head(model)
     facts = {"from": f"{gguf.architecture} {file.name} ({', '.join(gguf.types)})"}
-    if isinstance(licence := gguf.values.get("general.license"), str):
-        facts["license"] = licence
+    stated = gguf.values.get("general.license")
+    facts["license"] = stated if isinstance(stated, str) else UNKNOWN
     return LoadedModel(
         model.eval(),
         config,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from looptx_core.checkpoint.card import stated_license
 from looptx_core.checkpoint.folder import LoadedModel, read_chat_template, read_tokenizer
 from looptx_core.checkpoint.header import read_header, total_elements
 from looptx_core.checkpoint.special_tokens import SpecialTokens
@@ -243,7 +244,10 @@ def from_folder(folder: Path, settings: Mapping[str, Any], looping: Looping) -> 
         config,
         tokenizer,
         ExitSettings(),
-        {"from": f"{settings['model_type']} {folder.resolve().name}"},
+        {
+            "from": f"{settings['model_type']} {folder.resolve().name}",
+            "license": stated_license(folder),
+        },
         folder,
         read_chat_template(folder),
         SpecialTokens.read(folder, tokenizer),

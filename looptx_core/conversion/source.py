@@ -135,6 +135,7 @@ def evaluation_data(
         val_batches=VAL_BATCHES,
         seed=config.seed,
         chat=source.chat,
+        end=source.end,
         held_out_only=not config.to_bitnet,  # which sets its scales by a batch of training
         report=report,
     )

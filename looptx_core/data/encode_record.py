@@ -25,15 +25,17 @@ def encode_record(
     config: ModelConfig | None,
     all_count: bool = False,
     chat: ChatTemplate | None = None,
+    end: int | None = None,
 ) -> Example:
     """A record as tokens, with each of its texts; the longest one comes first.
 
     Text n of a part goes with text n of the record's other parts, which go round. all_count:
     prompts count as well. chat: the template of a conversation without media; by default ours.
+    end: the token that ends a response; by default the one that ends a document.
 
     Raises `DataError` for an item that can't be read, or of a medium that the model has not.
     """
-    encoder = _Encoder(tokenizer, config, record, chat)
+    encoder = _Encoder(tokenizer, config, record, chat, end)
     parts = [part for turn in record.turns for part in turn.content]
     count = max((len(part) for part in parts if not isinstance(part, MediaFile)), default=1)
     ways = sorted(
@@ -51,8 +53,10 @@ class _Encoder:
         config: ModelConfig | None,
         record: Record,
         chat: ChatTemplate | None,
+        end: int | None,
     ) -> None:
         self.tokenizer, self.config, self.record, self.chat = tokenizer, config, record, chat
+        self.end = end_id(tokenizer) if end is None else end
         self.files = tuple(file for file in record.files if not file.written)
         self.placeholders: list[int] = []
         self.grids: list[Grid] = []
@@ -104,7 +108,7 @@ class _Encoder:
             before, after = turns
             if self.record.files or not before:
                 before = [end, *before]  # as generation begins
-            ids = [*before, *after, end]
+            ids = [*before, *after, self.end]
             opens = isinstance(self.record.turns[1].content[0], MediaFile)  # as who asks for it
             counted = [False] * (len(before) + opens) + [True] * (len(after) + 1 - opens)
         else:

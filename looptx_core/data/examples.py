@@ -58,6 +58,7 @@ def read_examples(
     config: ModelConfig | None = None,
     columns: Sequence[str] = (),
     chat: ChatTemplate | None = None,
+    end: int | None = None,
 ) -> Examples:
     """Read records and make them tokens; items are measured and not decoded yet.
 
@@ -67,7 +68,7 @@ def read_examples(
 
     skip_bad: leave out, and count, records that can't be used. config: of the model that will read
     the items. columns: as of `FinetuneConfig`. chat: the template of conversations; by default
-    ours.
+    ours. end: of a response, as for `encode_record`.
 
     Raises:
         DataError: an input or a record that can't be read or holds nothing to learn, or one with
@@ -79,7 +80,7 @@ def read_examples(
     for where, folder, raw in raw_records(inputs):
         try:
             record = parse(rename_columns(raw, columns, where), where, folder)
-            example = encode_record(record, tokenizer, config, train_on_prompt, chat)
+            example = encode_record(record, tokenizer, config, train_on_prompt, chat, end)
         except DataError:
             if not skip_bad:
                 raise

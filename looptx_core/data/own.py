@@ -171,14 +171,16 @@ def open_data(
     seq_len: int,
     rows: int,
     chat: ChatTemplate | None = None,
+    end: int | None = None,
     held_out_only: bool = False,
     report: Callable[[str], object] = lambda line: None,
     **how: Any,
 ) -> Batches:
     """Batches to train on and to judge by, split as in the run that made the note.
 
-    seq_len, rows: of text; records have their run's. chat: as for `read_examples`. held_out_only:
-    nothing will be trained, as for `MixedData`. how: the other arguments of `Batches`.
+    seq_len, rows: of text; records have their run's. chat, end: as for `read_examples`.
+    held_out_only: nothing will be trained, as for `MixedData`. how: the other arguments of
+    `Batches`.
     Raises `DataError` for data that can't be read or that is of another tokenizer.
     """
     own = data.settings
@@ -186,7 +188,7 @@ def open_data(
     few = min(own.get("batch_size") or rows, rows)
     skip_bad = bool(own.get("skip_bad"))
     if data.kind == "records":
-        return _records(data, tokenizer, config, limit, few, skip_bad, chat, report, how)
+        return _records(data, tokenizer, config, limit, few, skip_bad, chat, end, report, how)
     how["document_mask"] = own.get("document_mask", True)
     weights = data.weights
     if len(weights) != len(data.inputs) + len(data.media) or not data.inputs:
@@ -240,6 +242,7 @@ def _records(
     rows: int,
     skip_bad: bool,
     chat: ChatTemplate | None,
+    end: int | None,
     report: Callable[[str], object],
     how: Mapping[str, Any],
 ) -> ExampleData:
@@ -254,6 +257,7 @@ def _records(
         config=config,
         columns=own.get("columns", ()),
         chat=chat,
+        end=end,
     )
     if found.skipped or found.dropped or found.truncated:
         report(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -81,8 +81,8 @@ def answer_held_out(
     base: whose tokenizer and tokens these are. examples: those held out; the last answer of a chat
     is asked for, after all that comes before it.
     """
-    end = end_id(base.tokenizer, base.special.ends)
-    questions = [question for example in examples if (question := _question(example, end))]
+    ends = {end_id(base.tokenizer, base.special.ends), *base.special.ends}
+    questions = [question for example in examples if (question := _question(example, ends))]
     if not questions:
         return None
     asked = _spread(questions)
@@ -113,9 +113,9 @@ def answer_held_out(
     return on_best_device(model, ask)
 
 
-def _question(example: Example, end: int) -> _Question | None:
+def _question(example: Example, ends: Set[int]) -> _Question | None:
     """An example whose last counted tokens are an answer to what stands before them."""
-    if not example.counted[-1] or example.counted.all() or example.ids[-1] != end:
+    if not example.counted[-1] or example.counted.all() or example.ids[-1] not in ends:
         return None
     start = int(np.flatnonzero(~example.counted)[-1]) + 1
     return _Question(example, start) if len(example.ids) - start > 1 else None

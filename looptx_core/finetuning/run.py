@@ -307,6 +307,7 @@ def _data(
         config=loaded.config,
         columns=config.columns,
         chat=loaded.chat,
+        end=loaded.end,
     )
     train, val = split_packed(
         examples.kept,
