@@ -183,7 +183,19 @@ class _Protocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stuck = self.loop.call_later(SEND_SECONDS, self.transport.abort)
+        self._expect_less()
+
+    def _expect_less(self) -> None:
+        """Hang up on a client that has taken nothing of what is left once the time is over."""
+        left = self.transport.get_write_buffer_size()
+
+        def check() -> None:
+            if self.transport.get_write_buffer_size() < left:
+                self._expect_less()
+            else:
+                self.transport.abort()
+
+        self._stuck = self.loop.call_later(SEND_SECONDS, check)
 
     def resume_writing(self) -> None:
         super().resume_writing()
