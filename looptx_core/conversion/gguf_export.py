@@ -53,9 +53,7 @@ _KNOWN = {
     "gain_width", "injection", "retain", "streams", "qk_norm", "qk_norm_over", "norm_position",
     "rope_theta", "scaled_rope", "local_attention", "qkv_bias", "norm_eps", "max_seq_len",
     "dropout", "tie_embeddings", "linear", "memory", "memory_window", "memory_block",
-    "memory_per_loop", "infini_delta", "vision_layers", "vision_width", "patch_size",
-    "max_patches", "image_token", "image_attention", "reconstruct", "audio", "video", "draw",
-    "speak", "media",
+    "memory_per_loop", "infini_delta",
 }  # fmt: skip
 """The parts of a shape that are judged here. Another one is refused where a model has it."""
 _USE = """```sh

@@ -170,7 +170,7 @@ def tokenizer_values(
     for pre in _WRITTEN_AS:
         found = {f"tokenizer.ggml.{name}": value for name, value in (values | {"pre": pre}).items()}
         built, _, _ = read_gguf_tokenizer(found, str(where))
-        if _words(built) == _words(tokenizer) and all(
+        if _split(built) == _split(tokenizer) and all(
             built.encode(text).ids == tokenizer.encode(text).ids for text in _PROBES
         ):
             return found
@@ -180,7 +180,7 @@ def tokenizer_values(
     )
 
 
-def _words(tokenizer: Tokenizer) -> list[Any]:
+def _split(tokenizer: Tokenizer) -> list[Any]:
     """How the tokenizer splits the probes, before any merge."""
     normal, split = tokenizer.normalizer, tokenizer.pre_tokenizer
     texts = [normal.normalize_str(text) if normal else text for text in _PROBES]
