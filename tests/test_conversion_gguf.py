@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import math
 import re
@@ -384,14 +383,7 @@ def test_a_model_larger_than_the_memory_is_not_read(
 def test_without_the_package(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = builtins.__import__
-
-    def absent(name: str, *rest: Any) -> Any:
-        if name.split(".")[0] == "gguf":
-            raise ModuleNotFoundError("No module named 'gguf'", name="gguf")
-        return known(name, *rest)
-
     monkeypatch.delitem(sys.modules, "looptx_core.conversion.gguf_file", raising=False)
-    monkeypatch.setattr(builtins, "__import__", absent)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     code, _, error = run(capsys, "--from-gguf", llama, "--out", tmp_path / "m")
     assert code == 3 and "pip install 'looptx[gguf]'" in error and len(error.splitlines()) == 1

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -278,14 +278,7 @@ def test_what_llama_cpp_has_not_is_named(
 def test_without_the_package(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = builtins.__import__
-
-    def absent(name: str, *rest: Any) -> Any:
-        if name == "gguf":
-            raise ModuleNotFoundError("No module named 'gguf'", name="gguf")
-        return known(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     code, _, error = convert(capsys, "--to-gguf", "--model", save(place / "a", drawn()))
     assert code == 3 and "--to-gguf needs the package gguf; pip install 'looptx[gguf]'" in error
 

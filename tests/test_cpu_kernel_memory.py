@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from picture_cases import CONFIG as PICTURES
 from picture_cases import build, row
 from test_cpu_kernel import SMALL, make
-from test_memory import GREEDY, SETTINGS, TEXT, tokenizer  # noqa: F401
+from test_memory import GREEDY, SETTINGS, TEXT, text_tokenizer
 
 from looptx_core.backends import cuda_graphs
 from looptx_core.backends.base import Backend
@@ -139,7 +140,8 @@ def test_weights_of_all_types_remember(held: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "policy"), [("delta", "fill"), ("infini with delta", "last")])
-def test_the_engine_says_the_same_by_both(kind: str, policy: str, tokenizer) -> None:  # noqa: F811
+def test_the_engine_says_the_same_by_both(kind: str, policy: str) -> None:
+    tokenizer = text_tokenizer()
     """Prompts of different lengths with early exits, on two rows that are used again."""
     config = replace(DELTA, vocab_size=tokenizer.get_vocab_size(), max_loops=3, **KINDS[kind])
     model, prompts = remembering(config), [TEXT[:n] for n in (4, 31, 60)]
@@ -213,6 +215,6 @@ def test_nothing_beyond_a_ring_is_read() -> None:
 
 def test_cuda_graphs_name_the_memory() -> None:
     weight = SimpleNamespace(device=torch.device("cuda"))
-    model = SimpleNamespace(norm=SimpleNamespace(weight=weight), config=DELTA)
-    why = cuda_graphs.unsupported_reason(model)  # type: ignore[arg-type]
+    model: Any = SimpleNamespace(norm=SimpleNamespace(weight=weight), config=DELTA)
+    why = cuda_graphs.unsupported_reason(model)
     assert why == "its layers have a memory beyond their window"

@@ -7,10 +7,12 @@ rings, chunks or triangular systems.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from looptx_core.config.generation import ExitSettings, GenerationOptions
@@ -244,11 +246,16 @@ def test_the_past_beyond_the_window_matters() -> None:
     assert float((one - two).abs().max()) > 1e-6
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+@cache
+def text_tokenizer() -> Tokenizer:
     return train_tokenizer(
         [TEXT, TEXT + " in my purse, and nothing particular to interest me"], 276
     )
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return text_tokenizer()
 
 
 @pytest.mark.parametrize("policy", ["fill", "last"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from picture_cases import CONFIG as PICTURES
 from picture_cases import build, row
-from test_memory import GREEDY, IDS, SETTINGS, TEXT, made, tokenizer  # noqa: F401
+from test_memory import GREEDY, IDS, SETTINGS, TEXT, made, text_tokenizer
 
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.model import ModelConfig, fitting_memory
@@ -150,21 +150,21 @@ def test_inspection_tells_what_a_memory_brings() -> None:
     assert inspect_memory(model, [texts[0][:, :16]], 3) is None
 
 
-def test_speculation_is_refused(tokenizer) -> None:  # noqa: F811
-    engine = Engine(made("delta").float(), tokenizer, SETTINGS)
+def test_speculation_is_refused() -> None:
+    engine = Engine(made("delta").float(), text_tokenizer(), SETTINGS)
     with pytest.raises(UsageError, match="can't take back"):
         engine.generate([TEXT], replace(GREEDY, loops=3, speculate=2, draft_loops=1))
 
 
 @torch.no_grad()
-def test_a_long_prompt_takes_no_more_room(tokenizer) -> None:  # noqa: F811
+def test_a_long_prompt_takes_no_more_room() -> None:
     """Beyond `max_seq_len`, which is 16 here, and the state does not grow."""
     model = made("delta")
     caches = [model.new_cache(1, length, 2) for length in (20, 200)]
     for cache, length in zip(caches, (20, 200)):
         model(torch.tensor([(IDS * 8)[:length]]), 2, cache)
     assert caches[0].nbytes == caches[1].nbytes > 0
-    [found] = Engine(model, tokenizer, SETTINGS).complete([(IDS * 8)[:200]], GREEDY)
+    [found] = Engine(model, text_tokenizer(), SETTINGS).complete([(IDS * 8)[:200]], GREEDY)
     assert len(found.tokens) == GREEDY.max_new_tokens
 
 

@@ -289,7 +289,7 @@ def test_frames_that_come_one_by_one_are_the_clip(tokenizer: Tokenizer) -> None:
                 told = [(step.id, round(step.logprob, 4)) for step in answer.tokens]
                 assert told == whole(frames[first : number + 1]), number
     small = Session(engine, 4, GenerationOptions(**greedy))
-    with pytest.raises(UsageError, match="5 tokens to read, and the session holds 4 more"):
+    with pytest.raises(UsageError, match="5 tokens to read, and there is room for 4 more"):
         small.read([5] * 5)
     with pytest.raises(DataError, match="the frame: float64 numbers of shape"):
         watch.feed(np.zeros((8, 8)), 0.7)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -25,12 +26,25 @@ from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.evaluate import evaluate_all
 from looptx_core.words import counted
 
-Files = Callable[[float, float, str | None], dict[str, Any]]
-"""The files of a model folder, by the loss of the model, of what is written, and how it is
-quantised, where it is."""
+Files = Callable[[float, str | None], dict[str, Any]]
+"""The files of a model folder, by the loss of what is written, and how it is quantised, where it
+is."""
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
           "int8": torch.int8}  # fmt: skip
+
+
+class Measured(Protocol):
+    """What was found of a written file, see the formats' own."""
+
+    @property
+    def logit_difference(self) -> float: ...
+
+    @property
+    def bits_per_weight(self) -> float: ...
+
+    @property
+    def memory(self) -> int: ...
 
 
 def require_packages(config: ConvertConfig) -> None:
@@ -71,9 +85,34 @@ def export(
         made["config.json"]["command"] = "convert"
         return made
 
-    made = {"judged_by": held_out.name, "own": held_out.own}
+    batches = held_out.batches
+    loops = _depth(config, source)
+    before = evaluate_all(model, batches.val_dataloader(), loops).loss_by_loop[-1]
+    check()
     write = _to_onnx if config.to_onnx else _to_gguf
-    return made | write(config, source, model, was, out, check, files, held_out.batches)
+    compared, after, written = write(
+        config, source, model, was, out, loops, partial(files, before), batches
+    )
+    return {
+        "judged_by": held_out.name,
+        "own": held_out.own,
+        "loss_by_loop_before": [before],
+        "loss_by_loop": [after],
+        "loops": loops,
+        "compared": compared,
+        "logit_difference": written.logit_difference,
+        "bits_per_weight": written.bits_per_weight,
+        "memory_after": written.memory,
+    }
+
+
+def _depth(config: ConvertConfig, source: LoadedModel) -> int:
+    """The loops to write; refuses what the format has no place for."""
+    if config.to_onnx:
+        return graph_depth(source, config.loops)
+    from looptx_core.conversion.gguf_export import gguf_stack
+
+    return gguf_stack(source, config.loops).loops
 
 
 def _to_onnx(
@@ -82,29 +121,19 @@ def _to_onnx(
     model: LoopedTransformer,
     was: torch.dtype,
     out: Path,
-    check: Callable[[], object],
+    loops: int,
     files: Files,
     batches: Batches,
-) -> dict[str, Any]:
-    loops = graph_depth(source, config.loops)
-    before = evaluate_all(model, batches.val_dataloader(), loops).loss_by_loop[-1]
-    check()
+) -> tuple[str, float, Measured]:
+    """What was compared, the loss of what is written, and its measures."""
     int8 = config.dtype == "int8"
     quantised = "int8, by onnxruntime" if int8 else None
     written = write_onnx(
         out, model, loops,
-        lambda graph: onnx_files(files(before, graph.loss, quantised), source, loops),
+        lambda graph: onnx_files(files(graph.loss, quantised), source, loops),
         int8=int8, tokens=check_text(source), held_out=batches.val_dataloader(),
     )  # fmt: skip
-    return {
-        "loss_by_loop_before": [before],
-        "loss_by_loop": [written.loss],
-        "loops": loops,
-        "compared": f"onnxruntime at {counted(loops, 'loop')} against the model",
-        "logit_difference": written.logit_difference,
-        "bits_per_weight": written.bits_per_weight,
-        "memory_after": written.memory,
-    }
+    return f"onnxruntime at {counted(loops, 'loop')} against the model", written.loss, written
 
 
 def _to_gguf(
@@ -113,10 +142,11 @@ def _to_gguf(
     model: LoopedTransformer,
     was: torch.dtype,
     out: Path,
-    check: Callable[[], object],
+    loops: int,
     files: Files,
     batches: Batches,
-) -> dict[str, Any]:
+) -> tuple[str, float, Measured]:
+    """As `_to_onnx`."""
     from looptx_core.conversion.gguf_export import (
         KINDS,
         Written,
@@ -125,28 +155,18 @@ def _to_gguf(
         write_gguf,
     )
 
-    stack = gguf_stack(source, config.loops)
+    stack = gguf_stack(source, loops)
     kind = KINDS[DTYPES[config.dtype] if config.dtype else was]
-    before = evaluate_all(model, batches.val_dataloader(), stack.loops).loss_by_loop[-1]
-    check()
     after: list[float] = []
 
     def beside(file: Written) -> dict[str, Any]:
         found = evaluate_all(file.model, batches.val_dataloader(), file.model.config.loops)
         after.append(found.loss_by_loop[-1])
-        quantised = kind if kind == "Q8_0" else None
-        return gguf_files(files(before, after[0], quantised), source, stack, kind)
+        return gguf_files(files(after[0], kind if kind == "Q8_0" else None), source, stack, kind)
 
     written = write_gguf(
         out, source, model, stack, beside, kind=kind,
         exact=kind in ("F32", KINDS[was]) and kind != "Q8_0", tokens=check_text(source),
     )  # fmt: skip
-    return {
-        "loss_by_loop_before": [before],
-        "loss_by_loop": after,
-        "loops": stack.loops,
-        "compared": f"the file, read back, against {counted(stack.loops, 'loop')} of the model",
-        "logit_difference": written.logit_difference,
-        "bits_per_weight": written.bits_per_weight,
-        "memory_after": written.memory,
-    }
+    compared = f"the file, read back, against {counted(loops, 'loop')} of the model"
+    return compared, after[0], written

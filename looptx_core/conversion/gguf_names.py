@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib import import_module
 
 from torch import Tensor
 
@@ -43,7 +44,7 @@ _LAYER = {**_NORMS["before"], **_NORMS["after"], **_HEAD_NORMS, **_MATRICES}
 def require_gguf(name: str) -> None:
     """Raise `MissingError` where the package is not installed. name: the setting that needs it."""
     try:
-        import gguf  # noqa: F401
+        import_module("gguf")
     except ModuleNotFoundError as error:
         raise MissingError(
             f"`{name}` needs the package gguf; pip install 'looptx[gguf]'"

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,8 @@ class Written:
 def require_onnx() -> None:
     """Raise `MissingError` where a package is not installed or can't be imported."""
     try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
+        import_module("onnx")
+        import_module("onnxruntime")
     except ModuleNotFoundError as error:
         raise MissingError(f"`to_onnx` needs the package {error.name}; {_INSTALL}") from error
     except ImportError as error:  # such as a library that it was built for and is not here

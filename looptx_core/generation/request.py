@@ -233,7 +233,7 @@ class Request:
         if self.error is None:
             try:
                 return work()
-            except Exception as error:
+            except Exception as error:  # of any kind, as the others have to go on
                 if not self.ends_alone:
                     raise
                 self.error = error

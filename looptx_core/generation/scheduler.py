@@ -108,7 +108,7 @@ class Scheduler:
         for row in list(self._drafting):
             try:
                 drawn = list(draft_and_verify(self.batch, row, self._owners[row]))
-            except Exception as error:
+            except Exception as error:  # raised again by _fail where a request isn't guarded
                 steps += self._fail([row], error)
                 continue
             steps += drawn
@@ -135,7 +135,7 @@ class Scheduler:
             self._owed = set(streaming)
             try:
                 output = self._run(alike)
-            except Exception as error:
+            except Exception as error:  # likewise
                 steps += self._fail([own.row for own in alike], error)
             else:
                 steps += self._take(output)

@@ -55,8 +55,8 @@ class Session:
         """
         if len(ids) > self.room:
             raise UsageError(
-                f"{len(ids)} tokens to read, and the session holds {self.room} more; clear it, or "
-                "make one with more columns"
+                f"{len(ids)} tokens to read, and there is room for {self.room} more; clear it, "
+                "or make one with more columns"
             )
         with evaluation_mode(self.engine.model):
             self._pass(ids, items)
@@ -70,7 +70,7 @@ class Session:
         session's own. Raises `UsageError` where too little room is left."""
         if len(ids) >= self.room:
             raise UsageError(
-                f"{len(ids)} tokens to answer, and the session holds {self.room} more, the answer "
+                f"{len(ids)} tokens to answer, and there is room for {self.room} more, the answer "
                 "included; ask less"
             )
         own = replace(self.options, **options)  # type: ignore[arg-type]

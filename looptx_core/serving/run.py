@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import socket
+import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -19,11 +20,6 @@ from looptx_core.errors import Interrupted, LooptxError
 from looptx_core.generation.engine import Engine
 from looptx_core.serving.app import build_app
 from looptx_core.serving.service import Service
-
-try:
-    import resource
-except ImportError:  # Windows has no such limits
-    resource = None  # type: ignore[assignment]
 
 HEAD_SECONDS = 10.0
 """For a request's head to arrive, from the connection's beginning or the answer before."""
@@ -96,8 +92,10 @@ def _why(error: OSError) -> str:
 
 def _allow_files() -> None:
     """Where a process may open few files, ask the system for more, up to what it allows."""
-    if resource is None:
+    if sys.platform == "win32":  # it has no such limits
         return
+    import resource
+
     own, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _FILES if most == resource.RLIM_INFINITY else min(_FILES, most)
     if own != resource.RLIM_INFINITY and own < wanted:
