@@ -12,7 +12,7 @@ from pathlib import Path
 from looptx_core.checkpoint.header import read_header
 from looptx_core.checkpoint.run_facts import run_command
 from looptx_core.documents import check_links, read_json
-from looptx_core.errors import DataError, LooptxError
+from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.media.registry import MEDIA
 from looptx_core.outputs import check_output
 
@@ -43,8 +43,8 @@ def resolve_model(
             else the bundled model.
         need: what the model must be able to do: a medium's `ability`, or have 'weights' of its
             own, which an adapter has not.
-        check: called with the folder of a run; one for which it raises `DataError` is left out,
-            with this reason. A model that is given is not checked.
+        check: called with the folder of a run; one for which it raises `DataError` or `UsageError`
+            is left out, with this reason. A model that is given is not checked.
     Raises:
         DataError: no such folder, or one that is neither, is not finished or can't do it.
         LooptxError: the hub can't be reached.
@@ -65,7 +65,7 @@ def resolve_model(
             if need <= abilities(run / "final"):
                 check(run / "final")
                 return _resolved(run / "final", f"newest finished run under {runs}{_but(skipped)}")
-        except DataError as error:  # one damaged run must not hide the others
+        except (DataError, UsageError) as error:  # one damaged run must not hide the others
             skipped.append(str(error))
     for bundled in bundled_models():
         if _is_model(bundled) and need <= abilities(bundled):

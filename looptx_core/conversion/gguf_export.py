@@ -245,7 +245,7 @@ def gguf_files(
         loops=counted(stack.loops, "loop"),
         needs=_NEEDS if stack.architecture == LOOPED else "",
     )
-    config = {**files["config.json"], "model_type": MODEL_TYPE, "loops": stack.loops}
+    config = {**files["config.json"], "model_type": MODEL_TYPE}
     return {"config.json": config, "README.md": with_use(files["README.md"], use, "gguf")}
 
 
