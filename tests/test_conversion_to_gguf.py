@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from dataclasses import replace
@@ -216,10 +217,19 @@ def test_the_command_and_the_way_back(place: Path, capsys: pytest.CaptureFixture
     assert "the file, read back, against 1 loop of the model" in shown
     assert main(["generate", "a", "--model", "a-gguf"]) == 4
     assert "looptx-gguf" in capsys.readouterr().err.splitlines()[-1]
-    convert(capsys, *common, "--loops", 1, "--out", "b")
-    code, _, error = convert(capsys, "--from-gguf", "b/a-F32.gguf", "--data", "few.txt",
-                             "--out", "c", "--quiet")  # fmt: skip
-    assert code == 0, error
+    # Lines to copy take names as they are.
+    Path("a").rename("it's a")
+    _, _, error = convert(capsys, *common[:-1], "it's a", "--loops", 1, "--out", "b & c")
+    line = shlex.split(error.splitlines()[-1])
+    assert line[line.index("-m") + 1] == "b & c/it's a-F32.gguf"
+    card = Path("b & c/README.md").read_text()
+    use = card.split("```sh\n")[1].split("```")[0].splitlines()
+    assert shlex.split(use[0])[:3] == ["llama-cli", "-m", "it's a-F32.gguf"]
+    assert shlex.split(use[1])[2] == "it's a-F32.gguf" and "ollama create it-s-a -f" in use[1]
+    Path("it's a").rename("a")
+    code, _, error = convert(capsys, "--from-gguf", "b & c/it's a-F32.gguf", "--data", "few.txt",
+                             "--out", "c")  # fmt: skip
+    assert code == 0 and error.splitlines()[-1].endswith("--model c --show-iterations"), error
     before, after = load_model("a"), load_model("c")
     with torch.no_grad():
         assert torch.equal(after.model(TOKENS).logits, before.model(TOKENS, 1).logits)

@@ -44,6 +44,7 @@ from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.storage import to_float
 from looptx_core.outputs import check_model_target
 from looptx_core.schema import typed
+from looptx_core.words import quoted
 
 MODEL_TYPE = "looptx"
 _NOT_SHAPE = {
@@ -339,7 +340,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     if "auto_map" in settings:
         raise DataError(
             f"{folder}: in transformers' format; make it looptx's by "
-            f"looptx convert --from-hf {folder}"
+            f"looptx convert --from-hf {quoted(folder)}"
         )
     shape = {key: value for key, value in settings.items() if key not in _NOT_SHAPE}
     return typed(ModelConfig, shape, str(file)), settings

@@ -15,6 +15,7 @@ from looptx_core.documents import check_links, read_json
 from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.media.registry import MEDIA
 from looptx_core.outputs import check_output
+from looptx_core.words import quoted
 
 RUNS = Path("runs")
 
@@ -54,7 +55,7 @@ def resolve_model(
         if "weights" in need and found.adapter:
             raise DataError(
                 f"{path}: an adapter, which has no weights of its own; merge it first by "
-                f"looptx convert --adapter {path} --merge-adapter"
+                f"looptx convert --adapter {quoted(path)} --merge-adapter"
             )
         if need and (lacking := need - abilities(found.folder)):
             raise DataError(f"{path}: this model has no {', '.join(sorted(lacking))}; use another")
@@ -216,7 +217,8 @@ def _given(path: Path) -> ResolvedModel:
         return _resolved(path / "final", "given run")
     if (path / "config.yaml").is_file():
         raise DataError(
-            f"{path}: this run is not finished; resume it by looptx {run_command(path)} --resume"
+            f"{path}: this run is not finished; resume it by looptx {run_command(path)} --resume "
+            f"{quoted(path)}"
         )
     raise DataError(f"{path}: neither a run nor a model folder; check the path")
 

@@ -8,6 +8,7 @@ layers stand in it once for each loop. What is written is read back before it is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -38,7 +39,7 @@ from looptx_core.conversion.source_check import MOST_DIFFERENCE
 from looptx_core.errors import LooptxError, UsageError
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rope import rotary_frequencies
-from looptx_core.words import counted
+from looptx_core.words import counted, quoted
 
 MODEL_TYPE = "looptx-gguf"
 KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "Q8_0"}
@@ -58,7 +59,7 @@ _KNOWN = {
 """The parts of a shape that are judged here. Another one is refused where a model has it."""
 _USE = """```sh
 llama-cli -m {file} -p "Call me" -n 40
-printf 'FROM ./{file}\\n' > Modelfile && ollama create {name} -f Modelfile
+printf 'FROM ./%s\\n' {file} > Modelfile && ollama create {name} -f Modelfile
 ```
 
 Every token runs {loops}.{needs}"""
@@ -240,8 +241,8 @@ def gguf_files(
 ) -> dict[str, Any]:
     """What stands beside the file. files: of a model folder, as `model_files` gives them."""
     use = _USE.format(
-        file=file_name(source, kind),
-        name=source.name,
+        file=quoted(file_name(source, kind)),
+        name=re.sub(r"[^A-Za-z0-9_.-]", "-", source.name),  # as ollama takes them
         loops=counted(stack.loops, "loop"),
         needs=_NEEDS if stack.architecture == LOOPED else "",
     )
