@@ -25,10 +25,19 @@ COMMIT = "c" * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """The part of the hub's API that these calls need; repositories are in memory."""
+    """The part of the hub's API that these calls need; repositories are in memory.
+
+    large: endings of files that go to its storage of large files. private: names of repositories.
+    dead: a part of an address at which the connection breaks off. token: the only one it takes.
+    """
 
     repositories: dict[str, dict[str, bytes]]
     asked: list[str]
+    large: tuple[str, ...] = ()
+    stored: dict[str, bytes]
+    private: set[str]
+    dead: str | None = None
+    token: str = "hf_of_this_test"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -63,7 +72,8 @@ class Handler(BaseHTTPRequestHandler):
                      for file, body in kept[name].items()]  # fmt: skip
             if "/tree/" in path:
                 return self._json(files)
-            return self._json({"id": name, "sha": COMMIT, "siblings": files, "private": False})
+            private = name in self.server.private
+            return self._json({"id": name, "sha": COMMIT, "siblings": files, "private": private})
         name, _, file = path[1:].partition("/resolve/")
         file = file.partition("/")[2]
         if file not in kept.get(name, {}):
@@ -77,17 +87,25 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = unquote(urlsplit(self.path).path)
-        if "Authorization" not in self.headers:
-            return self._send(401)
+        if self.headers.get("Authorization") != f"Bearer {self.server.token}":
+            return self._send(401, X_Error_Message="Invalid username or password.")
+        if self.server.dead and self.server.dead in path:
+            self.close_connection = True
+            return self.connection.close()
         here = f"http://{self.headers['Host']}"
         name = "/".join(path.split("/")[3:5])
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
-            self.server.repositories.setdefault(name, {})
+            if name in self.server.repositories:
+                return self._send(409, json.dumps({"url": f"{here}/{name}"}).encode())
+            self.server.repositories[name] = {}
+            if asked.get("visibility") == "private" or asked.get("private"):
+                self.server.private.add(name)
             return self._json({"url": f"{here}/{name}", "name": name, "id": name})
         if "/preupload/" in path:
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+            files = [{"path": file["path"], "shouldIgnore": False, "uploadMode":
+                      "lfs" if file["path"].endswith(self.server.large) else "regular"}
                      for file in json.loads(body)["files"]]  # fmt: skip
             return self._json({"files": files})
         if "/commit/" in path:
@@ -96,9 +114,24 @@ class Handler(BaseHTTPRequestHandler):
                     value = line["value"]
                     content = base64.b64decode(value["content"])
                     self.server.repositories[name][value["path"]] = content
+                elif line["key"] == "lfsFile":
+                    value = line["value"]
+                    self.server.repositories[name][value["path"]] = self.server.stored[value["oid"]]
             url = f"{here}/{name}/commit/{COMMIT}"
             return self._json({"success": True, "commitOid": COMMIT, "commitUrl": url})
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = [{**item, "actions": {"upload": {"href": f"{here}/large/{item['oid']}"}}}
+                       for item in json.loads(body)["objects"]]  # fmt: skip
+            return self._json({"transfer": "basic", "objects": objects})
         return self._json({"success": True, "errors": [], "warnings": []})
+
+    def do_PUT(self) -> None:
+        """A large file, at the address that the hub named."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        oid = self.path.rpartition("/")[2]
+        assert hashlib.sha256(body).hexdigest() == oid
+        self.server.stored[oid] = body
+        self._send(200)
 
 
 @pytest.fixture
@@ -106,10 +139,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     from huggingface_hub import constants
 
     server = Hub(("127.0.0.1", 0), Handler)
-    server.repositories, server.asked = {}, []
+    server.repositories, server.asked, server.stored, server.private = {}, [], {}, set()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # large files by plain LFS
     monkeypatch.setenv("HF_TOKEN", "hf_of_this_test")
     yield server
     server.shutdown()
@@ -174,3 +208,27 @@ def test_what_the_hub_refuses_is_one_line(
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(LooptxError, match=r"hf auth login.* or set HF_TOKEN"):
         push_model(tiny, "hf:me/a")
+
+
+def test_large_files_and_repositories_that_are_there(
+    hub: Hub, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.large = (".safetensors",)
+    done = push_model(tiny, "hf:me/large", private=True)
+    assert hub.private == {"me/large"} and len(hub.stored) == 1
+    kept = hub.repositories["me/large"]
+    assert kept["model.safetensors"] == (tiny / "model.safetensors").read_bytes()
+    assert push_model(tiny, "hf:me/large", private=True).files == done.files == len(kept)
+    push_model(tiny, "hf:me/open")
+    with pytest.raises(UsageError, match="hf:me/open: a public repository of this name is there"):
+        push_model(tiny, "hf:me/open", private=True)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client tries again
+    for dead in ("/commit/", "/objects/batch"):
+        hub.dead = dead
+        with pytest.raises(LooptxError, match="the hub can't be reached .*check the network"):
+            push_model(tiny, "hf:me/broken")
+        assert hub.repositories["me/broken"] == {}, "whole or not at all"
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(LooptxError, match="the hub answers 401 .* with a token that may do this"):
+        push_model(tiny, "hf:me/other")
+    assert "me/other" not in hub.repositories

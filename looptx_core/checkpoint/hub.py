@@ -62,8 +62,8 @@ def push_model(
     """Upload a model's or an adapter's folder; the repository is made where there is none.
 
     The note on where the training data lies on this machine stays here. report: called with what
-    is about to be uploaded. Raises what `download_model` does, and `DataError` for a folder that
-    is no whole model.
+    is about to be uploaded. Raises what `download_model` does, `DataError` for a folder that is no
+    whole model, and `UsageError` where a private one is asked for and a public one is there.
     """
     repository, revision = _parsed(name)
     if revision:
@@ -76,6 +76,11 @@ def push_model(
     with _explained(name):
         api = _api()
         api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.model_info(repository).private:
+            raise UsageError(
+                f"{name}: a public repository of this name is there; make it private on its page, "
+                "choose another name, or leave `private` out"
+            )
         done = api.upload_folder(
             repo_id=repository, folder_path=folder, allow_patterns=_FILES,
             ignore_patterns=_OWN_PATHS, commit_message=message or f"{repository}, by looptx",
