@@ -225,10 +225,10 @@ def test_large_files_and_repositories_that_are_there(
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client tries again
     for dead in ("/commit/", "/objects/batch"):
         hub.dead = dead
-        with pytest.raises(LooptxError, match="the hub can't be reached .*check the network"):
+        with pytest.raises(LooptxError, match=r"the hub can't be reached .*check the network"):
             push_model(tiny, "hf:me/broken")
         assert hub.repositories["me/broken"] == {}, "whole or not at all"
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(LooptxError, match="the hub answers 401 .* with a token that may do this"):
+    with pytest.raises(LooptxError, match=r"the hub answers 401 .* with a token that may do this"):
         push_model(tiny, "hf:me/other")
     assert "me/other" not in hub.repositories
