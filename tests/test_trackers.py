@@ -89,18 +89,23 @@ def test_a_tracker_that_cannot_begin_is_one_line(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
 def test_the_real_trackers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that are installed, without a network: a run, and its second part."""
+    """Those that are installed, without a network: two runs, and their second parts."""
     pytest.importorskip(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    lines: list[str] = []
-    versions = set()
-    for resume in (False, True):
-        tracker = trackers.Tracker(name, tmp_path, lines.append)
-        tracker.begin({"lr": 0.1, "model": {"d_model": 16}}, resume)
-        versions.add(tracker.version)
-        tracker.log_metrics({"train_loss": 2.0, "val_loss/1": 3.0, "epoch": 0}, step=int(resume))
-        tracker.finalize("success")
-    assert len(versions) == 1 and len(lines) == 2, lines
-    files = [file.name for file in tmp_path.rglob("*") if file.is_file()]
-    assert any(file.endswith((".wandb", ".db")) for file in files), files
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        lines: list[str] = []
+        versions = set()
+        for resume in (False, True):
+            tracker = trackers.Tracker(name, folder, lines.append)
+            tracker.begin({"lr": 0.1, "model": {"d_model": 16}}, resume)
+            versions.add(tracker.version)
+            figures = {"train_loss": 2.0, "val_loss/1": 3.0, "epoch": 0}
+            tracker.log_metrics(figures, step=int(resume))
+            tracker.finalize("success")
+        assert len(versions) == 1 and len(lines) == 2, lines
+        where = tmp_path if name == "trackio" else folder
+        files = [file.name for file in where.rglob("*") if file.is_file()]
+        assert any(file.endswith((".wandb", ".db")) for file in files), files

@@ -11,6 +11,7 @@ import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from looptx_core.training.callbacks import UNUSED
 FILE = "trackers.json"
 """In a run's folder: the tracker's id of the run, which a resumed run goes on with, by tracker."""
 PROJECT = "looptx"
+_own_databases: set[str] = set()  # MLflow writes the one it uses into MLFLOW_TRACKING_URI
 
 
 class Opened(NamedTuple):
@@ -62,9 +64,14 @@ def open_mlflow(folder: Path, id: str | None, settings: Mapping[str, Any]) -> Op
 
     from lightning.pytorch.loggers import MLFlowLogger
 
+    import_module("mlflow")  # which sets the level of its notes on import
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    where = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+    own = f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+    where = os.environ.get("MLFLOW_TRACKING_URI")
+    if not where or where in _own_databases:
+        where = own
+        _own_databases.add(own)
     project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
     logger = MLFlowLogger(project, _name(folder), where, run_id=id)
     found = logger.run_id
@@ -93,8 +100,9 @@ def open_trackio(folder: Path, id: str | None, settings: Mapping[str, Any]) -> O
             resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False,
         )
     )  # fmt: skip
+    # By the module, which at the end of the process would finish, and print, a run of its own.
     return Opened(
-        name, lambda figures, step: run.log(figures, step=step), lambda _: quietly(run.finish)
+        name, lambda figures, step: run.log(figures, step=step), lambda _: quietly(trackio.finish)
     )
 
 
