@@ -314,7 +314,7 @@ def without(missing: str) -> Any:
 BAD = {
     "an unknown architecture": (dict(architecture="mamba"), "architecture is mamba"),
     "no merges": (dict(tokenizer__ggml__merges=None), "no merges"),
-    "another kind of tokenizer": (dict(tokenizer__ggml__model="llama"), "byte-level BPE"),
+    "another kind of tokenizer": (dict(tokenizer__ggml__model="t5"), "Unigram; byte-level BPE"),
     "unknown words": (dict(tokenizer__ggml__pre="tekken"), "pre-tokenizer is 'tekken'"),
     "a list of names of words": (dict(tokenizer__ggml__pre=["a"]), "pre-tokenizer is"),
     "an end that is no token": (dict(tokenizer__ggml__eos_token_id=999), "eos 999"),

@@ -20,7 +20,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from looptx_core.checkpoint.card import UNKNOWN
-from looptx_core.checkpoint.folder import LoadedModel
+from looptx_core.checkpoint.folder import LoadedModel, check_vocabulary
 from looptx_core.checkpoint.weights import check_finite, tensors_of
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.rope import RopeScaling
@@ -248,6 +248,7 @@ def from_gguf(gguf: GGUF, looping: Looping) -> LoadedModel:
                          coda_layers=0, loops=gguf.loops, max_loops=gguf.loops)  # fmt: skip
     check_fits(gguf.elements, file)
     tokenizer, special, template = read_gguf_tokenizer(gguf.values, str(file))
+    check_vocabulary(tokenizer, config, str(file))
     model, rename = empty_model(config), looped_names(config)
     expected = tensors_of(model, None)
     names: dict[str, str] = {}
