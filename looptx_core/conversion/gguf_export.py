@@ -212,7 +212,7 @@ def stored_tensors(
         yield FREQUENCIES, plain / scaled, GGMLQuantizationType.F32
     heads = {"q": config.n_heads, "k": config.n_kv_heads}
     for name in tensor_names(config, stack.layers, tied):
-        values = state[rename(transformers_name(name)) or "embedding.weight"]
+        values = state[rename(transformers_name(stack.architecture, name)) or "embedding.weight"]
         if part := turned_part(stack.architecture, name):
             values = to_neighbours(values, heads[part])
         stored = kind if values.dim() > 1 else "F32"
