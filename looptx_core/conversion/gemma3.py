@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from looptx_core.config.model import ModelConfig
 from looptx_core.documents import short
 from looptx_core.errors import DataError
 from looptx_core.model.loop import LoopedTransformer
@@ -113,13 +115,12 @@ def of_gguf(values: Mapping[str, Any], settings: Mapping[str, Any], where: str) 
             f"{where}: gemma3.{key} is {short(repr(slides))}, which is neither a distance nor a "
             f"flag for each of {layers} layers; copy or download the file again"
         )
-    largest = layers == _LAYERS_OF_27B
     return {
         "model_type": KIND,
         "hidden_activation": _DEFAULTS["hidden_activation"],
-        "query_pre_attn_scalar": settings["hidden_size"] // settings["num_attention_heads"]
-        if largest
-        else settings["head_dim"],
+        "query_pre_attn_scalar": _query_width(
+            layers, settings["hidden_size"], settings["num_attention_heads"], settings["head_dim"]
+        ),
         "layer_types": ["sliding_attention" if of else "full_attention" for of in slides],
         "rope_parameters": {
             "full_attention": settings["rope_parameters"],
@@ -131,6 +132,37 @@ def of_gguf(values: Mapping[str, Any], settings: Mapping[str, Any], where: str) 
         "final_logit_softcapping": get("final_logit_softcapping") or None,
         **({"sliding_window": window} if window else {}),
     }
+
+
+def _query_width(layers: int, width: int, heads: int, head_dim: int) -> int:
+    """By the root of which llama.cpp divides the scores."""
+    return width // heads if layers == _LAYERS_OF_27B else head_dim
+
+
+def gguf_values(config: ModelConfig) -> dict[str, Any]:
+    """The metadata that `of_gguf` reads, without `gemma3.`, for one loop of a model."""
+    local = config.local_attention
+    if not local.window:
+        return {}
+    return {
+        "attention.sliding_window": local.window,
+        "attention.sliding_window_pattern": local.every,
+        "rope.freq_base_swa": float(local.rope_theta),
+    }
+
+
+def unfold(name: str, values: Tensor, config: ModelConfig, layers: int) -> Tensor:
+    """What a GGUF file stores for a tensor of a model, into which `fold` put the rest.
+
+    name: the file's. layers: that stand in it. Norms stay as they are, for a file's have the 1.
+    """
+    scale = math.sqrt(config.d_model)
+    width = _query_width(layers, config.d_model, config.n_heads, config.head_dim)
+    if name == "token_embd.weight":
+        return values / scale
+    if name == "output_norm.weight" and config.tie_embeddings:
+        return values * scale
+    return values * math.sqrt(width / config.head_dim) if "attn_q_norm" in name else values
 
 
 @torch.no_grad()

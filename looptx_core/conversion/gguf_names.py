@@ -18,7 +18,7 @@ LOOPED = "nanbeige"
 """llama.cpp's architecture of a stack of layers that is run several times."""
 GEMMA = "gemma3"
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "olmo2", LOOPED, GEMMA)
-"""Those that are read."""
+"""Those that are read and written."""
 FREQUENCIES = "rope_freqs.weight"
 _NEIGHBOURS = ("llama", LOOPED)
 _TOP = {
