@@ -113,7 +113,10 @@ def test_read_back_it_is_the_model_bit_for_bit(shape: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("shape", SHAPES)
 def test_llama_cpp_writes_the_same_tokens(shape: str, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("xllamacpp", reason="llama.cpp: pip install xllamacpp")
-    model = drawn(**SHAPES[shape][1])
+    architecture, changes = SHAPES[shape]
+    model = drawn(**changes)
+    # Its GELU on CPUs is a table of float16.
+    tolerance = 2e-3 if architecture == "gemma3" else 1e-4
     file, _ = written(loaded(model), tmp_path / "out")
     settings = llama_cpp.CommonParams()
     settings.model.path, settings.n_ctx, settings.n_parallel = str(file), 128, 1
@@ -137,7 +140,7 @@ def test_llama_cpp_writes_the_same_tokens(shape: str, tmp_path: Path) -> None:
         with torch.no_grad():
             ours = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
         for top in theirs["top_logprobs"]:
-            assert top["logprob"] == pytest.approx(float(ours[top["id"]]), abs=1e-4)
+            assert top["logprob"] == pytest.approx(float(ours[top["id"]]), abs=tolerance)
         ours[banned] = -torch.inf
         assert theirs["id"] == int(ours.argmax())
         return theirs["id"]
