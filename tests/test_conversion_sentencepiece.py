@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -12,9 +13,10 @@ from data_cases import MOBY
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from looptx_cli.main import main
-from looptx_core.conversion.gguf_tokenizer import read_gguf_tokenizer
-from looptx_core.data.tokenizer import StreamDecoder
-from looptx_core.errors import DataError
+from looptx_core.conversion.gguf_sentencepiece import scores_of
+from looptx_core.conversion.gguf_tokenizer import read_gguf_tokenizer, tokenizer_values
+from looptx_core.data.tokenizer import StreamDecoder, as_plain_text
+from looptx_core.errors import DataError, UsageError
 
 SPACE = "\u2581"
 SPECIAL = {"<unk>": 2, "<s>": 3, "</s>": 3}
@@ -106,6 +108,23 @@ def test_texts_begin_as_the_file_says(values: dict[str, Any]) -> None:
     tokenizer, special = read(values, add_bos_token=False, bos_token_id=0, eot_token_id=1)
     assert tokenizer.encode("a").ids == by_score(values, "a")
     assert special.bos == "<unk>" and special.ends == (2, 1)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_written_again_it_gives_the_same_ids(values: dict[str, Any], prefix: bool) -> None:
+    tokenizer, special = read(values, add_space_prefix=prefix)
+    found = tokenizer_values(tokenizer, special, 604, Path("m"))
+    again, names, _ = read_gguf_tokenizer(found, "m")
+    for text in (*HARD, *(" " * count + "x" for count in range(14))):
+        assert again.encode(text).ids == tokenizer.encode(text).ids, text
+    assert found["tokenizer.ggml.add_space_prefix"] == prefix and names == special
+    assert found["tokenizer.ggml.tokens"][600:] == [f"[PAD{number}]" for number in range(600, 604)]
+    assert scores_of([("a", "aa"), ("a", "a"), ("aa", "a")], {"a", "aa", "aaa"}) is None
+    described = json.loads(tokenizer.to_str())
+    del described["model"]["merges"][-1]
+    changed = as_plain_text(Tokenizer.from_str(json.dumps(described)))
+    with pytest.raises(UsageError, match="in an order that no scores give"):
+        tokenizer_values(changed, special, 600, Path("m"))
 
 
 def test_what_is_missing_or_not_known_is_named(values: dict[str, Any]) -> None:

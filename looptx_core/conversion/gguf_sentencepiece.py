@@ -7,7 +7,7 @@ token, those with the highest score are joined first, and of equal scores those 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from itertools import groupby
 
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -45,27 +45,38 @@ def sentencepiece_bpe(
     return built
 
 
+def scores_of(merges: Sequence[tuple[str, str]], merged: set[str]) -> dict[str, float] | None:
+    """A score for each token that is joined by merges in this order; None where no scores give it.
+
+    merged: as for `sentencepiece_bpe`.
+    """
+    found = [pair for pair in merges if {*pair, "".join(pair)} <= merged]
+    order = [token for token, _ in groupby(map("".join, found))]
+    every = {pair for token in merged for pair in _pairs(token, merged)}
+    if len(set(order)) < len(order) or set(found) != every:
+        return None
+    return {token: -float(number) for number, token in enumerate(order)}
+
+
 def _merges(scores: dict[str, float], need: Need) -> list[tuple[str, str]]:
     """All pairs of tokens that join to a token, the most urgent first.
 
     The library prefers the pair that stands first here, wherever it is in a text. Among tokens of
     the same score, llama.cpp prefers the leftmost, which has an order here only where all of them
-    repeat one character (Llama 2's runs of spaces): a longer left part first makes a run grow from
-    the left before another one begins.
+    repeat one character (Llama 2's runs of spaces): the longest first, made from the longest left
+    part, makes a run grow from the left before another one begins.
     """
-    found: list[tuple[str, str]] = []
-    ordered = sorted(scores, key=lambda token: -scores[token])
-    for score, group in groupby(ordered, lambda token: scores[token]):
-        tied = {
-            token: pairs
-            for token in group
-            if (pairs := [(token[:at], token[at:]) for at in range(len(token) - 1, 0, -1)
-                          if token[:at] in scores and token[at:] in scores])
-        }  # fmt: skip
-        if len(tied) > 1:
-            mixed = [token for token in tied if len(set(token)) > 1]
-            need(not mixed, f"{len(tied):,} tokens, {short(repr(mixed[:1]))} among them, have the "
-                 f"score {score:g}, so that their order is not known")  # fmt: skip
-        found += sorted((pair for pairs in tied.values() for pair in pairs),
-                        key=lambda pair: -len(pair[0]))  # fmt: skip
-    return found
+    order = sorted(scores, key=lambda token: (-scores[token], -len(token)))
+    pairs = {token: found for token in order if (found := _pairs(token, scores))}
+    for score, group in groupby(pairs, lambda token: scores[token]):
+        tied = list(group)
+        mixed = [token for token in tied if len(set(token)) > 1]
+        need(len(tied) < 2 or not mixed, f"{len(tied):,} tokens, {short(repr(mixed[:1]))} among "
+             f"them, have the score {score:g}, so that their order is not known")  # fmt: skip
+    return [pair for found in pairs.values() for pair in found]
+
+
+def _pairs(token: str, known: Container[str]) -> list[tuple[str, str]]:
+    """The two tokens that join to it, in all ways."""
+    cuts = ((token[:at], token[at:]) for at in range(len(token) - 1, 0, -1))
+    return [(left, right) for left, right in cuts if left in known and right in known]

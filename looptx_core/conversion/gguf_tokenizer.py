@@ -25,7 +25,13 @@ from tokenizers import (
 )
 
 from looptx_core.checkpoint.special_tokens import SpecialTokens
-from looptx_core.conversion.gguf_sentencepiece import SPACE, Need, sentencepiece_bpe
+from looptx_core.conversion.gguf_sentencepiece import (
+    BYTES,
+    SPACE,
+    Need,
+    scores_of,
+    sentencepiece_bpe,
+)
 from looptx_core.data.tokenizer import as_plain_text, opening_ids
 from looptx_core.documents import is_one_of, short
 from looptx_core.errors import DataError, UsageError
@@ -40,7 +46,8 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _ENDS = ("eos", "eot", "eom")
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>")
 """The first of these ends a turn where a file names no `eot`, as for llama.cpp."""
-_DEFAULTS = {"gpt2": {}, "llama": {"bos": 1, "eos": 2}}
+_NO_SCORE = -1e9
+_DEFAULTS: dict[str, dict[str, int]] = {"gpt2": {}, "llama": {"bos": 1, "eos": 2}}
 """Ids of tokens that a file need not name."""
 _PREFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _SUFFIX = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -116,13 +123,9 @@ def read_gguf_tokenizer(
         built = _byte_level(vocabulary, _KINDS[pre], get("merges"), need, where)
     else:
         begins = True
-        never = (_UNKNOWN, _CONTROL, _BYTE)
-        # A user-defined token is taken out of a text before all else, unless a space is in it.
-        merged = {token for token, of in zip(tokens, types)
-                  if of not in never and (of != _USER_DEFINED or SPACE in token)}  # fmt: skip
         scores = numbers("scores", "score")
         prefix = bool(get("add_space_prefix", True))
-        built = sentencepiece_bpe(tokens, merged, scores, prefix, need)
+        built = sentencepiece_bpe(tokens, _merged(tokens, types), scores, prefix, need)
     special = {token for token, of in zip(tokens, types) if of in (_UNKNOWN, _CONTROL)}
     added = [AddedToken(token, special=token in special, normalized=False)
              for token, of in zip(tokens, types)
@@ -152,6 +155,16 @@ def read_gguf_tokenizer(
     return as_plain_text(built), found, template if isinstance(template, str) else None
 
 
+def _merged(tokens: Sequence[str], types: Sequence[int]) -> set[str]:
+    """The tokens that SentencePiece joins characters to. A user-defined token is taken out of a
+    text before all else, unless a space is in it."""
+    never = (_UNKNOWN, _CONTROL, _BYTE)
+    return {
+        token for token, of in zip(tokens, types)
+        if of not in never and (of != _USER_DEFINED or SPACE in token)
+    }  # fmt: skip
+
+
 def _byte_level(
     vocabulary: dict[str, int], kind: _Kind, merges: Any, need: Need, where: str
 ) -> Tokenizer:
@@ -176,7 +189,7 @@ def tokenizer_values(
     """The metadata of a GGUF file for a tokenizer, as `read_gguf_tokenizer` reads it.
 
     vocab_size: of the model, which may have more tokens. Raises `UsageError` for a tokenizer that
-    is not byte-level BPE, has no end, or splits words as no kind here does.
+    is neither byte-level BPE nor SentencePiece's, has no end, or splits words as no kind here does.
     """
 
     def need(ok: bool, what: str) -> None:
@@ -185,13 +198,19 @@ def tokenizer_values(
 
     described = json.loads(tokenizer.to_str())["model"]
     bytewise = isinstance(tokenizer.decoder, decoders.ByteLevel)
-    need(described["type"] == "BPE" and bytewise, "its tokenizer is no byte-level BPE")
+    need(described["type"] == "BPE" and (bytewise or described["byte_fallback"]),
+         "its tokenizer is no byte-level BPE, and none of SentencePiece's")  # fmt: skip
     tokens = [f"[PAD{number}]" for number in range(vocab_size)]
     types = [_UNUSED] * vocab_size
     for token, number in tokenizer.get_vocab().items():
         tokens[number], types[number] = token, _NORMAL
     for number, added in tokenizer.get_added_tokens_decoder().items():
         types[number] = _CONTROL if added.special else _USER_DEFINED
+    if not bytewise:
+        lacks = [token for token in BYTES if tokenizer.token_to_id(token) is None]
+        need(not lacks, f"its tokenizer lacks the byte {''.join(lacks[:1])}")
+        for token in BYTES:
+            types[tokenizer.token_to_id(token)] = _BYTE
     opening = opening_ids(tokenizer)
     bos = opening[0] if opening else special.bos and tokenizer.token_to_id(special.bos)
     need(len(opening) < 2, "its texts begin with several tokens")
@@ -202,19 +221,28 @@ def tokenizer_values(
     pad = special.pad and tokenizer.token_to_id(special.pad)
     named = {"bos": bos, **dict(zip(_ENDS, ends)), "padding": pad}
     values = {
-        "model": "gpt2",
         "tokens": tokens,
         "token_type": types,
-        "merges": [" ".join(m) if isinstance(m, list) else m for m in described["merges"]],
         **{f"{part}_token_id": number for part, number in named.items() if number is not None},
         "add_bos_token": bool(opening),
     }
-    for pre in _WRITTEN_AS:
-        found = {f"tokenizer.ggml.{name}": value for name, value in (values | {"pre": pre}).items()}
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in described["merges"]]
+    ways: list[dict[str, Any]]
+    if bytewise:
+        joined = [" ".join(pair) for pair in merges]
+        ways = [{"model": "gpt2", "merges": joined, "pre": pre} for pre in _WRITTEN_AS]
+    else:
+        scores = scores_of(merges, _merged(tokens, types))
+        need(scores is not None, "its tokenizer has merges in an order that no scores give")
+        assert scores is not None
+        each = [scores.get(token, _NO_SCORE) for token in tokens]
+        ways = [{"model": "llama", "scores": each, "add_space_prefix": prefix}
+                for prefix in (True, False)]  # fmt: skip
+    for way in ways:
+        found = {f"tokenizer.ggml.{name}": value for name, value in (values | way).items()}
         built, _, _ = read_gguf_tokenizer(found, str(where))
-        if _split(built) == _split(tokenizer) and all(
-            built.encode(text).ids == tokenizer.encode(text).ids for text in _PROBES
-        ):
+        same = not bytewise or _split(built) == _split(tokenizer)
+        if same and all(built.encode(t).ids == tokenizer.encode(t).ids for t in _PROBES):
             return found
     raise UsageError(
         f"{where}: its tokenizer splits words in a way of its own, and {', '.join(_WRITTEN_AS)} "
