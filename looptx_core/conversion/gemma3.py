@@ -106,7 +106,7 @@ def of_gguf(values: Mapping[str, Any], settings: Mapping[str, Any], where: str) 
 
     layers, window = settings["num_hidden_layers"], get("attention.sliding_window")
     key = "attention.sliding_window_pattern"
-    slides = get(key, _PATTERN) if window else 1
+    slides: Any = get(key, _PATTERN) if window else 1
     if type(slides) is int and slides >= 0:
         slides = [not slides or (layer + 1) % slides > 0 for layer in range(layers)]
     flags = isinstance(slides, list) and all(of in (0, 1) for of in slides)

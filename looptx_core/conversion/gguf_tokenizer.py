@@ -207,10 +207,10 @@ def tokenizer_values(
     for number, added in tokenizer.get_added_tokens_decoder().items():
         types[number] = _CONTROL if added.special else _USER_DEFINED
     if not bytewise:
-        lacks = [token for token in BYTES if tokenizer.token_to_id(token) is None]
-        need(not lacks, f"its tokenizer lacks the byte {''.join(lacks[:1])}")
         for token in BYTES:
-            types[tokenizer.token_to_id(token)] = _BYTE
+            number: Any = tokenizer.token_to_id(token)
+            need(number is not None, f"its tokenizer lacks the byte {token}")
+            types[number] = _BYTE
     opening = opening_ids(tokenizer)
     bos = opening[0] if opening else special.bos and tokenizer.token_to_id(special.bos)
     need(len(opening) < 2, "its texts begin with several tokens")
