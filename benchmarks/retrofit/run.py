@@ -6,10 +6,11 @@
     python -m benchmarks.retrofit.run --base smol --people 12 --hops 1 2 3 4 5 6 7 8 \
         --steps 3000 --batch 64 --max-loops 4 --variant gpu
 
-Adapters and the bridge are trained on chains of look-ups (`chains.py`), on the layers
-of the core (`--layers all`: on all of them), the depth growing from one loop. The control has the
-same data, adapters and FLOPs, and one loop. Both answer held-out questions, greedily, a row for
-each number of hops and of loops. Resumable, by seed and layers; half an hour of a core a seed.
+Adapters and the bridge are trained on chains of look-ups (`chains.py`), `--asked` questions about
+each ring, on the layers of the core (`--layers all`: on all of them), the depth growing from one
+loop. The control has the same data, adapters and FLOPs, and one loop. Both answer held-out
+questions, greedily, a row for each number of hops and of loops. Resumable, by seed and layers; half
+an hour of a core a seed. --keep: a folder for the adapters.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.record import results_file, rows_so_far, write
-from benchmarks.retrofit.chains import chains
+from benchmarks.retrofit.chains import TURNS, chains, lessons
 from looptx_core.checkpoint.folder import LoadedModel, load_model
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.finetuning.adapters import load_adapter
@@ -33,6 +35,7 @@ from looptx_core.finetuning.run import FinetuneResult, finetune, prepare
 from looptx_core.training.control import control_changes, counted_share, text_loss
 
 HELD_OUT_SEED = 10_000
+TOKENIZER = "tokenizer_config.json"
 
 
 def questions(args: argparse.Namespace, hops: int) -> list[dict[str, str]]:
@@ -71,12 +74,20 @@ def rows_of(args: argparse.Namespace, arm: str, loaded: LoadedModel, loops: int)
     ]  # fmt: skip
 
 
+def in_turns(base: Path, folder: Path) -> Path:
+    """The base with a template that writes questions and answers one after another."""
+    shutil.copytree(base, folder)
+    config = json.loads((base / TOKENIZER).read_text("utf-8"))
+    (folder / TOKENIZER).write_text(json.dumps({**config, "chat_template": TURNS}), "utf-8")
+    return folder
+
+
 def trained(
-    args: argparse.Namespace, config: FinetuneConfig, data: str, folder: Path
+    config: FinetuneConfig, base: Path, data: str, folder: Path
 ) -> tuple[FinetuneResult, float]:
     """A finished run, and the share of its targets that count."""
     folder.mkdir()
-    prepared = prepare(config, base=args.base, data=[data], report=print)
+    prepared = prepare(config, base=base, data=[data], report=print)
     counted = counted_share(prepared.batches.train_dataloader())
     return finetune(prepared, folder=folder, report=print, watch=print), counted
 
@@ -88,14 +99,18 @@ def measured(args: argparse.Namespace, config: FinetuneConfig) -> list[Any]:
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         data = place / "chains.jsonl"
-        records = chains(config.seed, args.examples, args.people, args.hops)
+        records = lessons(config.seed, args.examples, args.people, args.hops, args.asked)
         data.write_text("".join(json.dumps(record) + "\n" for record in records))
-        looped, counted = trained(args, config, str(data), place / "looped")
+        taught = in_turns(args.base, place / "base")
+        looped, counted = trained(config, taught, str(data), place / "looped")
         changes: Any = control_changes(config, base.config, looped.flops, counted)
-        control, _ = trained(args, replace(config, **changes), str(data), place / "control")
+        control, _ = trained(replace(config, **changes), taught, str(data), place / "control")
         for arm, result, loops in (("looped", looped, args.max_loops), ("control", control, 1)):
             fresh = load_model(args.base, dtype=torch.float32)
             adapted = load_adapter(fresh, result.model_folder)
+            if args.keep:
+                kept = args.keep / f"{args.layers}-{config.seed}-{arm}"
+                shutil.copytree(result.model_folder, kept, dirs_exist_ok=True)
             rows += rows_of(args, arm, adapted, loops)
             rows.append({
                 "part": "training", "arm": arm, "steps": result.steps, "flops": result.flops,
@@ -119,9 +134,11 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--questions", type=int, default=200, help="Held out, for each hop.")
     parser.add_argument("--examples", type=int, default=8000)
+    parser.add_argument("--asked", type=int, default=8, help="Questions about a ring.")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variant", default="")
+    parser.add_argument("--keep", type=Path, help="A folder for the adapters.")
     args = parser.parse_args()
     assert max(args.hops) < args.people, "every hop needs another answer"
     config = FinetuneConfig(
@@ -131,7 +148,7 @@ def main() -> None:
         seq_len=args.seq_len, lr=args.lr, precision=args.precision, val_every=args.steps,
         val_batches=1, val_fraction=0.01, save_every=args.steps,
     )  # fmt: skip
-    kept_out = ("base", "seeds", "layers", "variant")
+    kept_out = ("base", "seeds", "layers", "variant", "keep")
     settings = {key: value for key, value in vars(args).items() if key not in kept_out}
     file = results_file("retrofit.run", args.variant)
     for seed in args.seeds:
