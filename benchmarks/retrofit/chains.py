@@ -49,7 +49,7 @@ def chains(seed: int, count: int, people: int, hops: Sequence[int]) -> Iterator[
 
 
 TURNS = "{% for message in messages %}{{ message.content }}{% endfor %}"
-"""A chat template that writes turns one after another, so that each question reads as in `chain`."""
+"""A chat template that writes turns one after another: each question reads as in `chain`."""
 
 
 def lessons(
