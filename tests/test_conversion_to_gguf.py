@@ -46,6 +46,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "a norm of heads": ("qwen3", {"qk_norm": True, "head_dim": 16}),
     "norms after": ("olmo2", {"qk_norm": True, "qk_norm_over": "all", "norm_position": "after"}),
     "a looped core alone": ("nanbeige", {"loops": 3}),
+    "a norm between loops": ("nanbeige", {"loops": 3, "injection": "norm"}),
+    "the first loop before a norm": ("llama", {"coda_layers": 1, "injection": "norm"}),
     "loops written out": ("qwen3", {**AROUND, "qk_norm": True, "loops": 3}),
 }  # fmt: skip
 TOKENIZER = made_tokenizer()
@@ -86,14 +88,19 @@ def test_read_back_it_is_the_model_bit_for_bit(shape: str, tmp_path: Path) -> No
     model = drawn(**changes)
     file, found = written(loaded(model), tmp_path / "out")
     read = GGUF(file)
-    assert read.architecture == architecture and found.logit_difference == 0
+    # A norm's weights that go into the head are rounded once more.
+    within = 1e-6 if model.config.injection == "norm" else 0
+    assert read.architecture == architecture and found.logit_difference <= within
     with torch.no_grad():
         expected = model(TOKENS).logits
-        assert torch.equal(found.model(TOKENS).logits, expected)
+        gap = (found.model(TOKENS).logits - expected).abs().max()
+        assert gap <= within * expected.abs().max()
         if architecture == "nanbeige":
             config = found.model.config
             assert (config.core_layers, config.loops, config.max_loops) == (2, 3, 3)
-            assert len(read.stored) == 2 + 2 * 9, "the weights stand in it once"
+            assert len(read.stored) - 2 * 9 == 2 + (not config.tie_embeddings), (
+                "the weights stand in it once"
+            )
             assert (model(TOKENS, 2).logits - expected).abs().max() > 0.1, "the depth counts"
         else:  # transformers' code gives the same, too
             theirs = read.in_transformers()(TOKENS).logits
