@@ -19,26 +19,17 @@ NAMES = """
 """.split()  # noqa: SIM905
 
 
-Question = tuple[str, str]
-
-
-def asked(rng: random.Random, people: int, hops: Sequence[int]) -> tuple[str, list[Question]]:
-    """The facts of one ring, shuffled, and a question with its answer for each number of hops."""
+def chain(rng: random.Random, people: int, hops: int) -> dict[str, str]:
+    """A prompt with its facts shuffled, and the response."""
     ring = rng.sample(NAMES, people)
     facts = [f"{one}'s boss is {ring[(place + 1) % people]}." for place, one in enumerate(ring)]
     rng.shuffle(facts)
-    questions = []
-    for count in hops:
-        first = rng.randrange(people)
-        question = ring[first] + "'s boss" * count + " is"
-        questions.append((f"\n{question}", f" {ring[(first + count) % people]}"))
-    return "\n" + " ".join(facts), questions
-
-
-def chain(rng: random.Random, people: int, hops: int) -> dict[str, str]:
-    """A prompt with its facts shuffled, and the response."""
-    facts, ((question, answer),) = asked(rng, people, [hops])
-    return {"prompt": facts + question, "response": answer}
+    first = rng.randrange(people)
+    question = ring[first] + "'s boss" * hops + " is"
+    return {
+        "prompt": "\n" + " ".join(facts) + "\n" + question,
+        "response": f" {ring[(first + hops) % people]}",
+    }
 
 
 def chains(seed: int, count: int, people: int, hops: Sequence[int]) -> Iterator[dict[str, str]]:
@@ -46,22 +37,3 @@ def chains(seed: int, count: int, people: int, hops: Sequence[int]) -> Iterator[
     rng = random.Random(seed)
     for _ in range(count):
         yield chain(rng, people, rng.choice(hops))
-
-
-TURNS = "{% for message in messages %}{{ message.content }}{% endfor %}"
-"""A chat template that writes turns one after another: each question reads as in `chain`."""
-
-
-def lessons(
-    seed: int, count: int, people: int, hops: Sequence[int], questions: int
-) -> Iterator[dict[str, list[dict[str, str]]]]:
-    """Conversations of so many questions about one ring, by `TURNS`; answers are the targets."""
-    rng = random.Random(seed)
-    for _ in range(count):
-        facts, found = asked(rng, people, rng.choices(hops, k=questions))
-        turns = []
-        for question, answer in found:
-            turns.append({"role": "user", "content": facts + question})
-            turns.append({"role": "assistant", "content": answer})
-            facts = ""
-        yield {"messages": turns}

@@ -1,9 +1,9 @@
 """The exit of a looped pretrained model on held-out answers: what it saves, in loops and seconds.
 
-The rule is calibrated and picked (`inspect_loops`, within 0.5 %) on held-out conversations of
-`chains.lessons`, whose targets are the answers. Then others are read one by one, every token after
-the facts given and by itself, as decoding goes: at each fixed depth, and with the exit. Losses and
-loops are those of the answers, seconds those of all tokens. Sides alternate text by text, and each
+The rule is calibrated and picked (`inspect_loops`, within 0.5 %) on held-out questions of
+`chains.py`, whose targets are the answers. Then others are read one by one, every token after the
+facts given and by itself, as decoding goes: at each fixed depth, and with the exit. Losses and loops
+are those of the answers, seconds those of all tokens. Sides alternate text by text, and each
 text counts by its best round. The fixed depth to beat is the smallest one within 0.5 % of the
 deepest one's loss.
 
@@ -24,19 +24,17 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.common.record import write
-from benchmarks.retrofit.chains import TURNS, lessons
+from benchmarks.retrofit.chains import chains
 from looptx_core.checkpoint.folder import LoadedModel, load_model
 from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.config.inspection import InspectConfig
-from looptx_core.data.chat import ChatTemplate
 from looptx_core.data.own import OwnData, open_data
 from looptx_core.finetuning.adapters import load_adapter
 from looptx_core.generation.engine import Engine
 from looptx_core.inspection.report import inspect_loops
 
 CALIBRATION_SEED, HELD_OUT_SEED = 20_000, 30_000
-WITHIN = 0.005
-CHAT = ChatTemplate(TURNS, {})
+WITHIN, LENGTH = 0.005, 192
 
 
 class Text(NamedTuple):
@@ -50,17 +48,17 @@ class Text(NamedTuple):
 def picked(loaded: LoadedModel, args: argparse.Namespace) -> ExitSettings:
     """The exit that saves the most within the bound."""
     with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "lessons.jsonl"
-        records = lessons(CALIBRATION_SEED, args.calibration, args.people, args.hops, args.asked)
+        file = Path(scratch) / "chains.jsonl"
+        records = chains(CALIBRATION_SEED, args.calibration, args.people, args.hops)
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
-        own = OwnData("records", (str(file),), settings={"seq_len": 256, "val_fraction": 0.9})
+        own = OwnData("records", (str(file),), settings={"seq_len": LENGTH, "val_fraction": 0.9})
         config = InspectConfig(
-            batch_size=8, val_batches=args.calibration // 16, decode_tokens=0, seq_len=256,
+            batch_size=8, val_batches=args.calibration // 16, decode_tokens=0, seq_len=LENGTH,
             max_loops=args.max_loops, target_loss_increase=f"{100 * WITHIN}%",
         )  # fmt: skip
         batches = open_data(
             own, loaded.tokenizer, loaded.config, seq_len=config.seq_len, rows=config.batch_size,
-            batches=1, val_batches=config.val_batches, chat=CHAT, end=loaded.end,
+            batches=1, val_batches=config.val_batches, chat=loaded.chat, end=loaded.end,
             held_out_only=True,
         )  # fmt: skip
         document, settings = inspect_loops(loaded, batches, config)
@@ -70,11 +68,13 @@ def picked(loaded: LoadedModel, args: argparse.Namespace) -> ExitSettings:
 
 def texts(loaded: LoadedModel, args: argparse.Namespace) -> list[Text]:
     found = []
-    for record in lessons(HELD_OUT_SEED, args.texts, args.people, args.hops, args.asked):
-        ids, counted = CHAT.turns(record["messages"], loaded.tokenizer, "lessons")
-        facts = record["messages"][0]["content"].rindex("\n")
-        prompt = len(loaded.tokenizer.encode(record["messages"][0]["content"][:facts]).ids)
-        found.append(Text(ids, prompt, torch.tensor(counted[prompt:])))
+    encode = loaded.tokenizer.encode
+    for record in chains(HELD_OUT_SEED, args.texts, args.people, args.hops):
+        facts = record["prompt"][: record["prompt"].rindex("\n")]
+        asked, answer = encode(record["prompt"]).ids, encode(record["response"]).ids
+        prompt = len(encode(facts).ids)
+        counted = [False] * (len(asked) - prompt) + [True] * len(answer)
+        found.append(Text(asked + answer, prompt, torch.tensor(counted)))
     return found
 
 
@@ -120,12 +120,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--adapters", type=Path, nargs="+", required=True)
-    parser.add_argument("--people", type=int, default=6)
-    parser.add_argument("--hops", type=int, nargs="+", default=[1, 2, 3, 4])
-    parser.add_argument("--asked", type=int, default=9, help="Questions about a ring.")
+    parser.add_argument("--people", type=int, default=5)
+    parser.add_argument("--hops", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--max-loops", type=int, default=2, help="As trained.")
-    parser.add_argument("--calibration", type=int, default=320, help="Conversations.")
-    parser.add_argument("--texts", type=int, default=48, help="Conversations that are decoded.")
+    parser.add_argument("--calibration", type=int, default=640, help="Questions.")
+    parser.add_argument("--texts", type=int, default=96, help="Questions that are decoded.")
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
     rows = [row for adapter in args.adapters for row in measured(args, adapter)]

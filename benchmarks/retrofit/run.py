@@ -6,11 +6,12 @@
     python -m benchmarks.retrofit.run --base smol --people 12 --hops 1 2 3 4 5 6 7 8 \
         --steps 3000 --batch 64 --max-loops 4 --variant gpu
 
-Adapters and the bridge are trained on chains of look-ups (`chains.py`), `--asked` questions about
-each ring, on the layers of the core (`--layers all`: on all of them), the depth growing from one
-loop. The control has the same data, adapters and FLOPs, and one loop. Both answer held-out
-questions, greedily, a row for each number of hops and of loops. Resumable, by seed and layers; half
-an hour of a core a seed. --keep: a folder for the adapters.
+Adapters and the bridge are trained on chains of look-ups (`chains.py`), on the layers
+of the core (`--layers all`: on all of them), the depth growing from one loop. The control has the
+same data, adapters and FLOPs, and one loop. Both answer held-out questions, greedily, a row for
+each number of hops and of loops. Resumable, by seed and layers; half an hour of a core a seed.
+--keep: a folder for the adapters, which `exits.py` reads. A record has one question: where several
+follow one another, the later ones are learned from the answers before them and not by look-ups.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.record import results_file, rows_so_far, write
-from benchmarks.retrofit.chains import TURNS, chains, lessons
+from benchmarks.retrofit.chains import chains
 from looptx_core.checkpoint.folder import LoadedModel, load_model
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.finetuning.adapters import load_adapter
@@ -35,7 +36,6 @@ from looptx_core.finetuning.run import FinetuneResult, finetune, prepare
 from looptx_core.training.control import control_changes, counted_share, text_loss
 
 HELD_OUT_SEED = 10_000
-TOKENIZER = "tokenizer_config.json"
 
 
 def questions(args: argparse.Namespace, hops: int) -> list[dict[str, str]]:
@@ -74,20 +74,12 @@ def rows_of(args: argparse.Namespace, arm: str, loaded: LoadedModel, loops: int)
     ]  # fmt: skip
 
 
-def in_turns(base: Path, folder: Path) -> Path:
-    """The base with a template that writes questions and answers one after another."""
-    shutil.copytree(base, folder)
-    config = json.loads((base / TOKENIZER).read_text("utf-8"))
-    (folder / TOKENIZER).write_text(json.dumps({**config, "chat_template": TURNS}), "utf-8")
-    return folder
-
-
 def trained(
-    config: FinetuneConfig, base: Path, data: str, folder: Path
+    args: argparse.Namespace, config: FinetuneConfig, data: str, folder: Path
 ) -> tuple[FinetuneResult, float]:
     """A finished run, and the share of its targets that count."""
     folder.mkdir()
-    prepared = prepare(config, base=base, data=[data], report=print)
+    prepared = prepare(config, base=args.base, data=[data], report=print)
     counted = counted_share(prepared.batches.train_dataloader())
     return finetune(prepared, folder=folder, report=print, watch=print), counted
 
@@ -99,12 +91,11 @@ def measured(args: argparse.Namespace, config: FinetuneConfig) -> list[Any]:
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         data = place / "chains.jsonl"
-        records = lessons(config.seed, args.examples, args.people, args.hops, args.asked)
+        records = chains(config.seed, args.examples, args.people, args.hops)
         data.write_text("".join(json.dumps(record) + "\n" for record in records))
-        taught = in_turns(args.base, place / "base")
-        looped, counted = trained(config, taught, str(data), place / "looped")
+        looped, counted = trained(args, config, str(data), place / "looped")
         changes: Any = control_changes(config, base.config, looped.flops, counted)
-        control, _ = trained(replace(config, **changes), taught, str(data), place / "control")
+        control, _ = trained(args, replace(config, **changes), str(data), place / "control")
         for arm, result, loops in (("looped", looped, args.max_loops), ("control", control, 1)):
             fresh = load_model(args.base, dtype=torch.float32)
             adapted = load_adapter(fresh, result.model_folder)
@@ -134,7 +125,6 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--questions", type=int, default=200, help="Held out, for each hop.")
     parser.add_argument("--examples", type=int, default=8000)
-    parser.add_argument("--asked", type=int, default=8, help="Questions about a ring.")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variant", default="")
