@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -213,6 +216,7 @@ def test_the_command_and_the_way_back(place: Path, capsys: pytest.CaptureFixture
     assert planned < Path("a-gguf/a-F32.gguf").stat().st_size < planned + 20_000
     card = Path("a-gguf/README.md").read_text()
     assert "llama-cli -m a-F32.gguf" in card and "Every token runs 1 loop." in card
+    assert "| loops | 1 |" in card and "| 1 + 2 x 1 + 1 |" in card and "exit" not in card
     # Only its own is replaced, and looptx itself does not take it for a model of its own.
     code, shown, error = convert(capsys, *common, "--loops", 1, "--dtype", "int8", "--out",
                                  "a-gguf", "--overwrite")  # fmt: skip
@@ -220,10 +224,19 @@ def test_the_command_and_the_way_back(place: Path, capsys: pytest.CaptureFixture
     assert "the file, read back, against 1 loop of the model" in shown
     assert main(["generate", "a", "--model", "a-gguf"]) == 4
     assert "looptx-gguf" in capsys.readouterr().err.splitlines()[-1]
-    convert(capsys, *common, "--loops", 1, "--out", "b")
-    code, _, error = convert(capsys, "--from-gguf", "b/a-F32.gguf", "--data", "few.txt",
-                             "--out", "c", "--quiet")  # fmt: skip
-    assert code == 0, error
+    # Lines to copy take names as they are.
+    Path("a").rename("it's a")
+    _, _, error = convert(capsys, *common[:-1], "it's a", "--loops", 1, "--out", "b & c")
+    line = shlex.split(error.splitlines()[-1])
+    assert line[line.index("-m") + 1] == "b & c/it's a-F32.gguf"
+    card = Path("b & c/README.md").read_text()
+    use = card.split("```sh\n")[1].split("```")[0].splitlines()
+    assert shlex.split(use[0])[:3] == ["llama-cli", "-m", "it's a-F32.gguf"]
+    assert shlex.split(use[1])[2] == "it's a-F32.gguf" and "ollama create it-s-a -f" in use[1]
+    Path("it's a").rename("a")
+    code, _, error = convert(capsys, "--from-gguf", "b & c/it's a-F32.gguf", "--data", "few.txt",
+                             "--out", "c")  # fmt: skip
+    assert code == 0 and error.splitlines()[-1].endswith("--model c --show-iterations"), error
     before, after = load_model("a"), load_model("c")
     with torch.no_grad():
         assert torch.equal(after.model(TOKENS).logits, before.model(TOKENS, 1).logits)
@@ -280,6 +293,16 @@ def test_what_llama_cpp_has_not_is_named(
         assert code == 2 and what in error.splitlines()[-1], (flags, error)
     code, _, error = convert(capsys, "--to-gguf", "--from-hf", folder)
     assert code == 2 and "looptx convert --to-gguf --model FOLDER" in error
+    # Without a model, the newest run that it can express is taken.
+    for age, name in enumerate(("fine", "a", "words")):
+        shutil.copytree(name, f"runs/{name}/final")
+        Path(f"runs/{name}/config.yaml").write_text("")
+        os.utime(f"runs/{name}/final/config.json", (age, age))
+    code, shown, error = convert(capsys, "--to-gguf", "--data", "few.txt", "--dry-run")
+    assert code == 0 and "as a GGUF file" in shown, error
+    chosen = next(line for line in error.splitlines() if line.startswith("model: "))
+    assert "model: runs/fine/final, newest" in chosen and "words in a way of its own" in chosen
+    assert "runs/a/final: llama.cpp has no injection" in chosen and "--to-onnx" in chosen
 
 
 def test_without_the_package(

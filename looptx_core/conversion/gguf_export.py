@@ -9,6 +9,7 @@ read back before it is kept.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ from looptx_core.conversion.source_check import MOST_DIFFERENCE
 from looptx_core.errors import LooptxError, UsageError
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rope import rotary_frequencies
-from looptx_core.words import counted
+from looptx_core.words import counted, quoted
 
 MODEL_TYPE = "looptx-gguf"
 KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "Q8_0"}
@@ -59,7 +60,7 @@ _KNOWN = {
 """The parts of a shape that are judged here. Another one is refused where a model has it."""
 _USE = """```sh
 llama-cli -m {file} -p "Call me" -n 40
-printf 'FROM ./{file}\\n' > Modelfile && ollama create {name} -f Modelfile
+printf 'FROM ./%s\\n' {file} > Modelfile && ollama create {name} -f Modelfile
 ```
 
 Every token runs {loops}.{needs}"""
@@ -254,12 +255,12 @@ def gguf_files(
 ) -> dict[str, Any]:
     """What stands beside the file. files: of a model folder, as `model_files` gives them."""
     use = _USE.format(
-        file=file_name(source, kind),
-        name=source.name,
+        file=quoted(file_name(source, kind)),
+        name=re.sub(r"[^A-Za-z0-9_.-]", "-", source.name),  # as ollama takes them
         loops=counted(stack.loops, "loop"),
         needs=_NEEDS if stack.architecture == LOOPED else "",
     )
-    config = {**files["config.json"], "model_type": MODEL_TYPE, "loops": stack.loops}
+    config = {**files["config.json"], "model_type": MODEL_TYPE}
     return {"config.json": config, "README.md": with_use(files["README.md"], use, "gguf")}
 
 
