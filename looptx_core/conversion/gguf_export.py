@@ -24,9 +24,11 @@ from torch import Tensor
 from looptx_core.atomic import write_folder
 from looptx_core.checkpoint.folder import LoadedModel, write_files
 from looptx_core.config.model import ModelConfig
+from looptx_core.conversion import gemma3
 from looptx_core.conversion.gguf_file import GGUF, from_gguf
 from looptx_core.conversion.gguf_names import (
     FREQUENCIES,
+    GEMMA,
     LOOPED,
     tensor_names,
     to_neighbours,
@@ -127,9 +129,13 @@ def gguf_stack(source: LoadedModel, loops: int | None) -> Stack:
         need(config.injection == "none", f"injection of the kind {config.injection}, by which each "
              "loop of this model reads its input again",
              other if config.injection == "streams" else onnx)  # fmt: skip
-    need(not config.local_attention.window, "layers that attend within this model's windows", onnx)
-    need(config.activation == "silu", f"gate with {config.activation} in such a stack, as this "
-         "model has", onnx)  # fmt: skip
+    kind = _architecture(config, looped=plain and depth > 1)
+    windows = config.local_attention.window > 0
+    need(not windows or kind == GEMMA, "layers that attend within this model's windows", onnx)
+    need(not windows or depth == 1, "order of windows like that of several loops of this model",
+         "pass `loops` 1 for the first alone, or `to_onnx` for all")  # fmt: skip
+    need(config.activation == "silu" or kind == GEMMA,
+         f"gate with {config.activation} in such a stack, as this model has", onnx)  # fmt: skip
     plain_shape = ModelConfig()
     for part in (field.name for field in fields(ModelConfig) if field.name not in _KNOWN):
         same = getattr(config, part) == getattr(plain_shape, part)
@@ -137,7 +143,6 @@ def gguf_stack(source: LoadedModel, loops: int | None) -> Stack:
     layers = config.effective_layers(depth)
     need(layers <= _MOST_LAYERS, f"stack of {layers:,} layers, which are {depth:,} loops of this "
          f"model, and the limit is {_MOST_LAYERS}", "pass fewer `loops`")  # fmt: skip
-    kind = _architecture(config, looped=plain and depth > 1)
     need(kind is not None, "layers with this model's norms and biases together", onnx)
     assert kind is not None
     need(config.injection != "norm" or kind == LOOPED or depth == 1,
@@ -162,6 +167,8 @@ def check_gguf(source: LoadedModel, loops: int | None) -> None:
 def _architecture(config: ModelConfig, looped: bool) -> str | None:
     """llama.cpp's architecture of layers like these; None where it has none."""
     over = config.qk_norm_over if config.qk_norm else None
+    if (config.norm_position, config.activation) == ("both", "gelu_tanh"):
+        return GEMMA if over == "head" and not config.qkv_bias else None
     return {
         ("before", None, False): LOOPED if looped else "llama",
         ("before", None, True): "qwen2",
@@ -190,6 +197,8 @@ def _settings(stack: Stack, source: LoadedModel, kind: str) -> dict[str, Any]:
     if config.scaled_rope.rope_type == "linear":
         shape |= {"rope.scaling.type": "linear",
                   "rope.scaling.factor": float(config.scaled_rope.factor)}  # fmt: skip
+    if stack.architecture == GEMMA:
+        shape |= gemma3.gguf_values(config)
     if stack.architecture == LOOPED:
         shape |= {"num_loops": stack.loops, "skip_loop_final_norm": config.injection != "norm"}
     licence = source.facts.get("license")
@@ -227,9 +236,11 @@ def stored_tensors(
         yield FREQUENCIES, plain / scaled, GGMLQuantizationType.F32
     heads = {"q": config.n_heads, "k": config.n_kv_heads}
     for name in tensor_names(config, stack.layers, tied):
-        values = state[rename(transformers_name(name)) or "embedding.weight"]
+        values = state[rename(transformers_name(stack.architecture, name)) or "embedding.weight"]
         if part := turned_part(stack.architecture, name):
             values = to_neighbours(values, heads[part])
+        if stack.architecture == GEMMA:
+            values = gemma3.unfold(name, values, config, stack.layers)
         stored = kind if values.dim() > 1 else "F32"
         if stored == "Q8_0" and values.shape[1] % _BLOCK:
             stored = "F16"

@@ -20,13 +20,15 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from looptx_core.checkpoint.card import UNKNOWN
-from looptx_core.checkpoint.folder import LoadedModel
+from looptx_core.checkpoint.folder import LoadedModel, check_vocabulary
 from looptx_core.checkpoint.weights import check_finite, tensors_of
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.rope import RopeScaling
+from looptx_core.conversion import gemma3
 from looptx_core.conversion.gguf_names import (
     ARCHITECTURES,
     FREQUENCIES,
+    GEMMA,
     LOOPED,
     from_neighbours,
     transformers_name,
@@ -145,9 +147,10 @@ class GGUF:
             refuse("RoPE on a part of each head")
         if get("attention.value_length", head_dim) != head_dim:
             refuse("values of another width than keys")
-        for name, what in (("expert_count", "experts"), ("attention.sliding_window", "a window")):
-            if has(name):
-                refuse(what)
+        if has("expert_count"):
+            refuse("experts")
+        if has("attention.sliding_window") and self.architecture != GEMMA:
+            refuse("a window")
         for name in self.stored:
             if name.endswith(".bias") and not (
                 self.architecture == "qwen2" and _BIAS.fullmatch(name)
@@ -156,7 +159,7 @@ class GGUF:
         embedding = self.stored.get("token_embd.weight")
         if embedding is None or len(embedding.shape) != 2:
             raise DataError(f"{self.file}: it has no token_embd.weight; {_COPY_AGAIN}")
-        return {
+        found = {
             "model_type": "llama" if self.architecture == LOOPED else self.architecture,
             "vocab_size": int(embedding.shape[1]),
             "hidden_size": width,
@@ -171,6 +174,9 @@ class GGUF:
             "rope_parameters": rope | {"rope_theta": get("rope.freq_base", 10_000.0, float)},
             "tie_word_embeddings": "output.weight" not in self.stored,
         }
+        if self.architecture == GEMMA:
+            return found | gemma3.of_gguf(self.values, found, str(self.file))
+        return found
 
     def _loops(self) -> int:
         if self.architecture != LOOPED:
@@ -208,7 +214,8 @@ class GGUF:
         values = self._read(name)
         part = turned_part(self.architecture, name)
         if part is None:
-            return values
+            added = self.architecture == GEMMA and name.endswith("norm.weight")
+            return values - 1 if added else values
         key = "num_attention_heads" if part == "q" else "num_key_value_heads"
         return from_neighbours(values, self.settings[key])
 
@@ -223,7 +230,12 @@ class GGUF:
             )
         # RoPE's frequencies are no weight: they are computed anew.
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-        weights = {transformers_name(name): self.tensor(name) for name in self.weights}
+        embedding = model.model.embed_tokens
+        if hasattr(embedding, "scalar_embed_scale"):  # and Gemma's scale
+            embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
+        weights = {
+            transformers_name(self.architecture, name): self.tensor(name) for name in self.weights
+        }
         if self.settings["tie_word_embeddings"]:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
         model.load_state_dict(weights, assign=True)
@@ -248,12 +260,13 @@ def from_gguf(gguf: GGUF, looping: Looping) -> LoadedModel:
                          injection="norm" if gguf.norm_between else "none")  # fmt: skip
     check_fits(gguf.elements, file)
     tokenizer, special, template = read_gguf_tokenizer(gguf.values, str(file))
+    check_vocabulary(tokenizer, config, str(file))
     model, rename = empty_model(config), looped_names(config)
     expected = tensors_of(model, None)
     names: dict[str, str] = {}
     for name in gguf.weights:
         tensor = gguf.stored[name]
-        ours = rename(transformers_name(name))
+        ours = rename(transformers_name(gguf.architecture, name))
         if ours not in expected:
             raise DataError(f"{file}: unexpected {short(name)}; a looped model has no place for it")
         shape = [int(size) for size in reversed(tensor.shape)]
@@ -268,6 +281,8 @@ def from_gguf(gguf: GGUF, looping: Looping) -> LoadedModel:
         raise DataError(f"{file}: its tensors lack {some(missing)}; {_COPY_AGAIN}")
     weights = {ours: gguf.tensor(name) for ours, name in names.items()}
     model.load_state_dict(weights, strict=False, assign=True)
+    if gguf.architecture == GEMMA:
+        gemma3.fold(model, gguf.settings)
     tie_head(model)
     if config.injection == "norm":  # the file has one norm, and a table that was scaled
         model.injection.state_norm.weight.data.copy_(model.norm.weight)
