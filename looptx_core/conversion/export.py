@@ -55,6 +55,18 @@ def require_packages(config: ConvertConfig) -> None:
         require_gguf("to_gguf")
 
 
+def matrix_type(source: LoadedModel) -> torch.dtype:
+    """The number type in which a model's matrices are stored."""
+    return torch.int8 if source.config.linear == "int8" else source.model.norm.weight.dtype
+
+
+def gguf_type(config: ConvertConfig, was: torch.dtype) -> str:
+    """GGUF's name of the type in which matrices of the type `was` are written."""
+    from looptx_core.conversion.gguf_export import KINDS
+
+    return KINDS[DTYPES[config.dtype] if config.dtype else was]
+
+
 def export(
     config: ConvertConfig,
     source: LoadedModel,
@@ -80,7 +92,7 @@ def export(
             facts["quantised"] = quantised
         _, made = model_files(
             out, model, source.tokenizer, source.exit, facts, chat_template=source.chat_template,
-            special=source.special,
+            special=source.special, depth=loops,
         )  # fmt: skip
         made["config.json"]["command"] = "convert"
         return made
@@ -156,7 +168,7 @@ def _to_gguf(
     )
 
     stack = gguf_stack(source, loops)
-    kind = KINDS[DTYPES[config.dtype] if config.dtype else was]
+    kind = gguf_type(config, was)
     after: list[float] = []
 
     def beside(file: Written) -> dict[str, Any]:

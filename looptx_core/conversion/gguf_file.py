@@ -46,6 +46,7 @@ from looptx_core.documents import short, some
 from looptx_core.errors import DataError, UsageError
 from looptx_core.model.rope import rotary_frequencies
 from looptx_core.model.vocabulary import tie_head
+from looptx_core.model.weights import INIT_STD
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 """The number types that are read."""
@@ -98,6 +99,8 @@ class GGUF:
                 )
         self.settings = self._settings()
         self.loops = self._loops()
+        skips = self.values.get(f"{LOOPED}.skip_loop_final_norm") is True
+        self.norm_between = self.loops > 1 and not skips
 
     @property
     def types(self) -> list[str]:
@@ -182,10 +185,6 @@ class GGUF:
         loops = self.values.get(key, 1)
         if type(loops) is not int or not 1 <= loops <= _MOST_LOOPS:
             raise DataError(f"{self.file}: {key} is {short(loops)}; {_COPY_AGAIN}")
-        if loops > 1 and self.values.get(f"{LOOPED}.skip_loop_final_norm") is not True:
-            raise DataError(
-                f"{self.file}: a norm between its loops, which a looped model has no place for"
-            )
         return loops
 
     def _llama3(self, theta: float, head_dim: int) -> dict[str, Any]:
@@ -257,7 +256,8 @@ def from_gguf(gguf: GGUF, looping: Looping) -> LoadedModel:
     config = looped_shape(gguf.settings, str(file), looping)
     if gguf.loops > 1:
         config = replace(config, prelude_layers=0, core_layers=gguf.settings["num_hidden_layers"],
-                         coda_layers=0, loops=gguf.loops, max_loops=gguf.loops)  # fmt: skip
+                         coda_layers=0, loops=gguf.loops, max_loops=gguf.loops,
+                         injection="norm" if gguf.norm_between else "none")  # fmt: skip
     check_fits(gguf.elements, file)
     tokenizer, special, template = read_gguf_tokenizer(gguf.values, str(file))
     check_vocabulary(tokenizer, config, str(file))
@@ -284,6 +284,9 @@ def from_gguf(gguf: GGUF, looping: Looping) -> LoadedModel:
     if gguf.architecture == GEMMA:
         gemma3.fold(model, gguf.settings)
     tie_head(model)
+    if config.injection == "norm":  # the file has one norm, and a table that was scaled
+        model.injection.state_norm.weight.data.copy_(model.norm.weight)
+        model.injection.gain.data.fill_(INIT_STD)
     facts = {"from": f"{gguf.architecture} {file.name} ({', '.join(gguf.types)})"}
     stated = gguf.values.get("general.license")
     facts["license"] = stated if isinstance(stated, str) else UNKNOWN

@@ -208,9 +208,9 @@ def tokenizer_values(
         types[number] = _CONTROL if added.special else _USER_DEFINED
     if not bytewise:
         for token in BYTES:
-            number: Any = tokenizer.token_to_id(token)
-            need(number is not None, f"its tokenizer lacks the byte {token}")
-            types[number] = _BYTE
+            place = tokenizer.token_to_id(token)
+            need(place is not None, f"its tokenizer lacks the byte {token}")
+            types[place or 0] = _BYTE
     opening = opening_ids(tokenizer)
     bos = opening[0] if opening else special.bos and tokenizer.token_to_id(special.bos)
     need(len(opening) < 2, "its texts begin with several tokens")
