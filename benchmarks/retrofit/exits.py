@@ -2,8 +2,8 @@
 
 The rule is calibrated and picked (`inspect_loops`, within 0.5 %) on held-out questions of
 `chains.py`, whose targets are the answers. Then others are read one by one, every token after the
-facts given and by itself, as decoding goes: at each fixed depth, and with the exit. Losses and loops
-are those of the answers, seconds those of all tokens. Sides alternate text by text, and each
+facts given and by itself, as decoding goes: at each fixed depth, and with the exit. Losses and
+loops are those of the answers, seconds those of all tokens. Sides alternate text by text, and each
 text counts by its best round. The fixed depth to beat is the smallest one within 0.5 % of the
 deepest one's loss.
 
