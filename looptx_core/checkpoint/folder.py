@@ -145,7 +145,7 @@ def model_files(
 
     depth: the loops of a format that has one depth and no exits.
     """
-    _check_vocabulary(tokenizer, model.config, "the tokenizer")
+    check_vocabulary(tokenizer, model.config, "the tokenizer")
     weights = tensors_of(model, dtype)
     stored = next(t.dtype for t in weights.values() if t.is_floating_point())
     config = {
@@ -350,7 +350,7 @@ def read_tokenizer(folder: Path, config: ModelConfig, expected: str | None = Non
     """The folder's tokenizer, which must fit the model and have the fingerprint `expected`."""
     file = folder / "tokenizer.json"
     tokenizer = load_tokenizer(file, mend=COPY_AGAIN)
-    _check_vocabulary(tokenizer, config, str(file))
+    check_vocabulary(tokenizer, config, str(file))
     if expected is not None and expected != fingerprint(tokenizer):
         raise DataError(
             f"{file}: not the tokenizer that this model was trained with; put that one back"
@@ -358,7 +358,7 @@ def read_tokenizer(folder: Path, config: ModelConfig, expected: str | None = Non
     return tokenizer
 
 
-def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: str) -> None:
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: str) -> None:
     """Ids must fit the embedding; a model may have more rows, to fill up to a round number."""
     if (size := vocabulary_size(tokenizer)) > config.vocab_size:
         raise DataError(

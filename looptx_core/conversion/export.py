@@ -12,7 +12,7 @@ import torch
 from looptx_core.checkpoint.card import unmeasured
 from looptx_core.checkpoint.folder import LoadedModel, model_files
 from looptx_core.config.conversion import ConvertConfig
-from looptx_core.conversion.gguf_names import require_gguf
+from looptx_core.conversion.gguf_names import GEMMA, require_gguf
 from looptx_core.conversion.onnx_folder import (
     check_text,
     graph_depth,
@@ -178,7 +178,8 @@ def _to_gguf(
 
     written = write_gguf(
         out, source, model, stack, beside, kind=kind,
-        exact=kind in ("F32", KINDS[was]) and kind != "Q8_0", tokens=check_text(source),
+        exact=kind == "F32" or (kind == KINDS[was] != "Q8_0" and stack.architecture != GEMMA),
+        tokens=check_text(source),
     )  # fmt: skip
     compared = f"the file, read back, against {counted(loops, 'loop')} of the model"
     return compared, after[0], written
