@@ -58,7 +58,7 @@ def test_preset_keys_are_keys() -> None:
 
 
 def test_unknown_preset_is_refused_with_the_list() -> None:
-    with pytest.raises(UsageError, match=r"'smal', did you mean 'small'.*nano, small, medium"):
+    with pytest.raises(UsageError, match=r"'smal', did you mean 'small'.*nano, portable, small"):
         get_preset("smal")
 
 

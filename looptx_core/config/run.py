@@ -232,7 +232,7 @@ class TrainConfig(RunConfig):
     """Settings of `looptx train`, after merging."""
 
     preset: str = "nano"
-    """nano, small, medium, 1b or 7b."""
+    """nano, portable, small, medium, 1b or 7b."""
     init: str | None = None
     """Go on from the weights of a model, also hf:OWNER/NAME, with its shape and tokenizer, and a
     lower learning rate."""
