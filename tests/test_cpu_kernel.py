@@ -153,12 +153,13 @@ def test_rounded_weights_are_the_rounded_models(precision: str, bound: float) ->
         assert max(moved) > 1e-4, "rounding must have changed something"
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16", "int8"])
 @pytest.mark.parametrize("changes", [{"d_model": 37, "d_ff": 53}, {"d_model": 256, "d_ff": 512}])
-def test_8_bit_rows_do_not_depend_on_their_batch(changes: dict) -> None:
-    """Bit for bit, whatever the sizes of the tiles: sums of whole numbers are exact."""
+def test_rows_do_not_depend_on_their_batch(changes: dict, precision: str) -> None:
+    """Bit for bit, whatever the sizes of the tiles."""
     config = replace(SMALL, **changes)
-    kernel = KernelModel(make(config), "int8", threads=1)
-    states = torch.randn(9, config.d_model)
+    kernel = KernelModel(make(config), precision, threads=1)
+    states = torch.randn(17, config.d_model)
 
     def logits(chosen: range) -> torch.Tensor:
         count = len(chosen)
@@ -168,8 +169,8 @@ def test_8_bit_rows_do_not_depend_on_their_batch(changes: dict) -> None:
         rows = KernelRows(cache, range(count), [0] * count, [0] * count, [0] * count)
         return kernel.logits(states[list(chosen)], rows)
 
-    alone = torch.cat([logits(range(n, n + 1)) for n in range(9)])
-    for count in (2, 3, 4, 5, 7, 9):
+    alone = torch.cat([logits(range(n, n + 1)) for n in range(17)])
+    for count in (2, 3, 4, 5, 6, 7, 9, 16, 17):
         assert torch.equal(logits(range(count)), alone[:count]), count
 
 

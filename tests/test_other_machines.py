@@ -157,6 +157,14 @@ def test_a_kept_kernel_is_checked_and_built_again(source: Path, case: str) -> No
     assert kernels._is_sound(path) and path.stat().st_mode & 0o077 == 0
 
 
+def test_a_kernel_is_built_anew_where_a_header_beside_it_changed(source: Path) -> None:
+    paths = [kernels.library_path(source)]
+    for text in ("// one\n", "// two\n"):
+        source.with_name("part.h").write_text(text)
+        paths.append(kernels.library_path(source))
+    assert len({*paths}) == 3
+
+
 def test_a_cache_that_others_may_write_to_is_closed(source: Path) -> None:
     path = kernels.build(source)
     path.parent.chmod(0o777)

@@ -54,6 +54,8 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_training_calibration.py -k log_odds",
     ),
     "looptx_core/backends/cpu/decode.cpp": ("test_cpu_kernel.py",),
+    "looptx_core/backends/cpu/products.h": ("test_cpu_kernel.py",),
+    "looptx_core/backends/cpu/vectors.h": ("test_cpu_kernel.py",),
 }
 LEAST_TIMEOUT = 60.0  # seconds, beside four times what the unchanged code takes
 

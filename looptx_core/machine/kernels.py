@@ -53,8 +53,11 @@ def build_ahead(source: Path, *more: str) -> bool:
 
 
 def library_path(source: Path, *more: str) -> Path:
-    """The path of the library for this file, these flags, this compiler and this processor."""
-    recipe = "\0".join((source.read_text("utf-8"), *compiler_words(), *_FLAGS, *more, _processor()))
+    """The path of the library for this file and the headers beside it, these flags, this compiler
+    and this processor."""
+    files = [source, *sorted(source.parent.glob("*.h"))]
+    texts = (file.read_text("utf-8") for file in files)
+    recipe = "\0".join((*texts, *compiler_words(), *_FLAGS, *more, _processor()))
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:16]
     return user_cache() / f"{source.stem}-{digest}.so"
 
