@@ -136,8 +136,13 @@ inline void activate(bool silu, float x, float& y, float& slope) {
     }
 }
 
-typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
-constexpr int LANES = 8, PANEL = 2 * LANES, STRIP = 6, BLOCK = 8 * STRIP;
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+typedef float Floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+constexpr int PANEL = 2 * LANES, STRIP = 6, BLOCK = 8 * STRIP;
 
 // What `Attention` has of a tensor of heads: where a row's, a head's and a position's numbers are.
 struct Heads {
@@ -148,7 +153,7 @@ struct Heads {
     }
 };
 
-// The right side of a product, (depth, columns), in panels of 16 columns: each panel lies in one
+// The right side of a product, (depth, columns), in panels of PANEL columns: each panel lies in one
 // piece, as columns of a wide matrix would fall on the same few lines of the cache.
 struct Panels {
     int64_t depth = 0;
@@ -204,7 +209,7 @@ inline void tile(int64_t depth, const float* a, int64_t step, const float* b, fl
 enum Causal { OF_RESULT, OF_LEFT };
 
 // c[i][j] = sum over p of a(i, p) b(p + skip, j + from), or added to what is there; `from` is a
-// multiple of 16. For matrices that fit a core's cache. What the causal triangle leaves out is
+// multiple of PANEL. For matrices that fit a core's cache. What the causal triangle leaves out is
 // skipped by whole strips: of the result, or of a, whose queries are the depth where it is TURNED.
 template <bool TURNED, Causal CAUSAL>
 void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t step,
