@@ -4,8 +4,8 @@
 
 Beside steps at a fixed depth of 4, which are read out once, stand steps at lower fixed depths and
 steps whose sequences draw their depth, read out after the last loop or the last two. All are steps
-of the looped model of `benchmarks.depth.run`, with the fused kernels and by plain torch. Seconds are
-of the process. Data and held-out text are left out, as every way has them alike.
+of the looped model of `benchmarks.depth.run`, with the fused kernels and by plain torch. Seconds
+are of the process. Data and held-out text are left out, as every way has them alike.
 """
 
 from __future__ import annotations
