@@ -5,7 +5,8 @@
 Beside steps at a fixed depth of 4, which are read out once, stand steps at lower fixed depths and
 steps whose sequences draw their depth, read out after the last loop or the last two. All are steps
 of the looped model of `benchmarks.depth.run`, with the fused kernels and by plain torch. Seconds
-are of the process. Data and held-out text are left out, as every way has them alike.
+are of the process. Tokens are those of `schedules`, with their documents; reading them and held-out
+text are left out, as every way has them alike.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks.common.record import write
-from benchmarks.depth.run import FULL, VOCAB, shape
+from benchmarks.depth.run import FULL, shape, speeches
+from looptx_core.data.datamodule import TokenData
 from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.model.fused import enable_fused
 from looptx_core.model.loop import LoopedTransformer
@@ -38,16 +40,20 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def stepper(changes: dict[str, Any]) -> Callable[[int, torch.Tensor], tuple[float, float]]:
-    """A step of training for its number and tokens: its FLOPs and its loops a token."""
+def stepper(
+    changes: dict[str, Any],
+) -> Callable[[int, dict[str, torch.Tensor]], tuple[float, float]]:
+    """A step of training for its number and batch: its FLOPs and its loops a token."""
     torch.manual_seed(0)
     config = replace(FULL.train, **changes)
     model = LoopedTransformer(shape(64, 1, DEEPEST)).train()
     schedule, optimizer = LoopSchedule(config, DEEPEST), build_optimizer(model, config)
 
-    def step(number: int, tokens: torch.Tensor) -> tuple[float, float]:
-        ids = torch.arange(len(tokens)) + number * len(tokens)
-        found = loop_loss(model, tokens, schedule, number, ids, loss_at=config.loss_at)
+    def step(number: int, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
+        found = loop_loss(
+            model, batch["tokens"], schedule, number, batch["ids"],
+            documents=batch.get("documents"), weights=batch.get("weights"), loss_at=config.loss_at,
+        )  # fmt: skip
         (found.loss + found.confidence_loss).backward()
         clip_by_part(model, config.clip)
         optimizer.step()
@@ -62,17 +68,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    data = TokenData(
+        speeches(FULL), seq_len=FULL.train.seq_len, micro_batch=FULL.train.batch_size,
+        batches=args.rounds + 1,
+    )  # fmt: skip
     rows = []
     for kernels in (True, False):
         enable_fused(kernels)
         steps = {name: stepper(changes) for name, changes in WAYS.items()}
         totals = {name: torch.zeros(3, dtype=torch.float64) for name in WAYS}
         with freed_memory_kept():
-            for number in range(args.rounds + 1):
-                tokens = torch.randint(VOCAB, (FULL.train.batch_size, FULL.train.seq_len + 1))
+            for number, batch in enumerate(data.train_dataloader()):
                 for name, step in steps.items():
                     began = time.process_time()
-                    flops, loops = step(number, tokens)
+                    flops, loops = step(number, batch)
                     took = time.process_time() - began
                     if number:  # the first one warms up
                         totals[name] += torch.tensor([took, flops, loops])
