@@ -84,7 +84,10 @@ def test_a_response_ends_with_a_token_at_which_generation_stops(tiny: Path, tmp_
     (base / "generation_config.json").write_text(text)
     (base / "digests.json").unlink(missing_ok=True)
     data = write(tmp_path / "data.jsonl", *[{"prompt": "a", "response": "b"}] * 4)
-    prepared = prepare(FinetuneConfig(**QUICK, lora=True), base=base, data=[data], judge=False)
+    said: list[str] = []
+    config = FinetuneConfig(**QUICK, lora=True, max_loops=1)
+    prepared = prepare(config, base=base, data=[data], judge=False, report=said.append)
+    assert sum("only the first of the model's 3" in line for line in said) == 1
     assert prepared.base.end == other
     assert {example.ids[-1] for example in prepared.batches.train.examples} == {other}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from looptx_core.config.run import TrainConfig
 from looptx_core.errors import MissingError
 from looptx_core.machine import kernels
 from looptx_core.machine.heap import freed_memory_kept
-from looptx_core.model import block, fused
+from looptx_core.model import fused, products
 from looptx_core.model.attention import VarlenBatch, explicit, sdpa
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.model.products import Product, multi_linear
 from looptx_core.model.rope import rotary_tables, rotate
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
@@ -38,7 +40,7 @@ def results(function: Callable[..., Tensor], *inputs: Tensor, dtype: torch.dtype
     leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
     value = function(*leaves)
     drawn = torch.randn(value.shape, generator=torch.Generator().manual_seed(9))
-    value.backward(drawn.to(dtype))
+    value.backward(drawn.bfloat16().to(value.dtype))  # the same for every type
     return [value.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
@@ -63,6 +65,75 @@ def test_the_norm(width: int) -> None:
     agree(lambda x, w: fused.rms_norm(x, w, 1e-6), norm, draw(3, 7, width, size=3), draw(width))
 
 
+def rounded_once(found: list[Tensor], wanted: list[Tensor]) -> None:
+    """Found is wanted to half a unit of bf16's 8 bits."""
+    assert len(found) == len(wanted)
+    for left, right in zip(found, wanted):
+        assert float(((left.float() - right).abs() - right.abs() / 256).max()) < 1e-5
+        assert float(left.float().abs().max()) > 0.1
+
+
+def test_bf16_is_read_and_written_and_float32_in_between() -> None:
+    """Against the plain equations in float32 on the same inputs, which bf16 holds exactly."""
+    cos, sin = rotary_tables(torch.arange(7).view(1, 1, 7), 16, 1e4, torch.float32)
+    targets = torch.arange(90) % 60
+    x, heads, weight = draw(3, 7, 37, size=3).bfloat16(), draw(3, 7, 4, 16).bfloat16(), draw(37)
+    gate, up, logits = draw(500, size=4).bfloat16(), draw(500).bfloat16(), draw(90, 60).bfloat16()
+    pairs: list[tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]] = [
+        (lambda x: fused.rms_norm(x, weight, 1e-6), lambda x: norm(x, weight), (x,)),
+        (lambda x: fused.norm_and_rotate(x, None, 0.0, cos, sin),
+         lambda x: rotate(x, (cos, sin)), (heads,)),
+        (lambda x: fused.norm_and_rotate(x, weight[:16], 1e-6, cos, sin),
+         lambda x: rotate(norm(x, weight[:16]), (cos, sin)), (heads,)),
+        (fused.gated, lambda gate, up: F.gelu(gate) * up, (gate, up)),
+        (partial(fused.gated, silu=True), lambda gate, up: F.silu(gate) * up, (gate, up)),
+        (lambda x: fused.cross_entropy(x, targets)[0],
+         lambda x: F.cross_entropy(x, targets, reduction="none"), (logits,)),
+    ]  # fmt: skip
+    for one, plain, inputs in pairs:
+        found = results(one, *inputs, dtype=torch.bfloat16)
+        rounded_once(found, results(plain, *inputs, dtype=torch.float32))
+        assert all(gradient.dtype == torch.bfloat16 for gradient in found[1:])
+    y = torch.full((1, 8), 3.0, dtype=torch.bfloat16)
+    y[0, 2] = float("nan")
+    assert fused.gated(y, y).isnan().tolist() == [[False, False, True, *[False] * 5]]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_products_with_adapters(kind: torch.dtype) -> None:
+    """One of the layers has none; nothing is computed for what is frozen."""
+    x, weight, plain = draw(2, 7, 16), draw(5, 16), draw(9, 16)
+    adapters = draw(3, 16), draw(5, 3), draw(4, 16), draw(5, 4)
+
+    def joined(x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        each = Product(weight, a, b, 0.5), Product(plain), Product(weight, c, d, 2.0)
+        with torch.autocast("cpu", kind, enabled=kind != torch.float32):
+            return torch.cat(multi_linear(x, each), -1)
+
+    def textbook(x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        own = weight.to(x.dtype)
+        return torch.cat(
+            [x @ (own + b @ a / 2).T, x @ plain.to(x.dtype).T, x @ (own + 2 * d @ c).T], -1
+        )
+
+    if kind == torch.float32:
+        agree(joined, textbook, x, *adapters)
+    else:
+        leaves = [t.clone().requires_grad_() for t in (x, *adapters)]
+        value = joined(*leaves)
+        assert value.dtype == kind
+        value.backward(torch.ones_like(value))
+        wanted = [t.clone().requires_grad_() for t in (x, *adapters)]
+        textbook(*wanted).sum().backward()
+        for one, two in zip(leaves, wanted):
+            assert one.grad is not None and two.grad is not None and one.grad.dtype == one.dtype
+            assert float((one.grad - two.grad).norm() / two.grad.norm()) < 0.02
+    x.requires_grad_()
+    down, up = adapters[0].clone().requires_grad_(), adapters[1]
+    multi_linear(x.detach(), [Product(weight, down, up)])[0].sum().backward()
+    assert x.grad is None and weight.grad is None and up.grad is None and down.grad is not None
+
+
 @pytest.mark.parametrize("tables", [1, 3])
 def test_the_norm_with_rope(tables: int) -> None:
     positions = torch.arange(7 * tables).view(1, tables, 7)
@@ -77,12 +148,12 @@ def test_the_norm_with_rope(tables: int) -> None:
 def test_products_of_one_input() -> None:
     """Beside each other, so that the gradient of what they share is a sum."""
     agree(
-        lambda x, *weights: torch.cat(fused.multi_linear(x, *weights), -1),
+        lambda x, *weights: torch.cat(multi_linear(x, [*map(Product, weights)]), -1),
         lambda x, *weights: torch.cat([F.linear(x, weight) for weight in weights], -1),
         draw(2, 7, 16), draw(5, 16), draw(9, 16), draw(3, 16),
     )  # fmt: skip
     x, frozen, weight = draw(7, 16), draw(5, 16), draw(9, 16).requires_grad_()
-    sum(y.sum() for y in fused.multi_linear(x, frozen, weight)).backward()
+    sum(y.sum() for y in multi_linear(x, [Product(frozen), Product(weight)])).backward()
     assert x.grad is None and frozen.grad is None
     assert torch.allclose(weight.grad, x.sum(0).expand(9, 16), atol=1e-5)
 
@@ -90,17 +161,20 @@ def test_products_of_one_input() -> None:
 def test_a_layer_with_hooks_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """ZeRO-3 gathers weights by them, and keeps whole what is looked at outside of them."""
     net, called, seen = model(), [], []
-    monkeypatch.setattr(block, "_weight", lambda layer: seen.append(layer) or layer.weight)
+    monkeypatch.setattr(products, "Product", lambda weight: seen.append(weight) or Product(weight))
     net.core[0].attention.k_proj.register_forward_pre_hook(lambda *_: called.append(1))
     net(torch.zeros(1, 4, dtype=torch.long))
     assert called == [1]
-    assert seen and not {*seen} & {*net.core[0].attention.children()}
+    hooked = net.core[0].attention.k_proj.weight
+    assert seen and all(weight is not hooked for weight in seen)
 
 
 def test_the_gate() -> None:
     """Far into both tails, and at zero."""
     gate = torch.cat([torch.linspace(-12, 12, 999), torch.zeros(1)])
-    agree(fused.gelu_gate, lambda gate, up: F.gelu(gate) * up, gate, draw(1000))
+    agree(fused.gated, lambda gate, up: F.gelu(gate) * up, gate, draw(1000))
+    swiglu = partial(fused.gated, silu=True)
+    agree(swiglu, lambda gate, up: F.silu(gate) * up, 9 * gate, draw(1000))
 
 
 @pytest.mark.parametrize("classes", [7, 400])
@@ -184,12 +258,14 @@ def test_a_step_of_training_is_the_plain_one() -> None:
         assert torch.allclose(one, two, atol=1e-6, rtol=1e-4)
 
 
-def test_only_plain_float32_with_gradients_is_taken() -> None:
+def test_only_plain_float32_and_autocast_s_bf16_with_gradients_are_taken() -> None:
     x = torch.ones(2)
     assert fused.can_use_fused(x)
     with torch.no_grad():
         assert not fused.can_use_fused(x)
     with torch.autocast("cpu"):
+        assert fused.can_use_fused(x, x.bfloat16()) and not fused.can_use_fused(x.half())
+    with torch.autocast("cpu", torch.float16):
         assert not fused.can_use_fused(x)
     assert not fused.can_use_fused(x, x.double()) and not fused.can_use_fused(x.bfloat16())
     fused.enable_fused(False)

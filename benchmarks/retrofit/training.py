@@ -15,6 +15,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -26,7 +27,9 @@ from looptx_core.checkpoint.folder import load_model
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.conversion.gguf_file import GGUF
 from looptx_core.finetuning.adapters import attach
+from looptx_core.machine.heap import freed_memory_kept
 from looptx_core.model.fused import enable_fused
+from looptx_core.training.frozen import cast_frozen
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
 from looptx_core.training.optimizer import build_optimizer
@@ -43,6 +46,8 @@ def ours(args: argparse.Namespace) -> Callable[[torch.Tensor], None]:
         loop_schedule="fixed", max_loops=1, mean_loops=1.0, loss_at="last", optimizer="adamw",
     )  # fmt: skip
     attach(model, config)
+    if args.precision == "bf16":
+        cast_frozen(model, torch.bfloat16)
     schedule, optimizer = LoopSchedule(config, 1), build_optimizer(model, config)
 
     def step(tokens: torch.Tensor) -> None:
@@ -77,8 +82,18 @@ def theirs(args: argparse.Namespace) -> Callable[[torch.Tensor], None]:
 def sit(side: str, precision: str, args: argparse.Namespace, orders: Connection) -> None:
     """One side in a process of its own: a step for each number that comes, seconds back."""
     torch.manual_seed(0)
-    enable_fused(precision == "float32" and side == OURS)  # as `looptx finetune` does
+    enable_fused(side == OURS)  # as `looptx finetune` does
+    args.precision = precision
     step = (ours if side == OURS else theirs)(args)
+    kept = freed_memory_kept() if side == OURS else nullcontext()
+    with kept:
+        answer(step, precision, args, orders)
+
+
+def answer(
+    step: Callable[[torch.Tensor], None], precision: str, args: argparse.Namespace,
+    orders: Connection,
+) -> None:  # fmt: skip
     while (number := orders.recv()) is not None:
         generator = torch.Generator().manual_seed(number)
         tokens = torch.randint(0, 40_000, (args.batch, args.seq_len + 1), generator=generator)

@@ -119,7 +119,7 @@ def parts() -> dict[str, dict[str, float]]:
         "norm": lambda: block.mlp_norm(x).sum().backward(),
         "norm and RoPE of queries": lambda: block.attention.q_norm(heads, rotary).sum().backward(),
         "gate": lambda: (
-            fused.gelu_gate(wide, up) if fused.can_use_fused(wide) else F.gelu(wide) * up
+            fused.gated(wide, up) if fused.can_use_fused(wide) else F.gelu(wide) * up
         ).sum().backward(),
         "loss over 4,096 types": lambda: model.score(logits, targets)[0].sum().backward(),
     }  # fmt: skip

@@ -39,6 +39,7 @@ from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.generation import ExitSettings
 from looptx_core.documents import check_links, read_json
 from looptx_core.errors import DataError, UsageError
+from looptx_core.finetuning.lora import join_products
 from looptx_core.finetuning.quiet_peft import without_bitsandbytes
 from looptx_core.machine.integrity import check_folder, write_digests
 from looptx_core.model.loop import LoopedTransformer
@@ -85,6 +86,7 @@ def attach(model: LoopedTransformer, config: FinetuneConfig) -> PeftModel:
     if not config.lora_per_loop:
         named = config.target_modules if config.lora_layers == "all" else inside
         peft = get_peft_model(model, lora(named, whole))
+        join_products(model)
         if config.lora_layers == "later":
             follow_loops(model, _FROM_SECOND, trainable=True)
         return peft
@@ -95,6 +97,7 @@ def attach(model: LoopedTransformer, config: FinetuneConfig) -> PeftModel:
     names = _loop_names(model.config.max_loops)
     for name in names:
         peft.add_adapter(name, lora(inside))
+    join_products(model)
     follow_loops(model, [[name] for name in names], trainable=True)
     return peft
 

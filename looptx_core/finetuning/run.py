@@ -160,6 +160,11 @@ def prepare(
     if config.lora_layers == "later" and config.loops is None and config.loop_schedule != "fixed":
         config = replace(config, loops=2)  # one loop has nothing to train
     schedule = LoopSchedule(config, loaded.config.max_loops)  # refuses impossible loops
+    if schedule.deepest == 1 < loaded.config.max_loops:
+        report(
+            f"loops: only the first of the model's {loaded.config.max_loops} is trained; raise "
+            "`max_loops`, or `loops` where their number is fixed, to train later ones too"
+        )
     check_teacher(config.teacher, loaded.config, tokenizer_fingerprint(loaded.tokenizer))
     parameters = sum(p.numel() for p in model.trunk_parameters())
     if config.adapts:

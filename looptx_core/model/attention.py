@@ -123,6 +123,7 @@ def _trains(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether our kernel can run and keeps all threads busy, which share rows and key heads."""
     return (
         can_use_fused(queries, keys, values, operation="attention")
+        and queries.dtype == keys.dtype == values.dtype == torch.float32
         and queries.shape[2] == keys.shape[2] > 1
         and keys.shape[0] * keys.shape[1] >= torch.get_num_threads()
     )

@@ -15,11 +15,12 @@ from looptx_core.config.model import ModelConfig
 from looptx_core.model.attention import Attend, VarlenBatch, sdpa
 from looptx_core.model.bitnet import BitLinear, IntegerProduct, TernaryLinear
 from looptx_core.model.cache import CacheView
-from looptx_core.model.fused import can_use_fused, gelu_gate, multi_linear
+from looptx_core.model.fused import can_use_fused, gated
 from looptx_core.model.int8 import Int8Linear
 from looptx_core.model.layer_state import Attended
 from looptx_core.model.memory import LayerMemory, Remembered, without_rope
 from looptx_core.model.norm import AllHeadsNorm, HeadNorm, RMSNorm
+from looptx_core.model.products import take_products
 from looptx_core.model.rope import Rotary, Rotate
 
 
@@ -94,11 +95,12 @@ class FusedProjection(nn.Module):
         """x (..., width) -> the output of each layer, (..., its width)."""
         if self._fused is None or torch.is_grad_enabled():
             layers = [self.get_submodule(name) for name in self.fused_layers]
-            if all(type(layer) is nn.Linear for layer in layers):
-                if can_use_fused(x, operation="products") and not any(map(_hooked, layers)):
-                    return multi_linear(x, *map(_weight, layers))
-                if torch.is_autocast_enabled(x.device.type):
-                    x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not for each of them
+            if (outputs := take_products(x, layers)) is not None:
+                return outputs
+            if torch.is_autocast_enabled(x.device.type) and all(
+                type(layer) is nn.Linear for layer in layers
+            ):
+                x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not for each of them
             return [layer(x) for layer in layers]
         return self._fused(x).split(self._widths, dim=-1)
 
@@ -125,18 +127,6 @@ class FusedProjection(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedProjection:
         self._fused = None  # a move or a cast gives each weight its own memory again
         return super()._apply(fn, recurse)
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _hooked(layer: nn.Module) -> bool:
-    """Whether hooks run around the forward. ZeRO-3 gathers weights in module hooks, and a weight
-    that is touched outside of them would stay gathered."""
-    return bool(layer._forward_pre_hooks or layer._forward_hooks)
 
 
 def _are_adjacent(weights: Sequence[Tensor]) -> bool:
@@ -235,8 +225,8 @@ class GeGLU(FusedProjection):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.project(x)
-        if self.activation is F.gelu and can_use_fused(gate, up, operation="gate"):
-            return self.down_proj(gelu_gate(gate, up))
+        if self.activation in (F.gelu, F.silu) and can_use_fused(gate, up, operation="gate"):
+            return self.down_proj(gated(gate, up, self.activation is F.silu))
         return self.down_proj(self.activation(gate) * up)
 
 

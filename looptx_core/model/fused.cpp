@@ -1,14 +1,17 @@
 // What stands between the matrix products of a training step, each a single pass over memory.
 //
-// Forward and backward of RMSNorm, of RMSNorm with RoPE for the heads, of GeGLU, of attention and
-// of the cross-entropy; float32. The equations are those of looptx_core/model (norm.py, rope.py,
-// block.py, loop.py), and a test holds both together. Sums over rows are taken thread by thread in a fixed order, so that
-// the same number of threads gives the same bits.
+// Forward and backward of RMSNorm, of RoPE for the heads with or without a norm before it, of the
+// gate of GeGLU and SwiGLU, of attention and of the cross-entropy. All compute in float32; what
+// stands beside products of bf16 reads and writes either type. The equations are those of
+// looptx_core/model (norm.py, rope.py, block.py, loop.py), and a test holds both together. Sums over
+// rows are taken thread by thread in a fixed order, so that the same number of threads gives the
+// same bits.
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 // torch's own threads, where its OpenMP is GNU's: a second pool would fight it for the cores.
@@ -39,6 +42,26 @@ template <class Work> void share(int threads, int64_t count, const Work& work) {
         &job, threads, 0);
 }
 
+// A number of bfloat16.
+struct Half {
+    uint16_t bits;
+    operator float() const { return __builtin_bit_cast(float, (uint32_t)bits << 16); }
+};
+
+// Stores a number; in bf16 rounded to the nearest even. By integers and with no temporary of `Half`,
+// so that loops become vectors.
+inline void put(float& to, float x) { to = x; }
+inline void put(Half& to, float x) {
+    const uint32_t whole = __builtin_bit_cast(uint32_t, x);
+    const uint32_t upper = (whole + 0x7fff + (whole >> 16 & 1)) >> 16;
+    to.bits = (whole & 0x7fffffff) > 0x7f800000 ? 0x7fc0u : upper;  // one NaN for all
+}
+
+// work(a null pointer of the type of numbers): bf16 where `half`, else float32.
+template <class Work> void typed(int64_t half, const Work& work) {
+    half ? work((Half*)nullptr) : work((float*)nullptr);
+}
+
 // The threads' rows of `width` sums, added up in their order.
 void add_up(const std::vector<float>& parts, int threads, int64_t width, float* out) {
     std::fill(out, out + width, 0.f);
@@ -46,25 +69,30 @@ void add_up(const std::vector<float>& parts, int threads, int64_t width, float* 
         for (int64_t i = 0; i < width; ++i) out[i] += parts[t * width + i];
 }
 
-inline float inverse_rms(const float* x, int64_t width, float eps) {
+template <class T> inline float inverse_rms(const T* x, int64_t width, float eps) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < width; ++i) sum += x[i] * x[i];
+    for (int64_t i = 0; i < width; ++i) {
+        const float one = x[i];
+        sum += one * one;
+    }
     return 1.f / std::sqrt(sum / (float)width + eps);
 }
 
-// One row of RMSNorm's backward: dx from dy, and the row's part of the weight's gradient.
-inline void norm_backward(const float* dy, const float* x, const float* weight, float inverse,
-                          int64_t width, float* dx, float* dweight) {
+// One row of RMSNorm's backward: dx from dy, and the row's part of the weight's gradient, if wanted.
+template <class T, class D>
+inline void norm_backward(const D* dy, const T* x, const float* weight, float inverse,
+                          int64_t width, T* dx, float* dweight) {
     float dot = 0;
 #pragma omp simd reduction(+ : dot)
-    for (int64_t i = 0; i < width; ++i) dot += dy[i] * weight[i] * x[i];
+    for (int64_t i = 0; i < width; ++i) dot += (float)dy[i] * weight[i] * (float)x[i];
     const float pull = dot * inverse * inverse * inverse / (float)width;
+    if (dweight)
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-        dweight[i] += dy[i] * x[i] * inverse;
-        dx[i] = dy[i] * weight[i] * inverse - x[i] * pull;
-    }
+        for (int64_t i = 0; i < width; ++i) dweight[i] += (float)dy[i] * (float)x[i] * inverse;
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i)
+        put(dx[i], (float)dy[i] * weight[i] * inverse - (float)x[i] * pull);
 }
 
 // e^x for x <= 0, to 2e-7 of its value.
@@ -95,8 +123,26 @@ inline void normal(float x, float& phi, float& density) {
     density = 0.39894228f * e;
 }
 
-typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
-constexpr int LANES = 8, PANEL = 2 * LANES, STRIP = 6, BLOCK = 8 * STRIP;
+// An activation and its slope: gelu by the error function, or silu.
+inline void activate(bool silu, float x, float& y, float& slope) {
+    if (silu) {
+        const float e = exp_below(-std::fabs(x)), below = 1.f / (1.f + e);
+        const float share = x < 0 ? e * below : below;
+        y = x * share, slope = share * (1.f + x * (1.f - share));
+    } else {
+        float phi, density;
+        normal(x, phi, density);
+        y = x * phi, slope = phi + x * density;
+    }
+}
+
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+typedef float Floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+constexpr int PANEL = 2 * LANES, STRIP = 6, BLOCK = 8 * STRIP;
 
 // What `Attention` has of a tensor of heads: where a row's, a head's and a position's numbers are.
 struct Heads {
@@ -107,7 +153,7 @@ struct Heads {
     }
 };
 
-// The right side of a product, (depth, columns), in panels of 16 columns: each panel lies in one
+// The right side of a product, (depth, columns), in panels of PANEL columns: each panel lies in one
 // piece, as columns of a wide matrix would fall on the same few lines of the cache.
 struct Panels {
     int64_t depth = 0;
@@ -163,7 +209,7 @@ inline void tile(int64_t depth, const float* a, int64_t step, const float* b, fl
 enum Causal { OF_RESULT, OF_LEFT };
 
 // c[i][j] = sum over p of a(i, p) b(p + skip, j + from), or added to what is there; `from` is a
-// multiple of 16. For matrices that fit a core's cache. What the causal triangle leaves out is
+// multiple of PANEL. For matrices that fit a core's cache. What the causal triangle leaves out is
 // skipped by whole strips: of the result, or of a, whose queries are the depth where it is TURNED.
 template <bool TURNED, Causal CAUSAL>
 void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t step,
@@ -228,136 +274,199 @@ struct Attention {
 
 extern "C" {
 
-void looptx_norm(int threads, int64_t rows, int64_t width, float eps, const float* x,
-                 const float* weight, float* y, float* inverse) {
-    share(threads, rows, [&](int, int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-            const float *in = x + row * width, r = inverse[row] = inverse_rms(in, width, eps);
-            float* out = y + row * width;
+// x and y, and their gradients, of one type; `half`: bf16, here and below.
+void looptx_norm(int threads, int64_t half, int64_t rows, int64_t width, float eps, const void* x,
+                 const float* weight, void* y, float* inverse) {
+    typed(half, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        share(threads, rows, [&](int, int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row) {
+                const T* in = (const T*)x + row * width;
+                const float r = inverse[row] = inverse_rms(in, width, eps);
+                T* out = (T*)y + row * width;
 #pragma omp simd
-            for (int64_t i = 0; i < width; ++i) out[i] = in[i] * r * weight[i];
-        }
+                for (int64_t i = 0; i < width; ++i) put(out[i], (float)in[i] * r * weight[i]);
+            }
+        });
     });
 }
 
-void looptx_norm_backward(int threads, int64_t rows, int64_t width, const float* dy,
-                          const float* x, const float* weight, const float* inverse, float* dx,
+// dweight: null where the weight does not train.
+void looptx_norm_backward(int threads, int64_t half, int64_t rows, int64_t width, const void* dy,
+                          const void* x, const float* weight, const float* inverse, void* dx,
                           float* dweight) {
     std::vector<float> parts(threads * width);
-    share(threads, rows, [&](int thread, int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row)
-            norm_backward(dy + row * width, x + row * width, weight, inverse[row], width,
-                          dx + row * width, &parts[thread * width]);
+    typed(half, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        share(threads, rows, [&](int thread, int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row)
+                norm_backward((const T*)dy + row * width, (const T*)x + row * width, weight,
+                              inverse[row], width, (T*)dx + row * width,
+                              dweight ? &parts[thread * width] : nullptr);
+        });
     });
-    add_up(parts, threads, width, dweight);
+    if (dweight) add_up(parts, threads, width, dweight);
 }
 
-// Heads of `width`: x (tokens, heads, width); cos and signed sin (places, width), place of a
-// token: its number modulo `places`.
-void looptx_turn(int threads, int64_t tokens, int64_t heads, int64_t width, int64_t places,
-                 float eps, const float* x, const float* weight, const float* cosine,
-                 const float* sine, float* y, float* inverse) {
-    const int64_t half = width / 2;
-    share(threads, tokens, [&](int, int64_t begin, int64_t end) {
-        for (int64_t row = begin * heads; row < end * heads; ++row) {
-            const float *in = x + row * width, r = inverse[row] = inverse_rms(in, width, eps);
-            const float* c = cosine + row / heads % places * width;
-            const float* s = sine + row / heads % places * width;
-            float* out = y + row * width;
+// Heads of `width`: x (tokens, heads, width); y likewise, always of float32; cos and signed sin
+// (places, width), place of a token: its number modulo `places`. weight, inverse: of the norm; null
+// for none.
+void looptx_turn(int threads, int64_t half, int64_t tokens, int64_t heads, int64_t width,
+                 int64_t places, float eps, const void* x, const float* weight,
+                 const float* cosine, const float* sine, float* y, float* inverse) {
+    const int64_t middle = width / 2;
+    typed(half, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        share(threads, tokens, [&](int, int64_t begin, int64_t end) {
+            for (int64_t row = begin * heads; row < end * heads; ++row) {
+                const T* in = (const T*)x + row * width;
+                const float* c = cosine + row / heads % places * width;
+                const float* s = sine + row / heads % places * width;
+                const float r = weight ? inverse[row] = inverse_rms(in, width, eps) : 1.f;
+                float* out = y + row * width;
+                const auto turn = [&](const auto& scaled) {
 #pragma omp simd
-            for (int64_t i = 0; i < half; ++i) {
-                const float low = in[i] * r * weight[i], high = in[i + half] * r * weight[i + half];
-                out[i] = low * c[i] + high * s[i];
-                out[i + half] = high * c[i + half] + low * s[i + half];
+                    for (int64_t i = 0; i < middle; ++i) {
+                        const float low = scaled(i), high = scaled(i + middle);
+                        out[i] = low * c[i] + high * s[i];
+                        out[i + middle] = high * c[i + middle] + low * s[i + middle];
+                    }
+                };
+                if (weight)
+                    turn([&](int64_t i) { return (float)in[i] * r * weight[i]; });
+                else
+                    turn([&](int64_t i) { return (float)in[i]; });
             }
-        }
+        });
     });
 }
 
-void looptx_turn_backward(int threads, int64_t tokens, int64_t heads, int64_t width,
-                          int64_t places, const float* dy, const float* x, const float* weight,
-                          const float* cosine, const float* sine, const float* inverse, float* dx,
+void looptx_turn_backward(int threads, int64_t half, int64_t tokens, int64_t heads, int64_t width,
+                          int64_t places, const float* dy, const void* x, const float* weight,
+                          const float* cosine, const float* sine, const float* inverse, void* dx,
                           float* dweight) {
-    const int64_t half = width / 2;
+    const int64_t middle = width / 2;
     std::vector<float> parts(threads * width);
-    share(threads, tokens, [&](int thread, int64_t begin, int64_t end) {
-        std::vector<float> back(width);
-        float* b = back.data();
-        for (int64_t row = begin * heads; row < end * heads; ++row) {
-            const float* d = dy + row * width;
-            const float* c = cosine + row / heads % places * width;
-            const float* s = sine + row / heads % places * width;
+    typed(half, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        share(threads, tokens, [&](int thread, int64_t begin, int64_t end) {
+            std::vector<float> back(width);
+            for (int64_t row = begin * heads; row < end * heads; ++row) {
+                const float* d = dy + row * width;
+                const float* c = cosine + row / heads % places * width;
+                const float* s = sine + row / heads % places * width;
+                T* out = (T*)dx + row * width;
+                const auto turn = [&](auto* b) {
 #pragma omp simd
-            for (int64_t i = 0; i < half; ++i) {
-                b[i] = d[i] * c[i] + d[i + half] * s[i + half];
-                b[i + half] = d[i + half] * c[i + half] + d[i] * s[i];
+                    for (int64_t i = 0; i < middle; ++i) {
+                        put(b[i], d[i] * c[i] + d[i + middle] * s[i + middle]);
+                        put(b[i + middle], d[i + middle] * c[i + middle] + d[i] * s[i]);
+                    }
+                };
+                if (!weight) {
+                    turn(out);
+                    continue;
+                }
+                turn(back.data());
+                norm_backward(back.data(), (const T*)x + row * width, weight, inverse[row], width,
+                              out, dweight ? &parts[thread * width] : nullptr);
             }
-            norm_backward(b, x + row * width, weight, inverse[row], width, dx + row * width,
-                          &parts[thread * width]);
-        }
+        });
     });
-    add_up(parts, threads, width, dweight);
+    if (dweight) add_up(parts, threads, width, dweight);
 }
 
-void looptx_gelu_gate(int threads, int64_t count, const float* gate, const float* up, float* y) {
-    share(threads, count, [&](int, int64_t begin, int64_t end) {
+// All of one type. silu: the gate's activation, else gelu.
+void looptx_gate(int threads, int64_t half, int64_t silu, int64_t count, const void* gate,
+                 const void* up, void* y) {
+    typed(half, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const T *g = (const T*)gate, *u = (const T*)up;
+        T* out = (T*)y;
+        share(threads, count, [&](int, int64_t begin, int64_t end) {
+            const auto run = [&](bool is_silu) {
 #pragma omp simd
-        for (int64_t i = begin; i < end; ++i) {
-            float phi, density;
-            normal(gate[i], phi, density);
-            y[i] = gate[i] * phi * up[i];
-        }
+                for (int64_t i = begin; i < end; ++i) {
+                    float active, slope;
+                    activate(is_silu, g[i], active, slope);
+                    put(out[i], active * (float)u[i]);
+                }
+            };
+            silu ? run(true) : run(false);
+        });
     });
 }
 
-void looptx_gelu_gate_backward(int threads, int64_t count, const float* dy, const float* gate,
-                               const float* up, float* dgate, float* dup) {
-    share(threads, count, [&](int, int64_t begin, int64_t end) {
+void looptx_gate_backward(int threads, int64_t half, int64_t silu, int64_t count, const void* dy,
+                          const void* gate, const void* up, void* dgate, void* dup) {
+    typed(half, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const T *d = (const T*)dy, *g = (const T*)gate, *u = (const T*)up;
+        T *to_gate = (T*)dgate, *to_up = (T*)dup;
+        share(threads, count, [&](int, int64_t begin, int64_t end) {
+            const auto run = [&](bool is_silu) {
 #pragma omp simd
-        for (int64_t i = begin; i < end; ++i) {
-            float phi, density;
-            normal(gate[i], phi, density);
-            dup[i] = dy[i] * gate[i] * phi;
-            dgate[i] = dy[i] * up[i] * (phi + gate[i] * density);
-        }
+                for (int64_t i = begin; i < end; ++i) {
+                    float active, slope;
+                    activate(is_silu, g[i], active, slope);
+                    const float push = d[i];
+                    put(to_up[i], push * active);
+                    put(to_gate[i], push * (float)u[i] * slope);
+                }
+            };
+            silu ? run(true) : run(false);
+        });
     });
 }
 
 // Of each row of logits, (rows, classes): the loss of its target, not a number where there is no such
 // class; whether the target is the largest, or one of them; the largest's share; the log of the sum of
 // all exponentials.
-void looptx_cross_entropy(int threads, int64_t rows, int64_t classes, const float* logits,
-                          const int64_t* targets, float* losses, float* hits, float* tops,
-                          float* log_sums) {
-    share(threads, rows, [&](int, int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-            const float* x = logits + row * classes;
-            float most = x[0], sum = 0;
+void looptx_cross_entropy(int threads, int64_t half, int64_t rows, int64_t classes,
+                          const void* logits, const int64_t* targets, float* losses, float* hits,
+                          float* tops, float* log_sums) {
+    typed(half, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        share(threads, rows, [&](int, int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row) {
+                const T* x = (const T*)logits + row * classes;
+                float most = x[0], sum = 0;
 #pragma omp simd reduction(max : most)
-            for (int64_t i = 0; i < classes; ++i) most = x[i] > most ? x[i] : most;
+                for (int64_t i = 0; i < classes; ++i) {
+                    const float one = x[i];
+                    most = one > most ? one : most;
+                }
 #pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < classes; ++i) sum += exp_below(x[i] - most);
-            log_sums[row] = most + std::log(sum);
-            tops[row] = 1.f / sum;
-            const bool known = targets[row] >= 0 && targets[row] < classes;
-            losses[row] = known ? log_sums[row] - x[targets[row]] : NAN;
-            hits[row] = known && x[targets[row]] == most;
-        }
+                for (int64_t i = 0; i < classes; ++i) sum += exp_below((float)x[i] - most);
+                log_sums[row] = most + std::log(sum);
+                tops[row] = 1.f / sum;
+                const bool known = targets[row] >= 0 && targets[row] < classes;
+                losses[row] = known ? log_sums[row] - (float)x[targets[row]] : NAN;
+                hits[row] = known && (float)x[targets[row]] == most;
+            }
+        });
     });
 }
 
-void looptx_cross_entropy_backward(int threads, int64_t rows, int64_t classes, const float* dlosses,
-                                   const float* logits, const int64_t* targets,
-                                   const float* log_sums, float* dlogits) {
-    share(threads, rows, [&](int, int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-            const float *x = logits + row * classes, push = dlosses[row], sum = log_sums[row];
-            float* dx = dlogits + row * classes;
+void looptx_cross_entropy_backward(int threads, int64_t half, int64_t rows, int64_t classes,
+                                   const float* dlosses, const void* logits,
+                                   const int64_t* targets, const float* log_sums, void* dlogits) {
+    typed(half, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        share(threads, rows, [&](int, int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row) {
+                const T* x = (const T*)logits + row * classes;
+                const float push = dlosses[row], sum = log_sums[row];
+                T* dx = (T*)dlogits + row * classes;
 #pragma omp simd
-            for (int64_t i = 0; i < classes; ++i)
-                dx[i] = push * exp_below(std::min(x[i] - sum, 0.f));
-            if (targets[row] >= 0 && targets[row] < classes) dx[targets[row]] -= push;
-        }
+                for (int64_t i = 0; i < classes; ++i)
+                    put(dx[i], push * exp_below(std::min((float)x[i] - sum, 0.f)));
+                if (targets[row] >= 0 && targets[row] < classes) {
+                    const float own = x[targets[row]];
+                    put(dx[targets[row]], push * (exp_below(std::min(own - sum, 0.f)) - 1.f));
+                }
+            }
+        });
     });
 }
 

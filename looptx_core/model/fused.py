@@ -1,9 +1,10 @@
 """Fused CPU kernels for what a training step does between its matrix products.
 
-`fused.cpp` has the forward and backward of RMSNorm, of RMSNorm with RoPE, of GeGLU's gate, of
-causal attention and of the cross-entropy; `multi_linear` accumulates the gradient of the input
-inside the matmuls. Modules use these kernels when they are enabled (`enable_fused`) and the inputs
-are float32 CPU tensors that need gradients (`can_use_fused`). A gradient of a gradient is refused.
+`fused.cpp` has the forward and backward of RMSNorm, of RoPE with a norm before it or without, of
+GeGLU's and SwiGLU's gates, of causal attention and of the cross-entropy; `products.py` joins matrix
+products. Modules use them when they are enabled (`enable_fused`), gradients are on, and the inputs
+are CPU tensors of float32 or, under autocast in it, of bfloat16 (`can_use_fused`). All compute in
+float32, and attention takes nothing else. A gradient of a gradient is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -37,7 +37,7 @@ def enable_fused(on: bool | Collection[str] = True) -> str:
     global _library, _taken
     _library, _taken = None, frozenset(OPERATIONS if on is True else on or ())
     if on is False:
-        return "plain torch, as the kernels are for float32 that is not compiled"
+        return "plain torch, as the kernels are for what is not compiled"
     try:
         _library = load(SOURCE)
     except MissingError as error:
@@ -52,26 +52,33 @@ def is_prepared() -> bool:
 
 def can_use_fused(*tensors: Tensor, operation: str | None = None) -> bool:
     """Whether a kernel can run on these tensors: of one of `OPERATIONS`, by default of any."""
-    return (
-        _library is not None
-        and (operation in _taken if operation else bool(_taken))
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and all(
-            type(x) in (Tensor, torch.nn.Parameter)
-            and x.device.type == "cpu"
-            and x.dtype == torch.float32
-            for x in tensors
-        )
+    if (
+        _library is None
+        or not (operation in _taken if operation else _taken)
+        or not torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+    ):
+        return False
+    taken = {torch.float32, product_type()}
+    return taken <= {torch.float32, torch.bfloat16} and all(
+        type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.dtype in taken
+        for x in tensors
     )
 
 
-def _call(name: str, *arguments: Tensor | int | float) -> None:
+def product_type() -> torch.dtype:
+    """What matrix products on a CPU are computed in: autocast's type, or float32."""
+    automatic = torch.is_autocast_enabled("cpu")
+    return torch.get_autocast_dtype("cpu") if automatic else torch.float32
+
+
+def _call(name: str, *arguments: Tensor | int | float | None) -> None:
     """Call a kernel with torch's number of threads, and its arguments as C types."""
     plain: list[Any] = [ctypes.c_int(torch.get_num_threads())]
     for value in arguments:
-        if isinstance(value, Tensor):
+        if value is None:
+            plain.append(ctypes.c_void_p())
+        elif isinstance(value, Tensor):
             plain.append(ctypes.c_void_p(value.data_ptr()))
         elif isinstance(value, int):
             plain.append(ctypes.c_int64(value))
@@ -80,21 +87,26 @@ def _call(name: str, *arguments: Tensor | int | float) -> None:
     getattr(_library, name)(*plain)
 
 
+def _half(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
 class _Norm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x, width = x.contiguous(), x.shape[-1]
-        y, inverse = torch.empty_like(x), x.new_empty(x.numel() // width)
-        _call("looptx_norm", len(inverse), width, eps, x, weight, y, inverse)
+        x, weight, width = x.contiguous(), weight.float(), x.shape[-1]
+        y, inverse = torch.empty_like(x), weight.new_empty(x.numel() // width)
+        _call("looptx_norm", _half(x), len(inverse), width, eps, x, weight, y, inverse)
         ctx.save_for_backward(x, weight, inverse)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
-        dx, dweight, dy = torch.empty_like(x), torch.empty_like(weight), dy.contiguous()
-        sizes = len(inverse), len(weight)
+        dx, dy = torch.empty_like(x), dy.contiguous()
+        dweight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        sizes = _half(x), len(inverse), len(weight)
         _call("looptx_norm_backward", *sizes, dy, x, weight, inverse, dx, dweight)
         return dx, dweight, None
 
@@ -102,73 +114,57 @@ class _Norm(Function):
 class _Turn(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+        ctx: Any, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float
     ) -> Tensor:
-        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        x, cos, sin = x.contiguous(), cos.float().contiguous(), sin.float().contiguous()
+        weight = None if weight is None else weight.float()
         batch, length, heads, width = x.shape
-        y, inverse = torch.empty_like(x), x.new_empty(batch * length * heads)
+        y = torch.empty_like(x, dtype=torch.float32)
+        inverse = None if weight is None else y.new_empty(batch * length * heads)
         ctx.sizes = batch * length, heads, width, cos.numel() // width
-        _call("looptx_turn", *ctx.sizes, eps, x, weight, cos, sin, y, inverse)
-        ctx.save_for_backward(x, weight, cos, sin, inverse)
+        ctx.half = _half(x)
+        _call("looptx_turn", ctx.half, *ctx.sizes, eps, x, weight, cos, sin, y, inverse)
+        ctx.save_for_backward(None if weight is None else x, weight, cos, sin, inverse)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         x, weight, *tables = ctx.saved_tensors
-        dx, dweight, dy = torch.empty_like(x), torch.empty_like(weight), dy.contiguous()
-        _call("looptx_turn_backward", *ctx.sizes, dy, x, weight, *tables, dx, dweight)
+        dy = dy.contiguous()
+        dx = torch.empty_like(dy, dtype=torch.bfloat16 if ctx.half else torch.float32)
+        dweight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        _call("looptx_turn_backward", ctx.half, *ctx.sizes, dy, x, weight, *tables, dx, dweight)
         return dx, dweight, None, None, None
 
 
-class _GeluGate(Function):
+class _Gate(Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, silu: bool) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         y = torch.empty_like(gate)
-        _call("looptx_gelu_gate", gate.numel(), gate, up, y)
+        _call("looptx_gate", _half(gate), silu, gate.numel(), gate, up, y)
         ctx.save_for_backward(gate, up)
+        ctx.silu = silu
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         dgate, dup, dy = torch.empty_like(gate), torch.empty_like(up), dy.contiguous()
-        _call("looptx_gelu_gate_backward", gate.numel(), dy, gate, up, dgate, dup)
-        return dgate, dup
-
-
-class _Products(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        wants_x, *wants = ctx.needs_input_grad
-        nothing = [None] * len(weights)
-        ctx.save_for_backward(x if any(wants) else None, *(weights if wants_x else nothing))
-        return tuple(F.linear(x, weight) for weight in weights)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        wants_x, *wants = ctx.needs_input_grad
-        flat = [dy.flatten(0, -2) for dy in dys]
-        dx = None
-        if wants_x:
-            dx = torch.mm(flat[0], weights[0])
-            for dy, weight in zip(flat[1:], weights[1:]):
-                dx.addmm_(dy, weight)
-            dx = dx.view(*dys[0].shape[:-1], -1)
-        dweights = (dy.T @ x.flatten(0, -2) if wanted else None for dy, wanted in zip(flat, wants))
-        return dx, *dweights
+        sizes = _half(gate), ctx.silu, gate.numel()
+        _call("looptx_gate_backward", *sizes, dy, gate, up, dgate, dup)
+        return dgate, dup, None
 
 
 class _CrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits, targets = logits.contiguous(), targets.contiguous()
-        losses, hits, tops, sums = (logits.new_empty(len(logits)) for _ in range(4))
-        _call("looptx_cross_entropy", *logits.shape, logits, targets, losses, hits, tops, sums)
+        losses, hits, tops, sums = torch.empty(4, len(logits)).unbind()
+        sizes = _half(logits), *logits.shape
+        _call("looptx_cross_entropy", *sizes, logits, targets, losses, hits, tops, sums)
         ctx.save_for_backward(logits, targets, sums)
         ctx.mark_non_differentiable(hits, tops)
         return losses, hits, tops
@@ -178,7 +174,7 @@ class _CrossEntropy(Function):
     def backward(ctx: Any, dlosses: Tensor, *_: Tensor) -> tuple[Tensor, None]:
         logits, targets, sums = ctx.saved_tensors
         dlogits, dlosses = torch.empty_like(logits), dlosses.contiguous()
-        sizes = logits.shape
+        sizes = _half(logits), *logits.shape
         _call("looptx_cross_entropy_backward", *sizes, dlosses, logits, targets, sums, dlogits)
         return dlogits, None
 
@@ -232,33 +228,30 @@ def _rows_whole(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`RMSNorm` over the last dimension."""
+    """`RMSNorm` over the last dimension, in x's type."""
     return _Norm.apply(x, weight, eps)
 
 
-def norm_and_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` of `RMSNorm`, x: (batch, length, heads, head_dim)."""
+def norm_and_rotate(
+    x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """`rotate` of `RMSNorm`, or of x where the weight is None; (batch, length, heads, head_dim).
+
+    The result is of float32.
+    """
     return _Turn.apply(x, weight, cos, sin, eps)
 
 
-def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate) * up, the gelu by the error function."""
-    return _GeluGate.apply(gate, up)
-
-
-def multi_linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    """x (..., d_in) by each weight (d_out, d_in), as by linear layers: (..., d_out) each.
-
-    The gradient of x is accumulated inside the matrix products, not by autograd after them.
-    """
-    return _Products.apply(x, *weights)
+def gated(gate: Tensor, up: Tensor, silu: bool = False) -> Tensor:
+    """gelu(gate) * up, the gelu by the error function, or silu(gate) * up, in their type."""
+    return _Gate.apply(gate, up, silu)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(loss in nats, 1 if the target has the largest logit else 0, probability of the top class).
 
-    logits (tokens, classes), targets (tokens,) of int64; all results (tokens,). The loss of a
-    target outside the classes is NaN.
+    logits (tokens, classes), targets (tokens,) of int64; all results (tokens,) of float32. The loss
+    of a target outside the classes is NaN.
     """
     return _CrossEntropy.apply(logits, targets)
 

@@ -296,7 +296,7 @@ class LoopedTransformer(nn.Module):
 
     def score(self, decoded: Tensor, targets: Tensor) -> Score:
         """Score the head. decoded: `coda_hidden`'s, (tokens, d_model). targets: (tokens,) ids."""
-        return score(self.logits(decoded).float(), targets)
+        return score(self.logits(decoded), targets)
 
     def states(
         self,

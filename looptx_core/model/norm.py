@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        if can_use_fused(x, self.weight, operation="norm"):
+        if can_use_fused(x, operation="norm"):
             return rms_norm(x, self.weight, self.eps)
         if x.device.type != "cpu" or x.element_size() < 4:
             # torch's kernel needs the weight in x's type; autocast would change the output's type.
@@ -46,6 +46,6 @@ class HeadNorm(RMSNorm):
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:  # type: ignore[override]
         """x: (batch, length, heads, head_dim)."""
-        if can_use_fused(x, self.weight, *rotary, operation="norm and RoPE"):
+        if can_use_fused(x, *rotary, operation="norm and RoPE"):
             return norm_and_rotate(x, self.weight, self.eps, *rotary)
         return rotate(super().forward(x), rotary)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from looptx_core.config.rope import RopeScaling
+from looptx_core.model.fused import can_use_fused, norm_and_rotate
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and signed sines, each (batch or 1, length, 1, head_dim), to broadcast over heads."""
@@ -75,4 +76,6 @@ class Rotate(nn.Module):
     """`rotate` alone, where heads have no norm."""
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        if can_use_fused(x, *rotary, operation="norm and RoPE"):
+            return norm_and_rotate(x, None, 0.0, *rotary)
         return rotate(x, rotary)

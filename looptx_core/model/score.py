@@ -22,10 +22,13 @@ class Score(NamedTuple):
 
 
 def score(logits: Tensor, targets: Tensor) -> Score:
-    """Score logits, (tokens, vocab_size) in float32, by their targets, (tokens,) ids."""
+    """Score logits, (tokens, vocab_size), in float32 by their targets, (tokens,) ids."""
     if can_use_fused(logits, operation="loss"):
         return Score(*cross_entropy(logits, targets))
-    losses = F.cross_entropy(logits, targets, reduction="none")
+    logits, known = logits.float(), targets.clamp(min=0)  # others have no loss
+    losses = F.cross_entropy(logits, known, reduction="none")
     top_logit, top = logits.detach().max(-1)
-    probability = (top_logit - logits.detach().logsumexp(-1)).exp()
-    return Score(losses, (top == targets).float(), probability)
+    own = logits.detach().gather(1, known[:, None]).squeeze(1)
+    # The loss is the log of all exponentials' sum less the target's logit.
+    probability = (top_logit - own - losses.detach()).exp()
+    return Score(losses.where(targets >= 0, 0.0), (top == targets).float(), probability)

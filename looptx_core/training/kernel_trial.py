@@ -58,14 +58,19 @@ class KernelChoice:
 
 
 def enable_kernels(
-    model: ModelConfig, config: RunConfig, folder: Path, wanted: bool = True, resume: bool = False
+    model: ModelConfig,
+    config: RunConfig,
+    folder: Path,
+    wanted: bool = True,
+    resume: bool = False,
+    precision: str = "float32",
 ) -> str:
     """Turn on the kernels for a run of this model, in the shapes of its micro-batches.
 
     folder: of the run, which records the choice. wanted: else all are off. resume: take the
-    recorded choice. Returns a line on what was chosen and why. Raises `DataError` for a record that
-    cannot be used, `LooptxError` where it cannot be written, `UsageError` for a value of
-    $LOOPTX_KERNELS that is unknown.
+    recorded choice. precision: bf16, by autocast, or float32. Returns a line on what was chosen and
+    why. Raises `DataError` for a record that cannot be used, `LooptxError` where it cannot be
+    written, `UsageError` for a value of $LOOPTX_KERNELS that is unknown.
     """
     said = fused.enable_fused(wanted)
     if not fused.is_prepared():
@@ -76,45 +81,56 @@ def enable_kernels(
     if asked not in ("try", "all"):
         raise UsageError(f"{VARIABLE} is {asked!r}, not 'try' or 'all'")
     if resume:
-        # A run from before such records took all kernels.
-        choice = _read(file) if file.exists() else KernelChoice(fused.OPERATIONS, {})
+        # A run from before such records took all kernels, and none in bf16.
+        before = fused.OPERATIONS if precision == "float32" else ()
+        choice = _read(file) if file.exists() else KernelChoice(before, {})
     elif asked == "all":
         choice = KernelChoice(fused.OPERATIONS, {})
     else:
-        choice = choose(model, config.micro_batch_size, config.seq_len)
+        choice = choose(model, config.micro_batch_size, config.seq_len, precision)
     _write(file, choice)
     fused.enable_fused(choice.taken)
     return str(choice)
 
 
-def choose(config: ModelConfig, rows: int, length: int, again: bool = False) -> KernelChoice:
+def choose(
+    config: ModelConfig, rows: int, length: int, precision: str = "float32", again: bool = False
+) -> KernelChoice:
     """The kernels that win on this machine for these shapes; the trial takes a few seconds.
 
-    again: measure even where an earlier trial is in the user's cache.
+    precision: as for `enable_kernels`. again: measure even where an earlier trial is in the user's
+    cache.
     """
     kernels = library_path(fused.SOURCE)
-    shapes = config.to_dict(), rows, length, torch.get_num_threads(), torch.__version__
+    shapes = config.to_dict(), rows, length, torch.get_num_threads(), torch.__version__, precision
     digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
     cached = kernels.with_name(f"{kernels.stem}-{digest}.json")
     if not again:
         with contextlib.suppress(DataError):
             return _read(cached)
-    found = measure(config, rows, length)
+    found = measure(config, rows, length, precision)
     choice = KernelChoice(tuple(name for name, (plain, own) in found.items() if own < plain), found)
     with contextlib.suppress(LooptxError):  # the cache only spares the next trial
         _write(cached, choice)
     return choice
 
 
-def measure(config: ModelConfig, rows: int, length: int) -> dict[str, tuple[float, float]]:
+def measure(
+    config: ModelConfig, rows: int, length: int, precision: str = "float32"
+) -> dict[str, tuple[float, float]]:
     """Milliseconds of each operation's forward and backward pass, plain and fused.
 
     The fused kernels must be prepared; all of them are on afterwards.
     """
     rows = max(1, min(rows, _TOKENS // length))
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    halves = precision == "bf16"
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+        torch.autocast("cpu", torch.bfloat16, enabled=halves),
+    ):
         torch.manual_seed(0)
-        steps = _steps(config, rows, length)
+        steps = _steps(config, rows, length, torch.bfloat16 if halves else torch.float32)
         found = {}
         for name, step in steps.items():
             best = {(): float("inf"), (name,): float("inf")}
@@ -131,20 +147,29 @@ def measure(config: ModelConfig, rows: int, length: int) -> dict[str, tuple[floa
     return found
 
 
-def _steps(config: ModelConfig, rows: int, length: int) -> dict[str, Callable[[], object]]:
-    """A forward and backward pass of each operation, by the modules that use it."""
+def _steps(
+    config: ModelConfig, rows: int, length: int, kind: torch.dtype
+) -> dict[str, Callable[[], object]]:
+    """A forward and backward pass of each operation, by the modules that use it.
+
+    kind: of what stands beside products, such as heads and logits.
+    """
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, requires_grad=True)
 
+    def beside(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=kind, requires_grad=True)
+
     block = Block(config)
     width, heads, kv = config.head_dim, config.n_heads, config.n_kv_heads
-    x, inner = normal(rows, length, config.d_model), normal(rows, length, config.d_ff)
-    up, parts = normal(rows, length, config.d_ff), normal(rows, length, heads, width)
-    queries, keys, values = (normal(rows, n, length, width) for n in (heads, kv, kv))
+    x, inner = normal(rows, length, config.d_model), beside(rows, length, config.d_ff)
+    up, parts = beside(rows, length, config.d_ff), beside(rows, length, heads, width)
+    queries, keys = (normal(rows, n, length, width) for n in (heads, kv))
+    values = beside(rows, kv, length, width)
     rotary = rotary_tables(torch.arange(length)[None, None], width, config.rope_theta, x.dtype)
     documents = VarlenBatch.of((torch.arange(length) * 2 // length).expand(rows, -1))
-    logits = normal(rows * length, config.vocab_size)
+    logits = beside(rows * length, config.vocab_size)
     targets = torch.randint(0, config.vocab_size, (rows * length,))
     mask = documents.mask()  # made once for all blocks and loops
 
@@ -153,8 +178,10 @@ def _steps(config: ModelConfig, rows: int, length: int) -> dict[str, Callable[[]
         return sdpa(queries, keys, values, documents if packed else mask)
 
     def gate() -> Tensor:
-        own = fused.can_use_fused(inner, up, operation="gate")
-        return fused.gelu_gate(inner, up) if own else F.gelu(inner) * up
+        silu = config.activation == "silu"
+        if fused.can_use_fused(inner, up, operation="gate"):
+            return fused.gated(inner, up, silu)
+        return (F.silu if silu else F.gelu)(inner) * up
 
     forward: dict[str, Callable[[], Tensor]] = {
         "norm": lambda: block.mlp_norm(x),
@@ -162,9 +189,9 @@ def _steps(config: ModelConfig, rows: int, length: int) -> dict[str, Callable[[]
         "attention": attend,
         "loss": lambda: score(logits, targets).loss,
     }
-    if config.activation == "gelu":
+    if config.activation in ("gelu", "silu"):
         forward["gate"] = gate
-    if config.qk_norm and config.qk_norm_over == "head":
+    if not config.qk_norm or config.qk_norm_over == "head":
         forward["norm and RoPE"] = lambda: block.attention.q_norm(parts, rotary)
     found = {name: forward[name] for name in fused.OPERATIONS if name in forward}
     return {name: lambda f=function: f().sum().backward() for name, function in found.items()}  # type: ignore[misc]

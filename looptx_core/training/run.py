@@ -51,6 +51,7 @@ from looptx_core.training.callbacks import (
 )
 from looptx_core.training.compiled import compile_forward, uncompile_forward
 from looptx_core.training.finish import TrainResult, finish_training
+from looptx_core.training.frozen import cast_frozen
 from looptx_core.training.hardware import choose_precision
 from looptx_core.training.kernel_trial import enable_kernels
 from looptx_core.training.memory_check import check_memory_use
@@ -248,6 +249,8 @@ def fit(
         gathered = Gathered()
     else:
         module = LoopedLM(model, config)
+    if precision == "bf16" and config.sharding == "none":
+        cast_frozen(model, torch.bfloat16)
     # One that was loaded would have no dropout, and its encoders no loss of their own.
     module.train()
 
@@ -310,8 +313,8 @@ def fit(
         )
         chosen = f"precision: {precision}; attention: {backend.name}"
         if device.type == "cpu":
-            wanted = precision == "float32" and not config.compile
-            kernels = enable_kernels(model.config, config, folder, wanted, resume)
+            wanted = not config.compile
+            kernels = enable_kernels(model.config, config, folder, wanted, resume, precision)
             _log.info("kernels: %s", kernels)
             chosen += f"; kernels: {'fused' if kernels.startswith('fused') else 'plain torch'}"
         report(chosen)

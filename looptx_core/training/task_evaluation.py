@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import torch
 from tokenizers import Tokenizer
 
 from looptx_core.checkpoint.special_tokens import SpecialTokens
@@ -15,6 +16,7 @@ from looptx_core.config.run import RunConfig
 from looptx_core.errors import MissingError, UsageError
 from looptx_core.evaluation.run import evaluate, find_tasks
 from looptx_core.generation.engine import Engine
+from looptx_core.training.frozen import cast_frozen
 
 
 def tasks_of(config: RunConfig, depths: tuple[int, ...] = (1,)) -> EvaluateConfig:
@@ -94,9 +96,10 @@ class TaskEvaluation(L.Callback):
         deepest = module.schedule.max_loops
         wanted = tasks_of(self.config, tuple(sorted({1, deepest})))
         wanted = EvaluateConfig(wanted.tasks, wanted.loops, limit)
+        model = cast_frozen(copy.deepcopy(module.model), torch.float32).eval()
         engine = Engine(
-            copy.deepcopy(module.model).eval(), self.tokenizer, ends=self.special.ends,
-            kernel="torch", batch_size=wanted.batch_size,
+            model, self.tokenizer, ends=self.special.ends, kernel="torch",
+            batch_size=wanted.batch_size,
         )  # fmt: skip
         found = {}
         for row in evaluate(engine, wanted)["results"]:
