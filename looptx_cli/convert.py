@@ -14,6 +14,7 @@ from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.resolve import config_file, resolve
+from looptx_core.words import quoted
 
 if TYPE_CHECKING:
     from looptx_core.conversion.run import ConvertResult
@@ -82,18 +83,19 @@ def convert(
     if settings.to_hf:
         note(
             "try next: AutoModelForCausalLM.from_pretrained"
-            f"('{result.out}', trust_remote_code=True) in transformers",
+            f"({str(result.out)!r}, trust_remote_code=True) in transformers",
             quiet,
         )
     elif settings.to_onnx:
         note(f"try next: {result.out}/README.md tells how onnxruntime-genai opens it", quiet)
     elif settings.to_gguf:
         file = next(result.out.glob("*.gguf"))
-        note(f'try next: llama-cli -m {file} -p "Call me" -n 40', quiet)
+        note(f'try next: llama-cli -m {quoted(file)} -p "Call me" -n 40', quiet)
     elif settings.memory:
-        note(f"try next: looptx finetune --model {result.out} --seq-len 1024", quiet)
+        note(f"try next: looptx finetune --model {quoted(result.out)} --seq-len 1024", quiet)
     else:
-        note(f'try next: looptx generate "Call me" --model {result.out} --show-iterations', quiet)
+        out = quoted(result.out)
+        note(f'try next: looptx generate "Call me" --model {out} --show-iterations', quiet)
 
 
 def _show(result: ConvertResult) -> None:

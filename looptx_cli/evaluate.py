@@ -13,8 +13,10 @@ from looptx_cli.console import note, stdout
 from looptx_cli.imports import large_imports
 from looptx_cli.model_options import Adapter, Config, Model
 from looptx_cli.options import check_figure, with_fields
+from looptx_cli.tables import show_rows
 from looptx_core.config.evaluation import EvaluateConfig
 from looptx_core.config.resolve import resolve
+from looptx_core.words import quoted
 
 
 @with_fields(EvaluateConfig)
@@ -65,43 +67,41 @@ def evaluate(
             stdout().print(sentence, soft_wrap=True)
     if out is not None:
         note(f"figure: {out}", quiet)
-    note(f"try next: {_next(document, model, settings)}", quiet)
+    note(f"try next: {_next(document, model, adapter, settings)}", quiet)
 
 
 def _show(document: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("task", overflow="fold")
-    table.add_column("metric", overflow="fold")
-    for name in ("loops", "value", "± error", "mean loops", "FLOPs", "s"):
-        table.add_column(name, justify="right", no_wrap=True)
-    before = None
+    rows, before = [], ("", "")
     for row in document["results"]:
-        head = (row["task"], row["metric"])
-        shown = ("", "") if head == before else head
-        before = head
-        table.add_row(
-            *shown,
+        name = (row["task"], row["metric"])
+        rows.append([
+            *(("", "") if name == before else name),
             str(row["loops"]),
             f"{row['value']:.4f}",
             "" if row["stderr"] is None else f"{row['stderr']:.4f}",
             f"{row['mean_loops']:.2f}",
             f"{row['flops_per_token']:.3g}",
             f"{row['seconds']:.1f}",
-        )
-    stdout().print(table)
+        ])  # fmt: skip
+        before = name
+    figures = ("loops", "value", "± error", "mean loops", "FLOPs", "s")
+    show_rows(("task", "metric", *figures), rows, right=figures)
 
 
-def _next(document: dict[str, Any], model: str | None, settings: EvaluateConfig) -> str:
+def _next(
+    document: dict[str, Any], model: str | None, adapter: str | None, settings: EvaluateConfig
+) -> str:
     """Deeper where a task still gains, else a figure of what there is."""
-    given = f" --model {model}" if model else ""
-    asked = f" --tasks {','.join(settings.names)}" if settings.names else ""
+    again = {"model": model, "adapter": adapter, "include-path": settings.include_path}
+    given = "".join(f" --{flag} {quoted(value)}" for flag, value in again.items() if value)
+    asked = f" --tasks {quoted(','.join(settings.names))}" if settings.names else ""
     most = max((depth for depth in settings.depths if depth != "auto"), default=0)
     gaining = [item["task"] for item in document["enough"] if item["loops"] == most]
     if gaining:
-        tasks = ",".join(dict.fromkeys(gaining))
-        return f"looptx evaluate{given} --tasks {tasks} --loops {most},{most + 2},{2 * most},auto"
+        tasks, depths = ",".join(dict.fromkeys(gaining)), f"{most},{most + 2},{2 * most},auto"
+        return f"looptx evaluate{given} --tasks {quoted(tasks)} --loops {depths}"
     if settings.out is None:
         return f"looptx evaluate{given}{asked} --out depths.png"
+    inspected = adapter or model
+    given = f" --model {quoted(inspected)}" if inspected else ""
     return f"looptx inspect-loops{given} --target-loss-increase 0.5%"

@@ -25,7 +25,7 @@ from looptx_cli.runs import (
 )
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.resolve import Resolved, config_file, resolve
-from looptx_core.words import counted
+from looptx_core.words import counted, quoted
 
 if TYPE_CHECKING:
     from looptx_core.finetuning.answers import HeldOutAnswers
@@ -133,7 +133,7 @@ def finetune(
     _show(result)
     example = "map ga cc fc dd aa hb bb ed: Where ends g" if not settings.data else "..."
     flag = "--adapter" if settings.adapts else "--model"
-    note(f'try next: looptx generate "{example}" {flag} {folder} --temperature 0', quiet)
+    note(f'try next: looptx generate "{example}" {flag} {quoted(folder)} --temperature 0', quiet)
 
 
 def _with_control(

@@ -18,6 +18,7 @@ from looptx_core.config.inspection import BRIEF, InspectConfig
 from looptx_core.config.resolve import config_file, resolve
 from looptx_core.documents import printable
 from looptx_core.media.registry import MEDIA
+from looptx_core.words import quoted
 
 if TYPE_CHECKING:
     from looptx_core.checkpoint.folder import LoadedModel
@@ -109,7 +110,7 @@ def inspect_loops(
             soft_wrap=True,
         )
     out.print(f"report: {folder / 'report.html'}", soft_wrap=True)
-    given = f" --model {model}" if model else ""
+    given = f" --model {quoted(model)}" if model else ""
     if not (settings.text or settings.prompt):
         note(f'try next: looptx inspect-loops{given} --prompt "Call me"', quiet)
     else:

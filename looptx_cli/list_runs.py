@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from looptx_cli.console import note, stdout
+from looptx_cli.console import note
+from looptx_cli.tables import show_rows
+from looptx_core.words import quoted
 
 if TYPE_CHECKING:
     from looptx_core.checkpoint.run_summary import RunSummary
 
 SCHEMA_VERSION = 1
+_NAMED = 2  # data sets of a run
 
 
 def runs(
@@ -44,34 +48,31 @@ def runs(
     for run in found:
         if run.state == "damaged":
             note(f"{run.folder} is damaged: {run.problem}", quiet)
-    finished = [str(run.folder) for run in found if run.state == "finished"][:2]
+    finished = [quoted(run.folder) for run in found if run.state == "finished"][:2]
     if len(finished) == 2:
         note(f"try next: looptx compare {' '.join(finished)}", quiet)
 
 
 def _show(found: list[RunSummary]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("run", overflow="fold", min_width=10)
-    table.add_column("command", no_wrap=True)
-    table.add_column("data", overflow="fold", min_width=8)
-    for name in ("steps", "best", "size"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("state", "when"):
-        table.add_column(name, no_wrap=True)
+    rows = []
     for run in found:
-        cells: list[Any] = [Text(run.name), "", "", "", "", size(run.bytes), run.state, ""]
+        cells = [run.name, "", "", "", "", size(run.bytes), run.state, ""]
         if run.state != "damaged":
             planned = run.planned_steps
-            names = ", ".join(Path(item).name for item in run.data) or "bundled"
             of = f"/{planned:,}" if planned not in (None, run.steps) else ""
-            cells[1:5] = [str(run.command), Text(names), f"{run.steps:,}{of}", best(run)]
+            cells[1:5] = [str(run.command), _names(run.data), f"{run.steps:,}{of}", best(run)]
         if run.updated:
             cells[-1] = when(datetime.fromisoformat(run.updated).astimezone())
-        table.add_row(*cells)
-    stdout().print(table)
+        rows.append(cells)
+    head = ("run", "command", "data", "steps", "best", "size", "state", "when")
+    show_rows(head, rows, right=("steps", "best", "size"))
+
+
+def _names(data: Sequence[str]) -> str:
+    """The first names of what a run was trained on, and how many there are besides."""
+    names = [Path(item).name for item in data] or ["bundled"]
+    more = f", {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def best(run: RunSummary) -> str:

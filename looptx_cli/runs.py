@@ -27,7 +27,7 @@ from looptx_core.config.resolve import Resolved, flag_name, read_resolved, write
 from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.outputs import check_output, holds_anything
 from looptx_core.schema import coerce
-from looptx_core.words import counted
+from looptx_core.words import counted, quoted
 
 SCHEMA_VERSION = 1
 # What may change where a sharded run goes on; its checkpoints fit any of these.
@@ -57,7 +57,7 @@ def resumed(
     if (made_by := read_facts(folder).get("command") or command) != command:
         raise UsageError(
             f"{folder}: a run of looptx {made_by}; go on with it by looptx {made_by} "
-            f"--resume {folder}"
+            f"--resume {quoted(folder)}"
         )
     given = {key: value for key, value in flags.items() if value not in (None, [], ())}
     resolved = read_resolved(file, schema, sections)

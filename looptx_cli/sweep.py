@@ -15,6 +15,7 @@ import typer
 
 from looptx_cli.console import note, stdout, with_flags
 from looptx_cli.imports import large_imports
+from looptx_cli.tables import show_rows
 from looptx_core.atomic import write_file
 from looptx_core.checkpoint.registry import RUNS
 from looptx_core.config.run import TrainConfig
@@ -181,45 +182,31 @@ def _print(document: Document) -> None:
 
 
 def _show_plan(grid: Grid, document: Document) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for name in ("run", *grid.axes, "seed", "state"):
-        table.add_column(Text(name), overflow="fold")
+    rows = []
     for run in document["runs"]:
         values = [shown(run["settings"][key]) for key in grid.axes]
-        cells = (Path(run["folder"]).name, *values, str(run["seed"]), run["state"])
-        table.add_row(*map(Text, cells))
-    out = stdout()
-    out.print(table)
+        rows.append([Path(run["folder"]).name, *values, str(run["seed"]), run["state"]])
+    show_rows(("run", *grid.axes, "seed", "state"), rows)
     left = sum(run["state"] != "finished" for run in document["runs"])
-    out.print(
+    stdout().print(
         f"{counted(len(document['runs']), 'run')} in {document['out']}, {left:,} of them to train",
         soft_wrap=True, markup=False,
     )  # fmt: skip
 
 
 def _show(grid: Grid, document: Document) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     from looptx_core.inspection.sweep import best_row
 
     stdout().print("Held-out loss at the last loop, nats a token:", soft_wrap=True)
-    table = Table(box=None, pad_edge=False)
-    for key in grid.axes:
-        table.add_column(Text(key), overflow="fold")
-    for name in ("seeds", "mean", "95 %", ""):
-        table.add_column(name, justify="right")
-    best = best_row(document)
+    best, rows = best_row(document), []
     for number, row in enumerate(document["rows"]):
         mean, half = row["mean_loss"], row["interval"]
-        table.add_row(
-            *(Text(shown(row["settings"][key])) for key in grid.axes),
+        rows.append([
+            *(shown(row["settings"][key]) for key in grid.axes),
             f"{row['seeds']} of {len(grid.seeds)}",
             "-" if mean is None else f"{mean:.4f}",
             "-" if half is None else f"± {half:.4f}",
             "best" if number == best and len(document["rows"]) > 1 else "",
-        )
-    stdout().print(table)
+        ])  # fmt: skip
+    figures = ("seeds", "mean", "95 %", "")
+    show_rows((*grid.axes, *figures), rows, right=figures)

@@ -19,7 +19,7 @@ from looptx_core.config.codec import SHAPES, CodecConfig
 from looptx_core.config.corpus import TokenizeConfig
 from looptx_core.config.resolve import Resolved, config_file, field_help, resolve
 from looptx_core.errors import UsageError
-from looptx_core.words import counted
+from looptx_core.words import counted, quoted
 
 SCHEMA_VERSION = 1
 SECTIONS = {"codec_model": CodecConfig}
@@ -148,7 +148,7 @@ def tokenize(
         f"vocabulary {manifest.vocab_size:,}, {seconds:.1f} s -> {folder}",
         soft_wrap=True,
     )
-    note(f"try next: looptx train --data {folder}", quiet)
+    note(f"try next: looptx train --data {quoted(folder)}", quiet)
 
 
 def _train_codec(
@@ -215,7 +215,8 @@ def _train_codec(
         f"{report.seconds:,.0f} s -> {folder}",
         soft_wrap=True,
     )
-    note(f"try next: looptx train --codec {folder} --data {plural.upper()}_WITH_TEXTS", quiet)
+    texts = f"{plural.upper()}_WITH_TEXTS"
+    note(f"try next: looptx train --codec {quoted(folder)} --data {texts}", quiet)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from looptx_core.config.model import ModelConfig, fitting_memory
 from looptx_core.config.resolve import Resolved, config_file, dotted, resolve
 from looptx_core.config.run import TrainConfig, continued_lr
 from looptx_core.errors import UsageError
-from looptx_core.words import counted
+from looptx_core.words import counted, quoted
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -236,14 +236,15 @@ def train(
         return
     used = [name for name in MEDIA if any(name in some for some in named.values())]
     _show_result(result, " and ".join(MEDIA[name].plural for name in used))
+    there = quoted(folder)
     if settings.bitnet:
-        note(f"pack it: looptx convert --to-bitnet --model {folder}", quiet)
+        note(f"pack it: looptx convert --to-bitnet --model {there}", quiet)
     for name in used:
-        note(f"try next: looptx generate --{name} FILE --model {folder} --show-iterations", quiet)
+        note(f"try next: looptx generate --{name} FILE --model {there} --show-iterations", quiet)
     for section, flag in (("draw", "draw drawn.png"), ("speak", "speak spoken.wav")):
         if settings.codec and getattr(model_config, section).codec:
-            note(f"try next: looptx generate PROMPT --{flag} --model {folder}", quiet)
-    note(f'try next: looptx generate "Call me" --model {folder} --show-iterations', quiet)
+            note(f"try next: looptx generate PROMPT --{flag} --model {there}", quiet)
+    note(f'try next: looptx generate "Call me" --model {there} --show-iterations', quiet)
 
 
 def _source(settings: TrainConfig, resolved: Resolved) -> LoadedModel:

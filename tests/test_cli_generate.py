@@ -57,8 +57,8 @@ def test_one_document_for_several_prompts(folder: Path, tmp_path: Path) -> None:
 
 
 def test_standard_input_is_the_prompt(folder: Path) -> None:
-    done = run(folder, "--json", stdin="Some years\n")
-    assert json.loads(done.stdout)["prompt"] == "Some years"
+    done = run(folder, "--json", stdin="/loops 1\nSome years\n")  # no command of a chat
+    assert json.loads(done.stdout)["prompt"] == "/loops 1\nSome years"
 
 
 def test_depths_side_by_side(folder: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_conversion_gguf
 import torch
 from test_conversion_gguf import made_tokenizer, plain, write
 
@@ -14,6 +15,7 @@ from looptx_cli.main import main
 from looptx_core.checkpoint.card import UNKNOWN, stated_license
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.config.local_attention import LocalAttention
+from looptx_core.conversion.gemma3 import of_gguf
 from looptx_core.conversion.huggingface import from_huggingface
 from looptx_core.conversion.pretrained import Looping, looped_shape
 from looptx_core.conversion.source_check import logit_difference
@@ -44,14 +46,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def saved(folder: Path, kind: str, **changes: Any) -> Any:
-    """A folder of transformers', and its model, whose vectors are no longer 0 and 1."""
-    model = plain(kind, **changes)
+def with_drawn_vectors(model: Any) -> Any:
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def saved(folder: Path, kind: str, **changes: Any) -> Any:
+    """A folder of transformers', and its model, whose vectors are no longer 0 and 1."""
+    model = with_drawn_vectors(plain(kind, **changes))
     model.save_pretrained(folder)
     made_tokenizer().save(str(folder / "tokenizer.json"))
     return model
@@ -118,6 +124,61 @@ def test_llama3s_frequencies_of_a_gguf_file(tmp_path: Path) -> None:
         assert loaded.config.scaled_rope == scaling
         tokens = torch.randint(0, 320, (2, 96), generator=torch.Generator().manual_seed(3))
         assert logit_difference(loaded.model, found.in_transformers(), tokens) < 1e-5
+
+
+def gemma_file(file: Path, **changes: Any) -> Any:
+    """A Gemma 3 as llama.cpp's converter writes it, in float32; and the model in it. changes: of
+    the metadata."""
+    shape = {**GEMMA, "query_pre_attn_scalar": 8}
+    if changes.get("gemma3__attention__sliding_window", 16) is None:
+        shape["sliding_window_pattern"] = 1
+    model = with_drawn_vectors(plain("Gemma3", **shape))
+    described = {
+        "block_count": 7, "attention__sliding_window": 16, "attention__sliding_window_pattern": 3,
+        "rope__freq_base": 1e6, "rope__scaling__type": "linear", "rope__scaling__factor": 8.0,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_conversion_gguf, "STORED", {})
+        write(file, "Gemma3", model=model,
+              keep=lambda name, values: values + name.endswith("norm.weight"),
+              **{f"gemma3__{k}": v for k, v in described.items()} | changes)  # fmt: skip
+    return model
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"attention__sliding_window_pattern": [True, True, False] * 2 + [True]},
+    {"attention__sliding_window": None},
+], ids=str)  # fmt: skip
+def test_a_gemma_3_of_a_gguf_file(changes: dict[str, Any], tmp_path: Path) -> None:
+    from looptx_core.conversion.gguf_file import GGUF, from_gguf
+
+    given = {f"gemma3__{name}": value for name, value in changes.items()}
+    source = gemma_file(tmp_path / "g.gguf", **given)
+    found = GGUF(tmp_path / "g.gguf")
+    model = from_gguf(found, Looping("1:3")).model
+    tokens = torch.randint(0, 320, (2, 60), generator=torch.Generator().manual_seed(3))
+    assert logit_difference(model, source, tokens) < 1e-5
+    assert logit_difference(model, found.in_transformers(), tokens) < 1e-5
+    window = 0 if "attention__sliding_window" in changes else 16
+    assert model.config.local_attention.window == window
+
+
+def test_a_gemma_3_of_a_gguf_file_that_does_not_fit() -> None:
+    shared = {"num_hidden_layers": 7, "hidden_size": 32, "num_attention_heads": 4, "head_dim": 8,
+              "intermediate_size": 64, "vocab_size": 320, "num_key_value_heads": 2,
+              "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}  # fmt: skip
+    for key, value, said in (
+        ("attention.sliding_window_pattern", [True, False], "neither a distance nor a flag"),
+        ("attention.sliding_window_pattern", "a", "sliding_window_pattern is 'a'"),
+        ("attention.sliding_window_pattern", [True, False, False] * 2 + [True], "no fixed distan"),
+        ("attention.sliding_window", "a", "sliding_window is 'a'"),
+        ("rope.freq_base_swa", "a", "rope_theta"),
+        ("final_logit_softcapping", 30.0, "capped logits"),
+    ):  # fmt: skip
+        values = {"gemma3.attention.sliding_window": 16, f"gemma3.{key}": value}
+        with pytest.raises(DataError, match=said) as error:
+            looped_shape(shared | of_gguf(values, shared, "g.gguf"), "g.gguf", Looping("1:3"))
+        assert len(str(error.value).splitlines()) == 1 and "g.gguf" in str(error.value)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -43,6 +43,8 @@ NAMES = {
     "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }  # fmt: skip
+GEMMA = {"post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+         "post_feedforward_layernorm": "post_ffw_norm"}  # fmt: skip
 STORED = {"ffn_gate": "Q8_0", "ffn_up": "Q4_1", "ffn_down": "Q4_0", "attn_v": "F16",
           "attn_output": "BF16"}  # fmt: skip
 
@@ -81,10 +83,14 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight[[place + offset for place in places for offset in (0, half)]]
 
 
-def write(file: Path, kind: str = "Llama", keep: Any = None, **changes: Any) -> Path:
+def write(
+    file: Path, kind: str = "Llama", keep: Any = None, model: Any = None, **changes: Any
+) -> Path:
     """A GGUF file by the package's writer. changes: metadata without the architecture, or None to
-    leave it out. keep: called with (name, values), it gives what is written in their place."""
-    model, tokenizer = plain(kind), made_tokenizer()
+    leave it out. keep: called with (name, values), it gives what is written in their place. model:
+    another one of this kind."""
+    model, tokenizer = model or plain(kind), made_tokenizer()
+    names = NAMES | (GEMMA if kind == "Gemma3" else {})
     described = json.loads(tokenizer.to_str())["model"]
     arch = kind.lower()
     writer = gguf.GGUFWriter(file, changes.pop("architecture", arch))
@@ -113,7 +119,7 @@ def write(file: Path, kind: str = "Llama", keep: Any = None, **changes: Any) -> 
         part = name.removeprefix("model.").removesuffix(".weight")
         ours = {"embed_tokens": "token_embd", "norm": "output_norm"}.get(part)
         short = part.split(".", 2)[-1]
-        ours = ours or f"blk.{part.split('.')[1]}.{NAMES[short]}"
+        ours = ours or f"blk.{part.split('.')[1]}.{names[short]}"
         array = tensor.numpy()
         if kind == "Llama" and short in ("self_attn.q_proj", "self_attn.k_proj"):
             array = interleaved(array, HEADS[short[10]])
@@ -314,7 +320,7 @@ def without(missing: str) -> Any:
 BAD = {
     "an unknown architecture": (dict(architecture="mamba"), "architecture is mamba"),
     "no merges": (dict(tokenizer__ggml__merges=None), "no merges"),
-    "another kind of tokenizer": (dict(tokenizer__ggml__model="llama"), "byte-level BPE"),
+    "another kind of tokenizer": (dict(tokenizer__ggml__model="t5"), "Unigram; byte-level BPE"),
     "unknown words": (dict(tokenizer__ggml__pre="tekken"), "pre-tokenizer is 'tekken'"),
     "a list of names of words": (dict(tokenizer__ggml__pre=["a"]), "pre-tokenizer is"),
     "an end that is no token": (dict(tokenizer__ggml__eos_token_id=999), "eos 999"),

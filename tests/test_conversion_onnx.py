@@ -37,6 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "decay": {},
     "bridge, with all parts": {"injection": "bridge", "prelude_layers": 1, "coda_layers": 1,
                                "core_layers": 2, "tie_embeddings": False},
+    "norm": {"injection": "norm", "loops": 3, "max_loops": 3},
     "none, no norm of heads, biases": {"injection": "none", "qk_norm": False, "qkv_bias": True},
     "add, norms after, of all heads": {"injection": "add", "norm_position": "after",
                                        "qk_norm_over": "all", "activation": "silu"},
@@ -101,7 +102,10 @@ def test_the_command_writes_what_genai_opens(
     assert genai["decoder"]["num_hidden_layers"] == 5 and genai["type"] == "decoder"
     assert genai["eos_token_id"] == load_model(model).special.ends[0]
     assert json.loads(Path("a/config.json").read_text())["loops"] == 3
-    assert "Every token runs 3 loops" in Path("a/README.md").read_text()
+    card = Path("a/README.md").read_text()
+    assert "Every token runs 3 loops" in card and "| loops | 3 |" in card
+    assert "is run 3 times for every token" in card and "exit" not in card
+    assert "exit" not in json.loads(Path("a/generation_config.json").read_text())
     assert Path("a/tokenizer.json").read_text() == (model / "tokenizer.json").read_text()
     # Only its own is replaced, and looptx itself does not take it for a model of its own.
     code, shown, err = convert(capsys, *given, "--out", "a", "--overwrite")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +39,7 @@ SHAPE = ModelConfig(
     max_loops=4, max_seq_len=128, rope_theta=50_000.0,
 )  # fmt: skip
 AROUND = {"prelude_layers": 1, "coda_layers": 1}
+SANDWICH = {"norm_position": "both", "activation": "gelu_tanh", "qk_norm": True}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "one loop": ("llama", {**AROUND, "tie_embeddings": False, "head_dim": 16}),
     "the first loop before a bridge": ("llama", {**AROUND, "injection": "bridge"}),
@@ -46,6 +50,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "a norm of heads": ("qwen3", {"qk_norm": True, "head_dim": 16}),
     "norms after": ("olmo2", {"qk_norm": True, "qk_norm_over": "all", "norm_position": "after"}),
     "a looped core alone": ("nanbeige", {"loops": 3}),
+    "a norm between loops": ("nanbeige", {"loops": 3, "injection": "norm"}),
+    "the first loop before a norm": ("llama", {"coda_layers": 1, "injection": "norm"}),
+    "Gemma 3's layers": ("gemma3", {**AROUND, **SANDWICH, "tie_embeddings": True,
+        "scaled_rope": RopeScaling("linear", 4.0), "local_attention": LocalAttention(8, 3)}),
+    "all within a window": ("gemma3", {**SANDWICH, "tie_embeddings": False, "head_dim": 16,
+        "local_attention": LocalAttention(8, 0)}),
     "loops written out": ("qwen3", {**AROUND, "qk_norm": True, "loops": 3}),
 }  # fmt: skip
 TOKENIZER = made_tokenizer()
@@ -86,14 +96,20 @@ def test_read_back_it_is_the_model_bit_for_bit(shape: str, tmp_path: Path) -> No
     model = drawn(**changes)
     file, found = written(loaded(model), tmp_path / "out")
     read = GGUF(file)
-    assert read.architecture == architecture and found.logit_difference == 0
+    # What is folded into other weights is rounded once more.
+    folded = {"norm": 1e-6, "none": 1e-5 if architecture == "gemma3" else 0}
+    within = folded.get(model.config.injection, 0)
+    assert read.architecture == architecture and found.logit_difference <= within
     with torch.no_grad():
         expected = model(TOKENS).logits
-        assert torch.equal(found.model(TOKENS).logits, expected)
+        gap = (found.model(TOKENS).logits - expected).abs().max()
+        assert gap <= within * expected.abs().max()
         if architecture == "nanbeige":
             config = found.model.config
             assert (config.core_layers, config.loops, config.max_loops) == (2, 3, 3)
-            assert len(read.stored) == 2 + 2 * 9, "the weights stand in it once"
+            assert len(read.stored) - 2 * 9 == 2 + (not config.tie_embeddings), (
+                "the weights stand in it once"
+            )
             assert (model(TOKENS, 2).logits - expected).abs().max() > 0.1, "the depth counts"
         else:  # transformers' code gives the same, too
             theirs = read.in_transformers()(TOKENS).logits
@@ -104,7 +120,10 @@ def test_read_back_it_is_the_model_bit_for_bit(shape: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("shape", SHAPES)
 def test_llama_cpp_writes_the_same_tokens(shape: str, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("xllamacpp", reason="llama.cpp: pip install xllamacpp")
-    model = drawn(**SHAPES[shape][1])
+    architecture, changes = SHAPES[shape]
+    model = drawn(**changes)
+    # Its GELU on CPUs is a table of float16.
+    tolerance = 2e-3 if architecture == "gemma3" else 1e-4
     file, _ = written(loaded(model), tmp_path / "out")
     settings = llama_cpp.CommonParams()
     settings.model.path, settings.n_ctx, settings.n_parallel = str(file), 128, 1
@@ -128,7 +147,7 @@ def test_llama_cpp_writes_the_same_tokens(shape: str, tmp_path: Path) -> None:
         with torch.no_grad():
             ours = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
         for top in theirs["top_logprobs"]:
-            assert top["logprob"] == pytest.approx(float(ours[top["id"]]), abs=1e-4)
+            assert top["logprob"] == pytest.approx(float(ours[top["id"]]), abs=tolerance)
         ours[banned] = -torch.inf
         assert theirs["id"] == int(ours.argmax())
         return theirs["id"]
@@ -206,6 +225,7 @@ def test_the_command_and_the_way_back(place: Path, capsys: pytest.CaptureFixture
     assert planned < Path("a-gguf/a-F32.gguf").stat().st_size < planned + 20_000
     card = Path("a-gguf/README.md").read_text()
     assert "llama-cli -m a-F32.gguf" in card and "Every token runs 1 loop." in card
+    assert "| loops | 1 |" in card and "| 1 + 2 x 1 + 1 |" in card and "exit" not in card
     # Only its own is replaced, and looptx itself does not take it for a model of its own.
     code, shown, error = convert(capsys, *common, "--loops", 1, "--dtype", "int8", "--out",
                                  "a-gguf", "--overwrite")  # fmt: skip
@@ -213,10 +233,19 @@ def test_the_command_and_the_way_back(place: Path, capsys: pytest.CaptureFixture
     assert "the file, read back, against 1 loop of the model" in shown
     assert main(["generate", "a", "--model", "a-gguf"]) == 4
     assert "looptx-gguf" in capsys.readouterr().err.splitlines()[-1]
-    convert(capsys, *common, "--loops", 1, "--out", "b")
-    code, _, error = convert(capsys, "--from-gguf", "b/a-F32.gguf", "--data", "few.txt",
-                             "--out", "c", "--quiet")  # fmt: skip
-    assert code == 0, error
+    # Lines to copy take names as they are.
+    Path("a").rename("it's a")
+    _, _, error = convert(capsys, *common[:-1], "it's a", "--loops", 1, "--out", "b & c")
+    line = shlex.split(error.splitlines()[-1])
+    assert line[line.index("-m") + 1] == "b & c/it's a-F32.gguf"
+    card = Path("b & c/README.md").read_text()
+    use = card.split("```sh\n")[1].split("```")[0].splitlines()
+    assert shlex.split(use[0])[:3] == ["llama-cli", "-m", "it's a-F32.gguf"]
+    assert shlex.split(use[1])[2] == "it's a-F32.gguf" and "ollama create it-s-a -f" in use[1]
+    Path("it's a").rename("a")
+    code, _, error = convert(capsys, "--from-gguf", "b & c/it's a-F32.gguf", "--data", "few.txt",
+                             "--out", "c")  # fmt: skip
+    assert code == 0 and error.splitlines()[-1].endswith("--model c --show-iterations"), error
     before, after = load_model("a"), load_model("c")
     with torch.no_grad():
         assert torch.equal(after.model(TOKENS).logits, before.model(TOKENS, 1).logits)
@@ -233,6 +262,9 @@ def test_what_llama_cpp_has_not_is_named(
     models = {
         "injection of the kind decay": drawn(injection="decay"),
         "injection of the kind streams": drawn(injection="streams"),
+        "order of windows like that of several loops": drawn(
+            **SANDWICH, loops=2, local_attention=LocalAttention(8)
+        ),
         "layers that attend within": drawn(local_attention=LocalAttention(8)),
         "gate with gelu": drawn(activation="gelu"),
         "norms and biases together": drawn(qk_norm=True, qkv_bias=True),
@@ -273,6 +305,16 @@ def test_what_llama_cpp_has_not_is_named(
         assert code == 2 and what in error.splitlines()[-1], (flags, error)
     code, _, error = convert(capsys, "--to-gguf", "--from-hf", folder)
     assert code == 2 and "looptx convert --to-gguf --model FOLDER" in error
+    # Without a model, the newest run that it can express is taken.
+    for age, name in enumerate(("fine", "a", "words")):
+        shutil.copytree(name, f"runs/{name}/final")
+        Path(f"runs/{name}/config.yaml").write_text("")
+        os.utime(f"runs/{name}/final/config.json", (age, age))
+    code, shown, error = convert(capsys, "--to-gguf", "--data", "few.txt", "--dry-run")
+    assert code == 0 and "as a GGUF file" in shown, error
+    chosen = next(line for line in error.splitlines() if line.startswith("model: "))
+    assert "model: runs/fine/final, newest" in chosen and "words in a way of its own" in chosen
+    assert "runs/a/final: llama.cpp has no injection" in chosen and "--to-onnx" in chosen
 
 
 def test_without_the_package(

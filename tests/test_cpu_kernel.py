@@ -124,6 +124,7 @@ def differences(
         {},
         {"injection": "add", "activation": "silu"},
         {"injection": "none", "qk_norm": False, "tie_embeddings": False},
+        {"injection": "norm", "prelude_layers": 0},
         {"injection": "bridge", "qkv_bias": True, "scaled_rope": LLAMA3},
         {"gain_width": 5, "confidence_width": 7},
         {"prelude_layers": 0, "coda_layers": 0, "core_layers": 1},

@@ -48,7 +48,7 @@ def reference(model: LoopedTransformer, tokens: torch.Tensor, at: int, depth: in
         share = layer @ share
     prelude = share
     for loop in range(depth):
-        if config.injection not in ("none", "streams"):
+        if config.injection not in ("none", "norm", "streams"):
             share = (share + prelude) / 2
         first = config.prelude_layers + loop * config.core_layers
         for layer in layers[first : first + config.core_layers]:
@@ -59,7 +59,7 @@ def reference(model: LoopedTransformer, tokens: torch.Tensor, at: int, depth: in
     return earlier / earlier.sum()
 
 
-@pytest.mark.parametrize("injection", ["decay", "bridge", "streams", "add", "none"])
+@pytest.mark.parametrize("injection", ["decay", "bridge", "norm", "streams", "add", "none"])
 def test_shares_are_what_is_carried_forwards(injection: str) -> None:
     model = build(replace(CONFIG, injection=injection))
     tokens = torch.randint(0, 97, (9,), generator=torch.Generator().manual_seed(3))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -158,3 +160,31 @@ def test_the_table(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "finished" in first and "unfinished" in second
     assert max(map(len, out.splitlines())) <= 80
     assert "\x1b" not in out and "compare" not in err  # one finished run alone
+
+
+def test_no_name_is_broken(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "sweep-grid/model.core_layers-2-lr-0.003-loop_schedule-sampled-seed-0"
+    data = ["a/a long name.txt", "b/another_long_name.txt", "c.txt", "d.txt"]
+    make_run(Path("runs", name), data=data)
+    Path("runs/sweep-grid/sweep.json").write_text("{}")
+    make_run(Path("runs/it's"))
+    assert main(["runs"]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert len(lines) == 3 and all(line == line.rstrip() for line in lines)
+    row = next(line for line in lines if line.startswith(name))
+    assert "a long name.txt, another_long_name.txt, 2 more" in row and "finished" in row
+    assert shlex.split(err.splitlines()[-1])[-2:] in (
+        [f"runs/{name}", "runs/it's"], ["runs/it's", f"runs/{name}"],
+    )  # fmt: skip
+    # On a narrow terminal a name has a line of its own.
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert main(["runs"]) == 0
+    plain = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    assert name in plain and "it's" in plain and len(plain) == 6
+    assert len({line.index(word) for line, word in zip(plain[1::2], ("steps", "20", "20"))}) < 3

@@ -106,8 +106,11 @@ def test_a_failure_before_the_first_record_leaves_no_gap(
     assert steps() == steps("val_loss") == [2, 4]
 
 
-def test_a_profile_has_the_steps_that_were_asked_for(place: Path) -> None:
+def test_a_profile_has_the_steps_that_were_asked_for(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     trained("--steps", "5", "--profile", "2")
+    assert "profiler_start" not in capfd.readouterr().err, "a line of the profiler's C++ part"
     trace = json.loads(Path("run/profile/trace.json").read_text())
     names = [event.get("name", "") for event in trace["traceEvents"]]
     assert names.count("Optimizer.step#ChainedOptimizer.step") == 2

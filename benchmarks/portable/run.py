@@ -6,8 +6,9 @@ differ, with n for a norm without weights and s for the state:
     hrm_text   input of loop t: u n(embedding) + a n(s), where s is 0 before the first loop; u is a
                vector and a one number. In the file, u / a goes into the table, and 1 / a into the
                matrices that end a branch.
-    nanbeige   input of the first loop: u n(embedding), of later ones: v n(s). In the file, u goes
-               into the table, v is the norm's weight, and the last norm's goes into the head.
+    nanbeige   input of the first loop: u * embedding, of later ones: v n(s), with vectors u and v,
+               which is `injection: norm` and the preset `portable`. Beside it, a first loop that
+               reads the embedding itself, or u n(embedding).
 
 The default is one block with `decay` and GELU. Budgets are those of depth_pays at which depth
 brings most: `narrow` (18 million tokens, width 64), where four loops beat one at equal FLOPs, and
@@ -27,6 +28,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,14 +46,16 @@ from looptx_core.model.injection import Injection
 
 PARTS = {"activation": "silu", "qk_norm": False}
 BASE = "the default"
-ARMS: dict[str, tuple[str | None, float, bool]] = {
-    BASE: (None, RETAIN, False),
-    "SiLU, no norm on queries and keys": (None, RETAIN, True),
-    "hrm_text, retain 0.88": ("hrm_text", RETAIN, True),
-    "hrm_text, retain 0.5": ("hrm_text", 0.5, True),
-    "nanbeige": ("nanbeige", RETAIN, True),
+ARMS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    BASE: (None, {}),
+    "SiLU, no norm on queries and keys": (None, PARTS),
+    "portable": (None, {**PARTS, "injection": "norm"}),
+    "nanbeige, first the embedding": ("embedding", PARTS),
+    "nanbeige, first its norm": ("normed", PARTS),
+    "hrm_text, retain 0.88": ("hrm_text", PARTS),
+    "hrm_text, retain 0.5": ("hrm_text", {**PARTS, "retain": 0.5}),
 }
-"""Name -> the container, the share of the state at first, and whether its parts are used."""
+"""Name -> what is done between loops, where that is no kind of ours, and the shape's changes."""
 
 
 class Container(Injection):
@@ -71,7 +75,8 @@ class Container(Injection):
         return F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
     def forward(self, state: Tensor, embedding: Tensor, loop: int | Tensor) -> Tensor:
-        first = self.gain * self.norm(embedding)
+        raw = self.container == "embedding"
+        first = embedding if raw else self.gain * self.norm(embedding)
         if loop == 1:
             return first
         if self.container == "hrm_text":
@@ -98,25 +103,15 @@ def settings(budget: Budget, seed: int) -> TrainConfig:
 
 
 def shape_of(name: str, base: ModelConfig) -> ModelConfig:
-    _, retain, parts = ARMS[name]
-    return replace(base, retain=retain, **(PARTS if parts else {}))
+    return replace(base, **{"retain": RETAIN, **ARMS[name][1]})
 
 
 @torch.no_grad()
-def as_llama_cpp_runs_it(
-    model: model_loop.LoopedTransformer, container: str, tokens: Tensor, loops: int
-) -> Tensor:
-    """Logits by the container's own equations, with weights folded as a file would hold them."""
+def as_hrm_text(model: model_loop.LoopedTransformer, tokens: Tensor, loops: int) -> Tensor:
+    """Logits by hrm_text's equations, with weights folded as a file would hold them."""
     injection, ctx = model.injection, model.context(tokens.shape[1])
     assert isinstance(injection, Container)
-    rms, table = injection.norm, injection.norm(model.embedding.weight) * injection.gain
-    if container == "nanbeige":
-        state, weight = table[tokens], injection.share
-        for _ in range(loops):
-            for block in model.core:
-                state = block(state, ctx)
-            state = rms(state) * weight  # output_norm, between loops and at the end
-        return state @ (model.head.weight * (model.norm.weight / weight)).T
+    table = injection.norm(model.embedding.weight) * injection.gain
     share = torch.sigmoid(injection.share)
     for block in model.core:
         block.attention.o_proj.weight /= share
@@ -126,38 +121,35 @@ def as_llama_cpp_runs_it(
         state = high + low
         for block in model.core:
             state = block(state, ctx)
-        low = rms(state)
+        low = injection.norm(state)
     return low @ (model.head.weight * model.norm.weight).T
 
 
 def check() -> None:
-    """Every arm trains, and both containers give the logits of theirs."""
+    """Every arm trains, and hrm_text gives the logits of its container."""
     budget = BUDGETS["narrow"]
     with tempfile.TemporaryDirectory() as scratch:
         text, shards = Path(scratch, "few.txt"), Path(scratch, "shards")
         text.write_text(bundled_text().read_text("utf-8")[:100_000], "utf-8")
         tokenize_corpus([text], shards, vocab_size=budget.vocab)
         few = replace(settings(budget, 0), steps=2, batch_size=2, seq_len=32, val_batches=1)
-        for name, (container, _, _) in ARMS.items():
+        for name, (container, _) in ARMS.items():
             with between_loops(container):
                 row = trained(shape_of(name, budget.looped), few, shards)
             print(f"{name}: {row['flops']:.3g} FLOPs, {row['bits_per_byte_by_loop'][-1]} bits")
     tokens = torch.randint(budget.vocab, (2, 24), generator=torch.Generator().manual_seed(0))
-    for name, (container, _, _) in ARMS.items():
-        if container is None:
-            continue
-        torch.manual_seed(0)
-        with between_loops(container):
-            model = model_loop.LoopedTransformer(shape_of(name, budget.looped)).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            ours = model(tokens, 4).logits
-            other = model(tokens, 3).logits
-        theirs = as_llama_cpp_runs_it(model, container, tokens, 4)
-        gap, depth = (float((x - ours).abs().max() / ours.abs().max()) for x in (theirs, other))
-        print(f"{name}: the container's logits differ by {gap:.1e}, another depth's by {depth:.1e}")
-        assert gap < 1e-4 < depth
+    torch.manual_seed(0)
+    with between_loops("hrm_text"):
+        model = model_loop.LoopedTransformer(shape_of("hrm_text, retain 0.5", budget.looped)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        ours = model(tokens, 4).logits
+        other = model(tokens, 3).logits
+    theirs = as_hrm_text(model, tokens, 4)
+    gap, depth = (float((x - ours).abs().max() / ours.abs().max()) for x in (theirs, other))
+    print(f"hrm_text: its container's logits differ by {gap:.1e}, another depth's by {depth:.1e}")
+    assert gap < 1e-4 < depth
 
 
 def main() -> None:
@@ -177,7 +169,7 @@ def main() -> None:
     file, shards = args.results or results_file("portable.run", budget.name, False), budget.shards()
     for seed in args.seeds:
         base = settings(budget, seed)
-        for name, (container, _, _) in ARMS.items():
+        for name, (container, _) in ARMS.items():
             done = {(row["name"], row["seed"]): row for row in rows_so_far(file)}
             if (name, seed) in done or (args.only and name not in args.only):
                 continue

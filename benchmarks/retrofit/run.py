@@ -10,6 +10,8 @@ Adapters and the bridge are trained on chains of look-ups (`chains.py`), on the 
 of the core (`--layers all`: on all of them), the depth growing from one loop. The control has the
 same data, adapters and FLOPs, and one loop. Both answer held-out questions, greedily, a row for
 each number of hops and of loops. Resumable, by seed and layers; half an hour of a core a seed.
+--keep: a folder for the adapters, which `exits.py` reads. A record has one question: where several
+follow one another, the later ones are learned from the answers before them and not by look-ups.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +99,9 @@ def measured(args: argparse.Namespace, config: FinetuneConfig) -> list[Any]:
         for arm, result, loops in (("looped", looped, args.max_loops), ("control", control, 1)):
             fresh = load_model(args.base, dtype=torch.float32)
             adapted = load_adapter(fresh, result.model_folder)
+            if args.keep:
+                kept = args.keep / f"{args.layers}-{config.seed}-{arm}"
+                shutil.copytree(result.model_folder, kept, dirs_exist_ok=True)
             rows += rows_of(args, arm, adapted, loops)
             rows.append({
                 "part": "training", "arm": arm, "steps": result.steps, "flops": result.flops,
@@ -122,6 +128,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variant", default="")
+    parser.add_argument("--keep", type=Path, help="A folder for the adapters.")
     args = parser.parse_args()
     assert max(args.hops) < args.people, "every hop needs another answer"
     config = FinetuneConfig(
@@ -131,7 +138,7 @@ def main() -> None:
         seq_len=args.seq_len, lr=args.lr, precision=args.precision, val_every=args.steps,
         val_batches=1, val_fraction=0.01, save_every=args.steps,
     )  # fmt: skip
-    kept_out = ("base", "seeds", "layers", "variant")
+    kept_out = ("base", "seeds", "layers", "variant", "keep")
     settings = {key: value for key, value in vars(args).items() if key not in kept_out}
     file = results_file("retrofit.run", args.variant)
     for seed in args.seeds:

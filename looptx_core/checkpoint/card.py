@@ -11,20 +11,27 @@ import yaml
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import STORED_AS, ModelConfig
 from looptx_core.documents import read_text
+from looptx_core.words import counted
 
 _FRONT_MATTER = {
     "license": "apache-2.0",
     "library_name": "looptx",
     "pipeline_tag": "text-generation",
-    "tags": ["looptx", "looped-transformer", "recurrent-depth", "early-exit"],
+    "tags": ["looptx", "looped-transformer", "recurrent-depth"],
 }
+_EARLY_EXIT = "early-exit"  # a tag
 
 UNKNOWN = "unknown"
 """The license of a model of others that names none."""
 
 
 def model_card(
-    name: str, config: ModelConfig, parameters: int, exit: ExitSettings, facts: Mapping[str, Any]
+    name: str,
+    config: ModelConfig,
+    parameters: int,
+    exit: ExitSettings,
+    facts: Mapping[str, Any],
+    depth: int | None = None,
 ) -> str:
     """The card's text.
 
@@ -33,27 +40,33 @@ def model_card(
         facts: of the training, printed as they come, such as `data`, `steps`, `tokens`, `seed`,
             `command`; `loss_by_loop`, nats a token from loop 1 on, becomes a table, and a
             `license` goes to the front matter.
+        depth: the loops that each token runs, in a format without exits; None: the exit decides.
     """
     facts = dict(facts)
     front = {**_FRONT_MATTER, "license": facts.pop("license", _FRONT_MATTER["license"])}
+    if depth is None:
+        front["tags"] = [*_FRONT_MATTER["tags"], _EARLY_EXIT]
+        does = "its core block is run again for tokens that need more thinking."
+    else:
+        does = f"its core block is run {counted(depth, 'time')} for every token."
     lineage = lineage_table(facts.pop("lineage", None))
     losses, command = facts.pop("loss_by_loop", None), facts.pop("command", None)
-    layers = f"{config.prelude_layers} + {config.core_layers} x loops + {config.coda_layers}"
+    repeated = f"{config.core_layers} x {depth or 'loops'}"
+    layers = f"{config.prelude_layers} + {repeated} + {config.coda_layers}"
     rows = {
         "parameters": parameters,
         "blocks (prelude + core x loops + coda)": layers,
-        "loops": f"1 to {config.max_loops}",
+        "loops": depth or f"1 to {config.max_loops}",
         "width": config.d_model,
         "vocabulary": config.vocab_size,
         "context, tokens": config.max_seq_len,
-        "exit rule": exit.rule,
+        **({} if depth else {"exit rule": exit.rule}),
         **({"weights": STORED_AS[config.linear]} if config.linear in STORED_AS else {}),
     }
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
-        "A looped transformer made by looptx: its core block is run again for tokens that need "
-        "more thinking.",
+        f"A looped transformer made by looptx: {does}",
         '```\nlooptx generate "Call me" --model PATH_OF_THIS_FOLDER --show-iterations\n```',
         _table(("shape", ""), rows),
     ]

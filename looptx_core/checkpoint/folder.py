@@ -44,6 +44,7 @@ from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.storage import to_float
 from looptx_core.outputs import check_model_target
 from looptx_core.schema import typed
+from looptx_core.words import quoted
 
 MODEL_TYPE = "looptx"
 _NOT_SHAPE = {
@@ -138,9 +139,13 @@ def model_files(
     dtype: torch.dtype | None = None,
     chat_template: str | None = None,
     special: SpecialTokens | None = None,
+    depth: int | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_model` writes: tensors by name, and files by name, JSON documents or texts."""
-    _check_vocabulary(tokenizer, model.config, "the tokenizer")
+    """What `save_model` writes: tensors by name, and files by name, JSON documents or texts.
+
+    depth: the loops of a format that has one depth and no exits.
+    """
+    check_vocabulary(tokenizer, model.config, "the tokenizer")
     weights = tensors_of(model, dtype)
     stored = next(t.dtype for t in weights.values() if t.is_floating_point())
     config = {
@@ -151,6 +156,7 @@ def model_files(
         "torch_dtype": str(stored).removeprefix("torch."),
         **model.config.to_dict(),
         "tokenizer_fingerprint": fingerprint(tokenizer),
+        **({"loops": depth} if depth else {}),
         "facts": dict(facts),
     }
     special = special or SpecialTokens.known(tokenizer)
@@ -160,10 +166,10 @@ def model_files(
         "tokenizer_config.json": tokenizer_config(special, model.config.max_seq_len, chat_template),
         "generation_config.json": {
             **special.ids(tokenizer),
-            "exit": asdict(exit_settings),
+            **({} if depth else {"exit": asdict(exit_settings)}),
         },
         "README.md": model_card(
-            name, model.config, parameter_count(model.config), exit_settings, facts
+            name, model.config, parameter_count(model.config), exit_settings, facts, depth
         ),
         "config.json": config,
         **_media_files(model),
@@ -222,15 +228,10 @@ def load_model(
         DataError: a file is missing, damaged, of a newer format or not of this model, or the
             weights are a pickle, or not those that the folder was written with.
     """
-    folder = Path(folder)
-    config, settings = read_config(folder)
-    tokenizer = read_tokenizer(folder, config, settings.get("tokenizer_fingerprint", ""))
-    exit_settings = read_exit(folder)
-    check_size(config, folder)
-    with init_empty_weights():
-        model = LoopedTransformer(config)
-    load_weights(model, folder, device=device, dtype=dtype)
-    for written in config.written:
+    loaded = load_empty(folder)
+    folder = loaded.folder
+    load_weights(loaded.model, folder, device=device, dtype=dtype)
+    for written in loaded.config.written:
         place = folder / codec_name(written)
         if not place.is_dir():
             raise DataError(
@@ -243,6 +244,21 @@ def load_model(
                 "put that one back"
             )
     check_folder(folder)
+    return loaded
+
+
+def load_empty(folder: str | Path) -> LoadedModel:
+    """A model folder whose weights are not read: they stay on the meta device.
+
+    Raises `DataError` as `load_model` does for the other files.
+    """
+    folder = Path(folder)
+    config, settings = read_config(folder)
+    tokenizer = read_tokenizer(folder, config, settings.get("tokenizer_fingerprint", ""))
+    exit_settings = read_exit(folder)
+    check_size(config, folder)
+    with init_empty_weights():
+        model = LoopedTransformer(config)
     facts = settings.get("facts") or {}
     if not isinstance(facts, dict):
         raise DataError(f"{folder / 'config.json'}: facts must hold keys of its own; copy the "
@@ -324,7 +340,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     if "auto_map" in settings:
         raise DataError(
             f"{folder}: in transformers' format; make it looptx's by "
-            f"looptx convert --from-hf {folder}"
+            f"looptx convert --from-hf {quoted(folder)}"
         )
     shape = {key: value for key, value in settings.items() if key not in _NOT_SHAPE}
     return typed(ModelConfig, shape, str(file)), settings
@@ -334,7 +350,7 @@ def read_tokenizer(folder: Path, config: ModelConfig, expected: str | None = Non
     """The folder's tokenizer, which must fit the model and have the fingerprint `expected`."""
     file = folder / "tokenizer.json"
     tokenizer = load_tokenizer(file, mend=COPY_AGAIN)
-    _check_vocabulary(tokenizer, config, str(file))
+    check_vocabulary(tokenizer, config, str(file))
     if expected is not None and expected != fingerprint(tokenizer):
         raise DataError(
             f"{file}: not the tokenizer that this model was trained with; put that one back"
@@ -342,7 +358,7 @@ def read_tokenizer(folder: Path, config: ModelConfig, expected: str | None = Non
     return tokenizer
 
 
-def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: str) -> None:
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: str) -> None:
     """Ids must fit the embedding; a model may have more rows, to fill up to a round number."""
     if (size := vocabulary_size(tokenizer)) > config.vocab_size:
         raise DataError(

@@ -12,9 +12,10 @@ from pathlib import Path
 from looptx_core.checkpoint.header import read_header
 from looptx_core.checkpoint.run_facts import run_command
 from looptx_core.documents import check_links, read_json
-from looptx_core.errors import DataError, LooptxError
+from looptx_core.errors import DataError, LooptxError, UsageError
 from looptx_core.media.registry import MEDIA
 from looptx_core.outputs import check_output
+from looptx_core.words import quoted
 
 RUNS = Path("runs")
 
@@ -43,8 +44,8 @@ def resolve_model(
             else the bundled model.
         need: what the model must be able to do: a medium's `ability`, or have 'weights' of its
             own, which an adapter has not.
-        check: called with the folder of a run; one for which it raises `DataError` is left out,
-            with this reason. A model that is given is not checked.
+        check: called with the folder of a run; one for which it raises `DataError` or `UsageError`
+            is left out, with this reason. A model that is given is not checked.
     Raises:
         DataError: no such folder, or one that is neither, is not finished or can't do it.
         LooptxError: the hub can't be reached.
@@ -54,7 +55,7 @@ def resolve_model(
         if "weights" in need and found.adapter:
             raise DataError(
                 f"{path}: an adapter, which has no weights of its own; merge it first by "
-                f"looptx convert --adapter {path} --merge-adapter"
+                f"looptx convert --adapter {quoted(path)} --merge-adapter"
             )
         if need and (lacking := need - abilities(found.folder)):
             raise DataError(f"{path}: this model has no {', '.join(sorted(lacking))}; use another")
@@ -65,7 +66,7 @@ def resolve_model(
             if need <= abilities(run / "final"):
                 check(run / "final")
                 return _resolved(run / "final", f"newest finished run under {runs}{_but(skipped)}")
-        except DataError as error:  # one damaged run must not hide the others
+        except (DataError, UsageError) as error:  # one damaged run must not hide the others
             skipped.append(str(error))
     for bundled in bundled_models():
         if _is_model(bundled) and need <= abilities(bundled):
@@ -216,7 +217,8 @@ def _given(path: Path) -> ResolvedModel:
         return _resolved(path / "final", "given run")
     if (path / "config.yaml").is_file():
         raise DataError(
-            f"{path}: this run is not finished; resume it by looptx {run_command(path)} --resume"
+            f"{path}: this run is not finished; resume it by looptx {run_command(path)} --resume "
+            f"{quoted(path)}"
         )
     raise DataError(f"{path}: neither a run nor a model folder; check the path")
 

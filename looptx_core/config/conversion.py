@@ -15,8 +15,8 @@ class ConvertConfig:
     """Settings of `looptx convert`, after merging."""
 
     model: str | None = None
-    """A run, a model folder or hf:OWNER/NAME; absent: the newest finished run, else the bundled
-    model."""
+    """A run, a model folder or hf:OWNER/NAME; absent: the newest finished run that can be written
+    as asked, else the bundled model."""
     from_hf: str | None = None
     """Read this folder of Hugging Face's format, or hf:OWNER/NAME: one of `to_hf`, or a plain
     Llama, Mistral, Qwen2, Qwen3, Gemma 3 (text) or OLMo 2."""

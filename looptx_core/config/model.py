@@ -91,7 +91,7 @@ class ModelConfig:
     gain_width: int = 0
     """Its units that tell what one more loop would bring, asked for after every loop; 0: a
     sixteenth of d_model, 8 at least."""
-    injection: Literal["decay", "bridge", "streams", "add", "none"] = "decay"
+    injection: Literal["decay", "bridge", "norm", "streams", "add", "none"] = "decay"
     """How the prelude's output enters each loop; see `looptx_core.model.injection.Injection`."""
     retain: float = 0.88
     """decay: the share of the state that a loop keeps before any training, between 0 and 1; the
@@ -200,8 +200,8 @@ class ModelConfig:
             f"loops ({self.loops}) must not exceed max_loops ({self.max_loops})",
         )
         need(
-            self.injection in ("decay", "bridge", "streams", "add", "none"),
-            f"injection must be decay, bridge, streams, add or none, not {self.injection!r}",
+            self.injection in ("decay", "bridge", "norm", "streams", "add", "none"),
+            f"injection must be decay, bridge, norm, streams, add or none, not {self.injection!r}",
         )
         need(
             self.qk_norm_over in ("head", "all"),

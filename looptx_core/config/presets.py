@@ -18,6 +18,19 @@ PRESETS: dict[str, Preset] = {
         "model": {"d_ff": 512, "prelude_layers": 0, "core_layers": 1, "coda_layers": 0},
         "train": {},
     },
+    # nano in the parts that llama.cpp's looped stack has, for `convert --to-gguf`.
+    "portable": {
+        "model": {
+            "d_ff": 512,
+            "prelude_layers": 0,
+            "core_layers": 1,
+            "coda_layers": 0,
+            "activation": "silu",
+            "qk_norm": False,
+            "injection": "norm",
+        },
+        "train": {},
+    },
     # 27M, blocks 2 + 4 x 2 + 2: effective depth 12 at two loops.
     "small": {
         "model": {

@@ -12,7 +12,7 @@ import torch
 from looptx_core.checkpoint.card import unmeasured
 from looptx_core.checkpoint.folder import LoadedModel, model_files
 from looptx_core.config.conversion import ConvertConfig
-from looptx_core.conversion.gguf_names import require_gguf
+from looptx_core.conversion.gguf_names import GEMMA, require_gguf
 from looptx_core.conversion.onnx_folder import (
     check_text,
     graph_depth,
@@ -55,6 +55,18 @@ def require_packages(config: ConvertConfig) -> None:
         require_gguf("to_gguf")
 
 
+def matrix_type(source: LoadedModel) -> torch.dtype:
+    """The number type in which a model's matrices are stored."""
+    return torch.int8 if source.config.linear == "int8" else source.model.norm.weight.dtype
+
+
+def gguf_type(config: ConvertConfig, was: torch.dtype) -> str:
+    """GGUF's name of the type in which matrices of the type `was` are written."""
+    from looptx_core.conversion.gguf_export import KINDS
+
+    return KINDS[DTYPES[config.dtype] if config.dtype else was]
+
+
 def export(
     config: ConvertConfig,
     source: LoadedModel,
@@ -80,7 +92,7 @@ def export(
             facts["quantised"] = quantised
         _, made = model_files(
             out, model, source.tokenizer, source.exit, facts, chat_template=source.chat_template,
-            special=source.special,
+            special=source.special, depth=loops,
         )  # fmt: skip
         made["config.json"]["command"] = "convert"
         return made
@@ -156,7 +168,7 @@ def _to_gguf(
     )
 
     stack = gguf_stack(source, loops)
-    kind = KINDS[DTYPES[config.dtype] if config.dtype else was]
+    kind = gguf_type(config, was)
     after: list[float] = []
 
     def beside(file: Written) -> dict[str, Any]:
@@ -166,7 +178,8 @@ def _to_gguf(
 
     written = write_gguf(
         out, source, model, stack, beside, kind=kind,
-        exact=kind in ("F32", KINDS[was]) and kind != "Q8_0", tokens=check_text(source),
+        exact=kind == "F32" or (kind == KINDS[was] != "Q8_0" and stack.architecture != GEMMA),
+        tokens=check_text(source),
     )  # fmt: skip
     compared = f"the file, read back, against {counted(loops, 'loop')} of the model"
     return compared, after[0], written

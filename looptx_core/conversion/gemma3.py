@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from looptx_core.config.model import ModelConfig
 from looptx_core.documents import short
 from looptx_core.errors import DataError
 from looptx_core.model.loop import LoopedTransformer
@@ -27,12 +29,15 @@ NORMS = {
     "post_feedforward_layernorm": "mlp_post_norm",
 }
 _WIDTH = 256
+_PATTERN = 6
+_LAYERS_OF_27B = 62
+"""By which llama.cpp knows the only one that divides scores by another width than its heads'."""
 _DEFAULTS = {
     "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
     "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 131_072,
     "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "query_pre_attn_scalar": _WIDTH,
-    "sliding_window": 4096, "sliding_window_pattern": 6, "rope_theta": 1_000_000.0,
+    "sliding_window": 4096, "sliding_window_pattern": _PATTERN, "rope_theta": 1_000_000.0,
     "rope_local_base_freq": 10_000.0,
 }  # fmt: skip
 """transformers' own, which its folders leave out."""
@@ -87,6 +92,77 @@ def _every(settings: Mapping[str, Any], need: Need) -> int:
                 for number in range(1, layers + 1)]  # fmt: skip
     need(kinds == expected, what)
     return every
+
+
+def of_gguf(values: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What a GGUF file says beyond a Llama's, as transformers' config.json has it.
+
+    values: the file's metadata. settings: those that it shares with a Llama. Raises `DataError` for
+    a pattern of windows that does not fit the layers.
+    """
+
+    def get(name: str, default: Any = None) -> Any:
+        return values.get(f"gemma3.{name}", default)
+
+    layers, window = settings["num_hidden_layers"], get("attention.sliding_window")
+    key = "attention.sliding_window_pattern"
+    slides: Any = get(key, _PATTERN) if window else 1
+    if type(slides) is int and slides >= 0:
+        slides = [not slides or (layer + 1) % slides > 0 for layer in range(layers)]
+    flags = isinstance(slides, list) and all(of in (0, 1) for of in slides)
+    if not flags or len(slides) != layers:
+        raise DataError(
+            f"{where}: gemma3.{key} is {short(repr(slides))}, which is neither a distance nor a "
+            f"flag for each of {layers} layers; copy or download the file again"
+        )
+    return {
+        "model_type": KIND,
+        "hidden_activation": _DEFAULTS["hidden_activation"],
+        "query_pre_attn_scalar": _query_width(
+            layers, settings["hidden_size"], settings["num_attention_heads"], settings["head_dim"]
+        ),
+        "layer_types": ["sliding_attention" if of else "full_attention" for of in slides],
+        "rope_parameters": {
+            "full_attention": settings["rope_parameters"],
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": get("rope.freq_base_swa", _DEFAULTS["rope_local_base_freq"]),
+            },
+        },
+        "final_logit_softcapping": get("final_logit_softcapping") or None,
+        **({"sliding_window": window} if window else {}),
+    }
+
+
+def _query_width(layers: int, width: int, heads: int, head_dim: int) -> int:
+    """By the root of which llama.cpp divides the scores."""
+    return width // heads if layers == _LAYERS_OF_27B else head_dim
+
+
+def gguf_values(config: ModelConfig) -> dict[str, Any]:
+    """The metadata that `of_gguf` reads, without `gemma3.`, for one loop of a model."""
+    local = config.local_attention
+    if not local.window:
+        return {}
+    return {
+        "attention.sliding_window": local.window,
+        "attention.sliding_window_pattern": local.every,
+        "rope.freq_base_swa": float(local.rope_theta),
+    }
+
+
+def unfold(name: str, values: Tensor, config: ModelConfig, layers: int) -> Tensor:
+    """What a GGUF file stores for a tensor of a model, into which `fold` put the rest.
+
+    name: the file's. layers: that stand in it. Norms stay as they are, for a file's have the 1.
+    """
+    scale = math.sqrt(config.d_model)
+    width = _query_width(layers, config.d_model, config.n_heads, config.head_dim)
+    if name == "token_embd.weight":
+        return values / scale
+    if name == "output_norm.weight" and config.tie_embeddings:
+        return values * scale
+    return values * math.sqrt(width / config.head_dim) if "attn_q_norm" in name else values
 
 
 @torch.no_grad()

@@ -1,15 +1,17 @@
 """A model as a GGUF file, which llama.cpp and what is built on it open.
 
 llama.cpp runs stacks of plain layers. One loop of a model without injection is such a stack, and
-of a pretrained one with its bridge, too. Several loops of a core without prelude and coda are
-`LOOPED`, whose weights stand in the file once; with them the stack is written out, and the core's
-layers stand in it once for each loop. What is written is read back before it is kept.
+of one with `bridge` or `norm`, too. Several loops of a core without prelude and coda are `LOOPED`,
+whose weights stand in the file once, where the injection is `norm` or none. With prelude or coda
+the stack is written out, and the core's layers stand in it once for each loop. What is written is
+read back before it is kept.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,11 @@ from torch import Tensor
 from looptx_core.atomic import write_folder
 from looptx_core.checkpoint.folder import LoadedModel, write_files
 from looptx_core.config.model import ModelConfig
+from looptx_core.conversion import gemma3
 from looptx_core.conversion.gguf_file import GGUF, from_gguf
 from looptx_core.conversion.gguf_names import (
     FREQUENCIES,
+    GEMMA,
     LOOPED,
     tensor_names,
     to_neighbours,
@@ -38,7 +42,7 @@ from looptx_core.conversion.source_check import MOST_DIFFERENCE
 from looptx_core.errors import LooptxError, UsageError
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.rope import rotary_frequencies
-from looptx_core.words import counted
+from looptx_core.words import counted, quoted
 
 MODEL_TYPE = "looptx-gguf"
 KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "Q8_0"}
@@ -58,7 +62,7 @@ _KNOWN = {
 """The parts of a shape that are judged here. Another one is refused where a model has it."""
 _USE = """```sh
 llama-cli -m {file} -p "Call me" -n 40
-printf 'FROM ./{file}\\n' > Modelfile && ollama create {name} -f Modelfile
+printf 'FROM ./%s\\n' {file} > Modelfile && ollama create {name} -f Modelfile
 ```
 
 Every token runs {loops}.{needs}"""
@@ -106,6 +110,7 @@ def gguf_stack(source: LoadedModel, loops: int | None) -> Stack:
             raise UsageError(f"{of} {what}; {mend}")
 
     depth = loops or config.loops
+    plain = config.prelude_layers == config.coda_layers == 0
     if depth > config.max_loops:
         raise UsageError(f"`loops` {loops}: {source.folder} runs at most {config.max_loops}")
     if source.model.media:
@@ -117,13 +122,20 @@ def gguf_stack(source: LoadedModel, loops: int | None) -> Stack:
     if config.injection == "bridge":
         need(depth == 1, "bridge, by which this model enters later loops",
              "pass `loops` 1 for the first alone, or `to_onnx` for all")  # fmt: skip
+    elif config.injection == "norm":
+        need(not config.prelude_layers and (depth == 1 or not config.coda_layers),
+             "norm between loops beside a prelude or a coda", onnx)  # fmt: skip
     else:
         need(config.injection == "none", f"injection of the kind {config.injection}, by which each "
              "loop of this model reads its input again",
              other if config.injection == "streams" else onnx)  # fmt: skip
-    need(not config.local_attention.window, "layers that attend within this model's windows", onnx)
-    need(config.activation == "silu", f"gate with {config.activation} in such a stack, as this "
-         "model has", onnx)  # fmt: skip
+    kind = _architecture(config, looped=plain and depth > 1)
+    windows = config.local_attention.window > 0
+    need(not windows or kind == GEMMA, "layers that attend within this model's windows", onnx)
+    need(not windows or depth == 1, "order of windows like that of several loops of this model",
+         "pass `loops` 1 for the first alone, or `to_onnx` for all")  # fmt: skip
+    need(config.activation == "silu" or kind == GEMMA,
+         f"gate with {config.activation} in such a stack, as this model has", onnx)  # fmt: skip
     plain_shape = ModelConfig()
     for part in (field.name for field in fields(ModelConfig) if field.name not in _KNOWN):
         same = getattr(config, part) == getattr(plain_shape, part)
@@ -131,10 +143,10 @@ def gguf_stack(source: LoadedModel, loops: int | None) -> Stack:
     layers = config.effective_layers(depth)
     need(layers <= _MOST_LAYERS, f"stack of {layers:,} layers, which are {depth:,} loops of this "
          f"model, and the limit is {_MOST_LAYERS}", "pass fewer `loops`")  # fmt: skip
-    plain = config.prelude_layers == config.coda_layers == 0
-    kind = _architecture(config, looped=plain and depth > 1)
     need(kind is not None, "layers with this model's norms and biases together", onnx)
     assert kind is not None
+    need(config.injection != "norm" or kind == LOOPED or depth == 1,
+         f"norm between loops of {kind}'s layers", onnx)  # fmt: skip
     whole = config.n_heads * config.head_dim == config.d_model
     need(whole or kind not in ("qwen2", "olmo2"),
          f"{kind} whose heads together are not as wide as the model", onnx)  # fmt: skip
@@ -155,6 +167,8 @@ def check_gguf(source: LoadedModel, loops: int | None) -> None:
 def _architecture(config: ModelConfig, looped: bool) -> str | None:
     """llama.cpp's architecture of layers like these; None where it has none."""
     over = config.qk_norm_over if config.qk_norm else None
+    if (config.norm_position, config.activation) == ("both", "gelu_tanh"):
+        return GEMMA if over == "head" and not config.qkv_bias else None
     return {
         ("before", None, False): LOOPED if looped else "llama",
         ("before", None, True): "qwen2",
@@ -183,8 +197,10 @@ def _settings(stack: Stack, source: LoadedModel, kind: str) -> dict[str, Any]:
     if config.scaled_rope.rope_type == "linear":
         shape |= {"rope.scaling.type": "linear",
                   "rope.scaling.factor": float(config.scaled_rope.factor)}  # fmt: skip
+    if stack.architecture == GEMMA:
+        shape |= gemma3.gguf_values(config)
     if stack.architecture == LOOPED:
-        shape |= {"num_loops": stack.loops, "skip_loop_final_norm": True}
+        shape |= {"num_loops": stack.loops, "skip_loop_final_norm": config.injection != "norm"}
     licence = source.facts.get("license")
     return {
         "general.name": source.name,
@@ -202,8 +218,16 @@ def stored_tensors(
 ) -> Iterator[tuple[str, Tensor, GGMLQuantizationType]]:
     """The file's tensors: name, values in the model's type, and the type to store them in."""
     config, state = model.config, model.state_dict()
-    rename = looped_names(config, stack.written)
     tied = config.tie_embeddings and stack.architecture != "olmo2"  # which needs a head
+    if config.injection == "norm":
+        tied, config = False, replace(config, tie_embeddings=False)
+        state["embedding.weight"] = model.embedding.weight * model.injection.embedding_scale
+    if config.injection == "norm" and stack.architecture == LOOPED:
+        # One norm serves between loops and at the end: the head takes what they differ by.
+        between = model.injection.state_norm.weight
+        state["head.weight"] = model.head.weight * (model.norm.weight / between)
+        state["norm.weight"] = between
+    rename = looped_names(config, stack.written)
     if config.scaled_rope.rope_type == "llama3":
         plain, scaled = (
             rotary_frequencies(config.head_dim, config.rope_theta, *scaling)
@@ -212,9 +236,11 @@ def stored_tensors(
         yield FREQUENCIES, plain / scaled, GGMLQuantizationType.F32
     heads = {"q": config.n_heads, "k": config.n_kv_heads}
     for name in tensor_names(config, stack.layers, tied):
-        values = state[rename(transformers_name(name)) or "embedding.weight"]
+        values = state[rename(transformers_name(stack.architecture, name)) or "embedding.weight"]
         if part := turned_part(stack.architecture, name):
             values = to_neighbours(values, heads[part])
+        if stack.architecture == GEMMA:
+            values = gemma3.unfold(name, values, config, stack.layers)
         stored = kind if values.dim() > 1 else "F32"
         if stored == "Q8_0" and values.shape[1] % _BLOCK:
             stored = "F16"
@@ -240,12 +266,12 @@ def gguf_files(
 ) -> dict[str, Any]:
     """What stands beside the file. files: of a model folder, as `model_files` gives them."""
     use = _USE.format(
-        file=file_name(source, kind),
-        name=source.name,
+        file=quoted(file_name(source, kind)),
+        name=re.sub(r"[^A-Za-z0-9_.-]", "-", source.name),  # as ollama takes them
         loops=counted(stack.loops, "loop"),
         needs=_NEEDS if stack.architecture == LOOPED else "",
     )
-    config = {**files["config.json"], "model_type": MODEL_TYPE, "loops": stack.loops}
+    config = {**files["config.json"], "model_type": MODEL_TYPE}
     return {"config.json": config, "README.md": with_use(files["README.md"], use, "gguf")}
 
 

@@ -20,13 +20,15 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from looptx_core.checkpoint.card import UNKNOWN
-from looptx_core.checkpoint.folder import LoadedModel
+from looptx_core.checkpoint.folder import LoadedModel, check_vocabulary
 from looptx_core.checkpoint.weights import check_finite, tensors_of
 from looptx_core.config.generation import ExitSettings
 from looptx_core.config.rope import RopeScaling
+from looptx_core.conversion import gemma3
 from looptx_core.conversion.gguf_names import (
     ARCHITECTURES,
     FREQUENCIES,
+    GEMMA,
     LOOPED,
     from_neighbours,
     transformers_name,
@@ -44,6 +46,7 @@ from looptx_core.documents import short, some
 from looptx_core.errors import DataError, UsageError
 from looptx_core.model.rope import rotary_frequencies
 from looptx_core.model.vocabulary import tie_head
+from looptx_core.model.weights import INIT_STD
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 """The number types that are read."""
@@ -96,6 +99,8 @@ class GGUF:
                 )
         self.settings = self._settings()
         self.loops = self._loops()
+        skips = self.values.get(f"{LOOPED}.skip_loop_final_norm") is True
+        self.norm_between = self.loops > 1 and not skips
 
     @property
     def types(self) -> list[str]:
@@ -142,9 +147,10 @@ class GGUF:
             refuse("RoPE on a part of each head")
         if get("attention.value_length", head_dim) != head_dim:
             refuse("values of another width than keys")
-        for name, what in (("expert_count", "experts"), ("attention.sliding_window", "a window")):
-            if has(name):
-                refuse(what)
+        if has("expert_count"):
+            refuse("experts")
+        if has("attention.sliding_window") and self.architecture != GEMMA:
+            refuse("a window")
         for name in self.stored:
             if name.endswith(".bias") and not (
                 self.architecture == "qwen2" and _BIAS.fullmatch(name)
@@ -153,7 +159,7 @@ class GGUF:
         embedding = self.stored.get("token_embd.weight")
         if embedding is None or len(embedding.shape) != 2:
             raise DataError(f"{self.file}: it has no token_embd.weight; {_COPY_AGAIN}")
-        return {
+        found = {
             "model_type": "llama" if self.architecture == LOOPED else self.architecture,
             "vocab_size": int(embedding.shape[1]),
             "hidden_size": width,
@@ -168,6 +174,9 @@ class GGUF:
             "rope_parameters": rope | {"rope_theta": get("rope.freq_base", 10_000.0, float)},
             "tie_word_embeddings": "output.weight" not in self.stored,
         }
+        if self.architecture == GEMMA:
+            return found | gemma3.of_gguf(self.values, found, str(self.file))
+        return found
 
     def _loops(self) -> int:
         if self.architecture != LOOPED:
@@ -176,10 +185,6 @@ class GGUF:
         loops = self.values.get(key, 1)
         if type(loops) is not int or not 1 <= loops <= _MOST_LOOPS:
             raise DataError(f"{self.file}: {key} is {short(loops)}; {_COPY_AGAIN}")
-        if loops > 1 and self.values.get(f"{LOOPED}.skip_loop_final_norm") is not True:
-            raise DataError(
-                f"{self.file}: a norm between its loops, which a looped model has no place for"
-            )
         return loops
 
     def _llama3(self, theta: float, head_dim: int) -> dict[str, Any]:
@@ -209,7 +214,8 @@ class GGUF:
         values = self._read(name)
         part = turned_part(self.architecture, name)
         if part is None:
-            return values
+            added = self.architecture == GEMMA and name.endswith("norm.weight")
+            return values - 1 if added else values
         key = "num_attention_heads" if part == "q" else "num_key_value_heads"
         return from_neighbours(values, self.settings[key])
 
@@ -224,7 +230,12 @@ class GGUF:
             )
         # RoPE's frequencies are no weight: they are computed anew.
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-        weights = {transformers_name(name): self.tensor(name) for name in self.weights}
+        embedding = model.model.embed_tokens
+        if hasattr(embedding, "scalar_embed_scale"):  # and Gemma's scale
+            embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
+        weights = {
+            transformers_name(self.architecture, name): self.tensor(name) for name in self.weights
+        }
         if self.settings["tie_word_embeddings"]:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
         model.load_state_dict(weights, assign=True)
@@ -245,15 +256,17 @@ def from_gguf(gguf: GGUF, looping: Looping) -> LoadedModel:
     config = looped_shape(gguf.settings, str(file), looping)
     if gguf.loops > 1:
         config = replace(config, prelude_layers=0, core_layers=gguf.settings["num_hidden_layers"],
-                         coda_layers=0, loops=gguf.loops, max_loops=gguf.loops)  # fmt: skip
+                         coda_layers=0, loops=gguf.loops, max_loops=gguf.loops,
+                         injection="norm" if gguf.norm_between else "none")  # fmt: skip
     check_fits(gguf.elements, file)
     tokenizer, special, template = read_gguf_tokenizer(gguf.values, str(file))
+    check_vocabulary(tokenizer, config, str(file))
     model, rename = empty_model(config), looped_names(config)
     expected = tensors_of(model, None)
     names: dict[str, str] = {}
     for name in gguf.weights:
         tensor = gguf.stored[name]
-        ours = rename(transformers_name(name))
+        ours = rename(transformers_name(gguf.architecture, name))
         if ours not in expected:
             raise DataError(f"{file}: unexpected {short(name)}; a looped model has no place for it")
         shape = [int(size) for size in reversed(tensor.shape)]
@@ -268,7 +281,12 @@ def from_gguf(gguf: GGUF, looping: Looping) -> LoadedModel:
         raise DataError(f"{file}: its tensors lack {some(missing)}; {_COPY_AGAIN}")
     weights = {ours: gguf.tensor(name) for ours, name in names.items()}
     model.load_state_dict(weights, strict=False, assign=True)
+    if gguf.architecture == GEMMA:
+        gemma3.fold(model, gguf.settings)
     tie_head(model)
+    if config.injection == "norm":  # the file has one norm, and a table that was scaled
+        model.injection.state_norm.weight.data.copy_(model.norm.weight)
+        model.injection.gain.data.fill_(INIT_STD)
     facts = {"from": f"{gguf.architecture} {file.name} ({', '.join(gguf.types)})"}
     stated = gguf.values.get("general.license")
     facts["license"] = stated if isinstance(stated, str) else UNKNOWN

@@ -16,7 +16,8 @@ from looptx_core.errors import MissingError
 
 LOOPED = "nanbeige"
 """llama.cpp's architecture of a stack of layers that is run several times."""
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "olmo2", LOOPED)
+GEMMA = "gemma3"
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "olmo2", LOOPED, GEMMA)
 """Those that are read and written."""
 FREQUENCIES = "rope_freqs.weight"
 _NEIGHBOURS = ("llama", LOOPED)
@@ -31,6 +32,12 @@ _NORMS = {
         "post_attention_norm": "post_attention_layernorm",
         "post_ffw_norm": "post_feedforward_layernorm",
     },
+    "both": {
+        "attn_norm": "input_layernorm",
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
 }
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _MATRICES = {
@@ -38,7 +45,7 @@ _MATRICES = {
     "attn_output": "self_attn.o_proj",
     **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
 }
-_LAYER = {**_NORMS["before"], **_NORMS["after"], **_HEAD_NORMS, **_MATRICES}
+_LAYER = {**_HEAD_NORMS, **_MATRICES}
 
 
 def require_gguf(name: str) -> None:
@@ -51,11 +58,13 @@ def require_gguf(name: str) -> None:
         ) from error
 
 
-def transformers_name(name: str) -> str:
+def transformers_name(architecture: str, name: str) -> str:
     """As transformers calls a tensor of a GGUF file; its own name where it has none."""
+    position = {"olmo2": "after", GEMMA: "both"}.get(architecture, "before")
+    parts = _LAYER | _NORMS[position]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if match and match[2] in _LAYER:
-        return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
+    if match and match[2] in parts:
+        return f"model.layers.{match[1]}.{parts[match[2]]}.{match[3]}"
     return _TOP.get(name, name)
 
 

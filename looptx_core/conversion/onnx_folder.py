@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looptx_core.atomic import write_folder
-from looptx_core.checkpoint.folder import LoadedModel, read_config, write_files
+from looptx_core.checkpoint.folder import LoadedModel, write_files
 from looptx_core.config.model import ModelConfig
 from looptx_core.conversion.huggingface import with_use
 from looptx_core.conversion.source_check import MOST_DIFFERENCE
 from looptx_core.data.sample import sample_text
-from looptx_core.errors import DataError, LooptxError, MissingError, UsageError
+from looptx_core.errors import LooptxError, MissingError, UsageError
 from looptx_core.media.registry import media_for
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.training.evaluate import inputs_and_targets
@@ -103,12 +103,6 @@ def graph_depth(source: LoadedModel, loops: int | None) -> int:
     return loops or config.loops
 
 
-def check_folder(folder: Path) -> None:
-    """Raise `DataError` for a model folder that a graph can't express, by its config.json alone."""
-    if lacking := _lacking(read_config(folder)[0]):
-        raise DataError(f"{folder}: {lacking}")
-
-
 def _lacking(config: ModelConfig) -> str:
     """What the graph has no place for; '' where it can express the model."""
     has = ""
@@ -165,7 +159,7 @@ def onnx_files(files: Mapping[str, Any], source: LoadedModel, loops: int) -> dic
     }
     return {
         **files,
-        "config.json": {**files["config.json"], "model_type": MODEL_TYPE, "loops": loops},
+        "config.json": {**files["config.json"], "model_type": MODEL_TYPE},
         "genai_config.json": genai,
         "README.md": with_use(
             files["README.md"], _USE.format(loops=counted(loops, "loop")), "onnx"

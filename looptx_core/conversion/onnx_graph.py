@@ -162,6 +162,11 @@ class _Graph:
         """What the core reads at a loop; see `Injection`."""
         if injection.kind == "none":
             return state
+        if injection.kind == "norm":
+            if loop == 1:
+                scale = injection.embedding_scale.detach()
+                return self.op("Mul", embedding, self.weight(injection.gain, value=scale))
+            return self.norm(state, injection.state_norm)
         if injection.kind == "bridge":
             if loop == 1:
                 return embedding

@@ -13,16 +13,15 @@ from looptx_core.checkpoint.folder import LoadedModel
 from looptx_core.checkpoint.weights import tensors_of
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.model import STORED_AS
-from looptx_core.conversion.export import DTYPES, require_packages
+from looptx_core.conversion.export import DTYPES, gguf_type, matrix_type, require_packages
 from looptx_core.conversion.memory import with_memory
 from looptx_core.conversion.onnx_folder import graph_depth
 from looptx_core.conversion.run import (
-    check_kinds,
     folder_bytes,
     output_folder,
     ternary_training,
 )
-from looptx_core.conversion.source import BATCH, evaluation_data, read_source
+from looptx_core.conversion.source import BATCH, check_kinds, evaluation_data, read_source
 from looptx_core.conversion.ternary import to_ternary
 from looptx_core.model.flops import parameter_count
 from looptx_core.model.storage import Kind, like, to_float
@@ -128,12 +127,10 @@ def plan_conversion(
 
 def _gguf(config: ConvertConfig, source: LoadedModel) -> tuple[str, int]:
     """What a GGUF file would hold, in words, and the bytes of its tensors."""
-    from looptx_core.conversion.gguf_export import KINDS, gguf_stack, stored_bytes
+    from looptx_core.conversion.gguf_export import gguf_stack, stored_bytes
 
     stack = gguf_stack(source, config.loops)
-    int8 = source.config.linear == "int8"
-    was = torch.int8 if int8 else source.model.norm.weight.dtype
-    kind = KINDS[DTYPES[config.dtype] if config.dtype else was]
+    kind = gguf_type(config, matrix_type(source))
     line = (
         f"write {counted(stack.loops, 'loop')} as a GGUF file of {counted(stack.layers, 'layer')}, "
         f"architecture {stack.architecture}, type {kind}"

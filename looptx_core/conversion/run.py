@@ -21,15 +21,15 @@ from looptx_core.checkpoint.folder import (
 )
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.config.run import TrainConfig
-from looptx_core.conversion.export import DTYPES, export, require_packages
+from looptx_core.conversion.export import DTYPES, export, matrix_type, require_packages
 from looptx_core.conversion.huggingface import to_huggingface
 from looptx_core.conversion.memory import with_memory
-from looptx_core.conversion.onnx_folder import graph_depth
 from looptx_core.conversion.source import (
     BATCH,
     PLAIN_BATCH,
     SEQ_LEN,
     VAL_BATCHES,
+    check_kinds,
     compare_with_source,
     evaluation_data,
     read_source,
@@ -44,7 +44,7 @@ from looptx_core.conversion.ternary import (
 )
 from looptx_core.data.datamodule import Batches
 from looptx_core.data.own import FILE as OWN_DATA
-from looptx_core.errors import Interrupted, UsageError
+from looptx_core.errors import Interrupted
 from looptx_core.model.loop import LoopedTransformer
 from looptx_core.model.storage import to_float, to_int8
 from looptx_core.outputs import check_output
@@ -143,7 +143,7 @@ def convert(
     if there := check():
         report(f"replaces {out}: {there}, once the new one is whole")
     check_kinds(config, source)
-    was = torch.int8 if source.config.linear == "int8" else source.model.norm.weight.dtype
+    was = matrix_type(source)
     memory_before = running_bytes(source.model.float())
     model = to_float(source.model)
     remembering = model
@@ -279,28 +279,6 @@ def ternary_training(
         val_every=config.finetune_steps,
         val_batches=VAL_BATCHES,
     )
-
-
-def check_kinds(config: ConvertConfig, source: LoadedModel) -> None:
-    """Raise `UsageError` for a model that can't be stored as asked."""
-    kind = source.config.linear
-    if config.to_bitnet and kind == "packed":
-        raise UsageError(f"{source.folder}: its weights are ternary already; leave `to_bitnet` out")
-    if config.dtype == "int8" and kind in ("ternary", "packed"):
-        raise UsageError(
-            f"{source.folder}: its weights are ternary, smaller than int8; leave `dtype` int8 out"
-        )
-    if config.to_hf and source.config.has_memory:
-        raise UsageError(
-            f"{source.folder}: transformers' format has no memory; leave `to_hf` out, or take a "
-            "model without one"
-        )
-    if config.to_onnx:
-        graph_depth(source, config.loops)
-    if config.to_gguf:
-        from looptx_core.conversion.gguf_export import check_gguf  # brings the extra
-
-        check_gguf(source, config.loops)
 
 
 def output_folder(config: ConvertConfig, source: LoadedModel) -> Path:

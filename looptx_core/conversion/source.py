@@ -11,12 +11,12 @@ from typing import Any
 from tokenizers import Tokenizer
 from torch import nn
 
-from looptx_core.checkpoint.folder import LoadedModel, load_model
+from looptx_core.checkpoint.folder import LoadedModel, load_empty, load_model
 from looptx_core.checkpoint.registry import local_folder, resolve_adapter, resolve_model
 from looptx_core.config.conversion import ConvertConfig
 from looptx_core.conversion.gguf_names import require_gguf
 from looptx_core.conversion.huggingface import from_huggingface
-from looptx_core.conversion.onnx_folder import check_folder
+from looptx_core.conversion.onnx_folder import graph_depth
 from looptx_core.conversion.pretrained import Looping, is_plain, open_plain
 from looptx_core.conversion.source_check import (
     logit_difference,
@@ -56,11 +56,35 @@ def read_source(
         assert found.adapter is not None
         report(f"model: {found.folder}, with the adapter {found.adapter}")
         return merge(found.folder, found.adapter), [found.folder, found.adapter], None
-    suits = check_folder if config.to_onnx else lambda folder: None
-    found = resolve_model(config.model, need=frozenset({"weights"}), check=suits)
+    found = resolve_model(
+        config.model, need=frozenset({"weights"}),
+        check=lambda folder: check_kinds(config, load_empty(folder)),
+    )  # fmt: skip
     if config.model is None:
         report(f"model: {found.folder}, {found.reason}")
     return load_model(found.folder), [found.folder], None
+
+
+def check_kinds(config: ConvertConfig, source: LoadedModel) -> None:
+    """Raise `UsageError` for a model that can't be stored as asked."""
+    kind = source.config.linear
+    if config.to_bitnet and kind == "packed":
+        raise UsageError(f"{source.folder}: its weights are ternary already; leave `to_bitnet` out")
+    if config.dtype == "int8" and kind in ("ternary", "packed"):
+        raise UsageError(
+            f"{source.folder}: its weights are ternary, smaller than int8; leave `dtype` int8 out"
+        )
+    if config.to_hf and source.config.has_memory:
+        raise UsageError(
+            f"{source.folder}: transformers' format has no memory; leave `to_hf` out, or take a "
+            "model without one"
+        )
+    if config.to_onnx:
+        graph_depth(source, config.loops)
+    if config.to_gguf:
+        from looptx_core.conversion.gguf_export import check_gguf  # brings the extra
+
+        check_gguf(source, config.loops)
 
 
 def compare_with_source(

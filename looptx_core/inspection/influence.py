@@ -81,7 +81,7 @@ def _influence_at(
     injected = torch.zeros_like(rows)
     for loop in reversed(range(depth)):
         rows = back(rows, config.prelude_layers + loop * config.core_layers, config.core_layers)
-        if config.injection not in ("none", "streams"):
+        if config.injection not in ("none", "norm", "streams"):
             rows, injected = 0.5 * rows, injected + 0.5 * rows
     return back(rows + injected, 0, config.prelude_layers)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from looptx_core.config.model import ModelConfig
 from looptx_core.model.norm import RMSNorm
+from looptx_core.model.weights import INIT_STD
 
 
 class Gate(nn.Linear):
@@ -34,6 +35,9 @@ class Injection(nn.Module):
     - `bridge`: the embedding in the first loop, and embedding + W norm(state) in later ones, with W
       = 0 at first: a trained stack of layers stays itself at one loop, whatever W becomes, and at
       any number of loops until W is trained.
+    - `norm`: g * embedding with g per channel in the first loop, and norm(state) in later ones, as
+      in Nanbeige's looped stacks, which llama.cpp runs. The prelude's output does not come again.
+      g starts at 1 / `INIT_STD`, so that new embeddings enter at the size of a normed state.
     - `add`: norm(state) + norm(embedding), for ablations.
     - `streams`: hyper-connections between loops (Hyperloop, arXiv 2604.21254). The state is n
       streams side by side, (batch, length, n * d_model), which all begin as the prelude's output.
@@ -59,6 +63,9 @@ class Injection(nn.Module):
         if self.kind == "bridge":
             self.bridge = nn.Linear(config.d_model, config.d_model, bias=False)
             return
+        if self.kind == "norm":
+            self.gain = nn.Parameter(torch.ones(config.d_model))
+            return
         self.embedding_norm = RMSNorm(config.d_model, config.norm_eps)
         if self.kind == "decay":
             kept = config.retain
@@ -73,11 +80,11 @@ class Injection(nn.Module):
         if self.kind == "streams":
             shares = self.read(state)[..., None, :]
             return self.state_norm((shares @ self._apart(state)).squeeze(-2))
-        if self.kind == "bridge":
+        if self.kind in ("bridge", "norm"):
             if isinstance(loop, int):
-                return embedding if loop == 1 else embedding + self.bridge(self.state_norm(state))
+                return (self._later if loop > 1 else self._first)(state, embedding)
             later = (loop > 1).view(-1, 1, 1)
-            return embedding + self.bridge(self.state_norm(state)).where(later, 0)
+            return torch.where(later, self._later(state, embedding), self._first(state, embedding))
         state, embedding = self.state_norm(state), self.embedding_norm(embedding)
         if self.kind == "add":
             return state + embedding
@@ -110,6 +117,20 @@ class Injection(nn.Module):
             ):
                 nn.init.zeros_(gate.weight)
                 gate.bias.copy_(torch.logit(shares))
+
+    @property
+    def embedding_scale(self) -> Tensor:
+        """norm: what the embedding is multiplied by in the first loop, (d_model,)."""
+        return self.gain / INIT_STD
+
+    def _first(self, state: Tensor, embedding: Tensor) -> Tensor:
+        """What the core reads in the first loop."""
+        return embedding * self.embedding_scale if self.kind == "norm" else embedding
+
+    def _later(self, state: Tensor, embedding: Tensor) -> Tensor:
+        """What the core reads from the second loop on."""
+        state = self.state_norm(state)
+        return state if self.kind == "norm" else embedding + self.bridge(state)
 
     def _apart(self, state: Tensor) -> Tensor:
         return state.unflatten(-1, (self.streams, -1))

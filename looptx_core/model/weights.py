@@ -8,17 +8,20 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+INIT_STD = 0.02
+"""Standard deviation of new matrices."""
+
 
 def draw_weights(parameters: Iterable[tuple[str, nn.Parameter]], depth: int) -> None:
-    """Draw matrices from a normal distribution of standard deviation 0.02.
+    """Draw matrices from a normal distribution of standard deviation `INIT_STD`.
 
-    The projections that end a residual branch get GPT-2's smaller one, 0.02 / sqrt(2 * depth).
+    The projections that end a residual branch get GPT-2's smaller one, over sqrt(2 * depth).
     """
     for name, parameter in parameters:
         if name.endswith(("o_proj.weight", "down_proj.weight")):
-            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth))
+            nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * depth))
         elif parameter.dim() >= 2:
-            nn.init.normal_(parameter, std=0.02)
+            nn.init.normal_(parameter, std=INIT_STD)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

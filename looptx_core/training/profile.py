@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ class Profile(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         here = trainer.is_global_zero and self.first <= trainer.global_step < self.last
         if here and self._profiler is None:
+            # Its C++ part notes each start and stop on standard error, above the level of errors.
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")
             self._profiler = torch.profiler.profile()
             self._profiler.start()
 

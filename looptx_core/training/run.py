@@ -61,7 +61,7 @@ from looptx_core.training.start import copy_weights
 from looptx_core.training.task_evaluation import check_tasks, task_evaluation
 from looptx_core.training.trackers import Tracker, asked, check_trackers
 from looptx_core.training.trainer import build_trainer
-from looptx_core.words import counted
+from looptx_core.words import counted, quoted
 
 _log = logging.getLogger(__name__)
 """Of reasons, which few need."""
@@ -189,7 +189,7 @@ def check(config: RunConfig, folder: Path) -> None:
 
 def resuming(command: str, folder: Path) -> str:
     """A message that says how to resume a stopped run."""
-    return f"go on with looptx {command} --resume {folder}"
+    return f"go on with looptx {command} --resume {quoted(folder)}"
 
 
 def fit(

@@ -22,6 +22,7 @@ from looptx_core.backends.cpu.structs import (
     INFINI_DELTA,
     NO_INJECTION,
     NO_MEMORY,
+    NORM,
     PRECISIONS,
     TERNARY,
     BlockWeights,
@@ -45,7 +46,7 @@ from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_frequencies
 
 _MEMORIES = {"none": NO_MEMORY, "infini": INFINI, "delta": DELTA}
-_INJECTIONS = {"none": NO_INJECTION, "bridge": BRIDGE}
+_INJECTIONS = {"none": NO_INJECTION, "bridge": BRIDGE, "norm": NORM}
 _KNOWN = {nn.Linear, TernaryLinear, Int8Linear}
 
 
@@ -196,6 +197,11 @@ class KernelModel:
             parts |= {
                 "state_norm": self._vector(injection.state_norm.weight),
                 "bridge": self._layer(injection.bridge),
+            }
+        elif injection.kind == "norm":
+            parts |= {
+                "state_norm": self._vector(injection.state_norm.weight),
+                "embedding_scale": self._vector(injection.embedding_scale),
             }
         elif injection.kind != "none":
             ones = torch.ones(config.d_model)

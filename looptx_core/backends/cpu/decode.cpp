@@ -392,7 +392,7 @@ extern "C" {
 constexpr int32_t LOOPTX_ABI_VERSION = 5;  // structs.py has it too
 
 enum Kind : int32_t { FLOAT, BFLOAT, BYTES, TERNARY };
-enum Injection : int32_t { NONE, BY_CHANNEL, BRIDGE };
+enum Injection : int32_t { NONE, BY_CHANNEL, BRIDGE, NORM };
 enum MemoryKind : int32_t { NO_MEMORY, INFINI, INFINI_DELTA, DELTA };
 
 struct Matrix {
@@ -419,7 +419,7 @@ struct Model {
     int32_t memory, memory_window, memory_block;  // memory: a `MemoryKind`
     float eps;
     const Block* blocks;  // prelude, core, coda
-    // Of the injection: all four BY_CHANNEL, and the first beside a BRIDGE.
+    // Of the injection: all four BY_CHANNEL, the first beside a BRIDGE, first and last as a NORM.
     const float *state_norm, *state_scale, *embedding_norm, *embedding_scale;
     const float *embedding, *norm, *frequencies;
     Matrix bridge, head, confidence_hidden, confidence_gate;
@@ -1074,6 +1074,16 @@ struct Runner {
     void inject(float* at, const float* words, const int32_t* loop, int more, int count) {
         const Model& m = model;
         if (m.injection == BRIDGE) return cross(at, words, loop, more, count);
+        for (int r = 0; m.injection == NORM && r < count; ++r) {
+            float* own = at + (int64_t)r * m.d_model;
+            const float* first = words + (int64_t)r * m.d_model;
+            if (loop[r] + more > 1) {
+                rms_norm(own, m.state_norm, m.d_model, m.eps, normed.data());
+                memcpy(own, normed.data(), m.d_model * sizeof(float));
+            } else {
+                for (int i = 0; i < m.d_model; ++i) own[i] = first[i] * m.embedding_scale[i];
+            }
+        }
         for (int r = 0; m.injection == BY_CHANNEL && r < count; ++r) {
             float* own = at + (int64_t)r * m.d_model;
             float* mixed = normed.data();

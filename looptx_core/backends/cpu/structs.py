@@ -21,7 +21,7 @@ FLOAT, BFLOAT, BYTES, TERNARY = range(4)
 PRECISIONS = {"float32": FLOAT, "bf16": BFLOAT, "int8": BYTES}
 """How the kernel can hold a model's float weights, by name."""
 
-NO_INJECTION, BY_CHANNEL, BRIDGE = range(3)
+NO_INJECTION, BY_CHANNEL, BRIDGE, NORM = range(4)
 """`ModelWeights.injection`."""
 
 NO_MEMORY, INFINI, INFINI_DELTA, DELTA = range(4)
