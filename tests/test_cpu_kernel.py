@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from looptx_core.backends.base import Backend
 from looptx_core.backends.cpu.backend import CpuBackend
 from looptx_core.backends.cpu.bindings import KernelModel
 from looptx_core.backends.cpu.rounding import round_weights
@@ -291,6 +292,28 @@ def test_an_engine_leaves_the_callers_weights_as_they_are(precision: str, tokeni
         gap = engine.backend.model(tokens, 3).logits - rounded(tokens, 3).logits
     assert gap.abs().max() < 1e-5
     assert Engine(model, tokenizer).backend.model is model, "no copy where nothing is rounded"
+
+
+def test_long_prompts_beside_rounded_weights_are_read_in_bf16() -> None:
+    """Where the processor has such products; what a row gets is the same beside other rows."""
+    torch.manual_seed(1)
+    model = make(replace(SMALL, d_model=256, d_ff=512, head_dim=64, max_seq_len=64))
+    round_weights(model, "bf16")
+    prompts = torch.randint(0, model.config.vocab_size, (3, 40))
+    setting = torch.backends.mkldnn.matmul.fp32_precision
+
+    def states(backend: Backend, rows: list[int]) -> torch.Tensor:
+        run = backend.begin(LoopCache(model.config, 3, 40, 5), rows, 40)
+        embedding = run.embed(prompts[rows])
+        return run.iterate(embedding, embedding, [1] * len(rows), 3)
+
+    with torch.inference_mode():
+        exact, rounded = TorchBackend(model), CpuBackend(model, "bf16")
+        all_rows, one = states(rounded, [0, 1, 2]), states(rounded, [1])
+        gap = (all_rows - states(exact, [0, 1, 2])).abs().max()
+    assert torch.equal(one[0], all_rows[1]) and gap < 0.05 * all_rows.abs().max()
+    assert bool(gap) == torch.cpu._is_amx_tile_supported()
+    assert torch.backends.mkldnn.matmul.fp32_precision == setting
 
 
 def test_without_a_compiler(monkeypatch, tmp_path) -> None:

@@ -122,6 +122,25 @@ def test_a_token_waits_for_one_piece_at_most(model, tokenizer, small_pieces):  #
     assert max(between) == 6 and sum(between) == len(LONG)
 
 
+def test_several_pieces_are_read_where_several_prompts_wait_for_each_stream(
+    model,
+    tokenizer,  # noqa: F811
+    small_pieces,
+):
+    engine = Engine(model, tokenizer, SETTINGS)
+    passes = []
+    with torch.inference_mode(), engine.lasting(8, CONFIG.max_seq_len) as lasting:
+        lasting.batch.on_prompt = passes.append
+        lasting.add(engine.request(0, [30], replace(GREEDY, max_new_tokens=9)))
+        lasting.step()
+        for n in range(1, 8):
+            lasting.add(engine.request(n, LONG[:12], replace(GREEDY, max_new_tokens=8)))
+        steps = run(lasting)
+    # Seven wait for one stream, then three for five streams, which each wait for one piece.
+    assert passes == [1, 24, 24, *[6] * 6]
+    assert len({tuple(s.id for s in steps if s.request == n) for n in range(1, 8)}) == 1
+
+
 def test_drafts_go_on_beside_others(model, tokenizer):  # noqa: F811
     engine = Engine(model, tokenizer, SETTINGS)
     options = replace(GREEDY, speculate=3)

@@ -86,6 +86,7 @@ def test_what_the_context_has_no_room_for(engine):
             error = post(service, chat, said | {field: left + 1}).json()["error"]
             assert (error["param"], error["code"]) == (field, "context_length_exceeded")
             assert f"ask for {left} at most" in error["message"]
+            assert error["message"].startswith("this model's maximum context length is 48 tokens")
             assert post(service, chat, said | {field: left}).status_code == 200
         for most, length in ((None, 7), (7, 7), (2, 2)):
             few = completion(service, prompt=[20] * 41, max_tokens=most, **GREEDY)

@@ -1,7 +1,15 @@
 """What docs/benchmarks.md says about serving."""
 
 from benchmarks.common.record import Record
-from benchmarks.common.tables import newest, one, percent, records, source, table
+from benchmarks.common.tables import (
+    all_records,
+    newest,
+    one,
+    percent,
+    records,
+    source,
+    table,
+)
 
 
 def section() -> str:
@@ -31,7 +39,46 @@ their kind, {row["running"] + row["waiting"]:.0f} were left, and the memory grew
 
 {source(record)}
 {source(soak)}
-{beside_llama()}""".rstrip()
+{beside_llama()}
+{exits()}""".rstrip()
+
+
+def exits() -> str:
+    """Nothing where no trained model has been measured yet."""
+    found = [record for record in all_records() if record["benchmark"] == "serving.exits"]
+    if not found:
+        return ""
+    lines = []
+    for record in found:
+        [row] = record["rows"]
+        lines.append(
+            [
+                record["variant"],
+                f"`{row['rule']}`",
+                f"{row['exit.mean_loops']:.2f}",
+                row["smallest_equal_depth"],
+                percent(row["loss_above_full_depth"], 2),
+                f"{row['exit.tokens_per_second']:.0f}",
+                f"{row['exit_against_fixed.rate']:.2f}",
+                f"{row['exit_against_fixed.cpu']:.2f}",
+                f"{row['exit_against_full_depth.rate']:.2f}",
+            ]
+        )
+    heads = [
+        "model", "rule", "mean loops", "fixed depth", "loss above full depth", "tokens/s",
+        "to the fixed depth", "by processor time", "to full depth",
+    ]  # fmt: skip
+    settings = found[0]["settings"]
+    return f"""
+## What do exits bring to a server's streams?
+
+{settings["streams"]} held-out texts at once, decoded by the engine with the model's stored exit and
+at fixed depths; ratios of tokens a second to the smallest fixed depth within 0.5 % of full depth's
+loss (aim: 1.3), and to full depth.
+
+{table(heads, lines)}
+
+{source(*found)}"""
 
 
 def beside_llama() -> str:

@@ -24,6 +24,8 @@ from looptx_core.media.batch import batch_items, to_device
 
 _ALONE = 1024
 """Tokens of prompts that are read before those who are ready go on, where nobody had to wait."""
+_MOST_PIECES = 4
+"""Pieces that are read between two tokens of those who go on, where as many times more wait."""
 
 
 @dataclass(eq=False)
@@ -119,19 +121,27 @@ class Scheduler:
         return steps
 
     def _prefill(self) -> list[Step]:
-        """Read the next pieces of prompts, by arrival, those of a kind together."""
+        """Read the next pieces of prompts, by arrival, those of a kind together.
+
+        A stream waits for one piece, and for more only where several prompts wait for each stream:
+        pieces that share a pass take less time than one by one.
+        """
         steps: list[Step] = []
         streaming = self.batch.rows
-        room = PREFILL_CHUNK if streaming or self._drafting else _ALONE
+        room, going = _ALONE, len(streaming) + len(self._drafting)
+        if going:
+            room = PREFILL_CHUNK * min(max(len(self._prefills) // going, 1), _MOST_PIECES)
+        began = False
         while self._prefills and room > 0:
             first = self._prefills[0]
             length = first.pieces[0].end - first.pieces[0].start
             alike = [own for own in self._prefills if own.kind == first.kind]
-            if room <= PREFILL_CHUNK:
-                if steps and length > room:
+            if going or room <= PREFILL_CHUNK:
+                if began and length > room:
                     break
                 alike = alike[: max(1, room // length)]
             room -= length * len(alike)
+            began = True
             self._owed = set(streaming)
             try:
                 output = self._run(alike)

@@ -50,8 +50,12 @@ def bad_field(name: str, message: str) -> ApiError:
     return ApiError(400, message, name)
 
 
-def too_long(message: str, name: str | None = None) -> ApiError:
-    """Of a prompt, or what is to follow it, that the context has no room for."""
+def too_long(context: int, why: str, name: str | None = None) -> ApiError:
+    """Of a prompt, or what is to follow it, that the context has no room for.
+
+    Clients such as litellm tell this error by OpenAI's wording.
+    """
+    message = f"this model's maximum context length is {context} tokens here, and {why}"
     return ApiError(400, message, name, "context_length_exceeded")
 
 

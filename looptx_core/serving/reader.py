@@ -79,13 +79,14 @@ class PromptReader:
         left = self.context - length
         if left < 1:
             raise too_long(
-                f"{where} has {length} tokens, which leaves no room for an answer in this server's "
-                f"context of {self.context}; shorten it"
+                self.context,
+                f"{where} has {length}, which leaves no room for an answer; shorten it",
             )
         if most is not None and most > left:
             raise too_long(
-                f"{where} has {length} tokens and {name} is {most}, and this server's context "
-                f"holds {self.context}; ask for {left} at most, or shorten the prompt",
+                self.context,
+                f"{where} has {length} and {name} is {most}; ask for {left} at most, or shorten "
+                "the prompt",
                 name,
             )
 
@@ -103,8 +104,8 @@ class PromptReader:
         given = sum(len(text.encode()) for text in texts)
         if given > self.most_bytes:
             raise too_long(
-                f"{where} has {given} bytes, and this server's context of {self.context} tokens "
-                f"holds {self.most_bytes} at most; shorten it"
+                self.context,
+                f"{where} has {given} bytes, where {self.most_bytes} could fit; shorten it",
             )
 
 

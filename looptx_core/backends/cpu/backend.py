@@ -10,6 +10,7 @@ from torch import Tensor
 
 from looptx_core.backends.base import Backend, LoopResult, Pass
 from looptx_core.backends.cpu.bindings import KernelModel
+from looptx_core.backends.cpu.rounding import RoundedPass
 from looptx_core.backends.cpu.structs import KernelCache, KernelRows, StopCondition
 from looptx_core.backends.torch_backend import TorchPass
 from looptx_core.media.batch import Media
@@ -48,7 +49,9 @@ class CpuBackend(Backend):
         if block is not None:
             cache.folder = self._fold
         if kernel_cache is None:
-            return TorchPass.of(self.model, cache, rows, new, tokens, media)
+            many = not media and count * new > _MAX_TOKENS  # the kernel has the others in float32
+            kind = RoundedPass if many and self.precision != "float32" else TorchPass
+            return kind.of(self.model, cache, rows, new, tokens, media)
         row: list[int] = []
         column: list[int] = []
         for own in range(count) if rows is None else rows:
