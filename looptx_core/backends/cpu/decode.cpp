@@ -219,8 +219,8 @@ struct Runner {
         thread_local std::vector<float> chances;
         if ((int)chances.size() < length) chances.resize(length + 256);
         float* each = chances.data();
-        multiply(keys + first, 0, near, q, width, 1, false, each, length);
-        multiply(keys + again, 0, length - near, q, width, 1, false, each + near, length);
+        multiply(keys + first, 0, near, q, width, 1, each, length);
+        multiply(keys + again, 0, length - near, q, width, 1, each + near, length);
         float largest = -3e38f, total = 0;
 #pragma omp simd reduction(max : largest)
         for (int c = 0; c < length; ++c) largest = std::max(largest, each[c]);

@@ -144,13 +144,12 @@ void product(const Matrix& m, int begin, int end, const Input& in, float* out, i
     const int width = in.width, count = in.count;
     switch (m.kind) {
         case FLOAT:
-            return multiply((const float*)m.data, begin, end, in.floats, width, count, true, out,
-                            stride);
+            return multiply((const float*)m.data, begin, end, in.floats, width, count, out, stride);
         case BFLOAT:
-            return multiply((const uint16_t*)m.data, begin, end, in.floats, width, count, true, out,
+            return multiply((const uint16_t*)m.data, begin, end, in.floats, width, count, out,
                             stride);
         case BYTES:
-            multiply((const int8_t*)m.data, begin, end, in.shorts.data(), width, count, true,
+            multiply((const int8_t*)m.data, begin, end, in.shorts.data(), width, count,
                      (int32_t*)out, stride);
             for (int n = 0; n < count; ++n)
                 scale_sums(out + n * stride + begin, in.scales[n], m.scales + begin, end - begin);

@@ -256,13 +256,11 @@ void tiles(const Weight* const* rows, const Input* x, int width, int count, cons
         const int left = count - n;
         many = left == MOST + 1 ? (left + 1) / 2 : std::min(left, MOST);
         const Input* from = x + (int64_t)n * width;
-        const Ahead nothing{(const char*)from, 0};
         Number own[MOST][R];
         if (all < LINES && !number)
-            tile<R, LINES>(rows, from, width, many, ahead ? Ahead{ahead, LINES * LINE} : nothing,
-                           own);
-        else if (all < LINES || number >= LINES || !ahead)
-            tile<R, 1>(rows, from, width, many, nothing, own);
+            tile<R, LINES>(rows, from, width, many, Ahead{ahead, LINES * LINE}, own);
+        else if (number >= LINES || all < LINES)
+            tile<R, 0>(rows, from, width, many, Ahead{}, own);
         else
             tile<R, 1>(rows, from, width, many,
                        Ahead{ahead + (int64_t)number * (width / STEP<Input>) * LINE, LINE}, own);
@@ -289,13 +287,13 @@ inline void widen(const int8_t* from, int width, int16_t* to) {
 // `multiply` by R rows at a time.
 template <int R, class Weight, class Input, class Number>
 void multiply_by(const Weight* w, int begin, int end, const Input* x, int width, int count,
-                 bool fetches, Number* out, int64_t stride) {
-    constexpr int LINES = std::max<int>(R * STEP<Input> * sizeof(Weight) / LINE, 1);
+                 Number* out, int64_t stride) {
+    constexpr int LINES = R > 4 ? 0 : std::max<int>(R * STEP<Input> * sizeof(Weight) / LINE, 1);
     for (int r = begin; r < end; r += R) {
         const int some = std::min(R, end - r);
         const Weight* rows[R];  // none beyond the last
         for (int i = 0; i < R; ++i) rows[i] = w + (int64_t)(r + std::min(i, some - 1)) * width;
-        const char* ahead = fetches ? (const char*)rows[0] + AHEAD : nullptr;
+        const char* ahead = (const char*)rows[0] + AHEAD;
         if constexpr (sizeof(Weight) < sizeof(Input))
             if (count > INPUTS<R, Input>) {  // else each tile would widen them
                 thread_local Buffer<Input> wide;
@@ -313,16 +311,15 @@ void multiply_by(const Weight* w, int begin, int end, const Input* x, int width,
     }
 }
 
-// out[n][r] = sum over k of w[r][k] x[n][k], for some rows of weights and all inputs. fetches: the
-// weights come from memory, and what follows them is fetched too.
+// out[n][r] = sum over k of w[r][k] x[n][k], for some rows of weights and all inputs.
 template <class Weight, class Input, class Number>
 void multiply(const Weight* w, int begin, int end, const Input* x, int width, int count,
-              bool fetches, Number* out, int64_t stride) {
+              Number* out, int64_t stride) {
     // Long rows of one input come faster by eight, and as the core fetches them by itself.
     if constexpr (sizeof(Weight) == sizeof(float))
         if (count == 1)
-            return multiply_by<8>(w, begin, end, x, width, count, false, out, stride);
-    multiply_by<4>(w, begin, end, x, width, count, fetches, out, stride);
+            return multiply_by<8>(w, begin, end, x, width, count, out, stride);
+    multiply_by<4>(w, begin, end, x, width, count, out, stride);
 }
 
 }  // namespace
