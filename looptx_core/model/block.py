@@ -237,7 +237,8 @@ class GeGLU(FusedProjection):
         gate, up = self.project(x)
         if self.activation is F.gelu and can_use_fused(gate, up, operation="gate"):
             return self.down_proj(gelu_gate(gate, up))
-        return self.down_proj(self.activation(gate) * up)
+        inner = self.activation(gate)
+        return self.down_proj(inner * up if torch.is_grad_enabled() else inner.mul_(up))
 
 
 class Block(nn.Module):
@@ -268,8 +269,8 @@ class Block(nn.Module):
             x = x + self.dropout(self.attention_norm(self.attention(x, ctx, past)))
             return x + self.dropout(self.mlp_norm(self.mlp(x)))
         attended = self.attention(self.attention_norm(x), ctx, past)
-        x = x + self.dropout(self.attention_post_norm(attended))
-        return x + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
+        x = _plus(x, self.dropout(self.attention_post_norm(attended)))
+        return _plus(x, self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x)))))
 
     def entries(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """`Attention.entries` for what enters the block, (batch, length, d_model)."""
@@ -278,6 +279,13 @@ class Block(nn.Module):
 
     def _own(self, ctx: ForwardContext) -> ForwardContext:
         return ctx.local if self.local and ctx.local is not None else ctx
+
+
+def _plus(x: Tensor, made: Tensor) -> Tensor:
+    """x + made; without gradients in the memory of `made`, because new memory takes time."""
+    if torch.is_grad_enabled() or made.dtype != x.dtype:
+        return x + made
+    return made.add_(x)
 
 
 def _with_bias(x: Tensor, bias: Tensor | None) -> Tensor:

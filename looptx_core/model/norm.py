@@ -30,7 +30,8 @@ class RMSNorm(nn.Module):
         # On CPUs F.rms_norm is several slow kernels; vector_norm is one fast kernel.
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = length.square().add(self.width * self.eps).rsqrt()
-        return x * scale * (self.weight * math.sqrt(self.width))
+        weight = self.weight * math.sqrt(self.width)
+        return x * scale * weight if torch.is_grad_enabled() else (x * scale).mul_(weight)
 
 
 class AllHeadsNorm(RMSNorm):

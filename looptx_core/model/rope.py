@@ -68,7 +68,8 @@ def rotary_tables(
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn queries or keys, (batch, length, heads, head_dim), to their positions."""
     cos, sin = rotary
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+    other = x.roll(x.shape[-1] // 2, dims=-1) * sin
+    return x * cos + other if torch.is_grad_enabled() else (x * cos).add_(other)
 
 
 class Rotate(nn.Module):
