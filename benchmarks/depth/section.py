@@ -99,8 +99,9 @@ def clock(record: Record) -> str:
     ]  # fmt: skip
     heads = ["depth", "kernels", "mean loops", "ms a step", "seconds a FLOP"]
     return f"""\
-**What do drawn depths cost on the clock?** Steps of the same model, in turns; the last column is
-against a fixed depth of 4, read out once.
+**What do drawn depths cost on the clock?** Steps of the same model and text, in turns; the last
+column is against a fixed depth of 4, read out once. Fixed depths of 1 and 2 tell what a shallower
+step costs without any drawing.
 
 {table(heads, lines)}
 
