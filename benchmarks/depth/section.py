@@ -75,16 +75,20 @@ def schedules(record: Record) -> str:
     for name in dict.fromkeys(row["name"] for row in rows):
         for equal in ("FLOPs", "seconds"):
             if some := pick(rows, name=name, equal=equal):
+                rates = [row["seconds"] / row["flops"] for row in some]
+                usual = [row["seconds"] / row["flops"] for row in first]
+                cost = statistics.mean(rates) / statistics.mean(usual) - 1
                 lines.append([
                     name, equal, f"{some[0]['tokens'] / 1e6:.2f}M", f"{some[0]['mean_loops']:.1f}",
                     f"{statistics.mean(row['seconds'] for row in some):.0f}", by_seed(some),
-                    "" if name == "fixed at 4" else against(some, first),
+                    "" if name == "fixed at 4" else against(some, first), f"{100 * cost:+.0f} %",
                 ])  # fmt: skip
     heads = ["model", "equal", "tokens", "mean loops", "seconds", "bits per byte",
-             "against fixed depth"]  # fmt: skip
+             "against fixed depth", "seconds a FLOP"]  # fmt: skip
     return f"""\
 **Schedules**, on State of the Union speeches: one block of width 64. Depths are drawn from 1 to 4;
-with `grow` they rise over the first half.
+with `grow` they rise over the first half. Runs went one after another, and the seconds of equal
+ones differ by up to a third: the next table has the clock in turns.
 
 {table(heads, lines)}"""
 
@@ -99,8 +103,9 @@ def clock(record: Record) -> str:
     ]  # fmt: skip
     heads = ["depth", "kernels", "mean loops", "ms a step", "seconds a FLOP"]
     return f"""\
-**What do drawn depths cost on the clock?** Steps of the same model, in turns; the last column is
-against a fixed depth of 4, read out once.
+**What do drawn depths cost on the clock?** Steps of the same model and text, in turns; the last
+column is against a fixed depth of 4, read out once. Fixed depths of 1 and 2 tell what a shallower
+step costs without any drawing.
 
 {table(heads, lines)}
 

@@ -14,7 +14,9 @@ QUESTION = """\
 
 Two looped containers of llama.cpp, trained as they are run there, against the default: bits per
 byte on held-out State of the Union speeches at equal FLOPs and four loops, one value for each seed;
-lower is better. 0.5 % is what such a preset may cost."""
+lower is better. 0.5 % is what such a preset may cost. `portable` costs nothing that can be told
+from zero, and its weights stand in a file once; `hrm_text` would hold them twice. What matters is
+that embeddings enter the first loop at the size of a normed state."""
 
 
 def section() -> str:

@@ -16,6 +16,7 @@ from looptx_core.model.attention import Attend, VarlenBatch, sdpa
 from looptx_core.model.bitnet import BitLinear, IntegerProduct, TernaryLinear
 from looptx_core.model.cache import CacheView
 from looptx_core.model.fused import can_use_fused, gated
+from looptx_core.model.in_place import plus, times
 from looptx_core.model.int8 import Int8Linear
 from looptx_core.model.layer_state import Attended
 from looptx_core.model.memory import LayerMemory, Remembered, without_rope
@@ -227,7 +228,7 @@ class GeGLU(FusedProjection):
         gate, up = self.project(x)
         if self.activation in (F.gelu, F.silu) and can_use_fused(gate, up, operation="gate"):
             return self.down_proj(gated(gate, up, self.activation is F.silu))
-        return self.down_proj(self.activation(gate) * up)
+        return self.down_proj(times(self.activation(gate), up))
 
 
 class Block(nn.Module):
@@ -258,8 +259,8 @@ class Block(nn.Module):
             x = x + self.dropout(self.attention_norm(self.attention(x, ctx, past)))
             return x + self.dropout(self.mlp_norm(self.mlp(x)))
         attended = self.attention(self.attention_norm(x), ctx, past)
-        x = x + self.dropout(self.attention_post_norm(attended))
-        return x + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
+        x = plus(self.dropout(self.attention_post_norm(attended)), x)
+        return plus(self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x)))), x)
 
     def entries(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """`Attention.entries` for what enters the block, (batch, length, d_model)."""

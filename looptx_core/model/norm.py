@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looptx_core.model.fused import can_use_fused, norm_and_rotate, rms_norm
+from looptx_core.model.in_place import times
 from looptx_core.model.rope import Rotary, rotate
 
 
@@ -30,7 +31,8 @@ class RMSNorm(nn.Module):
         # On CPUs F.rms_norm is several slow kernels; vector_norm is one fast kernel.
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = length.square().add(self.width * self.eps).rsqrt()
-        return x * scale * (self.weight * math.sqrt(self.width))
+        weight = self.weight * math.sqrt(self.width)
+        return times(x * scale, weight)
 
 
 class AllHeadsNorm(RMSNorm):

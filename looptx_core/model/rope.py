@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from looptx_core.config.rope import RopeScaling
 from looptx_core.model.fused import can_use_fused, norm_and_rotate
+from looptx_core.model.in_place import plus
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and signed sines, each (batch or 1, length, 1, head_dim), to broadcast over heads."""
@@ -69,7 +70,8 @@ def rotary_tables(
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn queries or keys, (batch, length, heads, head_dim), to their positions."""
     cos, sin = rotary
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+    other = x.roll(x.shape[-1] // 2, dims=-1) * sin
+    return plus(x * cos, other)
 
 
 class Rotate(nn.Module):
