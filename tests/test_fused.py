@@ -128,6 +128,7 @@ def test_products_with_adapters(kind: torch.dtype) -> None:
         for one, two in zip(leaves, wanted):
             assert one.grad is not None and two.grad is not None and one.grad.dtype == one.dtype
             assert float((one.grad - two.grad).norm() / two.grad.norm()) < 0.02
+    assert [len(y) for y in multi_linear(x[:0], [Product(weight), Product(plain)])] == [0, 0]
     x.requires_grad_()
     down, up = adapters[0].clone().requires_grad_(), adapters[1]
     multi_linear(x.detach(), [Product(weight, down, up)])[0].sum().backward()
@@ -167,6 +168,18 @@ def test_a_layer_with_hooks_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     assert called == [1]
     hooked = net.core[0].attention.k_proj.weight
     assert seen and all(weight is not hooked for weight in seen)
+
+
+def test_a_gate_of_two_types_is_computed_in_the_wider_one() -> None:
+    gate, up = draw(300).bfloat16(), draw(300)
+    for one, two in ((gate, up), (up, gate)):
+        leaves = [x.clone().requires_grad_() for x in (one, two)]
+        value = fused.gated(*leaves, silu=True)
+        assert torch.allclose(value, F.silu(one.float()) * two.float(), atol=1e-5)
+        value.sum().backward()
+        assert [leaf.grad.dtype for leaf in leaves if leaf.grad is not None] == [
+            one.dtype, two.dtype
+        ]  # fmt: skip
 
 
 def test_the_gate() -> None:

@@ -11,7 +11,7 @@ import torch
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.run import TrainConfig
 from looptx_core.errors import DataError, LooptxError, UsageError
-from looptx_core.model import fused
+from looptx_core.model import fused, products
 from looptx_core.training import kernel_trial
 from looptx_core.training.kernel_trial import FILE, KernelChoice, choose, enable_kernels, measure
 
@@ -63,6 +63,17 @@ def test_each_side_of_the_trial_runs_its_own_arithmetic(monkeypatch):
     for name in {*fused.OPERATIONS} - {"products"}:  # which torch multiplies
         kernels = called[frozenset([name])]
         assert len(kernels) == 2 and any(kernel.endswith("_backward") for kernel in kernels)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_trial_of_products_compares_two_ways(monkeypatch, precision):
+    taken = []
+    apply = products._Products.apply
+    monkeypatch.setattr(
+        products._Products, "apply", lambda *a: taken.append(fused._taken) or apply(*a)
+    )
+    measure(MODEL, 4, 16, precision)
+    assert {*taken} == {frozenset(["products"])}
 
 
 def test_what_loses_is_left_to_torch_and_the_run_says_so(times, tmp_path):

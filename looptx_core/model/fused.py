@@ -141,7 +141,8 @@ class _Turn(Function):
 class _Gate(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, silu: bool) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
+        kind = torch.promote_types(gate.dtype, up.dtype)  # the kernel takes one
+        gate, up = gate.to(kind).contiguous(), up.to(kind).contiguous()
         y = torch.empty_like(gate)
         _call("looptx_gate", _half(gate), silu, gate.numel(), gate, up, y)
         ctx.save_for_backward(gate, up)
@@ -243,7 +244,8 @@ def norm_and_rotate(
 
 
 def gated(gate: Tensor, up: Tensor, silu: bool = False) -> Tensor:
-    """gelu(gate) * up, the gelu by the error function, or silu(gate) * up, in their type."""
+    """gelu(gate) * up, the gelu by the error function, or silu(gate) * up, in the wider
+    of their types."""
     return _Gate.apply(gate, up, silu)
 
 

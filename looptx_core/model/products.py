@@ -72,7 +72,7 @@ class _Products(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scales: list[float], *parts: Tensor | None) -> Any:
         kind = product_type() if torch.is_autocast_enabled("cpu") else x.dtype
-        flat = x.flatten(0, -2).to(kind)
+        flat = x.reshape(-1, x.shape[-1]).to(kind)
         weights, downs, ups = ([None if part is None else part.to(kind) for part in parts[i::3]]
                                for i in range(3))  # fmt: skip
         adapted = [i for i, down in enumerate(downs) if down is not None]
@@ -90,7 +90,7 @@ class _Products(Function):
             *(weights if wants_x else [None] * len(weights)),
             *downs, *ups, *hidden,
         )  # fmt: skip
-        return tuple(out.view(*x.shape[:-1], -1) for out in outs)
+        return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outs)
 
     @staticmethod
     @once_differentiable
@@ -99,7 +99,7 @@ class _Products(Function):
         count, adapted, wants = ctx.count, ctx.adapted, ctx.wants
         weights, downs, ups = (saved[i * count : (i + 1) * count] for i in range(3))
         hidden = dict(zip(adapted, saved[3 * count :]))
-        pulls = [dy.flatten(0, -2) for dy in dys]
+        pulls = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
         narrow = [torch.mm(pulls[i], ups[i]).mul_(ctx.scales[i]) for i in adapted]
         joined = torch.cat(narrow, 1) if narrow else None
         dx = None

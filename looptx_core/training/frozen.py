@@ -11,8 +11,9 @@ from looptx_core.model.loop import LoopedTransformer
 def cast_frozen(model: LoopedTransformer, kind: torch.dtype) -> LoopedTransformer:
     """The model, with the matrices of frozen linear layers in `kind`, in place.
 
-    Under autocast the results are the same to the bit. An embedding stays as it is; a head that is
-    tied to it gets a matrix of its own.
+    Under autocast the products are the same to the bit; DoRA takes its norms of the rounded
+    weights. Outside of autocast the model is not meant to run. An embedding stays as it is; a head
+    that is tied to it gets a matrix of its own.
     """
     for module in model.modules():
         if type(module) is not nn.Linear or module.weight.requires_grad:

@@ -29,6 +29,7 @@ from looptx_core.machine.kernels import library_path
 from looptx_core.model import fused
 from looptx_core.model.attention import VarlenBatch, sdpa
 from looptx_core.model.block import Block
+from looptx_core.model.products import Product, multi_linear
 from looptx_core.model.rope import rotary_tables
 from looptx_core.model.score import score
 from looptx_core.schema import typed
@@ -39,6 +40,7 @@ VARIABLE = "LOOPTX_KERNELS"
 """`all` takes every kernel untried, so that machines and versions can be compared bit for bit."""
 _TOKENS = 4096  # at most, of a trial's step
 _ROUNDS = 5
+_RANK = 8  # of the adapters whose products it times
 _MEND = "remove it, and the run takes all kernels and may differ in the last bits"
 
 
@@ -172,6 +174,18 @@ def _steps(
     logits = beside(rows * length, config.vocab_size)
     targets = torch.randint(0, config.vocab_size, (rows * length,))
     mask = documents.mask()  # made once for all blocks and loops
+    frozen = [torch.randn(config.d_ff, config.d_model, dtype=kind) for _ in range(2)]
+    downs = [normal(_RANK, config.d_model) for _ in frozen]
+    ups = [normal(config.d_ff, _RANK) for _ in frozen]
+
+    def products() -> Tensor:
+        if kind == torch.float32:
+            return torch.cat([part.flatten() for part in block.mlp.project(x)])
+        # In bf16 they are taken for frozen weights alone, beside which adapters train.
+        each = list(zip(frozen, downs, ups))
+        if fused.can_use_fused(x, operation="products"):
+            return torch.cat(multi_linear(x, [Product(*one) for one in each]), -1)
+        return torch.cat([F.linear(x, w) + F.linear(F.linear(x, a), b) for w, a, b in each], -1)
 
     def attend() -> Tensor:
         packed = fused.can_use_fused(queries, operation="attention")
@@ -185,7 +199,7 @@ def _steps(
 
     forward: dict[str, Callable[[], Tensor]] = {
         "norm": lambda: block.mlp_norm(x),
-        "products": lambda: torch.cat([part.flatten() for part in block.mlp.project(x)]),
+        "products": products,
         "attention": attend,
         "loss": lambda: score(logits, targets).loss,
     }

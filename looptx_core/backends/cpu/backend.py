@@ -49,7 +49,8 @@ class CpuBackend(Backend):
         if block is not None:
             cache.folder = self._fold
         if kernel_cache is None:
-            many = not media and count * new > _MAX_TOKENS  # the kernel has the others in float32
+            # By a row's own tokens, as what it gets must not depend on how many rows there are.
+            many = not media and new > _MAX_TOKENS
             kind = RoundedPass if many and self.precision != "float32" else TorchPass
             return kind.of(self.model, cache, rows, new, tokens, media)
         row: list[int] = []

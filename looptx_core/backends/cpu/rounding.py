@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -40,24 +41,36 @@ def rounded_copy(model: LoopedTransformer, precision: str) -> LoopedTransformer:
     return copied
 
 
+_lock = threading.Lock()
+_setting = ""  # torch's own, while at least one pass is in bf16
+_passes = 0
+
+
 @contextmanager
 def products_in_bf16() -> Iterator[None]:
     """Let torch round both sides of float32 products on a CPU to bf16; sums stay float32.
 
     Only oneDNN's products for processors with bf16 matrices (AMX) do, at several times the speed,
     and each row comes out the same whatever rows are beside it. Others compute as before. The
-    setting is the process's.
+    setting is the process's: while a pass runs, it holds for other threads too. The last pass to
+    end puts back what was set before the first.
     """
+    global _setting, _passes
     products = getattr(torch.backends.mkldnn, "matmul", None)
     if products is None:  # torch 2.8
         yield
         return
-    before = products.fp32_precision
-    products.fp32_precision = "bf16"
+    with _lock:
+        if not _passes:
+            _setting, products.fp32_precision = products.fp32_precision, "bf16"
+        _passes += 1
     try:
         yield
     finally:
-        products.fp32_precision = before
+        with _lock:
+            _passes -= 1
+            if not _passes:
+                products.fp32_precision = _setting
 
 
 class RoundedPass(TorchPass):
