@@ -226,11 +226,14 @@ def test_the_middle_of_a_folder_is_looped(
     assert "logits differ by at most" in shown
     loaded = load_model(tmp_path / "m")
     assert (loaded.config.prelude_layers, loaded.config.max_loops) == (2, 4)
-    for core in ("3:3", "0:5", "4:6", "2", "a:b"):
+    for core in ("3:3", "0:5", "4:6", "2", "a:b", ""):
         code, _, error = run(capsys, *common, "--core", core, "--out", tmp_path / "n")
         assert code == 2 and "--core" in error and len(error.splitlines()) == 1
-    code, _, error = run(capsys, *common, "--max-loops", 3, "--out", tmp_path / "n")
-    assert code == 2 and "--max-loops" in error
+    for source in (common, ("--to-hf", "--quiet")):
+        code, _, error = run(capsys, *source, "--max-loops", 3, "--out", tmp_path / "n")
+        assert code == 2 and "--max-loops" in error
+    with pytest.raises(UsageError, match="a single layer"):
+        pretrained.Looping("auto").span(1)
 
 
 def test_another_model_is_not_the_source() -> None:
@@ -368,6 +371,8 @@ def test_a_damaged_file_is_refused(
         code, _, error = run(capsys, "--from-gguf", file, "--out", tmp_path / "m")
         assert code == 4 and len(error.splitlines()) == 1 and str(file) in error, name
         said[name] = error
+    code, _, error = run(capsys, "--from-gguf", tmp_path, "--out", tmp_path / "m")
+    assert code == 4 and f"{tmp_path}: a folder" in error
     assert "duplicated tensor" in said["twice"] and "blk.0.attn_v.weight" in said["twice"]
     assert "999" in said["unknown"] and "IQ2_XXS" in said["other type"]
     assert "cut short" in said["cut at 0.99"] and "cut short" in said["cut at 0.01"]

@@ -21,8 +21,8 @@ class ConvertConfig:
     """Read this folder of Hugging Face's format, or hf:OWNER/NAME: one of `to_hf`, or a plain
     Llama, Mistral, Qwen2, Qwen3, Gemma 3 (text) or OLMo 2."""
     from_gguf: str | None = None
-    """Read this GGUF file, llama.cpp's format, with a plain Llama, Qwen2, Qwen3 or OLMo 2, or a
-    looped Nanbeige (extra `gguf`)."""
+    """Read this GGUF file, llama.cpp's format, with a plain Llama, Qwen2, Qwen3, Gemma 3 or OLMo 2,
+    or a looped Nanbeige (extra `gguf`)."""
     core: str | None = None
     """from_hf, from_gguf: loop the layers A to B-1 of a plain model, as A:B, counted from 0; auto
     takes those from 0.4 to 0.6 of the depth. One loop stays the source; absent: one loop alone."""
@@ -126,11 +126,11 @@ class ConvertConfig:
                 f"`{name}` and `{then}` are two steps; leave `{then}` out, then run {again} on "
                 "what the first one wrote"
             )
-        if self.core and not self.foreign:
+        if self.core is not None and not self.foreign:
             raise UsageError("`core` is for a plain model of `from_hf` or `from_gguf`; pass one")
-        if self.core and not re.fullmatch(r"auto|\d{1,6}:\d{1,6}", self.core):
+        if self.core is not None and not re.fullmatch(r"auto|\d{1,6}:\d{1,6}", self.core):
             raise UsageError(f"`core` must be A:B, such as 12:18, or auto, not {self.core!r}")
-        if self.max_loops is not None and self.foreign and not self.core:
+        if self.max_loops is not None and self.core is None:
             raise UsageError("`max_loops` is of the layers of `core`; pass `core` auto or A:B too")
         if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", self.shard_size):
             raise UsageError(f"shard_size must be such as 500MB or 5GB, not {self.shard_size!r}")

@@ -75,7 +75,8 @@ class GGUF:
     def __init__(self, file: Path) -> None:
         self.file = file
         if not file.is_file():
-            raise DataError(f"{file}: no such file; check `from_gguf`")
+            lacks = "a folder, and not a GGUF file" if file.is_dir() else "no such file"
+            raise DataError(f"{file}: {lacks}; check `from_gguf`")
         try:
             reader = _Reader(file)
             self.values = {name: _value(field) for name, field in reader.fields.items()}

@@ -75,7 +75,7 @@ def plan_conversion(
     check_kinds(config, source)
     shape = source.config
     was = STORED_AS.get(shape.linear) or f"{_name(source.model.norm.weight.dtype)} weights"
-    does = [f"read {source.folder}: {was}, {shape.max_loops} loops at most"]
+    does = [f"read {source.folder}: {was}, {counted(shape.max_loops, 'loop')} at most"]
     if config.core:
         span = f"{shape.prelude_layers} to {shape.prelude_layers + shape.core_layers - 1}"
         does.append(f"loop its layers {span}")

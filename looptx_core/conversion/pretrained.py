@@ -94,6 +94,8 @@ class Looping:
         else:
             start, _, stop = self.core.partition(":")
             found = int(start), int(stop)
+        if layers == 1:
+            raise UsageError(f"`core` {self.core}: the model has a single layer; leave it out")
         if not 0 <= found[0] < found[1] <= layers or found == (0, layers):
             raise UsageError(
                 f"`core` {self.core}: the model has {layers} layers, 0 to {layers - 1}; give A:B "
