@@ -9,6 +9,9 @@ from torch import Tensor
 
 from looptx_core.model.fused import can_use_fused, cross_entropy
 
+_NONE = -100
+"""A target that does not count, as PyTorch has it; its loss is 0."""
+
 
 class Score(NamedTuple):
     """How well the logits predict their targets. Each field is (tokens,)."""
@@ -25,10 +28,11 @@ def score(logits: Tensor, targets: Tensor) -> Score:
     """Score logits, (tokens, vocab_size), in float32 by their targets, (tokens,) ids."""
     if can_use_fused(logits, operation="loss"):
         return Score(*cross_entropy(logits, targets))
-    logits, known = logits.float(), targets.clamp(min=0)  # others have no loss
+    logits, counts = logits.float(), targets != _NONE
+    known = targets.where(counts, 0)
     losses = F.cross_entropy(logits, known, reduction="none")
     top_logit, top = logits.detach().max(-1)
     own = logits.detach().gather(1, known[:, None]).squeeze(1)
     # The loss is the log of all exponentials' sum less the target's logit.
     probability = (top_logit - own - losses.detach()).exp()
-    return Score(losses.where(targets >= 0, 0.0), (top == targets).float(), probability)
+    return Score(losses.where(counts, 0.0), (top == targets).float(), probability)
