@@ -229,9 +229,8 @@ def test_the_middle_of_a_folder_is_looped(
     for core in ("3:3", "0:5", "4:6", "2", "a:b", ""):
         code, _, error = run(capsys, *common, "--core", core, "--out", tmp_path / "n")
         assert code == 2 and "--core" in error and len(error.splitlines()) == 1
-    for source in (common, ("--to-hf", "--quiet")):
-        code, _, error = run(capsys, *source, "--max-loops", 3, "--out", tmp_path / "n")
-        assert code == 2 and "--max-loops" in error
+    code, _, error = run(capsys, *common, "--max-loops", 3, "--out", tmp_path / "n")
+    assert code == 2 and "--max-loops" in error
     with pytest.raises(UsageError, match="a single layer"):
         pretrained.Looping("auto").span(1)
 

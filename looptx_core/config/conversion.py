@@ -130,7 +130,8 @@ class ConvertConfig:
             raise UsageError("`core` is for a plain model of `from_hf` or `from_gguf`; pass one")
         if self.core is not None and not re.fullmatch(r"auto|\d{1,6}:\d{1,6}", self.core):
             raise UsageError(f"`core` must be A:B, such as 12:18, or auto, not {self.core!r}")
-        if self.max_loops is not None and self.core is None:
+        # Beside a model of ours it is without effect: LOOPTX_MAX_LOOPS may be set for trainings.
+        if self.max_loops is not None and self.foreign and self.core is None:
             raise UsageError("`max_loops` is of the layers of `core`; pass `core` auto or A:B too")
         if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", self.shard_size):
             raise UsageError(f"shard_size must be such as 500MB or 5GB, not {self.shard_size!r}")
