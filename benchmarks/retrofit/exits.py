@@ -1,9 +1,10 @@
 """The exit of a looped pretrained model on held-out answers: what it saves, in loops and seconds.
 
 The rule is calibrated and picked (`inspect_loops`, within 0.5 %) on held-out questions of
-`chains.py`, whose targets are the answers. Then others are read one by one, every token after the
-facts given and by itself, as decoding goes: at each fixed depth, and with the exit. Losses and
-loops are those of the answers, seconds those of all tokens. Sides alternate text by text, and each
+`chains.py`, whose targets are the answers. Then others are read one by one at each fixed depth and
+with the exit, tokens given and decoded by themselves: those from the question's last on, with all
+before it at full depth, or all after the facts. Losses and loops are those of the answers, seconds
+those of the whole text. Sides alternate text by text, and each
 text counts by its best round. The fixed depth to beat is the smallest one within 0.5 % of the
 deepest one's loss.
 
@@ -40,7 +41,7 @@ WITHIN, LENGTH = 0.005, 192
 class Text(NamedTuple):
     ids: list[int]
     prompt: int
-    """Tokens of the facts."""
+    """Tokens that are read before decoding."""
     answers: torch.Tensor
     """Which of the tokens after them are answers."""
 
@@ -66,13 +67,13 @@ def picked(loaded: LoadedModel, args: argparse.Namespace) -> ExitSettings:
     return settings
 
 
-def texts(loaded: LoadedModel, args: argparse.Namespace) -> list[Text]:
+def texts(loaded: LoadedModel, args: argparse.Namespace, from_facts: bool) -> list[Text]:
     found = []
     encode = loaded.tokenizer.encode
     for record in chains(HELD_OUT_SEED, args.texts, args.people, args.hops):
         facts = record["prompt"][: record["prompt"].rindex("\n")]
         asked, answer = encode(record["prompt"]).ids, encode(record["response"]).ids
-        prompt = len(encode(facts).ids)
+        prompt = len(encode(facts).ids) if from_facts else len(asked) - 1
         counted = [False] * (len(asked) - prompt) + [True] * len(answer)
         found.append(Text(asked + answer, prompt, torch.tensor(counted)))
     return found
@@ -81,12 +82,19 @@ def texts(loaded: LoadedModel, args: argparse.Namespace) -> list[Text]:
 def measured(args: argparse.Namespace, adapter: Path) -> list[dict[str, Any]]:
     loaded = load_adapter(load_model(args.base, dtype=torch.float32), adapter)
     engine = Engine(loaded.model, loaded.tokenizer, picked(loaded, args))
+    return [
+        {"adapter": adapter.name, "decoded": decoded, **row}
+        for decoded, from_facts in (("the answer", False), ("question and answer", True))
+        for row in decoding(engine, texts(loaded, args, from_facts), args)
+    ]
+
+
+def decoding(engine: Engine, each: list[Text], args: argparse.Namespace) -> list[dict[str, Any]]:
     deepest = args.max_loops
     sides = {
         **{str(n): GenerationOptions(loops=n, prompt_loops=deepest) for n in range(1, deepest + 1)},
         "exit": GenerationOptions(max_loops=deepest, prompt_loops=deepest),
     }
-    each = texts(loaded, args)
     best = {side: [float("inf")] * len(each) for side in sides}
     loss: dict[str, float] = {}
     loops: dict[str, float] = {}
@@ -107,7 +115,7 @@ def measured(args: argparse.Namespace, adapter: Path) -> list[dict[str, Any]]:
     seconds = {side: sum(rows) for side, rows in best.items()}
     return [
         {
-            "adapter": adapter.name, "side": side, "mean_loops": round(loops[side], 3),
+            "side": side, "mean_loops": round(loops[side], 3),
             "loss": round(loss[side], 4), "seconds": round(seconds[side], 2),
             "fixed": fixed, "times_fewer_loops": round(fixed / loops[side], 3),
             "times_faster": round(seconds[str(fixed)] / seconds[side], 3),
