@@ -57,6 +57,20 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
+def fused_kernels() -> Iterator[None]:
+    """The fused kernels of training, switched on."""
+    from looptx_core.machine.compiler import compiler
+    from looptx_core.model import fused
+
+    if obstacle := compiler().obstacle:
+        pytest.skip(obstacle)
+    uses = fused.enable_fused()
+    assert uses.startswith("fused"), f"kernels that don't build: {uses}"
+    yield
+    fused.enable_fused(False)
+
+
+@pytest.fixture
 def texts(tmp_path: Path) -> Path:
     """Twelve short documents in files of three kinds."""
     import pyarrow as pa

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import pytest
@@ -25,12 +24,7 @@ SHAPE = ModelConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def kernels() -> Iterator[None]:
-    if not fused.enable_fused().startswith("fused"):
-        pytest.skip("no C++ compiler")
-    yield
-    fused.enable_fused(False)
+pytestmark = pytest.mark.usefixtures("fused_kernels")
 
 
 def adapted(**settings: object) -> tuple[LoopedTransformer, FinetuneConfig]:

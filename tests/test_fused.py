@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -26,13 +26,7 @@ from looptx_core.model.rope import rotary_tables, rotate
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
 
-
-@pytest.fixture(autouse=True)
-def switch() -> Iterator[None]:
-    if not fused.enable_fused().startswith("fused"):
-        pytest.skip("no C++ compiler")
-    yield
-    fused.enable_fused(False)
+pytestmark = pytest.mark.usefixtures("fused_kernels")
 
 
 def results(function: Callable[..., Tensor], *inputs: Tensor, dtype: torch.dtype) -> list[Tensor]:

@@ -45,10 +45,14 @@ SETTINGS = ExitSettings(
 PROMPTS = ["Call me", "Some years ago, never mind how long", "", "whale"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+def small_tokenizer():
     text = "Call me Ishmael. Some years ago, never mind how long precisely.\n" * 4
     return train_tokenizer([text], 280)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return small_tokenizer()
 
 
 def random_model(config: ModelConfig) -> LoopedTransformer:

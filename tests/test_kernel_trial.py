@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,12 +18,7 @@ MODEL = ModelConfig(vocab_size=64, d_model=32, n_heads=4, n_kv_heads=2, head_dim
 RUN = TrainConfig(batch_size=4, seq_len=16)
 
 
-@pytest.fixture(autouse=True)
-def kernels() -> Iterator[None]:
-    if not fused.enable_fused().startswith("fused"):
-        pytest.skip("no C++ compiler")
-    yield
-    fused.enable_fused(False)
+pytestmark = pytest.mark.usefixtures("fused_kernels")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from backend_cases import WatchedBackend
 from picture_cases import IMG, build, letters
 from test_generation import CONFIG as BASE
 from test_generation import GREEDY as BASE_GREEDY
-from test_generation import SETTINGS, facts, random_model, tokenizer  # noqa: F401
+from test_generation import SETTINGS, facts, random_model, small_tokenizer
 
 from looptx_core.data.chat import ChatTemplate
 from looptx_core.errors import DataError, UsageError
@@ -27,12 +27,17 @@ LONG = [20 + n % 60 for n in range(16)]
 
 
 @pytest.fixture(scope="module")
+def tokenizer():
+    return small_tokenizer()
+
+
+@pytest.fixture(scope="module")
 def model():
     return random_model(CONFIG)
 
 
 @pytest.fixture(params=["fill", "last"])
-def engine(request, model, tokenizer):  # noqa: F811
+def engine(request, model, tokenizer):
     return Engine(model, tokenizer, replace(SETTINGS, kv_policy=request.param), batch_size=4)
 
 
@@ -90,7 +95,7 @@ def test_who_joins_later_and_who_leaves_change_nothing(engine, small_pieces):
 
 def test_pieces_are_the_same_prompt_under_fill(
     model,
-    tokenizer,  # noqa: F811
+    tokenizer,
     small_pieces,
     monkeypatch,
 ):
@@ -102,7 +107,7 @@ def test_pieces_are_the_same_prompt_under_fill(
     assert exact == same and close.expected == numbers
 
 
-def test_a_token_waits_for_one_piece_at_most(model, tokenizer, small_pieces):  # noqa: F811
+def test_a_token_waits_for_one_piece_at_most(model, tokenizer, small_pieces):
     engine = Engine(model, tokenizer, SETTINGS)
     positions = []
     engine.backend = WatchedBackend(engine.backend, lambda loops, count, new: positions.append(new))
@@ -124,7 +129,7 @@ def test_a_token_waits_for_one_piece_at_most(model, tokenizer, small_pieces):  #
 
 def test_several_pieces_are_read_where_several_prompts_wait_for_each_stream(
     model,
-    tokenizer,  # noqa: F811
+    tokenizer,
     small_pieces,
 ):
     engine = Engine(model, tokenizer, SETTINGS)
@@ -141,7 +146,7 @@ def test_several_pieces_are_read_where_several_prompts_wait_for_each_stream(
     assert len({tuple(s.id for s in steps if s.request == n) for n in range(1, 8)}) == 1
 
 
-def test_drafts_go_on_beside_others(model, tokenizer):  # noqa: F811
+def test_drafts_go_on_beside_others(model, tokenizer):
     engine = Engine(model, tokenizer, SETTINGS)
     options = replace(GREEDY, speculate=3)
     [alone] = engine.complete([LONG], options)
