@@ -18,7 +18,7 @@ namespace {
 
 // A tile has 16 rows of 16 pairs of numbers. Of weights each row has the pairs of 16 rows of the
 // matrix, numbers k and k + 16 of a step of 32 along them. Two such tiles, of 32 rows, are stored
-// one behind the other for each step; structs.py packs them so.
+// one behind the other for each step; bindings.py packs them so.
 constexpr int SIDE = 16, DEEP = 32, TILE = SIDE * DEEP, TILE_ROWS = 2 * SIDE;
 
 #if defined(LOOPTX_AMX)
