@@ -38,7 +38,7 @@ def read_source(
 ) -> tuple[LoadedModel, list[Path | None], Callable[[], nn.Module] | None]:
     """The model, the folders that it was read from, and what opens it in transformers where it was
     a plain one."""
-    looping = Looping(config.core, config.max_loops or Looping.max_loops)
+    looping = Looping(config.core, config.max_loops, config.injection or "bridge")
     if config.from_hf:
         folder = local_folder(config.from_hf)
         loaded = from_huggingface(folder, looping)
@@ -104,6 +104,7 @@ def compare_with_source(
     if config.core:
         first = model.config.prelude_layers
         found["core"] = f"{first}:{first + model.config.core_layers}"
+        found["injection"] = model.config.injection
     if config.core == "auto":
         found["spans"] = second_loop_costs(model, tokens)
     return found
