@@ -23,6 +23,7 @@ from looptx_core.conversion.source_check import (
     second_loop_costs,
     transformers_or_none,
 )
+from looptx_core.data.corpus import bundled_text
 from looptx_core.data.datamodule import Batches
 from looptx_core.data.own import OwnData, given_data, open_data, own_data
 from looptx_core.data.sample import sample_text
@@ -146,7 +147,9 @@ def evaluation_data(
         )
     mine = not lack and data is not None and own is not None and data.same_inputs(own)
     if lack or data is None:
-        data, name = OwnData("text"), "the bundled text, which is not this model's own"
+        # Without the lines for tasks that are mixed into it for models of ours.
+        data = OwnData("text", (str(bundled_text()),))
+        name = "the bundled text, which is not this model's own"
     else:
         name = data.name if config.data else f"the model's own data, {data.name}"
     report(f"data: {name}")
