@@ -224,6 +224,7 @@ def test_the_middle_of_a_folder_is_looped(
     code, shown, _ = run(capsys, *common, "--core", "auto", "--out", tmp_path / "m")
     assert code == 0 and "core: layers 2:3" in shown and "2:3 *" in shown
     assert "logits differ by at most" in shown
+    assert "half steps of the core, untrained: " in shown
     loaded = load_model(tmp_path / "m")
     assert (loaded.config.prelude_layers, loaded.config.max_loops) == (2, 4)
     for core in ("3:3", "0:5", "4:6", "2", "a:b", ""):

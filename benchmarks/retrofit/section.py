@@ -151,8 +151,8 @@ novel, Python's documentation, ours), and the standard error of the difference.
 
 {table(["scheme", "half of the windows", "the other half"], lines)}
 
-Half steps lower it by 0.1 to 0.3 % for a fifth more layers, and looptx has no option for them;
-everything else raises it.
+Half steps lower it by 0.1 to 0.3 % for a fifth more layers; `convert --core` measures them and
+`--injection half_steps` takes them, the two of them as a second loop. Everything else raises it.
 
 {source(found[0])}"""
 

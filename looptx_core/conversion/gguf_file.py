@@ -295,7 +295,7 @@ def from_gguf(gguf: GGUF, looping: Looping) -> LoadedModel:
         model.eval(),
         config,
         tokenizer,
-        ExitSettings(min_loops=gguf.loops),  # its confidence head is not trained
+        ExitSettings(min_loops=config.loops),  # its confidence head is not trained
         facts,
         file,
         template,

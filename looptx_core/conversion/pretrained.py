@@ -2,7 +2,7 @@
 
 One loop is the source itself. Without a core to loop the model has one loop, its middle half in
 the core. With one, later loops enter the core through `model.injection: bridge`, which adds
-nothing until it is trained.
+nothing until it is trained; or there is a second one in `half_steps`, which needs no training.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -66,6 +66,8 @@ _TYPES = {
     "sliding_window": int,
 }  # fmt: skip
 """Of settings that are read before the shape is checked as a whole."""
+_LOOPS = {"bridge": (1, 4), "half_steps": (2, 2)}
+"""By the injection of a core: the loops of a plain call, and the most."""
 _TOP = {
     "model.embed_tokens.weight": "embedding.weight",
     "model.norm.weight": "norm.weight",
@@ -76,10 +78,19 @@ _TOP = {
 @dataclass(frozen=True)
 class Looping:
     """Which layers are looped. core: 'A:B' for layers A to B-1, counted from 0; 'auto' for those
-    from 0.4 to 0.6 of the depth; None for one loop. max_loops: for a core."""
+    from 0.4 to 0.6 of the depth; None for one loop. max_loops, injection: for a core."""
 
     core: str | None = None
-    max_loops: int = 4
+    max_loops: int | None = None
+    injection: Literal["bridge", "half_steps"] = "bridge"
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The keys of the model's shape that say how its layers are looped."""
+        if self.core is None:
+            return {"loops": 1, "max_loops": 1, "injection": "none"}
+        loops, most = _LOOPS[self.injection]
+        return {"loops": loops, "max_loops": self.max_loops or most, "injection": self.injection}
 
     def span(self, layers: int) -> tuple[int, int]:
         """The first layer of the core, and the one after its last.
@@ -135,7 +146,6 @@ def looped_shape(settings: Mapping[str, Any], where: str, looping: Looping) -> M
     try:
         layers, heads = settings["num_hidden_layers"], settings["num_attention_heads"]
         first, end = looping.span(layers)
-        most = 1 if looping.core is None else looping.max_loops
         shape = {
             "vocab_size": settings["vocab_size"],
             "d_model": settings["hidden_size"],
@@ -146,9 +156,7 @@ def looped_shape(settings: Mapping[str, Any], where: str, looping: Looping) -> M
             "prelude_layers": first,
             "core_layers": end - first,
             "coda_layers": layers - end,
-            "loops": 1,
-            "max_loops": most,
-            "injection": "none" if looping.core is None else "bridge",
+            **looping.shape,
             "qk_norm": kind in ("qwen3", "olmo2", gemma3.KIND),
             "qk_norm_over": "all" if kind == "olmo2" else "head",
             "norm_position": {"olmo2": "after", gemma3.KIND: "both"}.get(kind, "before"),
@@ -245,7 +253,7 @@ def from_folder(folder: Path, settings: Mapping[str, Any], looping: Looping) -> 
         model.eval(),
         config,
         tokenizer,
-        ExitSettings(),
+        ExitSettings(min_loops=config.loops),  # its confidence head is not trained
         {
             "from": f"{settings['model_type']} {folder.resolve().name}",
             "license": stated_license(folder),

@@ -23,6 +23,7 @@ from looptx_core.conversion.source_check import (
     second_loop_costs,
     transformers_or_none,
 )
+from looptx_core.data.corpus import bundled_text
 from looptx_core.data.datamodule import Batches
 from looptx_core.data.own import OwnData, given_data, open_data, own_data
 from looptx_core.data.sample import sample_text
@@ -38,7 +39,7 @@ def read_source(
 ) -> tuple[LoadedModel, list[Path | None], Callable[[], nn.Module] | None]:
     """The model, the folders that it was read from, and what opens it in transformers where it was
     a plain one."""
-    looping = Looping(config.core, config.max_loops or Looping.max_loops)
+    looping = Looping(config.core, config.max_loops, config.injection or "bridge")
     if config.from_hf:
         folder = local_folder(config.from_hf)
         loaded = from_huggingface(folder, looping)
@@ -104,6 +105,7 @@ def compare_with_source(
     if config.core:
         first = model.config.prelude_layers
         found["core"] = f"{first}:{first + model.config.core_layers}"
+        found["injection"] = model.config.injection
     if config.core == "auto":
         found["spans"] = second_loop_costs(model, tokens)
     return found
@@ -145,7 +147,9 @@ def evaluation_data(
         )
     mine = not lack and data is not None and own is not None and data.same_inputs(own)
     if lack or data is None:
-        data, name = OwnData("text"), "the bundled text, which is not this model's own"
+        # Without the lines for tasks that are mixed into it for models of ours.
+        data = OwnData("text", (str(bundled_text()),))
+        name = "the bundled text, which is not this model's own"
     else:
         name = data.name if config.data else f"the model's own data, {data.name}"
     report(f"data: {name}")
