@@ -26,6 +26,7 @@ from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.rope import ROPE_TYPES, RopeScaling
 from looptx_core.conversion import gemma3
+from looptx_core.conversion.gguf_names import GEMMA, tensor_names, transformers_name
 from looptx_core.documents import is_one_of, read_json, short
 from looptx_core.errors import DataError, UsageError
 from looptx_core.machine.facts import free_ram
@@ -213,6 +214,13 @@ def looped_names(config: ModelConfig, loops: int = 1) -> Callable[[str], str | N
     return rename
 
 
+def plain_names(config: ModelConfig) -> list[str]:
+    """transformers' names of the tensors of a plain model."""
+    kind = {"after": "olmo2", "both": GEMMA}.get(config.norm_position, "llama")
+    names = tensor_names(config, config.effective_layers(1), config.tie_embeddings)
+    return [transformers_name(kind, name) for name in names]
+
+
 def empty_model(config: ModelConfig) -> LoopedTransformer:
     """The model without weights, but for what no source has: the confidence head and the bridge,
     at their beginnings."""
@@ -243,7 +251,9 @@ def from_folder(folder: Path, settings: Mapping[str, Any], looping: Looping) -> 
         refuse_pickle(file)
     check_fits(sum(total_elements(read_header(file)) for file in files), folder)
     model = empty_model(config)
-    load_weights(model, folder, rename=looped_names(config))
+    rename = looped_names(config)
+    called = {ours: name for name in plain_names(config) if (ours := rename(name))}
+    load_weights(model, folder, rename=rename, called=called)
     if settings["model_type"] == gemma3.KIND:
         gemma3.fold(model, settings)
     for part in (model.confidence, model.injection):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from looptx_core.conversion.source_check import (
     second_loop_costs,
     transformers_or_none,
 )
+from looptx_core.data.chat import ChatTemplate
 from looptx_core.data.corpus import bundled_text
 from looptx_core.data.datamodule import Batches
 from looptx_core.data.own import OwnData, given_data, open_data, own_data
@@ -42,14 +43,18 @@ def read_source(
     looping = Looping(config.core, config.max_loops, config.injection or "bridge")
     if config.from_hf:
         folder = local_folder(config.from_hf)
-        loaded = from_huggingface(folder, looping)
+        loaded = _with_readable_template(from_huggingface(folder, looping), report)
         return loaded, [], partial(open_plain, folder) if is_plain(folder) else None
     if config.from_gguf:
         require_gguf("from_gguf")
         from looptx_core.conversion.gguf_file import GGUF, from_gguf
 
         file = GGUF(Path(config.from_gguf))
-        return from_gguf(file, looping), [], file.in_transformers if file.loops == 1 else None
+        loaded = from_gguf(file, looping)
+        if loaded.chat_template is None and file.values.get("tokenizer.chat_template") is not None:
+            report("warning: the chat template is left out, as it is no text; chats do not work")
+        loaded = _with_readable_template(loaded, report)
+        return loaded, [], file.in_transformers if file.loops == 1 else None
     if config.adapter:
         from looptx_core.finetuning.merge import merge  # brings PEFT
 
@@ -64,6 +69,15 @@ def read_source(
     if config.model is None:
         report(f"model: {found.folder}, {found.reason}")
     return load_model(found.folder), [found.folder], None
+
+
+def _with_readable_template(loaded: LoadedModel, report: Callable[[str], object]) -> LoadedModel:
+    """Without a chat template that has a fault, which is said now and not at the first chat."""
+    template = ChatTemplate.of_others(loaded.chat_template, {})
+    if template is None or (flaw := template.flaw()) is None:
+        return loaded
+    report(f"warning: the chat template is left out, as it has a fault ({flaw}); chats do not work")
+    return replace(loaded, chat_template=None)
 
 
 def check_kinds(config: ConvertConfig, source: LoadedModel) -> None:
