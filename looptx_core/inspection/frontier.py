@@ -5,7 +5,8 @@ A rule is picked as in CALM (arXiv 2207.07061), by fixed-sequence testing of Lea
 before the first whose increase of the loss may exceed the target. What it may be is the upper
 confidence bound of the mean difference between a token's losses at the rule's depth and at full
 depth. The bound takes the mean for normally distributed; losses have no limit, so that exact bounds
-do not apply.
+do not apply. Tokens that lose much by stopping are rare, and a small sample may have none of them.
+So one more that loses a nat is always counted.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _CONFIDENCES = (0.7, 0.8, 0.9, 0.95, 0.99)  # `auto` combines each with each thr
 _RISK = 0.05  # that the picked rule's increase exceeds the target after all
 _SEQUENCES = len(RULES) - 1 + len(_CONFIDENCES)  # of thresholds; the risk is shared by them
 _BOUND = NormalDist().inv_cdf(1 - _RISK / _SEQUENCES)  # standard errors
+_UNSEEN = 1.0  # nats that one more token is taken to lose by stopping early
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,8 @@ class Point:
     """Forward FLOPs of a token, its readouts and confidence head included, over full depth's."""
     confidence: float | None = None
     """auto: the confidence's threshold; None for the others."""
-    loss_error: float = 0.0
-    """Standard error of the mean difference between the losses at this depth and at full depth."""
-
-    @property
-    def highest_loss(self) -> float:
-        """Upper confidence bound of the loss, beside the full depth's."""
-        return self.loss + _BOUND * self.loss_error
+    highest_loss: float = math.inf
+    """Upper confidence bound of the loss, beside the full depth's."""
 
     def settings(self, base: ExitSettings) -> ExitSettings:
         """Exit settings that store this rule with a model."""
@@ -91,15 +88,17 @@ def frontier(
         index = depth[None] - 1
         mean = float(depth.double().mean())
         losses = survey.loss.gather(0, index)[0].double()
+        loss = float(losses.mean())
+        unseen = _UNSEEN / len(losses) if mean < survey.loops else 0.0
         return Point(
             rule=rule,
             threshold=threshold,
             mean_loops=mean,
-            loss=float(losses.mean()),
+            loss=loss,
             accuracy=float(survey.hit.gather(0, index).double().mean()),
             flops=cost.at(mean, *own.passes(mean)) / full,
             confidence=confidence,
-            loss_error=standard_error(losses - survey.loss[-1]),
+            highest_loss=loss + _BOUND * standard_error(losses - survey.loss[-1]) + unseen,
         )
 
     no_rule = exit_by(None)

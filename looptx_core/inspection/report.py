@@ -103,9 +103,8 @@ def inspect_loops(
         "frontier": [asdict(point) for point in frontier(shown, settings, model.config, context)],
         "choice": {
             **_chosen(shown, settings, choice, increase, model.config, context),
-            "undecided": open_ and {
-                **asdict(open_[0]), "tokens": math.ceil(open_[1] * fit.evaluation.tokens)
-            },
+            "undecided": open_
+            and {**asdict(open_[0]), "tokens": math.ceil(open_[1] * fit.evaluation.tokens)},
         },
         "exit": Exit(min(settings.min_loops, loops), loops, settings, settings.rule).describe(),
         "tasks": tasks,
