@@ -18,7 +18,8 @@ def over_seeds(values: Sequence[float], scale: float, digits: int) -> str:
     if len(values) != 3:
         return ", ".join(f"{scale * value:.{digits}f}" for value in values)
     within = STUDENT * statistics.stdev(values) / len(values) ** 0.5
-    return f"{scale * statistics.mean(values):.{digits}f} ± {scale * within:.{digits}f}"
+    mean = round(scale * statistics.mean(values), digits) + 0.0  # no minus before a zero
+    return f"{mean:.{digits}f} ± {scale * within:.{digits}f}"
 
 
 def answers(record: Record, layers: str) -> tuple[list[list[str]], list[int]]:
