@@ -73,6 +73,16 @@ def test_shares_are_what_is_carried_forwards(injection: str) -> None:
         assert shares[at, at:].abs().max() == 0
 
 
+def test_frozen_layers_change_no_share() -> None:
+    """As those under adapters are, up to the layer that has the first of them."""
+    model = build(CONFIG)
+    tokens, depths = torch.arange(4), torch.tensor([1, 2, 1, 2])
+    expected = influence(model, tokens, depths)
+    assert torch.equal(influence(model.requires_grad_(False), tokens, depths), expected)
+    model.core[1].requires_grad_(True)
+    assert torch.equal(influence(model, tokens, depths), expected)
+
+
 def test_where_tokens_can_be_taken_away() -> None:
     """At positions with more than twice as many tokens before them, spread over the sequence."""
     model = build(CONFIG)

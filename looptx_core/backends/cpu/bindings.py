@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from looptx_core.backends.cpu.rounding import all_blocks, block_layers
 from looptx_core.backends.cpu.structs import (
     BFLOAT,
+    BFLOAT_TILES,
     BRIDGE,
     BY_CHANNEL,
     BYTES,
@@ -96,6 +97,8 @@ class KernelModel:
         self._library = load_kernel()
         self._kept: list[Any] = []  # what the kernel points to
         self._kind = PRECISIONS[precision]
+        if self._kind == BFLOAT and self._library.looptx_has_tiles():
+            self._kind = BFLOAT_TILES
         self.config = model.config
         description = self._describe(model)
         handle = self._library.looptx_new(ctypes.byref(description), threads or _threads())
@@ -291,6 +294,8 @@ class KernelModel:
         scales = None
         if kind == BFLOAT:
             weight = weight.bfloat16()
+        elif kind == BFLOAT_TILES:
+            weight = _in_tiles(weight.bfloat16())
         elif kind == BYTES:
             values, scale = int8_by_row(weight)
             weight, scales = _in_fours(values.to(torch.int8)), self._vector(scale)
@@ -314,6 +319,14 @@ def _in_fours(values: Tensor) -> Tensor:
     """(rows, bytes), with rows of 0 up to a multiple of four."""
     missing = -len(values) % 4
     return nn.functional.pad(values, (0, 0, 0, missing)) if missing else values
+
+
+def _in_tiles(weight: Tensor) -> Tensor:
+    """(rows, width) as the tiles of amx.h, filled up with zeros to multiples of 32."""
+    rows, width = weight.shape
+    full = nn.functional.pad(weight, (0, -width % 32, 0, -rows % 32))
+    halves = full.view(-(-rows // 32), 2, 16, -(-width // 32), 2, 16)
+    return halves.permute(0, 3, 1, 5, 2, 4)  # 32 rows, step, half of the rows, pair, row, which
 
 
 def _threads() -> int:

@@ -167,7 +167,7 @@ struct Runner {
 
     // to[n] += m * input[n]
     void add(const Matrix& m, float* to) {
-        pool.each(m.rows, 4, [&](int begin, int end) {
+        pool.each(m.rows, unit_of(m), [&](int begin, int end) {
             const int count = input.count;
             thread_local std::vector<float> sums;
             sums.resize((size_t)count * m.rows);
@@ -250,7 +250,7 @@ struct Runner {
     template <int N> void project(const Matrix* const (&parts)[N], float* out, int stride) {
         int all = 0;
         for (const Matrix* part : parts) all += part->rows;
-        pool.each(all, 4, [&](int begin, int end) {
+        pool.each(all, unit_of(*parts[0]), [&](int begin, int end) {
             int first = 0;
             for (const Matrix* part : parts) {
                 const int from = std::max(begin - first, 0), to = std::min(end - first, part->rows);
@@ -313,7 +313,7 @@ struct Runner {
         enter(attended.data(), b.o_norm, n, q, b.o.kind);
         add(b.o, at);
         enter(at, b.mlp_norm, n, m.d_model, b.gate.kind);
-        pool.each(m.d_ff, 4, [&](int begin, int end) {
+        pool.each(m.d_ff, unit_of(b.gate), [&](int begin, int end) {
             float* up = hidden.data() + (int64_t)n * m.d_ff;
             product(b.gate, begin, end, input, hidden.data(), m.d_ff);
             product(b.up, begin, end, input, up, m.d_ff);
@@ -644,7 +644,7 @@ struct Runner {
         for (int layer = 0; layer < m.coda; ++layer)
             block(m.prelude + m.core + layer, at, rows, cache, [](int) { return (int64_t)0; });
         enter(at, m.norm, rows.count, m.d_model, m.head.kind);
-        pool.each(m.vocab, 4, [&](int begin, int end) {
+        pool.each(m.vocab, unit_of(m.head), [&](int begin, int end) {
             product(m.head, begin, end, input, out, m.vocab);
         });
     }
@@ -767,6 +767,9 @@ Runner* looptx_new(const Model* model, int32_t threads) {
     guarded([&] { return made = new Runner(*model, threads), 0; });
     return made;
 }
+
+// Whether matrices may be BFLOAT_TILES here.
+int32_t looptx_has_tiles() { return has_tiles(); }
 
 void looptx_free(Runner* runner) { delete runner; }
 

@@ -17,7 +17,7 @@ from looptx_core.model.cache import LoopCache
 from looptx_core.model.layer_state import KVState
 from looptx_core.model.memory_state import MemoryState, WindowState
 
-FLOAT, BFLOAT, BYTES, TERNARY = range(4)
+FLOAT, BFLOAT, BYTES, TERNARY, BFLOAT_TILES = range(5)
 PRECISIONS = {"float32": FLOAT, "bf16": BFLOAT, "int8": BYTES}
 """How the kernel can hold a model's float weights, by name."""
 
