@@ -43,6 +43,7 @@ SANDWICH = {"norm_position": "both", "activation": "gelu_tanh", "qk_norm": True}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "one loop": ("llama", {**AROUND, "tie_embeddings": False, "head_dim": 16}),
     "the first loop before a bridge": ("llama", {**AROUND, "injection": "bridge"}),
+    "the first loop before half steps": ("llama", {**AROUND, "injection": "half_steps"}),
     "Llama 3's RoPE": ("llama", {"scaled_rope": RopeScaling(
         "llama3", 8.0, original_max_position_embeddings=2048)}),
     "linear RoPE": ("llama", {"scaled_rope": RopeScaling("linear", 4.0)}),

@@ -59,7 +59,9 @@ def reference(model: LoopedTransformer, tokens: torch.Tensor, at: int, depth: in
     return earlier / earlier.sum()
 
 
-@pytest.mark.parametrize("injection", ["decay", "bridge", "norm", "streams", "add", "none"])
+@pytest.mark.parametrize(
+    "injection", ["decay", "bridge", "half_steps", "norm", "streams", "add", "none"]
+)
 def test_shares_are_what_is_carried_forwards(injection: str) -> None:
     model = build(replace(CONFIG, injection=injection))
     tokens = torch.randint(0, 97, (9,), generator=torch.Generator().manual_seed(3))
