@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from test_conversion_gguf import data, made_tokenizer, plain, run, write
 
+from looptx_core.checkpoint.card import UNKNOWN, license_of
 from looptx_core.checkpoint.folder import load_model
 from looptx_core.documents import read_json, to_json
 
@@ -67,6 +68,12 @@ def test_a_chat_template_with_a_fault_is_left_out(
     [said] = [line for line in error.splitlines() if "chat template" in line]
     assert code == 0 and "warning: " in said and message in said
     assert load_model(tmp_path / "m").chat_template is None
+
+
+def test_a_license_is_one_line() -> None:
+    for stated in (None, 7, "", " ", "mit\n---\nlicense: other", "x" * 1000):
+        assert license_of(stated) == UNKNOWN
+    assert license_of("apache-2.0 ") == "apache-2.0"
 
 
 def test_a_list_of_chat_templates(

@@ -316,6 +316,8 @@ def test_what_llama_cpp_has_not_is_named(
     chosen = next(line for line in error.splitlines() if line.startswith("model: "))
     assert "model: runs/fine/final, newest" in chosen and "words in a way of its own" in chosen
     assert "runs/a/final: llama.cpp has no injection" in chosen and "--to-onnx" in chosen
+    code, _, error = convert(capsys, "--to-gguf", "--data", "few.txt", "--loops", 11)
+    assert code == 2 and "--loops 11: runs/fine/final runs at most" in error
 
 
 def test_without_the_package(

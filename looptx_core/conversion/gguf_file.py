@@ -19,7 +19,7 @@ from gguf.gguf_reader import ReaderField, ReaderTensor
 from gguf.quants import dequantize
 from torch import Tensor
 
-from looptx_core.checkpoint.card import UNKNOWN
+from looptx_core.checkpoint.card import license_of
 from looptx_core.checkpoint.folder import LoadedModel, check_vocabulary
 from looptx_core.checkpoint.weights import check_finite, tensors_of
 from looptx_core.config.generation import ExitSettings
@@ -300,9 +300,10 @@ def from_gguf(gguf: GGUF, looping: Looping) -> LoadedModel:
     if config.injection == "norm":  # the file has one norm, and a table that was scaled
         model.injection.state_norm.weight.data.copy_(model.norm.weight)
         model.injection.gain.data.fill_(INIT_STD)
-    facts = {"from": f"{gguf.architecture} {file.name} ({', '.join(gguf.types)})"}
-    stated = gguf.values.get("general.license")
-    facts["license"] = stated if isinstance(stated, str) else UNKNOWN
+    facts = {
+        "from": f"{gguf.architecture} {file.name} ({', '.join(gguf.types)})",
+        "license": license_of(gguf.values.get("general.license")),
+    }
     return LoadedModel(
         model.eval(),
         config,

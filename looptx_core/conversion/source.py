@@ -62,10 +62,14 @@ def read_source(
         assert found.adapter is not None
         report(f"model: {found.folder}, with the adapter {found.adapter}")
         return merge(found.folder, found.adapter), [found.folder, found.adapter], None
-    found = resolve_model(
-        config.model, need=frozenset({"weights"}),
-        check=lambda folder: check_kinds(config, load_empty(folder)),
-    )  # fmt: skip
+
+    def check(folder: Path) -> None:
+        source = load_empty(folder)
+        # A depth that it has not is an error of its own, and no reason to take another model.
+        loops = config.loops and min(config.loops, source.config.max_loops)
+        check_kinds(replace(config, loops=loops), source)
+
+    found = resolve_model(config.model, need=frozenset({"weights"}), check=check)
     if config.model is None:
         report(f"model: {found.folder}, {found.reason}")
     return load_model(found.folder), [found.folder], None
