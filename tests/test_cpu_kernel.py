@@ -126,7 +126,7 @@ def differences(
         {"injection": "none", "qk_norm": False, "tie_embeddings": False},
         {"injection": "norm", "prelude_layers": 0},
         {"injection": "bridge", "qkv_bias": True, "scaled_rope": LLAMA3},
-        {"gain_width": 5, "confidence_width": 7},
+        {"injection": "half_steps", "gain_width": 5, "confidence_width": 7},
         {"prelude_layers": 0, "coda_layers": 0, "core_layers": 1},
         {"d_model": 37, "d_ff": 53, "head_dim": 6, "n_kv_heads": 4, "vocab_size": 97},
         {"d_model": 256, "d_ff": 512, "head_dim": 64},

@@ -21,7 +21,14 @@ from looptx_core.data.hops import hop_lines
 from looptx_core.generation.engine import Engine
 from looptx_core.inspection.charts import Chart, Series, charts
 from looptx_core.inspection.decoding import as_good, better_policy
-from looptx_core.inspection.frontier import cheapest_fixed, choose, frontier, rule_depths
+from looptx_core.inspection.frontier import (
+    Point,
+    cheapest_fixed,
+    choose,
+    frontier,
+    rule_depths,
+    undecided,
+)
 from looptx_core.inspection.influence import deletion_test, influence, relevance, without
 from looptx_core.inspection.page import headline, page
 from looptx_core.inspection.stops import stops
@@ -78,19 +85,25 @@ def test_depths_by_hand():
     assert exit_depths(stops).tolist() == [1, 2, 3]
 
 
-def small_survey() -> Survey:
-    """Three loops, two tokens: the first is done at once, the second needs the second loop."""
+def small_survey(times: int = 1) -> Survey:
+    """Three loops, two tokens: the first is done at once, the second needs the second loop.
+
+    times: so often.
+    """
     loss = torch.tensor([[1.0, 3.0], [1.0, 1.0], [1.0, 1.0]])
     gain = torch.tensor([[0.0, 2.0], [0.0, 0.0], [0.0, 0.0]])
     hit = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
     kl = torch.tensor([[torch.inf, torch.inf], [0.0, 1.0], [0.0, 0.0]])
-    evaluation = LoopEvaluation(
-        tokens=2, loss=loss.sum(1), correct=hit.sum(1), norm=torch.zeros(3),
-        logit=torch.tensor([[3.0, -3.0], [3.0, 3.0], [3.0, 3.0]]), hit=hit, gain=gain,
-        change=kl, token_loss=loss,
-        top_log_odds=torch.tensor([[2.2, -1.4], [2.2, 2.2], [2.2, 2.2]]),
-    )  # fmt: skip
+    logit = torch.tensor([[3.0, -3.0], [3.0, 3.0], [3.0, 3.0]])
+    odds = torch.tensor([[2.2, -1.4], [2.2, 2.2], [2.2, 2.2]])
     sharp = torch.tensor([[0.9, 0.2], [0.9, 0.9], [0.9, 0.9]])
+    loss, gain, hit, kl, logit, odds, sharp = (
+        part.repeat(1, times) for part in (loss, gain, hit, kl, logit, odds, sharp)
+    )
+    evaluation = LoopEvaluation(
+        tokens=2 * times, loss=loss.sum(1), correct=hit.sum(1), norm=torch.zeros(3), logit=logit,
+        hit=hit, gain=gain, change=kl, token_loss=loss, top_log_odds=odds,
+    )  # fmt: skip
     return Survey(evaluation, {"kl": kl, "entropy": 1 - sharp, "maxprob": sharp})
 
 
@@ -137,7 +150,8 @@ def test_frontier_by_hand():
         (p for p in points if p.rule == "oracle" and p.loss == 1), key=lambda p: p.mean_loops
     )
     assert best.mean_loops == 1.5
-    chosen = choose(points, full_loss=1.0, increase=0.005)
+    many = frontier(small_survey(500), settings, config, context=64)
+    chosen = choose(many, full_loss=1.0, increase=0.005)
     assert (
         chosen.loss == 1
         and chosen.mean_loops == 1.5
@@ -153,6 +167,38 @@ def test_frontier_by_hand():
     probable = next(p for p in points if p.rule == "maxprob" and p.mean_loops == 1.5)
     hidden = next(p for p in points if p.rule == "gain" and p.mean_loops == 1.5)
     assert probable.loss == hidden.loss and probable.flops > hidden.flops
+
+
+def test_an_exit_is_picked_by_what_its_loss_may_be():
+    def point(threshold, loops, loss, highest, rule="gain"):
+        return Point(rule, threshold, loops, loss, 1.0, loops / 3, None, highest)
+
+    sure, unsure = point(0.1, 2.5, 1.0, 1.004), point(0.2, 2.0, 1.002, 1.01)
+    lucky = point(0.3, 1.5, 0.99, 1.004)  # after one that fails, so by chance
+    points = [lucky, sure, point(0.0, 3.0, 1.0, 1.0), unsure, point(0.4, 1.2, 1.1, 1.2)]
+    assert choose(points, full_loss=1.0, increase=0.005) is sure
+    assert choose(points, full_loss=1.0, increase=0.01) is lucky  # as no earlier one fails
+    # `unsure` would need ((1.01 - 1.002) / (1.005 - 1.002)) ** 2 times the tokens.
+    found, times = undecided(points, sure, full_loss=1.0, increase=0.005)
+    assert found is unsure and times == pytest.approx((8 / 3) ** 2)
+    assert undecided(points, lucky, full_loss=1.0, increase=0.005) is None
+    # The other rules have sequences of their own.
+    other = point(0.5, 1.8, 1.0, 1.003, "entropy")
+    assert choose([*points, other], full_loss=1.0, increase=0.005) is other
+
+
+def test_few_tokens_and_rare_losses_keep_full_depth():
+    settings, config = ExitSettings(), ModelConfig(max_loops=3)
+
+    def chosen(survey):
+        points = frontier(survey, settings, config, context=64)
+        return choose(points, full_loss=1.0, increase=0.005)
+
+    assert chosen(small_survey()).mean_loops == 3  # two tokens show nothing
+    survey = small_survey(500)
+    assert chosen(survey).mean_loops == 1.5
+    survey.loss[0, ::100] += 0.4  # one of fifty that stop at once: 0.4 % more, and up to 0.7 %
+    assert chosen(survey).mean_loops > 1.5
 
 
 def test_relevance_by_hand():

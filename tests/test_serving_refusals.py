@@ -186,7 +186,7 @@ def test_settings_that_are_refused(engine, monkeypatch):
     ServeConfig(host="0.0.0.0", api_key="secret")
     with pytest.raises(UsageError, match=r"max_context.*512"):
         module.Service(engine, ServeConfig(max_context=513), chats=True)
-    monkeypatch.setattr(module, "free_ram", lambda: 1 << 20)
+    monkeypatch.setattr(module, "free_memory", lambda device: 1 << 20)
     with pytest.raises(UsageError, match=r"max_batch.*GiB.*at most \d+"):
         module.Service(engine, ServeConfig(max_batch=1000), chats=True)
     config = replace(CONFIG, memory="delta", memory_window=16, memory_block=8)

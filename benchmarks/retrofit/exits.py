@@ -1,12 +1,12 @@
 """The exit of a looped pretrained model on held-out answers: what it saves, in loops and seconds.
 
 The rule is calibrated and picked (`inspect_loops`, within 0.5 %) on held-out questions of
-`chains.py`, whose targets are the answers. Then others are read one by one at each fixed depth and
-with the exit, tokens given and decoded by themselves: those from the question's last on, with all
-before it at full depth, or all after the facts. Losses and loops are those of the answers, seconds
-those of the whole text. Sides alternate text by text, and each
-text counts by its best round. The fixed depth to beat is the smallest one within 0.5 % of the
-deepest one's loss.
+`chains.py`, whose targets are the answers: a name and the end token. Then others are read one by
+one at each fixed depth and with the exit, tokens given and decoded by themselves: those from the
+question's last on, with all before it at full depth, or all after the facts. Losses and loops are
+those of the answers, and of their names alone; seconds are those of the whole text. Sides alternate
+text by text, and each text counts by its best round. The fixed depth to beat is the smallest one
+within 0.5 % of the deepest one's loss.
 
     OMP_NUM_THREADS=1 python -m benchmarks.retrofit.exits --base smol --adapters FOLDER [FOLDER ...]
 
@@ -70,9 +70,10 @@ def picked(loaded: LoadedModel, args: argparse.Namespace) -> ExitSettings:
 def texts(loaded: LoadedModel, args: argparse.Namespace, from_facts: bool) -> list[Text]:
     found = []
     encode = loaded.tokenizer.encode
+    assert loaded.end is not None, "an answer ends"
     for record in chains(HELD_OUT_SEED, args.texts, args.people, args.hops):
         facts = record["prompt"][: record["prompt"].rindex("\n")]
-        asked, answer = encode(record["prompt"]).ids, encode(record["response"]).ids
+        asked, answer = encode(record["prompt"]).ids, [*encode(record["response"]).ids, loaded.end]
         prompt = len(encode(facts).ids) if from_facts else len(asked) - 1
         counted = [False] * (len(asked) - prompt) + [True] * len(answer)
         found.append(Text(asked + answer, prompt, torch.tensor(counted)))
@@ -96,8 +97,8 @@ def decoding(engine: Engine, each: list[Text], args: argparse.Namespace) -> list
         "exit": GenerationOptions(max_loops=deepest, prompt_loops=deepest),
     }
     best = {side: [float("inf")] * len(each) for side in sides}
-    loss: dict[str, float] = {}
-    loops: dict[str, float] = {}
+    loss: dict[str, torch.Tensor] = {}
+    loops: dict[str, torch.Tensor] = {}
     for round_ in range(args.rounds):
         answers: dict[str, list[Any]] = {side: [] for side in sides}
         for number, text in enumerate(each):
@@ -109,19 +110,25 @@ def decoding(engine: Engine, each: list[Text], args: argparse.Namespace) -> list
                 answers[side].append((found.loss[0][at], found.loops[0][at].double()))
         if not round_:
             for side, rows in answers.items():
-                loss[side] = float(torch.cat([row[0] for row in rows]).mean())
-                loops[side] = float(torch.cat([row[1] for row in rows]).mean())
-    fixed = min(n for n in range(1, deepest + 1) if loss[str(n)] <= loss[str(deepest)] * 1.005)
+                loss[side] = torch.stack([row[0] for row in rows]).double()
+                loops[side] = torch.stack([row[1] for row in rows])
+    full = loss[str(deepest)]
+    bound = full.mean() * (1 + WITHIN)
+    fixed = min(n for n in range(1, deepest + 1) if loss[str(n)].mean() <= bound)
     seconds = {side: sum(rows) for side, rows in best.items()}
-    return [
-        {
-            "side": side, "mean_loops": round(loops[side], 3),
-            "loss": round(loss[side], 4), "seconds": round(seconds[side], 2),
-            "fixed": fixed, "times_fewer_loops": round(fixed / loops[side], 3),
+    found = []
+    for side in sides:
+        more = (loss[side] - full).mean(1) / full.mean()
+        found.append({
+            "side": side, "mean_loops": round(float(loops[side].mean()), 3),
+            "loss": round(float(loss[side].mean()), 4), "more": round(float(more.mean()), 5),
+            "error": round(float(more.std()) / len(more) ** 0.5, 5),
+            "loops_of_names": round(float(loops[side][:, :-1].mean()), 3),
+            "seconds": round(seconds[side], 2), "fixed": fixed,
+            "times_fewer_loops": round(fixed / float(loops[side].mean()), 3),
             "times_faster": round(seconds[str(fixed)] / seconds[side], 3),
-        }
-        for side in sides
-    ]  # fmt: skip
+        })  # fmt: skip
+    return found
 
 
 def main() -> None:
@@ -131,9 +138,9 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=5)
     parser.add_argument("--hops", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--max-loops", type=int, default=2, help="As trained.")
-    parser.add_argument("--calibration", type=int, default=640, help="Questions.")
-    parser.add_argument("--texts", type=int, default=96, help="Questions that are decoded.")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--calibration", type=int, default=2400, help="Questions.")
+    parser.add_argument("--texts", type=int, default=128, help="Questions that are decoded.")
+    parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
     rows = [row for adapter in args.adapters for row in measured(args, adapter)]
     kept_out = ("base", "adapters")

@@ -1,10 +1,21 @@
-"""Quality against depth: every exit rule over its thresholds, fixed depths, and an oracle."""
+"""Quality against depth: every exit rule over its thresholds, fixed depths, and an oracle.
+
+A rule is picked as in CALM (arXiv 2207.07061), by fixed-sequence testing of Learn then Test (arXiv
+2110.01052). The thresholds of a rule are gone through from deep to shallow, and the last one counts
+before the first whose increase of the loss may exceed the target. What it may be is the upper
+confidence bound of the mean difference between a token's losses at the rule's depth and at full
+depth. The bound takes the mean for normally distributed; losses have no limit, so that exact bounds
+do not apply. Tokens that lose much by stopping are rare, and a small sample may have none of them.
+So one more that loses a nat is always counted.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -17,6 +28,10 @@ from looptx_core.stopping.rule import RULES, Exit, exit_depths
 
 _THRESHOLDS = 64
 _CONFIDENCES = (0.7, 0.8, 0.9, 0.95, 0.99)  # `auto` combines each with each threshold on the gain
+_RISK = 0.05  # that the picked rule's increase exceeds the target after all
+_SEQUENCES = len(RULES) - 1 + len(_CONFIDENCES)  # of thresholds; the risk is shared by them
+_BOUND = NormalDist().inv_cdf(1 - _RISK / _SEQUENCES)  # standard errors
+_UNSEEN = 1.0  # nats that one more token is taken to lose by stopping early
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,8 @@ class Point:
     """Forward FLOPs of a token, its readouts and confidence head included, over full depth's."""
     confidence: float | None = None
     """auto: the confidence's threshold; None for the others."""
+    highest_loss: float = math.inf
+    """Upper confidence bound of the loss, beside the full depth's."""
 
     def settings(self, base: ExitSettings) -> ExitSettings:
         """Exit settings that store this rule with a model."""
@@ -70,14 +87,18 @@ def frontier(
     ) -> Point:
         index = depth[None] - 1
         mean = float(depth.double().mean())
+        losses = survey.loss.gather(0, index)[0].double()
+        loss = float(losses.mean())
+        unseen = _UNSEEN / len(losses) if mean < survey.loops else 0.0
         return Point(
             rule=rule,
             threshold=threshold,
             mean_loops=mean,
-            loss=float(survey.loss.gather(0, index).double().mean()),
+            loss=loss,
             accuracy=float(survey.hit.gather(0, index).double().mean()),
             flops=cost.at(mean, *own.passes(mean)) / full,
             confidence=confidence,
+            highest_loss=loss + _BOUND * standard_error(losses - survey.loss[-1]) + unseen,
         )
 
     no_rule = exit_by(None)
@@ -104,9 +125,46 @@ def frontier(
 
 
 def choose(points: Sequence[Point], full_loss: float, increase: float) -> Point | None:
-    """The cheapest rule of `RULES` within a relative increase of the loss; None if none is."""
-    within = [p for p in points if p.rule in RULES and p.loss <= full_loss * (1 + increase)]
+    """The cheapest rule of `RULES` that is shown to be within a relative increase of the loss.
+
+    None if none is. points: of one survey, `frontier`'s.
+    """
+    limit = full_loss * (1 + increase)
+    ours = sorted((p for p in points if p.rule in RULES), key=lambda p: -p.mean_loops)
+    within = [
+        point
+        for key in dict.fromkeys((p.rule, p.confidence) for p in ours)
+        for point in itertools.takewhile(
+            lambda p: p.highest_loss <= limit,
+            (p for p in ours if (p.rule, p.confidence) == key),
+        )
+    ]
     return min(within, key=lambda p: (p.flops, p.loss), default=None)
+
+
+def undecided(
+    points: Sequence[Point], picked: Point | None, full_loss: float, increase: float
+) -> tuple[Point, float] | None:
+    """The cheapest rule that may be within the increase and is not shown to be.
+
+    Its measured increase is at most half of the allowed one. Returns it, and how many times as many
+    tokens would show it; None if there is no rule that is cheaper than the picked one.
+    """
+    limit = full_loss * (1 + increase)
+    open_ = [
+        p for p in points
+        if p.rule in RULES and (picked is None or p.flops < picked.flops)
+        and p.loss <= full_loss * (1 + increase / 2) and p.loss < limit < p.highest_loss
+    ]  # fmt: skip
+    if not open_:
+        return None
+    cheapest = min(open_, key=lambda p: p.flops)
+    return cheapest, ((cheapest.highest_loss - cheapest.loss) / (limit - cheapest.loss)) ** 2
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of values, (tokens,)."""
+    return float(values.double().std(correction=0)) / math.sqrt(max(1, len(values) - 1))
 
 
 def cheapest_fixed(points: Sequence[Point], full_loss: float, increase: float) -> Point:

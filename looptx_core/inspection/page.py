@@ -180,13 +180,20 @@ def sentences(document: Document) -> list[str]:
     within = f"{choice['target_loss_increase']:.2%}"
     fixed = choice["fixed"]
     if choice["rule"] is None:
-        said.append(f"No exit rule stays within {within} of the full depth's loss.")
+        said.append(f"No exit rule is sure to stay within {within} of the full depth's loss.")
     else:
         said.append(
             f"Cheapest rule within {within} of the full depth's loss: {choice['rule']} at "
             f"{choice['threshold']:g}, {choice['mean_loops']:.2f} loops a token, loss "
-            f"{choice['loss_increase']:+.2%}; the smallest fixed depth is "
-            f"{fixed['mean_loops']:.0f} ({fixed['loss'] / choice['full_depth_loss'] - 1:+.2%})."
+            f"{choice['loss_increase']:+.2%} ± {choice['loss_increase_error']:.2%}; the smallest "
+            f"fixed depth is {fixed['mean_loops']:.0f} "
+            f"({fixed['loss'] / choice['full_depth_loss'] - 1:+.2%})."
+        )
+    if deeper := choice["undecided"]:
+        said.append(
+            f"{deeper['rule']} at {deeper['threshold']:g}, {deeper['mean_loops']:.2f} loops, may "
+            f"stay within {within} too, but {document['tokens_to_calibrate']:,} tokens are too few "
+            f"to show it; about {deeper['tokens']:,} would: raise `val_batches` or give more data."
         )
     if choice["oracle"]:
         said.append(

@@ -26,6 +26,8 @@ from looptx_core.inspection.frontier import (
     choose,
     frontier,
     rule_depths,
+    standard_error,
+    undecided,
 )
 from looptx_core.inspection.measure import measure_records, measure_text
 from looptx_core.inspection.media import inspect_media
@@ -83,6 +85,7 @@ def inspect_loops(
     to_choose = frontier(fit, settings, model.config, context)
     increase = SHOWN_INCREASE if config.allowed_increase is None else config.allowed_increase
     choice = choose(to_choose, mean(fit.loss[-1]), increase)
+    open_ = undecided(to_choose, choice, mean(fit.loss[-1]), increase)
     if choice is not None and config.allowed_increase is not None:
         settings = choice.settings(settings)
     if isinstance(data, Path) and shards is not None:
@@ -98,7 +101,11 @@ def inspect_loops(
         **_by_loop(shown, tokens_per_byte),
         **_confidence(shown, stored, settings),
         "frontier": [asdict(point) for point in frontier(shown, settings, model.config, context)],
-        "choice": _chosen(shown, settings, choice, increase, model.config, context),
+        "choice": {
+            **_chosen(shown, settings, choice, increase, model.config, context),
+            "undecided": open_
+            and {**asdict(open_[0]), "tokens": math.ceil(open_[1] * fit.evaluation.tokens)},
+        },
         "exit": Exit(min(settings.min_loops, loops), loops, settings, settings.rule).describe(),
         "tasks": tasks,
         "kv_policies": [],
@@ -283,7 +290,8 @@ def _chosen(
         return found
     own = choice.settings(settings)
     place = rule_depths(shown, own)[None] - 1
-    loss = mean(shown.loss.gather(0, place))
+    losses = shown.loss.gather(0, place)[0]
+    loss = mean(losses)
     return found | {
         "rule": choice.rule,
         "threshold": choice.threshold,
@@ -291,6 +299,7 @@ def _chosen(
         "mean_loops": mean(place + 1),
         "loss": loss,
         "loss_increase": loss / full - 1,
+        "loss_increase_error": standard_error(losses.double() - shown.loss[-1]) / full,
         "flops": choice.flops,
     }
 

@@ -19,6 +19,7 @@ from looptx_core.backends.cpu.structs import (
     BYTES,
     DELTA,
     FLOAT,
+    HALF_STEPS,
     INFINI,
     INFINI_DELTA,
     NO_INJECTION,
@@ -47,7 +48,9 @@ from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_frequencies
 
 _MEMORIES = {"none": NO_MEMORY, "infini": INFINI, "delta": DELTA}
-_INJECTIONS = {"none": NO_INJECTION, "bridge": BRIDGE, "norm": NORM}
+_INJECTIONS = {
+    "none": NO_INJECTION, "bridge": BRIDGE, "half_steps": HALF_STEPS, "norm": NORM,
+}  # fmt: skip
 _KNOWN = {nn.Linear, TernaryLinear, Int8Linear}
 
 
@@ -206,7 +209,7 @@ class KernelModel:
                 "state_norm": self._vector(injection.state_norm.weight),
                 "embedding_scale": self._vector(injection.embedding_scale),
             }
-        elif injection.kind != "none":
+        elif injection.kind not in ("none", "half_steps"):
             ones = torch.ones(config.d_model)
             decays = injection.kind == "decay"
             parts |= {

@@ -13,7 +13,7 @@ extern "C" {
 
 constexpr int32_t LOOPTX_ABI_VERSION = 6;  // structs.py has it too
 
-enum Injection : int32_t { NONE, BY_CHANNEL, BRIDGE, NORM };
+enum Injection : int32_t { NONE, BY_CHANNEL, BRIDGE, NORM, HALF_STEPS };
 enum MemoryKind : int32_t { NO_MEMORY, INFINI, INFINI_DELTA, DELTA };
 
 struct Block {
@@ -588,6 +588,12 @@ struct Runner {
                 for (int i = 0; i < m.d_model; ++i) own[i] = first[i] * m.embedding_scale[i];
             }
         }
+        for (int r = 0; m.injection == HALF_STEPS && r < count; ++r) {
+            float* own = at + (int64_t)r * m.d_model;
+            const float* first = words + (int64_t)r * m.d_model;
+            const bool later = loop[r] + more > 1;
+            for (int i = 0; i < m.d_model; ++i) own[i] = later ? (first[i] + own[i]) / 2 : first[i];
+        }
         for (int r = 0; m.injection == BY_CHANNEL && r < count; ++r) {
             float* own = at + (int64_t)r * m.d_model;
             float* mixed = normed.data();
@@ -615,10 +621,20 @@ struct Runner {
     void step(float* at, const float* words, const int32_t* loop, int more, const Rows& rows,
               const Cache& cache) {
         const Model& m = model;
+        const bool halves = m.injection == HALF_STEPS;
+        if (halves) memcpy(before.data(), at, sizeof(float) * rows.count * m.d_model);
         inject(at, words, loop, more, rows.count);
         for (int layer = 0; layer < m.core; ++layer)
             block(m.prelude + layer, at, rows, cache,
                   [&](int r) { return core_slot(loop[r] + more, cache); });
+        for (int r = 0; halves && r < rows.count; ++r) {
+            if (loop[r] + more <= 1) continue;
+            const int64_t first = (int64_t)r * m.d_model;
+            const float *state = before.data() + first, *word = words + first;
+            float* own = at + first;
+            for (int i = 0; i < m.d_model; ++i)
+                own[i] = (state[i] + ((word[i] + state[i]) / 2 + own[i]) / 2) / 2;
+        }
     }
 
     // at is overwritten; out: (count, vocab).

@@ -21,7 +21,7 @@ FLOAT, BFLOAT, BYTES, TERNARY, BFLOAT_TILES = range(5)
 PRECISIONS = {"float32": FLOAT, "bf16": BFLOAT, "int8": BYTES}
 """How the kernel can hold a model's float weights, by name."""
 
-NO_INJECTION, BY_CHANNEL, BRIDGE, NORM = range(4)
+NO_INJECTION, BY_CHANNEL, BRIDGE, NORM, HALF_STEPS = range(5)
 """`ModelWeights.injection`."""
 
 NO_MEMORY, INFINI, INFINI_DELTA, DELTA = range(4)
