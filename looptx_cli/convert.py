@@ -127,7 +127,18 @@ def _show(result: ConvertResult) -> None:
             table.add_row(span.name + chosen, f"{span.cost:+.3f}")
         out.print(table)
     if result.core:
-        say(f"core: layers {result.core}, which later loops enter through an untrained bridge")
+        later = {"bridge": "which later loops enter through an untrained bridge",
+                 "half_steps": "with a second loop in half steps"}  # fmt: skip
+        say(f"core: layers {result.core}, {later[str(result.injection)]}")
+    if (halves := result.half_steps) is not None:
+        taken = result.injection == "half_steps"
+        advice = "; --injection half_steps takes them" if halves.pay and not taken else ""
+        if taken and not halves.pay:
+            advice = "; they do not pay here, so leave --injection out"
+        say(
+            f"half steps of the core, untrained: {halves.cost:+.4f} ± {halves.error:.4f} nats a "
+            f"token (standard error) on {result.judged_by}{advice}"
+        )
     if result.logit_difference is not None:
         gap = f"{result.logit_difference:.1e}"
         say(f"{result.compared}: logits differ by at most {gap} of the largest")

@@ -98,8 +98,9 @@ def _next(
     most = max((depth for depth in settings.depths if depth != "auto"), default=0)
     gaining = [item["task"] for item in document["enough"] if item["loops"] == most]
     if gaining:
-        tasks, depths = ",".join(dict.fromkeys(gaining)), f"{most},{most + 2},{2 * most},auto"
-        return f"looptx evaluate{given} --tasks {quoted(tasks)} --loops {depths}"
+        tasks = ",".join(dict.fromkeys(gaining))
+        depths = ",".join(map(str, sorted({most, most + 2, 2 * most})))
+        return f"looptx evaluate{given} --tasks {quoted(tasks)} --loops {depths},auto"
     if settings.out is None:
         return f"looptx evaluate{given}{asked} --out depths.png"
     inspected = adapter or model

@@ -40,7 +40,7 @@ _PANELS = {
         model loop_schedule loops min_loops max_loops mean_loops deeper_by loss_threshold
         grow_share deeper_share explore loss_at loss_prior teacher teacher_weight control bitnet
         exit threshold prompt_loops
-        draft_loops speculate compare_loops kv_policy kv_type decode_tokens core
+        draft_loops speculate compare_loops kv_policy kv_type decode_tokens core injection
         memory memory_window memory_block
     """,
     "Adapters": """

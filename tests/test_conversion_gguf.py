@@ -224,6 +224,7 @@ def test_the_middle_of_a_folder_is_looped(
     code, shown, _ = run(capsys, *common, "--core", "auto", "--out", tmp_path / "m")
     assert code == 0 and "core: layers 2:3" in shown and "2:3 *" in shown
     assert "logits differ by at most" in shown
+    assert "half steps of the core, untrained: " in shown
     loaded = load_model(tmp_path / "m")
     assert (loaded.config.prelude_layers, loaded.config.max_loops) == (2, 4)
     for core in ("3:3", "0:5", "4:6", "2", "a:b", ""):
@@ -329,7 +330,7 @@ BAD = {
     "no number of layers": (dict(llama__block_count=None), "llama.block_count is missing"),
     "another number of layers": (dict(llama__block_count=6), "lack"),
     "another width": (dict(llama__feed_forward_length=96), r"ffn_\w+.weight is \["),
-    "a tensor less": (dict(keep=without("blk.2.attn_v.weight")), "lack core"),
+    "a tensor less": (dict(keep=without("blk.2.attn_v.weight")), r"lack blk.2.attn_v.weight"),
     "scaled RoPE": (dict(llama__rope__scaling__type="yarn"), "scaled RoPE"),
     "a window": (dict(llama__attention__sliding_window=64), "a window"),
     "experts": (dict(llama__expert_count=8), "experts"),

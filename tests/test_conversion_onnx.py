@@ -37,6 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "decay": {},
     "bridge, with all parts": {"injection": "bridge", "prelude_layers": 1, "coda_layers": 1,
                                "core_layers": 2, "tie_embeddings": False},
+    "half steps": {"injection": "half_steps"},
     "norm": {"injection": "norm", "loops": 3, "max_loops": 3},
     "none, no norm of heads, biases": {"injection": "none", "qk_norm": False, "qkv_bias": True},
     "add, norms after, of all heads": {"injection": "add", "norm_position": "after",

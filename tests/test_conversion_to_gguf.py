@@ -43,6 +43,7 @@ SANDWICH = {"norm_position": "both", "activation": "gelu_tanh", "qk_norm": True}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "one loop": ("llama", {**AROUND, "tie_embeddings": False, "head_dim": 16}),
     "the first loop before a bridge": ("llama", {**AROUND, "injection": "bridge"}),
+    "the first loop before half steps": ("llama", {**AROUND, "injection": "half_steps"}),
     "Llama 3's RoPE": ("llama", {"scaled_rope": RopeScaling(
         "llama3", 8.0, original_max_position_embeddings=2048)}),
     "linear RoPE": ("llama", {"scaled_rope": RopeScaling("linear", 4.0)}),
@@ -315,6 +316,8 @@ def test_what_llama_cpp_has_not_is_named(
     chosen = next(line for line in error.splitlines() if line.startswith("model: "))
     assert "model: runs/fine/final, newest" in chosen and "words in a way of its own" in chosen
     assert "runs/a/final: llama.cpp has no injection" in chosen and "--to-onnx" in chosen
+    code, _, error = convert(capsys, "--to-gguf", "--data", "few.txt", "--loops", 11)
+    assert code == 2 and "--loops 11: runs/fine/final runs at most" in error
 
 
 def test_without_the_package(

@@ -11,7 +11,7 @@ from looptx_core.backends.base import Backend
 from looptx_core.backends.cpu.backend import CpuBackend
 from looptx_core.backends.cpu.bindings import KernelModel
 from looptx_core.backends.cpu.rounding import round_weights
-from looptx_core.backends.cpu.structs import KernelCache, KernelRows
+from looptx_core.backends.cpu.structs import KernelCache, KernelRows, load_kernel
 from looptx_core.backends.select import select_backend
 from looptx_core.backends.torch_backend import TorchBackend
 from looptx_core.config.generation import ExitSettings, GenerationOptions
@@ -126,7 +126,7 @@ def differences(
         {"injection": "none", "qk_norm": False, "tie_embeddings": False},
         {"injection": "norm", "prelude_layers": 0},
         {"injection": "bridge", "qkv_bias": True, "scaled_rope": LLAMA3},
-        {"gain_width": 5, "confidence_width": 7},
+        {"injection": "half_steps", "gain_width": 5, "confidence_width": 7},
         {"prelude_layers": 0, "coda_layers": 0, "core_layers": 1},
         {"d_model": 37, "d_ff": 53, "head_dim": 6, "n_kv_heads": 4, "vocab_size": 97},
         {"d_model": 256, "d_ff": 512, "head_dim": 64},
@@ -138,9 +138,15 @@ def test_float32_moves_are_torchs(changes: dict) -> None:
         assert max(found.values()) < 1e-5
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("bf16", 1e-5), ("int8", 1e-3)])
-def test_rounded_weights_are_the_rounded_models(precision: str, bound: float) -> None:
-    """Beside 8-bit weights activations are rounded too, to some 15 bits."""
+@pytest.mark.parametrize(
+    ("precision", "bound", "tiles"), [("bf16", 1e-5, True), ("bf16", 1e-5, False), ("int8", 1e-3, True)]
+)
+def test_rounded_weights_are_the_rounded_models(
+    precision: str, bound: float, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside 8-bit weights activations are rounded too, to some 15 bits. tiles: where there are."""
+    if not tiles:
+        monkeypatch.setattr(load_kernel(), "looptx_has_tiles", lambda: 0)
     for changes in (
         {},
         {"injection": "bridge"},
@@ -191,14 +197,15 @@ def test_ternary_moves_are_torchs(changes: dict) -> None:
     assert sorted(differences(model).values())[2] < 1e-4
 
 
-def test_helpers_beyond_the_cores_change_nothing() -> None:
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_helpers_beyond_the_cores_change_nothing(precision: str) -> None:
     model = make(replace(SMALL, d_model=256, d_ff=512))
     cache = [LoopCache(model.config, 1, 40, 5) for _ in range(2)]
     found = []
     with torch.inference_mode():
         for own, threads in zip(cache, (1, 7)):
             backend = CpuBackend(model)
-            backend.kernel = KernelModel(model, threads=threads)
+            backend.kernel = KernelModel(model, precision, threads=threads)
             tokens, logits = torch.tensor([[3]]), []
             for _ in range(40):
                 run = backend.begin(own)

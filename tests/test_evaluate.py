@@ -159,6 +159,8 @@ def test_the_command(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("--loops deep", 2, "--loops deep"),
         ("--limit 0", 2, "--limit"),
         ("--tasks hop", 2, "did you mean hops?"),
+        ("--tasks arc_esy", 2, "did you mean arc_easy?"),
+        ("--tasks nosuch", 2, "no such task; looptx's own are arithmetic, "),
         ("--include-path nowhere", 4, "--include-path"),
         ("--out depths.txt", 2, "ends in .png"),
         ("--model nowhere", 4, "nowhere"),
@@ -186,8 +188,9 @@ def test_a_missing_extra(
     from looptx_core.evaluation import run
 
     monkeypatch.setattr(run, "has_harness", lambda: False)
-    assert main(["evaluate", "--tasks", "winogrande"]) == 3
-    assert "pip install 'looptx[eval]'" in capsys.readouterr().err
+    for task in ("winogrande", "mmlu_anatomy"):
+        assert main(["evaluate", "--tasks", task]) == 3
+        assert "pip install 'looptx[eval]'" in capsys.readouterr().err
 
 
 OWN = """task: mine

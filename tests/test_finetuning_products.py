@@ -12,9 +12,12 @@ from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.config.model import ModelConfig
 from looptx_core.finetuning.adapters import attach
 from looptx_core.finetuning.lora import JoinedLora
+from looptx_core.finetuning.plan import _kept
+from looptx_core.finetuning.quantise import stored_bytes
 from looptx_core.model import fused
 from looptx_core.model.loop import LoopedTransformer
-from looptx_core.training.frozen import cast_frozen
+from looptx_core.parallel.memory import Activations
+from looptx_core.training.frozen import cast_bytes, cast_frozen
 from looptx_core.training.loop_schedule import LoopSchedule
 from looptx_core.training.objective import loop_loss
 
@@ -75,6 +78,13 @@ def test_below_the_first_adapter_nothing_is_kept_for_a_backward_pass() -> None:
     tokens = torch.zeros(1, 4, dtype=torch.long)
     assert not net.embed(tokens, net.context(4)).requires_grad
     assert net(tokens).logits.requires_grad
+    parts = Activations(prelude=5, loops=[30, 200], again=0, heads=1000, logits=0)
+    for layers, kept in (("core", 1230), ("later", 1200), ("all", 1235)):
+        net, config = adapted(lora_layers=layers)
+        assert _kept(net, config, parts) == kept
+    net, _ = adapted(lora_layers="later")
+    first, second = net.states(tokens, 2)
+    assert not first.requires_grad and second.requires_grad
 
 
 def test_bf16_with_kernels_is_near_float32_and_frozen_weights_are_cast_to_the_bit() -> None:
@@ -84,7 +94,9 @@ def test_bf16_with_kernels_is_near_float32_and_frozen_weights_are_cast_to_the_bi
     for cast in (False, True):
         net, config = adapted()
         if cast:
+            change, before = cast_bytes(net, torch.bfloat16), stored_bytes(net)
             cast_frozen(net, torch.bfloat16)
+            assert stored_bytes(net) - before == change < 0 == cast_bytes(net, torch.bfloat16)
         with bf16():
             found.append(gradients(net, config))
     for name, one in found[0].items():

@@ -182,6 +182,9 @@ def test_the_gate() -> None:
     agree(fused.gated, lambda gate, up: F.gelu(gate) * up, gate, draw(1000))
     swiglu = partial(fused.gated, silu=True)
     agree(swiglu, lambda gate, up: F.silu(gate) * up, 9 * gate, draw(1000))
+    far = torch.tensor([-3e38, -1e30, 1e30, 3e38]).repeat(8).requires_grad_()
+    fused.gated(far, torch.ones(32)).sum().backward()
+    assert far.grad is not None and torch.allclose(far.grad, (far > 0).float())
 
 
 @pytest.mark.parametrize("classes", [7, 400])

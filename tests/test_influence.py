@@ -59,7 +59,9 @@ def reference(model: LoopedTransformer, tokens: torch.Tensor, at: int, depth: in
     return earlier / earlier.sum()
 
 
-@pytest.mark.parametrize("injection", ["decay", "bridge", "norm", "streams", "add", "none"])
+@pytest.mark.parametrize(
+    "injection", ["decay", "bridge", "half_steps", "norm", "streams", "add", "none"]
+)
 def test_shares_are_what_is_carried_forwards(injection: str) -> None:
     model = build(replace(CONFIG, injection=injection))
     tokens = torch.randint(0, 97, (9,), generator=torch.Generator().manual_seed(3))
@@ -69,6 +71,16 @@ def test_shares_are_what_is_carried_forwards(injection: str) -> None:
         expected = reference(model, tokens, at, int(depths[at]))
         assert torch.allclose(shares[at, :at], expected, atol=1e-5)
         assert shares[at, at:].abs().max() == 0
+
+
+def test_frozen_layers_change_no_share() -> None:
+    """As those under adapters are, up to the layer that has the first of them."""
+    model = build(CONFIG)
+    tokens, depths = torch.arange(4), torch.tensor([1, 2, 1, 2])
+    expected = influence(model, tokens, depths)
+    assert torch.equal(influence(model.requires_grad_(False), tokens, depths), expected)
+    model.core[1].requires_grad_(True)
+    assert torch.equal(influence(model, tokens, depths), expected)
 
 
 def test_where_tokens_can_be_taken_away() -> None:

@@ -117,7 +117,7 @@ def test_a_bridge_starts_as_nothing_and_never_changes_the_first_loop() -> None:
         assert torch.allclose(each[1:], bridged.step(state, e, 2, ctx)[1:])
 
 
-@pytest.mark.parametrize("injection", ["decay", "bridge", "streams", "add", "none"])
+@pytest.mark.parametrize("injection", ["decay", "bridge", "half_steps", "streams", "add", "none"])
 def test_a_state_does_not_depend_on_the_loops_that_follow(injection: str) -> None:
     model = build(replace(CONFIG, injection=injection))
     with torch.no_grad():

@@ -75,6 +75,23 @@ def test_nothing_is_ignored_and_bad_values_are_named(service):
     assert run(service, ask) == expected
 
 
+def test_refusals_name_fields_as_clients_know_them(service):
+    bodies = [
+        b'{"prompt": {}}', b'{"prompt": "a", "loops": []}', b'{"prompt": "\xff"}', b"[" * 10**5, b"[]"
+    ]  # fmt: skip
+
+    async def ask(client):
+        kind = {"content-type": "application/json"}
+        answers = [await client.post("/v1/completions", content=b, headers=kind) for b in bodies]
+        return [answer.json()["error"]["message"] for answer in answers]
+
+    unreadable = "the body is not JSON in UTF-8, or nests too deeply"
+    assert run(service, ask) == [
+        "prompt: is of a type that it can't have", "loops: is of a type that it can't have",
+        unreadable, unreadable, "the body must be a JSON object, sent as application/json",
+    ]  # fmt: skip
+
+
 def test_what_the_context_has_no_room_for(engine):
     """What is asked for has to fit; where nothing is, the answer takes what there is."""
     chat, said = "/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}
@@ -168,7 +185,7 @@ def test_settings_that_are_refused(engine, monkeypatch):
     ServeConfig(host="0.0.0.0", api_key="secret")
     with pytest.raises(UsageError, match=r"max_context.*512"):
         module.Service(engine, ServeConfig(max_context=513), chats=True)
-    monkeypatch.setattr(module, "free_ram", lambda: 1 << 20)
+    monkeypatch.setattr(module, "free_memory", lambda device: 1 << 20)
     with pytest.raises(UsageError, match=r"max_batch.*GiB.*at most \d+"):
         module.Service(engine, ServeConfig(max_batch=1000), chats=True)
     config = replace(CONFIG, memory="delta", memory_window=16, memory_block=8)

@@ -28,7 +28,7 @@ def test_streams_start_at_the_normed_embedding_and_carry_it_along() -> None:
         )
         assert torch.allclose(injection(state, e, 1), injection.state_norm(e))
         output = torch.randn_like(e)
-        streams = injection.after(state, output).unflatten(-1, (4, -1))
+        streams = injection.after(state, e, output, 1).unflatten(-1, (4, -1))
         for stream, kept in enumerate((1 / 8, 3 / 8, 5 / 8, 7 / 8)):
             assert torch.allclose(streams[..., stream, :], kept * e + (1 - kept) * output)
 
@@ -49,7 +49,7 @@ def test_streams_are_mixed_by_gates_of_each_token() -> None:
             write[..., i : i + 1] * part + 2 * write[..., 3 + i : 4 + i] * output
             for i, part in enumerate(parts)
         ]
-        assert torch.allclose(injection.after(state, output), torch.cat(after, -1))
+        assert torch.allclose(injection.after(state, output, output, 2), torch.cat(after, -1))
         mean = sum(after) / 3
         assert torch.allclose(read_out(torch.cat(after, -1), 32), mean)
 

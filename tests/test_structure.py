@@ -64,11 +64,11 @@ OPTIONS = {
         --precision --kernel --config --json --quiet
     """,
     "convert": """
-        --model --from-hf --from-gguf --core --max-loops --out --to-bitnet --no-to-bitnet --direct
-        --no-direct --finetune-steps --max-minutes --lr --data --seed --memory --memory-window
-        --memory-block --adapter --merge-adapter --no-merge-adapter --to-hf --no-to-hf --to-onnx
-        --no-to-onnx --to-gguf --no-to-gguf --loops --dtype --shard-size --config --overwrite
-        --dry-run --json --quiet
+        --model --from-hf --from-gguf --core --max-loops --injection --out --to-bitnet
+        --no-to-bitnet --direct --no-direct --finetune-steps --max-minutes --lr --data --seed
+        --memory --memory-window --memory-block --adapter --merge-adapter --no-merge-adapter --to-hf
+        --no-to-hf --to-onnx --no-to-onnx --to-gguf --no-to-gguf --loops --dtype --shard-size
+        --config --overwrite --dry-run --json --quiet
     """,
     "doctor": """
         --build --path --json --quiet

@@ -33,6 +33,7 @@ from looptx_core.checkpoint.folder import LoadedModel, load_model
 from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.finetuning.adapters import load_adapter
 from looptx_core.finetuning.run import FinetuneResult, finetune, prepare
+from looptx_core.machine.device import best_device
 from looptx_core.training.control import control_changes, counted_share, text_loss
 
 HELD_OUT_SEED = 10_000
@@ -47,14 +48,15 @@ def questions(args: argparse.Namespace, hops: int) -> list[dict[str, str]]:
 def share_right(loaded: LoadedModel, asked: list[dict[str, str]], loops: int) -> list[float]:
     """Share of the answers whose first token is the most likely one, by loop."""
     encode = loaded.tokenizer.encode
-    right = torch.zeros(loops)
+    device = loaded.model.norm.weight.device
+    right = torch.zeros(loops, device=device)
     rows = [(encode(q["prompt"]).ids, encode(q["response"], add_special_tokens=False).ids[0])
             for q in asked]  # fmt: skip
     rows.sort(key=lambda row: len(row[0]))
     for _, some in itertools.groupby(rows, key=lambda row: len(row[0])):
         same = list(some)
-        ids = torch.tensor([row[0] for row in same])
-        answers = torch.tensor([row[1] for row in same])
+        ids = torch.tensor([row[0] for row in same], device=device)
+        answers = torch.tensor([row[1] for row in same], device=device)
         ctx = loaded.model.context(ids.shape[1])
         for loop, state in enumerate(loaded.model.states(ids, loops, ctx)):
             logits = loaded.model.logits(loaded.model.coda_hidden(state, ctx)[:, -1])
@@ -63,6 +65,7 @@ def share_right(loaded: LoadedModel, asked: list[dict[str, str]], loops: int) ->
 
 
 def rows_of(args: argparse.Namespace, arm: str, loaded: LoadedModel, loops: int) -> list[Any]:
+    loaded.model.to(best_device())
     text = text_loss(loaded, loops)
     by_hops = {hops: share_right(loaded, questions(args, hops), loops) for hops in args.hops}
     return [
@@ -140,7 +143,8 @@ def main() -> None:
     )  # fmt: skip
     kept_out = ("base", "seeds", "layers", "variant", "keep")
     settings = {key: value for key, value in vars(args).items() if key not in kept_out}
-    file = results_file("retrofit.run", args.variant)
+    on_gpu = torch.cuda.is_available()
+    file = results_file("retrofit.run", args.variant, on_gpu)
     for seed in args.seeds:
         own = {"seed": seed, "layers": args.layers}
         if any(own.items() <= row.items() for row in rows_so_far(file)):
@@ -150,6 +154,7 @@ def main() -> None:
             "retrofit.run",
             "Held-out answers by hops, of a looped SmolLM2-135M and of its control at equal FLOPs.",
             [*rows_so_far(file), *found], variant=args.variant, peers=("peft",), settings=settings,
+            on_gpu=on_gpu,
         )  # fmt: skip
 
 

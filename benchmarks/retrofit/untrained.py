@@ -5,8 +5,8 @@ With e for what enters the core and f(e) for what leaves it, i.e. the model itse
 
     plain           s = f(s), once more or twice
     damped a        s = s + a (f(s) - s), from f(e) on
-    half steps K    f(e) / 2 + x / 2, where x goes from e by K steps x = x + (f(x) - x) / K
-                    (arXiv 2605.23872); one or three more runs of the core
+    half steps      `model.injection: half_steps`: s = f(e) / 2 + x / 2, where x goes from e by two
+                    steps x = x + (f(x) - x) / 2 (arXiv 2605.23872); and what a third loop is then
     contrast w      log p = log p1 + (1 + w) (log p2 - log p1), from the plain second loop
 
 Nats a token of held-out windows, in three kinds of text: *Moby Dick*, Python's documentation and
@@ -30,9 +30,10 @@ from torch import Tensor
 
 from benchmarks.common.record import write
 from looptx_core.checkpoint.folder import LoadedModel, load_model
+from looptx_core.conversion.source_check import half_steps
 from looptx_core.data.corpus import bundled_text
 
-DAMPED, STEPS, CONTRASTS = (0.5, 0.25), (2, 4), (-0.5, 0.25, 0.5)
+DAMPED, CONTRASTS = (0.5, 0.25), (-0.5, 0.25, 0.5)
 ROOT = Path(__file__).parents[2]
 
 
@@ -83,11 +84,9 @@ def losses(loaded: LoadedModel, ids: Tensor) -> dict[str, float]:
         for times in (1, 2):
             state = from_there(damped, once, times)
             found[f"damped {share}, {times + 1} loops"] = loss(scores(state))
-    for count in STEPS:
-        state = first.lerp(once, 1 / count)
-        for _ in range(count - 1):
-            state = state.lerp(run(state), 1 / count)
-        found[f"half steps {count}, {count} loops"] = loss(scores(once.lerp(state, 0.5)))
+    with half_steps(model):
+        for loop, state in model.iterate(once, first, ctx, range(2, 4)):
+            found[f"half steps, {loop} loops"] = loss(scores(state))
     twice = scores(run(once))
     for weight in CONTRASTS:
         mixed = log_p + (1 + weight) * (twice - log_p)

@@ -21,6 +21,7 @@ _FRONT_MATTER = {
 }
 _EARLY_EXIT = "early-exit"  # a tag
 
+_LONGEST = 100  # characters of a license's name
 UNKNOWN = "unknown"
 """The license of a model of others that names none."""
 
@@ -116,8 +117,13 @@ def stated_license(folder: Path) -> str:
         front = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
     except yaml.YAMLError:
         front = None
-    named = front.get("license") if isinstance(front, dict) else None
-    return named if isinstance(named, str) else UNKNOWN
+    return license_of(front.get("license") if isinstance(front, dict) else None)
+
+
+def license_of(stated: Any) -> str:
+    """A license as a model's file states it; `UNKNOWN` for what is no short line of text."""
+    line = isinstance(stated, str) and stated.isprintable() and 0 < len(stated.strip()) <= _LONGEST
+    return stated.strip() if line else UNKNOWN
 
 
 def lineage_table(lineage: Any) -> str:

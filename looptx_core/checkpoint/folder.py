@@ -299,6 +299,9 @@ def read_chat_template(folder: Path) -> str | None:
         return read_text(apart)
     file = folder / "tokenizer_config.json"
     found = read_json(file).get("chat_template") if file.is_file() else None
+    if isinstance(found, list):  # several by name, of which transformers takes this one
+        each = {str(one.get("name")): one.get("template") for one in found if isinstance(one, dict)}
+        found = each.get("default")
     return found if isinstance(found, str) else None
 
 

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,10 +38,12 @@ def load_weights(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     rename: Callable[[str], str | None] = lambda name: name,
+    called: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Give a model, which may be on the meta device, the weights of a folder.
 
-    rename: from the folder's names to the model's; None leaves a tensor out.
+    rename: from the folder's names to the model's; None leaves a tensor out. called: the folder's
+    names by the model's, for messages, where they differ.
     Raises `DataError` for weights that are missing, damaged, a pickle or of another shape.
     """
     expected = tensors_of(model, None)
@@ -48,8 +51,8 @@ def load_weights(
     for file in weight_files(folder):
         found |= read_tensors(file, expected, torch.device(device), dtype, rename)
     # What is there already, and not on the meta device, may be absent from the folder.
-    missing = sorted(name for name in expected.keys() - found.keys() if expected[name].is_meta)
-    if missing:
+    lacking = (name for name in expected.keys() - found.keys() if expected[name].is_meta)
+    if missing := sorted(called.get(name, name) for name in lacking):
         raise DataError(
             f"{folder}: the weights lack {some(missing)}; config.json or the weights are another "
             "model's, so copy the folder again"

@@ -27,7 +27,10 @@ class ConvertConfig:
     """from_hf, from_gguf: loop the layers A to B-1 of a plain model, as A:B, counted from 0; auto
     takes those from 0.4 to 0.6 of the depth. One loop stays the source; absent: one loop alone."""
     max_loops: int | None = None
-    """core: the most loops; absent: 4."""
+    """core: the most loops, 2 or more; absent: 4, and 2 with half_steps."""
+    injection: Literal["bridge", "half_steps"] | None = None
+    """core: what later loops are. bridge: they add nothing until they are trained; half_steps: the
+    second one takes the core in half steps, untrained; absent: bridge."""
     out: str | None = None
     """The new model folder; absent: the model's name with what was done, such as x-bitnet."""
 
@@ -133,6 +136,12 @@ class ConvertConfig:
         # Beside a model of ours it is without effect: LOOPTX_MAX_LOOPS may be set for trainings.
         if self.max_loops is not None and self.foreign and self.core is None:
             raise UsageError("`max_loops` is of the layers of `core`; pass `core` auto or A:B too")
+        if self.core is not None and self.max_loops == 1:
+            raise UsageError(
+                "`max_loops` 1: `core` is what later loops run; give 2 or more, or leave `core` out"
+            )
+        if self.injection is not None and self.core is None:
+            raise UsageError("`injection` is of the loops of `core`; pass `core` auto or A:B too")
         if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", self.shard_size):
             raise UsageError(f"shard_size must be such as 500MB or 5GB, not {self.shard_size!r}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from looptx_core.config.local_attention import LocalAttention
 from looptx_core.config.media import (
@@ -24,6 +24,7 @@ FIRST_FORMAT = 3
 """The oldest format that is read: earlier ones were in no release."""
 
 
+InjectionKind = Literal["decay", "bridge", "half_steps", "norm", "streams", "add", "none"]
 MOST_PIXELS = 1 << 24
 """Pixels of a picture as a model sees it, its patches together."""
 _MOST = {
@@ -91,7 +92,7 @@ class ModelConfig:
     gain_width: int = 0
     """Its units that tell what one more loop would bring, asked for after every loop; 0: a
     sixteenth of d_model, 8 at least."""
-    injection: Literal["decay", "bridge", "norm", "streams", "add", "none"] = "decay"
+    injection: InjectionKind = "decay"
     """How the prelude's output enters each loop; see `looptx_core.model.injection.Injection`."""
     retain: float = 0.88
     """decay: the share of the state that a loop keeps before any training, between 0 and 1; the
@@ -200,8 +201,9 @@ class ModelConfig:
             f"loops ({self.loops}) must not exceed max_loops ({self.max_loops})",
         )
         need(
-            self.injection in ("decay", "bridge", "norm", "streams", "add", "none"),
-            f"injection must be decay, bridge, norm, streams, add or none, not {self.injection!r}",
+            self.injection in get_args(InjectionKind),
+            f"injection must be one of {', '.join(get_args(InjectionKind))}, not "
+            f"{self.injection!r}",
         )
         need(
             self.qk_norm_over in ("head", "all"),

@@ -119,8 +119,10 @@ def gguf_stack(source: LoadedModel, loops: int | None) -> Stack:
     need(not config.has_memory, "place for a memory, which this model has")
     need(config.linear not in ("ternary", "packed"), "ternary weights of this model's kind",
          "take the one it was made from, and `dtype` int8 to make it small")  # fmt: skip
-    if config.injection == "bridge":
-        need(depth == 1, "bridge, by which this model enters later loops",
+    if config.injection in ("bridge", "half_steps"):
+        what = {"bridge": "bridge, by which this model enters later loops",
+                "half_steps": "half steps, by which this model has later loops"}  # fmt: skip
+        need(depth == 1, what[config.injection],
              "pass `loops` 1 for the first alone, or `to_onnx` for all")  # fmt: skip
     elif config.injection == "norm":
         need(not config.prelude_layers and (depth == 1 or not config.coda_layers),

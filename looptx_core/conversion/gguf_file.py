@@ -19,7 +19,7 @@ from gguf.gguf_reader import ReaderField, ReaderTensor
 from gguf.quants import dequantize
 from torch import Tensor
 
-from looptx_core.checkpoint.card import UNKNOWN
+from looptx_core.checkpoint.card import license_of
 from looptx_core.checkpoint.folder import LoadedModel, check_vocabulary
 from looptx_core.checkpoint.weights import check_finite, tensors_of
 from looptx_core.config.generation import ExitSettings
@@ -31,6 +31,7 @@ from looptx_core.conversion.gguf_names import (
     GEMMA,
     LOOPED,
     from_neighbours,
+    tensor_names,
     transformers_name,
     turned_part,
 )
@@ -47,6 +48,7 @@ from looptx_core.errors import DataError, UsageError
 from looptx_core.model.rope import rotary_frequencies
 from looptx_core.model.vocabulary import tie_head
 from looptx_core.model.weights import INIT_STD
+from looptx_core.words import counted
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 """The number types that are read."""
@@ -141,9 +143,15 @@ class GGUF:
         rope: dict[str, Any] = {"rope_type": "default"}
         if FREQUENCIES in self.stored:
             rope = self._llama3(get("rope.freq_base", 10_000.0, float), head_dim)
-        elif has("rope.scaling.type"):
-            rope = {"rope_type": self.values[f"{self.architecture}.rope.scaling.type"],
-                    "factor": get("rope.scaling.factor", 1.0, float)}  # fmt: skip
+        else:
+            older = has("rope.scale_linear") and not has("rope.scaling.factor")
+            factor = "rope.scale_linear" if older else "rope.scaling.factor"
+            usual = "linear" if has(factor) else "none"  # as for llama.cpp
+            kind = self.values.get(f"{self.architecture}.rope.scaling.type", usual)
+            if kind == "linear":
+                rope = {"rope_type": kind, "factor": get(factor, kind=float)}
+            elif kind != "none":
+                rope = {"rope_type": kind}  # and is refused
         if get("rope.dimension_count", head_dim) != head_dim:
             refuse("RoPE on a part of each head")
         if get("attention.value_length", head_dim) != head_dim:
@@ -159,7 +167,11 @@ class GGUF:
                 refuse(f"biases ({short(name)})")
         embedding = self.stored.get("token_embd.weight")
         if embedding is None or len(embedding.shape) != 2:
-            raise DataError(f"{self.file}: it has no token_embd.weight; {_COPY_AGAIN}")
+            lacks = "it has no token_embd.weight"
+            if embedding is not None:
+                axes = counted(len(embedding.shape), "axis", "axes")
+                lacks = f"its token_embd.weight has {axes}, not 2"
+            raise DataError(f"{self.file}: {lacks}; {_COPY_AGAIN}")
         found = {
             "model_type": "llama" if self.architecture == LOOPED else self.architecture,
             "vocab_size": int(embedding.shape[1]),
@@ -277,8 +289,8 @@ def from_gguf(gguf: GGUF, looping: Looping) -> LoadedModel:
                 f"{list(expected[ours].shape)}; {_COPY_AGAIN}"
             )
         names[ours] = name
-    missing = sorted(name for name in expected.keys() - names.keys() if expected[name].is_meta)
-    if missing:
+    every = tensor_names(config, config.effective_layers(1), config.tie_embeddings)
+    if missing := [name for name in every if name not in gguf.stored]:
         raise DataError(f"{file}: its tensors lack {some(missing)}; {_COPY_AGAIN}")
     weights = {ours: gguf.tensor(name) for ours, name in names.items()}
     model.load_state_dict(weights, strict=False, assign=True)
@@ -288,14 +300,15 @@ def from_gguf(gguf: GGUF, looping: Looping) -> LoadedModel:
     if config.injection == "norm":  # the file has one norm, and a table that was scaled
         model.injection.state_norm.weight.data.copy_(model.norm.weight)
         model.injection.gain.data.fill_(INIT_STD)
-    facts = {"from": f"{gguf.architecture} {file.name} ({', '.join(gguf.types)})"}
-    stated = gguf.values.get("general.license")
-    facts["license"] = stated if isinstance(stated, str) else UNKNOWN
+    facts = {
+        "from": f"{gguf.architecture} {file.name} ({', '.join(gguf.types)})",
+        "license": license_of(gguf.values.get("general.license")),
+    }
     return LoadedModel(
         model.eval(),
         config,
         tokenizer,
-        ExitSettings(min_loops=gguf.loops),  # its confidence head is not trained
+        ExitSettings(min_loops=config.loops),  # its confidence head is not trained
         facts,
         file,
         template,

@@ -81,7 +81,10 @@ class _Graph:
         state = self.stack(model.prelude, state)
         embedding = state
         for loop in range(1, self.loops + 1):
-            state = self.stack(model.core, self.inject(model.injection, state, embedding, loop))
+            made = self.stack(model.core, self.inject(model.injection, state, embedding, loop))
+            if model.injection.kind == "half_steps" and loop > 1:
+                made = self.mean(state, self.mean(self.mean(embedding, state), made))
+            state = made
         state = self.norm(self.stack(model.coda, state), model.norm)
         if self.shared_table:
             table = self.op("Transpose", self.weight(model.embedding.weight), perm=[1, 0])
@@ -167,6 +170,8 @@ class _Graph:
                 scale = injection.embedding_scale.detach()
                 return self.op("Mul", embedding, self.weight(injection.gain, value=scale))
             return self.norm(state, injection.state_norm)
+        if injection.kind == "half_steps":
+            return embedding if loop == 1 else self.mean(embedding, state)
         if injection.kind == "bridge":
             if loop == 1:
                 return embedding
@@ -179,6 +184,9 @@ class _Graph:
             state = self.op("Mul", state, self.weight(injection.decay, value=kept))
             embedding = self.op("Mul", embedding, self.weight(injection.gain))
         return self.op("Add", state, embedding)
+
+    def mean(self, a: str, b: str) -> str:
+        return self.op("Mul", self.op("Add", a, b), self.const(0.5))
 
     def block(self, x: str, block: Block) -> str:
         self.context = self.near if block.local else self.everywhere

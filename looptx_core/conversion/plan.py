@@ -78,7 +78,8 @@ def plan_conversion(
     does = [f"read {source.folder}: {was}, {counted(shape.max_loops, 'loop')} at most"]
     if config.core:
         span = f"{shape.prelude_layers} to {shape.prelude_layers + shape.core_layers - 1}"
-        does.append(f"loop its layers {span}")
+        halves = ", with a second loop in half steps" if config.injection == "half_steps" else ""
+        does.append(f"loop its layers {span}{halves}")
     if config.adapter:
         does.append(f"put the adapter {config.adapter} into its weights")
     time = None

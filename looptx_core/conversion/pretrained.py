@@ -2,7 +2,7 @@
 
 One loop is the source itself. Without a core to loop the model has one loop, its middle half in
 the core. With one, later loops enter the core through `model.injection: bridge`, which adds
-nothing until it is trained.
+nothing until it is trained; or there is a second one in `half_steps`, which needs no training.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from looptx_core.config.generation import ExitSettings
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.rope import ROPE_TYPES, RopeScaling
 from looptx_core.conversion import gemma3
+from looptx_core.conversion.gguf_names import GEMMA, tensor_names, transformers_name
 from looptx_core.documents import is_one_of, read_json, short
 from looptx_core.errors import DataError, UsageError
 from looptx_core.machine.facts import free_ram
@@ -66,6 +67,8 @@ _TYPES = {
     "sliding_window": int,
 }  # fmt: skip
 """Of settings that are read before the shape is checked as a whole."""
+_LOOPS = {"bridge": (1, 4), "half_steps": (2, 2)}
+"""By the injection of a core: the loops of a plain call, and the most."""
 _TOP = {
     "model.embed_tokens.weight": "embedding.weight",
     "model.norm.weight": "norm.weight",
@@ -76,10 +79,19 @@ _TOP = {
 @dataclass(frozen=True)
 class Looping:
     """Which layers are looped. core: 'A:B' for layers A to B-1, counted from 0; 'auto' for those
-    from 0.4 to 0.6 of the depth; None for one loop. max_loops: for a core."""
+    from 0.4 to 0.6 of the depth; None for one loop. max_loops, injection: for a core."""
 
     core: str | None = None
-    max_loops: int = 4
+    max_loops: int | None = None
+    injection: Literal["bridge", "half_steps"] = "bridge"
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The keys of the model's shape that say how its layers are looped."""
+        if self.core is None:
+            return {"loops": 1, "max_loops": 1, "injection": "none"}
+        loops, most = _LOOPS[self.injection]
+        return {"loops": loops, "max_loops": self.max_loops or most, "injection": self.injection}
 
     def span(self, layers: int) -> tuple[int, int]:
         """The first layer of the core, and the one after its last.
@@ -135,7 +147,6 @@ def looped_shape(settings: Mapping[str, Any], where: str, looping: Looping) -> M
     try:
         layers, heads = settings["num_hidden_layers"], settings["num_attention_heads"]
         first, end = looping.span(layers)
-        most = 1 if looping.core is None else looping.max_loops
         shape = {
             "vocab_size": settings["vocab_size"],
             "d_model": settings["hidden_size"],
@@ -146,9 +157,7 @@ def looped_shape(settings: Mapping[str, Any], where: str, looping: Looping) -> M
             "prelude_layers": first,
             "core_layers": end - first,
             "coda_layers": layers - end,
-            "loops": 1,
-            "max_loops": most,
-            "injection": "none" if looping.core is None else "bridge",
+            **looping.shape,
             "qk_norm": kind in ("qwen3", "olmo2", gemma3.KIND),
             "qk_norm_over": "all" if kind == "olmo2" else "head",
             "norm_position": {"olmo2": "after", gemma3.KIND: "both"}.get(kind, "before"),
@@ -205,6 +214,13 @@ def looped_names(config: ModelConfig, loops: int = 1) -> Callable[[str], str | N
     return rename
 
 
+def plain_names(config: ModelConfig) -> list[str]:
+    """transformers' names of the tensors of a plain model."""
+    kind = {"after": "olmo2", "both": GEMMA}.get(config.norm_position, "llama")
+    names = tensor_names(config, config.effective_layers(1), config.tie_embeddings)
+    return [transformers_name(kind, name) for name in names]
+
+
 def empty_model(config: ModelConfig) -> LoopedTransformer:
     """The model without weights, but for what no source has: the confidence head and the bridge,
     at their beginnings."""
@@ -235,7 +251,9 @@ def from_folder(folder: Path, settings: Mapping[str, Any], looping: Looping) -> 
         refuse_pickle(file)
     check_fits(sum(total_elements(read_header(file)) for file in files), folder)
     model = empty_model(config)
-    load_weights(model, folder, rename=looped_names(config))
+    rename = looped_names(config)
+    called = {ours: name for name in plain_names(config) if (ours := rename(name))}
+    load_weights(model, folder, rename=rename, called=called)
     if settings["model_type"] == gemma3.KIND:
         gemma3.fold(model, settings)
     for part in (model.confidence, model.injection):
@@ -245,7 +263,7 @@ def from_folder(folder: Path, settings: Mapping[str, Any], looping: Looping) -> 
         model.eval(),
         config,
         tokenizer,
-        ExitSettings(),
+        ExitSettings(min_loops=config.loops),  # its confidence head is not trained
         {
             "from": f"{settings['model_type']} {folder.resolve().name}",
             "license": stated_license(folder),

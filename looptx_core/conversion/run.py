@@ -34,7 +34,7 @@ from looptx_core.conversion.source import (
     evaluation_data,
     read_source,
 )
-from looptx_core.conversion.source_check import Span
+from looptx_core.conversion.source_check import HalfSteps, Span, with_half_steps
 from looptx_core.conversion.ternary import (
     WarmUp,
     bits_per_weight,
@@ -88,8 +88,13 @@ class ConvertResult:
     """The depth of a graph or a GGUF file, where the losses are at this depth alone."""
     core: str | None = None
     """The layers that are looped, as A:B; None where no choice was asked for."""
+    injection: str | None = None
+    """What later loops of these are, see `ConvertConfig`."""
     spans: list[Span] = field(default_factory=list)
     """What a second loop of other layers would cost, where `core` is auto."""
+    half_steps: HalfSteps | None = None
+    """What half steps of these layers cost or bring on the data of the losses, as source and
+    untrained; None without a core."""
 
     @property
     def rise(self) -> float:
@@ -108,7 +113,9 @@ class ConvertResult:
             "logit_difference": self.logit_difference,
             "loops": self.loops,
             "core": self.core,
+            "injection": self.injection,
             "spans": [span.to_dict() for span in self.spans],
+            "half_steps": self.half_steps and self.half_steps._asdict(),
         }
 
 
@@ -161,12 +168,15 @@ def convert(
     held_out = evaluation_data(
         config, source, trains, report, rows=PLAIN_BATCH if judged else BATCH
     )
-    # Later loops of a plain model are its first until they are trained.
-    loops = 1 if judged else model.config.max_loops
+    # Later loops of a plain model are its first, or half steps, until they are trained.
+    loops = model.config.loops if judged else model.config.max_loops
     batches = held_out.batches
     # Text that a model was not trained on tells nothing of when it may stop.
     suits = held_out.own or bool(config.data)
-    before = evaluate_all(model, batches.val_dataloader(), loops)
+    if judged and config.core:
+        before, checked["half_steps"] = with_half_steps(model, batches.val_dataloader())
+    else:
+        before = evaluate_all(model, batches.val_dataloader(), loops)
     bytes_before = folder_bytes(source.folder)
 
     after, exit_settings, steps = before, source.exit, 0
@@ -189,9 +199,9 @@ def convert(
 
     facts = dict(source.facts) if after is before else unmeasured(source.facts)
     if suits:
-        facts["loss_by_loop"] = [round(x, 4) for x in after.loss_by_loop]
+        facts["loss_by_loop"] = [round(x, 4) for x in after.loss_by_loop[:loops]]
         if after is not before:
-            facts["loss_by_loop_before"] = [round(x, 4) for x in before.loss_by_loop]
+            facts["loss_by_loop_before"] = [round(x, 4) for x in before.loss_by_loop[:loops]]
     if config.to_bitnet:
         done = {"data": [held_out.name], "steps": steps, "seed": config.seed} if steps else {}
         losses = {key: facts[key] for key in facts if key.startswith("loss_by_loop")}
@@ -227,8 +237,8 @@ def convert(
         bits_per_weight=bits_per_weight(model),
         memory_before=memory_before,
         memory_after=memory_after,
-        loss_by_loop_before=before.loss_by_loop,
-        loss_by_loop=after.loss_by_loop,
+        loss_by_loop_before=before.loss_by_loop[:loops],
+        loss_by_loop=after.loss_by_loop[:loops],
         seconds=time.monotonic() - started,
         steps=steps,
         judged_by=held_out.name,

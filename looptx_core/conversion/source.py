@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from looptx_core.conversion.source_check import (
     second_loop_costs,
     transformers_or_none,
 )
+from looptx_core.data.chat import ChatTemplate
+from looptx_core.data.corpus import bundled_text
 from looptx_core.data.datamodule import Batches
 from looptx_core.data.own import OwnData, given_data, open_data, own_data
 from looptx_core.data.sample import sample_text
@@ -38,17 +40,21 @@ def read_source(
 ) -> tuple[LoadedModel, list[Path | None], Callable[[], nn.Module] | None]:
     """The model, the folders that it was read from, and what opens it in transformers where it was
     a plain one."""
-    looping = Looping(config.core, config.max_loops or Looping.max_loops)
+    looping = Looping(config.core, config.max_loops, config.injection or "bridge")
     if config.from_hf:
         folder = local_folder(config.from_hf)
-        loaded = from_huggingface(folder, looping)
+        loaded = _with_readable_template(from_huggingface(folder, looping), report)
         return loaded, [], partial(open_plain, folder) if is_plain(folder) else None
     if config.from_gguf:
         require_gguf("from_gguf")
         from looptx_core.conversion.gguf_file import GGUF, from_gguf
 
         file = GGUF(Path(config.from_gguf))
-        return from_gguf(file, looping), [], file.in_transformers if file.loops == 1 else None
+        loaded = from_gguf(file, looping)
+        if loaded.chat_template is None and file.values.get("tokenizer.chat_template") is not None:
+            report("warning: the chat template is left out, as it is no text; chats do not work")
+        loaded = _with_readable_template(loaded, report)
+        return loaded, [], file.in_transformers if file.loops == 1 else None
     if config.adapter:
         from looptx_core.finetuning.merge import merge  # brings PEFT
 
@@ -56,13 +62,26 @@ def read_source(
         assert found.adapter is not None
         report(f"model: {found.folder}, with the adapter {found.adapter}")
         return merge(found.folder, found.adapter), [found.folder, found.adapter], None
-    found = resolve_model(
-        config.model, need=frozenset({"weights"}),
-        check=lambda folder: check_kinds(config, load_empty(folder)),
-    )  # fmt: skip
+
+    def check(folder: Path) -> None:
+        source = load_empty(folder)
+        # A depth that it has not is an error of its own, and no reason to take another model.
+        loops = config.loops and min(config.loops, source.config.max_loops)
+        check_kinds(replace(config, loops=loops), source)
+
+    found = resolve_model(config.model, need=frozenset({"weights"}), check=check)
     if config.model is None:
         report(f"model: {found.folder}, {found.reason}")
     return load_model(found.folder), [found.folder], None
+
+
+def _with_readable_template(loaded: LoadedModel, report: Callable[[str], object]) -> LoadedModel:
+    """Without a chat template that has a fault, which is said now and not at the first chat."""
+    template = ChatTemplate.of_others(loaded.chat_template, {})
+    if template is None or (flaw := template.flaw()) is None:
+        return loaded
+    report(f"warning: the chat template is left out, as it has a fault ({flaw}); chats do not work")
+    return replace(loaded, chat_template=None)
 
 
 def check_kinds(config: ConvertConfig, source: LoadedModel) -> None:
@@ -104,6 +123,7 @@ def compare_with_source(
     if config.core:
         first = model.config.prelude_layers
         found["core"] = f"{first}:{first + model.config.core_layers}"
+        found["injection"] = model.config.injection
     if config.core == "auto":
         found["spans"] = second_loop_costs(model, tokens)
     return found
@@ -145,7 +165,9 @@ def evaluation_data(
         )
     mine = not lack and data is not None and own is not None and data.same_inputs(own)
     if lack or data is None:
-        data, name = OwnData("text"), "the bundled text, which is not this model's own"
+        # Without the lines for tasks that are mixed into it for models of ours.
+        data = OwnData("text", (str(bundled_text()),))
+        name = "the bundled text, which is not this model's own"
     else:
         name = data.name if config.data else f"the model's own data, {data.name}"
     report(f"data: {name}")

@@ -1,9 +1,11 @@
-"""Whether one loop of a converted model is its source, and what a second loop would cost."""
+"""Whether one loop of a converted model is its source, and what a second one costs untrained."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 
 from looptx_core.conversion.pretrained import Looping
 from looptx_core.errors import DataError, LooptxError
+from looptx_core.model.injection import Injection
 from looptx_core.model.loop import LoopedTransformer
+from looptx_core.training.evaluate import LoopEvaluation, evaluate_all
 
 MOST_DIFFERENCE = 1e-4
 """Of logits, relative to the largest. States of a norm of 24,800 are usual, so that an absolute
@@ -34,6 +38,19 @@ class Span(NamedTuple):
 
     def to_dict(self) -> dict[str, object]:
         return {"core": self.name, "second_loop_cost": self.cost}
+
+
+class HalfSteps(NamedTuple):
+    """By what half steps of the core, untrained, change the loss; nats a token."""
+
+    cost: float
+    error: float
+    """Standard error of the cost."""
+
+    @property
+    def pay(self) -> bool:
+        """Whether they lower the loss by more than the error."""
+        return self.cost < -self.error
 
 
 @torch.no_grad()
@@ -90,6 +107,27 @@ def second_loop_costs(model: LoopedTransformer, tokens: Tensor) -> list[Span]:
     spans = {Looping("auto").span(count)} if count > 1 else set()
     spans |= {(round(a * count), round(b * count)) for a, b in shares}
     return [Span(*span, again(*span) - plain) for span in sorted(spans) if span[0] < span[1]]
+
+
+@contextmanager
+def half_steps(model: LoopedTransformer) -> Iterator[None]:
+    """Later loops of the model take its core in half steps meanwhile."""
+    kept = model.injection
+    model.injection = Injection(replace(model.config, injection="half_steps"))
+    try:
+        yield
+    finally:
+        model.injection = kept
+
+
+def with_half_steps(
+    model: LoopedTransformer, batches: Iterable[Mapping[str, Tensor]]
+) -> tuple[LoopEvaluation, HalfSteps]:
+    """The model with a second loop in half steps: losses of both loops, and what they cost."""
+    with half_steps(model):
+        found = evaluate_all(model, batches, 2)
+    more = (found.token_loss[1] - found.token_loss[0]).double()
+    return found, HalfSteps(more.mean().item(), more.std().item() / math.sqrt(len(more)))
 
 
 def transformers_or_none(open_source: Callable[[], nn.Module]) -> nn.Module | None:

@@ -52,6 +52,15 @@ class ChatTemplate:
         """A stored template; None for ours, and where there is none."""
         return None if text in (None, TEMPLATE) else cls(str(text), names)
 
+    def flaw(self) -> str | None:
+        """Why it can't be read, in a few words; None where it can."""
+        from jinja2 import TemplateError
+
+        try:
+            return None if self._compiled else "it is empty"
+        except TemplateError as error:
+            return _first_line(error)
+
     def prompt(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:
         """The ids that a model continues with the next answer.
 
@@ -134,9 +143,9 @@ class ChatTemplate:
                 messages=list(messages), add_generation_prompt=asks, **self.names
             )
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(
-                f"the model's chat template fails ({reason}); copy the model again, or use generate"
+                f"the model's chat template fails ({_first_line(error)}); copy the model again, or "
+                "use generate"
             ) from error
 
     def _encode(self, text: str, tokenizer: Tokenizer) -> Encoding:
@@ -145,6 +154,10 @@ class ChatTemplate:
             return tokenizer.encode(text, add_special_tokens=False)
         finally:
             tokenizer.encode_special_tokens = True
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @lru_cache(maxsize=1)

@@ -5,14 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from looptx_core.config.finetune import FinetuneConfig
 from looptx_core.finetuning.run import Prepared
 from looptx_core.machine.facts import this_machine
+from looptx_core.model.loop import LoopedTransformer
 from looptx_core.parallel.memory import (
+    Activations,
     MemoryEstimate,
     ParallelLayout,
     count_activations,
     rank_need,
 )
+from looptx_core.training.frozen import cast_bytes
 from looptx_core.training.step_time import TimeEstimate, estimate_time
 from looptx_core.training.trial import time_steps
 
@@ -73,13 +79,24 @@ def _need(prepared: Prepared) -> MemoryEstimate:
     if not config.adapts:
         layout = ParallelLayout.of(config)
         return rank_need(shape, config, layout, rows, bf16, heap=not machine.gpu_memory)
-    trained = sum(p.numel() for p in prepared.base.model.parameters() if p.requires_grad)
+    model = prepared.base.model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    cast = cast_bytes(model, torch.bfloat16) if bf16 and config.sharding == "none" else 0
     return MemoryEstimate(
-        weights=prepared.base_bytes + 4 * prepared.trainable,
+        weights=prepared.base_bytes + cast + 4 * prepared.trainable,
         masters=0,
         moments=8 * trained,
         gradients=4 * trained,
         buffers=0,
-        activations=count_activations(shape, config, rows, bf16).total,
+        activations=_kept(model, config, count_activations(shape, config, rows, bf16)),
         overlap=0,
     )
+
+
+def _kept(model: LoopedTransformer, config: FinetuneConfig, all_of_it: Activations) -> int:
+    """Bytes of the activations: nothing is kept up to the first part that is trained."""
+    before = (model.embedding, *model.encoders().values(), model.prelude)
+    if any(p.requires_grad for part in before for p in part.parameters()):
+        return all_of_it.total
+    untrained = all_of_it.loops[0] if config.lora_layers == "later" else 0
+    return all_of_it.total - all_of_it.prelude - untrained

@@ -24,6 +24,7 @@ from looptx_core.config.generation import ExitSettings, GenerationOptions
 from looptx_core.data.chat import ChatTemplate
 from looptx_core.data.tokenizer import check_ids, end_id, opening_ids, vocabulary_size
 from looptx_core.errors import UsageError
+from looptx_core.generation.cache_room import fitting_cache
 from looptx_core.generation.encoding import PromptEncoder
 from looptx_core.generation.guidance import Unprompted
 from looptx_core.generation.prompts import check_placeholders
@@ -254,7 +255,7 @@ class Engine:
                     return spare
             # Rounded up, so that the next request is likely to fit.
             capacity = -(-needed // _CAPACITY_STEP) * _CAPACITY_STEP
-        return self.model.new_cache(rows, capacity, loops, settings.kv_policy, settings.kv_type)
+        return fitting_cache(self.model, rows, capacity, loops, settings)
 
     def compute_saved(self, generation: Generation) -> float:
         """The share of FLOPs that early exits saved, compared with `max_loops` for every token.

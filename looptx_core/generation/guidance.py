@@ -16,6 +16,7 @@ from torch import Tensor
 from looptx_core.backends.base import Backend
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.errors import UsageError
+from looptx_core.generation.cache_room import fitting_cache
 from looptx_core.generation.running_batch import RunningBatch
 from looptx_core.model.cache import LoopCache
 from looptx_core.stopping.rule import Exit
@@ -58,8 +59,7 @@ class Unprompted:
         room = len(prompt) + options.max_new_tokens
         loops = max(exit.max_loops, prompt_exit.max_loops)
         # Of two rows, one of them idle: the graphs of a single row stay with the prompt's cache.
-        settings = exit.settings
-        cache = backend.model.new_cache(2, room, loops, settings.kv_policy, settings.kv_type)
+        cache = fitting_cache(backend.model, 2, room, loops, exit.settings)
         return cls(backend, cache, prompt, exit, prompt_exit)
 
     def logits(self, written: Sequence[int]) -> Tensor:

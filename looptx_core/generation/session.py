@@ -9,6 +9,7 @@ import torch
 
 from looptx_core.config.generation import GenerationOptions
 from looptx_core.errors import UsageError
+from looptx_core.generation.cache_room import fitting_cache
 from looptx_core.generation.engine import Engine, evaluation_mode
 from looptx_core.generation.request import Generation, Step, next_tokens
 from looptx_core.generation.running_batch import RunningBatch, StepOutput
@@ -21,8 +22,8 @@ class Session:
     columns: the tokens that it can hold. options: of the depth at which it reads; those of an
     answer may differ in all but `kv_policy` and `kv_type`, and go no deeper.
 
-    Raises `UsageError` for settings out of range, and for a model whose layers can't take back what
-    they remember.
+    Raises `UsageError` for settings out of range, more columns and loops than the memory holds, and
+    a model whose layers can't take back what they remember.
     """
 
     def __init__(self, engine: Engine, columns: int, options: GenerationOptions) -> None:
@@ -32,10 +33,8 @@ class Session:
         request = engine.request(0, [engine.end], options)
         self.loops = request.prompt_exit.max_loops
         settings = request.exit.settings
-        self.cache = engine.model.new_cache(
-            1, columns, max(self.loops, request.exit.max_loops), settings.kv_policy,
-            settings.kv_type,
-        )  # fmt: skip
+        loops = max(self.loops, request.exit.max_loops)
+        self.cache = fitting_cache(engine.model, 1, columns, loops, settings)
         if not self.cache.can_roll_back:
             raise UsageError(
                 "this model's layers can't take back what they remember, so no answer can be "

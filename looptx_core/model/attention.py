@@ -263,8 +263,11 @@ class Recording:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | VarlenBatch | None
     ) -> Tensor:
-        self.weights.append(attention_weights(q, k, mask))
-        return _weighed(self.weights[-1], v)
+        weights = attention_weights(q, k, mask)
+        if torch.is_grad_enabled() and not weights.requires_grad:  # the layers before are frozen
+            weights.requires_grad_()
+        self.weights.append(weights)
+        return _weighed(weights, v)
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,8 @@ inline void activate(bool silu, float x, float& y, float& slope) {
     } else {
         float phi, density;
         normal(x, phi, density);
-        y = x * phi, slope = phi + x * density;
+        // Beyond 14 the density is nothing, but its exponential is not below e^-87.
+        y = x * phi, slope = phi + std::min(std::max(x, -14.f), 14.f) * density;
     }
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,10 @@ class Injection(nn.Module):
     - `norm`: g * embedding with g per channel in the first loop, and norm(state) in later ones, as
       in Nanbeige's looped stacks, which llama.cpp runs. The prelude's output does not come again.
       g starts at 1 / `INIT_STD`, so that new embeddings enter at the size of a normed state.
+    - `half_steps`: the embedding in the first loop; a later one reads the mean x of embedding and
+      state, takes half a step from there, y = (x + core(x)) / 2, and the next state is the mean of
+      y and the last one (arXiv 2605.23872 with two steps). There is nothing to train: the second
+      loop stays near the first, whatever the core is.
     - `add`: norm(state) + norm(embedding), for ablations.
     - `streams`: hyper-connections between loops (Hyperloop, arXiv 2604.21254). The state is n
       streams side by side, (batch, length, n * d_model), which all begin as the prelude's output.
@@ -52,7 +57,7 @@ class Injection(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.kind = config.injection
-        if self.kind == "none":
+        if self.kind in ("none", "half_steps"):
             return
         self.state_norm = RMSNorm(config.d_model, config.norm_eps)
         if self.kind == "streams":
@@ -80,11 +85,12 @@ class Injection(nn.Module):
         if self.kind == "streams":
             shares = self.read(state)[..., None, :]
             return self.state_norm((shares @ self._apart(state)).squeeze(-2))
-        if self.kind in ("bridge", "norm"):
-            if isinstance(loop, int):
-                return (self._later if loop > 1 else self._first)(state, embedding)
-            later = (loop > 1).view(-1, 1, 1)
-            return torch.where(later, self._later(state, embedding), self._first(state, embedding))
+        if self.kind in ("bridge", "norm", "half_steps"):
+            return _by_loop(
+                loop,
+                lambda: self._first(state, embedding),
+                lambda: self._later(state, embedding),
+            )
         state, embedding = self.state_norm(state), self.embedding_norm(embedding)
         if self.kind == "add":
             return state + embedding
@@ -96,8 +102,15 @@ class Injection(nn.Module):
             return state
         return state.repeat(1, 1, self.streams)
 
-    def after(self, state: Tensor, output: Tensor) -> Tensor:
-        """The next state. state: before the loop. output: the core's, (batch, length, d_model)."""
+    def after(self, state: Tensor, embedding: Tensor, output: Tensor, loop: int | Tensor) -> Tensor:
+        """The next state. state: before the loop. output: the core's, (batch, length, d_model).
+        embedding, loop: as in `forward`."""
+        if self.kind == "half_steps":
+            return _by_loop(
+                loop,
+                lambda: output,
+                lambda: _mean(state, _mean(self._later(state, embedding), output)),
+            )
         if self.kind != "streams":
             return output
         kept, taken = self.write(state)[..., None].chunk(2, -2)
@@ -129,11 +142,26 @@ class Injection(nn.Module):
 
     def _later(self, state: Tensor, embedding: Tensor) -> Tensor:
         """What the core reads from the second loop on."""
+        if self.kind == "half_steps":
+            return _mean(embedding, state)
         state = self.state_norm(state)
         return state if self.kind == "norm" else embedding + self.bridge(state)
 
     def _apart(self, state: Tensor) -> Tensor:
         return state.unflatten(-1, (self.streams, -1))
+
+
+def _by_loop(
+    loop: int | Tensor, first: Callable[[], Tensor], later: Callable[[], Tensor]
+) -> Tensor:
+    """What the first loop has, or a later one; each row's own where `loop` is (batch,)."""
+    if isinstance(loop, int):
+        return later() if loop > 1 else first()
+    return torch.where((loop > 1).view(-1, 1, 1), later(), first())
+
+
+def _mean(a: Tensor, b: Tensor) -> Tensor:
+    return (a + b) / 2
 
 
 def read_out(state: Tensor, width: int) -> Tensor:

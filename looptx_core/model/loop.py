@@ -209,7 +209,7 @@ class LoopedTransformer(nn.Module):
         x, view = self.injection(state, embedding, loop), ctx.segment or ctx.view
         for layer, block in enumerate(self.core):
             x = block(x, ctx, view and view.core(layer, loop))
-        return self.injection.after(state, x)
+        return self.injection.after(state, embedding, x, loop)
 
     def iterate(
         self,

@@ -27,7 +27,8 @@ class Score(NamedTuple):
 def score(logits: Tensor, targets: Tensor) -> Score:
     """Score logits, (tokens, vocab_size), in float32 by their targets, (tokens,) ids."""
     if can_use_fused(logits, operation="loss"):
-        return Score(*cross_entropy(logits, targets))
+        loss, hit, top = cross_entropy(logits, targets)
+        return Score(loss.where(targets != _NONE, 0.0), hit, top)
     logits, counts = logits.float(), targets != _NONE
     known = targets.where(counts, 0)
     losses = F.cross_entropy(logits, known, reduction="none")

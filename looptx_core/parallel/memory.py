@@ -198,7 +198,7 @@ def count_activations(
     if model.has_memory:  # queries without RoPE, the read, its mixture; keys once a block that sees
         blocks = model.memory_window // model.memory_block
         looped += 6 * queries + 2 * keys * blocks + min(length, model.memory_window) - mask
-    injected = {"none": 0, "streams": 4 * width + 2 * model.state_width}
+    injected = {"none": 0, "half_steps": 0, "streams": 4 * width + 2 * model.state_width}
     loop = model.core_layers * looped + injected.get(model.injection, 8 * width)
     by_loop = deepest_rows(model, config, rows)
     readouts = {

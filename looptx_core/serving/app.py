@@ -34,6 +34,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(
     (400, 401, 403, 404, 408, 409, 413, 429, 500, 503), _ERROR
 )
 
+_TYPES = {"str", "int", "float", "bool"}
+"""What pydantic calls a field's types."""
+
 _FIGURES: dict[int | str, dict[str, Any]] = {
     200: {"description": "In Prometheus' format.", "content": {"text/plain": {}}}
 }
@@ -351,7 +354,12 @@ async def _invalid(request: Request, error: Exception) -> Response:
     reason = str(first["msg"]).removeprefix("Value error, ")
     if kind == "extra_forbidden":
         reason = "is not a field that is known here; leave it out"
-    name = ".".join(part for part in place if part.isascii() and len(part) < 40)
+    # Of a field with several types pydantic names the type that it tried, and complains of the first.
+    inner = [part for part in place[1:] if part.isdigit() or part.isidentifier()]
+    inner = [part for part in inner if part not in _TYPES]
+    if len(inner) < len(place) - 1 and kind.endswith("_type"):
+        reason = "is of a type that it can't have"
+    name = ".".join(part for part in (place[0], *inner) if part.isascii() and len(part) < 40)
     return ApiError(400, f"{name}: {reason}", param[:80] if param else None).response()
 
 
@@ -360,6 +368,8 @@ async def _refused(request: Request, error: Exception) -> Response:
     if isinstance(error, ApiError):
         return error.response()
     headers = dict(error.headers or {})
+    if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not read the body
+        return ApiError(400, "the body is not JSON in UTF-8, or nests too deeply").response()
     return ApiError(error.status_code, str(error.detail), headers=headers).response()
 
 

@@ -10,9 +10,9 @@ from typing import TypeVar
 from looptx_core.config.model import ModelConfig
 from looptx_core.config.serving import ServeConfig
 from looptx_core.errors import UsageError
+from looptx_core.generation.cache_room import cache_bytes, free_memory
 from looptx_core.generation.engine import Engine
 from looptx_core.generation.request import Step
-from looptx_core.machine.facts import free_ram
 from looptx_core.serving import errors
 from looptx_core.serving.metrics import Metrics
 from looptx_core.serving.reader import PromptReader
@@ -231,25 +231,16 @@ def _context(config: ServeConfig, model: ModelConfig) -> int:
 
 def _check_cache(engine: Engine, rows: int, context: int) -> int:
     """The bytes of the cache."""
-    own, model = engine.exit_settings, engine.model
-    one = model.new_cache(1, 1, model.config.max_loops, own.kv_policy, own.kv_type)
-    # A memory has one size, a cache of keys and values grows by the token.
-    each = one.nbytes + (context - 1) * one.bytes_per_token
-    free = _free_memory(engine)
+    model = engine.model
+    each = cache_bytes(model, 1, context, model.config.max_loops, engine.exit_settings)
+    free = free_memory(engine.backend.device)
     if rows * each > _SPARE * free:
         fits = int(_SPARE * free / each)
         way = f"at most {fits} fit"
         if not fits:
-            way = "give a smaller `max_context`" if one.bytes_per_token else "free some memory"
+            way = "free some memory" if model.config.has_memory else "give a smaller `max_context`"
         raise UsageError(
             f"`max_batch` {rows} with a context of {context} needs {rows * each / 2**30:.1f} GiB "
             f"for its cache, and {free / 2**30:.1f} GiB are free; {way}"
         )
     return rows * each
-
-
-def _free_memory(engine: Engine) -> int:
-    import torch
-
-    device = engine.backend.device
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_ram()

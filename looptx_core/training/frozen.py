@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -15,9 +17,24 @@ def cast_frozen(model: LoopedTransformer, kind: torch.dtype) -> LoopedTransforme
     weights. Outside of autocast the model is not meant to run. An embedding stays as it is; a head
     that is tied to it gets a matrix of its own.
     """
-    for module in model.modules():
-        if type(module) is not nn.Linear or module.weight.requires_grad:
-            continue
+    for module in _frozen_linears(model):
         if module.weight.dtype != kind:
             module.weight = nn.Parameter(module.weight.to(kind), requires_grad=False)
     return model
+
+
+def cast_bytes(model: LoopedTransformer, kind: torch.dtype) -> int:
+    """Bytes that `cast_frozen` adds to the weights; negative where they become fewer."""
+    table = model.embedding.weight
+    return sum(
+        layer.weight.numel()
+        * (kind.itemsize - (0 if layer.weight is table else layer.weight.element_size()))
+        for layer in _frozen_linears(model)
+        if layer.weight.dtype != kind
+    )
+
+
+def _frozen_linears(model: LoopedTransformer) -> Iterator[nn.Linear]:
+    for module in model.modules():
+        if type(module) is nn.Linear and not module.weight.requires_grad:
+            yield module

@@ -210,7 +210,9 @@ def fit(
 
     Returns the module and the number of steps done. The module's model is `model` itself, unless
     FSDP sharded it. It is in evaluation mode on the CPU, complete in the run's first process, and
-    its configuration's `loops` is the deepest depth that was trained.
+    its configuration's `loops` is the deepest depth that was trained. After a run in bf16 without
+    sharding the matrices of its frozen linear layers are bf16: they are to be taken from where the
+    model was loaded.
 
     Args:
         advice: how to resume after a stop, for messages.

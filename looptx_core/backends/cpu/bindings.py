@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from looptx_core.backends.cpu.rounding import all_blocks, block_layers
 from looptx_core.backends.cpu.structs import (
     BFLOAT,
+    BFLOAT_TILES,
     BRIDGE,
     BY_CHANNEL,
     BYTES,
     DELTA,
     FLOAT,
+    HALF_STEPS,
     INFINI,
     INFINI_DELTA,
     NO_INJECTION,
@@ -46,7 +48,9 @@ from looptx_core.model.norm import RMSNorm
 from looptx_core.model.rope import rotary_frequencies
 
 _MEMORIES = {"none": NO_MEMORY, "infini": INFINI, "delta": DELTA}
-_INJECTIONS = {"none": NO_INJECTION, "bridge": BRIDGE, "norm": NORM}
+_INJECTIONS = {
+    "none": NO_INJECTION, "bridge": BRIDGE, "half_steps": HALF_STEPS, "norm": NORM,
+}  # fmt: skip
 _KNOWN = {nn.Linear, TernaryLinear, Int8Linear}
 
 
@@ -93,6 +97,8 @@ class KernelModel:
         self._library = load_kernel()
         self._kept: list[Any] = []  # what the kernel points to
         self._kind = PRECISIONS[precision]
+        if self._kind == BFLOAT and self._library.looptx_has_tiles():
+            self._kind = BFLOAT_TILES
         self.config = model.config
         description = self._describe(model)
         handle = self._library.looptx_new(ctypes.byref(description), threads or _threads())
@@ -203,7 +209,7 @@ class KernelModel:
                 "state_norm": self._vector(injection.state_norm.weight),
                 "embedding_scale": self._vector(injection.embedding_scale),
             }
-        elif injection.kind != "none":
+        elif injection.kind not in ("none", "half_steps"):
             ones = torch.ones(config.d_model)
             decays = injection.kind == "decay"
             parts |= {
@@ -288,6 +294,8 @@ class KernelModel:
         scales = None
         if kind == BFLOAT:
             weight = weight.bfloat16()
+        elif kind == BFLOAT_TILES:
+            weight = _in_tiles(weight.bfloat16())
         elif kind == BYTES:
             values, scale = int8_by_row(weight)
             weight, scales = _in_fours(values.to(torch.int8)), self._vector(scale)
@@ -311,6 +319,14 @@ def _in_fours(values: Tensor) -> Tensor:
     """(rows, bytes), with rows of 0 up to a multiple of four."""
     missing = -len(values) % 4
     return nn.functional.pad(values, (0, 0, 0, missing)) if missing else values
+
+
+def _in_tiles(weight: Tensor) -> Tensor:
+    """(rows, width) as the tiles of amx.h, filled up with zeros to multiples of 32."""
+    rows, width = weight.shape
+    full = nn.functional.pad(weight, (0, -width % 32, 0, -rows % 32))
+    halves = full.view(-(-rows // 32), 2, 16, -(-width // 32), 2, 16)
+    return halves.permute(0, 3, 1, 5, 2, 4)  # 32 rows, step, half of the rows, pair, row, which
 
 
 def _threads() -> int:

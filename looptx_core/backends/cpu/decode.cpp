@@ -11,9 +11,9 @@
 
 extern "C" {
 
-constexpr int32_t LOOPTX_ABI_VERSION = 5;  // structs.py has it too
+constexpr int32_t LOOPTX_ABI_VERSION = 6;  // structs.py has it too
 
-enum Injection : int32_t { NONE, BY_CHANNEL, BRIDGE, NORM };
+enum Injection : int32_t { NONE, BY_CHANNEL, BRIDGE, NORM, HALF_STEPS };
 enum MemoryKind : int32_t { NO_MEMORY, INFINI, INFINI_DELTA, DELTA };
 
 struct Block {
@@ -167,7 +167,7 @@ struct Runner {
 
     // to[n] += m * input[n]
     void add(const Matrix& m, float* to) {
-        pool.each(m.rows, 4, [&](int begin, int end) {
+        pool.each(m.rows, unit_of(m), [&](int begin, int end) {
             const int count = input.count;
             thread_local std::vector<float> sums;
             sums.resize((size_t)count * m.rows);
@@ -250,7 +250,7 @@ struct Runner {
     template <int N> void project(const Matrix* const (&parts)[N], float* out, int stride) {
         int all = 0;
         for (const Matrix* part : parts) all += part->rows;
-        pool.each(all, 4, [&](int begin, int end) {
+        pool.each(all, unit_of(*parts[0]), [&](int begin, int end) {
             int first = 0;
             for (const Matrix* part : parts) {
                 const int from = std::max(begin - first, 0), to = std::min(end - first, part->rows);
@@ -313,7 +313,7 @@ struct Runner {
         enter(attended.data(), b.o_norm, n, q, b.o.kind);
         add(b.o, at);
         enter(at, b.mlp_norm, n, m.d_model, b.gate.kind);
-        pool.each(m.d_ff, 4, [&](int begin, int end) {
+        pool.each(m.d_ff, unit_of(b.gate), [&](int begin, int end) {
             float* up = hidden.data() + (int64_t)n * m.d_ff;
             product(b.gate, begin, end, input, hidden.data(), m.d_ff);
             product(b.up, begin, end, input, up, m.d_ff);
@@ -588,6 +588,12 @@ struct Runner {
                 for (int i = 0; i < m.d_model; ++i) own[i] = first[i] * m.embedding_scale[i];
             }
         }
+        for (int r = 0; m.injection == HALF_STEPS && r < count; ++r) {
+            float* own = at + (int64_t)r * m.d_model;
+            const float* first = words + (int64_t)r * m.d_model;
+            const bool later = loop[r] + more > 1;
+            for (int i = 0; i < m.d_model; ++i) own[i] = later ? (first[i] + own[i]) / 2 : first[i];
+        }
         for (int r = 0; m.injection == BY_CHANNEL && r < count; ++r) {
             float* own = at + (int64_t)r * m.d_model;
             float* mixed = normed.data();
@@ -615,10 +621,20 @@ struct Runner {
     void step(float* at, const float* words, const int32_t* loop, int more, const Rows& rows,
               const Cache& cache) {
         const Model& m = model;
+        const bool halves = m.injection == HALF_STEPS;
+        if (halves) memcpy(before.data(), at, sizeof(float) * rows.count * m.d_model);
         inject(at, words, loop, more, rows.count);
         for (int layer = 0; layer < m.core; ++layer)
             block(m.prelude + layer, at, rows, cache,
                   [&](int r) { return core_slot(loop[r] + more, cache); });
+        for (int r = 0; halves && r < rows.count; ++r) {
+            if (loop[r] + more <= 1) continue;
+            const int64_t first = (int64_t)r * m.d_model;
+            const float *state = before.data() + first, *word = words + first;
+            float* own = at + first;
+            for (int i = 0; i < m.d_model; ++i)
+                own[i] = (state[i] + ((word[i] + state[i]) / 2 + own[i]) / 2) / 2;
+        }
     }
 
     // at is overwritten; out: (count, vocab).
@@ -628,7 +644,7 @@ struct Runner {
         for (int layer = 0; layer < m.coda; ++layer)
             block(m.prelude + m.core + layer, at, rows, cache, [](int) { return (int64_t)0; });
         enter(at, m.norm, rows.count, m.d_model, m.head.kind);
-        pool.each(m.vocab, 4, [&](int begin, int end) {
+        pool.each(m.vocab, unit_of(m.head), [&](int begin, int end) {
             product(m.head, begin, end, input, out, m.vocab);
         });
     }
@@ -751,6 +767,9 @@ Runner* looptx_new(const Model* model, int32_t threads) {
     guarded([&] { return made = new Runner(*model, threads), 0; });
     return made;
 }
+
+// Whether matrices may be BFLOAT_TILES here.
+int32_t looptx_has_tiles() { return has_tiles(); }
 
 void looptx_free(Runner* runner) { delete runner; }
 

@@ -2,13 +2,14 @@
 
 #pragma once
 
+#include "amx.h"
 #include "vectors.h"
 
 #include <cmath>
 
 extern "C" {
 
-enum Kind : int32_t { FLOAT, BFLOAT, BYTES, TERNARY };
+enum Kind : int32_t { FLOAT, BFLOAT, BYTES, TERNARY, BFLOAT_TILES };
 
 struct Matrix {
     const void* data;     // (rows, width), in `kind`
@@ -79,16 +80,19 @@ struct Input {
     Buffer<int8_t> bytes;
     std::vector<float> scales;
     std::vector<int32_t> sums;
+    TileInputs tiles;
 
     void make_room(int count_, int width_, int kind_) {
         count = count_, width = width_, kind = kind_;
         scales.resize(count), sums.resize(count);
         if (kind == BYTES) shorts.resize((size_t)count * width);
         if (kind == TERNARY) bytes.resize((size_t)count * (width + 3));
+        if (kind == BFLOAT_TILES) tiles.make_room(count, width);
     }
 
-    // Row n from x, where the weights are whole numbers.
+    // Row n from x, where the weights are whole numbers or tiles.
     void round(int n, const float* x) {
+        if (kind == BFLOAT_TILES) tiles.take(n, x);
         if (kind != BYTES && kind != TERNARY) return;
         const float room = (float)INT32_MAX / 127 / width - 1;
         const float levels = kind == BYTES ? std::min(32767.0f, room) : 127;
@@ -139,6 +143,9 @@ void ternary_row(const Matrix& m, int r, int some, const Input& in, int n, float
         out[i] = (sums[i] - in.sums[n]) * (in.scales[n] * m.scales[0]);
 }
 
+// Rows that a product takes together.
+inline int unit_of(const Matrix& m) { return m.kind == BFLOAT_TILES ? TILE_ROWS : 4; }
+
 // out[n][r] for some rows of a matrix and all inputs.
 void product(const Matrix& m, int begin, int end, const Input& in, float* out, int64_t stride) {
     const int width = in.width, count = in.count;
@@ -148,6 +155,8 @@ void product(const Matrix& m, int begin, int end, const Input& in, float* out, i
         case BFLOAT:
             return multiply((const uint16_t*)m.data, begin, end, in.floats, width, count, out,
                             stride);
+        case BFLOAT_TILES:
+            return multiply_tiles((const uint16_t*)m.data, begin, end, in.tiles, out, stride);
         case BYTES:
             multiply((const int8_t*)m.data, begin, end, in.shorts.data(), width, count,
                      (int32_t*)out, stride);

@@ -17,11 +17,11 @@ from looptx_core.model.cache import LoopCache
 from looptx_core.model.layer_state import KVState
 from looptx_core.model.memory_state import MemoryState, WindowState
 
-FLOAT, BFLOAT, BYTES, TERNARY = range(4)
+FLOAT, BFLOAT, BYTES, TERNARY, BFLOAT_TILES = range(5)
 PRECISIONS = {"float32": FLOAT, "bf16": BFLOAT, "int8": BYTES}
 """How the kernel can hold a model's float weights, by name."""
 
-NO_INJECTION, BY_CHANNEL, BRIDGE, NORM = range(4)
+NO_INJECTION, BY_CHANNEL, BRIDGE, NORM, HALF_STEPS = range(5)
 """`ModelWeights.injection`."""
 
 NO_MEMORY, INFINI, INFINI_DELTA, DELTA = range(4)
@@ -83,7 +83,7 @@ class _StopCondition(ctypes.Structure):
     )  # fmt: skip
 
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 """Of the structs and functions; `LOOPTX_ABI_VERSION` of decode.cpp."""
 _STRUCTS = (Matrix, BlockWeights, ModelWeights, _Cache, _Rows, _StopCondition)
 
