@@ -45,7 +45,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_influence.py",
         "test_inspection.py -k influential",
     ),
-    "looptx_core/inspection/frontier.py": ("test_inspection.py -k by_hand",),
+    "looptx_core/inspection/frontier.py": ("test_frontier.py",),
     "looptx_core/model/flops.py": ("test_flops.py", "test_training_objective.py"),
     "looptx_core/model/loop.py": ("test_model.py", "test_training_objective.py -k score"),
     "looptx_core/model/confidence.py": (

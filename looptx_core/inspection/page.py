@@ -193,7 +193,7 @@ def sentences(document: Document) -> list[str]:
         said.append(
             f"{deeper['rule']} at {deeper['threshold']:g}, {deeper['mean_loops']:.2f} loops, may "
             f"stay within {within} too, but {document['tokens_to_calibrate']:,} tokens are too few "
-            f"to show it; about {deeper['tokens']:,} would: raise `val_batches` or give more data."
+            f"to show it; about {deeper['tokens']:,} would: raise `val_batches`, or hold out more."
         )
     if choice["oracle"]:
         said.append(
