@@ -62,6 +62,30 @@ def train_control(
     return replace(result, control=control)
 
 
+def with_other_text(result: Any, base: Path) -> Any:
+    """The result with what the base, it and its control lose on text that none was trained on now.
+
+    A result without a control stays as it is.
+    """
+    from looptx_core.checkpoint.registry import resolve_model
+    from looptx_core.finetuning.load import load_resolved
+    from looptx_core.training.control import text_loss
+
+    if result.control is None:
+        return result
+
+    def other_text(place: Path, loops: int) -> tuple[float, ...]:
+        return text_loss(load_resolved(resolve_model(place)), loops)
+
+    loops = len(result.loss_by_loop)
+    return replace(result, control=replace(
+        result.control,
+        text_loss_before=other_text(base, loops),
+        text_loss_by_loop=other_text(result.folder, loops),
+        text_loss=other_text(result.folder / "control", 1)[0],
+    ))  # fmt: skip
+
+
 def show_control(result: Any) -> None:
     """The looped model beside its control, as a table."""
     from rich.table import Table
@@ -78,9 +102,10 @@ def show_control(result: Any) -> None:
         table.add_column(name, justify="right")
     last = len(result.loss_by_loop)
 
-    def row(name: str, loops: int, loss: float, accuracy: float, exact: float | None,
-            other: float | None) -> None:  # fmt: skip
-        cells = [name, str(loops), f"{loss:.3f}", f"{accuracy:.1%}"]
+    def row(name: str, loops: int, loss: float | None, accuracy: float | None,
+            exact: float | None, other: float | None) -> None:  # fmt: skip
+        cells = [name, str(loops), "" if loss is None else f"{loss:.3f}",
+                 "" if accuracy is None else f"{accuracy:.1%}"]  # fmt: skip
         cells += ["" if exact is None else f"{exact:.1%}"] if answers else []
         cells += ["" if other is None else f"{other:.3f}"] if text else []
         table.add_row(*cells)
@@ -90,9 +115,10 @@ def show_control(result: Any) -> None:
         other = control.text_loss_by_loop[loop] if text else None
         row("with loops", loop + 1, loss, result.accuracy_by_loop[loop], exact, other)
     row("control", 1, control.loss, control.accuracy, control.exact_match, control.text_loss)
-    if text and hasattr(result, "loss_by_loop_before"):
-        row("base", 1, result.loss_by_loop_before[0], result.accuracy_by_loop_before[0], None,
-            control.text_loss_before[0])  # fmt: skip
+    if text:
+        before = getattr(result, "loss_by_loop_before", [None])[0]
+        accurate = getattr(result, "accuracy_by_loop_before", [None])[0]
+        row("base", 1, before, accurate, None, control.text_loss_before[0])
     stdout().print(table)
     stdout().print(
         f"control: {control.steps:,} steps, {control.flops:.3g} FLOPs against {result.flops:.3g}; "

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from looptx_cli.console import note, stdout
-from looptx_cli.control import show_control, train_control
+from looptx_cli.control import show_control, train_control, with_other_text
 from looptx_cli.dry_run import show_finetuning
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields
@@ -146,10 +145,8 @@ def _with_control(
 ) -> FinetuneResult:
     """The result with what the same training without loops reached, and what both forgot."""
     from looptx_cli.progress import train_progress
-    from looptx_core.checkpoint.registry import resolve_model
-    from looptx_core.finetuning.load import load_resolved
     from looptx_core.finetuning.run import finetune, prepare
-    from looptx_core.training.control import counted_share, text_loss
+    from looptx_core.training.control import counted_share
 
     def again(settings: FinetuneConfig, folder: Path) -> FinetuneResult | None:
         other = prepare(settings, base=result.base, data=data, report=report)
@@ -161,19 +158,7 @@ def _with_control(
         result, prepared.config, resolved, prepared.base.config, counted_now, command="finetune",
         origin=prepared.origin, again=again, report=report,
     )  # fmt: skip
-    if result.control is None:
-        return result
-
-    def other_text(place: Path, loops: int) -> tuple[float, ...]:
-        return text_loss(load_resolved(resolve_model(place)), loops)
-
-    loops = len(result.loss_by_loop)
-    return replace(result, control=replace(
-        result.control,
-        text_loss_before=other_text(result.base, loops),
-        text_loss_by_loop=other_text(result.folder, loops),
-        text_loss=other_text(result.folder / "control", 1)[0],
-    ))  # fmt: skip
+    return with_other_text(result, result.base)
 
 
 def _show(result: FinetuneResult) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from looptx_cli.console import note, stdout
-from looptx_cli.control import show_control, train_control
+from looptx_cli.control import show_control, train_control, with_other_text
 from looptx_cli.dry_run import show_training
 from looptx_cli.imports import large_imports
 from looptx_cli.options import with_fields, with_set
@@ -230,6 +230,8 @@ def train(
                 result, settings, settled, model_config, 1.0, command="train", origin=origin,
                 again=again, report=lambda line: note(line, quiet),
             )  # fmt: skip
+            if source is not None and settings.data:
+                result = with_other_text(result, source.folder)
     folder = result.folder
     if as_json:
         write_line(summary(result))
