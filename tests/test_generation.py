@@ -15,8 +15,6 @@ from looptx_core.config.generation import EXIT_RULES, ExitSettings, GenerationOp
 from looptx_core.config.model import ModelConfig
 from looptx_core.data.tokenizer import train_tokenizer
 from looptx_core.errors import UsageError
-from looptx_core.generation import cache_room
-from looptx_core.generation.cache_room import cache_bytes
 from looptx_core.generation.engine import Engine
 from looptx_core.model.attention import explicit
 from looptx_core.model.block import Block
@@ -339,15 +337,6 @@ def test_context_bounds(engine, tokenizer):
         engine.generate([[20] * 64], GREEDY)
     [found] = engine.complete([[20] * 60], replace(GREEDY, max_new_tokens=50))
     assert len(found.tokens) == 4 and found.finish_reason == "length"
-
-
-def test_a_cache_larger_than_the_memory_is_not_made(engine, monkeypatch):
-    room = cache_bytes(engine.model, 1, 20, 10, engine.exit_settings)
-    monkeypatch.setattr(cache_room, "free_memory", lambda device: room)
-    short, deep = ([[20] * count for count in (5, 6)], replace(GREEDY, loops=10))
-    assert len(engine.complete(short[:1], deep)[0].tokens) == 12
-    with pytest.raises(UsageError, match=r"2 texts of .* tokens with up to 10 loops .* are free"):
-        engine.complete(short, deep)
 
 
 def test_end_of_document(model, tokenizer, engine):

@@ -14,7 +14,7 @@ from test_generation import SETTINGS, facts, random_model, small_tokenizer
 
 from looptx_core.data.chat import ChatTemplate
 from looptx_core.errors import DataError, UsageError
-from looptx_core.generation import prompts, scheduler
+from looptx_core.generation import cache_room, prompts, scheduler
 from looptx_core.generation.engine import Engine
 from looptx_core.generation.prompts import split_prompt
 from looptx_core.generation.request import ChatPrompt, TokenPrompt
@@ -213,3 +213,12 @@ def test_a_chat_template_of_others_takes_no_pictures():
     item = MediaItem("image", torch.zeros(4, 48), (2, 2))
     with pytest.raises(UsageError, match="no place for pictures"):
         engine.encode(ChatPrompt(({"role": "user", "content": "a"},), (item,)))
+
+
+def test_a_cache_larger_than_the_memory_is_not_made(engine, monkeypatch):
+    room = cache_room.cache_bytes(engine.model, 1, 10, 4, engine.exit_settings)
+    monkeypatch.setattr(cache_room, "free_memory", lambda device: room)
+    texts, deep = [LONG[:5], LONG[:6]], replace(GREEDY, loops=4)
+    assert len(engine.complete(texts[:1], deep)[0].tokens) == 5
+    with pytest.raises(UsageError, match=r"2 texts of .* tokens with up to 4 loops .* are free"):
+        engine.complete(texts, deep)

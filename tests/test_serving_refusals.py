@@ -77,7 +77,8 @@ def test_nothing_is_ignored_and_bad_values_are_named(service):
 
 def test_refusals_name_fields_as_clients_know_them(service):
     bodies = [
-        b'{"prompt": {}}', b'{"prompt": "a", "loops": []}', b'{"prompt": "\xff"}', b"[" * 10**5, b"[]"
+        b'{"prompt": {}}', b'{"prompt": "a", "loops": []}', b'{"prompt": "\xff"}', b"[" * 10**5,
+        b"[]",
     ]  # fmt: skip
 
     async def ask(client):

@@ -88,7 +88,10 @@ def test_a_tracker_that_cannot_begin_is_one_line(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
-def test_the_real_trackers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_trackers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     """Those that are installed, without a network: two runs, and their second parts."""
     pytest.importorskip(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -109,3 +112,4 @@ def test_the_real_trackers(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
         where = tmp_path if name == "trackio" else folder
         files = [file.name for file in where.rglob("*") if file.is_file()]
         assert any(file.endswith((".wandb", ".db")) for file in files), files
+    assert "Creating it" not in caplog.text  # Lightning's own line

@@ -354,7 +354,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
     reason = str(first["msg"]).removeprefix("Value error, ")
     if kind == "extra_forbidden":
         reason = "is not a field that is known here; leave it out"
-    # Of a field with several types pydantic names the type that it tried, and complains of the first.
+    # Of a field with several types pydantic names each that it tried, and complains of the first.
     inner = [part for part in place[1:] if part.isdigit() or part.isidentifier()]
     inner = [part for part in inner if part not in _TYPES]
     if len(inner) < len(place) - 1 and kind.endswith("_type"):

@@ -67,6 +67,8 @@ def open_mlflow(folder: Path, id: str | None, settings: Mapping[str, Any]) -> Op
     import_module("mlflow")  # which sets the level of its notes on import
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Lightning warns of each new experiment.
+    logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)
     own = f"sqlite:///{folder.resolve() / 'mlflow.db'}"
     where = os.environ.get("MLFLOW_TRACKING_URI")
     if not where or where in _own_databases:
