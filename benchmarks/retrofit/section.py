@@ -193,16 +193,7 @@ not show it: one token of each text stops early, and the machine was busy. All t
 tokens, at no loss; every name runs both loops. Where the question is decoded with the exit too, the
 loss is not shown to be kept: the rule is picked on answers to questions read at full depth.
 
-Names alone do not reach the aim. Of 4,000 held-out questions (0.460 nats a name at full depth),
-stopping the tenth of the names with the highest confidence costs 0.7 ± 0.5 %, and the half 1.5 ±
-1.1 %. By the entropy of the first loop's own distribution, for which coda and head run once more, a
-fifth stops at no loss (1.1 times fewer loops) and three tenths at 0.7 ± 0.4 %. An oracle that sees
-the second loop's distribution stops 46 % within 0.5 %. Heads trained anew on the states of 3,000 of
-these names are not clearly better on the others: the best stops a tenth where the two loops'
-distributions differ by 0.5 to 0.7 % of the loss, the model's own by 1.0 %. A rule picked by its
-mean loss on 1,000 names, in 40 drawings, lost 2.5 % on the other names, and more than 0.5 % in 31;
-picked by its bound 0.4 %, and more than 0.5 % in 11, at 1.15 times fewer loops. So the bound's risk
-of 5 % is nominal: names that lose much are too rare for it.
+Names alone do not reach the aim: the bound lets none of them stop.
 
 {source(found[0])}"""
 
