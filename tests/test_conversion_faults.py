@@ -11,6 +11,7 @@ from test_conversion_gguf import data, made_tokenizer, plain, run, write
 
 from looptx_core.checkpoint.card import UNKNOWN, license_of
 from looptx_core.checkpoint.folder import load_model
+from looptx_core.data.chat import ChatTemplate
 from looptx_core.documents import read_json, to_json
 
 __all__ = ["data"]
@@ -68,6 +69,14 @@ def test_a_chat_template_with_a_fault_is_left_out(
     [said] = [line for line in error.splitlines() if "chat template" in line]
     assert code == 0 and "warning: " in said and message in said
     assert load_model(tmp_path / "m").chat_template is None
+
+
+def test_faults_of_chat_templates() -> None:
+    deep = "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}"
+    faults = {"": "empty", " \n": "empty", deep: "recursion", "{{ a | b }}": "filter"}
+    for text, flaw in faults.items():
+        assert flaw in str(ChatTemplate(text, {}).flaw())
+    assert ChatTemplate("{{ a }}", {}).flaw() is None
 
 
 def test_a_license_is_one_line() -> None:

@@ -238,6 +238,8 @@ def test_too_few_tokens_are_told(inspected):
     told = " ".join(sentences({**document, "choice": choice}))
     few = f"{document['tokens_to_calibrate']:,} tokens are too few"
     assert "gain at 0.5, 1.50 loops, may" in told and few in told and "123,456 would" in told
+    one = " ".join(sentences({**document, "loops": 1, "choice": {**choice, "rule": None}}))
+    assert "nothing to save" in one and "sure to stay" not in one
 
 
 def test_the_frontier_shows_the_picked_point_and_is_not_flattened(inspected):

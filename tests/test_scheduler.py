@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -222,3 +223,18 @@ def test_a_cache_larger_than_the_memory_is_not_made(engine, monkeypatch):
     assert len(engine.complete(texts[:1], deep)[0].tokens) == 5
     with pytest.raises(UsageError, match=r"2 texts of .* tokens with up to 4 loops .* are free"):
         engine.complete(texts, deep)
+
+
+def test_memory_that_pytorch_keeps_is_free(monkeypatch):
+    figures = {"mem_get_info": (100, 1000), "memory_reserved": 700, "memory_allocated": 300}
+    for name, value in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert cache_room.free_memory(torch.device("cuda")) == 500
+
+
+def test_a_spare_cache_is_gone_before_a_larger_one_is_made(engine, monkeypatch):
+    monkeypatch.setattr(engine.backend, "reuses_cache", True)
+    engine.complete([LONG[:5]], GREEDY)
+    spare, module = weakref.ref(engine._spare), "looptx_core.generation.engine.fitting_cache"
+    monkeypatch.setattr(module, lambda *_: spare())
+    assert engine._cache(engine.exit_settings, 1, 100_000, 4) is None

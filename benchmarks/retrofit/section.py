@@ -154,9 +154,9 @@ novel, Python's documentation, ours), and the standard error of the difference.
 
 {table(["scheme", "half of the windows", "the other half"], lines)}
 
-Half steps lower it by {lower:.1f} to {upper:.1f} % for a fifth more layers; `convert --core`
-measures them and `--injection half_steps` takes them, the two of them as a second loop. Everything
-else raises it.
+Two loops of half steps lower it by {lower:.1f} to {upper:.1f} % for a fifth more layers, on one
+half of the windows by less than the error; `convert --core` measures them and `--injection
+half_steps` takes them. Everything else raises it on one half or on both.
 
 {source(found[0])}"""
 

@@ -56,10 +56,13 @@ class ChatTemplate:
         """Why it can't be read, in a few words; None where it can."""
         from jinja2 import TemplateError
 
+        if not self.text.strip():
+            return "it is empty"
         try:
-            return None if self._compiled else "it is empty"
-        except TemplateError as error:
+            _ = self._compiled
+        except (TemplateError, RecursionError) as error:
             return _first_line(error)
+        return None
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:
         """The ids that a model continues with the next answer.

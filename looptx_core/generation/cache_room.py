@@ -41,4 +41,8 @@ def cache_bytes(
 
 def free_memory(device: torch.device) -> int:
     """The bytes that can still be had where a device keeps its tensors."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_ram()
+    if device.type != "cuda":
+        return free_ram()
+    # PyTorch keeps the memory of tensors that are gone and gives it to the next ones.
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept

@@ -253,6 +253,7 @@ class Engine:
                 if own == (settings.kv_policy, settings.kv_type, loops):
                     spare.wipe()  # masked entries are still multiplied, so they must be finite
                     return spare
+            spare = None  # its memory is free for the new one
             # Rounded up, so that the next request is likely to fit.
             capacity = -(-needed // _CAPACITY_STEP) * _CAPACITY_STEP
         return fitting_cache(self.model, rows, capacity, loops, settings)

@@ -143,12 +143,13 @@ def choose(points: Sequence[Point], full_loss: float, increase: float) -> Point 
 
 
 def undecided(
-    points: Sequence[Point], picked: Point | None, full_loss: float, increase: float
-) -> tuple[Point, float] | None:
+    points: Sequence[Point], picked: Point | None, full_loss: float, increase: float, tokens: int
+) -> tuple[Point, int] | None:
     """The cheapest rule that may be within the increase and is not shown to be.
 
-    Its measured increase is at most half of the allowed one. Returns it, and how many times as many
-    tokens would show it; None if there is no rule that is cheaper than the picked one.
+    Its measured increase is at most half of the allowed one. tokens: how many the points are of.
+    Returns it, and how many would show it; None if there is no rule that is cheaper than the picked
+    one.
     """
     limit = full_loss * (1 + increase)
     open_ = [
@@ -159,7 +160,11 @@ def undecided(
     if not open_:
         return None
     cheapest = min(open_, key=lambda p: p.flops)
-    return cheapest, ((cheapest.highest_loss - cheapest.loss) / (limit - cheapest.loss)) ** 2
+    room, unseen = limit - cheapest.loss, _UNSEEN / tokens
+    error = cheapest.highest_loss - cheapest.loss - unseen
+    # Of k times as many: error / sqrt(k) + unseen / k = room.
+    root = (error + math.sqrt(error**2 + 4 * room * unseen)) / (2 * room)
+    return cheapest, math.ceil(tokens * root**2)
 
 
 def standard_error(values: Tensor) -> float:

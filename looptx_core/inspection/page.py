@@ -179,7 +179,9 @@ def sentences(document: Document) -> list[str]:
     ]
     within = f"{choice['target_loss_increase']:.2%}"
     fixed = choice["fixed"]
-    if choice["rule"] is None:
+    if document["loops"] == 1:
+        said.append("The model runs one loop a token, so that there is nothing to save.")
+    elif choice["rule"] is None:
         said.append(f"No exit rule is sure to stay within {within} of the full depth's loss.")
     else:
         said.append(

@@ -85,7 +85,7 @@ def inspect_loops(
     to_choose = frontier(fit, settings, model.config, context)
     increase = SHOWN_INCREASE if config.allowed_increase is None else config.allowed_increase
     choice = choose(to_choose, mean(fit.loss[-1]), increase)
-    open_ = undecided(to_choose, choice, mean(fit.loss[-1]), increase)
+    open_ = undecided(to_choose, choice, mean(fit.loss[-1]), increase, fit.evaluation.tokens)
     if choice is not None and config.allowed_increase is not None:
         settings = choice.settings(settings)
     if isinstance(data, Path) and shards is not None:
@@ -103,8 +103,7 @@ def inspect_loops(
         "frontier": [asdict(point) for point in frontier(shown, settings, model.config, context)],
         "choice": {
             **_chosen(shown, settings, choice, increase, model.config, context),
-            "undecided": open_
-            and {**asdict(open_[0]), "tokens": math.ceil(open_[1] * fit.evaluation.tokens)},
+            "undecided": open_ and {**asdict(open_[0]), "tokens": open_[1]},
         },
         "exit": Exit(min(settings.min_loops, loops), loops, settings, settings.rule).describe(),
         "tasks": tasks,
