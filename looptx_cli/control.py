@@ -63,9 +63,10 @@ def train_control(
 
 
 def with_other_text(result: Any, base: Path) -> Any:
-    """The result with what the base, it and its control lose on text that none was trained on now.
+    """The result with the losses on the bundled text of the base, the model and its control.
 
-    A result without a control stays as it is.
+    They show what training on other data has made a model forget. A result without a control stays
+    as it is.
     """
     from looptx_core.checkpoint.registry import resolve_model
     from looptx_core.finetuning.load import load_resolved

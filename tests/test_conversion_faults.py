@@ -20,7 +20,7 @@ __all__ = ["data"]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(llama__rope__scaling__type="linear"), "llama.rope.scaling.factor is missing"),
+        (dict(llama__rope__scaling__factor="4"), "llama.rope.scaling.factor is 4;"),
         (dict(keep=lambda name, values: values[0] if name == "token_embd.weight" else values),
          "its token_embd.weight has 1 axis, not 2"),
     ],
@@ -34,16 +34,20 @@ def test_a_file_with_a_fault_is_named_by_its_key(
 
 
 def test_how_rope_is_scaled_is_told_by_older_keys_too(tmp_path: Path) -> None:
-    """As llama.cpp reads them: a factor without a kind is linear."""
+    """As llama.cpp reads them: a factor without a kind is linear, a kind without a factor none."""
     from looptx_core.conversion.gguf_file import GGUF
 
-    newer, none = "rope__scaling__factor", {"llama__rope__scaling__type": "none"}
-    for key, more in (("rope__scale_linear", {}), (newer, {}), (newer, none)):
-        found = GGUF(write(tmp_path / "a.gguf", **{f"llama__{key}": 4.0}, **more)).settings
-        rope = found["rope_parameters"]
-        assert (rope["rope_type"], rope.get("factor")) == (
-            ("default", None) if more else ("linear", 4.0)
-        )
+    older, newer, kind = "rope__scale_linear", "rope__scaling__factor", "rope__scaling__type"
+    for values, expected in (
+        ({older: 4.0}, ("linear", 4.0)),
+        ({newer: 4.0}, ("linear", 4.0)),
+        ({newer: 4.0, kind: "none"}, ("default", None)),
+        ({kind: "linear"}, ("default", None)),
+        ({newer: 0.0, kind: "linear"}, ("default", None)),
+    ):
+        keys = {f"llama__{name}": value for name, value in values.items()}
+        rope = GGUF(write(tmp_path / "a.gguf", **keys)).settings["rope_parameters"]
+        assert (rope["rope_type"], rope.get("factor")) == expected
 
 
 def test_a_tensor_that_is_missing_has_transformers_name(

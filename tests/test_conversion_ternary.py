@@ -187,6 +187,7 @@ def test_training_through_the_rounding_repairs(
     assert set(out["direct"]) == {
         *("schema_version", "bytes_before", "bytes_after", "bits_per_weight"),
         *("loss_before", "loss_after", "out", "core", "spans", "loops", "logit_difference"),
+        *("injection", "half_steps"),
     }
     for found in out.values():
         assert found["bits_per_weight"] < 2.1 and found["bytes_after"] < found["bytes_before"]

@@ -146,10 +146,11 @@ class GGUF:
         else:
             older = has("rope.scale_linear") and not has("rope.scaling.factor")
             factor = "rope.scale_linear" if older else "rope.scaling.factor"
-            usual = "linear" if has(factor) else "none"  # as for llama.cpp
-            kind = self.values.get(f"{self.architecture}.rope.scaling.type", usual)
+            # As in llama.cpp: a factor without a kind is linear, and none or 0 scales nothing.
+            kind = self.values.get(f"{self.architecture}.rope.scaling.type", "linear")
             if kind == "linear":
-                rope = {"rope_type": kind, "factor": get(factor, kind=float)}
+                if has(factor):
+                    rope = {"rope_type": kind, "factor": get(factor, kind=float)}
             elif kind != "none":
                 rope = {"rope_type": kind}  # and is refused
         if get("rope.dimension_count", head_dim) != head_dim:

@@ -49,8 +49,8 @@ class HalfSteps(NamedTuple):
 
     @property
     def pay(self) -> bool:
-        """Whether they lower the loss by more than the error."""
-        return self.cost < -self.error
+        """Whether they lower the loss by more than two errors."""
+        return self.cost < -2 * self.error
 
 
 @torch.no_grad()

@@ -24,15 +24,6 @@ INSTALL = "pip install 'looptx[eval]'"
 Document = dict[str, Any]
 _SHARES = {"accuracy", "acc", "acc_norm", "exact_match"}
 """Metrics whose best value is 1."""
-_FAMILIES = (
-    "arc_challenge", "arc_easy", "asdiv", "babi", "bbh", "blimp", "boolq", "cb", "ceval", "cmmlu",
-    "commonsense_qa", "copa", "coqa", "drop", "fda", "gpqa", "gsm8k", "headqa", "hellaswag",
-    "hendrycks_math", "humaneval", "ifeval", "lambada", "leaderboard", "logiqa", "mathqa", "mbpp",
-    "medmcqa", "mmlu", "multirc", "nq_open", "openbookqa", "paloma", "pile", "piqa", "pubmedqa",
-    "qnli", "race", "rte", "sciq", "social_iqa", "squadv2", "swag", "swde", "toxigen", "triviaqa",
-    "truthfulqa", "wic", "wikitext", "winogrande", "wnli", "wsc", "wsc273", "xnli", "xwinograd",
-)  # fmt: skip
-"""Names of lm-eval's best known tasks, or how they begin; they tell a missing extra from a slip."""
 
 
 def evaluate(
@@ -197,12 +188,8 @@ def _known_to_harness(name: str, files: Mapping[str, Path], include: str | None)
         known += known_tasks(include)
         if name in known:
             return name
-    elif any(name == family or name.startswith(family + "_") for family in _FAMILIES):
-        raise MissingError(f"`tasks` {name}: lm-eval's tasks need the package; {INSTALL}")
-    else:
-        known += _FAMILIES
-    near = get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"looptx's own are {', '.join(files)}"
+    near, ours = get_close_matches(name, known, n=1), f"looptx's own are {', '.join(files)}"
     if not near and not has_harness():
-        hint += f", and lm-eval has many more: {INSTALL}"
+        raise MissingError(f"`tasks` {name}: {ours}; lm-eval's tasks need the package; {INSTALL}")
+    hint = f"did you mean {near[0]}?" if near else ours
     raise UsageError(f"`tasks` {name}: no such task; {hint}")

@@ -28,7 +28,7 @@ from looptx_core.stopping.rule import RULES, Exit, exit_depths
 
 _THRESHOLDS = 64
 _CONFIDENCES = (0.7, 0.8, 0.9, 0.95, 0.99)  # `auto` combines each with each threshold on the gain
-_RISK = 0.05  # that the picked rule's increase exceeds the target after all
+_RISK = 0.05  # that the picked rule's increase exceeds the target, if means are normal
 _SEQUENCES = len(RULES) - 1 + len(_CONFIDENCES)  # of thresholds; the risk is shared by them
 _BOUND = NormalDist().inv_cdf(1 - _RISK / _SEQUENCES)  # standard errors
 _UNSEEN = 1.0  # nats that one more token is taken to lose by stopping early
@@ -51,7 +51,7 @@ class Point:
     confidence: float | None = None
     """auto: the confidence's threshold; None for the others."""
     highest_loss: float = math.inf
-    """Upper confidence bound of the loss, beside the full depth's."""
+    """Upper confidence bound of the loss: full depth's, and the most that this rule may add."""
 
     def settings(self, base: ExitSettings) -> ExitSettings:
         """Exit settings that store this rule with a model."""

@@ -1,8 +1,8 @@
 // Products of bfloat16 weights by matrix tiles (AMX): up to 16 inputs by 16 rows at once.
 //
 // Tiles multiply bfloat16 and add up in float32. An input's 24 bits are three bfloat16 of eight
-// each, so that nothing of it is lost. Each sum is taken by itself and in the same order, so its bits
-// do not depend on the other inputs.
+// each, so that nothing of it is lost unless a part is subnormal, which tiles take as zero. Each sum
+// is taken by itself and in the same order, so its bits do not depend on the other inputs.
 
 #pragma once
 
