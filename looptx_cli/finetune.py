@@ -149,7 +149,7 @@ def _with_control(
     from looptx_core.training.control import counted_share
 
     def again(settings: FinetuneConfig, folder: Path) -> FinetuneResult | None:
-        other = prepare(settings, base=result.base, data=data, report=report)
+        other = prepare(settings, base=result.base, data=data)  # whose facts the first run has told
         progress = train_progress(settings.steps, silent)
         return finetune(other, folder=folder, callbacks=[progress], report=report)
 

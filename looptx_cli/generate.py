@@ -358,7 +358,8 @@ def _summarise(engine: Engine, result: Generation, iterations: bool, quiet: bool
     )
     if iterations:
         print_now(line + "\n")
-        note(f"try next: --compare-loops 1,4,{deepest}, or --exit gain", quiet)
+        some = ",".join(str(depth) for depth in sorted({1, 4, deepest}) if depth <= deepest)
+        note(f"try next: --compare-loops {some}, or --exit gain", quiet)
     else:
         note(line, quiet)
         note("try next: --show-iterations", quiet)

@@ -237,7 +237,7 @@ def convert(
         bits_per_weight=bits_per_weight(model),
         memory_before=memory_before,
         memory_after=memory_after,
-        loss_by_loop_before=before.loss_by_loop[:loops],
+        loss_by_loop_before=before.loss_by_loop[: 1 if judged else loops],
         loss_by_loop=after.loss_by_loop[:loops],
         seconds=time.monotonic() - started,
         steps=steps,

@@ -257,4 +257,5 @@ def effort(word: str, deepest: int) -> int:
 def check_model(asked: str | None, name: str) -> None:
     """Raise `ApiError` for a model that is not served."""
     if asked not in (None, "", name):
-        raise ApiError(404, "the model of this server is " + name, "model", "model_not_found")
+        told = f"the model of this server is {name}; ask for that, or leave `model` out"
+        raise ApiError(404, told, "model", "model_not_found")
